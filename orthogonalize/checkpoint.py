@@ -1,0 +1,262 @@
+"""A checkpoint folder: opened and validated whole, rewritten tensor by tensor, published at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import OrthogonalizeError
+from .tensorfile import (
+    DTYPES,
+    TensorFile,
+    TensorInfo,
+    open_tensor_file,
+    stored_bytes,
+    write_header,
+)
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+RECIPE = "orthogonalize.json"
+CARD = "README.md"
+# Another format's copy of the same weights would ship the behaviour that the edit took out.
+OTHER_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "consolidated*")
+NOT_COPIED = (CARD, RECIPE, ".git/*", ".cache/*", ".gitattributes")
+PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a `config.json` and safetensors weights, every header validated."""
+
+    path: Path
+    config: dict[str, Any]
+    files: dict[str, TensorFile]
+    indexed: bool
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of the model's weight files."""
+        return {name: info for file in self.files.values() for name, info in file.tensors.items()}
+
+    def file_of(self, name: str) -> TensorFile:
+        """The file that holds tensor `name`; KeyError where none does."""
+        for file in self.files.values():
+            if name in file.tensors:
+                return file
+        raise KeyError(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` in its stored dtype."""
+        return self.file_of(name).read(name)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.path.stat().st_size for file in self.files.values())
+
+    def side_files(self) -> list[Path]:
+        """The files, relative to the folder, that an edit copies byte for byte."""
+        weights = {*self.files, INDEX, "config.json"}
+        return [
+            name
+            for name in _walk(self.path)
+            if str(name) not in weights and not _matches(name, OTHER_WEIGHTS + NOT_COPIED)
+        ]
+
+    def left_out(self) -> list[Path]:
+        """Copies of the weights in other formats, which an edit must not carry along."""
+        return [
+            name
+            for name in _walk(self.path)
+            if str(name) not in self.files and _matches(name, OTHER_WEIGHTS)
+        ]
+
+    def fingerprint(self, progress: Progress | None = None) -> dict[str, str]:
+        """SHA-256 of every weight file, by name."""
+        return {name: _sha256(file.path, progress) for name, file in sorted(self.files.items())}
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder)
+
+
+def _matches(name: Path, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name.name, pattern) or fnmatch(str(name), pattern) for pattern in patterns)
+
+
+def _sha256(path: Path, progress: Progress | None = None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+            if progress:
+                progress(len(piece))
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise OrthogonalizeError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
+
+
+def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / SINGLE
+        if single.exists():
+            return {SINGLE: open_tensor_file(single)}, False
+        if any(folder.glob("*.safetensors")):
+            raise OrthogonalizeError(f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}")
+        if any(_matches(name, PICKLES) for name in _walk(folder)):
+            raise OrthogonalizeError(
+                f"{folder} has pickled weights only, which can run code when loaded; "
+                "convert them to safetensors first (the Hub's safetensors/convert Space does)"
+            )
+        raise OrthogonalizeError(f"{folder} has no weights ({SINGLE} or {INDEX})")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
+    files: dict[str, TensorFile] = {}
+    for name in sorted(set(weight_map.values())):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise OrthogonalizeError(f"{index} points outside its folder ({name!r}); do not trust this checkpoint")
+        if not (folder / name).exists():
+            raise OrthogonalizeError(f"{folder} lacks the shard {name}; download it again")
+        files[name] = open_tensor_file(folder / name)
+    stored = {tensor: name for name, file in files.items() for tensor in file.tensors}
+    if stored != weight_map:
+        wrong = sorted(set(stored.items()) ^ set(weight_map.items()))[0][0]
+        raise OrthogonalizeError(f"{index} and the shards disagree about {wrong!r}; fetch them again")
+    return files, True
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Open a checkpoint folder and validate the header of every weight file.
+
+    Raises:
+        OrthogonalizeError: anything missing, truncated, inconsistent or unsafe.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise OrthogonalizeError(f"no such model folder: {folder}")
+    if not (folder / "config.json").exists():
+        raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
+    config = _read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise OrthogonalizeError(f"{folder / 'config.json'} is not a JSON object")
+    files, indexed = _weight_files(folder)
+    return Checkpoint(folder, config, files, indexed)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A tensor that the edit adds: dtype and shape known beforehand, values made when written."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    @classmethod
+    def zeros(cls, dtype: str, shape: tuple[int, ...]) -> Addition:
+        """A tensor of zeros."""
+        return cls(dtype, shape, lambda: torch.zeros(shape, dtype=DTYPES[dtype]))
+
+    @property
+    def size(self) -> int:
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
+
+
+def _layout(file: TensorFile, additions: Mapping[str, Addition]) -> list[TensorInfo]:
+    """The order of the tensors in the new file: the old ones where they were, additions behind."""
+    infos = sorted(file.tensors.values(), key=lambda t: t.start)
+    end = infos[-1].end if infos else 0
+    for name, addition in additions.items():
+        infos.append(TensorInfo(name, addition.dtype, addition.shape, end, end + addition.size))
+        end += addition.size
+    return infos
+
+
+def _write_file(
+    file: TensorFile,
+    target: Path,
+    changed: Set[str],
+    edited: Callable[[str], torch.Tensor],
+    additions: Mapping[str, Addition],
+    progress: Progress | None,
+) -> None:
+    with target.open("wb") as out:
+        layout = _layout(file, additions)
+        write_header(out, layout, file.metadata)
+        for info in layout:
+            if info.name in additions or info.name in changed:
+                tensor = additions[info.name].make() if info.name in additions else edited(info.name)
+                if tensor.shape != info.shape or tensor.dtype != DTYPES[info.dtype]:
+                    raise AssertionError(f"the edit of {info.name} changed its shape or dtype")
+                out.write(stored_bytes(tensor))
+            else:
+                for piece in file.chunks(info.name):
+                    out.write(piece)
+            if progress:
+                progress(info.size)
+
+
+def _write_index(source: Checkpoint, target: Path, additions: Mapping[str, Addition], home: str) -> None:
+    index = _read_json(source.path / INDEX)
+    index["weight_map"].update(dict.fromkeys(additions, home))
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] += sum(addition.size for addition in additions.values())
+    (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=False) + "\n", "utf-8")
+
+
+def write_checkpoint(
+    source: Checkpoint,
+    target: Path,
+    changed: Set[str],
+    edited: Callable[[str], torch.Tensor],
+    additions: Mapping[str, Addition],
+    config_changes: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> None:
+    """Write `source` with `additions` and `config_changes` into the empty folder `target`.
+
+    `edited(name)` gives the new values of each `changed` tensor, made and written on its own; all else is copied byte for byte.
+    `progress` is told the bytes of weights done.
+    """
+    home = next(iter(sorted(source.files)))
+    for name, file in sorted(source.files.items()):
+        here = dict(additions) if name == home else {}
+        mine = changed & file.tensors.keys()
+        if not here and not mine:
+            shutil.copyfile(file.path, target / name)
+            if progress:
+                progress(sum(info.size for info in file.tensors.values()))
+        else:
+            _write_file(file, target / name, mine, edited, here, progress)
+    if source.indexed and additions:
+        _write_index(source, target, additions, home)
+    elif source.indexed:
+        shutil.copyfile(source.path / INDEX, target / INDEX)
+    if config_changes:
+        text = json.dumps({**source.config, **config_changes}, indent=2, ensure_ascii=False)
+        (target / "config.json").write_text(text + "\n", "utf-8")
+    else:
+        shutil.copyfile(source.path / "config.json", target / "config.json")
+    for side in source.side_files():
+        (target / side).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.path / side, target / side)

@@ -1,0 +1,140 @@
+"""Interventions: affine maps on the places where a model writes to, or reads, its residual stream.
+
+Nothing here knows a model. `hooks` and `bake` realise the same object in two ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import torch
+
+Method = Literal["ablate", "nullspace", "reflect", "actadd"]
+METHODS: tuple[Method, ...] = ("ablate", "nullspace", "reflect", "actadd")
+
+
+class Site(NamedTuple):
+    """A write or read site: `embed`, `attn.3`, `mlp.3` or (for reads) `head`."""
+
+    kind: Literal["embed", "attn", "mlp", "head"]
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.layer is None else f"{self.kind}.{self.layer}"
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """The inverse of `str`."""
+        kind, _, layer = text.partition(".")
+        if kind not in ("embed", "attn", "mlp", "head"):
+            raise ValueError(f"no such site: {text!r}")
+        return cls(kind, int(layer) if layer else None)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """`h -> h - u (v^T h) + s`, the form that all methods share.
+
+    `u` and `v` are [d, k] with d the width of the stream and k the rank (k = 0 for a pure shift);
+    `s` is [d]. A leading batch dimension ([batch, d, k], [batch, d]) gives each row of a batch its
+    own map. Units are those of the stream.
+    """
+
+    u: torch.Tensor
+    v: torch.Tensor
+    s: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.u.shape != self.v.shape or self.u.shape[:-1] != self.s.shape:
+            raise ValueError(
+                f"map shapes do not fit: u {tuple(self.u.shape)}, v {tuple(self.v.shape)}, s {tuple(self.s.shape)}"
+            )
+
+    @property
+    def width(self) -> int:
+        return self.u.shape[-2]
+
+    @property
+    def rank(self) -> int:
+        return self.u.shape[-1]
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a constant is added."""
+        return bool(self.s.any())
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> AffineMap:
+        """The same map on another device and in another floating-point format."""
+        return AffineMap(*(t.to(device=device, dtype=dtype) for t in (self.u, self.v, self.s)))
+
+    def __call__(self, h: torch.Tensor) -> torch.Tensor:
+        """Apply to `h` [..., d], computing in the wider of float32 and the dtype of `h`."""
+        wide = torch.promote_types(h.dtype, torch.float32)
+        here = self.to(h.device, wide)
+        x = h.to(wide)
+        shift = here.s if here.s.dim() == 1 else here.s.unsqueeze(-2)
+        return (x - (x @ here.v) @ here.u.mT + shift).to(h.dtype)
+
+    def linear(self, h: torch.Tensor) -> torch.Tensor:
+        """The map without its shift."""
+        return AffineMap(self.u, self.v, torch.zeros_like(self.s))(h)
+
+
+def removal(basis: torch.Tensor, strength: float = 1.0) -> AffineMap:
+    """`h - strength * B^T B h` for an orthonormal `basis` B of shape [k, d] (or [batch, k, d]).
+
+    Strength 1 projects the subspace out (Arditi et al. 2024, eq. 4, for k = 1; Ravfogel et al.
+    2020, eq. 2, for an INLP basis); 2 mirrors it.
+    """
+    columns = basis.to(torch.float64).mT
+    return AffineMap(strength * columns, columns, torch.zeros_like(columns[..., 0]))
+
+
+def shift(vector: torch.Tensor) -> AffineMap:
+    """`h + vector` for a `vector` of shape [d] or [batch, d] (Arditi et al. 2024, eq. 3)."""
+    s = vector.to(torch.float64)
+    nothing = s.new_zeros(*s.shape, 0)
+    return AffineMap(nothing, nothing, s)
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """Maps by write site (applied to what is written) and by read site (applied to what is read)."""
+
+    writes: Mapping[Site, AffineMap] = field(default_factory=dict)
+    reads: Mapping[Site, AffineMap] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if any(m.shifts for m in self.reads.values()):
+            raise ValueError("a read site cannot add a constant; shift the last write before it instead")
+        object.__setattr__(self, "writes", MappingProxyType(dict(self.writes)))
+        object.__setattr__(self, "reads", MappingProxyType(dict(self.reads)))
+
+    @property
+    def width(self) -> int | None:
+        """The stream's width, or None for the empty intervention."""
+        for affine in (*self.writes.values(), *self.reads.values()):
+            return affine.width
+        return None
+
+
+def block_sites(layers: Iterable[int]) -> list[Site]:
+    """The attention and MLP sites of `layers`, in the order in which they act."""
+    return [site for layer in layers for site in (Site("attn", layer), Site("mlp", layer))]
+
+
+def orthonormal(vectors: torch.Tensor) -> torch.Tensor:
+    """Gram-Schmidt, in order and in float64: [k, d] rows to orthonormal rows; dependent ones go."""
+    kept: list[torch.Tensor] = []
+    for vector in vectors.to(torch.float64):
+        norm = vector.norm()
+        rest = vector
+        for _ in range(2):  # twice is enough: the second pass removes what rounding left
+            for other in kept:
+                rest = rest - (rest @ other) * other
+        if rest.norm() > 1e-10 * norm and norm > 0:
+            kept.append(rest / rest.norm())
+    return torch.stack(kept) if kept else vectors.new_zeros(0, vectors.shape[-1], dtype=torch.float64)

@@ -1,0 +1,177 @@
+"""One safetensors file: its header checked before use, its tensors read and written one at a time.
+
+The safetensors library saves a file whole from memory; editing a checkpoint needs it tensor by
+tensor, so header and spans are handled here. The format: 8 bytes of header length (little-endian),
+a JSON header, then the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from .errors import OrthogonalizeError
+
+MAX_HEADER = 100_000_000  # bytes; the library's own limit
+CHUNK = 16 * 2**20  # bytes copied at a time
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+EDITABLE = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `end` are byte offsets in the data part of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header has been validated against the file's length."""
+
+    path: Path
+    data_start: int
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, in its stored dtype, in memory of its own."""
+        info = self.tensors[name]
+        buffer = bytearray(info.size)
+        with self.path.open("rb") as file:
+            file.seek(self.data_start + info.start)
+            if file.readinto(buffer) != info.size:
+                raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+        if not info.size:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The stored bytes of `name`, in pieces."""
+        info = self.tensors[name]
+        with self.path.open("rb") as file:
+            file.seek(self.data_start + info.start)
+            left = info.size
+            while left:
+                piece = file.read(min(left, CHUNK))
+                if not piece:
+                    raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+                left -= len(piece)
+                yield piece
+
+
+def _bad(path: Path, why: str) -> OrthogonalizeError:
+    return OrthogonalizeError(f"{path} is not a sound safetensors file: {why}; fetch it again")
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _tensor_info(path: Path, name: str, entry: object, data_size: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, f"entry {name!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = all(
+        isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets)
+    )
+    if not whole or len(offsets) != 2:
+        raise _bad(path, f"entry {name!r} has a shape or offsets that are not whole numbers")
+    start, end = offsets
+    if not start <= end <= data_size:
+        raise _bad(path, f"{name!r} spans bytes {start}-{end} of {data_size}")
+    if dtype in DTYPES:
+        expected = DTYPES[dtype].itemsize
+        for n in shape:
+            expected *= n
+        if expected != end - start:
+            raise _bad(path, f"{name!r} claims {dtype}{shape}, {expected} bytes, but spans {end - start}")
+    return TensorInfo(name, str(dtype), tuple(shape), start, end)
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """Read and validate the header of `path` without touching the data.
+
+    Raises:
+        OrthogonalizeError: truncated, oversized, malformed, overlapping, gapped or lying header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _bad(path, f"it has only {size} bytes")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_HEADER):
+            raise _bad(path, f"its header claims {length} bytes and the file has {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _bad(path, "its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, "its metadata is not a table of strings")
+    data_size = size - 8 - length
+    tensors = {name: _tensor_info(path, name, entry, data_size) for name, entry in header.items()}
+    end = 0
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
+        if info.start != end:
+            raise _bad(path, f"{info.name!r} starts at byte {info.start}, where {end} was expected")
+        end = info.end
+    if end != data_size:
+        raise _bad(path, f"its tensors end at byte {end} and the file at {data_size}")
+    return TensorFile(path, 8 + length, tensors, metadata)
+
+
+def stored_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of `tensor` as the file format stores them (row-major, little-endian)."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")
+
+
+def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
+    """Write length and header for `tensors`, which must follow in this order, without gaps."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    for info in tensors:
+        header[info.name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [info.start, info.end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)))
+    file.write(text)
