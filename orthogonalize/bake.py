@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from .architectures import Architecture, Norm, Read, Write, architecture_of
+from .architectures import Architecture, Norm, Write, architecture_of
 from .checkpoint import Addition, Checkpoint, Progress, write_checkpoint
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site
@@ -178,7 +178,7 @@ class Bake:
         if site.kind == "head":
             self._untie_head()
             head = self.architecture.head
-            norm, reads = head.norm, (Read(weight=head.weight, axis=head.axis),)
+            norm, reads = head.norm, head.reads
         else:
             block = self.architecture.attn if site.kind == "attn" else self.architecture.mlp
             norm, reads = block.norm, block.reads

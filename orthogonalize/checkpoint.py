@@ -30,7 +30,7 @@ RECIPE = "orthogonalize.json"
 CARD = "README.md"
 # Another format's copy of the same weights would ship the behaviour that the edit took out.
 OTHER_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "consolidated*")
-NOT_COPIED = (CARD, RECIPE, ".git/*", ".cache/*", ".gitattributes")
+NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes")
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 Progress = Callable[[int], None]
@@ -76,11 +76,7 @@ class Checkpoint:
 
     def left_out(self) -> list[Path]:
         """Copies of the weights in other formats, which an edit must not carry along."""
-        return [
-            name
-            for name in _walk(self.path)
-            if str(name) not in self.files and _matches(name, OTHER_WEIGHTS)
-        ]
+        return [name for name in _walk(self.path) if str(name) not in self.files and _matches(name, OTHER_WEIGHTS)]
 
     def fingerprint(self, progress: Progress | None = None) -> dict[str, str]:
         """SHA-256 of every weight file, by name."""
@@ -235,8 +231,8 @@ def write_checkpoint(
 ) -> None:
     """Write `source` with `additions` and `config_changes` into the empty folder `target`.
 
-    `edited(name)` gives the new values of each `changed` tensor, made and written on its own; all else is copied byte for byte.
-    `progress` is told the bytes of weights done.
+    `edited(name)` gives the new values of each `changed` tensor, made and written on its own; all
+    else is copied byte for byte. `progress` is told the bytes of weights done.
     """
     home = next(iter(sorted(source.files)))
     for name, file in sorted(source.files.items()):

@@ -14,7 +14,8 @@ from .interventions import AffineMap, Intervention, Site
 
 
 def _first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def _with_first(output: Any, tensor: torch.Tensor) -> Any:
@@ -93,9 +94,8 @@ def layer_projected(model: nn.Module, layer: int, affine: AffineMap) -> Iterator
     """
     architecture = architecture_of(model.config.to_dict())  # type: ignore[operator, union-attr]
     block = model.get_submodule(architecture.layer_module.format(layer=layer))
-    handles = [map_input(block, affine)]
-    for site in (architecture.attn, architecture.mlp):
-        handles.append(map_output(model.get_submodule(site.module.format(layer=layer)), affine))
+    outputs = [model.get_submodule(s.module.format(layer=layer)) for s in (architecture.attn, architecture.mlp)]
+    handles = [map_input(block, affine), *(map_output(output, affine) for output in outputs)]
     try:
         yield model
     finally:
@@ -115,9 +115,7 @@ def input_shifted(model: nn.Module, layer: int, affine: AffineMap) -> Iterator[n
 
 
 @contextmanager
-def capturing_inputs(
-    model: nn.Module, take: Callable[[int, torch.Tensor], None]
-) -> Iterator[nn.Module]:
+def capturing_inputs(model: nn.Module, take: Callable[[int, torch.Tensor], None]) -> Iterator[nn.Module]:
     """Call `take(layer, hidden_states)` at the input of every block, and of the head's norm last.
 
     Hidden states are [batch, tokens, d]; index `layer_count` is the stream that the head reads.

@@ -27,7 +27,7 @@ def check_free(out: Path, force: bool = False) -> None:
         raise OrthogonalizeError(f"{out} exists; choose another --out, or --force to replace it")
     empty = out.is_dir() and not any(out.iterdir())
     if out.is_symlink() or not out.is_dir() or not (empty or any((out / m).exists() for m in OWN_MARKS)):
-        raise OrthogonalizeError(f"{out} was not made by orthogonalize, so --force does not replace it; remove it yourself")
+        raise OrthogonalizeError(f"{out} was not made by orthogonalize, so --force leaves it alone; remove it yourself")
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -55,15 +55,13 @@ def parse_scope(text: str) -> Scope:
     Raises:
         OrthogonalizeError: the text is none of the known forms.
     """
-    wrong = OrthogonalizeError(
-        f"scope {text!r} is not one of: all, one, top:50%, layers:3,5-9, upto:12, from:12"
-    )
+    wrong = OrthogonalizeError(f"scope {text!r} is not one of: all, one, top:50%, layers:3,5-9, upto:12, from:12")
     if text in ("all", "one"):
-        return Scope(text)  # type: ignore[arg-type]
+        return Scope("all" if text == "all" else "one")
     kind, _, rest = text.partition(":")
     match kind:
         case "upto" | "from" if rest.isdecimal():
-            return Scope(kind, (int(rest),))  # type: ignore[arg-type]
+            return Scope(kind, (int(rest),))
         case "top" if re.fullmatch(r"\d+(\.\d+)?%?", rest):
             percent = float(rest.rstrip("%"))
             if not 0 < percent <= 100:

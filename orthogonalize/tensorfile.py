@@ -103,9 +103,7 @@ def _tensor_info(path: Path, name: str, entry: object, data_size: int) -> Tensor
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise _bad(path, f"entry {name!r} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    whole = all(
-        isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets)
-    )
+    whole = all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets))
     if not whole or len(offsets) != 2:
         raise _bad(path, f"entry {name!r} has a shape or offsets that are not whole numbers")
     start, end = offsets
@@ -159,7 +157,7 @@ def open_tensor_file(path: Path) -> TensorFile:
 def stored_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of `tensor` as the file format stores them (row-major, little-endian)."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()).cast("B") if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:

@@ -41,7 +41,10 @@ def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
 def store(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype = torch.float64, shards: int = 1) -> Path:
     """Write `model` as a checkpoint folder of one or several shards, with a few side files."""
     folder.mkdir(parents=True)
-    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": str(dtype).removeprefix("torch.")}
+    config = model.config.to_dict() | {
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     tensors = {name: t.detach().to(dtype).contiguous() for name, t in model.state_dict().items()}
     if model.config.tie_word_embeddings:

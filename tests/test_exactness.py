@@ -47,8 +47,7 @@ def per_layer(method: str):
     """A direction of its own for every stream, and none for the first, as extraction gives."""
     generator = torch.Generator().manual_seed(9)
     bases = [
-        torch.linalg.qr(torch.randn(WIDTH, 3, generator=generator, dtype=torch.float64))[0].T
-        for _ in range(LAYERS + 1)
+        torch.linalg.qr(torch.randn(WIDTH, 3, generator=generator, dtype=torch.float64))[0].T for _ in range(LAYERS + 1)
     ]
     return lambda stream: MAPS[method](bases[stream]) if stream else None
 

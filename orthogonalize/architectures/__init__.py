@@ -76,6 +76,11 @@ class Head(_Data):
     norm: Norm
     tied_flag: str
 
+    @property
+    def reads(self) -> tuple[Read, ...]:
+        """The head as a reader of the stream."""
+        return (Read(weight=self.weight, axis=self.axis),)
+
 
 class Architecture(_Data):
     """One family, as its TOML file describes it."""

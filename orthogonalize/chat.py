@@ -1,0 +1,69 @@
+"""From an instruction to token ids: the chat template is rendered once and tokenised once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import OrthogonalizeError
+
+# Different in every token, so that what the renderings share at the end is the template's own.
+_PROBES = ("Name a colour", "7 + 5 =", "Why?", "translate: bonjour\nto English")
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How instructions are put to a model.
+
+    `system` is an optional system prompt, `arguments` are passed to the chat template (such as
+    `enable_thinking`); `templated=False` sends the bare text, with the tokenizer's special tokens.
+    """
+
+    tokenizer: Any
+    system: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    templated: bool = True
+
+    def __post_init__(self) -> None:
+        if self.templated and not self.tokenizer.chat_template:
+            raise OrthogonalizeError("the model has no chat template; --no-chat-template sends the bare prompts")
+
+    def encode(self, instruction: str) -> list[int]:
+        """Token ids of the whole prompt, up to where the model's answer begins.
+
+        The template's text is tokenised without adding special tokens again, so a BOS that the
+        template writes is never doubled.
+        """
+        if not self.templated:
+            return list(self.tokenizer(instruction)["input_ids"])
+        messages = [{"role": "user", "content": instruction}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.arguments
+        )
+        return list(ids)
+
+    def encode_all(self, instructions: Sequence[str]) -> list[list[int]]:
+        """`encode` for many."""
+        return [self.encode(instruction) for instruction in instructions]
+
+    def post_instruction_tokens(self) -> list[int]:
+        """The ids that the template appends after the instruction, found by rendering.
+
+        Without a template, the last token of a prompt is the only such position; [] stands for it.
+        """
+        if not self.templated:
+            return []
+        rendered = self.encode_all(_PROBES)
+        shared: list[int] = []
+        for column in zip(*(reversed(ids) for ids in rendered), strict=False):
+            if len(set(column)) > 1:
+                break
+            shared.insert(0, column[0])
+        return shared
+
+    def positions(self) -> list[int]:
+        """Post-instruction positions, counted from the end: [-5, …, -1]; at least the last token."""
+        return list(range(-max(1, len(self.post_instruction_tokens())), 0))

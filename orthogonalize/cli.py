@@ -1,0 +1,325 @@
+"""The command line: each command a thin layer over the function of the same name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from . import progress
+from .errors import OrthogonalizeError
+
+console = Console()
+
+
+class Commands(click.Group):
+    """Turns what a user can mend into one line and exit status 1, and Ctrl-C into 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OrthogonalizeError as error:
+            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            ctx.exit(1)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted: nothing was left half-written", err=True)
+            ctx.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["extract", "edit", "eval", "push", "verify", "demo"]
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="orthogonalize")
+@click.option("--quiet", "-q", is_flag=True, help="No progress bars or notes.")
+def main(quiet: bool) -> None:
+    """Edit a concept out of, or into, a language model's weights, and prove it.
+
+    The usual road is extract, edit, eval, push. MODEL is a checkpoint folder, a Hub id or a .gguf
+    file. A prompt source is a .txt, .json, .jsonl, .csv or .parquet file, or a Hub dataset.
+    """
+    progress.show(not quiet)
+    _quieten_libraries()
+
+
+def _quieten_libraries() -> None:
+    """Our bars say what happens; the libraries' own would tear them."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _path(**options: Any) -> click.Path:
+    return click.Path(path_type=Path, **options)
+
+
+def _together(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+out_option = _together(
+    click.option("--out", type=_path(), required=True, help="Folder to make; it appears only when complete."),
+    click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
+)
+revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
+device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+
+
+def _words(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def _template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise OrthogonalizeError(f"--template-argument {pair!r} is not of the form name=value")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return arguments
+
+
+def _tokens(text: str | None) -> list[int | str] | None:
+    """Behaviour tokens: numbers are ids, all else is text; commas separate."""
+    return [int(w) if w.isdecimal() else w for w in _words(text)] or None
+
+
+@main.command()
+@click.argument("model")
+@out_option
+@click.option("--concept", help="A named contrast: cooking (the demo's) or refusal.")
+@click.option("--positive", metavar="P", help="Prompts that show the concept.")
+@click.option("--negative", metavar="P", help="Prompts that do not.")
+@click.option("--column", help="Column or key of the prompts' text.")
+@click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset.")
+@click.option("--methods", default="dim,inlp", show_default=True, help="dim (diff-in-means), inlp.")
+@click.option("--engine", type=click.Choice(["hf"]), default="hf", show_default=True, help="What reads activations.")
+@click.option("--train", default=128, show_default=True, help="Prompts a side to find directions with.")
+@click.option("--val", default=32, show_default=True, help="Prompts a side to select with.")
+@click.option("--test", default=100, show_default=True, help="Prompts a side kept for eval.")
+@click.option("--trials", default=32, show_default=True, help="Whole edits to try; 0 skips the search.")
+@click.option("--behaviour-tokens", metavar="T,T", help="First tokens of the behaviour; learnt by default.")
+@click.option("--no-filter", is_flag=True, help="Keep prompts on which the model does not behave as expected.")
+@click.option("--system", help="System prompt.")
+@click.option("--template-argument", multiple=True, metavar="NAME=VALUE", help="Passed to the chat template.")
+@click.option("--no-chat-template", is_flag=True, help="Send the bare prompts.")
+@click.option("--max-rank", default=20, show_default=True, help="Most INLP directions.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="By default chosen by device.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
+@revision_option
+@device_option
+def extract(
+    model: str,
+    out: Path,
+    force: bool,
+    concept: str | None,
+    positive: str | None,
+    negative: str | None,
+    column: str | None,
+    hub_split: str,
+    methods: str,
+    engine: str,
+    behaviour_tokens: str | None,
+    no_filter: bool,
+    template_argument: tuple[str, ...],
+    no_chat_template: bool,
+    dtype: str | None,
+    revision: str | None,
+    **others: Any,
+) -> None:
+    """Find where MODEL represents a contrast, and which edit removes it at the least cost."""
+    import torch
+
+    from .extraction import Settings
+    from .extraction import extract as run_extract
+
+    settings = Settings(
+        methods=tuple(_words(methods)),
+        behaviour_tokens=_tokens(behaviour_tokens),
+        filtered=not no_filter,
+        template_arguments=_template_arguments(template_argument),
+        chat_template=not no_chat_template,
+        dtype=getattr(torch, dtype) if dtype else None,
+        **others,
+    )
+    run = run_extract(
+        model,
+        out,
+        concept=concept,
+        positive=positive,
+        negative=negative,
+        column=column,
+        hub_split=hub_split,
+        revision=revision,
+        settings=settings,
+        force=force,
+    )
+    _show_run(run)
+    console.print(f"run: {out}")
+
+
+def _show_run(run: Any) -> None:
+    table = Table(title="best directions (edited out at their own layer)")
+    for name in ("method", "position", "layer", "bypass", "induce", "KL", "filters"):
+        table.add_column(name, justify="left" if name in ("method", "filters") else "right")
+    for method in run.info.methods:
+        for c in [c for c in run.candidates if c.method == method][:3]:
+            numbers = (f"{c.bypass:.2f}", f"{c.induce:.2f}", f"{c.kl:.3f}")
+            table.add_row(method, str(c.position), str(c.layer), *numbers, ", ".join(c.failed) or "passes")
+    console.print(table)
+    if run.trials:
+        table = Table(title="best edits tried")
+        for name in ("edit", "still shows it", "harm"):
+            table.add_column(name)
+        for trial in run.trials[:4]:
+            left = trial.left if trial.confirmed is None else trial.confirmed
+            table.add_row(trial.choice.describe(), f"{100 * left:.1f}%", f"{100 * trial.harm:+.1f}%")
+        console.print(table)
+
+
+@main.command()
+@click.argument("model")
+@out_option
+@click.option("--run", type=_path(), help="A run folder made by extract.")
+@click.option("--direction", type=_path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt.")
+@click.option("--recipe", type=_path(), metavar="FILE", help="An orthogonalize.json: rebuild that edit.")
+@click.option("--method", type=click.Choice(["ablate", "nullspace", "reflect", "actadd"]), help="Default: the run's.")
+@click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 or from:12.")
+@click.option("--strength", type=float, help="Scales the edit; 1 removes all of the direction.")
+@click.option("--per-layer/--shared", default=None, help="Each site along its own layer's direction, or all along one.")
+@click.option("--position", type=int, help="Token position of the direction, from the end: -1, -2, …")
+@click.option("--layer", type=int, help="Layer of the direction.")
+@click.option("--rank", type=click.IntRange(min=1), help="Use the first K directions of an INLP basis.")
+@click.option("--alpha", type=float, help="For reflect: 1 projects, 2 mirrors (default).")
+@click.option("--coefficient", type=float, help="For actadd: length added; default the mean difference's.")
+@revision_option
+def edit(model: str, out: Path, **options: Any) -> None:
+    """Write a copy of MODEL with a direction edited out of (or into) its weights."""
+    from .editing import edit as run_edit
+
+    recipe = run_edit(model, out, **options)
+    console.print(
+        f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
+        f"checkpoint: {out}"
+    )
+
+
+@main.command("eval")
+@click.argument("checkpoint", type=_path())
+@click.option("--base", required=True, metavar="MODEL", help="The model that was edited.")
+@click.option("--run", type=_path(), required=True, help="The run whose test prompts are used.")
+@out_option
+@click.option("--suite", default="refusal,loss", show_default=True, help="What to measure.")
+@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Most prompts a side.")
+@revision_option
+@device_option
+def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, **options: Any) -> None:
+    """Measure base and edited side by side: behaviour, over-refusal, and what the edit cost."""
+    from .evaluation import evaluate
+
+    report = evaluate(checkpoint, base, run, out, suites=_words(suite), **options)  # type: ignore[arg-type]
+    _show_report(report)
+    console.print(f"report: {out / 'report.html'}")
+
+
+def _show_report(report: Any) -> None:
+    from .webpage import summary_rows
+
+    table = Table(title=f"base against edited ({report.engine_version})")
+    for name in ("measure", "base", "edited", "change"):
+        table.add_column(name)
+    for row in summary_rows(report):
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+
+
+@main.command()
+@click.argument("checkpoint", type=_path())
+@click.argument("repository", metavar="OWNER/NAME")
+@click.option("--public", is_flag=True, help="Make the repository public; by default it is private.")
+@click.option("--report", type=_path(), metavar="DIR", help="A folder made by eval, for the card.")
+def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -> None:
+    """Upload an edited CHECKPOINT with its card to the Hub."""
+    from .hub import push as run_push
+
+    console.print(run_push(checkpoint, repository, public=public, report=report))
+
+
+@main.command()
+@click.argument("checkpoint", type=_path())
+@click.option("--base", metavar="MODEL", help="The model that was edited; by default the recipe's.")
+@click.option("--no-logits", is_flag=True, help="Compare bytes only.")
+@device_option
+def verify(checkpoint: Path, base: str | None, no_logits: bool, device: str) -> None:
+    """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights."""
+    from .verification import verify as run_verify
+
+    audit = run_verify(checkpoint, base, device=device, logits=not no_logits)
+    _show_audit(audit)
+    if audit.verification is not None and not audit.verification.passed:
+        sys.exit(1)
+
+
+def _show_audit(audit: Any) -> None:
+    table = Table(title="against the base", show_header=False)
+    table.add_row("tensors changed", str(len(audit.changed)))
+    table.add_row("tensors added", ", ".join(audit.added[:3]) + (" …" if len(audit.added) > 3 else "") or "none")
+    table.add_row("tensors missing", ", ".join(audit.missing) or "none")
+    table.add_row("tensors byte for byte the same", str(audit.same))
+    table.add_row("configuration", ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in audit.config.items()) or "same")
+    table.add_row("other files that differ", ", ".join(audit.side_files) or "none")
+    proof = audit.verification
+    if proof is not None:
+        table.add_section()
+        table.add_row("recipe gives the stored bytes", "yes" if proof.rebuilt else "NO")
+        if proof.hooks_gap is not None:
+            table.add_row("hooks = weights, before rounding", f"largest difference of a logit {proof.hooks_gap:.2e}")
+            table.add_row("hooks against the stored weights", f"{proof.stored_gap:.2e}")
+        if proof.renormalised_gap is not None:
+            table.add_row("hooks that rescale the stream", f"{proof.renormalised_gap:.2e} (a positive factor a token)")
+        table.add_row("not explained by the recipe", ", ".join(proof.unexpected_changes) or "nothing")
+        table.add_row("verdict", "[green]verified[/]" if proof.passed else "[red]NOT verified[/]")
+    console.print(table)
+
+
+@main.command()
+@click.option("--out", type=_path(), default=Path("demo"), show_default=True, help="Folder for all that it makes.")
+@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
+@click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
+def demo(out: Path, engine: Any, force: bool) -> None:
+    """All of it on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""
+    from .demo import demo as run_demo
+
+    result = run_demo(out, engine=engine, force=force)
+    console.print(f"edit: {result.recipe.choice.describe()}")
+    console.print(f"hooks = weights: largest difference of a logit {result.verification.hooks_gap:.1e}")
+    _show_report(result.report)
+    console.print(f"model card: {out / 'edited' / 'README.md'}")
+    console.print(f"report: {result.page}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""`demo`: the whole road on the embedded model, whose planted refusal of cooking is taken out again."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .card import write_card
+from .editing import edit
+from .embedded import planted_model
+from .engines import EngineName
+from .errors import OrthogonalizeError
+from .evaluation import evaluate
+from .extraction import Settings, extract
+from .outputs import check_free
+from .progress import note
+from .recipe import Recipe, Verification, load_recipe
+from .report import Report
+from .verification import verify
+
+# Sized so that all of it takes a few minutes on two cores.
+SETTINGS = Settings(methods=("dim",), train=128, val=16, test=100, scored=8, trials=28)
+PARTS = ("run", "edited", "report.json", "report.html")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made."""
+
+    recipe: Recipe
+    verification: Verification
+    report: Report
+    page: Path
+
+
+def demo(out: Path | str, *, engine: EngineName = "vllm", force: bool = False) -> DemoResult:
+    """Extract, select, edit, verify and evaluate on the embedded model; everything lands in `out`.
+
+    `out/run` is the run, `out/edited` the checkpoint with its card, `out/report.html` the report.
+
+    Raises:
+        OrthogonalizeError: `out` exists without `force`, or a step cannot work here.
+    """
+    out = Path(out)
+    if out.exists():
+        foreign = [p.name for p in out.iterdir() if p.name not in PARTS] if out.is_dir() else [out.name]
+        if foreign or not force:
+            check_free(out)
+    base = str(planted_model())
+    note(f"base model: {base}")
+    for part in PARTS[:2]:
+        shutil.rmtree(out / part, ignore_errors=True)
+    extract(base, out / "run", concept="cooking", settings=SETTINGS)
+    recipe = edit(base, out / "edited", run=out / "run")
+    verified = verify(out / "edited", base).verification
+    if verified is None or not verified.passed:
+        raise OrthogonalizeError(f"the edited checkpoint did not verify: {verified}")
+    report = evaluate(out / "edited", base, out / "run", out / ".report", engine=engine, force=True)
+    for name in PARTS[2:]:
+        shutil.move(out / ".report" / name, out / name)
+    shutil.rmtree(out / ".report")
+    write_card(out / "edited", load_recipe(out / "edited"), report=report)
+    return DemoResult(recipe, verified, report, out / "report.html")

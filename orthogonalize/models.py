@@ -1,0 +1,147 @@
+"""Finding a model (folder, Hub id or .gguf file) and loading it with transformers."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import open_checkpoint
+from .errors import OrthogonalizeError
+from .outputs import complete_folder
+
+# What a checkpoint needs; copies of the weights in other formats stay on the Hub.
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $ORTHOGONALIZE_CACHE, else the user's cache folder."""
+    named = os.environ.get("ORTHOGONALIZE_CACHE")
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(root) / "orthogonalize"
+
+
+def convert_gguf(file: Path, out: Path) -> Path:
+    """Dequantise a .gguf file into a bfloat16 safetensors folder with tokenizer and chat template.
+
+    Raises:
+        OrthogonalizeError: transformers cannot read the file.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        raise OrthogonalizeError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
+    with complete_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return out
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def find_model(model: str, revision: str | None = None) -> Path:
+    """The local folder of `model`: itself, a converted .gguf file, or a download from the Hub.
+
+    Raises:
+        OrthogonalizeError: there is no such model, or it is no sound safetensors checkpoint.
+    """
+    path = Path(model)
+    if path.is_dir():
+        folder = path
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise OrthogonalizeError(f"no such file: {model}")
+        stat = path.stat()
+        folder = cache_folder() / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
+        if not folder.exists():
+            convert_gguf(path, folder)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        folder = _download(model, revision)
+    else:
+        raise OrthogonalizeError(f"no such model: {model!r} is neither a folder, a .gguf file nor a Hub id owner/name")
+    open_checkpoint(folder)
+    return folder
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
+    except GatedRepoError as error:
+        raise OrthogonalizeError(f"{model} is gated: accept its terms on the Hub and log in (hf auth login)") from error
+    except RepositoryNotFoundError as error:
+        raise OrthogonalizeError(
+            f"no such model: {model!r} is neither a folder here nor on the Hub (a private one needs hf auth login)"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise OrthogonalizeError(
+            f"no such folder here, and the Hub did not answer for {model!r}: {first_line(error)}"
+        ) from error
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """`auto` is the first GPU where there is one, else the CPU."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(device: torch.device, stored: Any) -> torch.dtype:
+    """The dtype to run in: as stored on a GPU; on a CPU bfloat16 only where it has instructions for it."""
+    dtype = getattr(torch, str(stored).removeprefix("torch."), torch.float32)
+    if device.type != "cpu":
+        return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast and dtype == torch.bfloat16 else torch.float32
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise OrthogonalizeError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
+
+
+def load_model(
+    folder: Path, device: str = "auto", dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The transformers model of a checkpoint folder, in evaluation mode.
+
+    `dtype` None chooses by device (see `choose_dtype`). Code in the folder is only run with
+    `trust_remote_code`.
+
+    Raises:
+        OrthogonalizeError: transformers does not know the model or cannot load it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    place = choose_device(device)
+    config = open_checkpoint(folder).config
+    if config.get("auto_map") and not trust_remote_code:
+        raise OrthogonalizeError(f"{folder} wants to run its own code; --trust-remote-code allows that")
+    chosen = dtype or choose_dtype(place, config.get("dtype") or config.get("torch_dtype"))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
+    return model.to(place).eval()

@@ -1,0 +1,55 @@
+"""Intervals and paired tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import binomtest
+from scipy.stats import bootstrap as scipy_bootstrap
+
+
+def proportion_interval(count: int, n: int) -> tuple[float, float]:
+    """Wilson's 95% interval of `count` out of `n`."""
+    interval = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """Exact two-sided McNemar p-value of paired yes/no outcomes; 1 where none changed."""
+    lost = sum(a and not b for a, b in zip(before, after, strict=True))
+    gained = sum(b and not a for a, b in zip(before, after, strict=True))
+    return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+
+
+def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int = 0) -> tuple[float, float]:
+    if len(columns[0]) < 2:
+        return float("nan"), float("nan")
+    result = scipy_bootstrap(
+        tuple(np.asarray(c, dtype=float) for c in columns),
+        statistic,
+        paired=True,
+        vectorized=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _per_token(losses: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.asarray(losses.sum(axis=axis) / tokens.sum(axis=axis))
+
+
+def _increase(base: np.ndarray, edited: np.ndarray, axis: int = -1) -> np.ndarray:
+    return np.asarray(edited.sum(axis=axis) / base.sum(axis=axis) - 1)
+
+
+def loss_interval(losses: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    """95% bootstrap interval, over texts, of the loss a token."""
+    return _interval((losses, [float(t) for t in tokens]), _per_token)
+
+
+def increase_interval(base: Sequence[float], edited: Sequence[float]) -> tuple[float, float]:
+    """95% bootstrap interval, over texts, of the relative increase of the summed loss."""
+    return _interval((base, edited), _increase)

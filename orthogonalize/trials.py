@@ -1,0 +1,156 @@
+"""Trying whole edits with hooks: how much of the behaviour is left, and what the edit costs.
+
+Scores at one layer rank directions; they do not say which scope and strength remove a behaviour at
+the least cost. So edits are tried on val prompts and refined from the best, one setting at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from .choices import Choice, intervention_from_directions
+from .directions import Directions
+from .hooks import intervened
+from .interventions import Method
+from .progress import track
+from .scopes import parse_scope
+from .scores import behaviour_score, completion_loss, first_token_probabilities
+from .selection import Candidate, layer_ranking
+
+# A trial removes the behaviour if at most this share of positive val prompts still begins with it.
+LEFT = 0.02
+
+
+class Trial(BaseModel):
+    """One edit tried on val prompts.
+
+    `left`: share of positive prompts whose behaviour score is still above 0. `score`: their mean
+    behaviour score (log-odds). `harm`: relative increase of the cross-entropy of the base model's
+    own answers to negative prompts (0.1 is 10%). `confirmed`: share of positive prompts whose
+    generated answer still shows the behaviour, where that was checked.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choice: Choice
+    left: float
+    score: float
+    harm: float
+    confirmed: float | None = None
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Sorts the best first: enough removed, then least harm; else least left."""
+        return (0.0, self.harm) if self.left <= LEFT else (self.left, self.score)
+
+
+@dataclass
+class Trials:
+    """What edits are tried on: val prompts as token ids, and the base's answers to the negative ones."""
+
+    model: Any
+    directions: Directions
+    ranked: Sequence[Candidate]
+    tokens: Sequence[int]
+    positive: Sequence[Sequence[int]]
+    negative: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+
+    def __post_init__(self) -> None:
+        self.base_loss = completion_loss(self.model, self.negative, self.answers)
+        self.tried: dict[Choice, Trial] = {}
+
+    def run(self, choice: Choice) -> Trial:
+        """Try one edit (once)."""
+        if choice not in self.tried:
+            ranking = layer_ranking(self.ranked, "dim")
+            with intervened(self.model, intervention_from_directions(choice, self.directions, ranking)):
+                probabilities = first_token_probabilities(self.model, self.positive)
+                loss = completion_loss(self.model, self.negative, self.answers)
+            scores = behaviour_score(probabilities, self.tokens)
+            self.tried[choice] = Trial(
+                choice=choice,
+                left=(scores > 0).double().mean().item(),
+                score=scores.mean().item(),
+                harm=loss / self.base_loss - 1,
+            )
+        return self.tried[choice]
+
+    def search(self, budget: int, methods: Iterable[Method] = ("ablate",)) -> list[Trial]:
+        """Try up to `budget` edits and return all of them, best first."""
+        starts = [choice for method in methods for choice in self._starts(method)][: max(1, budget // 2)]
+        with track("trying edits", budget, "edits") as advance:
+            for choice in starts:
+                self.run(choice)
+                advance(1)
+            self._refine(budget, advance)
+        return sorted(self.tried.values(), key=lambda t: t.order)
+
+    def _starts(self, method: Method) -> list[Choice]:
+        """Shared and per-layer directions of the best candidates, over several spans of layers."""
+        count = self.directions.layer_count
+        good = [c for c in self.ranked if c.method == "dim" and not c.failed] or list(self.ranked)
+        positions = list(dict.fromkeys(c.position for c in good))[:3]
+        sources = {c.layer: c for c in reversed(good[:20])}
+        shared = sorted(sources.values(), key=good.index)[:3]
+        spans = [(0, count - 1), (count // 10, count * 4 // 5), (count // 3, count * 4 // 5), (count // 2, count - 1)]
+        choices: list[Choice] = []
+        for first, last in spans:
+            scope = f"layers:{first}-{last}"
+            choices += [Choice(method=method, scope=scope, position=p, per_layer=True) for p in positions]
+            choices += [Choice(method=method, scope=scope, position=c.position, layer=c.layer) for c in shared]
+        choices += [Choice(method=method, scope="all", position=c.position, layer=c.layer) for c in shared[:1]]
+        return choices
+
+    def _refine(self, budget: int, advance: Callable[[int], None]) -> None:
+        """Coordinate descent from the best trials, over span, strength, position and source layer."""
+        step = max(1, self.directions.layer_count // 6)
+        while len(self.tried) < budget:
+            best = min(self.tried.values(), key=lambda t: t.order)
+            fresh = [c for c in self._neighbours(best.choice, step) if c not in self.tried]
+            if not fresh and step == 1:
+                runner_up = sorted(self.tried.values(), key=lambda t: t.order)[1:4]
+                fresh = [c for t in runner_up for c in self._neighbours(t.choice, step) if c not in self.tried]
+                if not fresh:
+                    return
+            if not fresh:
+                step = max(1, step // 2)
+                continue
+            for choice in fresh:
+                if len(self.tried) >= budget:
+                    return
+                trial = self.run(choice)
+                advance(1)
+                if trial.order < best.order:
+                    break  # go on from there
+
+    def _neighbours(self, choice: Choice, step: int) -> list[Choice]:
+        count = self.directions.layer_count
+        near: list[Choice] = []
+        scope = parse_scope(choice.scope)
+        if scope.kind == "layers":
+            first, last = scope.layers[0], scope.layers[-1]
+            spans = [(first + step, last), (first, last - step), (first - step, last), (first, last + step)]
+            near += [
+                choice.model_copy(update={"scope": f"layers:{a}-{b}" if a < b else f"layers:{a}"})
+                for a, b in spans
+                if 0 <= a <= b < count
+            ]
+        near += [
+            choice.model_copy(update={"strength": round(choice.strength + change, 2)})
+            for change in (-0.2, 0.2, -0.1, 0.1)
+            if 0.2 <= choice.strength + change <= 1.6
+        ]
+        positions = self.directions.positions
+        near += [choice.model_copy(update={"position": p}) for p in positions if abs(p - (choice.position or 0)) == 1]
+        if choice.layer is not None and not choice.per_layer:
+            near += [
+                choice.model_copy(update={"layer": choice.layer + change})
+                for change in (-1, 1)
+                if 1 <= choice.layer + change < count
+            ]
+        return near

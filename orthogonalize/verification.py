@@ -1,0 +1,175 @@
+"""`verify`: what differs between a checkpoint and its base, and whether hooks and weights agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bake import Bake, bake
+from .checkpoint import RECIPE, Checkpoint, open_checkpoint
+from .errors import OrthogonalizeError
+from .hooks import intervened
+from .models import find_model, load_model
+from .progress import track
+from .recipe import Recipe, Verification, load_recipe
+
+TOLERANCE = 1e-3  # largest difference of a logit that float32 arithmetic explains
+
+
+@dataclass
+class Audit:
+    """Every difference of two checkpoints, by tensor name; `change` is `|W' - W| / |W|`."""
+
+    changed: dict[str, float] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    same: int = 0
+    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    side_files: list[str] = field(default_factory=list)
+    verification: Verification | None = None
+
+
+def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
+    """Compare tensors (one at a time), configuration and side files of two checkpoints."""
+    result = Audit()
+    mine, theirs = edited.tensors, base.tensors
+    result.added = sorted(mine.keys() - theirs.keys())
+    result.missing = sorted(theirs.keys() - mine.keys())
+    with track("comparing tensors", len(mine.keys() & theirs.keys()), "tensors") as advance:
+        for name in sorted(mine.keys() & theirs.keys()):
+            if (mine[name].dtype, mine[name].shape) != (theirs[name].dtype, theirs[name].shape):
+                result.changed[name] = float("inf")
+            elif _same_bytes(edited, base, name):
+                result.same += 1
+            else:
+                old = base.read(name).double()
+                result.changed[name] = ((edited.read(name).double() - old).norm() / old.norm()).item()
+            advance(1)
+    for key in sorted(edited.config.keys() | base.config.keys()):
+        pair = (base.config.get(key), edited.config.get(key))
+        if pair[0] != pair[1]:
+            result.config[key] = pair
+    sides = {str(f) for f in base.side_files()}
+    result.side_files = sorted(
+        name
+        for name in sides | {str(f) for f in edited.side_files()}
+        if not _same_file(edited.path / name, base.path / name)
+    )
+    return result
+
+
+def _same_bytes(edited: Checkpoint, base: Checkpoint, name: str) -> bool:
+    pairs = zip(edited.file_of(name).chunks(name), base.file_of(name).chunks(name), strict=True)
+    return all(a == b for a, b in pairs)
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()
+
+
+def _rebuilds(edited: Checkpoint, plan: Bake) -> bool:
+    """Whether the recipe's plan gives, tensor by tensor, the bytes that are stored."""
+    names = sorted(plan.edits.keys() | plan.additions.keys())
+    with track("rebuilding from the recipe", len(names), "tensors") as advance:
+        for name in names:
+            if name not in edited.tensors or not torch.equal(plan.edited(name), edited.read(name)):
+                return False
+            advance(1)
+    return True
+
+
+def _probe_ids(model: Any) -> torch.Tensor:
+    """Fixed random token ids, [4, 48]: they reach every row of the embedding alike."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.vocab_size, (4, 48), generator=generator)
+
+
+@torch.inference_mode()
+def _logits(model: Any) -> torch.Tensor:
+    ids = _probe_ids(model).to(model.device)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float().cpu()
+    if not torch.isfinite(logits).all():
+        raise OrthogonalizeError("the model's logits hold NaN or infinite values; the checkpoint is damaged")
+    return logits
+
+
+def _set_unrounded(model: Any, plan: Bake) -> None:
+    """Replace the stored (rounded) weights of the edited model by the edit before rounding."""
+    parameters = dict(model.named_parameters())
+    for name, edit in plan.edits.items():
+        addition = plan.additions.get(name)
+        original = addition.make() if addition else plan.source.read(name)
+        parameters[name].data.copy_(edit.exact(original))
+
+
+def _gaps(edited: Path, base: Path, recipe: Recipe, plan: Bake, device: str) -> dict[str, float | None]:
+    intervention = recipe.intervention()
+    with track("hooks against weights", 3, "models") as advance:
+        model = load_model(base, device, torch.float32)
+        with intervened(model, intervention, renormalise=False):
+            hooked = _logits(model)
+        renormalised = None
+        if intervention.reads:
+            with intervened(model, intervention):
+                renormalised = _logits(model)
+        advance(1)
+        model = load_model(edited, device, torch.float32)
+        stored = _logits(model)
+        advance(1)
+        _set_unrounded(model, plan)
+        exact = _logits(model)
+        advance(1)
+    return {
+        "hooks_gap": (hooked - exact).abs().max().item(),
+        "stored_gap": (hooked - stored).abs().max().item(),
+        "renormalised_gap": None if renormalised is None else (renormalised - exact).abs().max().item(),
+    }
+
+
+def verify(
+    checkpoint: Path | str, base: str | None = None, *, device: str = "auto", logits: bool = True, record: bool = True
+) -> Audit:
+    """Audit the difference of `checkpoint` and `base`; where a recipe is present, prove hooks = weights.
+
+    With a recipe: the edit is recomputed and compared byte for byte, and the logits of the hooked base
+    are compared, in float32, with those of the edit before rounding and of the checkpoint as stored. The
+    result is written into the recipe unless `record` is False; `logits=False` compares bytes only.
+
+    Raises:
+        OrthogonalizeError: not a checkpoint, no base known, or a base that is not the recipe's.
+    """
+    folder = Path(checkpoint)
+    edited = open_checkpoint(folder)
+    recipe = load_recipe(folder) if (folder / RECIPE).is_file() else None
+    if base is None and recipe is None:
+        raise OrthogonalizeError(f"{folder} has no recipe, so its base is not known; give --base")
+    revision = recipe.base.revision if recipe and not base else None
+    source = open_checkpoint(find_model(base or (recipe.base.model if recipe else ""), revision))
+    result = audit(edited, source)
+    if recipe is None:
+        return result
+    with track("fingerprint of the base", source.weight_bytes, "bytes") as advance:
+        if source.fingerprint(advance) != recipe.base.weights:
+            raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
+    plan = bake(source, recipe.intervention())
+    gaps = _gaps(folder, source.path, recipe, plan, device) if logits else {"hooks_gap": None, "stored_gap": None}
+    expected = plan.edits.keys() | plan.additions.keys()
+    changes = [*result.changed, *result.added, *result.missing]
+    unexpected = sorted({*changes} - expected) + result.side_files
+    unexpected += [f"config.json: {key}" for key in result.config if key not in plan.config_changes]
+    rebuilt = _rebuilds(edited, plan)
+    gap = gaps["hooks_gap"]
+    result.verification = Verification(
+        rebuilt=rebuilt,
+        unexpected_changes=unexpected,
+        tolerance=TOLERANCE,
+        passed=rebuilt and not unexpected and (gap is None or gap <= TOLERANCE),
+        **gaps,
+    )
+    if record:
+        recipe.verification = result.verification
+        recipe.save(folder)
+    return result
