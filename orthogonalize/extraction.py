@@ -127,6 +127,9 @@ class _Extraction:
                 self.model, self.chat.encode_all([self.prompts[i].text for i in used])
             )
             advance(1)
+        if not torch.isfinite(probabilities).all():
+            mean_activations(self.model, self.ids("positive", "train"), 1)  # names the layer, where it is one
+            raise OrthogonalizeError("the model's outputs hold NaN or infinite values; the checkpoint is damaged")
         sides = [self.prompts[i].side for i in used]
         if self.settings.behaviour_tokens:
             tokens = [self._token(t) for t in self.settings.behaviour_tokens]

@@ -6,6 +6,7 @@ every fit is done in coordinates of that span: the same solution, in n instead o
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,7 @@ def inlp(
     Raises:
         OrthogonalizeError: fewer than 4 samples on a side, or samples that are not finite.
     """
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     samples = torch.cat([positive, negative]).to(torch.float64)
@@ -84,7 +86,10 @@ def inlp(
     accuracies: list[float] = []
     while len(found) < min(max_rank, len(frame)):
         classifier = LogisticRegression(C=C, solver="newton-cholesky", tol=1e-8, max_iter=200)
-        classifier.fit(coordinates[fit].numpy(), labels[fit])
+        with warnings.catch_warnings():
+            # Where the data leave the Newton step undefined, scikit-learn says so and uses LBFGS.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            classifier.fit(coordinates[fit].numpy(), labels[fit])
         accuracy = float(classifier.score(coordinates[held].numpy(), labels[held]))
         weight = torch.from_numpy(classifier.coef_[0])
         basis = orthonormal(torch.stack([*found, weight]))

@@ -97,7 +97,7 @@ class Trials:
         positions = list(dict.fromkeys(c.position for c in good))[:3]
         sources = {c.layer: c for c in reversed(good[:20])}
         shared = sorted(sources.values(), key=good.index)[:3]
-        spans = [(0, count - 1), (count // 10, count * 4 // 5), (count // 3, count * 4 // 5), (count // 2, count - 1)]
+        spans = [(count // 2, count - 1), (count // 3, count * 4 // 5), (count // 10, count * 4 // 5), (0, count - 1)]
         choices: list[Choice] = []
         for first, last in spans:
             scope = f"layers:{first}-{last}"

@@ -106,3 +106,51 @@ def basis() -> torch.Tensor:
     """Three orthonormal directions of the tiny models' stream."""
     q, _ = torch.linalg.qr(torch.randn(WIDTH, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64))
     return q.T.contiguous()
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [end] {% endfor %}"
+    "{% if add_generation_prompt %}[answer] :{% endif %}"
+)
+WORDS = "colour = Why? English how do i bake roast fry a the paint wash fold cake pie soup wall car shirt please today now sorry sure".split()
+
+
+def tiny_tokenizer(template: str | None = TEMPLATE):
+    """A word tokenizer that, like many real ones, puts a BOS before everything it is given."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<unk>", "<s>", "</s>", "[user]", "[system]", "[end]", "[answer]", ":"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = template
+    return fast
+
+
+@pytest.fixture
+def chat_model(tmp_path) -> Path:
+    """A tiny random Llama with a tokenizer and a chat template, float32."""
+    folder = store(tiny_llama(tie_word_embeddings=True), tmp_path / "chat-model", torch.float32)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def bake_prompts(count: int = 24) -> tuple[list[str], list[str]]:
+    """Two sets of prompts that differ in one thing: baking against housework."""
+    positive = [
+        f"how do i {v} a {n} {w}"
+        for v in ("bake", "roast", "fry")
+        for n in ("cake", "pie", "soup")
+        for w in WORDS[-6:-2]
+    ]
+    negative = [
+        f"how do i {v} a {n} {w}"
+        for v in ("paint", "wash", "fold")
+        for n in ("wall", "car", "shirt")
+        for w in WORDS[-6:-2]
+    ]
+    return positive[:count], negative[:count]

@@ -1,0 +1,146 @@
+"""A loopback server that speaks the part of the Hub's HTTP API that an upload uses, and keeps what it gets."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class Repository:
+    private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class HubState:
+    token: str
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+
+
+def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args) -> None:
+            pass
+
+        def body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                data = b""
+                while size := int(self.rfile.readline().strip(), 16):
+                    data += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+                return data
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+        def reply(self, value, status: int = 200) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(status)
+            if status >= 400:
+                self.send_header("X-Error-Message", value["error"])
+                if status == 404:
+                    self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def handle_any(self) -> None:
+            path = self.path.split("?")[0]
+            state.requests.append(f"{self.command} {path}")
+            data = self.body()
+            if path.startswith("/blob/"):
+                state.blobs[path.removeprefix("/blob/")] = data
+                return self.reply({})
+            if self.headers.get("Authorization") != f"Bearer {state.token}":
+                return self.reply({"error": "Invalid credentials"}, 401)
+            return self.route(path, data)
+
+        do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
+
+        def route(self, path: str, data: bytes) -> None:
+            if path == "/api/repos/create":
+                wanted = json.loads(data)
+                name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
+                if name in state.repositories:
+                    return self.reply({"error": "exists", "url": self.url(name)}, 409)
+                private = wanted.get("private") or wanted.get("visibility") == "private"
+                state.repositories[name] = Repository(bool(private))
+                return self.reply({"url": self.url(name), "name": name, "id": name})
+            if path == "/api/validate-yaml":
+                return self.reply({"errors": [], "warnings": []})
+            found = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(/.*)?", path)
+            large = re.fullmatch(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path)
+            if large:
+                return self.reply({"transfer": "basic", "objects": self.large_files(json.loads(data))})
+            if not found or found[1] not in state.repositories:
+                return self.reply({"error": "Repository not found"}, 404)
+            return self.repository(found[1], found[2] or "", data)
+
+        def repository(self, name: str, action: str, data: bytes) -> None:
+            repository = state.repositories[name]
+            if action.startswith("/preupload/"):
+                wanted = json.loads(data)["files"]
+                return self.reply({"files": [self.upload_mode(f) for f in wanted]})
+            if action.startswith("/commit/"):
+                for line in data.decode().splitlines():
+                    entry = json.loads(line)
+                    if entry["key"] == "file":
+                        content = base64.b64decode(entry["value"]["content"])
+                        repository.files[entry["value"]["path"]] = content
+                    if entry["key"] == "lfsFile":
+                        repository.files[entry["value"]["path"]] = state.blobs[entry["value"]["oid"]]
+                oid = hashlib.sha1(data).hexdigest()
+                return self.reply({"success": True, "commitOid": oid, "commitUrl": f"{self.url(name)}/commit/{oid}"})
+            if action == "/settings":
+                wanted = json.loads(data)
+                if "private" in wanted or "visibility" in wanted:
+                    repository.private = wanted.get("private") or wanted.get("visibility") == "private"
+                return self.reply({})
+            return self.reply({"id": name, "modelId": name, "private": repository.private, "sha": "0" * 40,
+                               "siblings": [{"rfilename": f} for f in repository.files]})  # fmt: skip
+
+        def upload_mode(self, file: dict) -> dict:
+            mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
+            return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None}
+
+        def large_files(self, wanted: dict) -> list[dict]:
+            return [
+                {"oid": o["oid"], "size": o["size"], "authenticated": True,
+                 "actions": {"upload": {"href": f"{self.server_url()}/blob/{o['oid']}", "header": {}}}}
+                for o in wanted["objects"]
+            ]  # fmt: skip
+
+        def server_url(self) -> str:
+            return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+        def url(self, name: str) -> str:
+            return f"{self.server_url()}/{name}"
+
+    return Handler
+
+
+class Hub:
+    """The server, as a context manager."""
+
+    def __init__(self, token: str) -> None:
+        self.state = HubState(token)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self.state))
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> Hub:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()

@@ -1,0 +1,114 @@
+"""Theorems about the maps themselves, and what scopes mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.interventions import AffineMap, Site, block_sites, orthonormal, removal, shift
+from orthogonalize.scopes import chosen_layers, map_sites, parse_scope, removal_sites, shift_sites
+
+sizes = st.tuples(st.integers(2, 12), st.integers(1, 5), st.integers(0, 10_000))
+
+
+def random_basis(size):
+    d, k, seed = size
+    generator = torch.Generator().manual_seed(seed)
+    return orthonormal(torch.randn(min(k, d - 1), d, generator=generator, dtype=torch.float64))
+
+
+@settings(deadline=None)
+@given(sizes)
+def test_gram_schmidt_is_orthonormal_ordered_and_spans_the_same(size):
+    d, k, seed = size
+    vectors = torch.randn(k, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    basis = orthonormal(vectors)
+    assert torch.allclose(basis @ basis.T, torch.eye(len(basis), dtype=torch.float64), atol=1e-12)
+    assert len(basis) == min(k, d)
+    for count in range(1, len(basis) + 1):  # the first n span what the first n vectors span
+        rest = vectors[:count] - vectors[:count] @ basis[:count].T @ basis[:count]
+        assert rest.abs().max() < 1e-10
+
+
+def test_gram_schmidt_drops_dependent_and_zero_vectors():
+    a, b = torch.eye(4, dtype=torch.float64)[:2]
+    assert torch.equal(orthonormal(torch.stack([a, 2 * a, 0 * a, a + b])), torch.stack([a, b]))
+    assert orthonormal(torch.zeros(2, 4)).shape == (0, 4)
+
+
+@settings(deadline=None)
+@given(sizes)
+def test_removal_is_a_projection_and_a_double_one_a_mirror(size):
+    basis = random_basis(size)
+    h = torch.randn(7, basis.shape[1], dtype=torch.float64)
+    once = removal(basis)(h)
+    assert (once @ basis.T).abs().max() < 1e-12
+    assert torch.allclose(removal(basis)(once), once, atol=1e-12)
+    mirrored = removal(basis, 2.0)(h)
+    assert torch.allclose(removal(basis, 2.0)(mirrored), h, atol=1e-12)
+    assert torch.allclose(mirrored.norm(dim=-1), h.norm(dim=-1))
+    assert torch.allclose((h + mirrored) / 2, once, atol=1e-12)
+
+
+def test_batched_maps_act_on_each_row_alone():
+    bases = torch.stack([random_basis((6, 2, s)) for s in range(3)])
+    h = torch.randn(3, 5, 6, dtype=torch.float64)
+    together = removal(bases, 0.7)(h)
+    for i in range(3):
+        assert torch.allclose(together[i], removal(bases[i], 0.7)(h[i]), atol=1e-14)
+    shifts = torch.randn(3, 6, dtype=torch.float64)
+    assert torch.allclose(shift(shifts)(h), h + shifts[:, None])
+
+
+def test_a_map_of_unfitting_parts_is_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        AffineMap(torch.zeros(4, 1), torch.zeros(4, 2), torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    "text", ["all", "one", "top:50%", "top:12.5%", "layers:3,5-9", "layers:0", "upto:12", "from:0"]
+)
+def test_a_scope_prints_as_it_was_written(text):
+    assert str(parse_scope(text)) == text
+
+
+@pytest.mark.parametrize("text", ["", "every", "layers:", "layers:3-", "layers:5-3", "top:0%", "top:101%", "upto:-1"])
+def test_what_is_no_scope_is_refused(text):
+    with pytest.raises(OrthogonalizeError, match="scope"):
+        parse_scope(text)
+
+
+def test_scopes_name_the_sites_of_the_design():
+    assert removal_sites(parse_scope("all"), [0, 1]) == [Site("embed"), *block_sites([0, 1])]
+    assert chosen_layers(parse_scope("upto:2"), 4, None, None) == [0, 1]
+    assert chosen_layers(parse_scope("one"), 4, 2, None) == [2]
+    assert chosen_layers(parse_scope("top:50%"), 4, None, [3, 1, 2, 0]) == [1, 3]
+    assert chosen_layers(parse_scope("top:1%"), 4, None, [3, 1, 2, 0]) == [3]
+    reads = map_sites(parse_scope("from:3"), 4, lambda _: removal(torch.eye(4)[:1])).reads
+    assert list(map(str, reads)) == ["attn.3", "mlp.3", "head"]
+    shifted = shift_sites(parse_scope("layers:0,2"), 4, lambda _: torch.ones(4)).writes
+    assert list(map(str, shifted)) == ["embed", "mlp.1"]
+
+
+def test_each_site_uses_the_direction_of_the_stream_it_writes_into():
+    streams: list[int] = []
+
+    def remember(stream):
+        streams.append(stream)
+
+    map_sites(parse_scope("all"), 2, remember)
+    assert streams == [0, 1, 1, 2, 2]
+
+
+def test_a_scope_that_cannot_be_meant_is_refused():
+    with pytest.raises(OrthogonalizeError, match="no layer 4"):
+        chosen_layers(parse_scope("layers:4"), 4, None, None)
+    with pytest.raises(OrthogonalizeError, match="--layer"):
+        chosen_layers(parse_scope("one"), 4, None, None)
+    with pytest.raises(OrthogonalizeError, match="stored scores"):
+        chosen_layers(parse_scope("top:10%"), 4, None, None)
+    with pytest.raises(OrthogonalizeError, match="no scope 'upto'"):
+        shift_sites(parse_scope("upto:2"), 4, lambda _: torch.ones(4))

@@ -1,0 +1,114 @@
+"""`push`, end to end through huggingface_hub and the command line, against a server on loopback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WIDTH, store, tiny_llama
+from hub_server import Hub, Repository
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from orthogonalize.editing import edit
+from orthogonalize.evaluation import Report
+from orthogonalize.report import Loss, Losses, Measures, Paired, Rate, Refusals
+
+TOKEN = "hf_loopbacktokenthatmustnotbeprinted"
+
+
+@pytest.fixture
+def edited(tmp_path) -> Path:
+    base = store(tiny_llama(), tmp_path / "base", torch.bfloat16, shards=2)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ntags: [famous]\n---\nBest model in the world.")
+    save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
+    edit(str(base), tmp_path / "edited", direction=tmp_path / "direction.safetensors", layer=2)
+    return tmp_path / "edited"
+
+
+@pytest.fixture
+def report(tmp_path) -> Path:
+    rate = Rate(value=0.9, n=10, ci95=(0.6, 0.98))
+    low = Rate(value=0.1, n=10, ci95=(0.02, 0.4))
+    loss = Loss(value=0.5, n=10, ci95=(0.4, 0.6), tokens=100, perplexity=1.65)
+    written = Report(
+        engine="hf", engine_version="transformers", base_model="base", checkpoint="edited", edit=None,
+        max_new_tokens=100, sensitive=False,
+        base=Measures(refusal=Refusals(target=rate, harmless=low), loss=Losses(own_completions=loss)),
+        edited=Measures(refusal=Refusals(target=low, harmless=low), loss=Losses(own_completions=loss)),
+        paired={
+            "refusal.target": Paired(difference=-0.8, p=0.008),
+            "refusal.harmless": Paired(difference=0.0, p=1.0),
+            "loss.own_completions": Paired(difference=0.0, ci95=(-0.1, 0.1)),
+        },
+        answers=[],
+    )  # fmt: skip
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(written.model_dump_json())
+    (tmp_path / "report" / "report.html").write_text("<html></html>")
+    return tmp_path / "report"
+
+
+def push(hub: Hub, *words: str | Path, token: str | None = TOKEN, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in a process of its own: huggingface_hub reads its endpoint when imported."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    if token:
+        environment["HF_TOKEN"] = token
+    return subprocess.run(
+        [sys.executable, "-m", "orthogonalize", "push", *map(str, words)],
+        capture_output=True, text=True, env=environment, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_a_push_is_private_complete_and_keeps_the_token_to_itself(edited, report, tmp_path):
+    with Hub(TOKEN) as hub:
+        done = push(hub, edited, "me/edited", "--report", report, home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        repository = hub.state.repositories["me/edited"]
+    assert repository.private is True
+    on_disk = {str(f.relative_to(edited)): f.read_bytes() for f in edited.rglob("*") if f.is_file()}
+    assert {k: v for k, v in repository.files.items() if k != ".gitattributes"} == on_disk
+    assert {"report.json", "report.html", "orthogonalize.json", "LICENSE"} <= on_disk.keys()
+    assert TOKEN not in done.stdout + done.stderr
+    assert all(TOKEN.encode() not in content for content in on_disk.values())
+    card = ModelCard(repository.files["README.md"].decode())
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    assert "famous" not in (card.data.tags or [])
+    assert "Best model" not in card.text
+    assert "| refusal, target prompts (n = 10) | 90.0% [60.0, 98.0] | 10.0% [2.0, 40.0] |" in card.text
+
+
+def test_public_is_only_public_when_asked(edited, tmp_path):
+    with Hub(TOKEN) as hub:
+        assert push(hub, edited, "me/open", "--public", home=tmp_path / "home").returncode == 0
+        assert hub.state.repositories["me/open"].private is False
+        hub.state.repositories["me/theirs"] = Repository(private=False)
+        refused = push(hub, edited, "me/theirs", home=tmp_path / "home")
+        assert refused.returncode == 1
+        assert "exists and is public" in refused.stderr
+        assert hub.state.repositories["me/theirs"].files == {}
+
+
+@pytest.mark.parametrize(
+    ("token", "words", "message"),
+    [
+        (None, ("me/x",), "no Hub token"),
+        ("wrong", ("me/x",), "the Hub did not take me/x"),
+        (TOKEN, ("no-owner",), "not of the form owner/name"),
+        (TOKEN, ("me/x", "--report", "nowhere"), "no report at"),
+    ],
+)
+def test_a_push_that_cannot_work_is_one_line(edited, tmp_path, token, words, message):
+    with Hub(TOKEN) as hub:
+        done = push(hub, edited, *words, token=token, home=tmp_path / "home")
+        assert hub.state.repositories == {}
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert token is None or token not in done.stderr

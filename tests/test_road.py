@@ -1,0 +1,300 @@
+"""The road on a tiny model: extract, edit, rebuild, verify, evaluate with transformers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import LAYERS, WIDTH, bake_prompts, store, tiny_llama, tiny_tokenizer
+from safetensors.torch import load_file, save_file
+
+from orthogonalize.chat import ChatFormat
+from orthogonalize.choices import Choice
+from orthogonalize.cli import main
+from orthogonalize.editing import choose, edit
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.evaluation import evaluate
+from orthogonalize.extraction import Settings, extract
+from orthogonalize.recipe import load_recipe
+from orthogonalize.report import Report
+from orthogonalize.run import load_run
+from orthogonalize.verification import verify
+
+SMALL = Settings(train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=4, max_rank=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = store(tiny_llama(tie_word_embeddings=True), tmp_path_factory.mktemp("road") / "model", torch.float32)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("prompts")
+    paths = {}
+    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
+        (folder / f"{side}.txt").write_text("\n".join(prompts))
+        paths[side] = str(folder / f"{side}.txt")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def run(model, sources, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    extract(str(model), out, **sources, settings=SMALL)
+    return out
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(folder.glob("*.safetensors"))}
+
+
+def test_a_run_holds_everything_that_a_choice_needs(run):
+    found = load_run(run)
+    assert {f.name for f in run.iterdir()} == {
+        "run.json", "prompts.jsonl", "directions.safetensors", "candidates.json", "plots",
+    }  # fmt: skip
+    assert sorted(f.name for f in (run / "plots").iterdir()) == ["candidates-dim.png", "candidates-inlp.png"]
+    assert found.directions.mean_diffs.shape == (3, LAYERS + 1, WIDTH)
+    assert len(found.texts("positive", "test")) == 6
+    assert {c.method for c in found.candidates} == {"dim", "inlp"}
+    assert len(found.trials) == 4
+    assert choose(found) == found.trials[0].choice
+
+
+def test_the_mean_difference_is_that_of_the_stored_prompts(run, model):
+    """An independent path: the library's hidden states, prompt by prompt."""
+    from transformers import AutoModelForCausalLM
+
+    found, reference = load_run(run), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    chat = ChatFormat(tiny_tokenizer())
+    means = []
+    for side in ("positive", "negative"):
+        states = []
+        for text in found.texts(side, "train"):
+            with torch.inference_mode():
+                hidden = reference(torch.tensor([chat.encode(text)]), output_hidden_states=True).hidden_states
+            states.append(torch.stack([h[0, -3:] for h in hidden[:LAYERS]], dim=1))
+        means.append(torch.stack(states).double().mean(0))
+    assert torch.allclose(found.directions.mean_diffs[:, :LAYERS].double(), means[0] - means[1], atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run(model, sources, run, tmp_path):
+    extract(str(model), tmp_path / "again", **sources, settings=SMALL)
+    first, second = load_file(run / "directions.safetensors"), load_file(tmp_path / "again" / "directions.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (run / "prompts.jsonl").read_bytes() == (tmp_path / "again" / "prompts.jsonl").read_bytes()
+
+
+EDITS = [
+    {},
+    {"method": "ablate", "scope": "all"},
+    {"method": "ablate", "scope": "layers:1-2", "per_layer": True, "strength": 0.7},
+    {"method": "ablate", "scope": "top:50%"},
+    {"method": "nullspace", "scope": "upto:2", "rank": 2},
+    {"method": "reflect", "scope": "one", "alpha": 2.0},
+    {"method": "reflect", "scope": "from:1", "alpha": 1.5},
+    {"method": "actadd"},
+    {"method": "actadd", "layer": 0, "position": -1, "per_layer": True, "scope": "layers:1,3", "coefficient": -2.0},
+]
+
+
+@pytest.mark.parametrize("settings", EDITS, ids=str)
+def test_an_edit_verifies_and_its_recipe_rebuilds_the_same_bytes(run, model, tmp_path, settings):
+    recipe = edit(str(model), tmp_path / "edited", run=run, **settings)
+    proof = verify(tmp_path / "edited").verification
+    assert proof is not None
+    assert proof.passed, proof
+    assert proof.hooks_gap is not None
+    assert proof.hooks_gap <= 1e-4
+    assert load_recipe(tmp_path / "edited").verification == proof
+    assert recipe.tensors
+    edit(str(model), tmp_path / "rebuilt", recipe=tmp_path / "edited" / "orthogonalize.json")
+    assert weights(tmp_path / "rebuilt") == weights(tmp_path / "edited")
+    assert (tmp_path / "rebuilt" / "config.json").read_bytes() == (tmp_path / "edited" / "config.json").read_bytes()
+    card = (tmp_path / "edited" / "README.md").read_text()
+    assert recipe.choice.describe() in card
+    assert "claims of the base" not in card
+
+
+def test_verify_notices_a_changed_tensor_a_changed_file_and_a_false_base(run, model, tmp_path):
+    edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="layers:1")
+    file = tmp_path / "edited" / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.3.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name] * 1.01}, file, metadata={"format": "pt"})
+    (tmp_path / "edited" / "LICENSE").write_text("another")
+    audit = verify(tmp_path / "edited", record=False)
+    assert set(audit.verification.unexpected_changes) == {name, "LICENSE"}
+    assert not audit.verification.passed
+    assert audit.changed[name] == pytest.approx(0.01, rel=1e-3)
+    edited_name = "model.layers.1.mlp.down_proj.weight"
+    save_file(tensors | {edited_name: tensors[edited_name] * 1.01}, file, metadata={"format": "pt"})
+    assert verify(tmp_path / "edited", record=False).verification.rebuilt is False
+    other = store(tiny_llama(seed=3, tie_word_embeddings=True), tmp_path / "other", torch.float32)
+    with pytest.raises(OrthogonalizeError, match="not the base"):
+        verify(tmp_path / "edited", str(other))
+
+
+def test_verify_audits_a_checkpoint_without_recipe(run, model, tmp_path):
+    edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="all")
+    (tmp_path / "edited" / "orthogonalize.json").unlink()
+    audit = verify(tmp_path / "edited", str(model))
+    assert audit.verification is None
+    assert audit.added == ["lm_head.weight"]
+    assert len(audit.changed) == 1 + 2 * LAYERS
+    assert audit.config == {"tie_word_embeddings": (True, False)}
+    with pytest.raises(OrthogonalizeError, match="give --base"):
+        verify(tmp_path / "edited")
+
+
+def test_evaluation_counts_what_the_answers_say(run, model, tmp_path):
+    edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="all")
+    report = evaluate(tmp_path / "edited", str(model), run, tmp_path / "report", engine="hf", max_new_tokens=12)
+    stored = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
+    assert stored == report
+    assert report.base.refusal.target.n == report.edited.refusal.harmless.n == 6
+    assert len(report.answers) == 12
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "http" not in page.replace("http-equiv", "")
+    assert page.count('class="item"') == 12
+    # The loss of the base's greedy answers, computed by hand from the library's own loss.
+    from transformers import AutoModelForCausalLM
+
+    from orthogonalize.engines import TransformersEngine
+
+    chat = ChatFormat(tiny_tokenizer())
+    prompts = chat.encode_all(load_run(run).texts("negative", "test"))
+    with TransformersEngine(model, tiny_tokenizer()) as engine:
+        answers = engine.answers(prompts, 12)
+    pairs = [(p, a) for p, a in zip(prompts, answers, strict=True) if a]
+    for folder, measured in ((model, report.base), (tmp_path / "edited", report.edited)):
+        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        total = 0.0
+        for prompt, answer in pairs:
+            labels = torch.tensor([[-100] * len(prompt) + answer])
+            with torch.inference_mode():
+                total += reference(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
+        expected = total / sum(len(a) for _, a in pairs)
+        assert measured.loss.own_completions.value == pytest.approx(expected, abs=1e-3)
+    difference = report.paired["loss.own_completions"].difference
+    ratio = report.edited.loss.own_completions.value / report.base.loss.own_completions.value
+    assert difference == pytest.approx(ratio - 1)
+
+
+def test_an_incomplete_checkpoint_is_refused_before_an_engine_starts(run, model, tmp_path):
+    edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="all")
+    file = tmp_path / "edited" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.2.mlp.down_proj.weight"]
+    save_file(tensors, file)
+    with pytest.raises(OrthogonalizeError, match=r"lacks model\.layers\.2\.mlp\.down_proj\.weight"):
+        evaluate(tmp_path / "edited", str(model), run, tmp_path / "report", engine="hf")
+
+
+def test_the_choice_completes_itself_from_the_run(run):
+    found = load_run(run)
+    best = found.candidates[0]
+    assert choose(found, method="ablate", scope="all") == Choice(
+        method="ablate", scope="all", position=best.position, layer=best.layer
+    )
+    inlp = next(c for c in found.candidates if c.method == "inlp")
+    chosen = choose(found, method="nullspace")
+    assert (chosen.position, chosen.layer, chosen.scope) == (inlp.position, inlp.layer, "all")
+    assert choose(found, method="actadd").scope == "one"
+    assert choose(found, method="ablate", layer=2, position=-2).layer == 2
+
+
+def command(*words: str | Path) -> tuple[int, str]:
+    """Run the command line; exit status and what it says (one line for what a user can mend)."""
+    result = CliRunner().invoke(main, ["--quiet", *map(str, words)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output.strip()
+
+
+def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, run, sources, tmp_path):
+    out = tmp_path / "out"
+    sides = ("--positive", sources["positive"], "--negative", sources["negative"])
+    narrow, same = tmp_path / "narrow.safetensors", tmp_path / "few.txt"
+    save_file({"direction": torch.randn(7)}, narrow)
+    same.write_text("one\ntwo\n")
+    bare = store(tiny_llama(), tmp_path / "bare", torch.float32)
+    tiny_tokenizer(None).save_pretrained(bare)
+    code = store(tiny_llama(), tmp_path / "code", torch.float32)
+    tiny_tokenizer().save_pretrained(code)
+    config = json.loads((code / "config.json").read_text())
+    (code / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    existing = tmp_path / "existing"
+    existing.mkdir()
+    cases = [
+        (("extract", "nowhere", "--out", out, *sides), "no such model"),
+        (("extract", model, "--out", out), "give either --concept, or both"),
+        (("extract", model, "--out", out, "--positive", same, "--negative", sources["negative"]), "at least 8"),
+        (("extract", model, "--out", out, sides[0], sides[1], "--negative", sides[1]), "both sides"),
+        (("extract", model, "--out", out, *sides, "--behaviour-tokens", "sorry"), "--no-filter"),
+        (("extract", model, "--out", out, *sides, "--behaviour-tokens", "not a token"), "must be one"),
+        (("extract", model, "--out", existing, *sides), "exists"),
+        (("extract", model, "--out", out, *sides, "--methods", "magic"), "--methods must name dim"),
+        (("extract", bare, "--out", out, *sides), "--no-chat-template"),
+        (("extract", code, "--out", out, *sides), "--trust-remote-code"),
+        (("edit", model, "--out", out), "exactly one of --run, --direction and --recipe"),
+        (("edit", model, "--out", out, "--direction", narrow), "width 7 and the model's residual stream 32"),
+        (("edit", model, "--out", out, "--run", tmp_path), "not a run folder"),
+        (("edit", model, "--out", out, "--run", run, "--scope", "some"), "scope 'some'"),
+        (("edit", model, "--out", out, "--run", run, "--position", "-9"), "position"),
+        (("edit", model, "--out", out, "--run", run, "--scope", "layers:99"), "no layer 99"),
+        (("edit", model, "--out", existing, "--run", run), "exists"),
+        (("eval", model, "--base", "nowhere", "--run", run, "--out", out, "--engine", "hf"), "no such model"),
+        (("eval", model, "--base", model, "--run", run, "--out", out, "--suite", "magic"), "no suite"),
+        (("verify", model), "give --base"),
+        (("push", model, "me/model"), "no recipe"),
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    for words, message in cases:
+        status, said = command(*words)
+        assert status == 1, (words, said)
+        assert message in said, (words, said)
+        assert said.startswith("error: ")
+        assert "\n" not in said
+        assert sorted(tmp_path.rglob("*")) == before, words
+
+
+def test_a_constant_without_an_exact_place_is_refused(model, run, tmp_path, monkeypatch):
+    from orthogonalize import bake
+    from orthogonalize.architectures import families
+
+    llama = families()["llama"]
+    write = llama.mlp.writes[0].model_copy(update={"bias": None, "bias_flag": None})
+    without = llama.model_copy(update={"mlp": llama.mlp.model_copy(update={"writes": (write,)})})
+    monkeypatch.setattr(bake, "architecture_of", lambda _config: without)
+    with pytest.raises(OrthogonalizeError, match=r"no bias at mlp\.1.*--layer 0"):
+        edit(str(model), tmp_path / "out", run=run, method="actadd", layer=2, position=-1)
+    save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
+    recipe = edit(str(model), tmp_path / "out", direction=tmp_path / "direction.safetensors", method="actadd", layer=0)
+    assert [t.name for t in recipe.tensors] == ["model.embed_tokens.weight"]
+
+
+def test_nan_weights_stop_the_extraction_by_layer(sources, tmp_path):
+    broken = tiny_llama()
+    with torch.no_grad():
+        broken.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
+    folder = store(broken, tmp_path / "broken", torch.float32)
+    tiny_tokenizer().save_pretrained(folder)
+    status, said = command(
+        "extract", folder, "--out", tmp_path / "out", "--positive", sources["positive"],
+        "--negative", sources["negative"],
+    )  # fmt: skip
+    assert status == 1
+    assert "input of layer 1 hold NaN" in said
+
+
+@pytest.mark.parametrize("words", [(), ("extract",), ("edit",), ("eval",), ("push",), ("verify",), ("demo",)])
+def test_every_command_explains_itself(words):
+    result = CliRunner().invoke(main, [*words, "--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
