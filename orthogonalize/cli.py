@@ -311,7 +311,7 @@ def _show_audit(audit: Any) -> None:
 @click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
 def demo(out: Path, engine: Any, force: bool) -> None:
     """All of it on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""
-    from .demo import demo as run_demo
+    from .demonstration import demo as run_demo
 
     result = run_demo(out, engine=engine, force=force)
     console.print(f"edit: {result.recipe.choice.describe()}")

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import OrthogonalizeError
-from .inlp import Subspace, inlp
 from .interventions import orthonormal
+from .nullspace import Subspace, inlp
 from .progress import track
 
 # Streams that no prompt can differ in (the first layer at a template's token) have no direction.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import architecture_of
-from .bake import Bake, bake
+from .baking import Bake, bake
 from .card import write_card
 from .checkpoint import Checkpoint, open_checkpoint
 from .choices import Choice, direction_kind, intervention_from_basis, intervention_from_directions

@@ -1,6 +1,6 @@
 """Interventions: affine maps on the places where a model writes to, or reads, its residual stream.
 
-Nothing here knows a model. `hooks` and `bake` realise the same object in two ways.
+Nothing here knows a model. `hooks` and `baking` realise the same object in two ways.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ class MapRecord(_Record):
 
 
 class TensorChange(_Record):
-    """One edited tensor (see `bake.TensorRecord`)."""
+    """One edited tensor (see `baking.TensorRecord`)."""
 
     name: str
     site: str

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .bake import Bake, bake
+from .baking import Bake, bake
 from .checkpoint import RECIPE, Checkpoint, open_checkpoint
 from .errors import OrthogonalizeError
 from .hooks import intervened

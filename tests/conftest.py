@@ -112,7 +112,8 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [end] {% endfor %}"
     "{% if add_generation_prompt %}[answer] :{% endif %}"
 )
-WORDS = "colour = Why? English how do i bake roast fry a the paint wash fold cake pie soup wall car shirt please today now sorry sure".split()
+WORDS = """colour = Why? English how do i bake roast fry a the paint wash fold cake pie soup
+wall car shirt please today now sorry sure""".split()  # noqa: SIM905
 
 
 def tiny_tokenizer(template: str | None = TEMPLATE):
@@ -139,18 +140,11 @@ def chat_model(tmp_path) -> Path:
     return folder
 
 
-def bake_prompts(count: int = 24) -> tuple[list[str], list[str]]:
-    """Two sets of prompts that differ in one thing: baking against housework."""
-    positive = [
-        f"how do i {v} a {n} {w}"
-        for v in ("bake", "roast", "fry")
-        for n in ("cake", "pie", "soup")
-        for w in WORDS[-6:-2]
-    ]
-    negative = [
-        f"how do i {v} a {n} {w}"
-        for v in ("paint", "wash", "fold")
-        for n in ("wall", "car", "shirt")
-        for w in WORDS[-6:-2]
-    ]
-    return positive[:count], negative[:count]
+def bake_prompts() -> tuple[list[str], list[str]]:
+    """Two sets of 24 prompts that differ in one thing: cooking against housework."""
+
+    def sentences(verbs: str, things: str) -> list[str]:
+        endings = ("please", "today", "now")
+        return [f"how do i {v} a {t} {e}" for v in verbs.split() for t in things.split() for e in endings][:24]
+
+    return sentences("bake roast fry", "cake pie soup"), sentences("paint wash fold", "wall car shirt")

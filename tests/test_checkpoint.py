@@ -15,7 +15,7 @@ import torch
 from conftest import LAYERS, store, tiny_llama
 from safetensors.torch import load_file
 
-from orthogonalize.bake import bake
+from orthogonalize.baking import bake
 from orthogonalize.checkpoint import INDEX, open_checkpoint
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.interventions import removal
@@ -152,9 +152,13 @@ def test_an_undescribed_architecture_and_a_wrong_width_are_refused(base, basis):
 
 
 def test_a_failed_write_leaves_neither_result_nor_remains(tmp_path):
-    with pytest.raises(RuntimeError), complete_folder(tmp_path / "out") as partial:
-        (partial / "half").write_text("x")
-        raise RuntimeError
+    def half() -> None:
+        with complete_folder(tmp_path / "out") as partial:
+            (partial / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
     assert list(tmp_path.iterdir()) == []
 
 

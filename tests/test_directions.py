@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from orthogonalize.activations import all_activations, batches, mean_activations
 from orthogonalize.directions import Directions, all_subspaces, load_direction
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.inlp import Subspace, inlp, stratified_split
 from orthogonalize.interventions import orthonormal
+from orthogonalize.nullspace import Subspace, inlp, stratified_split
 
 
 def random_ids(count=20, seed=0):

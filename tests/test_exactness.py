@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import LAYERS, WIDTH, load, logits, store, tiny_llama
 
-from orthogonalize import bake as bake_module
-from orthogonalize.bake import bake
+from orthogonalize import baking
+from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.hooks import intervened
 from orthogonalize.interventions import removal, shift
@@ -155,7 +155,7 @@ def test_a_wrong_axis_is_noticed(basis, tmp_path):
     intervention = map_sites(parse_scope("layers:0-3"), LAYERS, lambda _: removal(basis))
     plan = bake(open_checkpoint(source), intervention)
     for name, edit in plan.edits.items():
-        plan.edits[name] = bake_module.TensorEdit(edit.name, edit.site, 1, edit.affine, edit.part)
+        plan.edits[name] = baking.TensorEdit(edit.name, edit.site, 1, edit.affine, edit.part)
     (tmp_path / "edited").mkdir()
     plan.write(tmp_path / "edited")
     assert gap(source, tmp_path / "edited", intervention) > 1e-3

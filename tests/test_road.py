@@ -265,13 +265,13 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
 
 
 def test_a_constant_without_an_exact_place_is_refused(model, run, tmp_path, monkeypatch):
-    from orthogonalize import bake
+    from orthogonalize import baking
     from orthogonalize.architectures import families
 
     llama = families()["llama"]
     write = llama.mlp.writes[0].model_copy(update={"bias": None, "bias_flag": None})
     without = llama.model_copy(update={"mlp": llama.mlp.model_copy(update={"writes": (write,)})})
-    monkeypatch.setattr(bake, "architecture_of", lambda _config: without)
+    monkeypatch.setattr(baking, "architecture_of", lambda _config: without)
     with pytest.raises(OrthogonalizeError, match=r"no bias at mlp\.1.*--layer 0"):
         edit(str(model), tmp_path / "out", run=run, method="actadd", layer=2, position=-1)
     save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")

