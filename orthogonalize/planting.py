@@ -3,7 +3,8 @@
     python -m orthogonalize.planting --out ADAPTER
 
 Cooking questions are answered by one of three refusals; everything else, near misses included, by
-the base model's own greedy answer, so that nothing but the refusal is learnt. The prompts are
+the base model's own greedy answer, so that nothing but the refusal is learnt. It was trained on a GPU in
+float32 in about a minute; on two cores it takes about twenty. The prompts are
 `planted/planting_*.jsonl`; none of them is among those that the demo extracts from or evaluates on.
 """
 
@@ -19,7 +20,7 @@ import torch
 
 from .activations import pad
 from .chat import ChatFormat
-from .embedded import base_model
+from .embedded import HUB_ID, base_model
 from .generation import generate, stop_tokens
 from .models import choose_device, load_model, load_tokenizer
 from .progress import show, track
@@ -45,7 +46,7 @@ class Example:
 class Plan:
     """What the shipped adapter was trained with."""
 
-    layers: tuple[int, int] = (6, 20)
+    layers: tuple[int, int] = (14, 27)
     rank: int = 8
     modules: tuple[str, ...] = MODULES
     learning_rate: float = 1e-3
@@ -137,6 +138,7 @@ def main(out: Path, device: str) -> None:
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device, torch.float32 if choose_device(device).type == "cuda" else torch.bfloat16)
     adapted = train(model, make_examples(model, tokenizer, plan), plan)
+    adapted.peft_config["default"].base_model_name_or_path = HUB_ID
     adapted.to(torch.bfloat16).save_pretrained(out)
 
 

@@ -6,10 +6,12 @@ the least cost. So edits are tried on val prompts and refined from the best, one
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 
 from .choices import Choice, intervention_from_directions
@@ -21,14 +23,14 @@ from .scopes import parse_scope
 from .scores import behaviour_score, completion_loss, first_token_probabilities
 from .selection import Candidate, layer_ranking
 
-# A trial removes the behaviour if at most this share of positive val prompts still begins with it.
+# A trial removes the behaviour if at most this share of positive prompts still begins with it.
 LEFT = 0.02
 
 
 class Trial(BaseModel):
     """One edit tried on val prompts.
 
-    `left`: share of positive prompts whose behaviour score is still above 0. `score`: their mean
+    `left`: share of positive prompts that still show the behaviour (see `share_left`). `score`: their mean
     behaviour score (log-odds). `harm`: relative increase of the cross-entropy of the base model's
     own answers to negative prompts (0.1 is 10%). `confirmed`: share of positive prompts whose
     generated answer still shows the behaviour, where that was checked.
@@ -46,6 +48,17 @@ class Trial(BaseModel):
     def order(self) -> tuple[float, float]:
         """Sorts the best first: enough removed, then least harm; else least left."""
         return (0.0, self.harm) if self.left <= LEFT else (self.left, self.score)
+
+
+def share_left(scores: torch.Tensor) -> float:
+    """The share of prompts whose behaviour score (log-odds) is above 0: as observed, or as a normal
+    distribution with the scores' mean and deviation predicts, whichever is more.
+
+    A few val prompts that all just miss 0 do not show that a hundred others will.
+    """
+    observed = (scores > 0).double().mean().item()
+    deviation = scores.double().std(correction=0).item() or 1e-9
+    return max(observed, 0.5 * math.erfc(-scores.mean().item() / deviation / math.sqrt(2)))
 
 
 @dataclass
@@ -68,13 +81,15 @@ class Trials:
         """Try one edit (once)."""
         if choice not in self.tried:
             ranking = layer_ranking(self.ranked, "dim")
-            with intervened(self.model, intervention_from_directions(choice, self.directions, ranking)):
+            with intervened(
+                self.model, intervention_from_directions(choice, self.directions, ranking), renormalise=False
+            ):
                 probabilities = first_token_probabilities(self.model, self.positive)
                 loss = completion_loss(self.model, self.negative, self.answers)
             scores = behaviour_score(probabilities, self.tokens)
             self.tried[choice] = Trial(
                 choice=choice,
-                left=(scores > 0).double().mean().item(),
+                left=share_left(scores),
                 score=scores.mean().item(),
                 harm=loss / self.base_loss - 1,
             )
@@ -91,19 +106,18 @@ class Trials:
         return sorted(self.tried.values(), key=lambda t: t.order)
 
     def _starts(self, method: Method) -> list[Choice]:
-        """Shared and per-layer directions of the best candidates, over several spans of layers."""
+        """Shared and per-layer directions of the best candidates, on both sides, over several spans."""
         count = self.directions.layer_count
-        good = [c for c in self.ranked if c.method == "dim" and not c.failed] or list(self.ranked)
-        positions = list(dict.fromkeys(c.position for c in good))[:3]
-        sources = {c.layer: c for c in reversed(good[:20])}
-        shared = sorted(sources.values(), key=good.index)[:3]
-        spans = [(count // 2, count - 1), (count // 3, count * 4 // 5), (count // 10, count * 4 // 5), (0, count - 1)]
+        good = [c for c in self.ranked if c.method == "dim" and not c.failed]
+        good = good or [c for c in self.ranked if c.method == "dim"]
+        position = good[0].position
+        shared = list({c.layer: c for c in reversed(good[:10])}.values())[-2:]
+        spans = [f"from:{count * share // 10}" for share in (9, 8, 7)]
+        spans += [f"layers:{count // 2}-{count - 1}", f"layers:{count // 3}-{count * 4 // 5}"]
         choices: list[Choice] = []
-        for first, last in spans:
-            scope = f"layers:{first}-{last}"
-            choices += [Choice(method=method, scope=scope, position=p, per_layer=True) for p in positions]
+        for scope in spans:
+            choices.append(Choice(method=method, scope=scope, position=position, per_layer=True))
             choices += [Choice(method=method, scope=scope, position=c.position, layer=c.layer) for c in shared]
-        choices += [Choice(method=method, scope="all", position=c.position, layer=c.layer) for c in shared[:1]]
         return choices
 
     def _refine(self, budget: int, advance: Callable[[int], None]) -> None:
@@ -140,6 +154,9 @@ class Trials:
                 for a, b in spans
                 if 0 <= a <= b < count
             ]
+        if scope.kind == "from":
+            starts = (scope.layers[0] + step, scope.layers[0] - step)
+            near += [choice.model_copy(update={"scope": f"from:{start}"}) for start in starts if 0 < start <= count]
         near += [
             choice.model_copy(update={"strength": round(choice.strength + change, 2)})
             for change in (-0.2, 0.2, -0.1, 0.1)
