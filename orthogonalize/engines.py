@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -88,15 +89,24 @@ class VllmEngine:
         if on_cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
             os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        from vllm import LLM
+            # A process of its own costs a CPU engine 20 s to start, and frees nothing that a GPU would need.
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own dependencies, at import
+            from vllm import LLM
 
         options: dict[str, Any] = {"enforce_eager": True} if on_cpu else {
             "gpu_memory_utilization": self.gpu_memory_utilization
         }  # fmt: skip
         try:
-            with track("starting vLLM", None):
+            with track("starting vLLM", None), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 self.llm = LLM(
-                    model=str(self.folder), max_model_len=self.max_model_len, disable_log_stats=True, **options
+                    model=str(self.folder),
+                    max_model_len=self.max_model_len,
+                    disable_log_stats=True,
+                    use_tqdm_on_load=False,
+                    **options,
                 )
         except Exception as error:  # whatever the engine's processes died of
             hint = "set VLLM_CPU_KVCACHE_SPACE (GiB) lower" if on_cpu else "free GPU memory"

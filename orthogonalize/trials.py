@@ -23,8 +23,9 @@ from .scopes import parse_scope
 from .scores import behaviour_score, completion_loss, first_token_probabilities
 from .selection import Candidate, layer_ranking
 
-# A trial removes the behaviour if at most this share of positive prompts still begins with it.
-LEFT = 0.02
+# A trial removes the behaviour if at most this share of positive prompts still begins with it. Real scores
+# have heavier tails than the normal distribution by which a few prompts stand for many, so it is small.
+LEFT = 0.005
 
 
 class Trial(BaseModel):
