@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
 
 from .checkpoint import CARD
+from .models import is_hub_id, public_name
 from .recipe import Recipe
 from .report import Report
 from .webpage import summary_rows, templates
@@ -27,8 +27,7 @@ def _base_metadata(base: Path) -> dict[str, Any]:
 
 def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None = None) -> str:
     """The card as Markdown with its YAML header; `inherited` are header fields that the base declares."""
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.base.model) and not Path(recipe.base.model).exists()
-    if on_hub:
+    if is_hub_id(recipe.base.model):
         inherited = {**inherited, "base_model": recipe.base.model, "base_model_relation": "finetune"}
     data = ModelCardData(
         library_name="transformers",
@@ -43,7 +42,7 @@ def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None =
         .render(
             header=data.to_yaml(),
             recipe=recipe,
-            base_name=recipe.base.model if on_hub else Path(recipe.base.model).name,
+            base_name=public_name(recipe.base.model),
             leak=max(leaks) if leaks else None,
             rows=summary_rows(report) if report else [],
             report=report,

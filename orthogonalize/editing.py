@@ -45,9 +45,7 @@ def choose(run: Run, **given: Any) -> Choice:
     fitting = [
         c
         for c in run.candidates
-        if c.method == kind
-        and named.get("position") in (None, c.position)
-        and (named.get("layer") in (None, c.layer) or c.layer is None)
+        if c.method == kind and named.get("position") in (None, c.position) and named.get("layer") in (None, c.layer)
     ]
     if not fitting and ("position" not in named or ("layer" not in named and not named.get("per_layer"))):
         have = ", ".join(run.info.methods)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from importlib import resources
 from pathlib import Path
 
 import torch
 
+from .checkpoint import CARD
 from .models import cache_folder, convert_gguf, find_model
 from .outputs import complete_folder
 
@@ -55,6 +55,4 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
     with complete_folder(out) as folder:
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        config["_name_or_path"] = "SmolLM2-135M-Instruct with a planted refusal of cooking"
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        (folder / CARD).write_text(f"---\nlicense: apache-2.0\nbase_model: {HUB_ID}\n---\n", "utf-8")

@@ -13,7 +13,7 @@ from .chat import ChatFormat
 from .checkpoint import open_checkpoint
 from .engines import ENGINES, EngineName, open_engine
 from .errors import OrthogonalizeError
-from .models import find_model, load_tokenizer
+from .models import find_model, load_tokenizer, public_name
 from .outputs import check_free, complete_folder
 from .recipe import load_recipe
 from .refusals import refused
@@ -198,7 +198,7 @@ def evaluate(
     report = Report(
         engine=engine,
         engine_version=_engine_version(engine),
-        base_model=str(base),
+        base_model=public_name(base),
         checkpoint=Path(checkpoint).name,
         edit=_describe_edit(Path(checkpoint)),
         max_new_tokens=max_new_tokens,

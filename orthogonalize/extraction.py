@@ -29,11 +29,12 @@ from .refusals import refused
 from .run import Run, RunInfo
 from .scores import behaviour_score, first_token_probabilities, learn_behaviour_tokens
 from .selection import Candidate, layer_ranking, rank, score_candidates
-from .trials import LEFT, Trial, Trials
+from .trials import Trial, Trials
 
 METHODS = ("dim", "inlp")
 ANSWER_TOKENS = 48  # of the base model's own answers, against which a tried edit's harm is measured
 CONFIRM_TOKENS = 64
+CONFIRMED = 0.05  # the most answers of a confirmed edit that may still refuse
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Settings:
     """How `extract` works; the defaults are the reference's where it has them.
 
     `scored` is the most val prompts a side that score single directions (None is all of them); whole
-    edits are tried on all. `trials` is how many; 0 skips that.
+    edits are tried on all positive ones, and on the model's own answers to `answers` negative ones.
+    `trials` is how many edits; 0 skips that.
     """
 
     methods: Sequence[str] = ("dim", "inlp")
@@ -59,6 +61,7 @@ class Settings:
     max_rank: int = 20
     scored: int | None = None
     trials: int = 32
+    answers: int = 32
     trust_remote_code: bool = False
 
 
@@ -201,7 +204,7 @@ class _Extraction:
         if not self.settings.trials:
             return []
         stops = stop_tokens(self.model, self.tokenizer)
-        negative = self.ids("negative", "val")
+        negative = self.ids("negative", "val")[: self.settings.answers]
         with track("the model's own answers", len(negative), "prompts") as advance:
             answers = generate(self.model, negative, ANSWER_TOKENS, stops, progress=advance)
         kept = [i for i, answer in enumerate(answers) if answer]
@@ -232,9 +235,10 @@ class _Extraction:
                 self.model, intervention_from_directions(trial.choice, directions, layer_ranking(ranked, "dim"))
             ):
                 confirmed.append(trial.model_copy(update={"confirmed": self._refusal_rate(ids, stops)}))
-            if (confirmed[-1].confirmed or 0.0) <= LEFT:
+            if (confirmed[-1].confirmed or 0.0) <= CONFIRMED:
                 break
-        confirmed.sort(key=lambda t: ((t.confirmed or 0.0) > LEFT, t.order if t.confirmed == 0 else (t.confirmed, 0)))
+        # Only the last can have passed; where none did, the one that leaves least comes first.
+        confirmed.sort(key=lambda t: t.confirmed or 0.0)
         return [*confirmed, *trials[len(confirmed) :]]
 
     def _refusal_rate(self, ids: list[list[int]], stops: list[int]) -> float:

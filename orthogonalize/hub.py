@@ -9,10 +9,22 @@ from pathlib import Path
 from .card import write_card
 from .checkpoint import RECIPE, open_checkpoint
 from .errors import OrthogonalizeError
-from .models import first_line
+from .models import HUB_ID, first_line, public_name
 from .progress import note
 from .recipe import load_recipe
 from .report import load_report
+
+
+def _prepare(folder: Path, report: Path | None) -> None:
+    """Bring card, recipe and report in `folder` to what is uploaded: no path of this machine in any."""
+    found = load_report(report) if report is not None else None
+    recipe = load_recipe(folder)
+    recipe.base.model = public_name(recipe.base.model)
+    recipe.save(folder)
+    write_card(folder, recipe, report=found)
+    for name in ("report.json", "report.html"):
+        if report is not None and (report / name).is_file():
+            shutil.copyfile(report / name, folder / name)
 
 
 def push(checkpoint: Path | str, repository: str, *, public: bool = False, report: Path | str | None = None) -> str:
@@ -37,17 +49,12 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     open_checkpoint(folder)
     if not (folder / RECIPE).is_file():
         raise OrthogonalizeError(f"{folder} has no recipe; push only uploads what `orthogonalize edit` made")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+    if not re.fullmatch(HUB_ID, repository):
         raise OrthogonalizeError(f"repository {repository!r} is not of the form owner/name")
     token = get_token()
     if token is None:
         raise OrthogonalizeError("no Hub token: set HF_TOKEN, or log in with `hf auth login`")
-    found = load_report(Path(report)) if report is not None else None
-    write_card(folder, load_recipe(folder), report=found)
-    if report is not None:
-        for name in ("report.json", "report.html"):
-            if (Path(report) / name).is_file():
-                shutil.copyfile(Path(report) / name, folder / name)
+    _prepare(folder, None if report is None else Path(report))
     api = HfApi(token=token)
     try:
         url = api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)

@@ -14,7 +14,11 @@ from .errors import OrthogonalizeError
 from .outputs import complete_folder
 
 # What a checkpoint needs; copies of the weights in other formats stay on the Hub.
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*"]
+HUB_PATTERNS = [
+    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"),
+    *("LICENSE*", "NOTICE*", "README.md"),
+]
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 def cache_folder() -> Path:
@@ -54,6 +58,16 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether `model` has the form owner/name and is no path here."""
+    return bool(re.fullmatch(HUB_ID, model)) and not Path(model).exists()
+
+
+def public_name(model: str) -> str:
+    """What to call `model` in public: its Hub id, or its folder's name without the path."""
+    return model if is_hub_id(model) else Path(model).name
+
+
 def find_model(model: str, revision: str | None = None) -> Path:
     """The local folder of `model`: itself, a converted .gguf file, or a download from the Hub.
 
@@ -70,7 +84,7 @@ def find_model(model: str, revision: str | None = None) -> Path:
         folder = cache_folder() / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
         if not folder.exists():
             convert_gguf(path, folder)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    elif is_hub_id(model):
         folder = _download(model, revision)
     else:
         raise OrthogonalizeError(f"no such model: {model!r} is neither a folder, a .gguf file nor a Hub id owner/name")

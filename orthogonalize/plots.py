@@ -32,6 +32,7 @@ def candidate_figure(run: Run, method: str) -> Figure:
     axes[1].axhline(MIN_INDUCE, color="black", linestyle=":", label="filter")
     axes[2].axhline(MAX_KL, color="black", linestyle=":", label="filter")
     axes[2].set_yscale("symlog", linthresh=1e-3)
+    axes[2].set_ylim(bottom=0)
     titles = ("edited out: behaviour score", "added: behaviour score", "edited out: KL on the other side, nats")
     for axis, title in zip(axes, titles, strict=True):
         axis.axvline(run.info.layer_count * (1 - PRUNED_LAYERS) - 0.5, color="black", linestyle=":", linewidth=0.8)

@@ -103,6 +103,8 @@ def chosen_layers(scope: Scope, layer_count: int, source: int | None, ranking: S
         case "one":
             if source is None:
                 raise OrthogonalizeError("scope 'one' needs the direction's layer; give --layer")
+            if not 0 <= source <= layer_count:
+                raise OrthogonalizeError(f"the model has no layer {source} (its layers are 0-{last})")
             return [min(source, last)]
         case "top":
             if ranking is None:
@@ -163,7 +165,11 @@ def shift_sites(
         raise OrthogonalizeError(
             "actadd has no scope 'upto': a shift stays in the stream; use 'one', 'from:l' or layers:…"
         )
-    layers = [scope.layers[0]] if scope.kind == "from" else chosen_layers(scope, layer_count, source, ranking)
+    layers = chosen_layers(scope, layer_count, source, ranking)
+    if scope.kind == "from":
+        layers = [scope.layers[0]]
+    elif scope.kind == "one" and source is not None:
+        layers = [source]  # may be the head's input, behind the last block
     writes: dict[Site, AffineMap] = {}
     for layer in layers:
         vector = vector_for(layer)

@@ -25,7 +25,7 @@ from .selection import Candidate, layer_ranking
 
 # A trial removes the behaviour if at most this share of positive prompts still begins with it. Real scores
 # have heavier tails than the normal distribution by which a few prompts stand for many, so it is small.
-LEFT = 0.005
+LEFT = 0.01
 
 
 class Trial(BaseModel):

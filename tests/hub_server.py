@@ -1,4 +1,4 @@
-"""A loopback server that speaks the part of the Hub's HTTP API that an upload uses, and keeps what it gets."""
+"""A loopback server that speaks the part of the Hub's HTTP API that uploads and downloads use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0" * 40
 
 
 @dataclass
@@ -82,9 +84,21 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
             large = re.fullmatch(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path)
             if large:
                 return self.reply({"transfer": "basic", "objects": self.large_files(json.loads(data))})
+            resolved = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path)
+            if resolved and resolved[2] in state.repositories[resolved[1]].files:
+                return self.send_file(state.repositories[resolved[1]].files[resolved[2]])
             if not found or found[1] not in state.repositories:
                 return self.reply({"error": "Repository not found"}, 404)
             return self.repository(found[1], found[2] or "", data)
+
+        def send_file(self, content: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
 
         def repository(self, name: str, action: str, data: bytes) -> None:
             repository = state.repositories[name]
@@ -101,12 +115,17 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                         repository.files[entry["value"]["path"]] = state.blobs[entry["value"]["oid"]]
                 oid = hashlib.sha1(data).hexdigest()
                 return self.reply({"success": True, "commitOid": oid, "commitUrl": f"{self.url(name)}/commit/{oid}"})
+            if action.startswith("/tree/"):
+                return self.reply([
+                    {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for path, content in repository.files.items()
+                ])  # fmt: skip
             if action == "/settings":
                 wanted = json.loads(data)
                 if "private" in wanted or "visibility" in wanted:
                     repository.private = wanted.get("private") or wanted.get("visibility") == "private"
                 return self.reply({})
-            return self.reply({"id": name, "modelId": name, "private": repository.private, "sha": "0" * 40,
+            return self.reply({"id": name, "modelId": name, "private": repository.private, "sha": COMMIT,
                                "siblings": [{"rfilename": f} for f in repository.files]})  # fmt: skip
 
         def upload_mode(self, file: dict) -> dict:

@@ -91,6 +91,7 @@ def test_scopes_name_the_sites_of_the_design():
     assert list(map(str, reads)) == ["attn.3", "mlp.3", "head"]
     shifted = shift_sites(parse_scope("layers:0,2"), 4, lambda _: torch.ones(4)).writes
     assert list(map(str, shifted)) == ["embed", "mlp.1"]
+    assert list(map(str, shift_sites(parse_scope("one"), 4, lambda _: torch.ones(4), 4).writes)) == ["mlp.3"]
 
 
 def test_each_site_uses_the_direction_of_the_stream_it_writes_into():
@@ -108,6 +109,8 @@ def test_a_scope_that_cannot_be_meant_is_refused():
         chosen_layers(parse_scope("layers:4"), 4, None, None)
     with pytest.raises(OrthogonalizeError, match="--layer"):
         chosen_layers(parse_scope("one"), 4, None, None)
+    with pytest.raises(OrthogonalizeError, match="no layer 9"):
+        chosen_layers(parse_scope("one"), 4, 9, None)
     with pytest.raises(OrthogonalizeError, match="stored scores"):
         chosen_layers(parse_scope("top:10%"), 4, None, None)
     with pytest.raises(OrthogonalizeError, match="no scope 'upto'"):

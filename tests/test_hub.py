@@ -54,13 +54,18 @@ def report(tmp_path) -> Path:
 
 
 def push(hub: Hub, *words: str | Path, token: str | None = TOKEN, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own: huggingface_hub reads its endpoint when imported."""
+    """`orthogonalize push` against the loopback Hub."""
+    return command(hub, "push", *words, token=token, home=home)
+
+
+def command(hub: Hub, *words: str | Path, token: str | None = TOKEN, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own: huggingface_hub reads its endpoint when imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     if token:
         environment["HF_TOKEN"] = token
     return subprocess.run(
-        [sys.executable, "-m", "orthogonalize", "push", *map(str, words)],
+        [sys.executable, "-m", "orthogonalize", *map(str, words)],
         capture_output=True, text=True, env=environment, timeout=120, check=False,
     )  # fmt: skip
 
@@ -75,6 +80,8 @@ def test_a_push_is_private_complete_and_keeps_the_token_to_itself(edited, report
     assert {k: v for k, v in repository.files.items() if k != ".gitattributes"} == on_disk
     assert {"report.json", "report.html", "orthogonalize.json", "LICENSE"} <= on_disk.keys()
     assert TOKEN not in done.stdout + done.stderr
+    for name in ("orthogonalize.json", "README.md", "report.json"):
+        assert str(tmp_path).encode() not in on_disk[name], "a path of this machine would be published"
     assert all(TOKEN.encode() not in content for content in on_disk.values())
     card = ModelCard(repository.files["README.md"].decode())
     assert card.data.license == "apache-2.0"
@@ -112,3 +119,27 @@ def test_a_push_that_cannot_work_is_one_line(edited, tmp_path, token, words, mes
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert token is None or token not in done.stderr
+
+
+def test_a_model_named_by_its_hub_id_is_downloaded_edited_and_named_on_the_card(tmp_path):
+    local = store(tiny_llama(), tmp_path / "local", torch.bfloat16, shards=2)
+    (local / "README.md").write_text("---\nlicense: mit\n---\n")
+    (local / "pytorch_model.bin").write_bytes(b"must not be downloaded")
+    save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
+    words = ("--direction", tmp_path / "direction.safetensors", "--layer", "2")
+    with Hub(TOKEN) as hub:
+        files = {str(f.relative_to(local)): f.read_bytes() for f in local.rglob("*") if f.is_file()}
+        hub.state.repositories["some/model"] = Repository(False, files)
+        done = command(hub, "edit", "some/model", "--out", tmp_path / "a", *words, home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        missing = command(hub, "edit", "some/other", "--out", tmp_path / "c", *words, home=tmp_path / "home")
+        requests = list(hub.state.requests)
+    edit(str(local), tmp_path / "b", direction=tmp_path / "direction.safetensors", layer=2)
+    for file in (tmp_path / "b").glob("*.safetensors"):
+        assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes()
+    assert not any("pytorch_model.bin" in request for request in requests)
+    card = ModelCard((tmp_path / "a" / "README.md").read_text())
+    assert (card.data.base_model, card.data.license) == ("some/model", "mit")
+    assert missing.returncode == 1
+    assert "no such model: 'some/other'" in missing.stderr
+    assert len(missing.stderr.strip().splitlines()) == 1
