@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, Self
 import torch
 
 from .activations import batches, pad
+from .checkpoint import open_checkpoint
 from .errors import OrthogonalizeError
 from .generation import generate, stop_tokens
 from .models import load_model
@@ -95,9 +96,8 @@ class VllmEngine:
             warnings.simplefilter("ignore")  # of its own dependencies, at import
             from vllm import LLM
 
-        options: dict[str, Any] = {"enforce_eager": True} if on_cpu else {
-            "gpu_memory_utilization": self.gpu_memory_utilization
-        }  # fmt: skip
+        options: dict[str, Any] = {"dtype": self._stored_dtype()}
+        options |= {"enforce_eager": True} if on_cpu else {"gpu_memory_utilization": self.gpu_memory_utilization}
         try:
             with track("starting vLLM", None), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -121,6 +121,11 @@ class VllmEngine:
             self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
         gc.collect()
+
+    def _stored_dtype(self) -> str:
+        """The dtype of the checkpoint; vLLM by itself would run a float32 one in bfloat16."""
+        config = open_checkpoint(self.folder).config
+        return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
     def _generate(self, what: str, rows: list[Any], parameters: Any) -> list[Any]:
         """Run in slices, so that progress shows; each slice keeps the engine's batch full."""
