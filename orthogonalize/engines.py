@@ -12,12 +12,12 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 
-from .activations import batches, pad
 from .checkpoint import open_checkpoint
 from .errors import OrthogonalizeError
 from .generation import generate, stop_tokens
 from .models import load_model
 from .progress import track
+from .scores import completion_losses
 
 EngineName = Literal["vllm", "hf"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "hf")
@@ -56,21 +56,9 @@ class TransformersEngine:
             stops = stop_tokens(self.model, self.tokenizer)
             return generate(self.model, prompts, max_new_tokens, stops, self.batch, advance)
 
-    @torch.inference_mode()
     def losses(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
-        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-        result = [0.0] * len(rows)
-        with track("cross-entropy", len(rows), "answers") as advance:
-            for group in batches(rows, tokens=2048):
-                padded, _ = pad([rows[i] for i in group], self.model.device)
-                logits = self.model(input_ids=padded, use_cache=False).logits
-                for row, i in enumerate(group):
-                    start, end = len(prompts[i]) - 1, len(rows[i]) - 1
-                    target = torch.tensor(completions[i], device=logits.device)
-                    loss = torch.nn.functional.cross_entropy(logits[row, start:end].float(), target, reduction="sum")
-                    result[i] = loss.item()
-                advance(len(group))
-        return result
+        with track("cross-entropy", len(prompts), "answers") as advance:
+            return completion_losses(self.model, prompts, completions, advance)
 
 
 class VllmEngine:

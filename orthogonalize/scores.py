@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .activations import batches, pad
+from .activations import Progress, batches, pad
 from .architectures import architecture_of
 from .errors import OrthogonalizeError
 from .hooks import capturing_inputs, input_shifted, layer_projected
@@ -140,10 +140,15 @@ class LocalScorer:
 
 
 @torch.inference_mode()
-def completion_loss(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
-    """Mean cross-entropy, in nats a token, of `completions` after `prompts` (all as token ids)."""
-    total, count = 0.0, 0
+def completion_losses(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    progress: Progress | None = None,
+) -> list[float]:
+    """Summed cross-entropy, in nats, of each of `completions` after its prompt (all as token ids)."""
     rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    result = [0.0] * len(rows)
     for group in batches(rows, tokens=2048):
         padded, _ = pad([rows[i] for i in group], model.device)
         start = min(len(prompts[i]) for i in group) - 1
@@ -152,6 +157,12 @@ def completion_loss(model: Any, prompts: Sequence[Sequence[int]], completions: S
             first, last = len(prompts[i]) - 1, len(rows[i]) - 1
             part = logits[row, first - start : last - start].float()
             target = torch.tensor(completions[i], device=part.device)
-            total += torch.nn.functional.cross_entropy(part, target, reduction="sum").item()
-            count += len(target)
-    return total / count
+            result[i] = torch.nn.functional.cross_entropy(part, target, reduction="sum").item()
+        if progress:
+            progress(len(group))
+    return result
+
+
+def completion_loss(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
+    """Mean cross-entropy of `completions` after `prompts`, in nats a token."""
+    return sum(completion_losses(model, prompts, completions)) / sum(map(len, completions))
