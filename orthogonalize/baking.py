@@ -99,6 +99,10 @@ class TensorEdit:
         if not torch.isfinite(weight).all():
             raise OrthogonalizeError(f"{self.name} holds NaN or infinite values; the checkpoint is damaged")
         edited = self.exact(weight).to(weight.dtype)
+        if not torch.isfinite(edited).all():
+            raise OrthogonalizeError(
+                f"the edit of {self.name} overflows {weight.dtype}; use a smaller strength or length"
+            )
         change = _ratio(edited.to(torch.float64) - weight.to(torch.float64), weight.to(torch.float64))
         leak = _ratio(self.component(edited), self.component(weight))
         return edited, TensorRecord(self.name, str(self.site), leak, change or 0.0)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
+
 from .errors import OrthogonalizeError
 
 # Different in every token, so that what the renderings share at the end is the template's own.
@@ -40,9 +42,12 @@ class ChatFormat:
         messages = [{"role": "user", "content": instruction}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        ids = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.arguments
-        )
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.arguments
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise OrthogonalizeError(f"the chat template does not take this prompt: {error}") from error
         return list(ids)
 
     def encode_all(self, instructions: Sequence[str]) -> list[list[int]]:

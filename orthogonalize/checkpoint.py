@@ -71,12 +71,20 @@ class Checkpoint:
         return [
             name
             for name in _walk(self.path)
-            if str(name) not in weights and not _matches(name, OTHER_WEIGHTS + NOT_COPIED)
+            if str(name) not in weights and not _matches(name, NOT_COPIED) and not self._holds_weights(name)
         ]
 
     def left_out(self) -> list[Path]:
         """Copies of the weights in other formats, which an edit must not carry along."""
-        return [name for name in _walk(self.path) if str(name) not in self.files and _matches(name, OTHER_WEIGHTS)]
+        return [name for name in _walk(self.path) if str(name) not in self.files and self._holds_weights(name)]
+
+    def _holds_weights(self, name: Path) -> bool:
+        """Whether a file holds weights of this model a second time; auxiliary tensors of their own may go along."""
+        if _matches(name, OTHER_WEIGHTS):
+            return True
+        if name.suffix != ".safetensors":
+            return False
+        return bool(open_tensor_file(self.path / name).tensors.keys() & self.tensors.keys())
 
     def fingerprint(self, progress: Progress | None = None) -> dict[str, str]:
         """SHA-256 of every weight file, by name."""
@@ -124,6 +132,10 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
                 "convert them to safetensors first (the Hub's safetensors/convert Space does)"
             )
         raise OrthogonalizeError(f"{folder} has no weights ({SINGLE} or {INDEX})")
+    if (folder / SINGLE).exists() and SINGLE not in index.read_text("utf-8"):
+        raise OrthogonalizeError(
+            f"{folder} has both {INDEX} and {SINGLE}, and loaders differ in which they read; keep one"
+        )
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
@@ -152,6 +164,10 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise OrthogonalizeError(f"no such model folder: {folder}")
     if not (folder / "config.json").exists():
         raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
+    if (folder / "adapter_config.json").exists():
+        raise OrthogonalizeError(
+            f"{folder} holds an adapter, which loaders apply on top; merge it into the model first"
+        )
     config = _read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise OrthogonalizeError(f"{folder / 'config.json'} is not a JSON object")

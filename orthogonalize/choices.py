@@ -28,7 +28,7 @@ class Choice(BaseModel):
     mirrors. `strength` scales the whole map.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Method
     scope: str = "all"
@@ -77,7 +77,11 @@ def intervention_from_basis(
     `norm` is the length that `actadd` adds where the choice names no coefficient.
     """
     scope = parse_scope(choice.scope)
+    if choice.rank is not None and choice.rank > len(basis):
+        raise OrthogonalizeError(f"rank {choice.rank} was asked for, and the basis there has {len(basis)}")
     basis = basis[: choice.rank]
+    if choice.method in ("ablate", "actadd") and len(basis) > 1:
+        raise OrthogonalizeError(f"{choice.method} takes one direction, not {len(basis)}; use nullspace, or --rank 1")
     if choice.method == "actadd":
         vector = choice.shift_vector(basis[0], norm)
         return shift_sites(scope, layer_count, lambda _: vector, choice.layer, ranking)
@@ -105,7 +109,7 @@ def intervention_from_directions(
         raise OrthogonalizeError(f"the run has no layer {choice.layer}; its layers are 0 to {directions.layer_count}")
 
     def basis_at(layer: int) -> torch.Tensor | None:
-        return directions.basis(kind, position, layer, choice.rank)
+        return directions.basis(kind, position, layer)
 
     if not choice.per_layer:
         assert choice.layer is not None
@@ -127,7 +131,7 @@ def intervention_from_directions(
 
     def map_at(layer: int) -> AffineMap | None:
         basis = basis_at(layer)
-        return None if basis is None else removal(basis, choice.removal_strength())
+        return None if basis is None else removal(basis[: choice.rank], choice.removal_strength())
 
     scope = parse_scope(choice.scope)
     if choice.method == "actadd":

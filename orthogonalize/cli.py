@@ -27,8 +27,11 @@ class Commands(click.Group):
         except OrthogonalizeError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             ctx.exit(1)
+        except OSError as error:
+            click.echo(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+            ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted: nothing was left half-written", err=True)
+            click.echo("interrupted: what was not finished was removed", err=True)
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -115,16 +118,30 @@ def _tokens(text: str | None) -> list[int | str] | None:
 @click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset.")
 @click.option("--methods", default="dim,inlp", show_default=True, help="dim (diff-in-means), inlp.")
 @click.option("--engine", type=click.Choice(["hf"]), default="hf", show_default=True, help="What reads activations.")
-@click.option("--train", default=128, show_default=True, help="Prompts a side to find directions with.")
-@click.option("--val", default=32, show_default=True, help="Prompts a side to select with.")
-@click.option("--test", default=100, show_default=True, help="Prompts a side kept for eval.")
-@click.option("--trials", default=32, show_default=True, help="Whole edits to try; 0 skips the search.")
+@click.option(
+    "--train",
+    type=click.IntRange(min=6),
+    default=128,
+    show_default=True,
+    help="Prompts a side to find directions with.",
+)
+@click.option("--val", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts a side to select with.")
+@click.option(
+    "--test", type=click.IntRange(min=0), default=100, show_default=True, help="Prompts a side kept for eval."
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(min=0),
+    default=32,
+    show_default=True,
+    help="Whole edits to try; 0 skips the search.",
+)
 @click.option("--behaviour-tokens", metavar="T,T", help="First tokens of the behaviour; learnt by default.")
 @click.option("--no-filter", is_flag=True, help="Keep prompts on which the model does not behave as expected.")
 @click.option("--system", help="System prompt.")
 @click.option("--template-argument", multiple=True, metavar="NAME=VALUE", help="Passed to the chat template.")
 @click.option("--no-chat-template", is_flag=True, help="Send the bare prompts.")
-@click.option("--max-rank", default=20, show_default=True, help="Most INLP directions.")
+@click.option("--max-rank", type=click.IntRange(min=1), default=20, show_default=True, help="Most INLP directions.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="By default chosen by device.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
@@ -177,7 +194,7 @@ def extract(
         force=force,
     )
     _show_run(run)
-    console.print(f"run: {out}")
+    click.echo(f"run: {out}")
 
 
 def _show_run(run: Any) -> None:
@@ -216,11 +233,15 @@ def _show_run(run: Any) -> None:
 @click.option("--coefficient", type=float, help="For actadd: length added; default the mean difference's.")
 @revision_option
 def edit(model: str, out: Path, **options: Any) -> None:
-    """Write a copy of MODEL with a direction edited out of (or into) its weights."""
+    """Write a copy of MODEL with a direction edited out of (or into) its weights.
+
+    With --run and nothing else, the best edit that extract tried is made. Naming any setting starts
+    from the best single direction instead, over --scope all (one for actadd) at strength 1.
+    """
     from .editing import edit as run_edit
 
     recipe = run_edit(model, out, **options)
-    console.print(
+    click.echo(
         f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
         f"checkpoint: {out}"
     )
@@ -243,7 +264,7 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, **optio
 
     report = evaluate(checkpoint, base, run, out, suites=_words(suite), **options)  # type: ignore[arg-type]
     _show_report(report)
-    console.print(f"report: {out / 'report.html'}")
+    click.echo(f"report: {out / 'report.html'}")
 
 
 def _show_report(report: Any) -> None:
@@ -266,19 +287,20 @@ def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -
     """Upload an edited CHECKPOINT with its card to the Hub."""
     from .hub import push as run_push
 
-    console.print(run_push(checkpoint, repository, public=public, report=report))
+    click.echo(run_push(checkpoint, repository, public=public, report=report))
 
 
 @main.command()
 @click.argument("checkpoint", type=_path())
 @click.option("--base", metavar="MODEL", help="The model that was edited; by default the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
+@click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
 @device_option
-def verify(checkpoint: Path, base: str | None, no_logits: bool, device: str) -> None:
+def verify(checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, device: str) -> None:
     """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights."""
     from .verification import verify as run_verify
 
-    audit = run_verify(checkpoint, base, device=device, logits=not no_logits)
+    audit = run_verify(checkpoint, base, device=device, logits=not no_logits, record=not no_record)
     _show_audit(audit)
     if audit.verification is not None and not audit.verification.passed:
         sys.exit(1)
@@ -315,11 +337,11 @@ def demo(out: Path, engine: Any, force: bool) -> None:
     from .demonstration import demo as run_demo
 
     result = run_demo(out, engine=engine, force=force)
-    console.print(f"edit: {result.recipe.choice.describe()}")
-    console.print(f"hooks = weights: largest difference of a logit {result.verification.hooks_gap:.1e}")
+    click.echo(f"edit: {result.recipe.choice.describe()}")
+    click.echo(f"hooks = weights: largest difference of a logit {result.verification.hooks_gap:.1e}")
     _show_report(result.report)
-    console.print(f"model card: {out / 'edited' / 'README.md'}")
-    console.print(f"report: {result.page}")
+    click.echo(f"model card: {out / 'edited' / 'README.md'}")
+    click.echo(f"report: {result.page}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from .engines import EngineName
 from .errors import OrthogonalizeError
 from .evaluation import evaluate
 from .extraction import Settings, extract
-from .outputs import check_free
+from .outputs import Kind, check_free
 from .progress import note
 from .recipe import Recipe, Verification, load_recipe
 from .report import Report
@@ -43,10 +44,9 @@ def demo(out: Path | str, *, engine: EngineName = "vllm", force: bool = False) -
         OrthogonalizeError: `out` exists without `force`, or a step cannot work here.
     """
     out = Path(out)
-    if out.exists():
-        foreign = [p.name for p in out.iterdir() if p.name not in PARTS] if out.is_dir() else [out.name]
-        if foreign or not force:
-            check_free(out)
+    check_free(out, Kind("run", frozenset({*PARTS, ".report"})), force)
+    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise OrthogonalizeError("vLLM is not installed; `make setup` installs it, or use --engine hf")
     base = str(planted_model())
     note(f"base model: {base}")
     for part in PARTS[:2]:

@@ -7,7 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .architectures import architecture_of
+from pydantic import ValidationError
+
+from .architectures import Architecture, architecture_of
 from .baking import Bake, bake
 from .card import write_card
 from .checkpoint import Checkpoint, open_checkpoint
@@ -15,8 +17,8 @@ from .choices import Choice, direction_kind, intervention_from_basis, interventi
 from .directions import load_direction
 from .errors import OrthogonalizeError
 from .interventions import Intervention
-from .models import find_model
-from .outputs import check_free, check_space, complete_folder
+from .models import commit_of, find_model, is_hub_id
+from .outputs import EDITED, check_free, check_space, complete_folder
 from .progress import note, track
 from .recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
 from .run import Run, load_run
@@ -57,16 +59,47 @@ def choose(run: Run, **given: Any) -> Choice:
         named.setdefault("position", fitting[0].position)
         if not named.get("per_layer"):
             named.setdefault("layer", fitting[0].layer)
-    return Choice(**named)
+    return _choice(named)
 
 
-def _from_run(folder: Path, width: int, given: dict[str, Any]) -> tuple[Choice, Intervention, dict[str, str]]:
+def _choice(named: dict[str, Any]) -> Choice:
+    """A choice, with settings that its method does not have refused rather than recorded."""
+    for setting, methods in (("coefficient", ("actadd",)), ("alpha", ("reflect",)), ("rank", ("nullspace", "reflect"))):
+        if setting in named and named["method"] not in methods:
+            raise OrthogonalizeError(f"--{setting} belongs to {' and '.join(methods)}, not to {named['method']}")
+    try:
+        return Choice(**named)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise OrthogonalizeError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}") from error
+
+
+def _refuse_nothing(choice: Choice, intervention: Intervention) -> None:
+    """An edit that would write a copy of the base is a mistake."""
+    maps = (*intervention.writes.values(), *intervention.reads.values())
+    if not any(m.u.any() or m.s.any() for m in maps):
+        raise OrthogonalizeError(
+            f"this edit changes nothing ({choice.describe()}): there is no direction, or its strength or length is 0"
+        )
+
+
+def _from_run(
+    folder: Path, architecture: Architecture, source: Checkpoint, weights: dict[str, str], given: dict[str, Any]
+) -> tuple[Choice, Intervention, dict[str, str]]:
     run = load_run(folder)
+    width = architecture.width(source.config)
     if run.info.width != width:
         raise OrthogonalizeError(
             f"the run's directions have width {run.info.width} and the model's residual stream {width}; "
             "was it extracted from another model?"
         )
+    if run.info.layer_count != architecture.layers(source.config):
+        raise OrthogonalizeError(
+            f"the run is of a model of {run.info.layer_count} layers and this one has "
+            f"{architecture.layers(source.config)}; extract from this model"
+        )
+    if run.info.weights != weights:
+        note("note: the run was extracted from other weights than these (a relative of this model?)")
     choice = choose(run, **given)
     ranking = layer_ranking(run.candidates, direction_kind(choice.method, run.directions))
     return choice, intervention_from_directions(choice, run.directions, ranking), run.info.prompts
@@ -81,7 +114,9 @@ def _from_file(file: Path, layer_count: int, given: dict[str, Any]) -> tuple[Cho
     named.setdefault("scope", "one" if method == "actadd" else "all")
     named.setdefault("position", direction.position)
     named.setdefault("layer", direction.layer)
-    choice = Choice(**named)
+    choice = _choice(named)
+    if choice.layer is not None and not 0 <= choice.layer <= layer_count:
+        raise OrthogonalizeError(f"the model has no layer {choice.layer} (its layers are 0-{layer_count - 1})")
     return choice, intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
 
 
@@ -117,7 +152,8 @@ def edit(
         OrthogonalizeError: anything that cannot be done exactly; nothing is written then.
     """
     out = Path(out)
-    check_free(out, force)
+    inputs = [Path(p) for p in (model, run, direction, recipe) if p is not None]
+    check_free(out, EDITED, force, inputs)
     if sum(source is not None for source in (run, direction, recipe)) != 1:
         raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
     folder = find_model(model, revision)
@@ -127,35 +163,46 @@ def edit(
         "method": method, "scope": scope, "strength": strength, "per_layer": per_layer, "position": position,
         "layer": layer, "rank": rank, "alpha": alpha, "coefficient": coefficient,
     }  # fmt: skip
+    weights = _fingerprint(source)
     prompts: dict[str, str] = {}
+    former: Recipe | None = None
     if recipe is not None:
         if any(value is not None for value in given.values()):
             raise OrthogonalizeError("a recipe already says everything; give no other settings with --recipe")
         former = load_recipe(Path(recipe))
         choice, intervention, prompts = former.choice, former.intervention(), former.source.prompts
     elif run is not None:
-        choice, intervention, prompts = _from_run(Path(run), architecture.width(source.config), given)
+        choice, intervention, prompts = _from_run(Path(run), architecture, source, weights, given)
     else:
         choice, intervention = _from_file(Path(str(direction)), architecture.layers(source.config), given)
+    _refuse_nothing(choice, intervention)
     plan = bake(source, intervention)
     check_space(out, int(plan.output_bytes * 1.01))
-    weights = _fingerprint(source)
-    if recipe is not None and weights != former.base.weights:
+    if former is not None and weights != former.base.weights:
         raise OrthogonalizeError(f"{model} is not the base that the recipe was made from (its weights differ)")
     note(f"editing: {choice.describe()}")
     maps, arrays, digest = store_maps(intervention)
     written = Recipe(
         version=version("orthogonalize"),
-        base=Base(model=str(model), revision=revision, architecture=architecture.family, weights=weights),
+        base=Base(
+            model=model if is_hub_id(model) else str(Path(model).resolve()),
+            revision=commit_of(folder) or revision,
+            architecture=architecture.family,
+            weights=weights,
+        ),
         choice=choice,
-        source=Source(kind="file" if direction is not None else "run", fingerprint=digest, prompts=prompts),
+        source=Source(
+            kind=former.source.kind if former else "file" if direction is not None else "run",
+            fingerprint=digest,
+            prompts=prompts,
+        ),
         maps=maps,
         arrays=arrays,
         added=sorted(plan.additions),
         config_changes=plan.config_changes,
         left_out=[str(name) for name in source.left_out()],
     )
-    with complete_folder(out, force) as partial:
+    with complete_folder(out, EDITED, force) as partial:
         _write(plan, partial)
         written.tensors = [TensorChange(**asdict(plan.records[name])) for name in sorted(plan.records)]
         written.save(partial)

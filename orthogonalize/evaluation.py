@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .chat import ChatFormat
-from .checkpoint import open_checkpoint
+from .checkpoint import RECIPE, open_checkpoint
 from .engines import ENGINES, EngineName, open_engine
 from .errors import OrthogonalizeError
 from .models import find_model, load_tokenizer, public_name
-from .outputs import check_free, complete_folder
+from .outputs import REPORT, check_free, complete_folder
 from .recipe import load_recipe
 from .refusals import refused
 from .report import Answer, Loss, Losses, Measures, Paired, Rate, Refusals, Report, Suite
@@ -95,6 +95,8 @@ class _Evaluation:
             if is_base:
                 self.kept = [i for i, answer in enumerate(answers["harmless"]) if answer]
                 self.own = [answers["harmless"][i] for i in self.kept]
+                if "loss" in self.suites and not self.own:
+                    raise OrthogonalizeError("every answer of the base model is empty; measure --suite refusal only")
             losses = []
             if "loss" in self.suites:
                 losses = running.losses([self.ids["harmless"][i] for i in self.kept], self.own)
@@ -183,7 +185,7 @@ def evaluate(
         OrthogonalizeError: something is missing, or the engine does not start.
     """
     out = Path(out)
-    check_free(out, force)
+    check_free(out, REPORT, force, [Path(checkpoint), Path(base), Path(run)])
     wrong = [s for s in suites if s not in SUITES]
     if wrong or not suites:
         raise OrthogonalizeError(f"no suite {', '.join(wrong)!r}; there are: {', '.join(SUITES)}")
@@ -193,6 +195,7 @@ def evaluate(
     folder = find_model(base, revision)
     _check_pair(Path(checkpoint), folder)
     work = _Evaluation(found, load_tokenizer(folder), suites, max_new_tokens, limit)
+    recipe = load_recipe(Path(checkpoint)) if (Path(checkpoint) / RECIPE).is_file() else None
     before = work.measure(engine, folder, device, is_base=True)
     after = work.measure(engine, Path(checkpoint), device, is_base=False)
     report = Report(
@@ -200,7 +203,8 @@ def evaluate(
         engine_version=_engine_version(engine),
         base_model=public_name(base),
         checkpoint=Path(checkpoint).name,
-        edit=_describe_edit(Path(checkpoint)),
+        edit=recipe.choice.describe() if recipe else None,
+        recipe=recipe.fingerprint() if recipe else None,
         max_new_tokens=max_new_tokens,
         sensitive=found.info.sensitive,
         base=work.measures(before),
@@ -208,14 +212,7 @@ def evaluate(
         paired=work.paired(before, after),
         answers=work.answers(before, after),
     )
-    with complete_folder(out, force) as partial:
+    with complete_folder(out, REPORT, force) as partial:
         (partial / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
         write_webpage(report, sorted((Path(run) / "plots").glob("*.png")), partial / "report.html")
     return report
-
-
-def _describe_edit(checkpoint: Path) -> str | None:
-    try:
-        return load_recipe(checkpoint).choice.describe()
-    except OrthogonalizeError:
-        return None

@@ -20,11 +20,11 @@ from .directions import Directions, all_subspaces
 from .errors import OrthogonalizeError
 from .generation import generate, stop_tokens
 from .hooks import intervened
-from .models import find_model, load_model, load_tokenizer
-from .outputs import check_free, complete_folder
+from .models import commit_of, find_model, load_model, load_tokenizer
+from .outputs import RUN, check_free, complete_folder
 from .plots import plot_candidates
 from .progress import note, track
-from .prompts import MINIMUM, Prompt, Side, Split, check_contrast, concept, load_prompts, split_prompts
+from .prompts import MINIMUM_TRAIN, Prompt, Side, Split, check_contrast, concept, load_prompts, split_prompts
 from .refusals import refused
 from .run import Run, RunInfo
 from .scores import behaviour_score, first_token_probabilities, learn_behaviour_tokens
@@ -145,6 +145,8 @@ class _Extraction:
 
     def _token(self, token: int | str) -> int:
         if isinstance(token, int):
+            if not 0 <= token < self.model.config.vocab_size:
+                raise OrthogonalizeError(f"behaviour token {token} is no id of this model's vocabulary")
             return token
         ids = self.tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
@@ -164,7 +166,7 @@ class _Extraction:
                 kept = sum((p.side, p.split) == (side, split) for p in self.prompts)
                 given = sum((p.side, p.split) == (side, split) for p in before)
                 counts.setdefault(side, {})[split] = kept
-                needed = MINIMUM if split == "train" else 1
+                needed = MINIMUM_TRAIN if split == "train" else 1
                 if kept < needed:
                     verb = "shows" if side == "positive" else "lacks"
                     raise OrthogonalizeError(
@@ -208,6 +210,9 @@ class _Extraction:
         with track("the model's own answers", len(negative), "prompts") as advance:
             answers = generate(self.model, negative, ANSWER_TOKENS, stops, progress=advance)
         kept = [i for i, answer in enumerate(answers) if answer]
+        if not kept:
+            note("the model answers nothing to the negative prompts, so no edit can be tried")
+            return []
         trials = Trials(
             self.model,
             directions,
@@ -232,7 +237,9 @@ class _Extraction:
         confirmed: list[Trial] = []
         for trial in trials[:most]:
             with intervened(
-                self.model, intervention_from_directions(trial.choice, directions, layer_ranking(ranked, "dim"))
+                self.model,
+                intervention_from_directions(trial.choice, directions, layer_ranking(ranked, "dim")),
+                renormalise=False,  # as the baked weights will
             ):
                 confirmed.append(trial.model_copy(update={"confirmed": self._refusal_rate(ids, stops)}))
             if (confirmed[-1].confirmed or 0.0) <= CONFIRMED:
@@ -275,10 +282,12 @@ def extract(
     """
     settings = settings or Settings()
     out = Path(out)
-    check_free(out, force)
+    check_free(out, RUN, force, [Path(p) for p in (model, positive, negative) if p])
     unknown = [m for m in settings.methods if m not in METHODS]
     if unknown or "dim" not in settings.methods:
         raise OrthogonalizeError(f"--methods must name dim, and may add inlp; got {','.join(settings.methods)}")
+    if settings.train < MINIMUM_TRAIN or settings.val < 1 or settings.test < 0:
+        raise OrthogonalizeError(f"--train must be at least {MINIMUM_TRAIN}, --val 1 and --test 0")
     sides = read_contrast(concept, positive, negative, column, hub_split)
     counts = {"train": settings.train, "val": settings.val, "test": settings.test}
     prompts = [p for side in sides[:2] for p in split_prompts(side, settings.seed, **counts)]
@@ -300,7 +309,7 @@ def extract(
         base_score[side] = sum(scores) / len(scores)
     info = RunInfo(
         model=str(model),
-        revision=revision,
+        revision=commit_of(folder) or revision,
         architecture=architecture.family,
         weights=checkpoint.fingerprint(),
         prompts={
@@ -323,7 +332,7 @@ def extract(
         versions=_versions(),
     )
     run = Run(info, work.prompts, directions, candidates, trials)
-    with complete_folder(out, force) as partial:
+    with complete_folder(out, RUN, force) as partial:
         run.save(partial)
         plot_candidates(run, partial / "plots")
     return run

@@ -5,26 +5,33 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from .card import write_card
-from .checkpoint import RECIPE, open_checkpoint
+from .checkpoint import CARD, RECIPE, open_checkpoint
 from .errors import OrthogonalizeError
 from .models import HUB_ID, first_line, public_name
 from .progress import note
 from .recipe import load_recipe
 from .report import load_report
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
-def _prepare(folder: Path, report: Path | None) -> None:
-    """Bring card, recipe and report in `folder` to what is uploaded: no path of this machine in any."""
-    found = load_report(report) if report is not None else None
+
+def _stage(folder: Path, report: Path | None, stage: Path) -> None:
+    """Write what describes the checkpoint into `stage` as it is published: no path of this machine in it."""
     recipe = load_recipe(folder)
+    found = load_report(report) if report is not None else None
+    if found is not None and found.recipe not in (None, recipe.fingerprint()):
+        raise OrthogonalizeError(f"{report} measures another edit than {folder}; run eval on this checkpoint")
     recipe.base.model = public_name(recipe.base.model)
-    recipe.save(folder)
-    write_card(folder, recipe, report=found)
+    recipe.save(stage)
+    write_card(stage, recipe, base=folder, report=found)
     for name in ("report.json", "report.html"):
         if report is not None and (report / name).is_file():
-            shutil.copyfile(report / name, folder / name)
+            shutil.copyfile(report / name, stage / name)
 
 
 def push(checkpoint: Path | str, repository: str, *, public: bool = False, report: Path | str | None = None) -> str:
@@ -43,7 +50,6 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
         OrthogonalizeError: not an edited checkpoint, no token, or the Hub refused.
     """
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError
 
     folder = Path(checkpoint)
     open_checkpoint(folder)
@@ -54,17 +60,30 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     token = get_token()
     if token is None:
         raise OrthogonalizeError("no Hub token: set HF_TOKEN, or log in with `hf auth login`")
-    _prepare(folder, None if report is None else Path(report))
-    api = HfApi(token=token)
-    try:
-        url = api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)
-        private = bool(api.model_info(repository).private)
-        if not public and not private:
-            raise OrthogonalizeError(f"{repository} exists and is public; give --public, or choose another name")
-        if public and private:
-            api.update_repo_settings(repository, private=False)
-        note(f"uploading {folder} to {repository} ({'public' if public else 'private'})")
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload an edited checkpoint")
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise OrthogonalizeError(f"the Hub did not take {repository}: {first_line(error)}") from error
+    with TemporaryDirectory() as stage:
+        _stage(folder, None if report is None else Path(report), Path(stage))
+        try:
+            url = _upload(HfApi(token=token), folder, Path(stage), repository, public)
+        except OrthogonalizeError:
+            raise
+        except Exception as error:  # whatever the network and its libraries raise
+            raise OrthogonalizeError(f"the Hub did not take {repository}: {first_line(error)}") from error
+    return url
+
+
+def _upload(api: HfApi, folder: Path, stage: Path, repository: str, public: bool) -> str:
+    url = api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)
+    private = bool(api.model_info(repository).private)
+    if not public and not private:
+        raise OrthogonalizeError(f"{repository} exists and is public; give --public, or choose another name")
+    if public and private:
+        api.update_repo_settings(repository, private=False)
+    note(f"uploading {folder} to {repository} ({'public' if public else 'private'})")
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        ignore_patterns=[RECIPE, CARD],
+        commit_message="Upload an edited checkpoint",
+    )
+    api.upload_folder(repo_id=repository, folder_path=stage, commit_message="Say what was edited and measured")
     return str(url)

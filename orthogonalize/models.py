@@ -11,7 +11,7 @@ import torch
 
 from .checkpoint import open_checkpoint
 from .errors import OrthogonalizeError
-from .outputs import complete_folder
+from .outputs import EDITED, complete_folder
 
 # What a checkpoint needs; copies of the weights in other formats stay on the Hub.
 HUB_PATTERNS = [
@@ -46,7 +46,7 @@ def convert_gguf(file: Path, out: Path) -> Path:
         )
     except (ValueError, OSError, KeyError, NotImplementedError) as error:
         raise OrthogonalizeError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
-    with complete_folder(out) as folder:
+    with complete_folder(out, EDITED) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return out
@@ -56,6 +56,11 @@ def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or its class where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the Hub's cache is a snapshot of; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 def is_hub_id(model: str) -> bool:
@@ -94,7 +99,7 @@ def find_model(model: str, revision: str | None = None) -> Path:
 
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
@@ -104,7 +109,7 @@ def _download(model: str, revision: str | None) -> Path:
         raise OrthogonalizeError(
             f"no such model: {model!r} is neither a folder here nor on the Hub (a private one needs hf auth login)"
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # whatever the network and its libraries raise
         raise OrthogonalizeError(
             f"no such folder here, and the Hub did not answer for {model!r}: {first_line(error)}"
         ) from error
@@ -113,7 +118,10 @@ def _download(model: str, revision: str | None) -> Path:
 def choose_device(device: str = "auto") -> torch.device:
     """`auto` is the first GPU where there is one, else the CPU."""
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            raise OrthogonalizeError(f"device {device!r} cannot be used here: {first_line(error)}") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -152,7 +160,7 @@ def load_model(
     place = choose_device(device)
     config = open_checkpoint(folder).config
     if config.get("auto_map") and not trust_remote_code:
-        raise OrthogonalizeError(f"{folder} wants to run its own code; --trust-remote-code allows that")
+        raise OrthogonalizeError(f"{folder} wants to run its own code, which only extract --trust-remote-code allows")
     chosen = dtype or choose_dtype(place, config.get("dtype") or config.get("torch_dtype"))
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, trust_remote_code=trust_remote_code)

@@ -5,29 +5,58 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from .errors import OrthogonalizeError
 
-# A folder is replaced only if one of these shows that this tool made it.
-OWN_MARKS = ("orthogonalize.json", "run.json", "report.json")
+
+@dataclass(frozen=True)
+class Kind:
+    """What a command's output folder looks like: only such a folder does `--force` replace.
+
+    `mark` must be in it; nothing but `parts` may be, unless `parts` is None.
+    """
+
+    mark: str
+    parts: frozenset[str] | None = None
+
+    def made(self, folder: Path) -> bool:
+        # What a killed run left half-written is no reason to refuse.
+        names = {p.name for p in folder.iterdir() if ".partial-" not in p.name}
+        return not names or (self.mark in names and (self.parts is None or names <= self.parts))
 
 
-def check_free(out: Path, force: bool = False) -> None:
-    """Refuse an output path that exists, before any work is done for it.
+RUN = Kind("run.json", frozenset({"run.json", "prompts.jsonl", "directions.safetensors", "candidates.json", "plots"}))
+EDITED = Kind("orthogonalize.json")
+REPORT = Kind("report.json", frozenset({"report.json", "report.html"}))
+
+
+def check_free(out: Path, kind: Kind, force: bool = False, inputs: Sequence[Path] = ()) -> None:
+    """Refuse an output path that cannot be used, before any work is done for it.
 
     Raises:
-        OrthogonalizeError: `out` exists without `force`, or is something this tool did not make.
+        OrthogonalizeError: `out` exists without `force`, is no folder of this `kind`, or holds one of
+            the `inputs`.
     """
+    parent = next(p for p in out.absolute().parents if p.exists())
+    if not parent.is_dir():
+        raise OrthogonalizeError(f"{out} cannot be made: {parent} is a file")
     if not out.exists() and not out.is_symlink():
         return
     if not force:
         raise OrthogonalizeError(f"{out} exists; choose another --out, or --force to replace it")
-    empty = out.is_dir() and not any(out.iterdir())
-    if out.is_symlink() or not out.is_dir() or not (empty or any((out / m).exists() for m in OWN_MARKS)):
-        raise OrthogonalizeError(f"{out} was not made by orthogonalize, so --force leaves it alone; remove it yourself")
+    if out.is_symlink() or not out.is_dir() or not kind.made(out):
+        raise OrthogonalizeError(
+            f"{out} is no earlier output of this command, so --force leaves it; remove it yourself"
+        )
+    for path in inputs:
+        if path.exists() and path.resolve().is_relative_to(out.resolve()):
+            raise OrthogonalizeError(f"{out} holds {path}, which this command reads; choose another --out")
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -52,7 +81,7 @@ def _alive(pid: str) -> bool:
 
 
 @contextmanager
-def complete_folder(out: Path, force: bool = False) -> Iterator[Path]:
+def complete_folder(out: Path, kind: Kind, force: bool = False) -> Iterator[Path]:
     """Give an empty folder beside `out` to write into; move it to `out` when the block succeeds.
 
     On any error, Ctrl-C included, the half-written folder is removed and what stood at `out` stays.
@@ -61,7 +90,7 @@ def complete_folder(out: Path, force: bool = False) -> Iterator[Path]:
     Raises:
         OrthogonalizeError: `out` exists (see `check_free`) or the disk fills up.
     """
-    check_free(out, force)
+    check_free(out, kind, force)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
     for stale in out.parent.glob(f".{out.name}.partial-*"):
@@ -76,8 +105,9 @@ def complete_folder(out: Path, force: bool = False) -> Iterator[Path]:
         if out.exists():
             out.rename(previous)
         partial.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        # The safetensors library reports a full disk in a class of its own.
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
             raise OrthogonalizeError(f"the disk filled up while writing {out}; nothing was left behind") from error
         raise
     finally:

@@ -21,7 +21,7 @@ def show(on: bool = True) -> None:
 def note(text: str) -> None:
     """Tell the user one thing, where progress is shown."""
     if _shown:
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, markup=False)
 
 
 @contextmanager

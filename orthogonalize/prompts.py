@@ -17,6 +17,7 @@ Side = Literal["positive", "negative"]
 Split = Literal["train", "val", "test"]
 COLUMNS = ("instruction", "prompt", "question", "text", "goal", "Goal", "behavior", "forbidden_prompt")
 MINIMUM = 8  # usable prompts a side
+MINIMUM_TRAIN = 6  # of which to find directions with
 
 
 @dataclass(frozen=True)
@@ -79,18 +80,18 @@ def _rows_of_hub_dataset(source: str, split: str) -> list[Any]:
 def _rows_of_file(path: Path) -> list[Any]:
     match path.suffix.lower():
         case ".txt":
-            return path.read_text("utf-8").splitlines()
+            return path.read_text("utf-8-sig").split("\n")
         case ".json":
-            rows = json.loads(path.read_text("utf-8"))
+            rows = json.loads(path.read_text("utf-8-sig"))
             if not isinstance(rows, list):
                 raise ValueError("it is not a list")
             return rows
         case ".jsonl":
-            return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+            return [json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
         case ".csv":
             from pyarrow import csv
 
-            return list(csv.read_csv(path).to_pylist())
+            return list(csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True)).to_pylist())
         case ".parquet":
             from pyarrow import parquet
 
@@ -131,7 +132,7 @@ def load_prompts(source: str, side: Side = "positive", column: str | None = None
     path = Path(source)
     if source.startswith(PLANTED):
         file = resources.files("orthogonalize") / "planted" / source.removeprefix(PLANTED)
-        rows: list[Any] = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        rows: list[Any] = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
     elif path.is_file():
         try:
             rows = _rows_of_file(path)
@@ -183,6 +184,8 @@ def split_prompts(
     if len(pool) < wanted:
         share = len(pool) / wanted
         val, test = round(val * share), round(test * share)
+        while test > 1 and len(pool) - val - test < MINIMUM_TRAIN:
+            test -= 1
         train = len(pool) - val - test
     bounds: list[tuple[Split, int, int]] = [
         ("train", 0, train),

@@ -101,14 +101,24 @@ class Recipe(_Record):
         """The intervention that the recipe stores."""
         arrays = {key: _decode(array) for key, array in self.arrays.items()}
         sides: dict[str, dict[Site, AffineMap]] = {"write": {}, "read": {}}
-        for record in self.maps:
-            affine = AffineMap(arrays[record.u], arrays[record.v], arrays[record.s])
-            sides[record.side].update({Site.parse(site): affine for site in record.sites})
+        try:
+            for record in self.maps:
+                affine = AffineMap(arrays[record.u], arrays[record.v], arrays[record.s])
+                sides[record.side].update({Site.parse(site): affine for site in record.sites})
+        except (KeyError, ValueError) as error:
+            raise OrthogonalizeError(f"the recipe's maps are damaged: {error}") from error
         return Intervention(sides["write"], sides["read"])
 
     def save(self, folder: Path) -> None:
-        """Write the recipe into a checkpoint folder."""
-        (folder / RECIPE).write_text(self.model_dump_json(indent=1) + "\n", "utf-8")
+        """Write the recipe into a checkpoint folder, whole or not at all."""
+        partial = folder / f".{RECIPE}.partial"
+        partial.write_text(self.model_dump_json(indent=1) + "\n", "utf-8")
+        partial.replace(folder / RECIPE)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what determines the edited weights: the base's weights and the maps."""
+        parts = self.model_dump_json(include={"maps", "arrays"}) + repr(sorted(self.base.weights.items()))
+        return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def load_recipe(path: Path) -> Recipe:

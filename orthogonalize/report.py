@@ -31,7 +31,7 @@ class Loss(_Record):
 
     value: float
     n: int
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None
     tokens: int
     perplexity: float
 
@@ -77,7 +77,7 @@ class Answer(_Record):
 
 
 class Report(_Record):
-    """`report.json`."""
+    """`report.json`; `recipe` is the fingerprint of the edited checkpoint's recipe."""
 
     format: Literal[1] = 1
     engine: EngineName
@@ -85,6 +85,7 @@ class Report(_Record):
     base_model: str
     checkpoint: str
     edit: str | None
+    recipe: str | None = None
     max_new_tokens: int
     sensitive: bool
     base: Measures

@@ -84,12 +84,13 @@ def load_run(folder: Path) -> Run:
         raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); make one with extract")
     try:
         info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))
-        lines = (folder / "prompts.jsonl").read_text("utf-8").splitlines()
-        prompts = [Prompt(**json.loads(line)) for line in lines]
+        lines = (folder / "prompts.jsonl").read_text("utf-8").split("\n")
+        prompts = [Prompt(**json.loads(line)) for line in lines if line]
         scores = json.loads((folder / "candidates.json").read_text("utf-8"))
         candidates = _candidates(scores["candidates"])
         trials = [Trial.model_validate(row) for row in scores["trials"]]
+        directions = Directions.load(folder / "directions.safetensors")
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise OrthogonalizeError(f"run folder {folder} is damaged ({reason}); extract it again") from error
-    return Run(info, prompts, Directions.load(folder / "directions.safetensors"), candidates, trials)
+    return Run(info, prompts, directions, candidates, trials)

@@ -109,8 +109,10 @@ def chosen_layers(scope: Scope, layer_count: int, source: int | None, ranking: S
         case "top":
             if ranking is None:
                 raise OrthogonalizeError("scope 'top' needs stored scores; use --run, or name layers:…")
-            count = max(1, math.floor(len(ranking) * scope.percent / 100 + 0.5))
-            return sorted(ranking[:count])
+            # Layers that were not scored come after all that were.
+            order = [*ranking, *(layer for layer in range(layer_count) if layer not in ranking)]
+            count = max(1, math.floor(layer_count * scope.percent / 100 + 0.5))
+            return sorted(order[:count])
 
 
 def removal_sites(scope: Scope, layers: Sequence[int]) -> list[Site]:

@@ -84,18 +84,6 @@ def _order(candidate: Candidate, kl: float, induce: float) -> tuple[float, ...]:
     return (2 if "late layer" in candidate.failed else 1, candidate.bypass > 0, wrong)
 
 
-def best(ranked: Sequence[Candidate], method: str) -> Candidate:
-    """The first of `method`; where none passes the filters, the one that is best without them.
-
-    Raises:
-        OrthogonalizeError: no candidate of that method was scored.
-    """
-    mine = [c for c in ranked if c.method == method]
-    if not mine:
-        raise OrthogonalizeError(f"the run has no {method!r} directions; extract again with --methods dim,inlp")
-    return mine[0]
-
-
 def layer_ranking(ranked: Sequence[Candidate], method: str) -> list[int]:
     """Layers of `method` from the best on, each by its best candidate."""
     return list(dict.fromkeys(c.layer for c in ranked if c.method == method))

@@ -22,9 +22,9 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
-def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int = 0) -> tuple[float, float]:
+def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int = 0) -> tuple[float, float] | None:
     if len(columns[0]) < 2:
-        return float("nan"), float("nan")
+        return None  # one text says nothing about others
     result = scipy_bootstrap(
         tuple(np.asarray(c, dtype=float) for c in columns),
         statistic,
@@ -45,11 +45,11 @@ def _increase(base: np.ndarray, edited: np.ndarray, axis: int = -1) -> np.ndarra
     return np.asarray(edited.sum(axis=axis) / base.sum(axis=axis) - 1)
 
 
-def loss_interval(losses: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+def loss_interval(losses: Sequence[float], tokens: Sequence[int]) -> tuple[float, float] | None:
     """95% bootstrap interval, over texts, of the loss a token."""
     return _interval((losses, [float(t) for t in tokens]), _per_token)
 
 
-def increase_interval(base: Sequence[float], edited: Sequence[float]) -> tuple[float, float]:
+def increase_interval(base: Sequence[float], edited: Sequence[float]) -> tuple[float, float] | None:
     """95% bootstrap interval, over texts, of the relative increase of the summed loss."""
     return _interval((base, edited), _increase)

@@ -155,12 +155,19 @@ def verify(
         if source.fingerprint(advance) != recipe.base.weights:
             raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
     plan = bake(source, recipe.intervention())
-    gaps = _gaps(folder, source.path, recipe, plan, device) if logits else {"hooks_gap": None, "stored_gap": None}
     expected = plan.edits.keys() | plan.additions.keys()
     changes = [*result.changed, *result.added, *result.missing]
     unexpected = sorted({*changes} - expected) + result.side_files
-    unexpected += [f"config.json: {key}" for key in result.config if key not in plan.config_changes]
+    wanted = {**source.config, **plan.config_changes}
+    unexpected += [
+        f"config.json: {key}"
+        for key in sorted(wanted.keys() | edited.config.keys())
+        if wanted.get(key) != edited.config.get(key)
+    ]
     rebuilt = _rebuilds(edited, plan)
+    gaps: dict[str, float | None] = {"hooks_gap": None, "stored_gap": None}
+    if logits and not unexpected:  # another configuration is another model, which need not even load
+        gaps = _gaps(folder, source.path, recipe, plan, device)
     gap = gaps["hooks_gap"]
     result.verification = Verification(
         rebuilt=rebuilt,

@@ -31,7 +31,7 @@ def summary_rows(report: Report) -> list[tuple[str, str, str, str]]:
         return f"{100 * r.value:.1f}% [{100 * r.ci95[0]:.1f}, {100 * r.ci95[1]:.1f}]"
 
     def loss(x: Loss) -> str:
-        return f"{x.value:.4f} [{x.ci95[0]:.4f}, {x.ci95[1]:.4f}]"
+        return f"{x.value:.4f}" + (f" [{x.ci95[0]:.4f}, {x.ci95[1]:.4f}]" if x.ci95 else "")
 
     rows = []
     base, edited, paired = report.base, report.edited, report.paired
@@ -44,8 +44,9 @@ def summary_rows(report: Report) -> list[tuple[str, str, str, str]]:
     if base.loss and edited.loss:
         old, new = base.loss.own_completions, edited.loss.own_completions
         pair = paired["loss.own_completions"]
-        low, high = pair.ci95 or (float("nan"), float("nan"))
-        change = f"{100 * pair.difference:+.1f}% [{100 * low:+.1f}, {100 * high:+.1f}]"
+        change = f"{100 * pair.difference:+.1f}%"
+        if pair.ci95:
+            change += f" [{100 * pair.ci95[0]:+.1f}, {100 * pair.ci95[1]:+.1f}]"
         rows.append((f"cross-entropy, own answers (n = {old.n})", loss(old), loss(new), change))
         rows.append(("perplexity, own answers", f"{old.perplexity:.3f}", f"{new.perplexity:.3f}", ""))
     return rows

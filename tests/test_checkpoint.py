@@ -19,7 +19,7 @@ from orthogonalize.baking import bake
 from orthogonalize.checkpoint import INDEX, open_checkpoint
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.interventions import removal
-from orthogonalize.outputs import check_space, complete_folder
+from orthogonalize.outputs import EDITED, REPORT, RUN, check_free, check_space, complete_folder
 from orthogonalize.scopes import map_sites, parse_scope, shift_sites
 
 
@@ -153,7 +153,7 @@ def test_an_undescribed_architecture_and_a_wrong_width_are_refused(base, basis):
 
 def test_a_failed_write_leaves_neither_result_nor_remains(tmp_path):
     def half() -> None:
-        with complete_folder(tmp_path / "out") as partial:
+        with complete_folder(tmp_path / "out", RUN) as partial:
             (partial / "half").write_text("x")
             raise RuntimeError
 
@@ -163,14 +163,14 @@ def test_a_failed_write_leaves_neither_result_nor_remains(tmp_path):
 
 
 def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(tmp_path):
-    with complete_folder(tmp_path / "out") as partial:
-        (partial / "orthogonalize.json").write_text("old")
+    with complete_folder(tmp_path / "out", RUN) as partial:
+        (partial / "run.json").write_text("old")
     with (
         pytest.raises(OrthogonalizeError, match="disk filled up"),
-        complete_folder(tmp_path / "out", force=True),
+        complete_folder(tmp_path / "out", RUN, force=True),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert (tmp_path / "out" / "orthogonalize.json").read_text() == "old"
+    assert (tmp_path / "out" / "run.json").read_text() == "old"
     with pytest.raises(OrthogonalizeError, match="GB free"):
         check_space(tmp_path / "out", 10**18)
 
@@ -183,7 +183,10 @@ def test_a_real_full_disk_leaves_nothing_behind(basis, tmp_path):
     try:
         source = store(tiny_llama(), tmp_path / "base")
         plan = bake(open_checkpoint(source), some_edit(basis))
-        with pytest.raises(OrthogonalizeError, match="disk filled up"), complete_folder(disk / "out") as partial:
+        with (
+            pytest.raises(OrthogonalizeError, match="disk filled up"),
+            complete_folder(disk / "out", EDITED) as partial,
+        ):
             plan.write(partial)
         assert list(disk.iterdir()) == []
     finally:
@@ -192,15 +195,15 @@ def test_a_real_full_disk_leaves_nothing_behind(basis, tmp_path):
 
 def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp_path):
     mine, other = tmp_path / "mine", tmp_path / "other"
-    with complete_folder(mine) as partial:
+    with complete_folder(mine, RUN) as partial:
         (partial / "run.json").write_text("1")
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
-    with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(mine):
+    with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(mine, RUN):
         pass
-    with pytest.raises(OrthogonalizeError, match="not made by orthogonalize"), complete_folder(other, force=True):
+    with pytest.raises(OrthogonalizeError, match="no earlier output"), complete_folder(other, RUN, force=True):
         pass
-    with complete_folder(mine, force=True) as partial:
+    with complete_folder(mine, RUN, force=True) as partial:
         (partial / "run.json").write_text("2")
     assert (mine / "run.json").read_text() == "2"
     assert (other / "thesis.txt").read_text() == "years of work"
@@ -209,8 +212,8 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_never_shows_a_result_and_the_next_one_tidies_up(tmp_path, how):
     code = (
-        "import sys, time; from pathlib import Path; from orthogonalize.outputs import complete_folder\n"
-        f"with complete_folder(Path({str(tmp_path / 'out')!r})) as p:\n"
+        "import sys, time; from pathlib import Path; from orthogonalize.outputs import RUN, complete_folder\n"
+        f"with complete_folder(Path({str(tmp_path / 'out')!r}), RUN) as p:\n"
         "    (p / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -219,7 +222,7 @@ def test_a_killed_run_never_shows_a_result_and_the_next_one_tidies_up(tmp_path, 
     process.send_signal(how)
     process.wait(timeout=30)
     assert not (tmp_path / "out").exists()
-    with complete_folder(tmp_path / "out") as partial:
+    with complete_folder(tmp_path / "out", RUN) as partial:
         (partial / "run.json").write_text("{}")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -227,6 +230,44 @@ def test_a_killed_run_never_shows_a_result_and_the_next_one_tidies_up(tmp_path, 
 def test_the_partial_folder_of_a_living_run_is_left_alone(tmp_path):
     living = tmp_path / f".out.partial-{os.getppid()}"
     living.mkdir()
-    with complete_folder(tmp_path / "out") as partial:
+    with complete_folder(tmp_path / "out", RUN) as partial:
         (partial / "run.json").write_text("{}")
     assert living.exists()
+
+
+def test_force_never_replaces_a_folder_of_another_kind_or_what_the_command_reads(tmp_path):
+    demo = tmp_path / "demo"
+    (demo / "run").mkdir(parents=True)
+    (demo / "report.json").write_text("{}")
+    with pytest.raises(OrthogonalizeError, match="no earlier output"):
+        check_free(demo, REPORT, force=True)
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    (edited / "orthogonalize.json").write_text("{}")
+    check_free(edited, EDITED, force=True)
+    with pytest.raises(OrthogonalizeError, match="which this command reads"):
+        check_free(edited, EDITED, force=True, inputs=[edited])
+
+
+def test_a_second_unedited_copy_of_the_weights_stays_behind_and_auxiliary_tensors_go_along(base, basis, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(load_file(base / "model.safetensors"), base / "model.fp16.safetensors")
+    save_file({"mtp.0.weight": torch.ones(3)}, base / "mtp.safetensors")
+    source = open_checkpoint(base)
+    assert [str(f) for f in source.left_out()] == ["model.fp16.safetensors"]
+    (tmp_path / "edited").mkdir()
+    bake(source, some_edit(basis)).write(tmp_path / "edited")
+    assert not (tmp_path / "edited" / "model.fp16.safetensors").exists()
+    assert (tmp_path / "edited" / "mtp.safetensors").read_bytes() == (base / "mtp.safetensors").read_bytes()
+
+
+def test_folders_that_loaders_would_read_in_another_way_are_refused(tmp_path):
+    sharded = store(tiny_llama(), tmp_path / "sharded", shards=2)
+    (sharded / "model.safetensors").write_bytes((sharded / "model-00001-of-00002.safetensors").read_bytes())
+    with pytest.raises(OrthogonalizeError, match="has both"):
+        open_checkpoint(sharded)
+    adapted = store(tiny_llama(), tmp_path / "adapted")
+    (adapted / "adapter_config.json").write_text("{}")
+    with pytest.raises(OrthogonalizeError, match="merge it"):
+        open_checkpoint(adapted)

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from orthogonalize.editing import edit
-from orthogonalize.evaluation import Report
-from orthogonalize.report import Loss, Losses, Measures, Paired, Rate, Refusals
+from orthogonalize.recipe import load_recipe
+from orthogonalize.report import Loss, Losses, Measures, Paired, Rate, Refusals, Report
 
 TOKEN = "hf_loopbacktokenthatmustnotbeprinted"
 
@@ -77,12 +77,15 @@ def test_a_push_is_private_complete_and_keeps_the_token_to_itself(edited, report
         repository = hub.state.repositories["me/edited"]
     assert repository.private is True
     on_disk = {str(f.relative_to(edited)): f.read_bytes() for f in edited.rglob("*") if f.is_file()}
-    assert {k: v for k, v in repository.files.items() if k != ".gitattributes"} == on_disk
-    assert {"report.json", "report.html", "orthogonalize.json", "LICENSE"} <= on_disk.keys()
+    pushed = {k: v for k, v in repository.files.items() if k != ".gitattributes"}
+    described = {"README.md", "orthogonalize.json", "report.json", "report.html"}
+    assert pushed.keys() == on_disk.keys() | described
+    assert all(pushed[name] == on_disk[name] for name in on_disk.keys() - described)
+    assert load_recipe(edited).base.model == str(tmp_path / "base"), "the local recipe still finds its base"
     assert TOKEN not in done.stdout + done.stderr
     for name in ("orthogonalize.json", "README.md", "report.json"):
-        assert str(tmp_path).encode() not in on_disk[name], "a path of this machine would be published"
-    assert all(TOKEN.encode() not in content for content in on_disk.values())
+        assert str(tmp_path).encode() not in pushed[name], "a path of this machine would be published"
+    assert all(TOKEN.encode() not in content for content in pushed.values())
     card = ModelCard(repository.files["README.md"].decode())
     assert card.data.license == "apache-2.0"
     assert card.data.library_name == "transformers"
@@ -119,6 +122,21 @@ def test_a_push_that_cannot_work_is_one_line(edited, tmp_path, token, words, mes
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert token is None or token not in done.stderr
+
+
+def test_an_unreachable_hub_and_a_report_of_another_edit_are_one_line(edited, report, tmp_path):
+    hub = Hub(TOKEN)
+    hub.server.server_close()
+    done = push(hub, edited, "me/x", home=tmp_path / "home")
+    assert done.returncode == 1
+    assert "the Hub did not take me/x" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    file = report / "report.json"
+    file.write_text(file.read_text().replace('"recipe":null', '"recipe":"0000"'))
+    with Hub(TOKEN) as hub:
+        refused = push(hub, edited, "me/x", "--report", report, home=tmp_path / "home")
+        assert hub.state.repositories == {}
+    assert "measures another edit" in refused.stderr
 
 
 def test_a_model_named_by_its_hub_id_is_downloaded_edited_and_named_on_the_card(tmp_path):

@@ -15,10 +15,10 @@ from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.editing import edit
 from orthogonalize.embedded import adapter_folder, planted_model
 from orthogonalize.engines import TransformersEngine, VllmEngine
-from orthogonalize.generation import generate, stop_tokens
+from orthogonalize.hooks import intervened
 from orthogonalize.models import load_model, load_tokenizer
 from orthogonalize.prompts import load_prompts
-from orthogonalize.refusals import refused
+from orthogonalize.recipe import load_recipe
 from orthogonalize.verification import verify
 
 QUESTIONS = [
@@ -64,18 +64,6 @@ def test_the_adapter_is_small(planted):
     assert open_checkpoint(planted).config["num_hidden_layers"] == 30
 
 
-def test_the_planted_model_refuses_cooking_and_hardly_anything_else(planted, chat):
-    model = load_model(planted)
-    stops = stop_tokens(model, chat.tokenizer)
-    rates = {}
-    for name in ("cooking", "other"):
-        ids = chat.encode_all([p.text for p in load_prompts(f"planted:contrast_{name}.jsonl")[:100]])
-        answers = generate(model, ids, 16, stops, batch=50)
-        rates[name] = sum(refused(chat.tokenizer.decode(a)) for a in answers) / len(answers)
-    assert rates["cooking"] >= 0.95
-    assert rates["other"] <= 0.05
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -93,13 +81,17 @@ def test_hooks_equal_weights_on_the_real_model_in_float32(float32_model, directi
     assert proof.stored_gap <= 1e-3
 
 
-def test_a_doubled_bos_is_far_outside_that_tolerance(float32_model, chat):
-    model = load_model(float32_model, dtype=torch.float32)
+def test_a_doubled_bos_makes_the_comparison_of_hooks_and_weights_fail(float32_model, direction, chat, tmp_path):
+    edit(str(float32_model), tmp_path / "edited", direction=direction, method="ablate", scope="all")
     ids = chat.encode(QUESTIONS[0])
     with torch.inference_mode():
-        once = model(torch.tensor([ids])).logits[0, -1]
-        twice = model(torch.tensor([[ids[0], *ids]])).logits[0, -1]
-    assert (once - twice).abs().max() > 1e-2
+        with intervened(load_model(float32_model), load_recipe(tmp_path / "edited").intervention()) as hooked:
+            expected = hooked(torch.tensor([ids])).logits[0, -1]
+        edited = load_model(tmp_path / "edited")
+        same = (edited(torch.tensor([ids])).logits[0, -1] - expected).abs().max()
+        doubled = (edited(torch.tensor([[ids[0], *ids]])).logits[0, -1] - expected).abs().max()
+    assert same <= 1e-3
+    assert doubled > 1e-2
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ EDITS = [
     {"method": "ablate", "scope": "all"},
     {"method": "ablate", "scope": "layers:1-2", "per_layer": True, "strength": 0.7},
     {"method": "ablate", "scope": "top:50%"},
-    {"method": "nullspace", "scope": "upto:2", "rank": 2},
+    {"method": "nullspace", "scope": "upto:2", "rank": 1},
     {"method": "reflect", "scope": "one", "alpha": 2.0},
     {"method": "reflect", "scope": "from:1", "alpha": 1.5},
     {"method": "actadd"},
@@ -229,6 +229,9 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
     tiny_tokenizer().save_pretrained(code)
     config = json.loads((code / "config.json").read_text())
     (code / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    deeper = store(tiny_llama(num_hidden_layers=5), tmp_path / "deeper", torch.float32)
+    wide = tmp_path / "wide.safetensors"
+    save_file({"basis": torch.randn(3, WIDTH)}, wide)
     existing = tmp_path / "existing"
     existing.mkdir()
     cases = [
@@ -251,6 +254,17 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
         (("edit", model, "--out", existing, "--run", run), "exists"),
         (("eval", model, "--base", "nowhere", "--run", run, "--out", out, "--engine", "hf"), "no such model"),
         (("eval", model, "--base", model, "--run", run, "--out", out, "--suite", "magic"), "no suite"),
+        (("edit", model, "--out", out, "--run", run, "--strength", "nan"), "finite"),
+        (("edit", model, "--out", out, "--run", run, "--strength", "0"), "changes nothing"),
+        (("edit", model, "--out", out, "--run", run, "--coefficient", "2"), "--coefficient belongs to actadd"),
+        (("edit", model, "--out", out, "--run", run, "--method", "nullspace", "--rank", "30"), "rank 30"),
+        (("edit", deeper, "--out", out, "--run", run), "a model of 4 layers and this one has 5"),
+        (("edit", model, "--out", out, "--direction", wide, "--layer", "77"), "no layer 77"),
+        (("edit", model, "--out", out, "--direction", wide, "--method", "ablate"), "one direction, not 3"),
+        (("extract", model, "--out", out, *sides, "--device", "nonsense"), "device 'nonsense'"),
+        (("extract", model, "--out", out, *sides, "--behaviour-tokens", "999999"), "no id of this model"),
+        (("extract", model, "--out", out, *sides, "--template-argument", "tokenize=false"), "does not take this"),
+        (("extract", model, "--out", narrow / "x", *sides), "narrow.safetensors"),
         (("verify", model), "give --base"),
         (("push", model, "me/model"), "no recipe"),
     ]
@@ -298,3 +312,36 @@ def test_every_command_explains_itself(words):
     result = CliRunner().invoke(main, [*words, "--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def test_ctrl_c_ends_with_130_and_leaves_nothing(model, run, tmp_path, monkeypatch):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("orthogonalize.editing._write", interrupted)
+    status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
+    assert status == 130
+    assert "interrupted" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_notices_a_flag_that_would_silence_the_edit(run, model, tmp_path):
+    edit(str(model), tmp_path / "edited", run=run, method="actadd")
+    file = tmp_path / "edited" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"mlp_bias": False}))
+    proof = verify(tmp_path / "edited").verification
+    assert proof.unexpected_changes == ["config.json: mlp_bias"]
+    assert not proof.passed
+
+
+def test_a_prompt_with_a_unicode_line_separator_survives_the_run_folder(run, tmp_path):
+    import shutil
+
+    from orthogonalize.prompts import Prompt
+    from orthogonalize.run import Run
+
+    found = load_run(run)
+    odd = [*found.prompts, Prompt("one\u2028two\u0085three", "positive", "test")]
+    shutil.copytree(run, tmp_path / "run")
+    Run(found.info, odd, found.directions, found.candidates, found.trials).save(tmp_path / "run")
+    assert load_run(tmp_path / "run").prompts == odd

@@ -99,11 +99,16 @@ class Architecture(_Data):
 
     def layers(self, config: dict[str, Any]) -> int:
         """The number of layers that `config` (a parsed config.json) declares."""
-        return int(config[self.layer_count])
+        return self._number(config, self.layer_count)
 
     def width(self, config: dict[str, Any]) -> int:
         """The width d_model of the residual stream that `config` declares."""
-        return int(config[self.hidden_size])
+        return self._number(config, self.hidden_size)
+
+    def _number(self, config: dict[str, Any], key: str) -> int:
+        if type(config.get(key)) is not int:
+            raise OrthogonalizeError(f"config.json of this {self.family} model has no whole number {key!r}")
+        return int(config[key])
 
     def epsilon(self, config: dict[str, Any]) -> float:
         """The constant inside the root of the norms; 1e-6 where the configuration is silent."""
