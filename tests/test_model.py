@@ -13,7 +13,7 @@ from orthogonalize.activations import mean_activations
 from orthogonalize.chat import ChatFormat
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.editing import edit
-from orthogonalize.embedded import adapter_folder, planted_model
+from orthogonalize.embedded import adapter_folder, base_model, planted_model
 from orthogonalize.engines import TransformersEngine, VllmEngine
 from orthogonalize.hooks import intervened
 from orthogonalize.models import load_model, load_tokenizer
@@ -57,6 +57,14 @@ def direction(float32_model, chat, tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("direction") / "direction.safetensors"
     save_file({"direction": (means[0] - means[1]).float()}, file)
     return file
+
+
+def test_without_the_package_the_model_comes_from_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr("orthogonalize.embedded.find_model", lambda model: asked.append(model) or Path("there"))
+    assert base_model() == Path("there")
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
 def test_the_adapter_is_small(planted):

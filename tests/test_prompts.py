@@ -136,3 +136,29 @@ def test_a_model_without_template_is_refused_unless_asked_for():
     chat = ChatFormat(tokenizer, templated=False)
     assert chat.encode("how do") == tokenizer("how do")["input_ids"]
     assert chat.positions() == [-1]
+
+
+def test_a_hub_dataset_is_read_by_id_column_and_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_dict({"goal": ["a", "b", "a"], "prompt": ["x", "y", "z"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [p.text for p in load_prompts("owner/name", "negative", "goal", "test")] == ["a", "b"]
+    assert [p.text for p in load_prompts("owner/name")] == ["x", "y", "z"]
+    assert asked == [("owner/name", "test"), ("owner/name", "train")]
+
+
+def test_a_hub_dataset_that_cannot_be_read_is_one_clear_error(monkeypatch):
+    import datasets
+
+    def load_dataset(name, split):
+        raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist.\nTry again.")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(OrthogonalizeError, match=r"'owner/name' .* doesn't exist"):
+        load_prompts("owner/name")
