@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import OrthogonalizeError
+from .progress import track
 from .tensorfile import (
     DTYPES,
     TensorFile,
@@ -45,7 +47,7 @@ class Checkpoint:
     files: dict[str, TensorFile]
     indexed: bool
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the model's weight files."""
         return {name: info for file in self.files.values() for name, info in file.tensors.items()}
@@ -86,9 +88,10 @@ class Checkpoint:
             return False
         return bool(open_tensor_file(self.path / name).tensors.keys() & self.tensors.keys())
 
-    def fingerprint(self, progress: Progress | None = None) -> dict[str, str]:
+    def fingerprint(self) -> dict[str, str]:
         """SHA-256 of every weight file, by name."""
-        return {name: _sha256(file.path, progress) for name, file in sorted(self.files.items())}
+        with track("fingerprint of the weights", self.weight_bytes, "bytes") as advance:
+            return {name: _sha256(file.path, advance) for name, file in sorted(self.files.items())}
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -101,13 +104,12 @@ def _matches(name: Path, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name.name, pattern) or fnmatch(str(name), pattern) for pattern in patterns)
 
 
-def _sha256(path: Path, progress: Progress | None = None) -> str:
+def _sha256(path: Path, progress: Progress) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**22):
             digest.update(piece)
-            if progress:
-                progress(len(piece))
+            progress(len(piece))
     return digest.hexdigest()
 
 

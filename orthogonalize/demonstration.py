@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from .card import write_card
 from .editing import edit
 from .embedded import planted_model
-from .engines import EngineName
+from .engines import EngineName, check_installed
 from .errors import OrthogonalizeError
 from .evaluation import evaluate
 from .extraction import Settings, extract
@@ -45,8 +44,7 @@ def demo(out: Path | str, *, engine: EngineName = "vllm", force: bool = False) -
     """
     out = Path(out)
     check_free(out, Kind("run", frozenset({*PARTS, ".report"})), force)
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise OrthogonalizeError("vLLM is not installed; `make setup` installs it, or use --engine hf")
+    check_installed(engine)
     base = str(planted_model())
     note(f"base model: {base}")
     for part in PARTS[:2]:

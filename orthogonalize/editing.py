@@ -163,7 +163,7 @@ def edit(
         "method": method, "scope": scope, "strength": strength, "per_layer": per_layer, "position": position,
         "layer": layer, "rank": rank, "alpha": alpha, "coefficient": coefficient,
     }  # fmt: skip
-    weights = _fingerprint(source)
+    weights = source.fingerprint()
     prompts: dict[str, str] = {}
     former: Recipe | None = None
     if recipe is not None:
@@ -208,11 +208,6 @@ def edit(
         written.save(partial)
         write_card(partial, written, source.path)
     return written
-
-
-def _fingerprint(source: Checkpoint) -> dict[str, str]:
-    with track("fingerprint of the base", source.weight_bytes, "bytes") as advance:
-        return source.fingerprint(advance)
 
 
 def _write(plan: Bake, folder: Path) -> None:

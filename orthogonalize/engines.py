@@ -36,6 +36,12 @@ class Engine(Protocol):
         """Summed cross-entropy of each completion after its prompt, in nats."""
 
 
+def check_installed(name: EngineName) -> None:
+    """Refuse an engine that is not there, before work is done for it."""
+    if name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise OrthogonalizeError("vLLM is not installed; `make setup` installs it, or use --engine hf")
+
+
 class TransformersEngine:
     """The reference engine: a transformers model in this process."""
 
@@ -70,8 +76,7 @@ class VllmEngine:
         self.llm: Any = None
 
     def __enter__(self) -> Self:
-        if importlib.util.find_spec("vllm") is None:
-            raise OrthogonalizeError("vLLM is not installed; `make setup` installs it, or use --engine hf")
+        check_installed("vllm")
         on_cpu = not torch.cuda.is_available()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ NEW_TOKENS = 100  # fewer undercount refusals
 
 @dataclass
 class _Measured:
-    """One model's raw answers and losses."""
+    """One model's answers, as text, and losses."""
 
-    answers: dict[str, list[list[int]]]
+    texts: dict[str, list[str]]
     losses: list[float]
 
 
@@ -100,16 +101,14 @@ class _Evaluation:
             losses = []
             if "loss" in self.suites:
                 losses = running.losses([self.ids["harmless"][i] for i in self.kept], self.own)
-        return _Measured(answers, losses)
-
-    def texts(self, measured: _Measured, name: str) -> list[str]:
-        return [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in measured.answers[name]]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        return _Measured({name: [decode(ids) for ids in rows] for name, rows in answers.items()}, losses)
 
     def measures(self, measured: _Measured) -> Measures:
         result = Measures()
         if "refusal" in self.suites:
             rates = {
-                name: _rate([refused(t) for t in self.texts(measured, name)], [p.category for p in prompts])
+                name: _rate([refused(t) for t in measured.texts[name]], [p.category for p in prompts])
                 for name, prompts in self.prompts.items()
             }
             result.refusal = Refusals(target=rates["target"], harmless=rates["harmless"])
@@ -121,7 +120,7 @@ class _Evaluation:
         result = {}
         if "refusal" in self.suites:
             for name in self.prompts:
-                before, after = ([refused(t) for t in self.texts(m, name)] for m in (base, edited))
+                before, after = ([refused(t) for t in m.texts[name]] for m in (base, edited))
                 difference = (sum(after) - sum(before)) / len(before)
                 result[f"refusal.{name}"] = Paired(difference=difference, p=mcnemar(before, after))
         if "loss" in self.suites:
@@ -145,7 +144,7 @@ class _Evaluation:
                 edited_refused=refused(e),
             )
             for name, prompts in self.prompts.items()
-            for prompt, b, e in zip(prompts, self.texts(base, name), self.texts(edited, name), strict=True)
+            for prompt, b, e in zip(prompts, base.texts[name], edited.texts[name], strict=True)
         ]
 
 
@@ -212,7 +211,7 @@ def evaluate(
         paired=work.paired(before, after),
         answers=work.answers(before, after),
     )
-    with complete_folder(out, REPORT, force) as partial:
-        (partial / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
-        write_webpage(report, sorted((Path(run) / "plots").glob("*.png")), partial / "report.html")
+    with complete_folder(out, REPORT, force) as done:
+        (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
+        write_webpage(report, sorted((Path(run) / "plots").glob("*.png")), done / "report.html")
     return report

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 
 from .activations import all_activations, mean_activations
-from .architectures import Architecture, architecture_of
+from .architectures import architecture_of
 from .chat import ChatFormat
 from .checkpoint import open_checkpoint
-from .choices import intervention_from_directions
 from .directions import Directions, all_subspaces
 from .errors import OrthogonalizeError
 from .generation import generate, stop_tokens
-from .hooks import intervened
 from .models import commit_of, find_model, load_model, load_tokenizer
 from .outputs import RUN, check_free, complete_folder
 from .plots import plot_candidates
@@ -28,7 +26,7 @@ from .prompts import MINIMUM_TRAIN, Prompt, Side, Split, check_contrast, concept
 from .refusals import refused
 from .run import Run, RunInfo
 from .scores import behaviour_score, first_token_probabilities, learn_behaviour_tokens
-from .selection import Candidate, layer_ranking, rank, score_candidates
+from .selection import Candidate, rank, score_candidates
 from .trials import Trial, Trials
 
 METHODS = ("dim", "inlp")
@@ -117,7 +115,6 @@ class _Extraction:
         self.chat = ChatFormat(tokenizer, settings.system, settings.template_arguments, settings.chat_template)
         self.positions = tuple(self.chat.positions())
         self.model = load_model(folder, settings.device, settings.dtype, settings.trust_remote_code)
-        self.architecture: Architecture = architecture_of(self.model.config.to_dict())
 
     def ids(self, side: Side, split: Split) -> list[list[int]]:
         return self.chat.encode_all([p.text for p in self.prompts if (p.side, p.split) == (side, split)])
@@ -222,31 +219,25 @@ class _Extraction:
             [negative[i] for i in kept],
             [answers[i] for i in kept],
         )
-        return self._confirm(trials.search(self.settings.trials), directions, ranked, stops)
+        return self._confirm(trials, trials.search(self.settings.trials), stops)
 
-    def _confirm(
-        self, trials: list[Trial], directions: Directions, ranked: list[Candidate], stops: list[int], most: int = 4
-    ) -> list[Trial]:
+    def _confirm(self, trials: Trials, found: list[Trial], stops: list[int], most: int = 4) -> list[Trial]:
         """Let the best trials answer; the first whose answers do not refuse goes to the front.
 
         Only where the unedited model's answers are refusals by wording can this be told.
         """
         ids = self.ids("positive", "val")
         if self._refusal_rate(ids, stops) < 0.5:
-            return trials
+            return found
         confirmed: list[Trial] = []
-        for trial in trials[:most]:
-            with intervened(
-                self.model,
-                intervention_from_directions(trial.choice, directions, layer_ranking(ranked, "dim")),
-                renormalise=False,  # as the baked weights will
-            ):
+        for trial in found[:most]:
+            with trials.edited(trial.choice):
                 confirmed.append(trial.model_copy(update={"confirmed": self._refusal_rate(ids, stops)}))
             if (confirmed[-1].confirmed or 0.0) <= CONFIRMED:
                 break
         # Only the last can have passed; where none did, the one that leaves least comes first.
         confirmed.sort(key=lambda t: t.confirmed or 0.0)
-        return [*confirmed, *trials[len(confirmed) :]]
+        return [*confirmed, *found[len(confirmed) :]]
 
     def _refusal_rate(self, ids: list[list[int]], stops: list[int]) -> float:
         with track("confirming by answers", len(ids), "prompts") as advance:

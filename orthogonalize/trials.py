@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +79,16 @@ class Trials:
         self.base_loss = completion_loss(self.model, self.negative, self.answers)
         self.tried: dict[Choice, Trial] = {}
 
+    def edited(self, choice: Choice) -> AbstractContextManager[Any]:
+        """The model under an edit, reading the stream as the baked weights will."""
+        ranking = layer_ranking(self.ranked, "dim")
+        intervention = intervention_from_directions(choice, self.directions, ranking)
+        return intervened(self.model, intervention, renormalise=False)
+
     def run(self, choice: Choice) -> Trial:
         """Try one edit (once)."""
         if choice not in self.tried:
-            ranking = layer_ranking(self.ranked, "dim")
-            with intervened(
-                self.model, intervention_from_directions(choice, self.directions, ranking), renormalise=False
-            ):
+            with self.edited(choice):
                 probabilities = first_token_probabilities(self.model, self.positive)
                 loss = completion_loss(self.model, self.negative, self.answers)
             scores = behaviour_score(probabilities, self.tokens)

@@ -151,9 +151,8 @@ def verify(
     result = audit(edited, source)
     if recipe is None:
         return result
-    with track("fingerprint of the base", source.weight_bytes, "bytes") as advance:
-        if source.fingerprint(advance) != recipe.base.weights:
-            raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
+    if source.fingerprint() != recipe.base.weights:
+        raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
     plan = bake(source, recipe.intervention())
     expected = plan.edits.keys() | plan.additions.keys()
     changes = [*result.changed, *result.added, *result.missing]
