@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from conftest import LAYERS, VOCABULARY, WIDTH, load, tiny_llama
 from safetensors.torch import save_file
-from sklearn.linear_model import LogisticRegression
 
 from orthogonalize.activations import all_activations, batches, mean_activations
 from orthogonalize.directions import Directions, all_subspaces, load_direction
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import orthonormal
-from orthogonalize.nullspace import Subspace, inlp, stratified_split
+from orthogonalize.nullspace import Subspace
 
 
 def random_ids(count=20, seed=0):
@@ -56,63 +53,6 @@ def test_nan_activations_name_the_layer(base):
         mean_activations(model, random_ids(4), 2)
     with pytest.raises(OrthogonalizeError, match="fewer than the 40 positions"):
         mean_activations(model, random_ids(4), 40)
-
-
-def two_sides(n=60, d=40, gap=1.5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    axes = torch.linalg.qr(torch.randn(d, 3, generator=generator))[0].T
-    positive = torch.randn(n, d, generator=generator) + gap * axes[0] + gap / 2 * axes[1]
-    negative = torch.randn(n, d, generator=generator) - gap * axes[0] - gap / 2 * axes[1]
-    return positive, negative
-
-
-def published_inlp(positive, negative, rank, seed=0):
-    """Ravfogel et al.'s loop with scikit-learn in all d dimensions, on the same split."""
-    x = torch.cat([positive, negative]).double().numpy()
-    y = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
-    fit, held = (rows.numpy() for rows in stratified_split(len(positive), len(negative), seed))
-    projected, found, accuracies = x, [], []
-    for _ in range(rank):
-        classifier = LogisticRegression(C=0.1, tol=1e-10, max_iter=10_000).fit(projected[fit], y[fit])
-        accuracies.append(classifier.score(projected[held], y[held]))
-        found.append(classifier.coef_[0])
-        basis = np.linalg.qr(np.array(found).T)[0]
-        projected = x - x @ basis @ basis.T
-    return orthonormal(torch.tensor(np.array(found))), accuracies
-
-
-@pytest.mark.parametrize(("n", "d"), [(40, 12), (60, 40), (20, 300)])
-def test_inlp_agrees_with_scikit_learn_in_all_dimensions(n, d):
-    positive, negative = two_sides(n, d)
-    mine = inlp(positive, negative, max_rank=5, min_accuracy=0.0)
-    theirs, accuracies = published_inlp(positive, negative, 5)
-    assert mine.rank == 5
-    for i, (a, b) in enumerate(zip(mine.basis, theirs, strict=True)):
-        assert abs((a @ b).item()) >= 0.9999, i
-    assert list(mine.accuracies) == pytest.approx(accuracies)
-
-
-def test_the_basis_is_orthonormal_points_to_the_positive_side_and_stops_in_time():
-    positive, negative = two_sides()
-    found = inlp(positive, negative)
-    identity = torch.eye(found.rank, dtype=torch.float64)
-    assert torch.allclose(found.basis @ found.basis.T, identity, atol=1e-10)
-    assert ((positive.mean(0) - negative.mean(0)).double() @ found.basis[0]) > 0
-    assert all(a >= 0.55 for a in found.accuracies)
-    assert 1 <= found.rank < 20
-
-
-def test_sides_that_cannot_be_told_apart_have_no_subspace():
-    same = torch.randn(200, 30, generator=torch.Generator().manual_seed(1))
-    assert inlp(same[:100], same[100:]).rank <= 3
-    assert inlp(torch.ones(10, 4), torch.ones(10, 4)).rank == 0
-
-
-def test_inlp_refuses_too_few_samples_and_nan():
-    with pytest.raises(OrthogonalizeError, match="at least 4"):
-        inlp(torch.randn(3, 4), torch.randn(10, 4))
-    with pytest.raises(OrthogonalizeError, match="NaN"):
-        inlp(torch.full((8, 4), float("nan")), torch.randn(8, 4))
 
 
 def test_directions_survive_the_disk(tmp_path):
