@@ -69,11 +69,11 @@ class Samples:
             matrix = self.left * s
             matrix *= scale[:, None, :]
             matrix.diagonal(dim1=-2, dim2=-1).add_(1)
-            return s * _solve_positive(matrix, s * right)
+            return s * solve_positive(matrix, s * right)
         scaled = self.left * s  # Woodbury: the same through d x d
         matrix = scaled.mT @ scaled
         matrix.diagonal(dim1=-2, dim2=-1).add_(1)
-        return s * (s * right - scaled @ _solve_positive(matrix, scaled.mT @ (s * right)))
+        return s * (s * right - scaled @ solve_positive(matrix, scaled.mT @ (s * right)))
 
     def project_off(self, dual: torch.Tensor) -> torch.Tensor:
         """Project all samples off `w = X^T a`; return c [pairs, n] with `w / |w| = X^T c` of the first samples.
@@ -101,7 +101,7 @@ def _products(rows: torch.Tensor, columns: torch.Tensor, dual: torch.Tensor, by_
     return (rows @ (inner if by_gram else columns.mT @ inner))[..., 0]
 
 
-def _solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Solve symmetric positive definite systems [pairs, n, n] for right sides [pairs, n, k]."""
     if matrix.device.type != "cpu":
         return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
