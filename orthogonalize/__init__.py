@@ -29,9 +29,14 @@ if TYPE_CHECKING:
     from .interventions import orthonormal as orthonormal
     from .interventions import removal as removal
     from .interventions import shift as shift
+    from .leace import Eraser as Eraser
+    from .leace import Moments as Moments
+    from .leace import leace as leace
     from .nullspace import Subspace as Subspace
+    from .nullspace import Subspaces as Subspaces
     from .nullspace import inlp as inlp
     from .run import load_run as load_run
+    from .selection import Candidate as Candidate
     from .selection import rank as rank
     from .verification import verify as verify
 
@@ -47,9 +52,10 @@ _HOMES = {
     "hooks": ("intervened",),
     "hub": ("push",),
     "interventions": ("AffineMap", "Intervention", "Site", "orthonormal", "removal", "shift"),
-    "nullspace": ("Subspace", "inlp"),
+    "leace": ("Eraser", "Moments", "leace"),
+    "nullspace": ("Subspace", "Subspaces", "inlp"),
     "run": ("load_run",),
-    "selection": ("rank",),
+    "selection": ("Candidate", "rank"),
     "verification": ("verify",),
 }
 

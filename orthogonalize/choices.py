@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from .directions import Directions
 from .errors import OrthogonalizeError
-from .interventions import AffineMap, Intervention, Method, removal
-from .scopes import map_sites, parse_scope, shift_sites
+from .interventions import AffineMap, Intervention, Method, Site, removal
+from .leace import Eraser
+from .scopes import chosen_layers, map_sites, parse_scope, shift_sites
+
+# The INLP directions whose classifiers were at least so accurate.
+RANK_BY_ACCURACY = {"acc99": 0.99, "acc95": 0.95}
 
 
 def direction_kind(method: Method, directions: Directions) -> str:
     """Which kind of direction `method` takes: `inlp` for nullspace, and for reflect where there is one."""
+    if method == "leace":
+        return "leace"
     if method == "nullspace" or (method == "reflect" and directions.subspaces):
         return "inlp"
     return "dim"
@@ -25,7 +32,9 @@ class Choice(BaseModel):
 
     `coefficient` is the length that `actadd` adds along the unit direction, in units of the stream;
     None is the length of the mean difference itself. `alpha` is that of `reflect`: 1 projects, 2
-    mirrors. `strength` scales the whole map.
+    mirrors. `rank` keeps the first directions of an INLP basis: so many, or those that were found before
+    a classifier fell under 99% (`acc99`) or 95% (`acc95`) held-out accuracy. `orthogonal` is LEACE's
+    orthogonal form. `strength` scales the whole map.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -36,7 +45,8 @@ class Choice(BaseModel):
     per_layer: bool = False
     position: int | None = None
     layer: int | None = None
-    rank: int | None = None
+    rank: Annotated[int, Field(ge=1)] | Literal["acc99", "acc95"] | None = None
+    orthogonal: bool = False
     alpha: float = 2.0
     coefficient: float | None = None
 
@@ -55,6 +65,8 @@ class Choice(BaseModel):
             words.append(f"alpha {self.alpha:g}")
         if self.rank is not None:
             words.append(f"rank {self.rank}")
+        if self.orthogonal:
+            words.append("orthogonal form")
         if self.strength != 1.0:
             words.append(f"strength {self.strength:g}")
         return ", ".join(words)
@@ -77,8 +89,15 @@ def intervention_from_basis(
     `norm` is the length that `actadd` adds where the choice names no coefficient.
     """
     scope = parse_scope(choice.scope)
+    if choice.method == "leace":
+        raise OrthogonalizeError("leace needs the covariances that extract fits; use --run, extracted with leace")
+    if isinstance(choice.rank, str):
+        raise OrthogonalizeError(f"rank {choice.rank} needs INLP's accuracies; use --run, or give a number")
     if choice.rank is not None and choice.rank > len(basis):
-        raise OrthogonalizeError(f"rank {choice.rank} was asked for, and the basis there has {len(basis)}")
+        raise OrthogonalizeError(
+            f"rank {choice.rank} was asked for, and the basis there has {len(basis)} directions; "
+            "give a smaller --rank, or extract with more prompts and --max-rank"
+        )
     basis = basis[: choice.rank]
     if choice.method in ("ablate", "actadd") and len(basis) > 1:
         raise OrthogonalizeError(f"{choice.method} takes one direction, not {len(basis)}; use nullspace, or --rank 1")
@@ -108,20 +127,24 @@ def intervention_from_directions(
     if choice.layer is not None and not 0 <= choice.layer <= directions.layer_count:
         raise OrthogonalizeError(f"the run has no layer {choice.layer}; its layers are 0 to {directions.layer_count}")
 
+    if choice.method == "leace":
+        return _erasure(choice, directions, position, ranking)
+
     def basis_at(layer: int) -> torch.Tensor | None:
-        return directions.basis(kind, position, layer)
+        basis = directions.basis(kind, position, layer)
+        if basis is None or not isinstance(choice.rank, str):
+            return basis
+        return basis[: directions.subspaces[position, layer].leading(RANK_BY_ACCURACY[choice.rank])]
 
     if not choice.per_layer:
         assert choice.layer is not None
         basis = basis_at(choice.layer)
         if basis is None:
             wanted = "INLP found no" if kind == "inlp" else "the two sides have no"
-            raise OrthogonalizeError(
-                f"{wanted} direction at position {position}, layer {choice.layer}; "
-                "choose another, or extract again with --methods dim,inlp"
-            )
+            raise _no_direction(wanted, position, choice.layer, "dim,inlp")
         norm = directions.mean_diff(position, choice.layer).norm().item()
-        return intervention_from_basis(choice, basis, norm, directions.layer_count, ranking)
+        numbered = choice.model_copy(update={"rank": len(basis)}) if isinstance(choice.rank, str) else choice
+        return intervention_from_basis(numbered, basis, norm, directions.layer_count, ranking)
 
     def vector_at(layer: int) -> torch.Tensor | None:
         basis = basis_at(layer)
@@ -131,9 +154,68 @@ def intervention_from_directions(
 
     def map_at(layer: int) -> AffineMap | None:
         basis = basis_at(layer)
-        return None if basis is None else removal(basis[: choice.rank], choice.removal_strength())
+        first = choice.rank if isinstance(choice.rank, int) else None
+        return None if basis is None else removal(basis[:first], choice.removal_strength())
 
     scope = parse_scope(choice.scope)
     if choice.method == "actadd":
         return shift_sites(scope, directions.layer_count, vector_at, choice.layer, ranking)
     return map_sites(scope, directions.layer_count, map_at, choice.layer, ranking)
+
+
+def _no_direction(wanted: str, position: int, layer: int, methods: str) -> OrthogonalizeError:
+    return OrthogonalizeError(
+        f"{wanted} direction at position {position}, layer {layer}; "
+        f"choose another, or extract again with --methods {methods}"
+    )
+
+
+def _erasure(choice: Choice, directions: Directions, position: int, ranking: Sequence[int] | None) -> Intervention:
+    """LEACE on the write sites of a scope: the linear part at each, and the shift that restores the mean once.
+
+    What a set of writes adds to the stream has a mean, of which the linear part removes `u v^T mean`. With
+    the embedding in scope that is the stream's own mean where the eraser was fitted, and the shift
+    goes in with the embedding; else it is what the chosen blocks add on average, and the shift goes
+    in with the last of them. With each layer's own eraser, every block restores what it removed.
+
+    Raises:
+        OrthogonalizeError: `from:l`, as no reader has a place for the shift.
+    """
+    scope = parse_scope(choice.scope)
+    if scope.kind == "from":
+        raise OrthogonalizeError(
+            "leace has no scope 'from': its shift has no exact place behind a reader's norm; "
+            "use all, upto:l or layers:…, or nullspace with from:l"
+        )
+
+    def eraser_at(stream: int) -> Eraser | None:
+        source = stream if choice.per_layer else choice.layer
+        assert source is not None
+        return directions.eraser(position, source, choice.orthogonal)
+
+    if not choice.per_layer and eraser_at(0) is None:
+        wanted = "the two sides have no" if directions.readers is not None else "LEACE was not extracted, so it has no"
+        raise _no_direction(wanted, position, choice.layer or 0, "dim,inlp,leace")
+
+    def linear_at(stream: int) -> AffineMap | None:
+        eraser = eraser_at(stream)
+        return None if eraser is None else eraser.affine(choice.strength).unshifted
+
+    count = directions.layer_count
+    writes = dict(map_sites(scope, count, linear_at, choice.layer, ranking).writes)
+    layers = chosen_layers(scope, count, choice.layer, ranking)
+    added = {layer: directions.mean(position, layer + 1) - directions.mean(position, layer) for layer in layers}
+    means: dict[Site, torch.Tensor] = {}
+    if choice.per_layer:
+        means = {Site("mlp", layer): mean for layer, mean in added.items()}
+        means[Site("embed")] = directions.mean(position, 0)
+    elif Site("embed") in writes:
+        assert choice.layer is not None
+        means[Site("embed")] = directions.mean(position, choice.layer)
+    else:
+        means[Site("mlp", layers[-1])] = torch.stack(list(added.values())).sum(0)
+    for site, mean in means.items():
+        if site in writes:
+            u, v = writes[site].u, writes[site].v
+            writes[site] = AffineMap(u, v, u @ (v.mT @ mean))
+    return Intervention(writes=writes)

@@ -35,7 +35,7 @@ class Commands(click.Group):
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["extract", "edit", "eval", "push", "verify", "demo"]
+        return ["extract", "edit", "eval", "push", "verify", "rank", "demo"]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,6 +63,19 @@ def _quieten_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+class Rank(click.ParamType[int | str]):
+    """A number from 1 on, acc99 or acc95."""
+
+    name = "K"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value in ("acc99", "acc95"):
+            return str(value)
+        if str(value).isdecimal() and int(value) > 0:
+            return int(value)
+        return self.fail(f"{value!r} is neither a number from 1 on nor acc99 or acc95", param, ctx)
 
 
 def _path(**options: Any) -> click.Path:
@@ -110,13 +123,14 @@ def _tokens(text: str | None) -> list[int | str] | None:
 
 @main.command()
 @click.argument("model")
-@out_option
+@click.option("--out", type=_path(), required=True, help="Run folder to make, or to go on with.")
+@click.option("--force", is_flag=True, help="Do stages over that were done with other inputs (or all, if none was).")
 @click.option("--concept", help="A named contrast: cooking (the demo's) or refusal.")
 @click.option("--positive", metavar="P", help="Prompts that show the concept.")
 @click.option("--negative", metavar="P", help="Prompts that do not.")
 @click.option("--column", help="Column or key of the prompts' text.")
 @click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset.")
-@click.option("--methods", default="dim,inlp", show_default=True, help="dim (diff-in-means), inlp.")
+@click.option("--methods", default="dim,inlp,leace", show_default=True, help="dim (diff-in-means), inlp, leace.")
 @click.option("--engine", type=click.Choice(["hf"]), default="hf", show_default=True, help="What reads activations.")
 @click.option(
     "--train",
@@ -141,9 +155,30 @@ def _tokens(text: str | None) -> list[int | str] | None:
 @click.option("--system", help="System prompt.")
 @click.option("--template-argument", multiple=True, metavar="NAME=VALUE", help="Passed to the chat template.")
 @click.option("--no-chat-template", is_flag=True, help="Send the bare prompts.")
-@click.option("--max-rank", type=click.IntRange(min=1), default=20, show_default=True, help="Most INLP directions.")
+@click.option("--max-rank", type=click.IntRange(min=1), help="Most INLP directions; default 20.")
+@click.option(
+    "--solver", type=click.Choice(["newton", "sklearn"]), default="newton", show_default=True, help="For INLP."
+)
+@click.option(
+    "--classifier",
+    type=click.Choice(["logistic", "svm"]),
+    default="logistic",
+    show_default=True,
+    help="For INLP; svm needs --solver sklearn.",
+)
+@click.option("--scoring", default="local", show_default=True, help="local, or local,global (edits everywhere too).")
+@click.option(
+    "--stage", type=click.Choice(["prompts", "activations", "directions", "selection"]), help="Run this one alone."
+)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="By default chosen by device.")
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Draws of the prompts, to show how stable the directions are.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
 @revision_option
 @device_option
@@ -158,6 +193,8 @@ def extract(
     hub_split: str,
     methods: str,
     engine: str,
+    scoring: str,
+    stage: Any,
     behaviour_tokens: str | None,
     no_filter: bool,
     template_argument: tuple[str, ...],
@@ -166,7 +203,11 @@ def extract(
     revision: str | None,
     **others: Any,
 ) -> None:
-    """Find where MODEL represents a contrast, and which edit removes it at the least cost."""
+    """Find where MODEL represents a contrast, and which edit removes it at the least cost.
+
+    Four stages: prompts, activations, directions, selection. Called again on the same OUT, those whose
+    inputs are unchanged are kept, and one that was interrupted goes on where it was.
+    """
     import torch
 
     from .extraction import Settings
@@ -174,6 +215,7 @@ def extract(
 
     settings = Settings(
         methods=tuple(_words(methods)),
+        scoring=tuple(_words(scoring)),
         behaviour_tokens=_tokens(behaviour_tokens),
         filtered=not no_filter,
         template_arguments=_template_arguments(template_argument),
@@ -191,21 +233,40 @@ def extract(
         hub_split=hub_split,
         revision=revision,
         settings=settings,
+        stage=stage,
         force=force,
     )
-    _show_run(run)
-    click.echo(f"run: {out}")
+    if run is not None:
+        _show_candidates(run.candidates)
+        _show_run(run)
+    click.echo(f"run: {out}" if run is not None else f"run: {out} (not finished: extract without --stage goes on)")
+
+
+def _show_candidates(candidates: Sequence[Any], most: int = 3) -> None:
+    table = Table(title="best directions (edited out at their own layer)")
+    names = ("method", "position", "layer", "bypass", "induce", "KL", "everywhere: bypass", "KL", "filters")
+    everywhere = any(c.global_bypass is not None for c in candidates)
+    for i, name in enumerate(names):
+        if everywhere or i not in (6, 7):
+            table.add_column(name, justify="left" if name in ("method", "filters") else "right")
+    for method in dict.fromkeys(c.method for c in candidates):
+        for c in [c for c in candidates if c.method == method][:most]:
+            numbers = [f"{c.bypass:.2f}", f"{c.induce:.2f}", f"{c.kl:.3f}"]
+            if everywhere:
+                numbers += ["", ""] if c.global_bypass is None else [f"{c.global_bypass:.2f}", f"{c.global_kl:.3f}"]
+            table.add_row(method, str(c.position), str(c.layer), *numbers, ", ".join(c.failed) or "passes")
+    console.print(table)
 
 
 def _show_run(run: Any) -> None:
-    table = Table(title="best directions (edited out at their own layer)")
-    for name in ("method", "position", "layer", "bypass", "induce", "KL", "filters"):
-        table.add_column(name, justify="left" if name in ("method", "filters") else "right")
-    for method in run.info.methods:
-        for c in [c for c in run.candidates if c.method == method][:3]:
-            numbers = (f"{c.bypass:.2f}", f"{c.induce:.2f}", f"{c.kl:.3f}")
-            table.add_row(method, str(c.position), str(c.layer), *numbers, ", ".join(c.failed) or "passes")
-    console.print(table)
+    if run.probes:
+        table = Table(title="a fresh linear probe on val prompts")
+        for name in ("method", "rank", "layer", "before", "after", "chance"):
+            table.add_column(name, justify="left" if name == "method" else "right")
+        for p in run.probes:
+            shares = (f"{100 * share:.0f}%" for share in (p.before, p.after, p.chance))
+            table.add_row(p.method, str(p.rank), str(p.layer), *shares)
+        console.print(table)
     if run.trials:
         table = Table(title="best edits tried")
         for name in ("edit", "still shows it", "harm"):
@@ -216,19 +277,49 @@ def _show_run(run: Any) -> None:
         console.print(table)
 
 
+@main.command("rank")
+@click.argument("run", type=_path(exists=True, file_okay=False))
+@click.option("--kl", type=float, default=0.1, show_default=True, help="Most KL on the other side, nats.")
+@click.option("--induce", type=float, default=0.0, show_default=True, help="Least score when added, log-odds.")
+@click.option(
+    "--prune", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Share of last layers left out."
+)
+@click.option("--most", type=click.IntRange(min=1), default=10, show_default=True, help="Candidates shown a method.")
+@click.option("--write", is_flag=True, help="Store the new ranks in RUN, for edit to use.")
+def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool) -> None:
+    """Filter and rank the directions of RUN again by their stored scores; no model is needed."""
+    from .run import load_run, save_selection
+    from .selection import explain_fallback, rank
+
+    found = load_run(run)
+    ranked = rank(found.candidates, kl=kl, induce=induce, prune=prune)
+    _show_candidates(ranked, most)
+    for method in found.info.methods:
+        progress.note(
+            explain_fallback(ranked, method)
+            or f"{method}: {sum(not c.failed for c in ranked if c.method == method)} pass"
+        )
+    if write:
+        save_selection(ranked, found.trials, found.probes, run)
+        click.echo(f"ranks written to {run / 'candidates.json'}")
+
+
 @main.command()
 @click.argument("model")
 @out_option
 @click.option("--run", type=_path(), help="A run folder made by extract.")
 @click.option("--direction", type=_path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt.")
 @click.option("--recipe", type=_path(), metavar="FILE", help="An orthogonalize.json: rebuild that edit.")
-@click.option("--method", type=click.Choice(["ablate", "nullspace", "reflect", "actadd"]), help="Default: the run's.")
+@click.option(
+    "--method", type=click.Choice(["ablate", "nullspace", "reflect", "actadd", "leace"]), help="Default: the run's."
+)
 @click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 or from:12.")
 @click.option("--strength", type=float, help="Scales the edit; 1 removes all of the direction.")
 @click.option("--per-layer/--shared", default=None, help="Each site along its own layer's direction, or all along one.")
 @click.option("--position", type=int, help="Token position of the direction, from the end: -1, -2, …")
 @click.option("--layer", type=int, help="Layer of the direction.")
-@click.option("--rank", type=click.IntRange(min=1), help="Use the first K directions of an INLP basis.")
+@click.option("--rank", type=Rank(), help="First K directions of an INLP basis; acc99, acc95: by their accuracy.")
+@click.option("--orthogonal", is_flag=True, default=None, help="For leace: its orthogonal form.")
 @click.option("--alpha", type=float, help="For reflect: 1 projects, 2 mirrors (default).")
 @click.option("--coefficient", type=float, help="For actadd: length added; default the mean difference's.")
 @revision_option

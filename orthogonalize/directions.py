@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .errors import OrthogonalizeError
-from .interventions import orthonormal
-from .nullspace import Subspace, inlp
-from .progress import track
+from .interventions import AffineMap, orthonormal, removal
+from .leace import Eraser
+from .nullspace import Subspace
 
 # Streams that no prompt can differ in (the first layer at a template's token) have no direction.
 NEGLIGIBLE = 1e-6
@@ -22,16 +23,22 @@ NEGLIGIBLE = 1e-6
 
 @dataclass(frozen=True)
 class Directions:
-    """Mean differences and INLP subspaces by position and layer.
+    """What tells the two sides apart at every position and layer: mean differences, INLP subspaces, LEACE erasers.
 
     `mean_diffs` is [positions, layers + 1, d], positive minus negative, in units of the stream; layer
-    l is the input of block l and the last what the head's norm reads. `positions` are counted from
-    the prompt's end. `subspaces` maps (position, layer) to what INLP found there; empty without INLP.
+    l is the input of block l and the last what the head's norm reads. `means` is the mean over both
+    sides, in the same places. `positions` are counted from the prompt's end. `subspaces` maps
+    (position, layer) to what INLP found there; empty without INLP. `readers` are LEACE's v (see
+    `leace.Eraser`), None without it. `stability` gives, for `dim` and `inlp`, the cosines [seeds, seeds,
+    positions, layers + 1] between the (first) directions of several draws of the prompts.
     """
 
     positions: tuple[int, ...]
     mean_diffs: torch.Tensor
     subspaces: dict[tuple[int, int], Subspace] = field(default_factory=dict)
+    means: torch.Tensor | None = None
+    readers: torch.Tensor | None = None
+    stability: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def layer_count(self) -> int:
@@ -41,12 +48,19 @@ class Directions:
         """The mean difference [d] at a position (negative) and layer, in float64."""
         return self.mean_diffs[self.positions.index(position), layer].to(torch.float64)
 
+    def mean(self, position: int, layer: int) -> torch.Tensor:
+        """The mean activation [d] of both sides at a position and layer, in float64."""
+        if self.means is None:
+            raise OrthogonalizeError("these directions were stored without means; extract again")
+        return self.means[self.positions.index(position), layer].to(torch.float64)
+
     def basis(self, method: str, position: int, layer: int, rank: int | None = None) -> torch.Tensor | None:
         """The orthonormal basis [k, d] that `dim` or `inlp` gives there; None where there is none.
 
-        `rank` keeps INLP's first directions only.
+        `rank` keeps INLP's first directions only. For `leace` this is the direction that it removes,
+        the mean difference's.
         """
-        if method == "dim":
+        if method in ("dim", "leace"):
             diff = self.mean_diff(position, layer)
             typical = self.mean_diffs.norm(dim=-1).max().item()
             return orthonormal(diff[None]) if diff.norm() > NEGLIGIBLE * typical else None
@@ -55,16 +69,39 @@ class Directions:
             return None
         return orthonormal(found.basis[:rank])
 
+    def eraser(self, position: int, layer: int, orthogonal: bool = False) -> Eraser | None:
+        """LEACE's eraser there, or its orthogonal form; None where the sides do not differ, or without LEACE."""
+        if self.readers is None or self.basis("leace", position, layer) is None:
+            return None
+        u = self.mean_diff(position, layer)
+        v = u if orthogonal else self.readers[self.positions.index(position), layer].to(torch.float64)
+        product = v @ u
+        return Eraser(u, v / product, self.mean(position, layer)) if product > 0 else None
+
+    def removal(self, method: str, position: int, layer: int) -> AffineMap | None:
+        """The map that removes all that `dim`, `inlp` or `leace` found there; None where that is nothing."""
+        if method == "leace":
+            eraser = self.eraser(position, layer)
+            return None if eraser is None else eraser.affine()
+        basis = self.basis(method, position, layer)
+        return None if basis is None else removal(basis)
+
     def save(self, file: Path) -> None:
         """Write `directions.safetensors`."""
-        tensors = {
-            "mean_diffs": self.mean_diffs.to(torch.float32).contiguous(),
-            "positions": torch.tensor(self.positions),
-        }
+        tensors = {"mean_diffs": self.mean_diffs, "means": self.means, "leace.readers": self.readers}
+        stored = {name: t.to(torch.float32).contiguous() for name, t in tensors.items() if t is not None}
+        stored["positions"] = torch.tensor(self.positions)
         for (position, layer), found in self.subspaces.items():
-            tensors[f"inlp.{position}.{layer}.basis"] = found.basis.to(torch.float32).contiguous()
-            tensors[f"inlp.{position}.{layer}.accuracies"] = torch.tensor(found.accuracies, dtype=torch.float32)
-        save_file(tensors, file)
+            name = f"inlp.{position}.{layer}"
+            stored[f"{name}.basis"] = found.basis.to(torch.float32).contiguous()
+            stored[f"{name}.accuracies"] = torch.tensor(found.accuracies, dtype=torch.float32)
+            if found.stopped_at is not None:
+                stored[f"{name}.stopped_at"] = torch.tensor(found.stopped_at, dtype=torch.float32)
+        for method, cosines in self.stability.items():
+            stored[f"stability.{method}"] = cosines.to(torch.float32).contiguous()
+        partial = file.with_name(f".{file.name}.partial")
+        save_file(stored, partial)
+        os.replace(partial, file)
 
     @classmethod
     def load(cls, file: Path) -> Directions:
@@ -75,8 +112,18 @@ class Directions:
             if name.startswith("inlp.") and name.endswith(".basis"):
                 _, position, layer, _ = name.split(".")
                 accuracies = tensors[f"inlp.{position}.{layer}.accuracies"]
-                subspaces[int(position), int(layer)] = Subspace(tensor.to(torch.float64), tuple(accuracies.tolist()))
-        return cls(tuple(tensors["positions"].tolist()), tensors["mean_diffs"], subspaces)
+                stopped = tensors.get(f"inlp.{position}.{layer}.stopped_at")
+                subspaces[int(position), int(layer)] = Subspace(
+                    tensor.to(torch.float64), tuple(accuracies.tolist()), None if stopped is None else stopped.item()
+                )
+        return cls(
+            tuple(tensors["positions"].tolist()),
+            tensors["mean_diffs"],
+            subspaces,
+            tensors.get("means"),
+            tensors.get("leace.readers"),
+            {n.removeprefix("stability."): t for n, t in tensors.items() if n.startswith("stability.")},
+        )
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -89,19 +136,6 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise OrthogonalizeError(f"{file} cannot be read as safetensors: {error}") from error
-
-
-def all_subspaces(
-    positive: torch.Tensor, negative: torch.Tensor, positions: tuple[int, ...], max_rank: int, seed: int
-) -> dict[tuple[int, int], Subspace]:
-    """INLP at every (position, layer) of activations [n, positions, layers + 1, d]."""
-    result: dict[tuple[int, int], Subspace] = {}
-    pairs = [(i, layer) for i in range(len(positions)) for layer in range(positive.shape[2])]
-    with track("INLP", len(pairs), "pairs") as advance:
-        for i, layer in pairs:
-            result[positions[i], layer] = inlp(positive[:, i, layer], negative[:, i, layer], max_rank, seed=seed)
-            advance(1)
-    return result
 
 
 @dataclass(frozen=True)

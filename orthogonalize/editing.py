@@ -19,9 +19,13 @@ from .errors import OrthogonalizeError
 from .interventions import Intervention
 from .models import commit_of, find_model, is_hub_id
 from .outputs import EDITED, check_free, check_space, complete_folder
+from .probes import Probe, probe_choice
 from .progress import note, track
 from .recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
+from .recording import FILE as ACTIVATIONS
+from .recording import Recording
 from .run import Run, load_run
+from .scopes import written_stream
 from .selection import layer_ranking
 
 
@@ -53,7 +57,7 @@ def choose(run: Run, **given: Any) -> Choice:
         have = ", ".join(run.info.methods)
         raise OrthogonalizeError(
             f"the run has no {kind} candidate for {method} there (it has: {have}); "
-            "give --position and --layer, or extract again with --methods dim,inlp"
+            "give --position and --layer, or extract again with --methods dim,inlp,leace"
         )
     if fitting:
         named.setdefault("position", fitting[0].position)
@@ -64,7 +68,12 @@ def choose(run: Run, **given: Any) -> Choice:
 
 def _choice(named: dict[str, Any]) -> Choice:
     """A choice, with settings that its method does not have refused rather than recorded."""
-    for setting, methods in (("coefficient", ("actadd",)), ("alpha", ("reflect",)), ("rank", ("nullspace", "reflect"))):
+    for setting, methods in (
+        ("coefficient", ("actadd",)),
+        ("alpha", ("reflect",)),
+        ("rank", ("nullspace", "reflect")),
+        ("orthogonal", ("leace",)),
+    ):
         if setting in named and named["method"] not in methods:
             raise OrthogonalizeError(f"--{setting} belongs to {' and '.join(methods)}, not to {named['method']}")
     try:
@@ -83,9 +92,25 @@ def _refuse_nothing(choice: Choice, intervention: Intervention) -> None:
         )
 
 
+def _probes(folder: Path, run: Run, choice: Choice, intervention: Intervention) -> list[Probe]:
+    """What a fresh probe reads, before and after, from the streams that the edit's maps came from."""
+    if choice.method == "actadd" or not (folder / ACTIVATIONS).is_file():
+        return []
+    maps = {written_stream(site): m for site, m in intervention.writes.items()}
+    maps |= {run.directions.layer_count if site.kind == "head" else int(site.layer or 0): m
+             for site, m in intervention.reads.items()}  # fmt: skip
+    if not choice.per_layer:
+        assert choice.layer is not None
+        maps = {choice.layer: next(iter(maps.values()))}
+    with track("probing the edit", 1) as advance:
+        found = probe_choice(Recording(folder / ACTIVATIONS), run.directions, choice, maps)
+        advance(1)
+    return found
+
+
 def _from_run(
     folder: Path, architecture: Architecture, source: Checkpoint, weights: dict[str, str], given: dict[str, Any]
-) -> tuple[Choice, Intervention, dict[str, str]]:
+) -> tuple[Choice, Intervention, dict[str, str], list[Probe]]:
     run = load_run(folder)
     width = architecture.width(source.config)
     if run.info.width != width:
@@ -102,7 +127,8 @@ def _from_run(
         note("note: the run was extracted from other weights than these (a relative of this model?)")
     choice = choose(run, **given)
     ranking = layer_ranking(run.candidates, direction_kind(choice.method, run.directions))
-    return choice, intervention_from_directions(choice, run.directions, ranking), run.info.prompts
+    intervention = intervention_from_directions(choice, run.directions, ranking)
+    return choice, intervention, run.info.prompts, _probes(folder, run, choice, intervention)
 
 
 def _from_file(file: Path, layer_count: int, given: dict[str, Any]) -> tuple[Choice, Intervention]:
@@ -133,7 +159,8 @@ def edit(
     per_layer: bool | None = None,
     position: int | None = None,
     layer: int | None = None,
-    rank: int | None = None,
+    rank: int | str | None = None,
+    orthogonal: bool | None = None,
     alpha: float | None = None,
     coefficient: float | None = None,
     revision: str | None = None,
@@ -161,18 +188,20 @@ def edit(
     architecture = architecture_of(source.config)
     given: dict[str, Any] = {
         "method": method, "scope": scope, "strength": strength, "per_layer": per_layer, "position": position,
-        "layer": layer, "rank": rank, "alpha": alpha, "coefficient": coefficient,
+        "layer": layer, "rank": rank, "orthogonal": orthogonal, "alpha": alpha, "coefficient": coefficient,
     }  # fmt: skip
     weights = source.fingerprint()
     prompts: dict[str, str] = {}
+    probes: list[Probe] = []
     former: Recipe | None = None
     if recipe is not None:
         if any(value is not None for value in given.values()):
             raise OrthogonalizeError("a recipe already says everything; give no other settings with --recipe")
         former = load_recipe(Path(recipe))
         choice, intervention, prompts = former.choice, former.intervention(), former.source.prompts
+        probes = former.probes
     elif run is not None:
-        choice, intervention, prompts = _from_run(Path(run), architecture, source, weights, given)
+        choice, intervention, prompts, probes = _from_run(Path(run), architecture, source, weights, given)
     else:
         choice, intervention = _from_file(Path(str(direction)), architecture.layers(source.config), given)
     _refuse_nothing(choice, intervention)
@@ -201,6 +230,7 @@ def edit(
         added=sorted(plan.additions),
         config_changes=plan.config_changes,
         left_out=[str(name) for name in source.left_out()],
+        probes=probes,
     )
     with complete_folder(out, EDITED, force) as partial:
         _write(plan, partial)

@@ -90,12 +90,13 @@ def layer_projected(model: nn.Module, layer: int, affine: AffineMap) -> Iterator
     """The reference's local intervention: block `layer`'s input and both its outputs are mapped.
 
     (eliroc98/refusal_direction; Arditi et al. 2024, section 2.4.) The accumulated stream is mapped
-    at the input, which no weight can do, so this serves to score directions and is never baked.
+    at the input, which no weight can do, so this serves to score directions and is never baked. A
+    shift belongs to the stream, so the outputs are mapped without it.
     """
     architecture = architecture_of(model.config.to_dict())  # type: ignore[operator, union-attr]
     block = model.get_submodule(architecture.layer_module.format(layer=layer))
     outputs = [model.get_submodule(s.module.format(layer=layer)) for s in (architecture.attn, architecture.mlp)]
-    handles = [map_input(block, affine), *(map_output(output, affine) for output in outputs)]
+    handles = [map_input(block, affine), *(map_output(output, affine.unshifted) for output in outputs)]
     try:
         yield model
     finally:

@@ -5,15 +5,15 @@ Nothing here knows a model. `hooks` and `baking` realise the same object in two 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-Method = Literal["ablate", "nullspace", "reflect", "actadd"]
-METHODS: tuple[Method, ...] = ("ablate", "nullspace", "reflect", "actadd")
+Method = Literal["ablate", "nullspace", "reflect", "actadd", "leace"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Site(NamedTuple):
@@ -78,9 +78,22 @@ class AffineMap:
         shift = here.s if here.s.dim() == 1 else here.s.unsqueeze(-2)
         return (x - (x @ here.v) @ here.u.mT + shift).to(h.dtype)
 
-    def linear(self, h: torch.Tensor) -> torch.Tensor:
+    @property
+    def unshifted(self) -> AffineMap:
         """The map without its shift."""
-        return AffineMap(self.u, self.v, torch.zeros_like(self.s))(h)
+        return AffineMap(self.u, self.v, torch.zeros_like(self.s))
+
+    def linear(self, h: torch.Tensor) -> torch.Tensor:
+        """Apply the map without its shift."""
+        return self.unshifted(h)
+
+
+def stacked(maps: Sequence[AffineMap]) -> AffineMap:
+    """Several maps as one with a leading batch dimension; lower ranks are filled up with zeros."""
+    most = max(m.rank for m in maps)
+    u, v = (torch.stack([torch.nn.functional.pad(t, (0, most - t.shape[-1])) for t in ts])
+            for ts in ([m.u for m in maps], [m.v for m in maps]))  # fmt: skip
+    return AffineMap(u, v, torch.stack([m.s for m in maps]))
 
 
 def removal(basis: torch.Tensor, strength: float = 1.0) -> AffineMap:

@@ -146,7 +146,7 @@ def leace(
         if orthogonal or count > width:
             found.append(Moments(width, positive.device).update(*sides).eraser(orthogonal, shrinkage))
         else:
-            found.append(_in_span(*sides, shrinkage))
+            found.append(_in_span(sides[0], sides[1], shrinkage))
     stacked = [torch.stack([getattr(e, name) for e in found]).reshape(*shape, width) for name in ("u", "v", "mean")]
     return Eraser(*stacked)
 

@@ -183,7 +183,7 @@ def inlp(
     size = PAIRS_ON_CPU if samples.device.type == "cpu" else len(samples)
     found: list[Subspace] = []
     with _one_thread() if samples.device.type == "cpu" else nullcontext():
-        for part in samples.split(size):
+        for part in torch.split(samples, size):
             wide = part.to(torch.float64)
             if not torch.isfinite(wide).all():
                 raise OrthogonalizeError("INLP was given NaN or infinite activations")
@@ -211,7 +211,8 @@ def _one_thread() -> Iterator[None]:
 def _balanced_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean over both sides of the share on the right side of 0: scores [..., n], labels [n] of 0 and 1."""
     right = ((scores > 0) == (labels > 0)).to(torch.float64)
-    return (right[..., labels > 0].mean(-1) + right[..., labels == 0].mean(-1)) / 2
+    recalls: list[torch.Tensor] = [right[..., labels == label].mean(-1) for label in (0, 1)]
+    return torch.stack(recalls).mean(0)
 
 
 def _search(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .errors import OrthogonalizeError
+
+UNFINISHED = re.compile(r"\..*\.(partial|journal)(-\d+)?$")
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,19 @@ class Kind:
 
     def made(self, folder: Path) -> bool:
         # What a killed run left half-written is no reason to refuse.
-        names = {p.name for p in folder.iterdir() if ".partial-" not in p.name}
+        names = {p.name for p in folder.iterdir() if not UNFINISHED.match(p.name)}
         return not names or (self.mark in names and (self.parts is None or names <= self.parts))
 
 
-RUN = Kind("run.json", frozenset({"run.json", "prompts.jsonl", "directions.safetensors", "candidates.json", "plots"}))
+RUN = Kind(
+    "stages.json",
+    frozenset(
+        {
+            *("run.json", "prompts.jsonl", "activations.safetensors", "directions.safetensors"),
+            *("candidates.json", "plots", "stages.json"),
+        }
+    ),
+)
 EDITED = Kind("orthogonalize.json")
 REPORT = Kind("report.json", frozenset({"report.json", "report.html"}))
 
@@ -57,6 +68,18 @@ def check_free(out: Path, kind: Kind, force: bool = False, inputs: Sequence[Path
     for path in inputs:
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise OrthogonalizeError(f"{out} holds {path}, which this command reads; choose another --out")
+
+
+def check_run_folder(out: Path, kind: Kind) -> None:
+    """Refuse an output path that is neither free nor an earlier output of this `kind`, which can be gone on with.
+
+    Raises:
+        OrthogonalizeError: it is something else.
+    """
+    if not out.exists() and not out.is_symlink():
+        check_free(out, kind)
+    elif out.is_symlink() or not out.is_dir() or not kind.made(out):
+        raise OrthogonalizeError(f"{out} exists and is no folder that this command made; choose another --out")
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from .errors import OrthogonalizeError
 
 Side = Literal["positive", "negative"]
-Split = Literal["train", "val", "test"]
+# Spare prompts are drawn by further seeds only.
+Split = Literal["train", "val", "test", "spare"]
 COLUMNS = ("instruction", "prompt", "question", "text", "goal", "Goal", "behavior", "forbidden_prompt")
 MINIMUM = 8  # usable prompts a side
 MINIMUM_TRAIN = 6  # of which to find directions with
@@ -172,11 +173,12 @@ def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> No
 
 
 def split_prompts(
-    prompts: Iterable[Prompt], seed: int, train: int = 128, val: int = 32, test: int = 100
+    prompts: Iterable[Prompt], seed: int, train: int = 128, val: int = 32, test: int = 100, spare: int = 0
 ) -> list[Prompt]:
     """Draw train, val and test prompts at random, without overlap; the same seed draws the same.
 
-    Where there are fewer than asked for, the three shrink in proportion.
+    Where there are fewer than asked for, the three shrink in proportion. Up to `spare` more come from
+    what is left, if anything is.
     """
     pool = list(prompts)
     random.Random(seed).shuffle(pool)
@@ -191,5 +193,6 @@ def split_prompts(
         ("train", 0, train),
         ("val", train, train + val),
         ("test", train + val, train + val + test),
+        ("spare", train + val + test, train + val + test + spare),
     ]
     return [replace(p, split=split) for split, start, end in bounds for p in pool[start:end]]

@@ -15,6 +15,7 @@ from .checkpoint import RECIPE
 from .choices import Choice
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site
+from .probes import Probe
 
 
 class _Record(BaseModel):
@@ -95,6 +96,7 @@ class Recipe(_Record):
     added: list[str] = []
     config_changes: dict[str, Any] = {}
     left_out: list[str] = []
+    probes: list[Probe] = []
     verification: Verification | None = None
 
     def intervention(self) -> Intervention:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .directions import Directions
 from .errors import OrthogonalizeError
+from .probes import Probe
 from .prompts import Prompt, Side, Split
-from .selection import Candidate
+from .selection import Candidate, rank_correlation
+from .stages import BOOK, write_whole
 from .trials import Trial
 
 
@@ -51,27 +53,37 @@ class Run:
     directions: Directions
     candidates: list[Candidate]
     trials: list[Trial]
+    probes: list[Probe] = field(default_factory=list)
 
     def texts(self, side: Side, split: Split) -> list[str]:
         """The prompts of one side and split."""
         return [p.text for p in self.prompts if p.side == side and p.split == split]
 
-    def save(self, folder: Path) -> None:
-        """Write run.json, prompts.jsonl, directions.safetensors and candidates.json into `folder`."""
-        (folder / "run.json").write_text(self.info.model_dump_json(indent=2) + "\n", "utf-8")
-        with (folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-            for prompt in self.prompts:
-                file.write(json.dumps(asdict(prompt), ensure_ascii=False) + "\n")
-        self.directions.save(folder / "directions.safetensors")
-        scores = {
-            "candidates": [asdict(c) for c in self.candidates],
-            "trials": [t.model_dump() for t in self.trials],
-        }
-        (folder / "candidates.json").write_text(json.dumps(scores, indent=1) + "\n", "utf-8")
+
+def save_prompts(prompts: Sequence[Prompt], folder: Path) -> None:
+    """Write prompts.jsonl."""
+    rows = [json.dumps(asdict(prompt), ensure_ascii=False) for prompt in prompts]
+    write_whole(folder / "prompts.jsonl", "\n".join(rows) + "\n")
 
 
-def _candidates(rows: Sequence[dict[str, Any]]) -> list[Candidate]:
-    return [Candidate(**{**row, "failed": tuple(row["failed"])}) for row in rows]
+def load_prompt_file(folder: Path) -> list[Prompt]:
+    """Read prompts.jsonl."""
+    lines = (folder / "prompts.jsonl").read_text("utf-8").split("\n")
+    return [Prompt(**json.loads(line)) for line in lines if line]
+
+
+def save_selection(
+    candidates: Sequence[Candidate], trials: Sequence[Trial], probes: Sequence[Probe], folder: Path
+) -> None:
+    """Write candidates.json: the scores with filters and ranks, tried edits, probes, and how well local scores rank."""
+    methods = dict.fromkeys(c.method for c in candidates)
+    found = {
+        "spearman": {method: rank_correlation(candidates, method) for method in methods},
+        "candidates": [asdict(c) for c in candidates],
+        "trials": [t.model_dump() for t in trials],
+        "probes": [p.model_dump() for p in probes],
+    }
+    write_whole(folder / "candidates.json", json.dumps(found, indent=1) + "\n")
 
 
 def load_run(folder: Path) -> Run:
@@ -80,17 +92,19 @@ def load_run(folder: Path) -> Run:
     Raises:
         OrthogonalizeError: it is none, or a part is missing or damaged.
     """
+    if not (folder / "run.json").is_file() and (folder / BOOK).is_file():
+        raise OrthogonalizeError(f"run folder {folder} is not finished; run the same extract again to go on")
     if not (folder / "run.json").is_file():
         raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); make one with extract")
     try:
         info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))
-        lines = (folder / "prompts.jsonl").read_text("utf-8").split("\n")
-        prompts = [Prompt(**json.loads(line)) for line in lines if line]
+        prompts = load_prompt_file(folder)
         scores = json.loads((folder / "candidates.json").read_text("utf-8"))
-        candidates = _candidates(scores["candidates"])
+        candidates = [Candidate.from_row(row) for row in scores["candidates"]]
         trials = [Trial.model_validate(row) for row in scores["trials"]]
+        probes = [Probe.model_validate(row) for row in scores["probes"]]
         directions = Directions.load(folder / "directions.safetensors")
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise OrthogonalizeError(f"run folder {folder} is damaged ({reason}); extract it again") from error
-    return Run(info, prompts, directions, candidates, trials)
+    return Run(info, prompts, directions, candidates, trials, probes)

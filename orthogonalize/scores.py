@@ -11,8 +11,8 @@ import torch
 from .activations import Progress, batches, pad
 from .architectures import architecture_of
 from .errors import OrthogonalizeError
-from .hooks import capturing_inputs, input_shifted, layer_projected
-from .interventions import AffineMap
+from .hooks import capturing_inputs, input_shifted, intervened, layer_projected
+from .interventions import AffineMap, Intervention, Site, block_sites
 
 SMOOTHING = 1e-6  # added to probabilities before a KL, as in eliroc98/refusal_direction
 
@@ -137,6 +137,30 @@ class LocalScorer:
             parts.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
         result = torch.cat(parts, dim=1)
         return result[:, torch.tensor(self.order).argsort()]
+
+
+@torch.inference_mode()
+def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineMap, layers: int) -> torch.Tensor:
+    """First-token probabilities [maps, prompts, vocabulary] with each of the batched `maps` on every write.
+
+    For a projection this is what the reference's hooks on every block input and output do; a shift
+    is added once, with the embedding.
+    """
+    count = len(maps.s)
+    result: torch.Tensor | None = None
+    for group in batches(ids, tokens=1024):
+        rows = maps.to(model.device, torch.float32)
+        rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
+        writes = {Site("embed"): rows} | dict.fromkeys(block_sites(range(layers)), rows.unshifted)
+        padded, lengths = pad([ids[i] for i in group], model.device)
+        with intervened(model, Intervention(writes=writes)):
+            logits = _last_logits(model, padded.repeat(count, 1), lengths.repeat(count))
+        part = logits.softmax(-1).reshape(count, len(group), -1).cpu()
+        if result is None:
+            result = torch.empty(count, len(ids), part.shape[-1])
+        result[:, group] = part
+    assert result is not None
+    return result
 
 
 @torch.inference_mode()

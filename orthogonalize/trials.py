@@ -22,7 +22,7 @@ from .interventions import Method
 from .progress import track
 from .scopes import parse_scope
 from .scores import behaviour_score, completion_loss, first_token_probabilities
-from .selection import Candidate, layer_ranking
+from .selection import Candidate, Scored, layer_ranking
 
 # A trial removes the behaviour if at most this share of positive prompts still begins with it. Real scores
 # have heavier tails than the normal distribution by which a few prompts stand for many, so it is small.
@@ -74,6 +74,7 @@ class Trials:
     positive: Sequence[Sequence[int]]
     negative: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
+    known: Scored | None = None  # trials of a run that was killed
 
     def __post_init__(self) -> None:
         self.base_loss = completion_loss(self.model, self.negative, self.answers)
@@ -87,17 +88,24 @@ class Trials:
 
     def run(self, choice: Choice) -> Trial:
         """Try one edit (once)."""
-        if choice not in self.tried:
-            with self.edited(choice):
-                probabilities = first_token_probabilities(self.model, self.positive)
-                loss = completion_loss(self.model, self.negative, self.answers)
-            scores = behaviour_score(probabilities, self.tokens)
-            self.tried[choice] = Trial(
-                choice=choice,
-                left=share_left(scores),
-                score=scores.mean().item(),
-                harm=loss / self.base_loss - 1,
-            )
+        if choice in self.tried:
+            return self.tried[choice]
+        key = f"trial:{choice.model_dump_json()}"
+        if self.known is not None and key in self.known:
+            self.tried[choice] = Trial.model_validate(self.known[key])
+            return self.tried[choice]
+        with self.edited(choice):
+            probabilities = first_token_probabilities(self.model, self.positive)
+            loss = completion_loss(self.model, self.negative, self.answers)
+        scores = behaviour_score(probabilities, self.tokens)
+        self.tried[choice] = Trial(
+            choice=choice,
+            left=share_left(scores),
+            score=scores.mean().item(),
+            harm=loss / self.base_loss - 1,
+        )
+        if self.known is not None:
+            self.known.put({key: self.tried[choice].model_dump()})
         return self.tried[choice]
 
     def search(self, budget: int, methods: Iterable[Method] = ("ablate",)) -> list[Trial]:

@@ -10,9 +10,10 @@ from conftest import LAYERS, VOCABULARY, WIDTH, load, tiny_llama
 from safetensors.torch import save_file
 
 from orthogonalize.activations import all_activations, batches, mean_activations
-from orthogonalize.directions import Directions, all_subspaces, load_direction
+from orthogonalize.directions import Directions, load_direction
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.nullspace import Subspace
+from orthogonalize.leace import leace
+from orthogonalize.nullspace import Subspace, inlp
 
 
 def random_ids(count=20, seed=0):
@@ -57,16 +58,25 @@ def test_nan_activations_name_the_layer(base):
 
 def test_directions_survive_the_disk(tmp_path):
     positive, negative = (torch.randn(16, 2, 3, 8) + s for s in (1, -1))
-    subspaces = all_subspaces(positive, negative, (-2, -1), 3, 0)
-    stored = Directions((-2, -1), (positive - negative).double().mean(0), subspaces)
+    subspaces = {((-2, -1)[i], layer): one for (i, layer), one in inlp(positive, negative, 3).items()}
+    eraser = leace(positive, negative)
+    cosines = {"dim": torch.rand(2, 2, 2, 3)}
+    stored = Directions((-2, -1), eraser.u, subspaces, eraser.mean, eraser.v, cosines)
     stored.save(tmp_path / "directions.safetensors")
     back = Directions.load(tmp_path / "directions.safetensors")
     assert back.positions == (-2, -1)
-    assert torch.equal(back.mean_diffs, stored.mean_diffs.float())
+    for name in ("mean_diffs", "means", "readers"):
+        assert torch.equal(getattr(back, name), getattr(stored, name).float())
+    assert torch.equal(back.stability["dim"], cosines["dim"])
     assert back.subspaces.keys() == stored.subspaces.keys()
     for key, found in stored.subspaces.items():
         assert torch.allclose(back.subspaces[key].basis, found.basis, atol=1e-7)
         assert back.subspaces[key].accuracies == pytest.approx(found.accuracies)
+    # What was rounded to float32 still erases: v is scaled anew so that v^T u is 1.
+    for index, position in enumerate(back.positions):
+        affine = back.eraser(position, 1).affine()
+        assert (affine.v.T @ affine.u).item() == pytest.approx(1, abs=1e-12)
+        assert torch.allclose(affine(positive[:, index, 1]).mean(0), affine(negative[:, index, 1]).mean(0), atol=1e-5)
 
 
 def test_a_stream_in_which_no_prompt_differs_has_no_direction():

@@ -153,7 +153,7 @@ def test_what_inlp_cannot_do_is_refused():
 
 
 def test_too_few_samples_for_a_rank_says_how_many_are_needed():
-    with pytest.raises(OrthogonalizeError, match="at least 21 samples to fit .about 14 prompts a side"):
+    with pytest.raises(OrthogonalizeError, match=r"at least 21 samples to fit \(about 14 prompts a side"):
         inlp(torch.randn(10, 64), torch.randn(10, 64), max_rank=20)
     assert inlp(*two_sides(14, 64), max_rank=20, min_accuracy=0.0).rank > 5  # enough to ask for it
 

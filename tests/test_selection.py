@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
-from conftest import VOCABULARY, load
+from conftest import LAYERS, VOCABULARY, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthogonalize.activations import mean_activations
+from orthogonalize.activations import all_activations
 from orthogonalize.directions import Directions
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.generation import generate
-from orthogonalize.hooks import input_shifted, layer_projected
-from orthogonalize.interventions import removal, shift
+from orthogonalize.hooks import input_shifted, layer_projected, map_input, map_output
+from orthogonalize.interventions import shift
+from orthogonalize.leace import leace
+from orthogonalize.nullspace import inlp
 from orthogonalize.refusals import refused
+from orthogonalize.run import save_selection
 from orthogonalize.scores import (
     behaviour_score,
     completion_loss,
@@ -24,7 +28,15 @@ from orthogonalize.scores import (
     first_token_probabilities,
     learn_behaviour_tokens,
 )
-from orthogonalize.selection import Candidate, layer_ranking, rank, score_candidates
+from orthogonalize.selection import (
+    Candidate,
+    explain_fallback,
+    layer_ranking,
+    rank,
+    rank_correlation,
+    score_candidates,
+)
+from orthogonalize.stages import Journal
 from orthogonalize.trials import share_left
 
 
@@ -45,27 +57,77 @@ def test_batched_first_token_probabilities_equal_one_prompt_at_a_time(base):
     assert torch.allclose(first_token_probabilities(model, ids), plain_probabilities(model, ids), atol=1e-6)
 
 
+def directions_of(model, positive, negative) -> Directions:
+    """All three methods' directions at two positions, as extraction finds them."""
+    sides = [all_activations(model, ids, 2) for ids in (positive, negative)]
+    eraser = leace(*sides)
+    found = {((-2, -1)[i], layer): s for (i, layer), s in inlp(*sides, 3, min_accuracy=0.0).items()}
+    return Directions((-2, -1), eraser.u, found, eraser.mean, eraser.v)
+
+
+def plain_scores(model, positive, negative, directions, candidate, tokens) -> dict[str, float]:
+    """One candidate's scores through hooks and the library alone, nothing shared or batched."""
+    method, position, layer = candidate.method, candidate.position, candidate.layer
+    affine, diff = directions.removal(method, position, layer), directions.mean_diff(position, layer)
+    plain = plain_probabilities(model, negative)
+    with layer_projected(model, layer, affine):
+        bypass = behaviour_score(plain_probabilities(model, positive), tokens).mean().item()
+        kept = plain_probabilities(model, negative)
+    induced = []
+    first = directions.basis(method, position, layer)[0]
+    for multiplier in (0.5, 1.0, 2.0):
+        with input_shifted(model, layer, shift(multiplier * diff.norm() * first)):
+            induced.append(behaviour_score(plain_probabilities(model, negative), tokens).mean().item())
+    everywhere = [map_input(model.model.layers[0], affine)]
+    for block in model.model.layers:
+        everywhere += [map_output(m, affine.unshifted) for m in (block.self_attn, block.mlp)]
+    global_bypass = behaviour_score(plain_probabilities(model, positive), tokens).mean().item()
+    global_kl = divergence(plain, plain_probabilities(model, negative)).mean().item()
+    for handle in everywhere:
+        handle.remove()
+    return {
+        "bypass": bypass,
+        "induce": sorted(induced)[1],
+        "kl": divergence(plain, kept).mean().item(),
+        "global_bypass": global_bypass,
+        "global_kl": global_kl,
+    }
+
+
 def test_candidate_scores_equal_the_plain_loop(base):
-    """The scorer starts at the edited layer, many positions in a batch; the loop does neither."""
+    """The scorer starts at the edited layer, many positions in a batch, and shares what methods share."""
     model, tokens = load(base), [5, 9]
     positive, negative = some_ids(6, 1), some_ids(7, 2)
-    diffs = mean_activations(model, positive, 2) - mean_activations(model, negative, 2)
-    directions = Directions((-2, -1), diffs)
-    scored = score_candidates(model, positive, negative, directions, ["dim"], tokens, prune=0.25)
-    assert {(c.position, c.layer) for c in scored} == {(p, layer) for p in (-2, -1) for layer in range(3)}
-    plain = plain_probabilities(model, negative)
+    directions = directions_of(model, positive, negative)
+    before = plain_probabilities(model, negative)
+    methods = ["dim", "inlp", "leace"]
+    scored = score_candidates(model, positive, negative, directions, methods, tokens, everywhere=True)
+    where = {(c.method, c.position, c.layer) for c in scored}
+    assert where == {(m, p, layer) for m in methods for p in (-2, -1) for layer in range(LAYERS)}
+    assert torch.equal(plain_probabilities(model, negative), before), "scoring must leave the model as it was"
     for c in scored:
-        basis, diff = directions.basis("dim", c.position, c.layer), directions.mean_diff(c.position, c.layer)
-        with layer_projected(model, c.layer, removal(basis)):
-            bypass = behaviour_score(plain_probabilities(model, positive), tokens).mean().item()
-            kept = plain_probabilities(model, negative)
-        with input_shifted(model, c.layer, shift(diff)):
-            induce = behaviour_score(plain_probabilities(model, negative), tokens).mean().item()
-        assert c.bypass == pytest.approx(bypass, abs=1e-4)
-        assert c.induce == pytest.approx(induce, abs=1e-4)
-        assert c.kl == pytest.approx(divergence(plain, kept).mean().item(), abs=1e-4)
-    again = plain_probabilities(model, negative)
-    assert torch.equal(again, plain), "scoring must leave the model as it was"
+        for name, value in plain_scores(model, positive, negative, directions, c, tokens).items():
+            assert getattr(c, name) == pytest.approx(value, abs=1e-4), (c, name)
+    assert {c.rank_of_basis for c in scored if c.method == "inlp"} == {3}
+
+
+def test_scores_that_are_known_are_not_computed_again(base, tmp_path):
+    model, tokens = load(base), [5, 9]
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    journal = Journal(tmp_path / "journal", "inputs")
+    scored = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=journal)
+    lines = (tmp_path / "journal").read_text().split("\n")
+    (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the midst of a line
+    cut = Journal(tmp_path / "journal", "inputs")
+    assert len(cut.found) == len(journal.found) - 1
+    again = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=cut)
+    assert [(c.method, c.layer, c.position) for c in again] == [(c.method, c.layer, c.position) for c in scored]
+    assert [c.bypass for c in again] == pytest.approx([c.bypass for c in scored], abs=1e-6)
+    full = Journal(tmp_path / "journal", "inputs")
+    known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # no model is needed
+    assert known == again
+    assert not Journal(tmp_path / "journal", "other inputs").found
 
 
 def test_completion_loss_equals_the_library_loss(base):
@@ -111,13 +173,13 @@ def test_behaviour_tokens_are_those_that_tell_the_sides_apart():
 
 
 def candidate(layer: int, bypass: float, kl: float = 0.01, induce: float = 1.0) -> Candidate:
-    return Candidate("dim", -1, layer, bypass, induce, kl)
+    return Candidate("dim", -1, layer, 10, bypass, induce, kl)
 
 
 def test_ranking_filters_then_sorts_and_says_what_failed():
     given = [candidate(3, -1), candidate(4, -5, kl=0.2), candidate(5, -3), candidate(6, -9, induce=-0.1),
              candidate(8, -9), candidate(2, float("nan"))]  # fmt: skip
-    ranked = rank(given, layer_count=10)
+    ranked = rank(given)
     assert [c.layer for c in ranked if not c.failed] == [5, 3]
     assert [c.rank for c in ranked] == [0, 1, None, None, None, None]
     reasons = {c.layer: c.failed for c in ranked if c.failed}
@@ -128,10 +190,37 @@ def test_ranking_filters_then_sorts_and_says_what_failed():
     assert layer_ranking(ranked, "dim")[:2] == [5, 3]
 
 
+def test_a_stored_file_can_be_ranked_again_without_a_model(tmp_path):
+    given = [candidate(3, -1), candidate(5, -3, kl=0.3), candidate(8, -9)]
+    leace_too = [dataclasses.replace(c, method="leace") for c in given]
+    save_selection(rank([*given, *leace_too]), [], [], tmp_path)
+    file = tmp_path / "candidates.json"
+    assert [c.layer for c in rank(file) if not c.failed] == [3, 3]
+    assert [(c.method, c.layer) for c in rank(str(file), kl=0.5, prune=0.0) if not c.failed] == [
+        ("dim", 8), ("dim", 5), ("dim", 3), ("leace", 8), ("leace", 5), ("leace", 3),
+    ]  # fmt: skip
+    with pytest.raises(OrthogonalizeError, match="no candidates.json"):
+        rank(tmp_path / "none.json")
+
+
+def test_a_fallback_says_which_filter_failed_and_by_how_much():
+    given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(9, 1, induce=-1)]
+    text = explain_fallback(rank(given), "dim")
+    assert "of 3, each stops: kl 2, induce 1, late layer 1" in text
+    assert "layer 4, which fails kl 0.12 > 0.1" in text
+    assert explain_fallback(rank([candidate(3, -1)]), "dim") is None
+
+
+def test_local_and_global_scores_are_compared_by_rank():
+    given = [dataclasses.replace(candidate(i, -i), global_bypass=float(g)) for i, g in enumerate((5, 3, 4, 1))]
+    assert rank_correlation(given, "dim") == pytest.approx(0.8)
+    assert rank_correlation([candidate(i, -i) for i in range(5)], "dim") is None
+
+
 def test_where_nothing_passes_the_least_wrong_comes_first_and_looser_filters_let_it_pass():
     given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(5, 1, kl=0.11)]
-    assert [c.layer for c in rank(given, 10)] == [4, 3, 5]
-    assert [c.layer for c in rank(given, 10, kl=1.0) if not c.failed] == [4, 5]
+    assert [c.layer for c in rank(given)] == [4, 3, 5]
+    assert [c.layer for c in rank(given, kl=1.0) if not c.failed] == [4, 5]
 
 
 @settings(deadline=None)
