@@ -31,7 +31,7 @@ class Commands(click.Group):
             click.echo(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
             ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted: what was not finished was removed", err=True)
+            click.echo("interrupted: nothing half-finished was left; the same extract goes on where it was", err=True)
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -214,7 +214,6 @@ class _Extraction:
     def run(self, stage: Stage) -> None:
         """Run one stage and record it as done."""
         inputs = self.inputs(stage)
-        self.out.mkdir(parents=True, exist_ok=True)
         (self.out / "run.json").unlink(missing_ok=True)  # until the selection is made again
         result = {
             "prompts": self._run_prompts,
@@ -235,6 +234,7 @@ class _Extraction:
         kept, filtered = self._filter(prompts)
         words = [self.tokenizer.decode([t]) for t in tokens]
         note(f"behaviour tokens: {', '.join(map(repr, words))}")
+        self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
         return {"behaviour_tokens": tokens, "behaviour_words": words, "filtered": filtered}
 

@@ -32,7 +32,8 @@ class Samples:
         self.held = held @ fitted.mT if self.by_gram else held
         self.left = self.fitted.clone()  # of the fitted samples, projected
         # What rounding can put into `X X^T a` where no |a| is over 1.
-        self.noise = torch.finfo(fitted.dtype).eps * fitted.shape[1] * fitted.pow(2).sum(-1).amax(-1)
+        squares = self.fitted.diagonal(dim1=-2, dim2=-1) if self.by_gram else fitted.pow(2).sum(-1)
+        self.noise = torch.finfo(fitted.dtype).eps * fitted.shape[1] * squares.amax(-1)
         self.combinations: list[torch.Tensor] = []  # c [pairs, n]
         self.components: list[torch.Tensor] = []  # X b [pairs, n]
 

@@ -184,9 +184,9 @@ def inlp(
     found: list[Subspace] = []
     with _one_thread() if samples.device.type == "cpu" else nullcontext():
         for part in torch.split(samples, size):
-            wide = part.to(torch.float64)
-            if not torch.isfinite(wide).all():
+            if not torch.isfinite(part).all():
                 raise OrthogonalizeError("INLP was given NaN or infinite activations")
+            wide = part.to(torch.float64)
             if solver == "newton":
                 found += _search(wide, labels, fit.to(wide.device), held.to(wide.device), most, min_accuracy)
             else:
@@ -219,11 +219,11 @@ def _search(
     samples: torch.Tensor, labels: torch.Tensor, fit: torch.Tensor, held: torch.Tensor, most: int, min_accuracy: float
 ) -> list[Subspace]:
     """INLP on a batch of samples [pairs, n, d] in float64."""
-    fitted = samples[:, fit]
-    centre = fitted.mean(1, keepdim=True)  # the free intercept makes any shift of the data immaterial
-    data = Samples(fitted - centre, samples[:, held] - centre)
+    centre = samples[:, fit].mean(1, keepdim=True)  # the free intercept makes any shift of the data immaterial
+    fitted = samples[:, fit] - centre
+    data = Samples(fitted, samples[:, held] - centre)
     pairs = len(samples)
-    alive = torch.arange(pairs, device=samples.device)
+    alive = list(range(pairs))
     coefficients: list[list[torch.Tensor]] = [[] for _ in range(pairs)]
     accuracies: list[list[float]] = [[] for _ in range(pairs)]
     stopped: list[float | None] = [None] * pairs
@@ -233,30 +233,39 @@ def _search(
         spread = (margins - intercept[:, None]).abs().amax(-1)
         learnt = spread > 100 * C * data.noise  # else nothing but rounding is left to learn from
         keep = learnt & (accuracy >= min_accuracy)
-        for row, pair in enumerate(alive.tolist()):
-            if keep[row]:
-                accuracies[pair].append(accuracy[row].item())
-            elif learnt[row]:
-                stopped[pair] = accuracy[row].item()
-        alive, data, dual = alive[keep], data.select(keep), dual[keep]
-        if not len(alive):
+        rows = list(zip(alive, accuracy.tolist(), learnt.tolist(), keep.tolist(), strict=True))
+        for pair, share, some, kept in rows:
+            if kept:
+                accuracies[pair].append(share)
+            elif some:
+                stopped[pair] = share
+        alive, data, dual = [pair for pair, _, _, kept in rows if kept], data.select(keep), dual[keep]
+        if not alive:
             break
-        combined = data.project_off(dual)
-        for row, pair in enumerate(alive.tolist()):
-            coefficients[pair].append(combined[row])
-    result = []
-    for pair in range(pairs):
-        basis = samples.new_zeros(0, samples.shape[-1])
-        if coefficients[pair]:
-            basis = _polished(torch.stack(coefficients[pair]) @ (fitted[pair] - centre[pair]))
-        result.append(Subspace(basis, tuple(accuracies[pair]), stopped[pair]))
-    return result
+        for pair, combined in zip(alive, data.project_off(dual), strict=True):
+            coefficients[pair].append(combined)
+    bases = _bases(coefficients, fitted)
+    return [Subspace(*parts) for parts in zip(bases, map(tuple, accuracies), stopped, strict=True)]
+
+
+def _bases(coefficients: list[list[torch.Tensor]], fitted: torch.Tensor) -> list[torch.Tensor]:
+    """Orthonormal bases [k, d] from combinations of the samples [pairs, n, d], all pairs of one rank together."""
+    bases = [fitted.new_zeros(0, fitted.shape[-1])] * len(coefficients)
+    by_rank: dict[int, list[int]] = {}
+    for pair, rows in enumerate(coefficients):
+        by_rank.setdefault(len(rows), []).append(pair)
+    for rank, pairs in by_rank.items():
+        if rank:
+            combined = torch.stack([torch.stack(coefficients[pair]) for pair in pairs])
+            for pair, basis in zip(pairs, _polished(combined @ fitted[pairs]), strict=True):
+                bases[pair] = basis.clone()
+    return bases
 
 
 def _polished(rows: torch.Tensor) -> torch.Tensor:
-    """Nearly orthonormal rows [k, d] made orthonormal to the last bit, in order and with their signs."""
+    """Nearly orthonormal rows [..., k, d] made orthonormal to the last bit, in order and with their signs."""
     q, r = torch.linalg.qr(rows.mT)
-    return (q * torch.sign(r.diagonal())).mT.contiguous()
+    return (q * torch.sign(r.diagonal(dim1=-2, dim2=-1))[..., None, :]).mT.contiguous()
 
 
 def _search_sklearn(

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orthogonalize.architectures import architecture_of
+from orthogonalize.cli import main
+from orthogonalize.extraction import Settings, extract
 
 WIDTH, LAYERS, VOCABULARY = 32, 4, 96
 
@@ -148,3 +151,37 @@ def bake_prompts() -> tuple[list[str], list[str]]:
         return [f"how do i {v} a {t} {e}" for v in verbs.split() for t in things.split() for e in endings][:24]
 
     return sentences("bake roast fry", "cake pie soup"), sentences("paint wash fold", "wall car shirt")
+
+
+SMALL = Settings(train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=4, max_rank=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = store(tiny_llama(tie_word_embeddings=True), tmp_path_factory.mktemp("road") / "model", torch.float32)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("prompts")
+    paths = {}
+    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
+        (folder / f"{side}.txt").write_text("\n".join(prompts))
+        paths[side] = str(folder / f"{side}.txt")
+    return paths
+
+
+@pytest.fixture(scope="module")
+def run(model, sources, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    extract(str(model), out, **sources, settings=SMALL)
+    return out
+
+
+def command(*words: str | Path) -> tuple[int, str]:
+    """Run the command line; exit status and what it says (one line for what a user can mend)."""
+    result = CliRunner().invoke(main, ["--quiet", *map(str, words)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output.strip()

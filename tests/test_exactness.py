@@ -12,8 +12,11 @@ from conftest import LAYERS, WIDTH, load, logits, store, tiny_llama
 from orthogonalize import baking
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
+from orthogonalize.choices import Choice, intervention_from_directions
+from orthogonalize.directions import Directions
 from orthogonalize.hooks import intervened
 from orthogonalize.interventions import removal, shift
+from orthogonalize.leace import leace
 from orthogonalize.scopes import map_sites, parse_scope, shift_sites
 
 RANKING = [2, 0, 3, 1]
@@ -67,6 +70,43 @@ def test_each_layer_edited_along_its_own_direction_equals_hooks(method, scope, b
     intervention = map_sites(parse_scope(scope), LAYERS, per_layer(method), 2, RANKING)
     edited = baked(base, intervention, tmp_path / "edited")
     assert gap(base, edited, intervention, renormalise=False) <= 1e-9
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("strength", [1.0, 0.7])
+@pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per layer"])
+@pytest.mark.parametrize("scope", WRITE_SCOPES)
+def test_baked_erasers_equal_hooks(scope, per_layer, strength, tied, tmp_path):
+    """LEACE: oblique, with a shift in one place (or, with each layer's own eraser, one a block)."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (1, LAYERS + 1, WIDTH)
+    diffs, means, readers = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    readers = torch.where((readers * diffs).sum(-1, keepdim=True) > 0, readers, -readers)
+    diffs[:, 0] = 0  # at a template's token the sides have one embedding
+    directions = Directions((-1,), diffs, {}, means, readers)
+    source = store(tiny_llama(tie_word_embeddings=tied), tmp_path / "base")
+    choice = Choice(method="leace", scope=scope, position=-1, layer=2, per_layer=per_layer, strength=strength)
+    intervention = intervention_from_directions(choice, directions, RANKING)
+    assert any(m.shifts for m in intervention.writes.values())
+    assert gap(source, baked(source, intervention, tmp_path / "edited"), intervention) <= 1e-9
+
+
+def test_an_eraser_over_the_whole_model_erases_the_stream_where_it_was_fitted(basis, tmp_path):
+    """The shift goes in once: the stream at the fitted layer is what the eraser makes of the base's stream there."""
+    generator = torch.Generator().manual_seed(4)
+    sides = [torch.randn(30, 1, LAYERS + 1, WIDTH, generator=generator) + s for s in (1.0, -1.0)]
+    eraser = leace(*sides)
+    directions = Directions((-1,), eraser.u, {}, eraser.mean, eraser.v)
+    source = store(tiny_llama(), tmp_path / "base")
+    choice = Choice(method="leace", scope="all", position=-1, layer=1)
+    edited = load(baked(source, intervention_from_directions(choice, directions), tmp_path / "edited"))
+    at_one = directions.eraser(-1, 1)
+    ids = torch.randint(3, 90, (2, 9), generator=generator)
+    with torch.inference_mode():
+        before = load(source).model.embed_tokens(ids)
+        after = edited.model.embed_tokens(ids)
+    assert torch.allclose(after, at_one.affine()(before), atol=1e-12)
+    assert torch.allclose(after @ at_one.v, (at_one.v @ at_one.mean).expand(2, 9), atol=1e-12)
 
 
 @pytest.mark.parametrize("scope", ["all", "one", "top:50%", "layers:0,2-3", "from:2", "layers:0"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import LAYERS, WIDTH, bake_prompts, store, tiny_llama, tiny_tokenizer
+from conftest import LAYERS, SMALL, WIDTH, command, store, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
 from orthogonalize.chat import ChatFormat
@@ -17,37 +18,12 @@ from orthogonalize.cli import main
 from orthogonalize.editing import choose, edit
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
-from orthogonalize.extraction import Settings, extract
+from orthogonalize.extraction import extract
+from orthogonalize.prompts import Prompt
 from orthogonalize.recipe import load_recipe
 from orthogonalize.report import Report
-from orthogonalize.run import load_run
+from orthogonalize.run import load_run, save_prompts
 from orthogonalize.verification import verify
-
-SMALL = Settings(train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=4, max_rank=3)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = store(tiny_llama(tie_word_embeddings=True), tmp_path_factory.mktemp("road") / "model", torch.float32)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("prompts")
-    paths = {}
-    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
-        (folder / f"{side}.txt").write_text("\n".join(prompts))
-        paths[side] = str(folder / f"{side}.txt")
-    return paths
-
-
-@pytest.fixture(scope="module")
-def run(model, sources, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
-    extract(str(model), out, **sources, settings=SMALL)
-    return out
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -57,12 +33,16 @@ def weights(folder: Path) -> dict[str, bytes]:
 def test_a_run_holds_everything_that_a_choice_needs(run):
     found = load_run(run)
     assert {f.name for f in run.iterdir()} == {
-        "run.json", "prompts.jsonl", "directions.safetensors", "candidates.json", "plots",
+        "run.json", "prompts.jsonl", "activations.safetensors", "directions.safetensors", "candidates.json",
+        "stages.json", "plots",
     }  # fmt: skip
-    assert sorted(f.name for f in (run / "plots").iterdir()) == ["candidates-dim.png", "candidates-inlp.png"]
+    assert sorted(f.stem for f in (run / "plots").iterdir()) == [
+        "candidates-dim", "candidates-inlp", "candidates-leace", "cosines", "inlp-accuracy", "probes",
+        "projections-dim", "projections-inlp",
+    ]  # fmt: skip
     assert found.directions.mean_diffs.shape == (3, LAYERS + 1, WIDTH)
     assert len(found.texts("positive", "test")) == 6
-    assert {c.method for c in found.candidates} == {"dim", "inlp"}
+    assert {c.method for c in found.candidates} == {"dim", "inlp", "leace"}
     assert len(found.trials) == 4
     assert choose(found) == found.trials[0].choice
 
@@ -97,7 +77,11 @@ EDITS = [
     {"method": "ablate", "scope": "layers:1-2", "per_layer": True, "strength": 0.7},
     {"method": "ablate", "scope": "top:50%"},
     {"method": "nullspace", "scope": "upto:2", "rank": 1},
+    {"method": "nullspace", "scope": "from:2", "rank": "acc95"},
     {"method": "reflect", "scope": "one", "alpha": 2.0},
+    {"method": "leace"},
+    {"method": "leace", "scope": "layers:1-2", "orthogonal": True},
+    {"method": "leace", "scope": "upto:3", "per_layer": True, "position": -1},
     {"method": "reflect", "scope": "from:1", "alpha": 1.5},
     {"method": "actadd"},
     {"method": "actadd", "layer": 0, "position": -1, "per_layer": True, "scope": "layers:1,3", "coefficient": -2.0},
@@ -210,13 +194,6 @@ def test_the_choice_completes_itself_from_the_run(run):
     assert choose(found, method="ablate", layer=2, position=-2).layer == 2
 
 
-def command(*words: str | Path) -> tuple[int, str]:
-    """Run the command line; exit status and what it says (one line for what a user can mend)."""
-    result = CliRunner().invoke(main, ["--quiet", *map(str, words)])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    return result.exit_code, result.output.strip()
-
-
 def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, run, sources, tmp_path):
     out = tmp_path / "out"
     sides = ("--positive", sources["positive"], "--negative", sources["negative"])
@@ -234,6 +211,7 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
     save_file({"basis": torch.randn(3, WIDTH)}, wide)
     existing = tmp_path / "existing"
     existing.mkdir()
+    (existing / "notes.txt").write_text("mine")
     cases = [
         (("extract", "nowhere", "--out", out, *sides), "no such model"),
         (("extract", model, "--out", out), "give either --concept, or both"),
@@ -265,6 +243,14 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
         (("extract", model, "--out", out, *sides, "--behaviour-tokens", "999999"), "no id of this model"),
         (("extract", model, "--out", out, *sides, "--template-argument", "tokenize=false"), "does not take this"),
         (("extract", model, "--out", narrow / "x", *sides), "narrow.safetensors"),
+        (("extract", model, "--out", out, *sides, "--stage", "directions"), "needs stage 'prompts'"),
+        (("extract", model, "--out", out, *sides, "--classifier", "svm"), "--solver sklearn"),
+        (("extract", model, "--out", out, *sides, "--scoring", "global"), "--scoring must name local"),
+        (("edit", model, "--out", out, "--run", run, "--method", "leace", "--scope", "from:1"), "no scope 'from'"),
+        (("edit", model, "--out", out, "--direction", narrow, "--method", "leace"), "width 7"),
+        (("edit", model, "--out", out, "--direction", wide, "--method", "leace"), "leace needs the covariances"),
+        (("edit", model, "--out", out, "--direction", wide, "--method", "nullspace", "--rank", "acc99"), "use --run"),
+        (("edit", model, "--out", out, "--run", run, "--orthogonal"), "--orthogonal belongs to leace"),
         (("verify", model), "give --base"),
         (("push", model, "me/model"), "no recipe"),
     ]
@@ -307,7 +293,9 @@ def test_nan_weights_stop_the_extraction_by_layer(sources, tmp_path):
     assert "input of layer 1 hold NaN" in said
 
 
-@pytest.mark.parametrize("words", [(), ("extract",), ("edit",), ("eval",), ("push",), ("verify",), ("demo",)])
+@pytest.mark.parametrize(
+    "words", [(), ("extract",), ("edit",), ("eval",), ("push",), ("verify",), ("rank",), ("demo",)]
+)
 def test_every_command_explains_itself(words):
     result = CliRunner().invoke(main, [*words, "--help"])
     assert result.exit_code == 0
@@ -335,13 +323,7 @@ def test_verify_notices_a_flag_that_would_silence_the_edit(run, model, tmp_path)
 
 
 def test_a_prompt_with_a_unicode_line_separator_survives_the_run_folder(run, tmp_path):
-    import shutil
-
-    from orthogonalize.prompts import Prompt
-    from orthogonalize.run import Run
-
-    found = load_run(run)
-    odd = [*found.prompts, Prompt("one\u2028two\u0085three", "positive", "test")]
+    odd = [*load_run(run).prompts, Prompt("one\u2028two\u0085three", "positive", "test")]
     shutil.copytree(run, tmp_path / "run")
-    Run(found.info, odd, found.directions, found.candidates, found.trials).save(tmp_path / "run")
+    save_prompts(odd, tmp_path / "run")
     assert load_run(tmp_path / "run").prompts == odd

@@ -199,7 +199,7 @@ def test_a_stored_file_can_be_ranked_again_without_a_model(tmp_path):
     assert [(c.method, c.layer) for c in rank(str(file), kl=0.5, prune=0.0) if not c.failed] == [
         ("dim", 8), ("dim", 5), ("dim", 3), ("leace", 8), ("leace", 5), ("leace", 3),
     ]  # fmt: skip
-    with pytest.raises(OrthogonalizeError, match="no candidates.json"):
+    with pytest.raises(OrthogonalizeError, match=r"no candidates\.json"):
         rank(tmp_path / "none.json")
 
 
