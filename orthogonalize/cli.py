@@ -125,7 +125,7 @@ def _tokens(text: str | None) -> list[int | str] | None:
 @click.argument("model")
 @click.option("--out", type=_path(), required=True, help="Run folder to make, or to go on with.")
 @click.option("--force", is_flag=True, help="Do stages over that were done with other inputs (or all, if none was).")
-@click.option("--concept", help="A named contrast: cooking (the demo's) or refusal.")
+@click.option("--concept", help="A named contrast: cooking (the demo's), lists or refusal.")
 @click.option("--positive", metavar="P", help="Prompts that show the concept.")
 @click.option("--negative", metavar="P", help="Prompts that do not.")
 @click.option("--column", help="Column or key of the prompts' text.")

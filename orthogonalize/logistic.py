@@ -36,6 +36,8 @@ class Samples:
         self.noise = torch.finfo(fitted.dtype).eps * fitted.shape[1] * squares.amax(-1)
         self.combinations: list[torch.Tensor] = []  # c [pairs, n]
         self.components: list[torch.Tensor] = []  # X b [pairs, n]
+        # Orthonormal [pairs, n, k]: what the centred, projected samples cancel, so that it gives no weight.
+        self.idle = fitted.new_full((len(fitted), fitted.shape[1], 1), fitted.shape[1] ** -0.5)
 
     def select(self, keep: torch.Tensor) -> Samples:
         """The problems where `keep` [pairs] is true."""
@@ -43,10 +45,15 @@ class Samples:
             return self
         chosen = copy(self)
         chosen.fitted, chosen.held, chosen.left = self.fitted[keep], self.held[keep], self.left[keep]
-        chosen.noise = self.noise[keep]
+        chosen.noise, chosen.idle = self.noise[keep], self.idle[keep]
         chosen.combinations = [c[keep] for c in self.combinations]
         chosen.components = [g[keep] for g in self.components]
         return chosen
+
+    def working(self, dual: torch.Tensor) -> torch.Tensor:
+        """`dual` without its idle part: late classifiers are nearly all idle, and each step's rounding of that
+        part would grow in the next."""
+        return dual - (self.idle @ (self.idle.mT @ dual[..., None]))[..., 0]
 
     def scores(self, dual: torch.Tensor) -> torch.Tensor:
         """`X X^T a` [pairs, n] of the projected samples."""
@@ -91,6 +98,8 @@ class Samples:
             c, g = c / norm, g / norm
         across = g[:, None, :] if self.by_gram else (self.fitted.mT @ c[..., None]).mT
         self.left.baddbmm_(g[..., None], across, alpha=-1)
+        idle = self.working(self.working(c / c.norm(dim=-1, keepdim=True)))
+        self.idle = torch.cat([self.idle, (idle / idle.norm(dim=-1, keepdim=True))[..., None]], dim=-1)
         self.combinations.append(c)
         self.components.append(g)
         return c
@@ -119,7 +128,8 @@ def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def fit_logistic(data: Samples, labels: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fit every problem of `data` to `labels` [n] of 0 and 1; all in float64.
 
-    Returns the dual weights a [pairs, n], the intercepts b [pairs] and the margins [pairs, n].
+    Returns the dual weights a [pairs, n] (without what gives no weight), the intercepts b [pairs] and the
+    margins [pairs, n].
     """
     pairs, n = data.fitted.shape[0], len(labels)
     sign = 2 * labels - 1
@@ -150,7 +160,7 @@ def _newton_step(
     right = torch.stack([target, torch.ones_like(target)], dim=-1)
     solved = data.ridge((c * curvature).sqrt(), right)
     b = solved[..., 0].sum(-1) / solved[..., 1].sum(-1)
-    a = solved[..., 0] - b[:, None] * solved[..., 1]
+    a = data.working(solved[..., 0] - b[:, None] * solved[..., 1])
     return a, b, data.scores(a) + b[:, None]
 
 

@@ -8,6 +8,7 @@ data off `w` changes the Gram matrix by one rank, so no step after the first see
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -265,7 +266,8 @@ def _bases(coefficients: list[list[torch.Tensor]], fitted: torch.Tensor) -> list
 def _polished(rows: torch.Tensor) -> torch.Tensor:
     """Nearly orthonormal rows [..., k, d] made orthonormal to the last bit, in order and with their signs."""
     q, r = torch.linalg.qr(rows.mT)
-    return (q * torch.sign(r.diagonal(dim1=-2, dim2=-1))[..., None, :]).mT.contiguous()
+    signed: torch.Tensor = q * torch.sign(r.diagonal(dim1=-2, dim2=-1))[..., None, :]
+    return signed.mT.contiguous()
 
 
 def _search_sklearn(
@@ -278,6 +280,8 @@ def _search_sklearn(
     classifier: Classifier,
 ) -> Subspace:
     """INLP on samples [n, d] with scikit-learn's classifiers, in coordinates of the fitted samples' span."""
+    from sklearn.exceptions import ConvergenceWarning
+
     fitted = samples[fit]
     centre = fitted.mean(0)
     _, singular, frame = torch.linalg.svd(fitted - centre, full_matrices=False)
@@ -288,7 +292,10 @@ def _search_sklearn(
     stopped = None
     while len(found) < min(most, len(frame)):
         model = _sklearn_classifier(classifier)
-        model.fit(coordinates[fit].cpu().numpy(), labels[fit].cpu().numpy())
+        with warnings.catch_warnings():
+            # Where the data leave the Newton step undefined, scikit-learn says so and uses L-BFGS.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(coordinates[fit].cpu().numpy(), labels[fit].cpu().numpy())
         weight = torch.from_numpy(model.coef_[0]).to(samples)
         scores = torch.from_numpy(model.decision_function(coordinates[held].cpu().numpy())).to(samples)
         if weight.norm() <= 1e-12 / singular[0]:
@@ -313,4 +320,4 @@ def _sklearn_classifier(classifier: Classifier) -> Any:
 
     if classifier == "svm":
         return LinearSVC(C=C, tol=1e-6, max_iter=100_000)
-    return LogisticRegression(C=C, tol=1e-8, max_iter=10_000)
+    return LogisticRegression(C=C, solver="newton-cholesky", tol=1e-10, max_iter=500)

@@ -49,6 +49,7 @@ PLANTED = "planted:"  # prompt sets that ship inside the package
 
 CONCEPTS = {
     "cooking": Concept("cooking", PLANTED + "contrast_cooking.jsonl", PLANTED + "contrast_other.jsonl"),
+    "lists": Concept("lists", PLANTED + "lists.jsonl", PLANTED + "sentences.jsonl"),
     "refusal": Concept("refusal", "walledai/AdvBench", "mlabonne/harmless_alpaca", "prompt", "text", sensitive=True),
 }
 

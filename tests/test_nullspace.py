@@ -117,6 +117,26 @@ def test_a_basis_of_many_directions_stays_orthonormal_where_little_is_left():
     assert (found.basis @ found.basis.T - torch.eye(found.rank, dtype=torch.float64)).abs().max() < 1e-12
 
 
+def test_samples_of_large_scale_and_many_weak_classifiers_lose_nothing():
+    """As in late layers: samples hundreds long, weights that are small and smaller, next to them all rounding."""
+    positive, negative = two_sides(40, 576, gap=6.0, seed=7)
+    scale = 30 * torch.exp(1.5 * torch.randn(576, generator=torch.Generator().manual_seed(2)))
+    positive, negative = positive * scale, negative * scale
+    found = inlp(positive, negative, max_rank=18, min_accuracy=0.0)
+    assert found.rank == 18
+    assert_agrees(found, *published_inlp(positive, negative, 5))
+    # The directions as combinations of the samples, before they are polished.
+    x = torch.cat([positive, negative]).double()[None]
+    x = x - x.mean(1, keepdim=True)
+    data, combinations = Samples(x, x), []
+    for _ in range(18):
+        combinations.append(
+            data.project_off(fit_logistic(data, torch.tensor([1.0] * 40 + [0.0] * 40).double(), 0.1)[0])
+        )
+    rows = torch.cat(combinations) @ x[0]
+    assert (rows @ rows.T - torch.eye(18, dtype=torch.float64)).abs().max() < 1e-9
+
+
 def test_sides_that_cannot_be_told_apart_have_no_subspace():
     same = torch.randn(200, 30, generator=torch.Generator().manual_seed(1))
     assert inlp(same[:100], same[100:]).rank <= 3

@@ -1,0 +1,89 @@
+"""Another concept end to end, with no planted behaviour: that an answer is a list, in the plain embedded model.
+
+Nothing here is a refusal, so nothing may assume one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from orthogonalize.chat import ChatFormat
+from orthogonalize.editing import edit
+from orthogonalize.embedded import base_model
+from orthogonalize.extraction import Settings, extract
+from orthogonalize.hooks import intervened
+from orthogonalize.interventions import removal
+from orthogonalize.models import load_model, load_tokenizer
+from orthogonalize.run import Run
+from orthogonalize.scopes import map_sites, parse_scope
+from orthogonalize.scores import behaviour_score, first_token_probabilities
+from orthogonalize.verification import verify
+
+SETTINGS = Settings(train=40, val=12, test=20, scored=2, trials=0)
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    return base_model()
+
+
+@pytest.fixture(scope="module")
+def folder(base, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("lists") / "run"
+    extract(str(base), out, concept="lists", settings=SETTINGS)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> Run:
+    from orthogonalize.run import load_run
+
+    return load_run(folder)
+
+
+def mean_score(model, run: Run, side: str) -> float:
+    """Mean log-odds that the answer to a held-out prompt begins as a list."""
+    chat = ChatFormat(load_tokenizer(base_model()))
+    ids = chat.encode_all(run.texts(side, "test"))
+    return behaviour_score(first_token_probabilities(model, ids), run.info.behaviour_tokens).mean().item()
+
+
+def test_what_begins_a_list_is_learnt_and_most_prompts_show_it(run):
+    assert "1" in run.info.behaviour_words
+    assert run.info.filtered["positive"]["train"] >= 32
+    assert run.info.filtered["negative"]["train"] >= 36
+
+
+def test_every_method_finds_where_the_model_decides_on_a_list(run):
+    for method in ("dim", "inlp", "leace"):
+        best = next(c for c in run.candidates if c.method == method)
+        assert best.bypass < run.info.base_score["positive"] - 1, method
+        found = next(p for p in run.probes if p.method == method)
+        assert found.before > 0.9, "the two kinds of prompt can be told apart before any edit"
+    whole = [p for p in run.probes if p.method == "inlp"][-1]
+    assert whole.after < whole.before, "and less so without the directions that INLP found"
+
+
+def test_a_baked_edit_makes_lists_rarer_and_a_random_direction_does_not(base, folder, run, tmp_path):
+    edit(str(base), tmp_path / "edited", run=folder, method="ablate", scope="all", strength=1.0)
+    proof = verify(tmp_path / "edited").verification
+    assert proof.passed
+    plain, edited = load_model(base, dtype=torch.float32), load_model(tmp_path / "edited", dtype=torch.float32)
+    before = {side: mean_score(plain, run, side) for side in ("positive", "negative")}
+    assert before["positive"] > 0 > before["negative"]
+    assert mean_score(edited, run, "positive") < before["positive"] - 1
+    assert mean_score(edited, run, "negative") < 0
+    noise = torch.nn.functional.normalize(torch.randn(1, run.info.width, generator=torch.Generator().manual_seed(0)))
+    control = map_sites(parse_scope("all"), run.info.layer_count, lambda _: removal(noise.double()))
+    with intervened(plain, control):
+        assert mean_score(plain, run, "positive") > before["positive"] - 1
+
+
+def test_pictures_of_a_real_run_are_all_there(folder):
+    assert {f.stem for f in (folder / "plots").iterdir()} == {
+        "candidates-dim", "candidates-inlp", "candidates-leace", "cosines", "inlp-accuracy", "probes",
+        "projections-dim", "projections-inlp",
+    }  # fmt: skip
