@@ -128,11 +128,8 @@ def test_samples_of_large_scale_and_many_weak_classifiers_lose_nothing():
     # The directions as combinations of the samples, before they are polished.
     x = torch.cat([positive, negative]).double()[None]
     x = x - x.mean(1, keepdim=True)
-    data, combinations = Samples(x, x), []
-    for _ in range(18):
-        combinations.append(
-            data.project_off(fit_logistic(data, torch.tensor([1.0] * 40 + [0.0] * 40).double(), 0.1)[0])
-        )
+    data, labels = Samples(x, x), torch.tensor([1.0] * 40 + [0.0] * 40).double()
+    combinations = [data.project_off(fit_logistic(data, labels, 0.1)[0]) for _ in range(18)]
     rows = torch.cat(combinations) @ x[0]
     assert (rows @ rows.T - torch.eye(18, dtype=torch.float64)).abs().max() < 1e-9
 
