@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from .activations import Progress, batches, pad
-from .architectures import architecture_of
 from .errors import OrthogonalizeError
-from .hooks import capturing_inputs, input_shifted, intervened, layer_projected
+from .hooks import Stream, capturing_inputs, input_shifted, intervened, layer_projected
 from .interventions import AffineMap, Intervention, Site, block_sites
 
 SMOOTHING = 1e-6  # added to probabilities before a KL, as in eliroc98/refusal_direction
@@ -83,13 +82,13 @@ def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most:
 @contextmanager
 def _resumed(model: Any, layer: int, hidden: torch.Tensor) -> Iterator[None]:
     """Run `model` from block `layer` on, its input replaced by `hidden`; the blocks before do nothing."""
-    name = architecture_of(model.config.to_dict()).layer_module
-    skipped = [model.get_submodule(name.format(layer=i)) for i in range(layer)]
+    stream = Stream.of(model)
+    skipped = [stream.block(i) for i in range(layer)]
 
     def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
-    handle = model.get_submodule(name.format(layer=layer)).register_forward_pre_hook(replace, with_kwargs=True)
+    handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
     for block in skipped:
         block.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
     try:

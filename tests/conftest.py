@@ -9,9 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from tiny_models import DoublePrecision
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from orthogonalize.architectures import architecture_of
 from orthogonalize.cli import main
 from orthogonalize.extraction import Settings, extract
 
@@ -71,18 +71,14 @@ def store(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype = torch.floa
 
 
 def in_double(model):
-    """Let the RMS norms compute in float64; the library fixes them to float32."""
-    architecture = architecture_of(model.config.to_dict())
-    norms = [architecture.head.norm.module]
-    for layer in range(model.config.num_hidden_layers):
-        norms += [site.norm.module.format(layer=layer) for site in (architecture.attn, architecture.mlp)]
-    for name in norms:
-        norm = model.get_submodule(name)
+    """Let a float64 model compute in float64 throughout; the library does some of it in float32."""
+    forward = model.forward
 
-        def forward(x, norm=norm):
-            return norm.weight * x / (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    def wide(*args, **kwargs):
+        with DoublePrecision():
+            return forward(*args, **kwargs)
 
-        norm.forward = forward
+    model.forward = wide
     return model
 
 
