@@ -54,6 +54,8 @@ class AffineMap:
             raise ValueError(
                 f"map shapes do not fit: u {tuple(self.u.shape)}, v {tuple(self.v.shape)}, s {tuple(self.s.shape)}"
             )
+        for name in ("u", "v", "s"):  # sums depend, in their last bit, on the order in memory; a recipe keeps none
+            object.__setattr__(self, name, getattr(self, name).contiguous())
 
     @property
     def width(self) -> int:

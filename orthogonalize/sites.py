@@ -96,7 +96,8 @@ class Sites:
         found = [part for part in described.values() if self.writes(part, layer)]
         if described and not found:
             missing = self.in_layer(next(iter(next(iter(described.values())).writes)), layer)
-            packed = next((n for n in self.tensors if n.startswith(missing.removesuffix(".weight") + "_")), None)
+            stem = missing.removesuffix(".weight")
+            packed = next((stem + end for end in COMPANIONS if stem + end in self.tensors), None)
             if packed is not None:
                 raise OrthogonalizeError(
                     f"{packed} is quantised in a way that cannot be edited exactly; start from a bfloat16 copy"

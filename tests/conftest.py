@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,24 @@ def logits(model, seed: int = 0) -> torch.Tensor:
     ids = torch.randint(3, model.config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         return model(input_ids=ids).logits.double()
+
+
+@pytest.fixture
+def one_thread():
+    """Matrices this small take longer to share than to multiply."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Tiny checkpoints of every family by name, each made once."""
+    from harness import Base
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return cache(lambda name: Base(name, folder / name))
 
 
 @pytest.fixture

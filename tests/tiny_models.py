@@ -122,11 +122,37 @@ VISION = {
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
+QWEN_VISION = {
+    "vision_config": {
+        "depth": 1,
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "patch_size": 4,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 48,
+        "num_position_embeddings": 16,
+    },
+    "image_token_id": 90,
+    "video_token_id": 91,
+    "vision_start_token_id": 92,
+    "vision_end_token_id": 93,
+}
+PICTURES = "AutoModelForImageTextToText"
+
 # fmt: off
 TINY: dict[str, Tiny] = {
     "llama": Tiny("llama", dense, tied=True),
     "mistral": Tiny("mistral", lambda h: dense(h) | {"sliding_window": None}),
     "ministral3": Tiny("ministral3", dense),
+    "ministral3 multimodal": Tiny(
+        "mistral3", lambda h: dense(h) | {"model_type": "ministral3"}, text="text_config", causal=PICTURES,
+        aside={
+            "vision_config": VISION | {"model_type": "pixtral", "head_dim": 12},
+            "image_token_index": 90, "spatial_merge_size": 1,
+        },
+    ),
     "qwen2": Tiny("qwen2", dense, tied=True),
     "qwen3": Tiny("qwen3", dense, tied=True),
     "qwen2_moe": Tiny(
@@ -140,6 +166,14 @@ TINY: dict[str, Tiny] = {
     "qwen3_5": Tiny("qwen3_5_text", lambda h: dense(h) | gated_delta(h), tied=True),
     "qwen3_5_moe": Tiny(
         "qwen3_5_moe_text", lambda h: experts(h) | gated_delta(h) | {"shared_expert_intermediate_size": h + 16}
+    ),
+    "qwen3_5 multimodal": Tiny(
+        "qwen3_5", lambda h: dense(h) | gated_delta(h), tied=True, text="text_config", aside=QWEN_VISION,
+        causal=PICTURES,
+    ),
+    "qwen3_5_moe multimodal": Tiny(
+        "qwen3_5_moe", lambda h: experts(h) | gated_delta(h) | {"shared_expert_intermediate_size": h + 16},
+        text="text_config", aside=QWEN_VISION, causal=PICTURES,
     ),
     "gemma": Tiny("gemma", dense, tied=True),
     "gemma2": Tiny("gemma2", lambda h: dense(h) | WINDOWED | {"query_pre_attn_scalar": h}, tied=True),
@@ -225,6 +259,19 @@ TINY: dict[str, Tiny] = {
             "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "attention_chunk_size": 64,
         },
     ),
+    "llama4 multimodal": Tiny(
+        "llama4",
+        lambda h: experts(h)
+        | {
+            "intermediate_size": h + 8, "intermediate_size_mlp": 3 * h + 16, "moe_layers": [1, 3],
+            "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "attention_chunk_size": 64,
+        },
+        text="text_config", causal=PICTURES,
+        aside={"vision_config": VISION | {
+            "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24,
+            "pixel_shuffle_ratio": 0.5, "intermediate_size": 96,
+        }},
+    ),
     "lfm2": Tiny(
         "lfm2",
         lambda h: headed(h)
@@ -301,9 +348,9 @@ class DoublePrecision(TorchFunctionMode):
 
 def load_tiny(folder: Path) -> Any:
     """A checkpoint folder as a float64 transformers model that computes in float64 throughout."""
-    from transformers import AutoModelForCausalLM
+    from orthogonalize.models import model_class
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class(folder).from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
     return model.eval()
