@@ -55,7 +55,7 @@ class AffineMap:
                 f"map shapes do not fit: u {tuple(self.u.shape)}, v {tuple(self.v.shape)}, s {tuple(self.s.shape)}"
             )
         for name in ("u", "v", "s"):  # sums depend, in their last bit, on the order in memory; a recipe keeps none
-            object.__setattr__(self, name, getattr(self, name).contiguous())
+            object.__setattr__(self, name, getattr(self, name).clone(memory_format=torch.contiguous_format))
 
     @property
     def width(self) -> int:
