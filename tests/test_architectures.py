@@ -50,7 +50,11 @@ NATIVE, LLAMA, BACKEND, VALUE = "native bias", "as Llama", "Transformers backend
 WITH_BIASES = ["llama", "granite", "smollm3", "phi", "gpt2", "gpt_neox", "opt", "opt projected", "starcoder2"]
 ACTADD = {
     **dict.fromkeys([*WITH_BIASES, "gpt_oss", "mamba2"], NATIVE),
-    "mistral": LLAMA, "qwen2": LLAMA, "cohere": BACKEND, "cohere2": BACKEND, "stablelm parallel": VALUE,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "cohere": BACKEND,
+    "cohere2": BACKEND,
+    "stablelm parallel": VALUE,
 }
 # What carries one at the output of an attention block.
 ACTADD_ATTENTION = {
