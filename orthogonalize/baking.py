@@ -32,6 +32,12 @@ class Bake(Rewrite):
         """The description, applied to the source's tensors."""
         return Sites(self.architecture, self.source.config, self.source.tensors)
 
+    @property
+    def rescales(self) -> bool:
+        """Whether what blocks write keeps its direction only, for a norm behind them sets its length."""
+        parts = (*self.architecture.attn.values(), *self.architecture.mlp.values())
+        return any(part.post_norm for part in parts)
+
     def stored(self, name: str, site: Site) -> str:
         """`name`, once it is sure that such a tensor is there and can be edited."""
         if name in self.additions:

@@ -79,9 +79,17 @@ def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most:
     return tokens
 
 
+def _passed_through(wrapped: bool) -> Any:
+    """A block's forward that returns its input, as the class's own returns its output."""
+    return lambda hidden_states, *_args, **_kwargs: (hidden_states,) if wrapped else hidden_states
+
+
 @contextmanager
-def _resumed(model: Any, layer: int, hidden: torch.Tensor) -> Iterator[None]:
-    """Run `model` from block `layer` on, its input replaced by `hidden`; the blocks before do nothing."""
+def _resumed(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Iterator[None]:
+    """Run `model` from block `layer` on, its input replaced by `hidden`; the blocks before do nothing.
+
+    `wrapped` says that blocks return tuples.
+    """
     stream = Stream.of(model)
     skipped = [stream.block(i) for i in range(layer)]
 
@@ -90,7 +98,7 @@ def _resumed(model: Any, layer: int, hidden: torch.Tensor) -> Iterator[None]:
 
     handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
     for block in skipped:
-        block.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+        block.forward = _passed_through(wrapped)
     try:
         yield
     finally:
@@ -111,12 +119,19 @@ class LocalScorer:
         self.groups = [[ids[i] for i in group] for group in batches(ids, tokens=1024)]
         self.order = [i for group in batches(ids, tokens=1024) for i in group]
         self.inputs: list[list[torch.Tensor]] = []
+        self.wrapped = False
+
+        def look(_module: Any, _inputs: Any, output: Any) -> None:
+            self.wrapped = isinstance(output, tuple)
+
+        watch = Stream.of(model).block(0).register_forward_hook(look)
         for group in self.groups:
             stream: list[torch.Tensor] = []
             padded, _ = pad(group, model.device)
             with torch.inference_mode(), capturing_inputs(model, lambda _l, h, s=stream: s.append(h.clone())):  # type: ignore[misc]
                 model(input_ids=padded, use_cache=False, logits_to_keep=1)
             self.inputs.append(stream)
+        watch.remove()
 
     @torch.inference_mode()
     def probabilities(self, layer: int, maps: AffineMap, projected: bool) -> torch.Tensor:
@@ -131,7 +146,8 @@ class LocalScorer:
             rows = maps.to(self.model.device, torch.float32)
             rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
             edit = layer_projected if projected else input_shifted
-            with _resumed(self.model, layer, stream[layer].repeat(count, 1, 1)), edit(self.model, layer, rows):
+            resumed = _resumed(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
+            with resumed, edit(self.model, layer, rows):
                 logits = _last_logits(self.model, padded.repeat(count, 1), lengths.repeat(count))
             parts.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
         result = torch.cat(parts, dim=1)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import pytest
-from harness import BASIS, EXACT, compare, every_read, every_write, oblique
-from tiny_models import TINY
+import torch
+from conftest import tiny_tokenizer
+from harness import BASIS, EXACT, LAYERS, compare, every_read, every_write, oblique
+from safetensors.torch import save_file
+from tiny_models import TINY, store_tiny
 
+from orthogonalize.activations import mean_activations
 from orthogonalize.baking import bake
+from orthogonalize.editing import edit
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import Intervention, Site, removal, shift
+from orthogonalize.hooks import layer_projected
+from orthogonalize.interventions import AffineMap, Intervention, Site, removal, shift
+from orthogonalize.scores import LocalScorer, first_token_probabilities
+from orthogonalize.verification import verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RANKING = [2, 0, 3, 1]
+ABLATE = removal(BASIS[:1])
 METHODS = {
     "ablate": removal(BASIS[:1]),
     "ablate, strength 0.6": removal(BASIS[:1], 0.6),
@@ -93,3 +102,39 @@ def test_a_constant_takes_the_first_exact_way_that_a_server_honours_or_is_refuse
     if site.kind != "embed":
         edited = {name.rpartition(".")[0].rpartition(".")[2] for name in plan.edits}
         assert (VALUE if edited == {"v_proj"} else route(plan.config_changes)) == expected
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["falcon_h1", "gemma2", "gemma3 multimodal", "gpt2", "opt", "mamba2", "qwen3_next", "llama4", "gpt_oss", "cohere"],
+)
+def test_scores_resumed_at_a_layer_equal_whole_runs_in_every_kind_of_family(name, bases):
+    """Local scoring keeps the blocks before the layer from running, whatever a family's blocks return."""
+    model = bases(name).model
+    ids = [[5, 9, 11, 20], [7, 8, 30, 31, 32]]
+    batched = AffineMap(*(t.unsqueeze(0) for t in (ABLATE.u, ABLATE.v, ABLATE.s)))
+    local = LocalScorer(model, ids).probabilities(2, batched, projected=True)[0]
+    with layer_projected(model, 2, ABLATE):
+        whole = first_token_probabilities(model, ids)
+    plain = first_token_probabilities(model, ids)
+    rows = mean_activations(model, ids, 2)
+    assert (local - whole).abs().max() < 1e-5
+    assert (local - plain).abs().max() > 1e-4
+    assert rows.shape == (2, LAYERS + 1, 48)
+
+
+@pytest.mark.parametrize(
+    "name", ["gemma2", "mixtral", "gemma3 multimodal", "gpt_neox", "qwen3_5 multimodal", "falcon_h1"]
+)
+def test_edit_and_verify_prove_any_family_from_the_files(name, tmp_path):
+    source = store_tiny(name, tmp_path / "base", torch.float32)
+    tiny_tokenizer().save_pretrained(source)
+    save_file({"direction": BASIS[0].float()}, tmp_path / "direction.safetensors")
+    for scope in ("all", "from:2") if name not in READ_REFUSED else ("all",):
+        out = tmp_path / scope
+        edit(str(source), out, direction=tmp_path / "direction.safetensors", method="ablate", scope=scope)
+        proof = verify(out).verification
+        assert proof.passed, proof
+        assert proof.hooks_gap < 1e-4
+        rescaled = scope == "from:2" or name.startswith("gemma")
+        assert (proof.renormalised_gap is not None) == rescaled
