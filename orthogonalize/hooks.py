@@ -26,11 +26,18 @@ def _with_first(output: Any, tensor: torch.Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
+def _mapped(affine: AffineMap, hidden: torch.Tensor) -> torch.Tensor:
+    """`affine` on `hidden`, also where a batch of maps meets a block (OPT's) that has laid its rows end to end."""
+    if affine.v.dim() == 3 and hidden.dim() == 2:
+        return affine(hidden.reshape(len(affine.v), -1, hidden.shape[-1])).reshape(hidden.shape)
+    return affine(hidden)
+
+
 def map_output(module: nn.Module, affine: AffineMap) -> torch.utils.hooks.RemovableHandle:
     """Apply `affine` to what `module` returns (the first item of a tuple)."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return _with_first(output, affine(_first(output)))
+        return _with_first(output, _mapped(affine, _first(output)))
 
     return module.register_forward_hook(hook)
 
