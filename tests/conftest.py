@@ -95,6 +95,24 @@ def logits(model, seed: int = 0) -> torch.Tensor:
         return model(input_ids=ids).logits.double()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--proof", type=Path, help="Folder with proof.json and architectures.md, which are brought up to date."
+    )
+
+
+@pytest.fixture(scope="session")
+def proof(request):
+    """Takes what was measured about a family; at the end it goes into the documentation, if that was asked for."""
+    from proving import record
+
+    measured: dict[str, dict] = {}
+    yield lambda name, **values: measured.setdefault(name, {}).update(values)
+    folder = request.config.getoption("--proof")
+    if folder is not None:
+        record(folder, measured)
+
+
 @pytest.fixture
 def one_thread():
     """Matrices this small take longer to share than to multiply."""
