@@ -5,14 +5,9 @@ What is measured goes into docs/proof.json, from which the table in docs/archite
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from harness import BASIS, EXACT, LAYERS, Base, baked_logits, centred_basis, gap, oblique, relative
+from serving import serve
 from test_architectures import (
     ACTADD,
     ACTADD_ATTENTION,
@@ -99,23 +94,10 @@ def test_every_method_and_scope_of_every_family_equals_hooks(name, bases, tmp_pa
     )  # fmt: skip
 
 
-def serve(names: list[str], folder: Path) -> dict[str, dict]:
-    """What `serving.py` measured, by name; its process is its own, for engines leave much behind."""
-    program = Path(__file__).with_name("serving.py")
-    paths = os.pathsep.join([str(program.parent), str(program.parents[1])])
-    done = subprocess.run(
-        [sys.executable, program, folder, *names],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(names), done.stderr[-2000:]
-    return {result["name"]: result for result in map(json.loads, lines)}
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_vllm_reads_every_tensor_and_scores_as_transformers_does(name, tmp_path, proof):
     pytest.importorskip("vllm")
-    result = serve([name], tmp_path)[name]
+    (result,) = serve([name], tmp_path)
     proof(name, served=result)
     if "error" in result:
         pytest.skip(f"this build of vLLM cannot run {name}: {result['error']}")
