@@ -48,7 +48,7 @@ def _row(name: str, of: dict[str, Any]) -> str:
         f"{of.get('constant', '-')}, {of.get('constant_attention', '-')}",
         "not in this build" if failed else served.get("served_by", "-"),
         whole,
-        _small(served.get("gap_float32")),
+        _small(served.get("gap_float32")) + (" (base too)" if "gap_of_base" in served else ""),
         "-" if bf16 is None else f"{bf16:.3f} ({served['rounding']:.3f})",
     ]
     return "| " + " | ".join(cells) + " |"
