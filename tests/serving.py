@@ -33,7 +33,7 @@ FAR = 2e-2  # a log-probability that differs by more is not the same
 # What the Hub's config.json has and the class of transformers does not ask for, and sizes that vLLM's kernels need.
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
 SERVED: dict[str, dict[str, Any]] = {
-    "lfm2": {"conv_dim": 192, "conv_dim_out": 192},
+    "lfm2": {"conv_dim": 192, "conv_dim_out": 192, "block_dim": 192, "block_ff_dim": 200, "block_multiple_of": 1},
     "deepseek_v2": LATENT,
     "deepseek_v2 lite": LATENT,
     "deepseek_v3": LATENT | {"topk_method": "noaux_tc"},
