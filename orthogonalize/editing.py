@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .choices import Choice, direction_kind, intervention_from_basis, intervention_from_directions
 from .directions import load_direction
 from .errors import OrthogonalizeError
-from .interventions import Intervention
+from .interventions import Intervention, centred
 from .models import commit_of, find_model, is_hub_id
 from .outputs import EDITED, check_free, check_space, complete_folder
 from .probes import Probe, probe_choice
@@ -204,6 +204,8 @@ def edit(
         choice, intervention, prompts, probes = _from_run(Path(run), architecture, source, weights, given)
     else:
         choice, intervention = _from_file(Path(str(direction)), architecture.layers(source.config), given)
+    if former is None and architecture.norms.kind == "layer":
+        intervention = centred(intervention)  # else what the norms subtract brings the direction back
     _refuse_nothing(choice, intervention)
     plan = bake(source, intervention)
     check_space(out, int(plan.output_bytes * 1.01))

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from .errors import OrthogonalizeError
+
 Method = Literal["ablate", "nullspace", "reflect", "actadd", "leace"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -52,6 +54,8 @@ class AffineMap:
             raise ValueError(
                 f"map shapes do not fit: u {tuple(self.u.shape)}, v {tuple(self.v.shape)}, s {tuple(self.s.shape)}"
             )
+        for name in ("u", "v", "s"):  # sums depend, in their last bit, on the order in memory; a recipe keeps none
+            object.__setattr__(self, name, getattr(self, name).clone(memory_format=torch.contiguous_format))
 
     @property
     def width(self) -> int:
@@ -87,6 +91,13 @@ class AffineMap:
         """Apply the map without its shift."""
         return self.unshifted(h)
 
+    def is_centred(self, tolerance: float) -> bool:
+        """Whether `u` and `v` have, up to `tolerance`, no part along (1, …, 1), which a LayerNorm subtracts."""
+        return all(
+            bool((part.sum(-2).abs() <= tolerance * part.shape[-2] ** 0.5 * part.norm(dim=-2)).all())
+            for part in (self.u, self.v)
+        )
+
 
 def stacked(maps: Sequence[AffineMap]) -> AffineMap:
     """Several maps as one with a leading batch dimension; lower ranks are filled up with zeros."""
@@ -111,6 +122,50 @@ def shift(vector: torch.Tensor) -> AffineMap:
     s = vector.to(torch.float64)
     nothing = s.new_zeros(*s.shape, 0)
     return AffineMap(nothing, nothing, s)
+
+
+def conjugated(affine: AffineMap, scale: torch.Tensor, truncation: float = 0.1) -> AffineMap:
+    """The linear map before a norm that multiplies by `scale` [d] which does, behind it, what `affine` does.
+
+    For y = D o / rms(o) and M = 1 - U V^T the map 1 - D^-1 U V^T D gives M y up to the ratio of the two
+    rms, a positive number for every token. Where D is nearly zero its inverse would blow up one
+    coordinate and so crush all others: below `truncation` times the median of |D| the coordinate is left
+    alone and the rest rescaled, which keeps V^T of the output exactly as `affine` makes it.
+
+    Raises:
+        OrthogonalizeError: the direction lies where the norm lets almost nothing through.
+    """
+    d = scale.to(torch.float64)
+    u, v = affine.u.to(torch.float64), d.unsqueeze(-1) * affine.v.to(torch.float64)
+    kept = d.abs() >= truncation * d.abs().median()
+    divided = torch.where(kept, 1 / torch.where(kept, d, 1.0), 0.0).unsqueeze(-1) * u
+    overlap, wanted = v.mT @ divided, affine.v.to(torch.float64).mT @ u
+    live = u.norm(dim=0) > 0
+    if live.any() and torch.linalg.cond(overlap[live][:, live]) > 1e6:
+        raise OrthogonalizeError(
+            "the norm behind a block lets next to nothing of this direction through, so it cannot be edited there"
+        )
+    return AffineMap(divided @ (torch.linalg.pinv(overlap) @ wanted), v, torch.zeros_like(affine.s))
+
+
+def centred(intervention: Intervention) -> Intervention:
+    """The same intervention along directions without their mean, which is all that a LayerNorm can see of them.
+
+    Orthonormal directions are made orthonormal again; shifts stay.
+    """
+
+    def one(affine: AffineMap) -> AffineMap:
+        if not affine.rank or affine.is_centred(1e-12):
+            return affine
+        u, v = (part - part.mean(-2, keepdim=True) for part in (affine.u, affine.v))
+        # U (V^T U)^-1 keeps the map a removal of the same strength: V^T U is the strength, and centring shrinks it.
+        before, after = affine.v.mT @ affine.u, v.mT @ u
+        return AffineMap(u @ torch.linalg.pinv(after) @ before, v, affine.s)
+
+    return Intervention(
+        {site: one(affine) for site, affine in intervention.writes.items()},
+        {site: one(affine) for site, affine in intervention.reads.items()},
+    )
 
 
 @dataclass(frozen=True)

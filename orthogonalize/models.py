@@ -144,6 +144,16 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         raise OrthogonalizeError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
 
 
+def model_class(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The class of transformers that loads a checkpoint: some wrappers for images have only their own."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    known = type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None)
+    wrapped = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if wrapped and not known else AutoModelForCausalLM
+
+
 def load_model(
     folder: Path, device: str = "auto", dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> Any:
@@ -155,15 +165,14 @@ def load_model(
     Raises:
         OrthogonalizeError: transformers does not know the model or cannot load it.
     """
-    from transformers import AutoModelForCausalLM
-
     place = choose_device(device)
     config = open_checkpoint(folder).config
     if config.get("auto_map") and not trust_remote_code:
         raise OrthogonalizeError(f"{folder} wants to run its own code, which only extract --trust-remote-code allows")
     chosen = dtype or choose_dtype(place, config.get("dtype") or config.get("torch_dtype"))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, trust_remote_code=trust_remote_code)
+        loader = model_class(folder, trust_remote_code)
+        model = loader.from_pretrained(folder, dtype=chosen, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
     return model.to(place).eval()

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from .activations import Progress, batches, pad
-from .architectures import architecture_of
 from .errors import OrthogonalizeError
-from .hooks import capturing_inputs, input_shifted, intervened, layer_projected
+from .hooks import Stream, capturing_inputs, input_shifted, intervened, layer_projected
 from .interventions import AffineMap, Intervention, Site, block_sites
 
 SMOOTHING = 1e-6  # added to probabilities before a KL, as in eliroc98/refusal_direction
@@ -80,18 +79,26 @@ def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most:
     return tokens
 
 
+def _passed_through(wrapped: bool) -> Any:
+    """A block's forward that returns its input, as the class's own returns its output."""
+    return lambda hidden_states, *_args, **_kwargs: (hidden_states,) if wrapped else hidden_states
+
+
 @contextmanager
-def _resumed(model: Any, layer: int, hidden: torch.Tensor) -> Iterator[None]:
-    """Run `model` from block `layer` on, its input replaced by `hidden`; the blocks before do nothing."""
-    name = architecture_of(model.config.to_dict()).layer_module
-    skipped = [model.get_submodule(name.format(layer=i)) for i in range(layer)]
+def _resumed(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Iterator[None]:
+    """Run `model` from block `layer` on, its input replaced by `hidden`; the blocks before do nothing.
+
+    `wrapped` says that blocks return tuples.
+    """
+    stream = Stream.of(model)
+    skipped = [stream.block(i) for i in range(layer)]
 
     def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
-    handle = model.get_submodule(name.format(layer=layer)).register_forward_pre_hook(replace, with_kwargs=True)
+    handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
     for block in skipped:
-        block.forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+        block.forward = _passed_through(wrapped)
     try:
         yield
     finally:
@@ -112,12 +119,19 @@ class LocalScorer:
         self.groups = [[ids[i] for i in group] for group in batches(ids, tokens=1024)]
         self.order = [i for group in batches(ids, tokens=1024) for i in group]
         self.inputs: list[list[torch.Tensor]] = []
+        self.wrapped = False
+
+        def look(_module: Any, _inputs: Any, output: Any) -> None:
+            self.wrapped = isinstance(output, tuple)
+
+        watch = Stream.of(model).block(0).register_forward_hook(look)
         for group in self.groups:
             stream: list[torch.Tensor] = []
             padded, _ = pad(group, model.device)
             with torch.inference_mode(), capturing_inputs(model, lambda _l, h, s=stream: s.append(h.clone())):  # type: ignore[misc]
                 model(input_ids=padded, use_cache=False, logits_to_keep=1)
             self.inputs.append(stream)
+        watch.remove()
 
     @torch.inference_mode()
     def probabilities(self, layer: int, maps: AffineMap, projected: bool) -> torch.Tensor:
@@ -132,7 +146,8 @@ class LocalScorer:
             rows = maps.to(self.model.device, torch.float32)
             rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
             edit = layer_projected if projected else input_shifted
-            with _resumed(self.model, layer, stream[layer].repeat(count, 1, 1)), edit(self.model, layer, rows):
+            resumed = _resumed(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
+            with resumed, edit(self.model, layer, rows):
                 logits = _last_logits(self.model, padded.repeat(count, 1), lengths.repeat(count))
             parts.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
         result = torch.cat(parts, dim=1)

@@ -84,7 +84,7 @@ def _rebuilds(edited: Checkpoint, plan: Bake) -> bool:
 def _probe_ids(model: Any) -> torch.Tensor:
     """Fixed random token ids, [4, 48]: they reach every row of the embedding alike."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.config.vocab_size, (4, 48), generator=generator)
+    return torch.randint(0, model.config.get_text_config().vocab_size, (4, 48), generator=generator)
 
 
 @torch.inference_mode()
@@ -96,13 +96,22 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def _set_unrounded(model: Any, plan: Bake) -> None:
-    """Replace the stored (rounded) weights of the edited model by the edit before rounding."""
-    parameters = dict(model.named_parameters())
+def _unrounded(model: Any, edited: Path, plan: Bake) -> Any:
+    """The edited model with the edit before rounding in place of its stored (rounded) weights."""
+    exact: dict[str, torch.Tensor] = {}
     for name, edit in plan.edits.items():
         addition = plan.additions.get(name)
-        original = addition.make() if addition else plan.source.read(name)
-        parameters[name].data.copy_(edit.exact(original))
+        exact[name] = edit.exact(addition.make() if addition else plan.source.read(name))
+    parameters = dict(model.named_parameters())
+    if exact.keys() <= parameters.keys():
+        for name, tensor in exact.items():
+            parameters[name].data.copy_(tensor)
+        return model
+    # Names or layouts differ in memory (fused experts, wrappers), and only the library knows how.
+    checkpoint = open_checkpoint(edited)
+    tensors = {name: exact.get(name, checkpoint.read(name)).to(model.dtype) for name in checkpoint.tensors}
+    options = {"config": model.config, "state_dict": tensors, "dtype": model.dtype}
+    return type(model).from_pretrained(None, **options).to(model.device).eval()
 
 
 def _gaps(edited: Path, base: Path, recipe: Recipe, plan: Bake, device: str) -> dict[str, float | None]:
@@ -112,15 +121,14 @@ def _gaps(edited: Path, base: Path, recipe: Recipe, plan: Bake, device: str) -> 
         with intervened(model, intervention, renormalise=False):
             hooked = _logits(model)
         renormalised = None
-        if intervention.reads:
+        if intervention.reads or plan.rescales:
             with intervened(model, intervention):
                 renormalised = _logits(model)
         advance(1)
         model = load_model(edited, device, torch.float32)
         stored = _logits(model)
         advance(1)
-        _set_unrounded(model, plan)
-        exact = _logits(model)
+        exact = _logits(_unrounded(model, edited, plan))
         advance(1)
     return {
         "hooks_gap": (hooked - exact).abs().max().item(),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
+from tiny_models import DoublePrecision
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from orthogonalize.architectures import architecture_of
 from orthogonalize.cli import main
 from orthogonalize.extraction import Settings, extract
 
@@ -71,18 +72,14 @@ def store(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype = torch.floa
 
 
 def in_double(model):
-    """Let the RMS norms compute in float64; the library fixes them to float32."""
-    architecture = architecture_of(model.config.to_dict())
-    norms = [architecture.head.norm.module]
-    for layer in range(model.config.num_hidden_layers):
-        norms += [site.norm.module.format(layer=layer) for site in (architecture.attn, architecture.mlp)]
-    for name in norms:
-        norm = model.get_submodule(name)
+    """Let a float64 model compute in float64 throughout; the library does some of it in float32."""
+    forward = model.forward
 
-        def forward(x, norm=norm):
-            return norm.weight * x / (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    def wide(*args, **kwargs):
+        with DoublePrecision():
+            return forward(*args, **kwargs)
 
-        norm.forward = forward
+    model.forward = wide
     return model
 
 
@@ -96,6 +93,42 @@ def logits(model, seed: int = 0) -> torch.Tensor:
     ids = torch.randint(3, model.config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode():
         return model(input_ids=ids).logits.double()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--proof", type=Path, help="Folder with proof.json and architectures.md, which are brought up to date."
+    )
+
+
+@pytest.fixture(scope="session")
+def proof(request):
+    """Takes what was measured about a family; at the end it goes into the documentation, if that was asked for."""
+    from proving import record
+
+    measured: dict[str, dict] = {}
+    yield lambda name, **values: measured.setdefault(name, {}).update(values)
+    folder = request.config.getoption("--proof")
+    if folder is not None:
+        record(folder, measured)
+
+
+@pytest.fixture
+def one_thread():
+    """Matrices this small take longer to share than to multiply."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory):
+    """Tiny checkpoints of every family by name, each made once."""
+    from harness import Base
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return cache(lambda name: Base(name, folder / name))
 
 
 @pytest.fixture

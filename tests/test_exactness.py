@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import LAYERS, WIDTH, load, logits, store, tiny_llama
 
-from orthogonalize import baking
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.choices import Choice, intervention_from_directions
@@ -18,6 +17,7 @@ from orthogonalize.hooks import intervened
 from orthogonalize.interventions import removal, shift
 from orthogonalize.leace import leace
 from orthogonalize.scopes import map_sites, parse_scope, shift_sites
+from orthogonalize.tensoredits import TensorEdit
 
 RANKING = [2, 0, 3, 1]
 WRITE_SCOPES = ["all", "one", "top:50%", "layers:0,2-3", "upto:3"]
@@ -195,7 +195,7 @@ def test_a_wrong_axis_is_noticed(basis, tmp_path):
     intervention = map_sites(parse_scope("layers:0-3"), LAYERS, lambda _: removal(basis))
     plan = bake(open_checkpoint(source), intervention)
     for name, edit in plan.edits.items():
-        plan.edits[name] = baking.TensorEdit(edit.name, edit.site, 1, edit.affine, edit.part)
+        plan.edits[name] = TensorEdit(edit.name, edit.site, 1, edit.affine, edit.part)
     (tmp_path / "edited").mkdir()
     plan.write(tmp_path / "edited")
     assert gap(source, tmp_path / "edited", intervention) > 1e-3

@@ -270,9 +270,8 @@ def test_a_constant_without_an_exact_place_is_refused(model, run, tmp_path, monk
     from orthogonalize.architectures import families
 
     llama = families()["llama"]
-    write = llama.mlp.writes[0].model_copy(update={"bias": None, "bias_flag": None})
-    without = llama.model_copy(update={"mlp": llama.mlp.model_copy(update={"writes": (write,)})})
-    monkeypatch.setattr(baking, "architecture_of", lambda _config: without)
+    part = llama.mlp["dense"].model_copy(update={"bias": None})
+    monkeypatch.setattr(baking, "architecture_of", lambda _config: llama.model_copy(update={"mlp": {"dense": part}}))
     with pytest.raises(OrthogonalizeError, match=r"no bias at mlp\.1.*--layer 0"):
         edit(str(model), tmp_path / "out", run=run, method="actadd", layer=2, position=-1)
     save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")

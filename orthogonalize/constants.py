@@ -1,0 +1,159 @@
+"""Where a constant goes: the first way of adding a vector at a site that is exact and that vLLM honours.
+
+A bias that vLLM's class has; the Llama class, for what is a Llama in all but name; a bias that the
+Transformers backend in vLLM has; a bias of the value projection, where its range reaches the vector.
+vLLM drops biases it does not know in silence and leaves missing ones uninitialised, so a way counts
+only where a description says that the bias is read, and every bias that a flag creates is written.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .architectures import Bias, Part, bias_name, families, setting
+from .checkpoint import Addition
+from .errors import OrthogonalizeError
+from .interventions import Site
+
+if TYPE_CHECKING:
+    from .baking import Bake
+
+REACHED = 1e-6  # largest part of a vector that a value bias may miss
+LLAMA_DEFAULTS = (
+    "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "hidden_act", "vocab_size",
+)  # fmt: skip
+# HF's Llama ignores these, vLLM applies a window to any model that names one.
+WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
+def place_constant(plan: Bake, site: Site, vector: torch.Tensor) -> None:
+    """Plan that `vector` [d] is added to what is written at a block's `site`.
+
+    Raises:
+        OrthogonalizeError: no way is exact and served; it says why.
+    """
+    parts = _carriers(plan, site)
+    reasons: list[str] = []
+    for route in (_native_bias, _llama_bias, _backend_bias, _value_bias):
+        for where, part in parts:
+            if part.post_norm is not None:
+                reason: str | None = "a norm behind the block rescales any constant"
+            else:
+                reason = route(plan, where, part, vector / _scale(plan, part))
+            if reason is None:
+                return
+            if reason and reason not in reasons:
+                reasons.append(reason)
+    raise OrthogonalizeError(
+        f"{plan.architecture.family} has no bias at {site} that a server reads, so no constant can be written there "
+        f"exactly ({'; '.join(reasons) or 'its class has none'}); use ablate, nullspace or reflect, "
+        "or shift the embedding (--layer 0)"
+    )
+
+
+def _carriers(plan: Bake, site: Site) -> list[tuple[Site, Part]]:
+    """The parts that may carry a constant for `site`: its own, and the other block's where both run side by side."""
+    sites = [site] if plan.architecture.parts(site.kind) else []
+    if not sites or plan.architecture.is_parallel(plan.source.config):
+        sites.append(Site("attn" if site.kind == "mlp" else "mlp", site.layer))
+    return [(where, part) for where in sites for part in plan.sites.parts(where)]
+
+
+def _scale(plan: Bake, part: Part) -> float:
+    return plan.architecture.scale(part.scale, plan.source.config)
+
+
+def _native_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+    if part.bias is None or part.bias.served != "vllm":
+        return ""
+    _write_bias(plan, site, part, part.bias, vector)
+    return None
+
+
+def _backend_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+    if part.bias is None or part.bias.served != "transformers":
+        return ""
+    _write_bias(plan, site, part, part.bias, vector)
+    plan.serve_by_transformers()
+    return None
+
+
+def _write_bias(plan: Bake, site: Site, part: Part, bias: Bias, vector: torch.Tensor) -> None:
+    layer = int(site.layer or 0)
+    names = [bias_name(write.name) for write in plan.sites.writes(part, layer)]
+    if not all(plan.holds(name) for name in names):
+        _switch_on(plan, (*part.writes, *bias.zeros), bias.flags)
+    for name in names:
+        plan.add_constant(name, site, vector)
+
+
+def _switch_on(plan: Bake, weights: tuple[str, ...], flags: dict[str, Any]) -> None:
+    """Set the flags that give `weights` biases, and store all of these in all layers, as zeros."""
+    for flag, value in flags.items():
+        plan.configure(flag, value)
+    for layer in range(plan.architecture.layers(plan.source.config)):
+        for weight in weights:
+            name = plan.sites.in_layer(weight, layer)
+            bias = bias_name(name)
+            if name in plan.source.tensors and not plan.holds(bias):
+                info = plan.source.tensors[name]
+                plan.additions[bias] = Addition.zeros(info.dtype, (info.shape[0],))
+
+
+def _llama_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+    """Let the model be a Llama, whose attention and MLP have biases if the configuration says so."""
+    if plan.architecture.as_llama is None:
+        return ""
+    for key, wanted in plan.architecture.as_llama.requires.items():
+        if bool(setting(plan.source.config, key)) != wanted:
+            value = setting(plan.source.config, key)
+            return f"it is no Llama in all but name, for {key} is {value}"
+    if "text_config" in plan.source.config:
+        return "a wrapper for images cannot become a Llama"
+    if plan.config_changes.get("model_type") != "llama":
+        _become_llama(plan)
+    for write in plan.sites.writes(part, int(site.layer or 0)):
+        plan.add_constant(bias_name(write.name), site, vector)
+    return None
+
+
+def _become_llama(plan: Bake) -> None:
+    from transformers import AutoConfig
+
+    full = AutoConfig.from_pretrained(plan.source.path).to_dict()
+    given = plan.source.config
+    changes = {key: full[key] for key in LLAMA_DEFAULTS if key not in given and full.get(key) is not None}
+    if not given.keys() & {"rope_theta", "rope_parameters"}:
+        changes["rope_parameters"] = full["rope_parameters"]
+    changes |= {key: None for key in WINDOW_KEYS if key in given}
+    changes |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    plan.config_changes |= changes
+    llama = families()["llama"]
+    for part in (*llama.attn.values(), *llama.mlp.values()):
+        assert part.bias is not None
+        _switch_on(plan, (*part.writes, *part.bias.zeros), part.bias.flags)
+
+
+def _value_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+    """Attention weights sum to one, so a bias b of the value projection adds `W_o R b`, R repeating the heads."""
+    through = part.value_bias
+    if through is None:
+        return ""
+    layer = int(site.layer or 0)
+    output, value = (plan.sites.in_layer(name, layer) for name in (through.output, through.weight))
+    weight = plan.source.read(plan.stored(output, site)).double()
+    if output in plan.edits:
+        weight = plan.edits[output].exact(weight)
+    heads = int(setting(plan.source.config, "num_attention_heads"))
+    groups = int(setting(plan.source.config, "num_key_value_heads", heads))
+    reach = weight.reshape(len(weight), groups, heads // groups, -1).sum(2).reshape(len(weight), -1)
+    solution = torch.linalg.lstsq(reach, vector.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+    missed = ((reach @ solution - vector).norm() / vector.norm()).item()
+    if missed > REACHED:
+        return f"the value projection's bias reaches all but {missed:.0%} of the vector"
+    if not plan.holds(bias_name(value)):
+        _switch_on(plan, (through.weight, *through.zeros), through.flags)
+    plan.add_constant(bias_name(value), site, solution)
+    return None

@@ -1,0 +1,60 @@
+"""From what `make prove` measured to the table in docs/architectures.md."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+BEGIN, END = "<!-- proof: made by make prove -->", "<!-- end of proof -->"
+HEAD = (
+    "| model | edits compared | weights = hooks | exact but for a length: write, read | constants: MLP, attention "
+    "| vLLM: class | read whole | top-5, float32 arithmetic | top-5, bf16 (transformers' own rounding) |"
+)
+
+
+def record(folder: Path, measured: dict[str, dict[str, Any]]) -> None:
+    """Merge `measured` into proof.json and write the table anew."""
+    file = folder / "proof.json"
+    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    for name, values in measured.items():
+        known.setdefault(name, {}).update(values)
+    file.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n", "utf-8")
+    page = folder / "architectures.md"
+    text = page.read_text("utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{table(known)}\n{END}{after}", "utf-8")
+
+
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
+
+
+def _percent(value: float | None) -> str:
+    return f"{value:.0%}" if value else "-"
+
+
+def _row(name: str, of: dict[str, Any]) -> str:
+    served = of.get("served", {})
+    failed = "error" in served
+    whole = "-" if failed or not served else "yes" if not served["uninitialised"] + served["dropped"] else "**no**"
+    bf16 = served.get("gap_bfloat16")
+    cells = [
+        name,
+        str(of.get("edits", "-")),
+        _small(of.get("exact")),
+        f"{_percent(of.get('rescaled_write'))}, {_percent(of.get('rescaled_read'))}",
+        f"{of.get('constant', '-')}, {of.get('constant_attention', '-')}",
+        "not in this build" if failed else served.get("served_by", "-"),
+        whole,
+        _small(served.get("gap_float32")) + (" (base too)" if "gap_of_base" in served else ""),
+        "-" if bf16 is None else f"{bf16:.3f} ({served['rounding']:.3f})",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(known: dict[str, dict[str, Any]]) -> str:
+    """All that was proven, a line a model."""
+    ruler = "|" + "---|" * (HEAD.count("|") - 1)
+    return "\n".join([HEAD, ruler, *(_row(name, of) for name, of in sorted(known.items()))])

@@ -1,0 +1,216 @@
+"""Baked tiny checkpoints in vLLM: is every parameter read, and do its scores equal transformers'?
+
+Run as a program, with a folder to work in and names of tiny models: one JSON line a model. An engine
+starts in this process, its loader patched: all parameters hold NaN before the weights are read, so that
+what the file does not fill, or what the class does not know, shows.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SETTINGS = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
+}
+
+TOP = 5
+FAR = 2e-2  # a log-probability that differs by more is not the same
+# What the Hub's config.json has and the class of transformers does not ask for, and sizes that vLLM's kernels need.
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+SERVED: dict[str, dict[str, Any]] = {
+    "lfm2": {"conv_dim": 192, "conv_dim_out": 192, "block_dim": 192, "block_ff_dim": 200, "block_multiple_of": 1},
+    "deepseek_v2": LATENT,
+    "deepseek_v2 lite": LATENT,
+    "deepseek_v3": LATENT | {"topk_method": "noaux_tc"},
+}
+
+
+def _holds(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether `tensor` is `parameter`, or a run of its rows (vLLM stacks q, k, v and gate, up)."""
+    if parameter.dim() != tensor.dim() or parameter.shape[1:] != tensor.shape[1:]:
+        return False
+    rows, size = parameter.shape[0], tensor.shape[0]
+    return any(torch.equal(parameter[i : i + size], tensor) for i in range(0, rows - size + 1, max(1, size // 2)))
+
+
+class LoadProof:
+    """What an engine's loader left unread: parameters that stayed NaN, tensors of the edit that are nowhere."""
+
+    def __init__(self, added: dict[str, torch.Tensor]) -> None:
+        self.added = added
+        self.uninitialised: list[str] = []
+        self.dropped: list[str] = []
+
+    def __enter__(self) -> LoadProof:
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        self.original = original = DefaultModelLoader.load_weights
+
+        def load_weights(loader: Any, model: Any, config: Any) -> None:
+            for parameter in model.parameters():
+                if parameter.is_floating_point():
+                    parameter.data.fill_(float("nan"))
+            original(loader, model, config)
+            parameters = dict(model.named_parameters())
+            self.uninitialised = [n for n, p in parameters.items() if p.is_floating_point() and p.isnan().any()]
+            self.dropped = [
+                name
+                for name, tensor in self.added.items()
+                if tensor.any() and not any(_holds(p.data, tensor.to(p.dtype)) for p in parameters.values())
+            ]
+
+        DefaultModelLoader.load_weights = load_weights
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        DefaultModelLoader.load_weights = self.original
+
+
+def served(folder: Path, prompts: list[list[int]], dtype: str, proof: LoadProof) -> list[list[dict[int, float]]]:
+    """The TOP tokens' log-probabilities at every position of `prompts`, from vLLM."""
+    from vllm import LLM, SamplingParams
+
+    pictures = "vision_config" in (folder / "config.json").read_text()
+    with proof:
+        llm = LLM(
+            model=str(folder), skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, max_model_len=64,
+            max_num_seqs=4, disable_log_stats=True, max_logprobs=TOP, enable_prefix_caching=False,
+            limit_mm_per_prompt={"image": 0, "video": 0} if pictures else {},
+        )  # fmt: skip
+    try:
+        parameters = SamplingParams(max_tokens=1, prompt_logprobs=TOP, detokenize=False)
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+        return [[{t: v.logprob for t, v in at.items()} for at in out.prompt_logprobs[1:]] for out in outputs]
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+@torch.inference_mode()
+def expected(folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> list[torch.Tensor]:
+    """Log-probabilities of all tokens at every position, from transformers."""
+    from orthogonalize.models import model_class
+
+    model = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    return [model(input_ids=torch.tensor([p])).logits[0].float().log_softmax(-1) for p in prompts]
+
+
+def gap(served_top: list[list[dict[int, float]]], reference: list[torch.Tensor]) -> float:
+    """The largest difference in a log-probability that vLLM lists among its first TOP."""
+    differences = []
+    for positions, table in zip(served_top, reference, strict=True):
+        for row, at in enumerate(positions):
+            best = sorted(at.items(), key=lambda pair: -pair[1])[:TOP]
+            differences += [abs(value - table[row, token].item()) for token, value in best]
+    return max(differences)
+
+
+def intervention_for(name: str, architecture: Any) -> Any:
+    """As much as the family allows: a removal at every write, and a constant where there is a way for one."""
+    from orthogonalize.interventions import Intervention, Site, removal
+
+    width = 192
+    rows = torch.randn(2, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    basis = torch.linalg.qr((rows - rows.mean(1, keepdim=True)).T)[0].T
+    sites = [Site(kind, layer) for layer in range(4) for kind in ("attn", "mlp")]
+    sites += [Site("embed")] if architecture.head.untied != "never" else []
+    return Intervention({site: removal(basis) for site in sites}), basis
+
+
+def prove(name: str, folder: Path, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, Any]:
+    """Bake the tiny model called `name`, serve it, and compare; `rounding` is what bfloat16 does to transformers'.
+
+    `NAME@own` is served by its own class even where the edit asks for another: what a wrong choice would do.
+    """
+    name, _, own = name.partition("@")
+    from dataclasses import replace
+
+    from tiny_models import store_tiny
+
+    from orthogonalize.architectures import architecture_of
+    from orthogonalize.baking import bake
+    from orthogonalize.checkpoint import open_checkpoint
+    from orthogonalize.errors import OrthogonalizeError
+    from orthogonalize.interventions import Intervention, Site, shift
+
+    started = time.time()
+    source = open_checkpoint(store_tiny(name, folder / "base", torch.bfloat16, 64, **SERVED.get(name, {})))
+    intervention, basis = intervention_for(name, architecture_of(source.config))
+    plan, constant = None, "none"
+    for site in (Site("mlp", 1), Site("attn", 1)):
+        maps = dict(intervention.writes)
+        maps[site] = replace(maps[site], s=shift(2 * basis[0]).s)
+        try:
+            plan, constant = bake(source, Intervention(maps)), str(site)
+            break
+        except OrthogonalizeError:
+            continue
+    plan = plan or bake(source, intervention)
+    (folder / "edited").mkdir()
+    plan.write(folder / "edited")
+    if own:
+        config = json.loads((folder / "edited" / "config.json").read_text())
+        config["architectures"] = source.config["architectures"]
+        (folder / "edited" / "config.json").write_text(json.dumps(config))
+    edited = open_checkpoint(folder / "edited")
+    proof = LoadProof({n: edited.read(n) for n in plan.additions})
+    prompts = torch.randint(3, 90, (3, 17), generator=torch.Generator().manual_seed(0)).tolist()
+    result: dict[str, Any] = {"name": name, "constant": constant, "added": len(plan.additions)}
+    result |= {"served_by": plan.config_changes.get("architectures", ["its own class"])[0]}
+    wide = expected(folder / "edited", prompts, torch.float32)
+    narrow = expected(folder / "edited", prompts, torch.bfloat16)
+    result |= {"rounding": max((a - b).abs().max().item() for a, b in zip(wide, narrow, strict=True))}
+    errors = []
+    for dtype, reference in (("float32", wide), ("bfloat16", narrow)):
+        if dtype not in dtypes:
+            continue
+        try:
+            result |= {f"gap_{dtype}": gap(served(folder / "edited", prompts, dtype, proof), reference)}
+        except Exception as error:  # whatever an engine dies of: a class or a kernel that this build lacks
+            errors.append((str(error).strip().splitlines() or [type(error).__name__])[-1][:300])
+    if len(errors) == len(dtypes):
+        result |= {"error": errors[0]}
+    elif result.get("gap_float32", 0) > FAR:  # is it the edit, or does vLLM disagree about the base already?
+        of_base = expected(folder / "base", prompts, torch.float32)
+        result |= {"gap_of_base": gap(served(folder / "base", prompts, "float32", LoadProof({})), of_base)}
+    result |= {"uninitialised": proof.uninitialised, "dropped": proof.dropped}
+    return result | {"seconds": round(time.time() - started, 1)}
+
+
+def serve(names: list[str], folder: Path) -> list[dict[str, Any]]:
+    """What a process of its own measured of tiny models; engines leave much behind in theirs."""
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, __file__, folder, *names],
+        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
+    assert len(results) == len(names), done.stderr[-2000:]
+    return results
+
+
+if __name__ == "__main__":
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
+    work = Path(sys.argv[1])
+    for number, model in enumerate(sys.argv[2:]):
+        (work / str(number)).mkdir(parents=True)
+        print(json.dumps(prove(model, work / str(number))), flush=True)

@@ -1,0 +1,167 @@
+"""Descriptions against experiments: what each shipped file says is what its class does, and a draft works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from harness import BASIS, EXACT, LAYERS, Base, compare, every_read, every_write
+from tiny_models import TINY, load_tiny, store_tiny
+from transformers import AutoConfig
+
+from orthogonalize import architectures
+from orthogonalize.architectures import Architecture, architecture_of, bias_name, parse
+from orthogonalize.baking import bake
+from orthogonalize.checkpoint import open_checkpoint
+from orthogonalize.cli import main
+from orthogonalize.describing import draft, shrunk
+from orthogonalize.discovery import Findings, discover
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.hooks import Stream
+from orthogonalize.interventions import Intervention, Site, removal
+from orthogonalize.sites import Sites
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def described(folder: Path, architecture: Architecture) -> dict[str, dict]:
+    """What a description says of one checkpoint and the model it holds, in the words of the findings."""
+    checkpoint = open_checkpoint(folder)
+    sites = Sites(architecture, checkpoint.config, checkpoint.tensors)
+    model = load_tiny(folder)
+    stream = Stream(model, architecture, model.config.to_dict())
+    modules = dict(model.named_modules())
+    parts: dict[str, dict] = {}
+    for layer in range(LAYERS):
+        block = stream.block_name(layer)
+
+        def group(name: str, layer: int = layer) -> str:
+            inner = name.removeprefix(sites.in_layer("", layer))
+            return ".".join("{expert}" if piece.isdecimal() else piece for piece in inner.split("."))
+
+        for kind in ("attn", "mlp"):
+            for part in sites.parts(Site(kind, layer)):
+                said = parts.setdefault(part.module, {"writes": {}, "reads": {}})
+                norm = next((n for n in part.norm if f"{block}.{n}" in modules), None)
+                factor = 1.0 if part.scale_inside else architecture.scale(part.scale, checkpoint.config)
+                said |= {"norm": norm, "post_norm": part.post_norm, "factor": pytest.approx(factor, rel=1e-3)}
+                for write in sites.writes(part, layer):
+                    said["writes"][group(write.name)] = write.axis
+                    bias = bias_name(write.name)
+                    if bias in checkpoint.tensors:
+                        said["writes"][group(bias)] = len(checkpoint.tensors[bias].shape) - 1
+                said["reads"] |= {group(read.name): read.axis for read in sites.reads(part, layer)}
+    embed = {e.weight: e.axis for e, _ in sites.embedded() if not e.image}
+    head = {"head": sites.head, "norm": architecture.head.norm, "decoder": sites.decoder}
+    norms = {"kind": architecture.norms.kind, "offset": architecture.norms.offset}
+    return {"parts": parts, "embed": embed, "head": head, "norms": norms, "inert": set(architecture.inert)}
+
+
+def found(findings: Findings) -> dict[str, dict]:
+    parts = {
+        part.module: {key: getattr(part, key) for key in ("norm", "post_norm", "factor", "writes", "reads")}
+        for kind in findings.parts.values()
+        for part in kind
+    }
+    head = {"head": findings.head, "norm": findings.head_norm, "decoder": findings.decoder}
+    norms = {"kind": findings.kind, "offset": findings.offset}
+    return {"parts": parts, "embed": findings.embed, "head": head, "norms": norms, "inert": set(findings.inert)}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_experiments_find_what_the_file_of_every_family_says(name, tmp_path):
+    source = store_tiny(name, tmp_path / "model", torch.float32, tie_word_embeddings=False)
+    findings = found(discover(source))
+    said = described(source, architecture_of(open_checkpoint(source).config))
+    before = architecture_of(open_checkpoint(source).config).head.before
+    for part in ("parts", "embed", "head", "norms"):
+        assert findings[part] == said[part], part
+    unused = {n for n in findings["inert"] if not n.endswith(".bias") and not (before and n.endswith(before))}
+    assert unused <= said["inert"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ('"mlp.experts.down_proj" = 1', '"mlp.experts.down_proj" = 2'),
+        ("offset = 1.0", "offset = 0.0"),
+        ('post_norm = "pre_feedforward_layernorm"', 'post_norm = "post_feedforward_layernorm"'),
+    ],
+)
+def test_a_wrong_axis_offset_or_norm_in_a_file_does_not_survive_the_experiments(wrong, right, tmp_path):
+    name = "gpt_oss" if "experts" in wrong else "gemma2" if "post_norm" in wrong else "mistral"
+    text = (Path(architectures.__file__).parent / f"{name}.toml").read_text()
+    if "offset" in wrong:
+        text += '\n[norms]\nkind = "rms"\nepsilon = "rms_norm_eps"\noffset = 1.0\n'
+    else:
+        assert right in text
+        text = text.replace(right, wrong)
+    architecture = parse(text, name)
+    assert architecture is not None
+    source = store_tiny(name, tmp_path / "model", torch.float32, tie_word_embeddings=False)
+    assert found(discover(source)) != described(source, architecture)
+
+
+UNDESCRIBED = ["nemotron", "seed_oss", "glm", "bamba", "jamba", "minimax_m2"]
+
+
+@pytest.mark.parametrize("model_type", UNDESCRIBED)
+def test_the_draft_of_an_undescribed_architecture_is_exact_at_once(model_type, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    config = shrunk(AutoConfig.for_model(model_type))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(parameter + 0.3 * noise if parameter.dim() == 1 else noise * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(OrthogonalizeError, match="orthogonalize describe"):
+        architecture_of(open_checkpoint(tmp_path / "model").config)
+    drafted = draft(tmp_path / "model")
+    monkeypatch.setattr(architectures, "families", lambda: {model_type: drafted.architecture})
+    base = Base(model_type, tmp_path / "model")
+    assert compare(base, every_write(), tmp_path / "written") <= EXACT
+    if drafted.architecture.norms.kind == "layer":
+        with pytest.raises(OrthogonalizeError, match="LayerNorm with a bias"):
+            bake(base.checkpoint, every_read())
+    else:
+        assert compare(base, every_read(), tmp_path / "read", rescaled=True) <= EXACT
+
+
+def test_describe_prints_a_draft_and_says_what_it_leaves_open(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(shrunk(AutoConfig.for_model("seed_oss")))
+    model.save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(
+        main, ["--quiet", "describe", str(tmp_path / "model"), "--out", str(tmp_path / "x.toml")]
+    )
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "x.toml").read_text()
+    assert parse(text, "x") is not None
+    assert "does vLLM run an untied head" in text
+    assert 'writes = { "mlp.down_proj.weight" = 0 }' in CliRunner().invoke(
+        main, ["--quiet", "describe", str(tmp_path / "model")]
+    ).output  # fmt: skip
+
+
+def test_describe_refuses_a_stream_that_passes_through_a_norm(tmp_path):
+    source = store_tiny("opt", tmp_path / "opt", torch.float32, do_layer_norm_before=False, tie_word_embeddings=False)
+    result = CliRunner().invoke(main, ["--quiet", "describe", str(source)])
+    assert result.exit_code == 1
+    assert "passes through a norm" in result.output
+
+
+def test_a_description_that_leaves_a_write_out_fails_hooks_against_weights(bases, tmp_path):
+    """The other way in which a wrong file shows: without shared experts the edit is refused by their width."""
+    base = bases("qwen2_moe")
+    part = base.architecture.mlp["dense"]
+    fewer = {name: axis for name, axis in part.writes.items() if "shared" not in name}
+    wrong = base.architecture.model_copy(update={"mlp": {"dense": part.model_copy(update={"writes": fewer})}})
+    with pytest.raises(OrthogonalizeError, match=r"shared_expert\.down_proj\.weight"):
+        Sites(wrong, base.checkpoint.config, base.checkpoint.tensors).check_complete()
+    assert bake(base.checkpoint, Intervention({Site("mlp", 1): removal(BASIS)})).edits
