@@ -1,146 +1,26 @@
-"""Baking: what an intervention means for the tensors of a checkpoint.
-
-With `M h = h - u (v^T h) + s` at a write site, a stored matrix becomes `W - u (v^T W)` along its
-stream axis and its bias `b - u (v^T b) + s`; an embedding row is a vector of the stream itself.
-At a read site the norm stands between: `W D M D^-1`, with D the norm's weight. All arithmetic is
-float64, rounded once to the stored dtype.
-"""
+"""Baking: which tensors of a checkpoint realise an intervention, and how their axes meet its maps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from .architectures import Architecture, Norm, Write, architecture_of
-from .checkpoint import Addition, Checkpoint, Progress, write_checkpoint
+from .checkpoint import Addition, Checkpoint
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site
+from .rewriting import Rewrite
+from .tensoredits import TensorEdit
 from .tensorfile import EDITABLE
 
 
-@dataclass(frozen=True)
-class TensorRecord:
-    """What an edit did to one tensor, for the recipe.
-
-    `leak` is `|v^T W'| / |v^T W|` (Frobenius), the share of the written component that is left
-    after the edit and its rounding (for reads, `|W' D v| / |W D v|`); None where there was none.
-    `change` is `|W' - W| / |W|`.
-    """
-
-    name: str
-    site: str
-    leak: float | None
-    change: float
-
-
-def matrix_written(weight: torch.Tensor, axis: int, affine: AffineMap) -> torch.Tensor:
-    """`W - u (v^T W)` along the stream `axis`, in float64."""
-    return affine.linear(weight.to(torch.float64).movedim(axis, -1)).movedim(-1, axis)
-
-
-def vectors_written(vectors: torch.Tensor, axis: int, affine: AffineMap) -> torch.Tensor:
-    """The full map, shift included, on vectors of the stream (a bias, embedding rows), in float64."""
-    return affine(vectors.to(torch.float64).movedim(axis, -1)).movedim(-1, axis)
-
-
-def matrix_read(weight: torch.Tensor, axis: int, affine: AffineMap, norm: torch.Tensor) -> torch.Tensor:
-    """`W D M D^-1` along the stream `axis`, in float64; `norm` [d] is the diagonal of D.
-
-    A coordinate where D is zero is never read, so nothing can be moved out of it: its column stays.
-    """
-    rows = weight.to(torch.float64).movedim(axis, -1)
-    scale = norm.to(torch.float64)
-    inverse = torch.where(scale == 0, 0.0, 1 / torch.where(scale == 0, 1.0, scale))
-    wide = affine.to(weight.device, torch.float64)
-    return (rows - ((rows * scale) @ wide.u) @ (inverse.unsqueeze(-1) * wide.v).mT).movedim(-1, axis)
-
-
-def _ratio(part: torch.Tensor, whole: torch.Tensor) -> float | None:
-    base = whole.norm().item()
-    return part.norm().item() / base if base else None
-
-
-@dataclass(frozen=True)
-class TensorEdit:
-    """One tensor's edit: how its stream `axis` meets the map of `site`."""
-
-    name: str
-    site: Site
-    axis: int
-    affine: AffineMap
-    part: Literal["matrix", "vectors", "read"]
-    norm: torch.Tensor | None = None
-
-    def exact(self, weight: torch.Tensor) -> torch.Tensor:
-        """The edited tensor in float64, before rounding."""
-        match self.part:
-            case "matrix":
-                return matrix_written(weight, self.axis, self.affine)
-            case "vectors":
-                return vectors_written(weight, self.axis, self.affine)
-            case "read":
-                assert self.norm is not None
-                return matrix_read(weight, self.axis, self.affine, self.norm)
-
-    def component(self, weight: torch.Tensor) -> torch.Tensor:
-        """The part of `weight` that the map looks at: `v^T W`, or `W D v` for a read."""
-        vectors = weight.to(torch.float64).movedim(self.axis, -1)
-        return (vectors if self.norm is None else vectors * self.norm.to(torch.float64)) @ self.affine.v
-
-    def apply(self, weight: torch.Tensor) -> tuple[torch.Tensor, TensorRecord]:
-        """The edited tensor in the dtype of `weight`, and what was measured.
-
-        Raises:
-            OrthogonalizeError: `weight` holds NaN or infinite values.
-        """
-        if not torch.isfinite(weight).all():
-            raise OrthogonalizeError(f"{self.name} holds NaN or infinite values; the checkpoint is damaged")
-        edited = self.exact(weight).to(weight.dtype)
-        if not torch.isfinite(edited).all():
-            raise OrthogonalizeError(
-                f"the edit of {self.name} overflows {weight.dtype}; use a smaller strength or length"
-            )
-        change = _ratio(edited.to(torch.float64) - weight.to(torch.float64), weight.to(torch.float64))
-        leak = _ratio(self.component(edited), self.component(weight))
-        return edited, TensorRecord(self.name, str(self.site), leak, change or 0.0)
-
-
 @dataclass
-class Bake:
-    """The plan of an edit: tensors to change, tensors to add, configuration to set."""
+class Bake(Rewrite):
+    """The plan of an edit, made site by site."""
 
-    source: Checkpoint
-    architecture: Architecture
-    edits: dict[str, TensorEdit] = field(default_factory=dict)
-    additions: dict[str, Addition] = field(default_factory=dict)
-    config_changes: dict[str, Any] = field(default_factory=dict)
-    records: dict[str, TensorRecord] = field(default_factory=dict)
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of weights in the edited checkpoint."""
-        return self.source.weight_bytes + sum(addition.size for addition in self.additions.values())
-
-    def edited(self, name: str) -> torch.Tensor:
-        """Tensor `name` of the edited checkpoint, rounded to its stored dtype."""
-        addition = self.additions.get(name)
-        tensor = addition.make() if addition else self.source.read(name)
-        if name not in self.edits:
-            return tensor
-        tensor, self.records[name] = self.edits[name].apply(tensor)
-        return tensor
-
-    def write(self, target: Path, progress: Progress | None = None) -> None:
-        """Write the edited checkpoint into the empty folder `target`."""
-        made = {
-            name: Addition(addition.dtype, addition.shape, lambda name=name: self.edited(name))  # type: ignore[misc]
-            for name, addition in self.additions.items()
-        }
-        changed = {name for name in self.edits if name not in self.additions}
-        write_checkpoint(self.source, target, changed, self.edited, made, self.config_changes, progress)
+    architecture: Architecture = field(kw_only=True)
 
     def _stored(self, name: str, site: Site) -> str:
         if name in self.additions:
@@ -236,7 +116,7 @@ def bake(source: Checkpoint, intervention: Intervention) -> Bake:
         OrthogonalizeError: the architecture is not described, the widths differ, a tensor is missing
             or not editable, or a constant has no exact place.
     """
-    plan = Bake(source, architecture_of(source.config))
+    plan = Bake(source, architecture=architecture_of(source.config))
     width = plan.architecture.width(source.config)
     if intervention.width not in (None, width):
         raise OrthogonalizeError(
