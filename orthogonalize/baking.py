@@ -102,9 +102,7 @@ class Bake(Rewrite):
         head, embedding = self.architecture.head, self.architecture.embedding
         stored = head.weight in self.source.tensors
         if not stored:
-            name = self._stored(embedding.weight, Site("embed"))
-            info = self.source.tensors[name]
-            self.additions[head.weight] = Addition(info.dtype, info.shape, lambda: self.source.read(name))
+            self.additions[head.weight] = Addition.copy(self.source, self._stored(embedding.weight, Site("embed")))
         if not stored or self.source.config.get(head.tied_flag):
             self.config_changes[head.tied_flag] = False
 
