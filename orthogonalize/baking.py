@@ -11,9 +11,9 @@ from .architectures import Architecture, Norm, Write, architecture_of
 from .checkpoint import Addition, Checkpoint
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site
+from .quantisation import check_editable
 from .rewriting import Rewrite
 from .tensoredits import TensorEdit
-from .tensorfile import EDITABLE
 
 
 @dataclass
@@ -25,14 +25,10 @@ class Bake(Rewrite):
     def _stored(self, name: str, site: Site) -> str:
         if name in self.additions:
             return name
-        info = self.source.tensors.get(name)
-        if info is None:
+        check_editable(self.source, name)
+        if name not in self.source.tensors:
             raise OrthogonalizeError(
                 f"{self.source.path} lacks {name}, which every {self.architecture.family} model has at {site}"
-            )
-        if info.dtype not in EDITABLE:
-            raise OrthogonalizeError(
-                f"{name} is stored as {info.dtype}, which cannot be edited; start from a bfloat16 or float32 checkpoint"
             )
         return name
 
