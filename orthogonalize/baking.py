@@ -13,10 +13,11 @@ from .checkpoint import Addition, Checkpoint
 from .constants import place_constant
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site, conjugated, shift
+from .quantisation import check_editable, real_values
 from .rewriting import Rewrite
 from .sites import Located, Sites
 from .tensoredits import TensorEdit
-from .tensorfile import DTYPES, EDITABLE
+from .tensorfile import DTYPES
 
 CENTRED = 1e-6  # largest sum of a unit vector's entries that counts as none
 
@@ -42,14 +43,10 @@ class Bake(Rewrite):
         """`name`, once it is sure that such a tensor is there and can be edited."""
         if name in self.additions:
             return name
-        info = self.source.tensors.get(name)
-        if info is None:
+        check_editable(self.source, name)
+        if name not in self.source.tensors:
             raise OrthogonalizeError(
                 f"{self.source.path} lacks {name}, which every {self.architecture.family} model has at {site}"
-            )
-        if info.dtype not in EDITABLE:
-            raise OrthogonalizeError(
-                f"{name} is stored as {info.dtype}, which cannot be edited; start from a bfloat16 or float32 checkpoint"
             )
         return name
 
@@ -169,7 +166,7 @@ class Bake(Rewrite):
     def _keep_bias_read(self, edit: TensorEdit, bias: torch.Tensor) -> None:
         """Give back what the edited reader no longer sees of the norm's own `bias`, which is no part of the stream."""
         addition = self.additions.get(edit.name)
-        weight = (addition.make() if addition else self.source.read(edit.name)).double()
+        weight = (addition.make() if addition else real_values(self.source, edit.name)).double()
         lost = (weight - edit.exact(weight)).movedim(edit.axis, -1) @ bias
         if lost.norm() <= 1e-12 * weight.norm() * bias.norm():
             return
@@ -198,8 +195,7 @@ class Bake(Rewrite):
                     f"vLLM always takes the embedding of {self.architecture.family} for its head, so neither can be "
                     "edited for it alone; use a scope without them (layers:…, one, top:…)"
                 )
-            info = self.source.tensors[self.stored(embedding, Site("embed"))]
-            self.additions[name] = Addition(info.dtype, tuple(info.shape), lambda: self.source.read(embedding))
+            self.additions[name] = Addition.copy(self.source, self.stored(embedding, Site("embed")))
             if head.untied == "transformers":
                 self.serve_by_transformers()
         for flag in head.flags:

@@ -322,6 +322,19 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 @click.option("--orthogonal", is_flag=True, default=None, help="For leace: its orthogonal form.")
 @click.option("--alpha", type=float, help="For reflect: 1 projects, 2 mirrors (default).")
 @click.option("--coefficient", type=float, help="For actadd: length added; default the mean difference's.")
+@click.option(
+    "--rounding", type=click.Choice(["cancelling", "nearest"]), help="Default: cancelling, which keeps the edit."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Files written at a time.")
+@click.option(
+    "--format",
+    type=click.Choice(["checkpoint", "lora"]),
+    default="checkpoint",
+    show_default=True,
+    help="lora: a PEFT adapter, where only linear layers change.",
+)
+@click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share.")
+@click.option("--link", is_flag=True, help="Hard links instead of copies of files in which nothing is edited.")
 @revision_option
 def edit(model: str, out: Path, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.
@@ -332,6 +345,12 @@ def edit(model: str, out: Path, **options: Any) -> None:
     from .editing import edit as run_edit
 
     recipe = run_edit(model, out, **options)
+    if options["format"] == "lora":
+        click.echo(f"{recipe.choice.describe()}; adapter: {out}")
+        return
+    if not out.exists():
+        click.echo(f"{recipe.choice.describe()}: share {options['shard']} is written; {out} appears with the last")
+        return
     click.echo(
         f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
         f"checkpoint: {out}"
@@ -386,25 +405,55 @@ def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -
 @click.option("--base", metavar="MODEL", help="The model that was edited; by default the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
+@click.option("--json", "json_file", type=_path(), metavar="FILE", help="Write everything found as JSON.")
 @device_option
-def verify(checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, device: str) -> None:
-    """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights."""
+def verify(
+    checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, json_file: Path | None, device: str
+) -> None:
+    """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights.
+
+    Any two checkpoints can be compared: what changed, by what rank, along which directions, and whether
+    something was projected out.
+    """
     from .verification import verify as run_verify
 
     audit = run_verify(checkpoint, base, device=device, logits=not no_logits, record=not no_record)
     _show_audit(audit)
+    if json_file is not None:
+        json_file.write_text(audit.as_json(), "utf-8")
     if audit.verification is not None and not audit.verification.passed:
         sys.exit(1)
 
 
+def _show_differences(audit: Any, most: int = 16) -> None:
+    """The changed tensors, by rank and what was taken out of them; a long list is cut."""
+    table = Table(title="changed tensors")
+    for name in ("tensor", "change", "rank", "energy", "left", "strength"):
+        table.add_column(name, justify="left" if name == "tensor" else "right")
+    for name, change in list(audit.changed.items())[:most]:
+        found = audit.differences.get(name)
+        best = audit.along_common(name)
+        rank = "" if found is None else "full" if found.rank is None else str(found.rank)
+        cells = [f"{best.left:.1e}", f"{best.strength:.2f}"] if best else ["", ""]
+        table.add_row(name, f"{change:.2e}", rank, f"{found.energy:.0%}" if found else "", *cells)
+    if len(audit.changed) > most:
+        table.add_row(f"and {len(audit.changed) - most} more", *[""] * 5)
+    console.print(table)
+
+
 def _show_audit(audit: Any) -> None:
+    if audit.changed:
+        _show_differences(audit)
     table = Table(title="against the base", show_header=False)
     table.add_row("tensors changed", str(len(audit.changed)))
     table.add_row("tensors added", ", ".join(audit.added[:3]) + (" …" if len(audit.added) > 3 else "") or "none")
     table.add_row("tensors missing", ", ".join(audit.missing) or "none")
     table.add_row("tensors byte for byte the same", str(audit.same))
     table.add_row("configuration", ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in audit.config.items()) or "same")
-    table.add_row("other files that differ", ", ".join(audit.side_files) or "none")
+    table.add_row(
+        "other files that differ", "; ".join(f"{name} ({audit.notes[name]})" for name in audit.side_files) or "none"
+    )
+    table.add_row("the change looks like", audit.verdict())
     proof = audit.verification
     if proof is not None:
         table.add_section()

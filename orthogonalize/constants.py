@@ -16,6 +16,7 @@ from .architectures import Bias, Part, bias_name, families, setting
 from .checkpoint import Addition
 from .errors import OrthogonalizeError
 from .interventions import Site
+from .quantisation import real_values
 
 if TYPE_CHECKING:
     from .baking import Bake
@@ -143,7 +144,7 @@ def _value_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str
         return ""
     layer = int(site.layer or 0)
     output, value = (plan.sites.in_layer(name, layer) for name in (through.output, through.weight))
-    weight = plan.source.read(plan.stored(output, site)).double()
+    weight = real_values(plan.source, plan.stored(output, site)).double()
     if output in plan.edits:
         weight = plan.edits[output].exact(weight)
     heads = int(setting(plan.source.config, "num_attention_heads"))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import Addition, Checkpoint, Progress, write_checkpoint
-from .tensoredits import TensorEdit, TensorRecord
+from .checkpoint import Addition, Checkpoint, Progress
+from .quantisation import rescaled, scale_name
+from .rounding import Scales
+from .tensoredits import Rounding, TensorEdit
+from .writing import Changes, Written, write_rest, write_weights
 
 
 @dataclass
@@ -20,27 +25,53 @@ class Rewrite:
     edits: dict[str, TensorEdit] = field(default_factory=dict)
     additions: dict[str, Addition] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
-    records: dict[str, TensorRecord] = field(default_factory=dict)
+    rounding: Rounding = "cancelling"
 
     @property
     def output_bytes(self) -> int:
         """Bytes of weights in the edited checkpoint."""
         return self.source.weight_bytes + sum(addition.size for addition in self.additions.values())
 
+    @cached_property
+    def _scales(self) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:
+        """The scales of edited FP8 tensors, and the scale tensors that get other values; the plan must be complete."""
+        scales: dict[str, Scales] = {}
+        replaced: dict[str, torch.Tensor] = {}
+        for name, edit in self.edits.items():
+            found = rescaled(self.source, edit) if name in self.source.tensors else None
+            if found is not None:
+                scales[name], table = found
+                if table is not None:
+                    replaced[str(scale_name(self.source, name))] = table
+        return scales, replaced
+
+    @property
+    def changes(self) -> Changes:
+        """What is done to the tensors."""
+        scales, replaced = self._scales
+        return Changes(self.edits, self.additions, scales, replaced, self.rounding)
+
     def edited(self, name: str) -> torch.Tensor:
         """Tensor `name` of the edited checkpoint, rounded to its stored dtype."""
         addition = self.additions.get(name)
         tensor = addition.make() if addition else self.source.read(name)
+        changes = self.changes
         if name not in self.edits:
-            return tensor
-        tensor, self.records[name] = self.edits[name].apply(tensor)
-        return tensor
+            return changes.replaced.get(name, tensor)
+        return self.edits[name].apply(tensor, changes.rounding, changes.scales.get(name))[0]
 
-    def write(self, target: Path, progress: Progress | None = None) -> None:
-        """Write the edited checkpoint into the empty folder `target`."""
-        made = {
-            name: Addition(addition.dtype, addition.shape, lambda name=name: self.edited(name))  # type: ignore[misc]
-            for name, addition in self.additions.items()
-        }
-        changed = {name for name in self.edits if name not in self.additions}
-        write_checkpoint(self.source, target, changed, self.edited, made, self.config_changes, progress)
+    def write(
+        self,
+        target: Path,
+        progress: Progress | None = None,
+        *,
+        workers: int = 1,
+        link: bool = False,
+        expected: Mapping[str, str] | None = None,
+    ) -> Written:
+        """Write the edited checkpoint into the empty folder `target` (see `writing.write_weights`)."""
+        written = write_weights(
+            self.source, target, self.changes, progress, workers=workers, link=link, expected=expected
+        )
+        write_rest(self.source, target, self.additions, self.config_changes)
+        return written

@@ -35,6 +35,11 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# Every format that the library knows, those without arithmetic here too: their spans are checked and they are copied.
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "U32": 32, "U64": 64, "C64": 64,
+}  # fmt: skip
 EDITABLE = ("F64", "F32", "F16", "BF16")
 
 
@@ -74,6 +79,18 @@ class TensorFile:
             return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
 
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """The tensor `name` from `first` to `last` along its first axis, in its stored dtype."""
+        info = self.tensors[name]
+        row = info.size // info.shape[0]
+        buffer = bytearray((last - first) * row)
+        with self.path.open("rb") as file:
+            file.seek(self.data_start + info.start + first * row)
+            if file.readinto(buffer) != len(buffer):
+                raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+        dtype, shape = DTYPES[info.dtype], (last - first, *info.shape[1:])
+        return torch.frombuffer(buffer, dtype=dtype).reshape(shape) if buffer else torch.empty(shape, dtype=dtype)
+
     def chunks(self, name: str) -> Iterator[bytes]:
         """The stored bytes of `name`, in pieces."""
         info = self.tensors[name]
@@ -109,13 +126,16 @@ def _tensor_info(path: Path, name: str, entry: object, data_size: int) -> Tensor
     start, end = offsets
     if not start <= end <= data_size:
         raise _bad(path, f"{name!r} spans bytes {start}-{end} of {data_size}")
-    if dtype in DTYPES:
-        expected = DTYPES[dtype].itemsize
-        for n in shape:
-            expected *= n
-        if expected != end - start:
-            raise _bad(path, f"{name!r} claims {dtype}{shape}, {expected} bytes, but spans {end - start}")
-    return TensorInfo(name, str(dtype), tuple(shape), start, end)
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _bad(path, f"{name!r} is of an unknown number format {dtype!r}")
+    bits = 0 if 0 in shape else BITS[dtype]
+    for n in shape:
+        bits *= n
+        if bits > 8 * data_size:  # enough to refuse it; the product of a hostile shape need not be known
+            break
+    if bits != 8 * (end - start):
+        raise _bad(path, f"{name!r} claims to be {dtype}{str(shape)[:60]}, but spans {end - start} bytes")
+    return TensorInfo(name, dtype, tuple(shape), start, end)
 
 
 def open_tensor_file(path: Path) -> TensorFile:
@@ -160,8 +180,8 @@ def stored_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
-    """Write length and header for `tensors`, which must follow in this order, without gaps."""
+def header_bytes(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
+    """Length and header for `tensors`, which must follow in this order, without gaps."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     for info in tensors:
         header[info.name] = {
@@ -171,5 +191,9 @@ def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, 
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
+    """Write length and header (see `header_bytes`) into an open file."""
+    file.write(header_bytes(tensors, metadata))
