@@ -164,13 +164,13 @@ def test_a_failed_write_leaves_neither_result_nor_remains(tmp_path):
 
 def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(tmp_path):
     with complete_folder(tmp_path / "out", RUN) as partial:
-        (partial / "run.json").write_text("old")
+        (partial / "stages.json").write_text("old")
     with (
         pytest.raises(OrthogonalizeError, match="disk filled up"),
         complete_folder(tmp_path / "out", RUN, force=True),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert (tmp_path / "out" / "run.json").read_text() == "old"
+    assert (tmp_path / "out" / "stages.json").read_text() == "old"
     with pytest.raises(OrthogonalizeError, match="GB free"):
         check_space(tmp_path / "out", 10**18)
 
@@ -196,7 +196,7 @@ def test_a_real_full_disk_leaves_nothing_behind(basis, tmp_path):
 def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp_path):
     mine, other = tmp_path / "mine", tmp_path / "other"
     with complete_folder(mine, RUN) as partial:
-        (partial / "run.json").write_text("1")
+        (partial / "stages.json").write_text("1")
     other.mkdir()
     (other / "thesis.txt").write_text("years of work")
     with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(mine, RUN):
@@ -204,8 +204,8 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp
     with pytest.raises(OrthogonalizeError, match="no earlier output"), complete_folder(other, RUN, force=True):
         pass
     with complete_folder(mine, RUN, force=True) as partial:
-        (partial / "run.json").write_text("2")
-    assert (mine / "run.json").read_text() == "2"
+        (partial / "stages.json").write_text("2")
+    assert (mine / "stages.json").read_text() == "2"
     assert (other / "thesis.txt").read_text() == "years of work"
 
 
