@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .checkpoint import Addition, Checkpoint, Progress, write_checkpoint
-from .tensoredits import TensorEdit, TensorRecord
+from .tensoredits import Rounding, TensorEdit, TensorRecord
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Rewrite:
     additions: dict[str, Addition] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
     records: dict[str, TensorRecord] = field(default_factory=dict)
+    rounding: Rounding = "cancelling"
 
     @property
     def output_bytes(self) -> int:
@@ -33,7 +34,7 @@ class Rewrite:
         tensor = addition.make() if addition else self.source.read(name)
         if name not in self.edits:
             return tensor
-        tensor, self.records[name] = self.edits[name].apply(tensor)
+        tensor, self.records[name] = self.edits[name].apply(tensor, self.rounding)
         return tensor
 
     def write(self, target: Path, progress: Progress | None = None) -> None:
