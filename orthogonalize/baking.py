@@ -198,8 +198,7 @@ class Bake(Rewrite):
                     f"vLLM always takes the embedding of {self.architecture.family} for its head, so neither can be "
                     "edited for it alone; use a scope without them (layers:…, one, top:…)"
                 )
-            info = self.source.tensors[self.stored(embedding, Site("embed"))]
-            self.additions[name] = Addition(info.dtype, tuple(info.shape), lambda: self.source.read(embedding))
+            self.additions[name] = Addition.copy(self.source, self.stored(embedding, Site("embed")))
             if head.untied == "transformers":
                 self.serve_by_transformers()
         for flag in head.flags:

@@ -1,12 +1,11 @@
-"""A checkpoint folder: opened and validated whole, rewritten tensor by tensor, published at once."""
+"""A checkpoint folder, opened and validated whole before anything is done with it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -17,14 +16,7 @@ import torch
 
 from .errors import OrthogonalizeError
 from .progress import track
-from .tensorfile import (
-    DTYPES,
-    TensorFile,
-    TensorInfo,
-    open_tensor_file,
-    stored_bytes,
-    write_header,
-)
+from .tensorfile import DTYPES, TensorFile, TensorInfo, open_tensor_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -62,6 +54,13 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` in its stored dtype."""
         return self.file_of(name).read(name)
+
+    def home(self, additions: Mapping[str, Addition]) -> str:
+        """The weight file that takes `additions`: the one that holds what they copy, else the first."""
+        copied = [addition.copy_of for addition in additions.values() if addition.copy_of is not None]
+        return next(
+            (name for name, file in sorted(self.files.items()) if file.tensors.keys() & copied), min(self.files)
+        )
 
     @property
     def weight_bytes(self) -> int:
@@ -113,7 +112,7 @@ def _sha256(path: Path, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
     except (ValueError, OSError) as error:
@@ -138,7 +137,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
         raise OrthogonalizeError(
             f"{folder} has both {INDEX} and {SINGLE}, and loaders differ in which they read; keep one"
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
     files: dict[str, TensorFile] = {}
@@ -170,7 +169,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise OrthogonalizeError(
             f"{folder} holds an adapter, which loaders apply on top; merge it into the model first"
         )
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise OrthogonalizeError(f"{folder / 'config.json'} is not a JSON object")
     files, indexed = _weight_files(folder)
@@ -179,11 +178,21 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Addition:
-    """A tensor that the edit adds: dtype and shape known beforehand, values made when written."""
+    """A tensor that the edit adds: dtype and shape known beforehand, values made when written.
+
+    `copy_of` names the tensor of the source that it begins as a copy of, where it does.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     make: Callable[[], torch.Tensor]
+    copy_of: str | None = None
+
+    @classmethod
+    def copy(cls, source: Checkpoint, name: str) -> Addition:
+        """A second tensor with the values of tensor `name`."""
+        info = source.tensors[name]
+        return cls(info.dtype, info.shape, lambda: source.read(name), name)
 
     @classmethod
     def zeros(cls, dtype: str, shape: tuple[int, ...]) -> Addition:
@@ -193,84 +202,3 @@ class Addition:
     @property
     def size(self) -> int:
         return DTYPES[self.dtype].itemsize * math.prod(self.shape)
-
-
-def _layout(file: TensorFile, additions: Mapping[str, Addition]) -> list[TensorInfo]:
-    """The order of the tensors in the new file: the old ones where they were, additions behind."""
-    infos = sorted(file.tensors.values(), key=lambda t: t.start)
-    end = infos[-1].end if infos else 0
-    for name, addition in additions.items():
-        infos.append(TensorInfo(name, addition.dtype, addition.shape, end, end + addition.size))
-        end += addition.size
-    return infos
-
-
-def _write_file(
-    file: TensorFile,
-    target: Path,
-    changed: Set[str],
-    edited: Callable[[str], torch.Tensor],
-    additions: Mapping[str, Addition],
-    progress: Progress | None,
-) -> None:
-    with target.open("wb") as out:
-        layout = _layout(file, additions)
-        write_header(out, layout, file.metadata)
-        for info in layout:
-            if info.name in additions or info.name in changed:
-                tensor = additions[info.name].make() if info.name in additions else edited(info.name)
-                if tensor.shape != info.shape or tensor.dtype != DTYPES[info.dtype]:
-                    raise AssertionError(f"the edit of {info.name} changed its shape or dtype")
-                out.write(stored_bytes(tensor))
-            else:
-                for piece in file.chunks(info.name):
-                    out.write(piece)
-            if progress:
-                progress(info.size)
-
-
-def _write_index(source: Checkpoint, target: Path, additions: Mapping[str, Addition], home: str) -> None:
-    index = _read_json(source.path / INDEX)
-    index["weight_map"].update(dict.fromkeys(additions, home))
-    metadata = index.get("metadata")
-    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
-        metadata["total_size"] += sum(addition.size for addition in additions.values())
-    (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=False) + "\n", "utf-8")
-
-
-def write_checkpoint(
-    source: Checkpoint,
-    target: Path,
-    changed: Set[str],
-    edited: Callable[[str], torch.Tensor],
-    additions: Mapping[str, Addition],
-    config_changes: Mapping[str, Any],
-    progress: Progress | None = None,
-) -> None:
-    """Write `source` with `additions` and `config_changes` into the empty folder `target`.
-
-    `edited(name)` gives the new values of each `changed` tensor, made and written on its own; all
-    else is copied byte for byte. `progress` is told the bytes of weights done.
-    """
-    home = next(iter(sorted(source.files)))
-    for name, file in sorted(source.files.items()):
-        here = dict(additions) if name == home else {}
-        mine = changed & file.tensors.keys()
-        if not here and not mine:
-            shutil.copyfile(file.path, target / name)
-            if progress:
-                progress(sum(info.size for info in file.tensors.values()))
-        else:
-            _write_file(file, target / name, mine, edited, here, progress)
-    if source.indexed and additions:
-        _write_index(source, target, additions, home)
-    elif source.indexed:
-        shutil.copyfile(source.path / INDEX, target / INDEX)
-    if config_changes:
-        text = json.dumps({**source.config, **config_changes}, indent=2, ensure_ascii=False)
-        (target / "config.json").write_text(text + "\n", "utf-8")
-    else:
-        shutil.copyfile(source.path / "config.json", target / "config.json")
-    for side in source.side_files():
-        (target / side).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.path / side, target / side)

@@ -322,6 +322,11 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 @click.option("--orthogonal", is_flag=True, default=None, help="For leace: its orthogonal form.")
 @click.option("--alpha", type=float, help="For reflect: 1 projects, 2 mirrors (default).")
 @click.option("--coefficient", type=float, help="For actadd: length added; default the mean difference's.")
+@click.option(
+    "--rounding", type=click.Choice(["cancelling", "nearest"]), help="Default: cancelling, which keeps the edit."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Files written at a time.")
+@click.option("--link", is_flag=True, help="Hard links instead of copies of files in which nothing is edited.")
 @revision_option
 def edit(model: str, out: Path, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.

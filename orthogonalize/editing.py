@@ -27,6 +27,8 @@ from .recording import Recording
 from .run import Run, load_run
 from .scopes import written_stream
 from .selection import layer_ranking
+from .tensoredits import Rounding
+from .writing import Written
 
 
 def choose(run: Run, **given: Any) -> Choice:
@@ -109,9 +111,8 @@ def _probes(folder: Path, run: Run, choice: Choice, intervention: Intervention) 
 
 
 def _from_run(
-    folder: Path, architecture: Architecture, source: Checkpoint, weights: dict[str, str], given: dict[str, Any]
+    folder: Path, run: Run, architecture: Architecture, source: Checkpoint, given: dict[str, Any]
 ) -> tuple[Choice, Intervention, dict[str, str], list[Probe]]:
-    run = load_run(folder)
     width = architecture.width(source.config)
     if run.info.width != width:
         raise OrthogonalizeError(
@@ -123,8 +124,6 @@ def _from_run(
             f"the run is of a model of {run.info.layer_count} layers and this one has "
             f"{architecture.layers(source.config)}; extract from this model"
         )
-    if run.info.weights != weights:
-        note("note: the run was extracted from other weights than these (a relative of this model?)")
     choice = choose(run, **given)
     ranking = layer_ranking(run.candidates, direction_kind(choice.method, run.directions))
     intervention = intervention_from_directions(choice, run.directions, ranking)
@@ -164,13 +163,18 @@ def edit(
     alpha: float | None = None,
     coefficient: float | None = None,
     revision: str | None = None,
+    rounding: Rounding | None = None,
+    workers: int = 1,
+    link: bool = False,
     force: bool = False,
 ) -> Recipe:
     """Write a copy of `model` with a direction edited out of, or into, its weights.
 
     Exactly one of `run` (a folder made by `extract`), `direction` (a file) and `recipe` (a former
     edit, rebuilt bit for bit) says what to edit. The other arguments are those of `Choice`; what is
-    not given comes from the run (see `choose`).
+    not given comes from the run (see `choose`). `rounding` is `cancelling` (default: the rounding of the
+    stored weights keeps the edit) or `nearest`; `workers` is how many files are written at a time; with
+    `link`, files in which nothing is edited become hard links to the source's.
 
     Returns:
         The recipe, which is also written into the checkpoint as orthogonalize.json.
@@ -190,27 +194,29 @@ def edit(
         "method": method, "scope": scope, "strength": strength, "per_layer": per_layer, "position": position,
         "layer": layer, "rank": rank, "orthogonal": orthogonal, "alpha": alpha, "coefficient": coefficient,
     }  # fmt: skip
-    weights = source.fingerprint()
     prompts: dict[str, str] = {}
     probes: list[Probe] = []
     former: Recipe | None = None
+    found: Run | None = None
     if recipe is not None:
-        if any(value is not None for value in given.values()):
+        if any(value is not None for value in (*given.values(), rounding)):
             raise OrthogonalizeError("a recipe already says everything; give no other settings with --recipe")
         former = load_recipe(Path(recipe))
         choice, intervention, prompts = former.choice, former.intervention(), former.source.prompts
         probes = former.probes
     elif run is not None:
-        choice, intervention, prompts, probes = _from_run(Path(run), architecture, source, weights, given)
+        found = load_run(Path(run))
+        choice, intervention, prompts, probes = _from_run(Path(run), found, architecture, source, given)
     else:
         choice, intervention = _from_file(Path(str(direction)), architecture.layers(source.config), given)
     if former is None and architecture.norms.kind == "layer":
         intervention = centred(intervention)  # else what the norms subtract brings the direction back
     _refuse_nothing(choice, intervention)
     plan = bake(source, intervention)
+    plan.rounding = former.rounding if former else rounding or "cancelling"
     check_space(out, int(plan.output_bytes * 1.01))
-    if former is not None and weights != former.base.weights:
-        raise OrthogonalizeError(f"{model} is not the base that the recipe was made from (its weights differ)")
+    if former is not None and source.files.keys() != former.base.weights.keys():
+        raise OrthogonalizeError(f"{model} is not the base that the recipe was made from (its files differ)")
     note(f"editing: {choice.describe()}")
     maps, arrays, digest = store_maps(intervention)
     written = Recipe(
@@ -219,7 +225,7 @@ def edit(
             model=model if is_hub_id(model) else str(Path(model).resolve()),
             revision=commit_of(folder) or revision,
             architecture=architecture.family,
-            weights=weights,
+            weights={},
         ),
         choice=choice,
         source=Source(
@@ -229,19 +235,23 @@ def edit(
         ),
         maps=maps,
         arrays=arrays,
+        rounding=plan.rounding,
         added=sorted(plan.additions),
         config_changes=plan.config_changes,
         left_out=[str(name) for name in source.left_out()],
         probes=probes,
     )
     with complete_folder(out, EDITED, force) as partial:
-        _write(plan, partial)
-        written.tensors = [TensorChange(**asdict(plan.records[name])) for name in sorted(plan.records)]
+        done = _write(plan, partial, workers, link, former.base.weights if former else None)
+        written.base.weights, written.weights = done.source, done.result
+        written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
         written.save(partial)
         write_card(partial, written, source.path)
+    if found is not None and found.info.weights != written.base.weights:
+        note("note: the run was extracted from other weights than these (a relative of this model?)")
     return written
 
 
-def _write(plan: Bake, folder: Path) -> None:
+def _write(plan: Bake, folder: Path, workers: int, link: bool, expected: dict[str, str] | None) -> Written:
     with track("writing the checkpoint", plan.output_bytes, "bytes") as advance:
-        plan.write(folder, advance)
+        return plan.write(folder, advance, workers=workers, link=link, expected=expected)

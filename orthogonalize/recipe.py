@@ -16,6 +16,7 @@ from .choices import Choice
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site
 from .probes import Probe
+from .tensoredits import Rounding
 
 
 class _Record(BaseModel):
@@ -57,7 +58,7 @@ class MapRecord(_Record):
 
 
 class TensorChange(_Record):
-    """One edited tensor (see `baking.TensorRecord`)."""
+    """One edited tensor (see `tensoredits.TensorRecord`)."""
 
     name: str
     site: str
@@ -83,16 +84,18 @@ class Verification(_Record):
 
 
 class Recipe(_Record):
-    """Everything about an edit."""
+    """Everything about an edit; `weights` are the SHA-256 of the edited checkpoint's weight files."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     version: str
     base: Base
     choice: Choice
     source: Source
     maps: list[MapRecord]
     arrays: dict[str, Array]
+    rounding: Rounding = "cancelling"
     tensors: list[TensorChange] = []
+    weights: dict[str, str] = {}
     added: list[str] = []
     config_changes: dict[str, Any] = {}
     left_out: list[str] = []
@@ -118,8 +121,8 @@ class Recipe(_Record):
         partial.replace(folder / RECIPE)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what determines the edited weights: the base's weights and the maps."""
-        parts = self.model_dump_json(include={"maps", "arrays"}) + repr(sorted(self.base.weights.items()))
+        """SHA-256 of what determines the edited weights: the base's weights, the maps and the rounding."""
+        parts = self.model_dump_json(include={"maps", "arrays", "rounding"}) + repr(sorted(self.base.weights.items()))
         return hashlib.sha256(parts.encode()).hexdigest()
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .checkpoint import Addition, Checkpoint, Progress, write_checkpoint
-from .tensoredits import Rounding, TensorEdit, TensorRecord
+from .checkpoint import Addition, Checkpoint, Progress
+from .tensoredits import Rounding, TensorEdit
+from .writing import Changes, Written, write_rest, write_weights
 
 
 @dataclass
@@ -20,7 +22,6 @@ class Rewrite:
     edits: dict[str, TensorEdit] = field(default_factory=dict)
     additions: dict[str, Addition] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
-    records: dict[str, TensorRecord] = field(default_factory=dict)
     rounding: Rounding = "cancelling"
 
     @property
@@ -28,20 +29,32 @@ class Rewrite:
         """Bytes of weights in the edited checkpoint."""
         return self.source.weight_bytes + sum(addition.size for addition in self.additions.values())
 
+    @property
+    def changes(self) -> Changes:
+        """What is done to the tensors."""
+        return Changes(self.edits, self.additions, {}, self.rounding)
+
     def edited(self, name: str) -> torch.Tensor:
         """Tensor `name` of the edited checkpoint, rounded to its stored dtype."""
         addition = self.additions.get(name)
         tensor = addition.make() if addition else self.source.read(name)
         if name not in self.edits:
             return tensor
-        tensor, self.records[name] = self.edits[name].apply(tensor, self.rounding)
-        return tensor
+        changes = self.changes
+        return self.edits[name].apply(tensor, changes.rounding, changes.scales.get(name))[0]
 
-    def write(self, target: Path, progress: Progress | None = None) -> None:
-        """Write the edited checkpoint into the empty folder `target`."""
-        made = {
-            name: Addition(addition.dtype, addition.shape, lambda name=name: self.edited(name))  # type: ignore[misc]
-            for name, addition in self.additions.items()
-        }
-        changed = {name for name in self.edits if name not in self.additions}
-        write_checkpoint(self.source, target, changed, self.edited, made, self.config_changes, progress)
+    def write(
+        self,
+        target: Path,
+        progress: Progress | None = None,
+        *,
+        workers: int = 1,
+        link: bool = False,
+        expected: Mapping[str, str] | None = None,
+    ) -> Written:
+        """Write the edited checkpoint into the empty folder `target` (see `writing.write_weights`)."""
+        written = write_weights(
+            self.source, target, self.changes, progress, workers=workers, link=link, expected=expected
+        )
+        write_rest(self.source, target, self.additions, self.config_changes)
+        return written

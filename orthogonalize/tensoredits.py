@@ -20,7 +20,6 @@ from .errors import OrthogonalizeError
 from .interventions import AffineMap, Site
 from .rounding import GRIDS, Measured, Scales, VectorEdit
 
-
 Rounding = Literal["cancelling", "nearest"]
 
 

@@ -12,7 +12,6 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -160,8 +159,8 @@ def stored_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
-    """Write length and header for `tensors`, which must follow in this order, without gaps."""
+def header_bytes(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
+    """Length and header for `tensors`, which must follow in this order, without gaps."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     for info in tensors:
         header[info.name] = {
@@ -171,5 +170,4 @@ def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, 
         }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)))
-    file.write(text)
+    return struct.pack("<Q", len(text)) + text

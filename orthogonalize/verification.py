@@ -162,6 +162,7 @@ def verify(
     if source.fingerprint() != recipe.base.weights:
         raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
     plan = bake(source, recipe.intervention())
+    plan.rounding = recipe.rounding
     expected = plan.edits.keys() | plan.additions.keys()
     changes = [*result.changed, *result.added, *result.missing]
     unexpected = sorted({*changes} - expected) + result.side_files

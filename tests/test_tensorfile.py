@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.tensorfile import open_tensor_file, stored_bytes, write_header
+from orthogonalize.tensorfile import header_bytes, open_tensor_file, stored_bytes
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 quiet = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -47,7 +47,7 @@ def test_what_is_written_here_the_library_reads(tmp_path, shapes):
     source = open_tensor_file(tmp_path / "a.safetensors")
     with (tmp_path / "b.safetensors").open("wb") as out:
         infos = sorted(source.tensors.values(), key=lambda t: t.start)
-        write_header(out, infos, {})
+        out.write(header_bytes(infos, {}))
         for info in infos:
             out.write(stored_bytes(source.read(info.name)))
     loaded = load_file(tmp_path / "b.safetensors")

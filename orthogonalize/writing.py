@@ -1,0 +1,452 @@
+"""Writing an edited checkpoint in one pass: read, edit, round, write and both checksums, overlapped.
+
+A weight file goes through in pieces of some ten megabytes: one thread reads and hashes what is stored,
+a pool edits vectors, one thread writes and hashes the result, and the disk is kept busy meanwhile. The
+pieces, and with them every result, depend on the tensors alone, never on threads or timing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from fcntl import ioctl
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import INDEX, Addition, Checkpoint, Progress, read_json
+from .errors import OrthogonalizeError
+from .rounding import Measured, Scales, VectorEdit
+from .tensoredits import Layout, Rounding, TensorEdit, TensorRecord, from_numbers, to_numbers
+from .tensorfile import DTYPES, TensorFile, TensorInfo, header_bytes, stored_bytes
+
+PIECE = 32 * 2**20  # bytes read, edited and written at a time
+WHOLE = 2 * PIECE  # a matrix up to this size is one piece; a larger one is cut across its columns
+AHEAD = 2  # pieces read before they are needed, and written after
+FLUSH = 256 * 2**20  # bytes after which the disk is told to begin
+TASKS = 8  # parts of a matrix that may be edited at once
+CLONE = 0x40049409  # the ioctl FICLONE: two files share their blocks until one changes
+
+
+@dataclass
+class _Job:
+    """One tensor of the file to be written, where its bytes come from, and what is done to them."""
+
+    info: TensorInfo
+    origin: int | memoryview  # an offset in the source file, or the bytes themselves
+    inherited: bool  # whether the source file has these bytes here
+    edit: TensorEdit | None = None
+    kernel: VectorEdit | None = None
+    scales: Scales | None = None
+    measured: Measured = field(default_factory=Measured)
+
+    @property
+    def layout(self) -> Layout:
+        assert self.edit is not None
+        return self.edit.layout(self.info.shape)
+
+
+@dataclass
+class _Piece:
+    """Bytes `start` to `start + size` of a job's tensor, or some columns of one matrix of it.
+
+    `columns` (first, count) are those of the matrix that `start` and `size` span.
+    """
+
+    job: _Job
+    start: int
+    size: int
+    columns: tuple[int, int] | None = None
+    first: bool = False
+    last: bool = False
+    data: Any = None  # torch.uint8, what was read and then edited
+
+
+def _pieces(job: _Job) -> Iterator[_Piece]:
+    """The pieces of a job's tensor, in the file's order."""
+    size = job.info.size
+    if not size:
+        return
+    if job.edit is None:
+        step = PIECE
+    else:
+        layout, item = job.layout, DTYPES[job.info.dtype].itemsize
+        line = layout.width * item
+        matrix = line if layout.by_rows else line * layout.after
+        if matrix > WHOLE and not layout.by_rows:
+            yield from _column_pieces(job, layout, matrix, max(4096 // item, PIECE // line))
+            return
+        step = max(1, PIECE // matrix) * matrix
+    for start in range(0, size, step):
+        count = min(step, size - start)
+        yield _Piece(job, start, count, first=start == 0, last=start + count == size)
+
+
+def _column_pieces(job: _Job, layout: Layout, matrix: int, columns: int) -> Iterator[_Piece]:
+    for start in range(0, job.info.size, matrix):
+        for column in range(0, layout.after, columns):
+            count = min(columns, layout.after - column)
+            last = start + matrix == job.info.size and column + count == layout.after
+            yield _Piece(job, start, matrix, (column, count), start == 0 and column == 0, last)
+
+
+def _spans(piece: _Piece) -> Iterator[tuple[int, int]]:
+    """The contiguous runs of bytes of a piece, as (offset in the tensor, size)."""
+    if piece.columns is None:
+        yield piece.start, piece.size
+        return
+    layout, item = piece.job.layout, DTYPES[piece.job.info.dtype].itemsize
+    first, count = piece.columns
+    for row in range(layout.width):
+        yield piece.start + (row * layout.after + first) * item, count * item
+
+
+class _StoppedError(Exception):
+    """Another file failed; this one need not be finished."""
+
+
+class _FileWriter:
+    """One weight file, from its source to its place in the result."""
+
+    def __init__(self, file: TensorFile, target: Path, jobs: Sequence[_Job], pool: ThreadPoolExecutor) -> None:
+        self.file, self.target, self.jobs, self.pool = file, target, jobs, pool
+        self.read_hash, self.written_hash = hashlib.sha256(), hashlib.sha256()
+        self.spare: deque[torch.Tensor] = deque()
+        self.unflushed = 0
+        self.flushing: Future[None] | None = None
+
+    def run(self, advance: Progress, stop: threading.Event, record: Callable[[TensorRecord], None]) -> tuple[str, str]:
+        """Write the file; the SHA-256 of the source and of the result."""
+        with ExitStack() as stack:
+            self.source = os.open(self.file.path, os.O_RDONLY)
+            stack.callback(os.close, self.source)
+            self.out = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            stack.callback(os.close, self.out)
+            reader, writer, self.disk = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+            self._begin()
+            ahead: deque[tuple[_Piece, Future[None]]] = deque()
+            behind: deque[Future[None]] = deque()
+            pieces = (piece for job in self.jobs for piece in _pieces(job))
+            try:
+                while True:
+                    while len(ahead) < AHEAD and (piece := next(pieces, None)):
+                        ahead.append((piece, reader.submit(self._read, piece)))
+                    if not ahead:
+                        break
+                    if stop.is_set():
+                        raise _StoppedError
+                    piece, reading = ahead.popleft()
+                    reading.result()
+                    self._edit(piece, record)
+                    behind.append(writer.submit(self._write, piece))
+                    if len(behind) > AHEAD:
+                        behind.popleft().result()
+                    advance(piece.size if piece.columns is None else sum(size for _, size in _spans(piece)))
+                for writing in behind:
+                    writing.result()
+                os.fsync(self.out)
+            except BaseException:
+                for _, reading in ahead:
+                    reading.cancel()
+                raise
+        return self.read_hash.hexdigest(), self.written_hash.hexdigest()
+
+    def _begin(self) -> None:
+        """The header: as it was where nothing was added, else made anew."""
+        old = bytearray(self.file.data_start)
+        self._fill(self.source, 0, memoryview(old))
+        self.read_hash.update(old)
+        inherited = all(job.inherited for job in self.jobs)
+        new = bytes(old) if inherited else header_bytes([job.info for job in self.jobs], self.file.metadata)
+        self.written_hash.update(new)
+        self.data_start = len(new)
+        self._drain(self.out, 0, memoryview(new))
+
+    def _fill(self, descriptor: int, offset: int, view: memoryview) -> None:
+        while view:
+            count = os.preadv(descriptor, [view], offset)
+            if not count:
+                raise OrthogonalizeError(f"{self.file.path} became shorter while it was read; fetch it again")
+            view, offset = view[count:], offset + count
+
+    @staticmethod
+    def _drain(descriptor: int, offset: int, view: memoryview) -> None:
+        while view:
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+    def _read(self, piece: _Piece) -> None:
+        job = piece.job
+        size = sum(size for _, size in _spans(piece))
+        piece.data = self._take(size)
+        view = memoryview(piece.data.numpy())
+        if piece.columns is not None and piece.first and isinstance(job.origin, int):
+            self._hash(self.source, job.origin, job.info.size, self.read_hash)
+        for start, count in _spans(piece):
+            if isinstance(job.origin, int):
+                self._fill(self.source, job.origin + start, view[:count])
+            else:
+                view[:count] = job.origin[start : start + count]
+            view = view[count:]
+        if job.inherited and piece.columns is None:
+            self.read_hash.update(piece.data.numpy())
+
+    def _take(self, size: int) -> torch.Tensor:
+        """Memory for a piece, used again and again: fresh pages cost as much as the copy into them."""
+        buffer = self.spare.popleft() if self.spare else torch.empty(WHOLE, dtype=torch.uint8)
+        return buffer[:size] if size <= WHOLE else torch.empty(size, dtype=torch.uint8)
+
+    def _hash(self, descriptor: int, offset: int, size: int, digest: Any) -> None:
+        """Feed a span of a file to `digest`, where its pieces come in another order than its bytes."""
+        buffer = memoryview(bytearray(min(PIECE, size)))
+        for start in range(offset, offset + size, PIECE):
+            part = buffer[: min(PIECE, offset + size - start)]
+            self._fill(descriptor, start, part)
+            digest.update(part)
+
+    def _edit(self, piece: _Piece, record: Callable[[TensorRecord], None]) -> None:
+        job = piece.job
+        if job.edit is None:
+            return
+        assert job.kernel is not None
+        layout, dtype = job.layout, DTYPES[job.info.dtype]
+        values = piece.data.view(dtype)
+        if piece.columns is not None:
+            matrices = values.view(1, layout.width, piece.columns[1])
+        elif layout.by_rows:
+            matrices = values.view(1, -1, layout.width)
+        else:
+            matrices = values.view(-1, layout.width, layout.after)
+        count = matrices.shape[1 if layout.by_rows else 2]
+        step = max(64, -(-count // TASKS))
+        for matrix in matrices:
+            numbers = to_numbers(matrix)
+            parts = [
+                self.pool.submit(job.kernel, numbers, layout.by_rows, first, min(first + step, count), job.scales)
+                for first in range(0, count, step)
+            ]
+            for part in parts:
+                job.measured = job.measured.plus(part.result())
+            from_numbers(numbers, matrix)
+        if piece.last:
+            record(job.edit.record(job.measured, dtype))
+
+    def _write(self, piece: _Piece) -> None:
+        job = piece.job
+        view = memoryview(piece.data.numpy())
+        start = self.data_start + job.info.start
+        for offset, count in _spans(piece):
+            self._drain(self.out, start + offset, view[:count])
+            view = view[count:]
+        if piece.columns is None:
+            self.written_hash.update(piece.data.numpy())
+        elif piece.last:
+            self._hash(self.out, start, job.info.size, self.written_hash)
+        self.unflushed += len(piece.data)
+        if piece.data.untyped_storage().size() == WHOLE:
+            self.spare.append(torch.empty(0, dtype=torch.uint8).set_(piece.data.untyped_storage()))
+        piece.data = None
+        if self.unflushed > FLUSH and (self.flushing is None or self.flushing.done()):
+            self.unflushed = 0
+            self.flushing = self.disk.submit(os.fsync, self.out)
+
+
+def copy_file(source: Path, target: Path, link: bool = False) -> None:
+    """Copy a file by the cheapest way that the file system has: shared blocks, or a copy by the kernel.
+
+    With `link` the two become one file under two names, where that is possible.
+    """
+    source = source.resolve()  # the Hub's cache holds links to its files
+    if link:
+        try:
+            os.link(source, target)
+            return
+        except OSError:
+            pass
+    with source.open("rb") as old, target.open("xb") as new:
+        try:
+            ioctl(new.fileno(), CLONE, old.fileno())
+            return
+        except OSError:
+            pass
+        size = left = os.fstat(old.fileno()).st_size
+        try:
+            while left:
+                count = os.copy_file_range(old.fileno(), new.fileno(), left)
+                if not count:
+                    raise OrthogonalizeError(f"{source} became shorter while it was copied; fetch it again")
+                left -= count
+        except OSError:
+            if left != size:
+                raise
+            shutil.copyfileobj(old, new, PIECE)
+        os.fsync(new.fileno())
+
+
+def _copy_whole(file: TensorFile, target: Path, link: bool, advance: Progress) -> tuple[str, str]:
+    """Copy a weight file in which nothing is edited, and hash it meanwhile."""
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as copier:
+        copying = copier.submit(copy_file, file.path, target, link)
+        with file.path.open("rb", buffering=0) as source:
+            buffer = bytearray(PIECE)
+            while count := source.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+                advance(count)
+        copying.result()
+    return digest.hexdigest(), digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Written:
+    """SHA-256 by weight file of what was read and of what was written, and what was done to each tensor."""
+
+    source: dict[str, str]
+    result: dict[str, str]
+    records: dict[str, TensorRecord]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is done to the tensors of a checkpoint: edits and scales by name, additions, and how to round."""
+
+    edits: Mapping[str, TensorEdit]
+    additions: Mapping[str, Addition]
+    scales: Mapping[str, Scales]
+    rounding: Rounding = "cancelling"
+
+
+def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Mapping[str, Addition]) -> list[_Job]:
+    """The tensors of the new file: the old ones where they were, additions behind."""
+    jobs = [
+        _Job(info, file.data_start + info.start, True) for info in sorted(file.tensors.values(), key=lambda t: t.start)
+    ]
+    end = max((info.end for info in file.tensors.values()), default=0)
+    for name, addition in additions.items():
+        info = TensorInfo(name, addition.dtype, addition.shape, end, end + addition.size)
+        jobs.append(_Job(info, _addition_bytes(source, file, name, addition), False))
+        end += addition.size
+    for job in jobs:
+        job.edit = changes.edits.get(job.info.name)
+        if job.edit is not None:
+            job.kernel = job.edit.rounded(DTYPES[job.info.dtype], changes.rounding)
+            job.scales = changes.scales.get(job.info.name)
+    return jobs
+
+
+def _addition_bytes(source: Checkpoint, file: TensorFile, name: str, addition: Addition) -> int | memoryview:
+    """Where an addition's bytes are: in this very file, where they are a copy of a tensor of it, else in memory."""
+    if addition.copy_of is not None and addition.copy_of in file.tensors:
+        return file.data_start + file.tensors[addition.copy_of].start
+    tensor = addition.make()
+    if tensor.shape != addition.shape or tensor.dtype != DTYPES[addition.dtype]:
+        raise AssertionError(f"the addition of {name} has another shape or dtype than it said")
+    return stored_bytes(tensor)
+
+
+def write_weights(
+    source: Checkpoint,
+    target: Path,
+    changes: Changes,
+    progress: Progress | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    workers: int = 1,
+    link: bool = False,
+    expected: Mapping[str, str] | None = None,
+) -> Written:
+    """Write the weight files of `source`, edited, into the empty folder `target`.
+
+    `names` are the files to write (all of them by default), `workers` how many at a time. Files in which
+    nothing is edited are copied, or linked with `link`. `expected` are the SHA-256 that the source must have.
+
+    Raises:
+        OrthogonalizeError: a tensor cannot be edited, or the source is not the one expected.
+    """
+    home = source.home(changes.additions)
+    lock, stop = threading.Lock(), threading.Event()
+    written = Written({}, {}, {})
+
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise _StoppedError
+        if progress:
+            with lock:
+                progress(count)
+
+    def record(entry: TensorRecord) -> None:
+        written.records[entry.name] = entry
+
+    def write(name: str) -> None:
+        try:
+            write_one(name)
+        except BaseException:
+            stop.set()
+            raise
+
+    def write_one(name: str) -> None:
+        file = source.files[name]
+        here = dict(changes.additions) if name == home else {}
+        if here or changes.edits.keys() & file.tensors.keys():
+            jobs = _jobs(source, file, changes, here)
+            hashes = _FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
+        else:
+            hashes = _copy_whole(file, target / name, link, advance)
+        written.source[name], written.result[name] = hashes
+        if expected is not None and expected.get(name) != hashes[0]:
+            raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: {name} differs")
+
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(workers) as files:
+        futures = [files.submit(write, name) for name in sorted(source.files) if names is None or name in names]
+        try:
+            _wait(futures)
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
+    return written
+
+
+def _wait(futures: Sequence[Future[None]]) -> None:
+    """Wait for all; raise what went wrong first, and not what stopped because of it."""
+    stopped: BaseException | None = None
+    for future in futures:
+        try:
+            future.result()
+        except _StoppedError as error:
+            stopped = error
+    if stopped is not None:
+        raise stopped
+
+
+def write_rest(
+    source: Checkpoint, target: Path, additions: Mapping[str, Addition], config_changes: Mapping[str, Any]
+) -> None:
+    """Write all of a checkpoint but its weights: index, configuration and side files, unchanged where they can be."""
+    if source.indexed and additions:
+        index = read_json(source.path / INDEX)
+        index["weight_map"].update(dict.fromkeys(additions, source.home(additions)))
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+            metadata["total_size"] += sum(addition.size for addition in additions.values())
+        (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=False) + "\n", "utf-8")
+    elif source.indexed:
+        copy_file(source.path / INDEX, target / INDEX)
+    if config_changes:
+        text = json.dumps({**source.config, **config_changes}, indent=2, ensure_ascii=False)
+        (target / "config.json").write_text(text + "\n", "utf-8")
+    else:
+        copy_file(source.path / "config.json", target / "config.json")
+    for side in source.side_files():
+        (target / side).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source.path / side, target / side)
