@@ -32,6 +32,7 @@ from .tensorfile import DTYPES, TensorFile, TensorInfo, header_bytes, stored_byt
 PIECE = 32 * 2**20  # bytes read, edited and written at a time
 WHOLE = 2 * PIECE  # a matrix up to this size is one piece; a larger one is cut across its columns
 AHEAD = 2  # pieces read before they are needed, and written after
+CALL = 2**20  # bytes a system call moves: more would push what it copies out of the nearer caches
 FLUSH = 256 * 2**20  # bytes after which the disk is told to begin
 TASKS = 8  # parts of a matrix that may be edited at once
 CLONE = 0x40049409  # the ioctl FICLONE: two files share their blocks until one changes
@@ -173,7 +174,7 @@ class _FileWriter:
 
     def _fill(self, descriptor: int, offset: int, view: memoryview) -> None:
         while view:
-            count = os.preadv(descriptor, [view], offset)
+            count = os.preadv(descriptor, [view[:CALL]], offset)
             if not count:
                 raise OrthogonalizeError(f"{self.file.path} became shorter while it was read; fetch it again")
             view, offset = view[count:], offset + count
@@ -181,7 +182,7 @@ class _FileWriter:
     @staticmethod
     def _drain(descriptor: int, offset: int, view: memoryview) -> None:
         while view:
-            count = os.pwrite(descriptor, view, offset)
+            count = os.pwrite(descriptor, view[:CALL], offset)
             view, offset = view[count:], offset + count
 
     def _read(self, piece: _Piece) -> None:
