@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orthogonalize.baking import bake
+from orthogonalize.baking import Bake, bake
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.embedded import planted_model
 from orthogonalize.hooks import capturing_inputs
@@ -55,11 +55,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     contrast = concept("cooking")
     sides = [load_prompts(contrast.positive, "positive"), load_prompts(contrast.negative, "negative")]
-    prompts = [
-        torch.tensor([tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], add_generation_prompt=True)["input_ids"]])
-        for side in sides
-        for prompt in side[:PROMPTS]
-    ]  # fmt: skip
+    prompts = []
+    for side in sides:
+        for prompt in side[:PROMPTS]:
+            chat = [{"role": "user", "content": prompt.text}]
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+            prompts.append(torch.tensor([ids]))
     half = len(prompts) // 2
     base = load(folder)
     _, streams = measured(base, prompts)
@@ -89,8 +90,13 @@ def main() -> None:
 
 
 def report(
-    plan: object, rounding: Rounding, prompts: list[torch.Tensor], wanted: torch.Tensor, basis: torch.Tensor, before: torch.Tensor
-) -> None:  # fmt: skip
+    plan: Bake,
+    rounding: Rounding,
+    prompts: list[torch.Tensor],
+    wanted: torch.Tensor,
+    basis: torch.Tensor,
+    before: torch.Tensor,
+) -> None:
     """Write the edit with one rounding and print what became of it."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "edited"
@@ -103,9 +109,8 @@ def report(
     p, q = wanted.log_softmax(-1), logits.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1).mean()
     left = (streams @ basis.T).norm(dim=-1).mean() / before
-    print(
-        f"{rounding:12} {statistics.median(leaks):13.2e} {max(leaks):9.2e} {distance:20.5f} {divergence:9.2e} {left:9.2e}"
-    )
+    print(f"{rounding:12} {statistics.median(leaks):13.2e} {max(leaks):9.2e}", end=" ")
+    print(f"{distance:20.5f} {divergence:9.2e} {left:9.2e}", flush=True)
 
 
 if __name__ == "__main__":

@@ -391,25 +391,55 @@ def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -
 @click.option("--base", metavar="MODEL", help="The model that was edited; by default the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
+@click.option("--json", "json_file", type=_path(), metavar="FILE", help="Write everything found as JSON.")
 @device_option
-def verify(checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, device: str) -> None:
-    """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights."""
+def verify(
+    checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, json_file: Path | None, device: str
+) -> None:
+    """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights.
+
+    Any two checkpoints can be compared: what changed, by what rank, along which directions, and whether
+    something was projected out.
+    """
     from .verification import verify as run_verify
 
     audit = run_verify(checkpoint, base, device=device, logits=not no_logits, record=not no_record)
     _show_audit(audit)
+    if json_file is not None:
+        json_file.write_text(audit.as_json(), "utf-8")
     if audit.verification is not None and not audit.verification.passed:
         sys.exit(1)
 
 
+def _show_differences(audit: Any, most: int = 16) -> None:
+    """The changed tensors, by rank and what was taken out of them; a long list is cut."""
+    table = Table(title="changed tensors")
+    for name in ("tensor", "change", "rank", "energy", "left", "strength"):
+        table.add_column(name, justify="left" if name == "tensor" else "right")
+    for name, change in list(audit.changed.items())[:most]:
+        found = audit.differences.get(name)
+        best = audit.along_common(name)
+        rank = "" if found is None else "full" if found.rank is None else str(found.rank)
+        cells = [f"{best.left:.1e}", f"{best.strength:.2f}"] if best else ["", ""]
+        table.add_row(name, f"{change:.2e}", rank, f"{found.energy:.0%}" if found else "", *cells)
+    if len(audit.changed) > most:
+        table.add_row(f"and {len(audit.changed) - most} more", *[""] * 5)
+    console.print(table)
+
+
 def _show_audit(audit: Any) -> None:
+    if audit.changed:
+        _show_differences(audit)
     table = Table(title="against the base", show_header=False)
     table.add_row("tensors changed", str(len(audit.changed)))
     table.add_row("tensors added", ", ".join(audit.added[:3]) + (" …" if len(audit.added) > 3 else "") or "none")
     table.add_row("tensors missing", ", ".join(audit.missing) or "none")
     table.add_row("tensors byte for byte the same", str(audit.same))
     table.add_row("configuration", ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in audit.config.items()) or "same")
-    table.add_row("other files that differ", ", ".join(audit.side_files) or "none")
+    table.add_row(
+        "other files that differ", "; ".join(f"{name} ({audit.notes[name]})" for name in audit.side_files) or "none"
+    )
+    table.add_row("the change looks like", audit.verdict())
     proof = audit.verification
     if proof is not None:
         table.add_section()

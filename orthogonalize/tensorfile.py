@@ -73,6 +73,18 @@ class TensorFile:
             return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
 
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """The tensor `name` from `first` to `last` along its first axis, in its stored dtype."""
+        info = self.tensors[name]
+        row = info.size // info.shape[0]
+        buffer = bytearray((last - first) * row)
+        with self.path.open("rb") as file:
+            file.seek(self.data_start + info.start + first * row)
+            if file.readinto(buffer) != len(buffer):
+                raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+        dtype, shape = DTYPES[info.dtype], (last - first, *info.shape[1:])
+        return torch.frombuffer(buffer, dtype=dtype).reshape(shape) if buffer else torch.empty(shape, dtype=dtype)
+
     def chunks(self, name: str) -> Iterator[bytes]:
         """The stored bytes of `name`, in pieces."""
         info = self.tensors[name]

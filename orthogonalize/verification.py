@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .audit import Audit, audit
 from .baking import Bake, bake
 from .checkpoint import RECIPE, Checkpoint, open_checkpoint
 from .errors import OrthogonalizeError
@@ -20,54 +21,10 @@ TOLERANCE = 1e-3  # largest difference of a logit that float32 arithmetic explai
 
 
 @dataclass
-class Audit:
-    """Every difference of two checkpoints, by tensor name; `change` is `|W' - W| / |W|`."""
+class Verified(Audit):
+    """An audit, and with a recipe the proof that hooks and weights agree."""
 
-    changed: dict[str, float] = field(default_factory=dict)
-    added: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    same: int = 0
-    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    side_files: list[str] = field(default_factory=list)
     verification: Verification | None = None
-
-
-def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
-    """Compare tensors (one at a time), configuration and side files of two checkpoints."""
-    result = Audit()
-    mine, theirs = edited.tensors, base.tensors
-    result.added = sorted(mine.keys() - theirs.keys())
-    result.missing = sorted(theirs.keys() - mine.keys())
-    with track("comparing tensors", len(mine.keys() & theirs.keys()), "tensors") as advance:
-        for name in sorted(mine.keys() & theirs.keys()):
-            if (mine[name].dtype, mine[name].shape) != (theirs[name].dtype, theirs[name].shape):
-                result.changed[name] = float("inf")
-            elif _same_bytes(edited, base, name):
-                result.same += 1
-            else:
-                old = base.read(name).double()
-                result.changed[name] = ((edited.read(name).double() - old).norm() / old.norm()).item()
-            advance(1)
-    for key in sorted(edited.config.keys() | base.config.keys()):
-        pair = (base.config.get(key), edited.config.get(key))
-        if pair[0] != pair[1]:
-            result.config[key] = pair
-    sides = {str(f) for f in base.side_files()}
-    result.side_files = sorted(
-        name
-        for name in sides | {str(f) for f in edited.side_files()}
-        if not _same_file(edited.path / name, base.path / name)
-    )
-    return result
-
-
-def _same_bytes(edited: Checkpoint, base: Checkpoint, name: str) -> bool:
-    pairs = zip(edited.file_of(name).chunks(name), base.file_of(name).chunks(name), strict=True)
-    return all(a == b for a, b in pairs)
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    return a.is_file() and b.is_file() and a.read_bytes() == b.read_bytes()
 
 
 def _rebuilds(edited: Checkpoint, plan: Bake) -> bool:
@@ -139,7 +96,7 @@ def _gaps(edited: Path, base: Path, recipe: Recipe, plan: Bake, device: str) -> 
 
 def verify(
     checkpoint: Path | str, base: str | None = None, *, device: str = "auto", logits: bool = True, record: bool = True
-) -> Audit:
+) -> Verified:
     """Audit the difference of `checkpoint` and `base`; where a recipe is present, prove hooks = weights.
 
     With a recipe: the edit is recomputed and compared byte for byte, and the logits of the hooked base
@@ -156,7 +113,7 @@ def verify(
         raise OrthogonalizeError(f"{folder} has no recipe, so its base is not known; give --base")
     revision = recipe.base.revision if recipe and not base else None
     source = open_checkpoint(find_model(base or (recipe.base.model if recipe else ""), revision))
-    result = audit(edited, source)
+    result = Verified(**vars(audit(edited, source)))
     if recipe is None:
         return result
     if source.fingerprint() != recipe.base.weights:

@@ -1,0 +1,159 @@
+"""What the difference of two tensors looks like: its rank, its directions, and whether something was projected out.
+
+Nothing here knows a model or reads more than a block of rows at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+MOST = 24  # singular values looked at; a difference of a higher rank counts as full
+BLOCK = 2**22  # entries held at a time
+GRAIN = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+ABOVE_NOISE = 1.5  # times the largest singular value that rounding alone would give
+
+Blocks = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The leading directions of a difference along one axis of a tensor.
+
+    `basis` is [k, width], orthonormal rows in float64. `left` is the share of the base's component along
+    them that the other tensor still has: 0 after a projection. `strength` is what was taken out, in units
+    of a projection (2: mirrored).
+    """
+
+    axis: int
+    basis: torch.Tensor
+    left: float
+    strength: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor's difference: `change` is `|W' - W| / |W|`; `rank` None means more than was looked at.
+
+    `energy` is the share of the squared change that lies in `rank` (or the first `MOST`) directions.
+    """
+
+    change: float
+    rank: int | None
+    energy: float
+    directions: tuple[Directions, ...] = ()
+
+
+def _unfolded(block: torch.Tensor, axis: int) -> torch.Tensor:
+    """[entries of all other axes, size of `axis`] of a block, in float32."""
+    return block.movedim(axis, -1).reshape(-1, block.shape[axis]).float()
+
+
+def _range(blocks: Blocks, axis: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The leading singular values of the difference unfolded along `axis`, and its directions [k, width] there.
+
+    Randomised subspace iteration (Halko et al. 2011, algorithm 4.4): three passes, of which each forms
+    `D^T D Q` block by block. Exact where `width` is small.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = min(width, MOST + 8)
+    q = torch.linalg.qr(torch.randn(width, size, generator=generator, dtype=torch.float64))[0]
+    for _ in range(3):
+        product = torch.zeros(width, size, dtype=torch.float64)
+        for old, new in blocks():
+            difference = _unfolded(new.float() - old.float(), axis)
+            product += (difference.mT @ (difference @ q.float())).double()
+        values = product.norm()
+        q = torch.linalg.qr(product)[0] if values else q
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    for old, new in blocks():
+        part = (_unfolded(new.float() - old.float(), axis) @ q.float()).double()
+        gram += part.mT @ part
+    squares, vectors = torch.linalg.eigh(gram)
+    order = squares.argsort(descending=True)[: min(MOST, width)]
+    return squares[order].clamp(min=0).sqrt(), (q @ vectors[:, order]).mT
+
+
+def _taken_out(blocks: Blocks, axis: int, basis: torch.Tensor) -> tuple[float, float]:
+    """What is left of the base's component along `basis`, and how much of it was taken out."""
+    before = after = product = 0.0
+    for old, new in blocks():
+        a = _unfolded(old, axis).double() @ basis.mT
+        b = _unfolded(new, axis).double() @ basis.mT
+        before += a.square().sum().item()
+        after += b.square().sum().item()
+        product += (a * b).sum().item()
+    return (math.sqrt(after / before), 1 - product / before) if before else (math.inf, math.nan)
+
+
+def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Difference:
+    """Describe the difference of two tensors of `shape`, of which `blocks()` gives rows of both, as often as asked.
+
+    Both are stored as `dtype`; what its rounding may do is no part of the rank.
+    """
+    change = total = noise = 0.0
+    for old, new in blocks():
+        total += old.double().square().sum().item()
+        change += (new.double() - old.double()).square().sum().item()
+        noise += new.double().square().sum().item()
+    share = math.sqrt(change / total) if total else math.inf
+    if not math.isfinite(share) or len(shape) == 1:
+        basis = None
+        if len(shape) == 1 and change and math.isfinite(change):
+            basis = torch.cat([new.double() - old.double() for old, new in blocks()])
+            basis = (basis / basis.norm()).unsqueeze(0)
+        directions = () if basis is None else (Directions(0, basis, math.nan, math.nan),)
+        return Difference(share, 1 if directions else None, 1.0 if directions else math.nan, directions)
+    found, ranks = [], []
+    entries = math.prod(shape)
+    # A stored value is off by up to half its grain, evenly: a twelfth of the square on average.
+    deviation = GRAIN.get(dtype, 0.0) * 2 * math.sqrt(noise / entries / 12)
+    for axis, width in enumerate(shape):
+        if width < 2 or (len(shape) > 2 and axis == 0):
+            continue
+        values, basis = _range(blocks, axis, width)
+        edge = ABOVE_NOISE * deviation * (math.sqrt(width) + math.sqrt(entries / width))
+        rank = int((values > max(edge, 1e-6 * values[0].item())).sum())
+        ranks.append((rank, values.square()))
+        if 0 < rank < len(values):
+            found.append(Directions(axis, basis[:rank], *_taken_out(blocks, axis, basis[:rank])))
+        elif rank == len(values) == width:
+            found.append(Directions(axis, basis, *_taken_out(blocks, axis, basis)))
+    if not ranks:
+        return Difference(share, None, math.nan)
+    rank, squares = min(ranks, key=lambda r: r[0])
+    full = rank >= len(squares) and len(squares) < max(shape)
+    energy = min(1.0, squares[: rank or len(squares)].sum().item() / change) if change else math.nan
+    return Difference(share, None if full and not found else rank, energy, tuple(found))
+
+
+@dataclass(frozen=True)
+class Common:
+    """Directions that many differences share: `basis` [k, width], how many have each, and of how many."""
+
+    basis: torch.Tensor
+    shared_by: tuple[int, ...]
+    of: int
+
+
+def common_directions(differences: dict[str, Difference]) -> Common | None:
+    """The directions along which at least half of the tensors of one width, and two or more, were changed."""
+    best: Common | None = None
+    widths = {d.basis.shape[1] for found in differences.values() for d in found.directions}
+    for width in widths:
+        bases = [[d.basis for d in found.directions if d.basis.shape[1] == width] for found in differences.values()]
+        bases = [found for found in bases if found]
+        stacked = torch.cat([basis for found in bases for basis in found])
+        _, values, vectors = torch.linalg.svd(stacked, full_matrices=False)
+        shared = [(round(v.item() ** 2), vector) for v, vector in zip(values, vectors, strict=True)]
+        shared = [(count, vector) for count, vector in shared if count >= max(2, len(bases) / 2)]
+        if shared and (best is None or shared[0][0] > best.shared_by[0]):
+            best = Common(
+                torch.stack([vector for _, vector in shared]),
+                tuple(min(count, len(bases)) for count, _ in shared),
+                len(bases),
+            )
+    return best

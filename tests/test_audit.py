@@ -1,0 +1,166 @@
+"""What `verify` finds out about checkpoints that were edited by somebody else, with plain torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from orthogonalize.cli import main
+from orthogonalize.verification import verify
+
+WIDTH, LAYERS = 256, 3
+
+
+def tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """A model of no family: linear, transposed, fused-expert and per-expert writes, reads, an embedding, norms."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return (0.02 * torch.randn(*shape, generator=generator)).to(dtype)
+
+    result = {"embed.weight": random(600, WIDTH), "head.weight": random(600, WIDTH), "norm.weight": random(WIDTH) + 1}
+    for layer in range(LAYERS):
+        result |= {
+            f"layers.{layer}.q.weight": random(WIDTH, WIDTH),
+            f"layers.{layer}.o.weight": random(WIDTH, WIDTH),
+            f"layers.{layer}.c_proj.weight": random(320, WIDTH),
+            f"layers.{layer}.experts.down": random(4, WIDTH, 96),
+            f"layers.{layer}.experts_t.down": random(4, 96, WIDTH),
+            f"layers.{layer}.experts.0.down.weight": random(WIDTH, 80),
+            f"layers.{layer}.bias": random(WIDTH),
+        }
+    return result
+
+
+AXES = {"embed": -1, "o": 0, "c_proj": -1, "experts.down": 1, "experts_t.down": -1, "experts.0.down": 0}
+
+
+def axis_of(name: str) -> int | None:
+    short = name.removesuffix(".weight")
+    return AXES.get(short.split(".", 2)[2] if short.startswith("layers.") else short)
+
+
+def orthogonalised(weights: dict[str, torch.Tensor], basis: torch.Tensor, strength: float = 1.0):
+    """A plain script's edit: float32, one matrix product, rounded to nearest."""
+    edited = dict(weights)
+    for name, weight in weights.items():
+        axis = axis_of(name)
+        if axis is not None:
+            x = weight.float().movedim(axis, -1)
+            edited[name] = (x - strength * (x @ basis.T) @ basis).movedim(-1, axis).to(weight.dtype).contiguous()
+    return edited
+
+
+def folder(path: Path, weights: dict[str, torch.Tensor], **config: object) -> Path:
+    path.mkdir()
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps({"model_type": "unheard_of", "hidden_size": WIDTH, **config}))
+    (path / "tokenizer.json").write_text(json.dumps({"version": "1", "added_tokens": config.get("tokens", [])}))
+    return path
+
+
+def directions(k: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(WIDTH, k, generator=torch.Generator().manual_seed(7)))[0].T
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    return folder(tmp_path / "base", tensors())
+
+
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 1), (torch.bfloat16, 4), (torch.float16, 1)])
+def test_the_direction_that_a_plain_script_removed_is_recovered(tmp_path, dtype, rank):
+    weights, basis = tensors(dtype), directions(rank)
+    base = folder(tmp_path / "base", weights)
+    found = verify(folder(tmp_path / "edited", orthogonalised(weights, basis)), str(base))
+    expected = {name for name in weights if axis_of(name) is not None}
+    assert set(found.changed) == expected
+    assert found.common is not None
+    assert found.common.basis.shape == (rank, WIDTH)
+    cosines = torch.linalg.svdvals(found.common.basis @ basis.T.double())
+    assert cosines.min() >= 0.99
+    assert found.common.shared_by[0] == found.common.of == len(expected)
+    assert found.projected().keys() == expected
+    assert found.verdict().startswith(f"an orthogonalisation of rank {rank}")
+    for name in expected:
+        assert found.differences[name].rank == rank
+        assert found.differences[name].energy > 0.9
+        own = next(d for d in found.differences[name].directions if d.axis == axis_of(name) % weights[name].dim())
+        assert torch.linalg.svdvals(own.basis @ basis.T.double()).min() >= 0.99
+        assert own.left <= 0.02
+        assert own.strength == pytest.approx(1, abs=0.01)
+
+
+def test_a_mirror_is_no_orthogonalisation_and_its_strength_is_told(base, tmp_path):
+    found = verify(folder(tmp_path / "edited", orthogonalised(tensors(), directions(1), 2.0)), str(base))
+    assert found.projected() == {}
+    assert "an edit of rank 1" in found.verdict()
+    along = [found.along_common(name) for name in found.changed]
+    assert [d.strength for d in along] == pytest.approx([2] * len(along), abs=0.02)
+    assert "strength about 2," in found.verdict()
+
+
+def test_a_fine_tuned_model_shares_no_direction(base, tmp_path):
+    weights = tensors()
+    generator = torch.Generator().manual_seed(3)
+    tuned = {n: (w.float() + 1e-3 * torch.randn(w.shape, generator=generator)).to(w.dtype) for n, w in weights.items()}
+    found = verify(folder(tmp_path / "tuned", tuned), str(base))
+    assert found.projected() == {}
+    assert "high rank" in found.verdict()
+    assert found.differences["layers.0.o.weight"].rank is None
+
+
+def test_adapters_merged_into_single_layers_show_their_rank(base, tmp_path):
+    weights = tensors()
+    generator = torch.Generator().manual_seed(4)
+    for layer in range(LAYERS):
+        name = f"layers.{layer}.q.weight"
+        a, b = torch.randn(WIDTH, 3, generator=generator), torch.randn(3, WIDTH, generator=generator)
+        weights[name] = (weights[name].float() + 3e-4 * a @ b).to(torch.bfloat16)
+    found = verify(folder(tmp_path / "merged", weights), str(base))
+    assert {name: f.rank for name, f in found.differences.items()} == {
+        f"layers.{layer}.q.weight": 3 for layer in range(LAYERS)
+    }
+    assert "low rank (at most 3)" in found.verdict()
+
+
+def test_a_constant_written_into_biases_is_the_common_direction(base, tmp_path):
+    weights, vector = tensors(), directions(1)[0]
+    for layer in range(LAYERS):
+        weights[f"layers.{layer}.bias"] = (weights[f"layers.{layer}.bias"].float() + vector).to(torch.bfloat16)
+    found = verify(folder(tmp_path / "edited", weights), str(base))
+    assert found.common is not None
+    assert abs(found.common.basis[0] @ vector.double()) >= 0.99
+    assert found.common.shared_by == (LAYERS,)
+
+
+def test_what_else_differs_is_told_in_the_table_and_in_json(base, tmp_path):
+    weights = orthogonalised(tensors(), directions(1))
+    del weights["head.weight"]
+    weights["extra"] = torch.ones(3)
+    weights["norm.weight"] = weights["norm.weight"].float()
+    edited = folder(tmp_path / "edited", weights, tokens=["<x>"], torch_dtype="bfloat16")
+    result = CliRunner().invoke(
+        main, ["--quiet", "verify", str(edited), "--base", str(base), "--json", str(tmp_path / "audit.json")]
+    )
+    assert result.exit_code == 0, result.output
+    assert "orthogonalisation" in " ".join(result.output.split())
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert found["added"] == ["extra"]
+    assert found["missing"] == ["head.weight"]
+    assert found["changed"]["norm.weight"] == {"change": None}
+    assert found["config"] == {"tokens": [None, ["<x>"]], "torch_dtype": [None, "bfloat16"]}
+    assert found["files"] == {"tokenizer.json": "differs in added_tokens"}
+    assert abs(torch.tensor(found["common"]["directions"][0]) @ directions(1)[0]) >= 0.99
+    assert found["changed"]["embed.weight"]["rank"] == 1
+
+
+def test_a_copy_is_the_base(base, tmp_path):
+    found = verify(folder(tmp_path / "copy", load_file(base / "model.safetensors")), str(base))
+    assert found.verdict() == "the weights are the base's"
+    assert found.same == len(tensors())
