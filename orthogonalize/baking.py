@@ -13,10 +13,11 @@ from .checkpoint import Addition, Checkpoint
 from .constants import place_constant
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site, conjugated, shift
+from .quantisation import check_editable
 from .rewriting import Rewrite
 from .sites import Located, Sites
 from .tensoredits import TensorEdit
-from .tensorfile import DTYPES, EDITABLE
+from .tensorfile import DTYPES
 
 CENTRED = 1e-6  # largest sum of a unit vector's entries that counts as none
 
@@ -42,14 +43,10 @@ class Bake(Rewrite):
         """`name`, once it is sure that such a tensor is there and can be edited."""
         if name in self.additions:
             return name
-        info = self.source.tensors.get(name)
-        if info is None:
+        check_editable(self.source, name)
+        if name not in self.source.tensors:
             raise OrthogonalizeError(
                 f"{self.source.path} lacks {name}, which every {self.architecture.family} model has at {site}"
-            )
-        if info.dtype not in EDITABLE:
-            raise OrthogonalizeError(
-                f"{name} is stored as {info.dtype}, which cannot be edited; start from a bfloat16 or float32 checkpoint"
             )
         return name
 

@@ -465,8 +465,11 @@ def _finish(y: Any, q: Any, rounds: bool, v: Any, scales: Any, every: Any, grid:
 
 
 @njit(nogil=True, cache=True)
-def _save(q: Any, start: Any, by_rows: bool, scales: Any, every: Any, grid: Any, stored: Any) -> Any:
-    """Write the tile `q` [d, n] into `stored` from vector `start` on; returns the sum of the squared changes."""
+def _save(q: Any, start: Any, by_rows: bool, before: Any, scales: Any, every: Any, grid: Any, stored: Any) -> Any:
+    """Write the tile `q` [d, n] into `stored` from vector `start` on; returns the sum of the squared changes.
+
+    What is stored there has the scales `before`.
+    """
     lowest, unit, magic, largest = grid
     d, n = q.shape
     square, squares = np.zeros((1, n), q.dtype), np.zeros((1, n))
@@ -481,9 +484,9 @@ def _save(q: Any, start: Any, by_rows: bool, scales: Any, every: Any, grid: Any,
                 for j in range(n):
                     difference[j] -= row[j]
             else:
-                scale = scales[(first + i) // every]
+                scale, former = scales[(first + i) // every], before[(first + i) // every]
                 for j in range(n):
-                    difference[j] = difference[j] * scale[j] - row[j]
+                    difference[j] = difference[j] * former[j] - row[j]
                     row[j] = _rounded(row[j] / scale[j], lowest, unit, magic, largest)
             _add_squares(difference, square[0])
         _carry(square, squares)
@@ -492,11 +495,27 @@ def _save(q: Any, start: Any, by_rows: bool, scales: Any, every: Any, grid: Any,
 
 
 @njit(nogil=True, cache=True)
+def _tile(scales: Any, start: Any, n: Any, every: Any) -> Any:
+    """The scales of the `n` vectors from `start` on, a column each; None of None."""
+    if scales is None:
+        return None
+    result = np.empty((scales.shape[0], n), scales.dtype)
+    for i in range(scales.shape[0]):
+        for j in range(n):
+            result[i, j] = scales[i, (start + j) // every]
+    return result
+
+
+@njit(nogil=True, cache=True)
 def edit_tiles(
-    stored: Any, by_rows: bool, first: Any, last: Any, u: Any, v: Any, inverse: Any, s: Any, scales: Any, every: Any,
-    grid: Any, rounds: bool, cancel: bool, enough: Any, sums: Any, before: Any,
+    stored: Any, by_rows: bool, first: Any, last: Any, u: Any, v: Any, inverse: Any, s: Any,
+    scales: Any, rescaled: Any, every: Any, grid: Any, rounds: bool, cancel: bool, enough: Any, sums: Any, before: Any,
 ) -> None:  # fmt: skip
-    """Edit and round the vectors `first` to `last` of `stored` in place; add to `sums` what was measured."""
+    """Edit and round the vectors `first` to `last` of `stored` in place; add to `sums` what was measured.
+
+    Stored numbers have the `scales` before and are `rescaled` afterwards. The components that the vectors
+    had go to `before` [k, last - first].
+    """
     d, k = v.shape
     room = grid[3] * grid[1] / 4  # what exceeds the largest value by half a unit is rounded to it
     x, q = np.empty((d, VECTORS), u.dtype), np.empty((d if cancel else 0, VECTORS), u.dtype)
@@ -504,13 +523,9 @@ def edit_tiles(
         n = min(VECTORS, last - start)
         if n < VECTORS:
             x, q = np.empty((d, n), u.dtype), np.empty((d if cancel else 0, n), u.dtype)
-        tile: Any = None if scales is None else np.empty((scales.shape[0], n), u.dtype)
-        if scales is not None:
-            for i in range(scales.shape[0]):
-                for j in range(n):
-                    tile[i, j] = scales[i, (start + j) // every[1]]
+        tile, former = _tile(rescaled, start, n, every[1]), _tile(scales, start, n, every[1])
         seen, e, beyond = np.zeros((k, n)), np.zeros((k, n)), np.zeros(n, u.dtype)
-        squares = _load(stored, start, by_rows, v, tile, every[0], x, seen)
+        squares = _load(stored, start, by_rows, v, former, every[0], x, seen)
         before[:, start - first : start - first + n] = seen
         _apply(x, u, s, seen.astype(u.dtype))
         if cancel:
@@ -524,6 +539,6 @@ def edit_tiles(
         else:
             sums[2] += _finish(x, None, rounds, v, tile, every[0], grid, e, beyond)
         sums[0] += squares.sum()
-        sums[1] += _save(x, start, by_rows, tile, every[0], grid, stored)
+        sums[1] += _save(x, start, by_rows, former, tile, every[0], grid, stored)
         sums[4] += (e * e).sum()
         sums[5] += (beyond > room).sum()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import Addition, Checkpoint, Progress
+from .quantisation import rescaled, scale_name
+from .rounding import Scales
 from .tensoredits import Rounding, TensorEdit
 from .writing import Changes, Written, write_rest, write_weights
 
@@ -29,18 +32,26 @@ class Rewrite:
         """Bytes of weights in the edited checkpoint."""
         return self.source.weight_bytes + sum(addition.size for addition in self.additions.values())
 
-    @property
+    @cached_property
     def changes(self) -> Changes:
-        """What is done to the tensors."""
-        return Changes(self.edits, self.additions, {}, self.rounding)
+        """What is done to the tensors; the plan must be complete."""
+        scales: dict[str, Scales] = {}
+        replaced: dict[str, torch.Tensor] = {}
+        for name, edit in self.edits.items():
+            found = rescaled(self.source, edit) if name in self.source.tensors else None
+            if found is not None:
+                scales[name], table = found
+                if table is not None:
+                    replaced[str(scale_name(self.source, name))] = table
+        return Changes(self.edits, self.additions, scales, replaced, self.rounding)
 
     def edited(self, name: str) -> torch.Tensor:
         """Tensor `name` of the edited checkpoint, rounded to its stored dtype."""
         addition = self.additions.get(name)
         tensor = addition.make() if addition else self.source.read(name)
-        if name not in self.edits:
-            return tensor
         changes = self.changes
+        if name not in self.edits:
+            return changes.replaced.get(name, tensor)
         return self.edits[name].apply(tensor, changes.rounding, changes.scales.get(name))[0]
 
     def write(

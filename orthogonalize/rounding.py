@@ -60,10 +60,14 @@ class Measured(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Factors of stored numbers: entry i of vector j is multiplied by `values[i // every[0], j // every[1]]`."""
+    """Factors of stored numbers: entry i of vector j is multiplied by `values[i // every[0], j // every[1]]`.
+
+    `edited` are the factors of the edited numbers, where the former cannot hold them; None: the same.
+    """
 
     values: np.ndarray[Any, Any]
     every: tuple[int, int]
+    edited: np.ndarray[Any, Any] | None = None
 
 
 class VectorEdit:
@@ -98,9 +102,10 @@ class VectorEdit:
         """
         u, v, s = self._maps
         sums, before = np.zeros(6), np.empty((v.shape[1], last - first))
-        values = None if scales is None else np.ascontiguousarray(scales.values, u.dtype)
+        former = None if scales is None else np.ascontiguousarray(scales.values, u.dtype)
+        latter = former if scales is None or scales.edited is None else np.ascontiguousarray(scales.edited, u.dtype)
         edit_tiles(
-            stored, by_rows, first, last, u, v, self._inverse, s, values, scales.every if scales else (1, 1),
+            stored, by_rows, first, last, u, v, self._inverse, s, former, latter, scales.every if scales else (1, 1),
             self._numbers, self._rounds, self._cancels, self._enough, sums, before,
         )  # fmt: skip
         u, v, s = self._exact

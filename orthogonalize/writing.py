@@ -48,6 +48,7 @@ class _Job:
     edit: TensorEdit | None = None
     kernel: VectorEdit | None = None
     scales: Scales | None = None
+    replaced: memoryview | None = None
     measured: Measured = field(default_factory=Measured)
 
     @property
@@ -200,6 +201,8 @@ class _FileWriter:
             view = view[count:]
         if job.inherited and piece.columns is None:
             self.read_hash.update(piece.data.numpy())
+        if job.replaced is not None:
+            memoryview(piece.data.numpy())[:] = job.replaced[piece.start : piece.start + piece.size]
 
     def _take(self, size: int) -> torch.Tensor:
         """Memory for a piece, used again and again: fresh pages cost as much as the copy into them."""
@@ -318,12 +321,21 @@ class Written:
 
 @dataclass(frozen=True)
 class Changes:
-    """What is done to the tensors of a checkpoint: edits and scales by name, additions, and how to round."""
+    """What is done to the tensors of a checkpoint, by name, and how to round.
+
+    `scales` are those of edited FP8 tensors, `replaced` tensors that get other values altogether.
+    """
 
     edits: Mapping[str, TensorEdit]
     additions: Mapping[str, Addition]
-    scales: Mapping[str, Scales]
+    scales: Mapping[str, Scales] = field(default_factory=dict)
+    replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
     rounding: Rounding = "cancelling"
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that changes."""
+        return {*self.edits, *self.replaced}
 
 
 def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Mapping[str, Addition]) -> list[_Job]:
@@ -341,6 +353,8 @@ def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Map
         if job.edit is not None:
             job.kernel = job.edit.rounded(DTYPES[job.info.dtype], changes.rounding)
             job.scales = changes.scales.get(job.info.name)
+        if job.info.name in changes.replaced:
+            job.replaced = stored_bytes(changes.replaced[job.info.name])
     return jobs
 
 
@@ -397,7 +411,7 @@ def write_weights(
     def write_one(name: str) -> None:
         file = source.files[name]
         here = dict(changes.additions) if name == home else {}
-        if here or changes.edits.keys() & file.tensors.keys():
+        if here or changes.names & file.tensors.keys():
             jobs = _jobs(source, file, changes, here)
             hashes = _FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
         else:

@@ -140,9 +140,10 @@ def test_the_result_is_near_the_exact_edit_and_no_worse_along_the_directions(d, 
         return (edit.component(t) - edit.component(exact)).norm(dim=-1)
 
     assert (lost(edited) <= lost(plain) * (1 + 1e-3) + floor).all()
-    # Never further from the exact value than two units in the last place of the largest entry.
+    # Never further from the exact value than two units in the last place of the largest entry, beside what
+    # the arithmetic may be off where nearly all of a vector is taken out.
     unit = 2 * torch.finfo(dtype).eps * exact.abs().amax() + torch.finfo(dtype).smallest_normal
-    assert (edited.double() - exact).abs().max() <= 2 * unit
+    assert (edited.double() - exact).abs().max() <= 2 * unit + 1e-6 * weight.double().abs().max()
 
 
 @settings(deadline=None, max_examples=25)
