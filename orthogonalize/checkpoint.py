@@ -147,7 +147,14 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
         if not (folder / name).exists():
             raise OrthogonalizeError(f"{folder} lacks the shard {name}; download it again")
         files[name] = open_tensor_file(folder / name)
-    stored = {tensor: name for name, file in files.items() for tensor in file.tensors}
+    stored: dict[str, str] = {}
+    for name, file in files.items():
+        for tensor in file.tensors:
+            if stored.setdefault(tensor, name) != name:
+                raise OrthogonalizeError(
+                    f"{folder} has {tensor!r} in more than one shard, and loaders differ in which they read; "
+                    "fetch them again"
+                )
     if stored != weight_map:
         wrong = sorted(set(stored.items()) ^ set(weight_map.items()))[0][0]
         raise OrthogonalizeError(f"{index} and the shards disagree about {wrong!r}; fetch them again")

@@ -326,6 +326,13 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
     "--rounding", type=click.Choice(["cancelling", "nearest"]), help="Default: cancelling, which keeps the edit."
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Files written at a time.")
+@click.option(
+    "--format",
+    type=click.Choice(["checkpoint", "lora"]),
+    default="checkpoint",
+    show_default=True,
+    help="lora: a PEFT adapter, where only linear layers change.",
+)
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files in which nothing is edited.")
 @revision_option
 def edit(model: str, out: Path, **options: Any) -> None:
@@ -337,6 +344,9 @@ def edit(model: str, out: Path, **options: Any) -> None:
     from .editing import edit as run_edit
 
     recipe = run_edit(model, out, **options)
+    if options["format"] == "lora":
+        click.echo(f"{recipe.choice.describe()}; adapter: {out}")
+        return
     click.echo(
         f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
         f"checkpoint: {out}"

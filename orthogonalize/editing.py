@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from .adapters import write_adapter
 from .architectures import Architecture, architecture_of
 from .baking import Bake, bake
 from .card import write_card
@@ -166,6 +167,7 @@ def edit(
     rounding: Rounding | None = None,
     workers: int = 1,
     link: bool = False,
+    format: Literal["checkpoint", "lora"] = "checkpoint",
     force: bool = False,
 ) -> Recipe:
     """Write a copy of `model` with a direction edited out of, or into, its weights.
@@ -174,7 +176,8 @@ def edit(
     edit, rebuilt bit for bit) says what to edit. The other arguments are those of `Choice`; what is
     not given comes from the run (see `choose`). `rounding` is `cancelling` (default: the rounding of the
     stored weights keeps the edit) or `nearest`; `workers` is how many files are written at a time; with
-    `link`, files in which nothing is edited become hard links to the source's.
+    `link`, files in which nothing is edited become hard links to the source's. The `format` `lora` writes
+    the same edit as a PEFT adapter instead, where it changes linear layers only.
 
     Returns:
         The recipe, which is also written into the checkpoint as orthogonalize.json.
@@ -241,6 +244,12 @@ def edit(
         left_out=[str(name) for name in source.left_out()],
         probes=probes,
     )
+    if format == "lora":
+        with complete_folder(out, EDITED, force) as partial:
+            write_adapter(plan, partial, written.base.model)
+            written.base.weights = source.fingerprint()
+            written.save(partial)
+        return written
     with complete_folder(out, EDITED, force) as partial:
         done = _write(plan, partial, workers, link, former.base.weights if former else None)
         written.base.weights, written.weights = done.source, done.result

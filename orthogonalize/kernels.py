@@ -431,7 +431,6 @@ def _finish(y: Any, q: Any, rounds: bool, v: Any, scales: Any, every: Any, grid:
     """
     d, n = y.shape
     largest = grid[3]
-    ones = np.ones(n, y.dtype)
     rows, partial = np.empty((STEP, n), y.dtype), np.zeros(e.shape, y.dtype)
     square, squares = np.zeros((1, n), y.dtype), np.zeros((1, n))
     e[:] = 0.0
@@ -450,9 +449,13 @@ def _finish(y: Any, q: Any, rounds: bool, v: Any, scales: Any, every: Any, grid:
                         row[j] = old[j]
                     if rounds:
                         _round_row(row, scales, i // every, grid)
-                scale = ones if scales is None else scales[i // every]
-                for j in range(n):
-                    beyond[j] = max(beyond[j], abs(old[j]) / scale[j] - largest)
+                if scales is None:
+                    for j in range(n):
+                        beyond[j] = max(beyond[j], abs(old[j]) - largest)
+                else:
+                    scale = scales[i // every]
+                    for j in range(n):
+                        beyond[j] = max(beyond[j], abs(old[j]) / scale[j] - largest)
                 for j in range(n):
                     new = row[j]
                     row[j] = new - old[j]

@@ -31,6 +31,7 @@ from .tensorfile import DTYPES, TensorFile, TensorInfo, header_bytes, stored_byt
 
 PIECE = 32 * 2**20  # bytes read, edited and written at a time
 WHOLE = 2 * PIECE  # a matrix up to this size is one piece; a larger one is cut across its columns
+RUN = 4096  # bytes of a row, at least, that such a cut takes
 AHEAD = 2  # pieces read before they are needed, and written after
 CALL = 2**20  # bytes a system call moves: more would push what it copies out of the nearer caches
 FLUSH = 256 * 2**20  # bytes after which the disk is told to begin
@@ -85,7 +86,7 @@ def _pieces(job: _Job) -> Iterator[_Piece]:
         line = layout.width * item
         matrix = line if layout.by_rows else line * layout.after
         if matrix > WHOLE and not layout.by_rows:
-            yield from _column_pieces(job, layout, matrix, max(4096 // item, PIECE // line))
+            yield from _column_pieces(job, layout, matrix, max(RUN // item, PIECE // line))
             return
         step = max(1, PIECE // matrix) * matrix
     for start in range(0, size, step):

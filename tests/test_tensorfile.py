@@ -111,3 +111,69 @@ def test_a_header_larger_than_the_file_is_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(OrthogonalizeError, match="header claims"):
         open_tensor_file(tmp_path / "a.safetensors")
+
+
+def library_accepts(path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                file.get_tensor(name)
+    except (SafetensorError, ValueError, TypeError, RuntimeError, OverflowError, AttributeError):
+        return False
+    return True
+
+
+whole = st.one_of(st.integers(-1, 20), st.sampled_from([2**31, 2**63, 2**64, 2**70, 0.5, True, None, "1"]))
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["F32", "F32", "BF16", "U8", "F99", 3]),
+        "shape": st.lists(whole, max_size=3),
+        "data_offsets": st.one_of(st.lists(whole, max_size=3), st.tuples(st.integers(0, 16), st.integers(0, 16))),
+    }
+)
+near = st.builds(
+    lambda count, start: {"dtype": "F32", "shape": [count], "data_offsets": [start, start + 4 * count]},
+    st.integers(0, 4),
+    st.integers(0, 16),
+)
+
+
+@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "..", ""]), st.one_of(near, near, entries)),
+    size=st.integers(0, 24),
+)
+def test_no_header_is_believed_that_the_library_refuses(tmp_path, header, size):
+    path = write(tmp_path / "a.safetensors", header, bytes(size))
+    try:
+        open_tensor_file(path)
+    except OrthogonalizeError:
+        return
+    assert library_accepts(path)
+
+
+@quiet
+@given(position=st.integers(0, 400), value=st.integers(0, 255))
+def test_no_flipped_byte_is_believed_that_the_library_refuses(tmp_path, position, value):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(4, 3), "b": torch.zeros(2, dtype=torch.bfloat16)}, path, metadata={"x": "y"})
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] = value
+    path.write_bytes(data)
+    try:
+        open_tensor_file(path)
+    except OrthogonalizeError:
+        return
+    assert library_accepts(path)
+
+
+def test_numbers_and_nesting_that_would_exhaust_a_parser_are_refused(tmp_path):
+    for bomb in (
+        b'{"a":{"dtype":"F32","shape":[' + b"9" * 100_000 + b'],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[' + b"4294967296," * 50 + b'1],"data_offsets":[0,8]}}',
+        b'{"a":' * 20_000 + b"1" + b"}" * 20_000,
+    ):
+        with pytest.raises(OrthogonalizeError):
+            open_tensor_file(write(tmp_path / "a.safetensors", bomb, b"12345678"))

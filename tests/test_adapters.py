@@ -1,0 +1,141 @@
+"""The edit as an adapter: PEFT and vLLM apply it as the baked weights have it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYERS, WIDTH, store, tiny_llama
+from safetensors.torch import load_file, save_file
+
+from orthogonalize.adapters import write_adapter
+from orthogonalize.baking import bake
+from orthogonalize.checkpoint import open_checkpoint
+from orthogonalize.editing import edit
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.interventions import removal
+from orthogonalize.recipe import load_recipe
+from orthogonalize.scopes import map_sites, parse_scope, shift_sites
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.randint(3, model.config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        return model(input_ids=ids).logits.double()
+
+
+def written(plan, folder: Path) -> Path:
+    folder.mkdir()
+    write_adapter(plan, folder, "base")
+    return folder
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("scope", ["layers:0-3", "layers:1,3", "from:2"])
+def test_peft_gives_the_logits_of_the_baked_checkpoint(basis, tmp_path, scope, rank):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    source = store(tiny_llama(), tmp_path / "base", torch.float32)
+    plan = bake(open_checkpoint(source), map_sites(parse_scope(scope), LAYERS, lambda _: removal(basis[:rank])))
+    (tmp_path / "edited").mkdir()
+    plan.write(tmp_path / "edited")
+    adapter = written(plan, tmp_path / "adapter")
+    plain = logits(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval())
+    baked = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "edited", dtype=torch.float32).eval())
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    adapted = logits(PeftModel.from_pretrained(model, adapter).eval())
+    assert (plain - baked).abs().max() > 1e-2
+    assert (adapted - baked).abs().max() <= 1e-4
+    factors = load_file(adapter / "adapter_model.safetensors")
+    assert len(factors) == 2 * len(plan.edits)
+    for name, weight_edit in plan.edits.items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}."
+        a, b = factors[stem + "lora_A.weight"].double(), factors[stem + "lora_B.weight"].double()
+        assert a.shape[0] == b.shape[1] == rank
+        weight = plan.source.read(name)
+        assert torch.allclose(weight.double() + b @ a, weight_edit.exact(weight), atol=1e-6)
+
+
+def test_what_an_adapter_cannot_hold_is_refused_with_the_reason(basis, tmp_path):
+    source = store(tiny_llama(), tmp_path / "base", torch.float32)
+    tied = store(tiny_llama(tie_word_embeddings=True), tmp_path / "tied", torch.float32)
+    everywhere = map_sites(parse_scope("all"), LAYERS, lambda _: removal(basis))
+    cases = [
+        (source, everywhere, "an embedding.*layers:0-3"),
+        (tied, everywhere, "cannot add lm_head.weight"),
+        (source, shift_sites(parse_scope("one"), LAYERS, lambda _: basis[0], 2), "cannot add"),
+    ]
+    for folder, intervention, message in cases:
+        with pytest.raises(OrthogonalizeError, match=message):
+            write_adapter(bake(open_checkpoint(folder), intervention), tmp_path, "base")
+
+
+def test_edit_writes_an_adapter_with_its_recipe(tmp_path):
+    source = store(tiny_llama(), tmp_path / "base", torch.float32)
+    save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
+    edit(str(source), tmp_path / "lora", direction=tmp_path / "direction.safetensors", scope="layers:1", format="lora")
+    assert {f.name for f in (tmp_path / "lora").iterdir()} == {
+        "adapter_config.json", "adapter_model.safetensors", "orthogonalize.json",
+    }  # fmt: skip
+    assert load_recipe(tmp_path / "lora").choice.scope == "layers:1"
+    with pytest.raises(OrthogonalizeError, match="an embedding"):
+        edit(str(source), tmp_path / "whole", direction=tmp_path / "direction.safetensors", scope="all", format="lora")
+    assert not (tmp_path / "whole").exists()
+
+
+SERVE = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+folder, adapter = sys.argv[1:3]
+options = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1} if adapter else {}
+llm = LLM(model=folder, skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64,
+          max_logprobs=96, disable_log_stats=True, **options)
+prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[3])]
+request = LoRARequest("edit", 1, adapter) if adapter else None
+requests = [None] * len(prompts) + ([request] * len(prompts) if adapter else [])
+outputs = llm.generate(prompts * (2 if adapter else 1), SamplingParams(max_tokens=1, temperature=0, logprobs=96,
+    detokenize=False), lora_request=requests, use_tqdm=False)
+print("RESULT" + json.dumps([[o.outputs[0].logprobs[0][t].logprob for t in range(96)] for o in outputs]))
+"""
+
+
+def served(folder: Path, adapter: Path | None, prompts: list[list[int]]) -> torch.Tensor:
+    """Log probabilities of the next token, [prompts (twice with an adapter: base, then adapted), vocabulary]."""
+    settings = {
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }  # fmt: skip
+    words = [sys.executable, "-c", SERVE, str(folder), str(adapter or ""), json.dumps(prompts)]
+    done = subprocess.run(words, env={**os.environ, **settings}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.tensor(json.loads(done.stdout.rpartition("RESULT")[2]))
+
+
+def test_vllm_serves_base_and_adapter_in_one_batch_as_the_baked_checkpoint(tmp_path):
+    pytest.importorskip("vllm")
+    from transformers import AutoModelForCausalLM
+
+    shape = {"hidden_size": 128, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 1}
+    source = store(tiny_llama(**shape), tmp_path / "base", torch.float32)
+    direction = torch.randn(1, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    affine = removal(direction / direction.norm())
+    plan = bake(open_checkpoint(source), map_sites(parse_scope("layers:0-3"), LAYERS, lambda _: affine))
+    (tmp_path / "edited").mkdir()
+    plan.write(tmp_path / "edited")
+    adapter = written(plan, tmp_path / "adapter")
+    prompts = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(2))
+    both = served(source, adapter, prompts.tolist())
+    for folder, found in ((source, both[:3]), (tmp_path / "edited", both[3:])):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            expected = model(input_ids=prompts).logits[:, -1].log_softmax(-1)
+        assert (found - expected).abs().max() <= 1e-3
+    assert (both[:3] - both[3:]).abs().max() > 1e-2
