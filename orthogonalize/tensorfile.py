@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -183,3 +184,8 @@ def header_bytes(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
+    """Write length and header (see `header_bytes`) into an open file."""
+    file.write(header_bytes(tensors, metadata))
