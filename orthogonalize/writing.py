@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from fcntl import ioctl
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ PIECE = 32 * 2**20  # bytes read, edited and written at a time
 WHOLE = 2 * PIECE  # a matrix up to this size is one piece; a larger one is cut across its columns
 RUN = 4096  # bytes of a row, at least, that such a cut takes
 AHEAD = 2  # pieces read before they are needed, and written after
+BLOCK = 4096  # bytes: what is written past the page cache begins and ends at multiples of it
+DIRECT = 2**28  # bytes from which on a file is written past the page cache, which it would only fill
 CALL = 2**20  # bytes a system call moves: more would push what it copies out of the nearer caches
 FLUSH = 256 * 2**20  # bytes after which the disk is told to begin
 TASKS = 8  # parts of a matrix that may be edited at once
@@ -72,6 +75,7 @@ class _Piece:
     first: bool = False
     last: bool = False
     data: Any = None  # torch.uint8, what was read and then edited
+    hashing: Future[None] | None = None  # of what was read, to be awaited before it is edited
 
 
 def _pieces(job: _Job) -> Iterator[_Piece]:
@@ -117,6 +121,60 @@ class _StoppedError(Exception):
     """Another file failed; this one need not be finished."""
 
 
+class DirectStream:
+    """Writes a file in order, in whole blocks, past the page cache, where the file system can."""
+
+    def __init__(self, path: Path) -> None:
+        self.carry = bytearray()  # what does not fill a block yet
+        self.done = 0
+        self.block = mmap(-1, BLOCK)  # memory that begins at a block
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
+            os.pwrite(self.descriptor, self.block, 0)  # some file systems open it and refuse to write
+        except (OSError, AttributeError):
+            self.close()
+
+    @property
+    def usable(self) -> bool:
+        return self.descriptor >= 0
+
+    def copy(self, data: bytes) -> None:
+        """Append bytes that lie anywhere in memory."""
+        for start in range(0, len(data), BLOCK // 2):
+            self.write(memoryview(data)[start : start + BLOCK // 2])
+
+    def write(self, view: memoryview) -> None:
+        """Append bytes; those that fill blocks are written from where they are, which must be aligned as the file."""
+        if self.carry:
+            head = view[: BLOCK - len(self.carry)]
+            self.carry += head
+            view = view[len(head) :]
+            if len(self.carry) == BLOCK:
+                self.block[:] = bytes(self.carry)
+                self._put(memoryview(self.block))
+                self.carry.clear()
+        whole = len(view) - len(view) % BLOCK
+        self._put(view[:whole])
+        self.carry += view[whole:]
+
+    def _put(self, view: memoryview) -> None:
+        while view:
+            count = os.pwrite(self.descriptor, view[:PIECE], self.done)
+            self.done += count
+            view = view[count:]
+
+    def rest(self) -> tuple[int, memoryview]:
+        """Where the last, unfilled block begins, and what is in it."""
+        return self.done, memoryview(bytes(self.carry))
+
+    def close(self) -> None:
+        """Close the file, complete or not."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
 class _FileWriter:
     """One weight file, from its source to its place in the result."""
 
@@ -124,6 +182,7 @@ class _FileWriter:
         self.file, self.target, self.jobs, self.pool = file, target, jobs, pool
         self.read_hash, self.written_hash = hashlib.sha256(), hashlib.sha256()
         self.spare: deque[torch.Tensor] = deque()
+        self.direct: DirectStream | None = None
         self.unflushed = 0
         self.flushing: Future[None] | None = None
 
@@ -134,7 +193,9 @@ class _FileWriter:
             stack.callback(os.close, self.source)
             self.out = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
             stack.callback(os.close, self.out)
-            reader, writer, self.disk = (stack.enter_context(ThreadPoolExecutor(1)) for _ in range(3))
+            reader, writer, self.disk, self.read_hasher, self.written_hasher = (
+                stack.enter_context(ThreadPoolExecutor(1)) for _ in range(5)
+            )
             self._begin()
             ahead: deque[tuple[_Piece, Future[None]]] = deque()
             behind: deque[Future[None]] = deque()
@@ -149,6 +210,8 @@ class _FileWriter:
                         raise _StoppedError
                     piece, reading = ahead.popleft()
                     reading.result()
+                    if piece.hashing is not None:
+                        piece.hashing.result()
                     self._edit(piece, record)
                     behind.append(writer.submit(self._write, piece))
                     if len(behind) > AHEAD:
@@ -156,11 +219,16 @@ class _FileWriter:
                     advance(piece.size if piece.columns is None else sum(size for _, size in _spans(piece)))
                 for writing in behind:
                     writing.result()
+                if self.direct is not None:
+                    self._drain(self.out, *self.direct.rest())
                 os.fsync(self.out)
             except BaseException:
                 for _, reading in ahead:
                     reading.cancel()
                 raise
+            finally:
+                if self.direct is not None:
+                    self.direct.close()
         return self.read_hash.hexdigest(), self.written_hash.hexdigest()
 
     def _begin(self) -> None:
@@ -172,7 +240,22 @@ class _FileWriter:
         new = bytes(old) if inherited else header_bytes([job.info for job in self.jobs], self.file.metadata)
         self.written_hash.update(new)
         self.data_start = len(new)
-        self._drain(self.out, 0, memoryview(new))
+        if self._may_be_direct():
+            self.direct = DirectStream(self.target)
+        if self.direct is not None and self.direct.usable:
+            self.direct.copy(new)
+        else:
+            self.direct = None
+            self._drain(self.out, 0, memoryview(new))
+
+    def _may_be_direct(self) -> bool:
+        """Whether the pieces come in the file's order, and where their numbers can be addressed in memory."""
+        aligned = all(
+            (self.data_start + job.info.start) % (DTYPES[job.info.dtype].itemsize if job.edit else 1) == 0
+            for job in self.jobs
+        )
+        large = sum(job.info.size for job in self.jobs) >= DIRECT
+        return large and aligned and not any(piece.columns for job in self.jobs for piece in _pieces(job))
 
     def _fill(self, descriptor: int, offset: int, view: memoryview) -> None:
         while view:
@@ -190,10 +273,12 @@ class _FileWriter:
     def _read(self, piece: _Piece) -> None:
         job = piece.job
         size = sum(size for _, size in _spans(piece))
-        piece.data = self._take(size)
+        piece.data = self._take(size, self.data_start + job.info.start + piece.start)
         view = memoryview(piece.data.numpy())
-        if piece.columns is not None and piece.first and isinstance(job.origin, int):
-            self._hash(self.source, job.origin, job.info.size, self.read_hash)
+        if piece.columns is not None and piece.first and job.inherited:
+            assert isinstance(job.origin, int)
+            hashing = self.read_hasher.submit(self._hash, self.source, job.origin, job.info.size, self.read_hash)
+            hashing.result()
         for start, count in _spans(piece):
             if isinstance(job.origin, int):
                 self._fill(self.source, job.origin + start, view[:count])
@@ -201,14 +286,21 @@ class _FileWriter:
                 view[:count] = job.origin[start : start + count]
             view = view[count:]
         if job.inherited and piece.columns is None:
-            self.read_hash.update(piece.data.numpy())
+            piece.hashing = self.read_hasher.submit(self.read_hash.update, piece.data.numpy())
         if job.replaced is not None:
+            if piece.hashing is not None:
+                piece.hashing.result()
             memoryview(piece.data.numpy())[:] = job.replaced[piece.start : piece.start + piece.size]
 
-    def _take(self, size: int) -> torch.Tensor:
-        """Memory for a piece, used again and again: fresh pages cost as much as the copy into them."""
-        buffer = self.spare.popleft() if self.spare else torch.empty(WHOLE, dtype=torch.uint8)
-        return buffer[:size] if size <= WHOLE else torch.empty(size, dtype=torch.uint8)
+    def _take(self, size: int, place: int) -> torch.Tensor:
+        """Memory for a piece at `place` in the file, used again and again: fresh pages cost as much as a copy.
+
+        It lies in its blocks as the piece lies in those of the file, so that it can be written from there.
+        """
+        fresh = size > WHOLE or not self.spare
+        buffer = torch.empty(max(size, WHOLE) + BLOCK, dtype=torch.uint8) if fresh else self.spare.popleft()
+        skip = (place - buffer.data_ptr()) % BLOCK if self.direct is not None else 0
+        return buffer[skip : skip + size]
 
     def _hash(self, descriptor: int, offset: int, size: int, digest: Any) -> None:
         """Feed a span of a file to `digest`, where its pieces come in another order than its bytes."""
@@ -249,6 +341,12 @@ class _FileWriter:
         job = piece.job
         view = memoryview(piece.data.numpy())
         start = self.data_start + job.info.start
+        if self.direct is not None:
+            hashing = self.written_hasher.submit(self.written_hash.update, view)
+            self.direct.write(view)
+            hashing.result()
+            self._give_back(piece)
+            return
         for offset, count in _spans(piece):
             self._drain(self.out, start + offset, view[:count])
             view = view[count:]
@@ -257,12 +355,16 @@ class _FileWriter:
         elif piece.last:
             self._hash(self.out, start, job.info.size, self.written_hash)
         self.unflushed += len(piece.data)
-        if piece.data.untyped_storage().size() == WHOLE:
-            self.spare.append(torch.empty(0, dtype=torch.uint8).set_(piece.data.untyped_storage()))
-        piece.data = None
+        self._give_back(piece)
         if self.unflushed > FLUSH and (self.flushing is None or self.flushing.done()):
             self.unflushed = 0
             self.flushing = self.disk.submit(os.fsync, self.out)
+
+    def _give_back(self, piece: _Piece) -> None:
+        storage = piece.data.untyped_storage()
+        piece.data = None
+        if storage.size() == WHOLE + BLOCK:
+            self.spare.append(torch.empty(0, dtype=torch.uint8).set_(storage))
 
 
 def copy_file(source: Path, target: Path, link: bool = False) -> None:
