@@ -33,7 +33,8 @@ from .tensorfile import DTYPES, TensorFile, TensorInfo, header_bytes, stored_byt
 PIECE = 32 * 2**20  # bytes read, edited and written at a time
 WHOLE = 2 * PIECE  # a matrix up to this size is one piece; a larger one is cut across its columns
 RUN = 4096  # bytes of a row, at least, that such a cut takes
-AHEAD = 2  # pieces read before they are needed, and written after
+AHEAD = 3  # pieces read before they are needed, and written after
+REQUEST = 8 * 2**20  # bytes that are written at once past the page cache
 BLOCK = 4096  # bytes: what is written past the page cache begins and ends at multiples of it
 DIRECT = 2**28  # bytes from which on a file is written past the page cache, which it would only fill
 CALL = 2**20  # bytes a system call moves: more would push what it copies out of the nearer caches
@@ -129,6 +130,7 @@ class DirectStream:
         self.done = 0
         self.block = mmap(-1, BLOCK)  # memory that begins at a block
         self.descriptor = -1
+        self.requests = ThreadPoolExecutor(4)
         try:
             self.descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT)
             os.pwrite(self.descriptor, self.block, 0)  # some file systems open it and refuse to write
@@ -159,10 +161,17 @@ class DirectStream:
         self.carry += view[whole:]
 
     def _put(self, view: memoryview) -> None:
+        """Write whole blocks, several requests at once, as disks want them."""
+        starts = range(0, len(view), REQUEST)
+        requests = [self.requests.submit(self._put_one, view[s : s + REQUEST], self.done + s) for s in starts]
+        for request in requests:
+            request.result()
+        self.done += len(view)
+
+    def _put_one(self, view: memoryview, offset: int) -> None:
         while view:
-            count = os.pwrite(self.descriptor, view[:PIECE], self.done)
-            self.done += count
-            view = view[count:]
+            count = os.pwrite(self.descriptor, view, offset)
+            view, offset = view[count:], offset + count
 
     def rest(self) -> tuple[int, memoryview]:
         """Where the last, unfilled block begins, and what is in it."""
@@ -170,6 +179,7 @@ class DirectStream:
 
     def close(self) -> None:
         """Close the file, complete or not."""
+        self.requests.shutdown()
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

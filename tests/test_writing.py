@@ -130,6 +130,25 @@ def test_the_hubs_cache_of_links_is_read_and_linked_through(source, basis, tmp_p
     assert weights(tmp_path / "edited") == weights(tmp_path / "plain")
 
 
+@pytest.mark.parametrize("inner", [48, 500])
+def test_writing_past_the_page_cache_gives_the_same_bytes(basis, tmp_path, monkeypatch, inner):
+    source = store(tiny_llama(intermediate_size=inner), tmp_path / "base", torch.bfloat16, shards=2)
+    _, through = written(source, tmp_path / "through", basis)
+    used = []
+    real = writing.DirectStream.rest
+    monkeypatch.setattr(writing.DirectStream, "rest", lambda self: used.append(self.done) or real(self))
+    monkeypatch.setattr(writing, "DIRECT", 0)
+    monkeypatch.setattr(writing, "PIECE", 2**14)
+    monkeypatch.setattr(writing, "WHOLE", 2**15)
+    monkeypatch.setattr(writing, "REQUEST", 4096)
+    _, past = written(source, tmp_path / "past", basis)
+    if not used:
+        pytest.skip("this file system cannot be written past its cache")
+    assert max(used) > 4096
+    assert weights(tmp_path / "past") == weights(tmp_path / "through")
+    assert past.result == through.result == sha256(weights(tmp_path / "past"))
+
+
 def test_the_header_of_a_file_without_additions_stays_byte_for_byte(basis, tmp_path):
     source = store(tiny_llama(), tmp_path / "base", torch.float32, shards=2)
     written(source, tmp_path / "edited", basis)
