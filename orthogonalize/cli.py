@@ -333,6 +333,7 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
     show_default=True,
     help="lora: a PEFT adapter, where only linear layers change.",
 )
+@click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share.")
 @click.option("--link", is_flag=True, help="Hard links instead of copies of files in which nothing is edited.")
 @revision_option
 def edit(model: str, out: Path, **options: Any) -> None:
@@ -346,6 +347,9 @@ def edit(model: str, out: Path, **options: Any) -> None:
     recipe = run_edit(model, out, **options)
     if options["format"] == "lora":
         click.echo(f"{recipe.choice.describe()}; adapter: {out}")
+        return
+    if not out.exists():
+        click.echo(f"{recipe.choice.describe()}: share {options['shard']} is written; {out} appears with the last")
         return
     click.echo(
         f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "

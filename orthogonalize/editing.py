@@ -28,6 +28,7 @@ from .recording import Recording
 from .run import Run, load_run
 from .scopes import written_stream
 from .selection import layer_ranking
+from .shares import Share, put_together, remove_shares, waiting_for, write_share
 from .tensoredits import Rounding
 from .writing import Written
 
@@ -167,6 +168,7 @@ def edit(
     rounding: Rounding | None = None,
     workers: int = 1,
     link: bool = False,
+    shard: str | None = None,
     format: Literal["checkpoint", "lora"] = "checkpoint",
     force: bool = False,
 ) -> Recipe:
@@ -177,7 +179,8 @@ def edit(
     not given comes from the run (see `choose`). `rounding` is `cancelling` (default: the rounding of the
     stored weights keeps the edit) or `nearest`; `workers` is how many files are written at a time; with
     `link`, files in which nothing is edited become hard links to the source's. The `format` `lora` writes
-    the same edit as a PEFT adapter instead, where it changes linear layers only.
+    the same edit as a PEFT adapter instead, where it changes linear layers only. With `shard` (`i/n`) only
+    a share of the files is written (see `shares`), and `out` appears with the last one.
 
     Returns:
         The recipe, which is also written into the checkpoint as orthogonalize.json.
@@ -186,6 +189,7 @@ def edit(
         OrthogonalizeError: anything that cannot be done exactly; nothing is written then.
     """
     out = Path(out)
+    share = Share.parse(shard) if shard else None
     inputs = [Path(p) for p in (model, run, direction, recipe) if p is not None]
     check_free(out, EDITED, force, inputs)
     if sum(source is not None for source in (run, direction, recipe)) != 1:
@@ -250,8 +254,11 @@ def edit(
             written.base.weights = source.fingerprint()
             written.save(partial)
         return written
+    expected = former.base.weights if former else None
+    if share is not None:
+        return _write_share(plan, out, share, written, force=force, workers=workers, link=link, expected=expected)
     with complete_folder(out, EDITED, force) as partial:
-        done = _write(plan, partial, workers, link, former.base.weights if former else None)
+        done = _write(plan, partial, workers, link, expected)
         written.base.weights, written.weights = done.source, done.result
         written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
         written.save(partial)
@@ -264,3 +271,19 @@ def edit(
 def _write(plan: Bake, folder: Path, workers: int, link: bool, expected: dict[str, str] | None) -> Written:
     with track("writing the checkpoint", plan.output_bytes, "bytes") as advance:
         return plan.write(folder, advance, workers=workers, link=link, expected=expected)
+
+
+def _write_share(plan: Bake, out: Path, share: Share, recipe: Recipe, *, force: bool, **how: Any) -> Recipe:
+    """Write one share, and the checkpoint where that was the last."""
+    with track(f"writing share {share.number} of {share.of}", plan.output_bytes // share.of, "bytes") as advance:
+        write_share(plan, out, share, recipe, force=force, progress=advance, **how)
+    waiting = waiting_for(share, out)
+    if waiting:
+        note(f"{out} will be complete with {', '.join(folder.name for folder in waiting)}")
+        return recipe
+    with complete_folder(out, EDITED, force) as partial:
+        whole = put_together(plan, share, out, partial)
+        whole.save(partial)
+        write_card(partial, whole, plan.source.path)
+    remove_shares(share, out)
+    return whole

@@ -252,3 +252,31 @@ def test_an_edit_killed_while_it_writes_is_tidied_up_by_the_next(source, directi
     edit(str(source), tmp_path / "out", direction=direction, scope="all")
     assert not list(tmp_path.glob(".out*"))
     assert load_recipe(tmp_path / "out").weights == sha256(weights(tmp_path / "out"))
+
+
+def test_shares_written_apart_make_the_same_checkpoint(source, direction, tmp_path):
+    edit(str(source), tmp_path / "whole", direction=direction, scope="all")
+    apart = tmp_path / "apart"
+    for shard in ("2/3", "1/3"):
+        edit(str(source), apart, direction=direction, scope="all", shard=shard)
+        assert not apart.exists()
+    assert sorted(f.name for f in tmp_path.glob("apart*")) == ["apart.share-1-of-3", "apart.share-2-of-3"]
+    words = ["--quiet", "edit", source, "--direction", direction, "--scope", "all", "--out", apart]
+    result = CliRunner().invoke(main, [str(word) for word in [*words, "--shard", "3/3"]])
+    assert result.exit_code == 0, result.output
+    assert [f.name for f in tmp_path.glob("apart*")] == ["apart"]
+    assert weights(apart) == weights(tmp_path / "whole")
+    assert {f.name for f in apart.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+    assert load_recipe(apart) == load_recipe(tmp_path / "whole")
+
+
+def test_shares_of_two_edits_are_not_mixed(source, direction, tmp_path):
+    edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
+    with pytest.raises(OrthogonalizeError, match="a share of another edit"):
+        edit(str(source), tmp_path / "out", direction=direction, scope="layers:1", shard="2/2")
+    assert not (tmp_path / "out").exists()
+    edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="2/2", force=True)
+    assert (tmp_path / "out").is_dir()
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(OrthogonalizeError, match="give i/n"):
+            edit(str(source), tmp_path / "other", direction=direction, shard=wrong)
