@@ -101,6 +101,15 @@ def scales_of(source: Checkpoint, name: str, axis: int) -> Scales | None:
     return Scales(table.mT.contiguous().numpy(), (every[1], every[0]))
 
 
+def real_values(source: Checkpoint, name: str) -> torch.Tensor:
+    """Tensor `name`, and where it is FP8 the numbers that it stands for, in float64."""
+    stored, scales = source.read(name), scales_of(source, name, 0)
+    if scales is None:
+        return stored
+    rows, columns = (torch.arange(n) // every for n, every in zip(stored.shape, scales.every, strict=True))
+    return stored.double() * torch.from_numpy(scales.values).double()[rows][:, columns]
+
+
 def _group_blocks(settings: dict[str, object]) -> tuple[int, int] | None:
     """The block structure that a compressed-tensors configuration names, where it does."""
     groups = settings.get("config_groups")

@@ -33,8 +33,8 @@ class Rewrite:
         return self.source.weight_bytes + sum(addition.size for addition in self.additions.values())
 
     @cached_property
-    def changes(self) -> Changes:
-        """What is done to the tensors; the plan must be complete."""
+    def _scales(self) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:
+        """The scales of edited FP8 tensors, and the scale tensors that get other values; the plan must be complete."""
         scales: dict[str, Scales] = {}
         replaced: dict[str, torch.Tensor] = {}
         for name, edit in self.edits.items():
@@ -43,6 +43,12 @@ class Rewrite:
                 scales[name], table = found
                 if table is not None:
                     replaced[str(scale_name(self.source, name))] = table
+        return scales, replaced
+
+    @property
+    def changes(self) -> Changes:
+        """What is done to the tensors."""
+        scales, replaced = self._scales
         return Changes(self.edits, self.additions, scales, replaced, self.rounding)
 
     def edited(self, name: str) -> torch.Tensor:

@@ -15,7 +15,9 @@ from .errors import OrthogonalizeError
 from .hooks import intervened
 from .models import find_model, load_model
 from .progress import track
+from .quantisation import real_values
 from .recipe import Recipe, Verification, load_recipe
+from .tensorfile import stored_bytes
 
 TOLERANCE = 1e-3  # largest difference of a logit that float32 arithmetic explains
 
@@ -29,10 +31,10 @@ class Verified(Audit):
 
 def _rebuilds(edited: Checkpoint, plan: Bake) -> bool:
     """Whether the recipe's plan gives, tensor by tensor, the bytes that are stored."""
-    names = sorted(plan.edits.keys() | plan.additions.keys())
+    names = sorted(plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys())
     with track("rebuilding from the recipe", len(names), "tensors") as advance:
         for name in names:
-            if name not in edited.tensors or not torch.equal(plan.edited(name), edited.read(name)):
+            if name not in edited.tensors or stored_bytes(plan.edited(name)) != stored_bytes(edited.read(name)):
                 return False
             advance(1)
     return True
@@ -58,7 +60,7 @@ def _unrounded(model: Any, edited: Path, plan: Bake) -> Any:
     exact: dict[str, torch.Tensor] = {}
     for name, edit in plan.edits.items():
         addition = plan.additions.get(name)
-        exact[name] = edit.exact(addition.make() if addition else plan.source.read(name))
+        exact[name] = edit.exact(addition.make() if addition else real_values(plan.source, name))
     parameters = dict(model.named_parameters())
     if exact.keys() <= parameters.keys():
         for name, tensor in exact.items():
@@ -120,7 +122,7 @@ def verify(
         raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
     plan = bake(source, recipe.intervention())
     plan.rounding = recipe.rounding
-    expected = plan.edits.keys() | plan.additions.keys()
+    expected = plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys()
     changes = [*result.changed, *result.added, *result.missing]
     unexpected = sorted({*changes} - expected) + result.side_files
     wanted = {**source.config, **plan.config_changes}

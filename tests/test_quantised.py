@@ -156,3 +156,18 @@ def test_a_format_too_coarse_is_refused_with_the_way_out(original, tmp_path):
         (folder / "config.json").write_bytes((original / "config.json").read_bytes())
         with pytest.raises(OrthogonalizeError, match=message):
             bake(open_checkpoint(folder), map_sites(parse_scope("all"), LAYERS, lambda _: removal(direction()[None])))
+
+
+@pytest.mark.parametrize("layout", ["small blocks", "channel"])
+def test_the_recipe_of_an_fp8_edit_rebuilds_and_verifies(original, tmp_path, layout):
+    from orthogonalize.editing import edit
+    from orthogonalize.verification import verify
+
+    source = quantised(original, tmp_path / "fp8", layout)
+    save_file({"direction": direction()}, tmp_path / "direction.safetensors")
+    edit(str(source), tmp_path / "edited", direction=tmp_path / "direction.safetensors", scope="layers:1-2")
+    proof = verify(tmp_path / "edited", logits=layout == "small blocks").verification
+    assert proof is not None
+    assert proof.rebuilt
+    assert not proof.unexpected_changes
+    assert proof.passed
