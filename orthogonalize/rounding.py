@@ -19,7 +19,7 @@ import torch
 from .kernels import edit_tiles
 
 # Errors that need no further work, in units of a vector's typical component |x| / sqrt(d), by rank 1 or more.
-ENOUGH = (2e-6, 5e-4)
+ENOUGH = (2e-6, 8e-4)
 
 
 class Grid(NamedTuple):
