@@ -520,6 +520,7 @@ def edit_tiles(
     had go to `before` [k, last - first].
     """
     d, k = v.shape
+    length = np.sqrt(np.sum(v * v))
     room = grid[3] * grid[1] / 4  # what exceeds the largest value by half a unit is rounded to it
     x, q = np.empty((d, VECTORS), u.dtype), np.empty((d if cancel else 0, VECTORS), u.dtype)
     for start in range(first, last, VECTORS):
@@ -534,7 +535,7 @@ def edit_tiles(
         if cancel:
             tolerance = enough * np.sqrt(k * squares / d)  # of a vector's typical component
             # A flip finishes what is within its reach: some times the typical step of a component.
-            reach = np.maximum(tolerance, 4 * grid[1] * np.sqrt(squares) / d) if k == 1 else tolerance
+            reach = np.maximum(tolerance, 4 * grid[1] * length * np.sqrt(squares) / d) if k == 1 else tolerance
             multiplier = _multipliers(x, v, inverse, reach, tile, every[0], grid, e)
             _flip_all(x, v, multiplier, tolerance, tile, every[0], grid, q, e)
             _flip_rest(x, v, tolerance, tile, every[0], grid, q, e)

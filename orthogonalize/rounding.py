@@ -18,7 +18,7 @@ import torch
 
 from .kernels import edit_tiles
 
-# Errors that need no further work, in units of a vector's typical component |x| / sqrt(d), by rank 1 or more.
+# Errors that need no further work, as a share of what an edit typically changes of a component, by rank 1 or more.
 ENOUGH = (2e-6, 8e-4)
 
 
@@ -90,7 +90,15 @@ class VectorEdit:
             number(x) for x in (2.0**limits.lowest, 2.0**-limits.bits, 1.5 * 2.0**digits, limits.largest)
         )
         self._rounds, self._cancels = grid is not None, cancel and grid is not None and v.shape[1] > 0
-        self._enough = ENOUGH[0 if v.shape[1] < 2 else 1]
+        self._enough = ENOUGH[0 if v.shape[1] < 2 else 1] * self._typical_change()
+
+    def _typical_change(self) -> float:
+        """How far the edit moves a component, where the component of a unit direction is 1 (a shift: its length)."""
+        u, v, _ = self._exact
+        if not v.shape[1]:
+            return 1.0
+        lengths = np.linalg.norm(v, axis=0)
+        return float(np.linalg.norm((v.T @ u) * lengths if u.any() else lengths) / np.sqrt(v.shape[1]))
 
     def __call__(
         self, stored: np.ndarray[Any, Any], by_rows: bool, first: int, last: int, scales: Scales | None = None
