@@ -9,6 +9,7 @@ where the edited numbers would not fit under it.
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 
 import torch
 
@@ -41,16 +42,25 @@ def scale_name(source: Checkpoint, name: str) -> str | None:
     return next((name + suffix for suffix in SCALES if name + suffix in source.tensors), None)
 
 
+def refuse_packed(tensors: Container[str], name: str) -> None:
+    """Refuse a weight that is there in a packed format only.
+
+    Raises:
+        OrthogonalizeError: among `tensors` is a packed form of `name`.
+    """
+    stem = name.removesuffix(".weight").removesuffix("weight")
+    for suffix, what in PACKED.items():
+        if any(known in tensors for known in (name + suffix, f"{stem}.{suffix}", stem + suffix)):
+            raise OrthogonalizeError(f"{name} is stored as {what}, {WAY_OUT}")
+
+
 def check_editable(source: Checkpoint, name: str) -> None:
     """Refuse a tensor that an edit cannot be stored in.
 
     Raises:
         OrthogonalizeError: `name` is there in a format that cannot be edited, or only in a packed one.
     """
-    stem = name.removesuffix(".weight").removesuffix("weight")
-    for suffix, what in PACKED.items():
-        if any(known in source.tensors for known in (name + suffix, f"{stem}.{suffix}", stem + suffix)):
-            raise OrthogonalizeError(f"{name} is stored as {what}, {WAY_OUT}")
+    refuse_packed(source.tensors, name)
     info = source.tensors.get(name)
     if info is None or info.dtype in EDITABLE:
         return

@@ -11,6 +11,7 @@ from typing import Any
 from .architectures import Architecture, Embedded, Part, bias_name
 from .errors import OrthogonalizeError
 from .interventions import Site
+from .quantisation import refuse_packed
 from .tensorfile import TensorInfo
 
 # What quantised checkpoints store beside, or instead of, a weight.
@@ -96,6 +97,7 @@ class Sites:
         found = [part for part in described.values() if self.writes(part, layer)]
         if described and not found:
             missing = self.in_layer(next(iter(next(iter(described.values())).writes)), layer)
+            refuse_packed(self.tensors, missing)
             stem = missing.removesuffix(".weight")
             packed = next((stem + end for end in COMPANIONS if stem + end in self.tensors), None)
             if packed is not None:
