@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -457,6 +458,55 @@ def _show_audit(audit: Any) -> None:
         table.add_row("not explained by the recipe", ", ".join(proof.unexpected_changes) or "nothing")
         table.add_row("verdict", "[green]verified[/]" if proof.passed else "[red]NOT verified[/]")
     console.print(table)
+
+
+@main.command()
+@click.argument("model")
+@click.option("--run", type=_path(), required=True, help="The run whose directions and test prompts are used.")
+@out_option
+@click.option("--methods", default="", help="ablate,nullspace,… (default: all that the run has directions for).")
+@click.option("--scopes", default="one,top:50%,all", show_default=True)
+@click.option(
+    "--semantics",
+    type=click.Choice(["weights", "residual"]),
+    default="weights",
+    show_default=True,
+    help="residual: the reference's own hooks, with --engine hf.",
+)
+@measuring_options
+@revision_option
+def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: str, judge: str, **options: Any) -> None:
+    """Measure every method over every scope, in one engine: the comparison table.
+
+    The engine starts once; each edit's weights are swapped in place. A sweep that was cut off goes on where it
+    stopped.
+    """
+    from .sweep import sweep as run_sweep
+    from .sweep import sweep_columns, sweep_rows
+
+    found = run_sweep(
+        model,
+        run,
+        out,
+        suites=_words(suite),
+        methods=_words(methods),
+        scopes=_scopes(scopes),
+        judges=_judges(judge),
+        options=_engine_options(options),
+        **options,
+    )
+    table = Table(title=f"{found.model} ({found.engine_version})")
+    for name in sweep_columns(found):
+        table.add_column(name)
+    for row in sweep_rows(found):
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+    click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
+
+
+def _scopes(text: str) -> list[str]:
+    """Scopes apart; a comma followed by a number belongs to its layers."""
+    return [part.strip() for part in re.split(r",(?!\s*\d)", text) if part.strip()]
 
 
 @main.command()

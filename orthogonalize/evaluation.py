@@ -235,7 +235,7 @@ def evaluate(
     options = options or EngineOptions(device=device)
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
     settings = (suites, engine, engine_version(engine), max_new_tokens, limit, str(data), found.info.prompts)
-    journal = Journal(out, fingerprint_of(settings, *(_state(f) for f in (folder, checkpoint))))
+    journal = Journal(out, fingerprint_of(settings, *(folder_state(f) for f in (folder, checkpoint))))
 
     memory = Memory()
     with _engines(engine, folder, checkpoint, tokenizer, plan.max_model_len, options, separate_engines) as (
@@ -275,7 +275,7 @@ def evaluate(
     return report
 
 
-def _state(folder: Path) -> list[Any]:
+def folder_state(folder: Path) -> list[Any]:
     """What changes when a checkpoint's weights do, without reading them: names, sizes and times of its files."""
     files = open_checkpoint(folder).files
     return [(name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for name, file in sorted(files.items())]

@@ -153,7 +153,7 @@ def make_plan(
     public = [name for name in names if name in PROMPT_SETS]
     counted = "refusal" in names or "behaviour" in names or bool(public)
     own = "loss" in names or "kl" in names
-    sets: list[AnswerSet] = Field(default_factory=list)
+    sets: list[AnswerSet] = []
     answering = None
     if counted or own:
         contrast = _contrast_sets(run, chat, limit)

@@ -37,9 +37,8 @@ class Memory:
         self.own_prompts, self.own = [p for p, _ in kept], [a for _, a in kept]
 
     def restore(self, rows: Sequence[Any]) -> None:
-        """Take the base's distributions from a file (see `Likeliest.rows`)."""
-        if not self.distributions:
-            self.distributions = [Likeliest.of(pair) for pair in rows]
+        """Take the base's distributions as a file holds them (see `Likeliest.rows`)."""
+        self.distributions = [Likeliest.of(pair) for pair in rows]
 
 
 class Suite(Protocol):
