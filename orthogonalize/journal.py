@@ -52,7 +52,7 @@ class Journal:
         return self.done[name]
 
     def _store(self, name: str, result: Any) -> None:
-        self.done[name] = result
+        self.done[name] = json.loads(json.dumps(result))  # what is changed later must not change what is stored
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Rewritten whole: a line that a killed run cut off would spoil what is appended to it.
         partial = self.file.with_name(self.file.name + "-writing")

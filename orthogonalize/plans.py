@@ -76,7 +76,7 @@ class Plan:
                 series = suite.measure(engine, memory)
                 made: dict[str, Any] = {"series": {key: s.model_dump() for key, s in series.items()}}
                 if suite is self.answering:
-                    made["answers"] = memory.answers
+                    made["answers"] = dict(memory.answers)
                 if is_base and suite.name == "kl":
                     made["distributions"] = [d.rows() for d in memory.distributions]
                 return made
