@@ -32,6 +32,9 @@ def set_environment(on_cpu: bool, parallel: bool = False) -> None:
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        # Compiling the few lines that rank log-probabilities takes longer than they ever will, without a GPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        torch._dynamo.config.disable = True
         # A process of its own costs a CPU engine 20 s to start, and frees nothing that a GPU would need.
         if not parallel:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
