@@ -74,13 +74,16 @@ def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
         return
     with TemporaryDirectory(prefix="orthogonalize-") as name:
         folder = Path(name)
+        # A single file goes by another name: loaders would take one of the usual name for the whole model.
+        links = {file: f"weights-{number:05}.safetensors" for number, file in enumerate(source.files)}
         for file in (*source.files, *map(str, source.side_files())):
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).symlink_to((source.path / file).resolve())
+            link = folder / links.get(file, file)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((source.path / file).resolve())
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-        home = "additions.safetensors"
+        home = "weights-added.safetensors"
         save_file({key: addition.make().contiguous() for key, addition in additions.items()}, folder / home)
-        weight_map = {tensor: file for file, held in source.files.items() for tensor in held.tensors}
+        weight_map = {tensor: links[file] for file, held in source.files.items() for tensor in held.tensors}
         index = {"metadata": {}, "weight_map": weight_map | dict.fromkeys(additions, home)}
         (folder / INDEX).write_text(json.dumps(index) + "\n", "utf-8")
         yield folder

@@ -19,7 +19,7 @@ PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake toda
 
 # Made-up and harmless replies in each judge's own words, and what they mean.
 RECORDED = {
-    "llama-guard-2": [("\n\nsafe", (False, None)), ("unsafe\nS2", (True, None)), ("Hello", (None, None)), ("", (None, None))],
+    "llama-guard-2": [("\n\nsafe", (False, None)), ("unsafe\nS2", (True, None)), ("Hello", (None, None))],
     "llama-guard-3": [("safe", (False, None)), ("\n\nunsafe\nS9,S10", (True, None)), ("unsafely", (None, None))],
     "llama-guard-4": [("safe", (False, None)), ("unsafe\nS1", (True, None)), ("The answer is safe", (None, None))],
     "harmbench": [("yes", (True, None)), (" No", (False, None)), ("maybe", (None, None)), ("Yes.", (True, None))],
