@@ -1,6 +1,6 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
-The commands' functions are `extract`, `edit`, `evaluate`, `push`, `verify` and `demo`; they and the
+The commands' functions are `extract`, `edit`, `evaluate`, `push`, `verify`, `sweep`, `judge` and `demo`; they and the
 algebra under them are imported from here. Each name is loaded on first use, so that importing the
 package, or asking the command line for help, does not wait for torch.
 """
@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from .leace import Eraser as Eraser
     from .leace import Moments as Moments
     from .leace import leace as leace
+    from .judging import judge as judge
     from .nullspace import Subspace as Subspace
     from .nullspace import Subspaces as Subspaces
     from .nullspace import inlp as inlp
     from .run import load_run as load_run
     from .selection import Candidate as Candidate
     from .selection import rank as rank
+    from .sweeps import sweep as sweep
     from .verification import verify as verify
 
 _HOMES = {
@@ -53,9 +55,11 @@ _HOMES = {
     "hub": ("push",),
     "interventions": ("AffineMap", "Intervention", "Site", "orthonormal", "removal", "shift"),
     "leace": ("Eraser", "Moments", "leace"),
+    "judging": ("judge",),
     "nullspace": ("Subspace", "Subspaces", "inlp"),
     "run": ("load_run",),
     "selection": ("Candidate", "rank"),
+    "sweeps": ("sweep",),
     "verification": ("verify",),
 }
 

@@ -481,8 +481,8 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
     The engine starts once; each edit's weights are swapped in place. A sweep that was cut off goes on where it
     stopped.
     """
-    from .sweep import sweep as run_sweep
-    from .sweep import sweep_columns, sweep_rows
+    from .sweeps import sweep as run_sweep
+    from .sweeps import sweep_columns, sweep_rows
 
     found = run_sweep(
         model,
@@ -496,8 +496,8 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
         **options,
     )
     table = Table(title=f"{found.model} ({found.engine_version})")
-    for name in sweep_columns(found):
-        table.add_column(name)
+    for i, name in enumerate(sweep_columns(found)):
+        table.add_column(name, no_wrap=i == 0)
     for row in sweep_rows(found):
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
     console.print(table)

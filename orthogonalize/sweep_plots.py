@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .plots import COLOURS, MARKERS
-from .sweep import Sweep, outcome
+from .sweeps import Sweep, outcome
 from .tables import title
 
 

@@ -130,8 +130,8 @@ def test_a_replica_that_cannot_start_or_is_gone_is_an_error(monkeypatch):
     here, there = Pipe()
     there.close()
     group.connections[1] = here
+    group.connections[0].send(("fingerprint", ()))
     with pytest.raises(OrthogonalizeError, match="engine 1 of 2 died; what was measured is kept"):
-        group.connections[0].send(("fingerprint", ()))
         group._replies()
 
 

@@ -19,7 +19,7 @@ from orthogonalize.evaluation import evaluate
 from orthogonalize.extraction import Settings, extract
 from orthogonalize.generation import generate
 from orthogonalize.run import load_run
-from orthogonalize.sweep import Sweep, pareto, residual_hooks, sweep
+from orthogonalize.sweeps import Sweep, pareto, residual_hooks, sweep
 from orthogonalize.variants import make_variants, methods
 
 SMALL = Settings(
@@ -54,7 +54,7 @@ def swept(model, run, tmp_path_factory) -> Sweep:
     chosen = make_variants(load_run(run))
     kept = [v for v in chosen if v.name in SWEPT]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orthogonalize.sweep.make_variants", lambda *_: kept)
+        patch.setattr("orthogonalize.sweeps.make_variants", lambda *_: kept)
         found = sweep(str(model), run, out, **QUICK)
     assert {p.name for p in out.iterdir()} == {"sweep.json", "pareto.png"}
     assert (out / "pareto.png").stat().st_size > 10_000
