@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from .interventions import orthonormal as orthonormal
     from .interventions import removal as removal
     from .interventions import shift as shift
+    from .judging import judge as judge
     from .leace import Eraser as Eraser
     from .leace import Moments as Moments
     from .leace import leace as leace
-    from .judging import judge as judge
     from .nullspace import Subspace as Subspace
     from .nullspace import Subspaces as Subspaces
     from .nullspace import inlp as inlp
