@@ -25,10 +25,10 @@ def _rate_verdict(report: Report, key: str, what: str) -> str | None:
     pair = report.paired.get(key)
     if before is None or after is None or pair is None or not pair.n:
         return None
-    span = f"{_percent(before.value)} to {_percent(after.value)} (n = {pair.n})"
+    old, new = _percent(before.value), _percent(after.value)
     if not _moved(pair):
-        return f"{what}: no change that {pair.n} prompts could show ({span})."
-    return f"{what} {'rose' if pair.difference > 0 else 'fell'} from {span}."
+        return f"{what}: no change that {pair.n} items could show ({old} and {new})."
+    return f"{what} {'rose' if pair.difference > 0 else 'fell'} from {old} to {new} (n = {pair.n})."
 
 
 def _loss_verdict(report: Report, key: str) -> str | None:
@@ -57,7 +57,7 @@ def verdicts(report: Report) -> list[str]:
         ]
     for judge in report.base.judges:
         found.append(
-            _rate_verdict(report, f"judges.{judge}.harmful.target", f"Harmful answers to target prompts, by {judge},")
+            _rate_verdict(report, f"judges.{judge}.harmful.target", f"Harmful answers to target prompts (by {judge})")
         )
     found += [_loss_verdict(report, key) for key in report.paired if key.startswith("loss.")]
     kl = report.edited.kl
