@@ -1,6 +1,6 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
-The commands' functions are `extract`, `edit`, `evaluate`, `push`, `verify` and `demo`; they and the
+The commands' functions are `extract`, `edit`, `evaluate`, `push`, `verify`, `sweep`, `judge` and `demo`; they and the
 algebra under them are imported from here. Each name is loaded on first use, so that importing the
 package, or asking the command line for help, does not wait for torch.
 """
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .interventions import orthonormal as orthonormal
     from .interventions import removal as removal
     from .interventions import shift as shift
+    from .judging import judge as judge
     from .leace import Eraser as Eraser
     from .leace import Moments as Moments
     from .leace import leace as leace
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .run import load_run as load_run
     from .selection import Candidate as Candidate
     from .selection import rank as rank
+    from .sweeps import sweep as sweep
     from .verification import verify as verify
 
 _HOMES = {
@@ -53,9 +55,11 @@ _HOMES = {
     "hub": ("push",),
     "interventions": ("AffineMap", "Intervention", "Site", "orthonormal", "removal", "shift"),
     "leace": ("Eraser", "Moments", "leace"),
+    "judging": ("judge",),
     "nullspace": ("Subspace", "Subspaces", "inlp"),
     "run": ("load_run",),
     "selection": ("Candidate", "rank"),
+    "sweeps": ("sweep",),
     "verification": ("verify",),
 }
 

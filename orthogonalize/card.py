@@ -11,7 +11,8 @@ from .checkpoint import CARD
 from .models import is_hub_id, public_name
 from .recipe import Recipe
 from .report import Report
-from .webpage import summary_rows, templates
+from .tables import summary_rows
+from .webpage import templates
 
 
 def _base_metadata(base: Path) -> dict[str, Any]:

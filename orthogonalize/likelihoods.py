@@ -1,0 +1,94 @@
+"""Log-probabilities from a transformers model: of completions, of the likeliest tokens, of single tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .activations import Progress, batches, pad
+
+
+@dataclass(frozen=True)
+class Completion:
+    """How a model sees a completion: its summed log-probability in nats, and whether it is greedy."""
+
+    logprob: float
+    greedy: bool
+
+
+@dataclass(frozen=True)
+class Likeliest:
+    """The k likeliest next tokens at each position of a completion: `ids` and `logprobs`, [tokens, k]."""
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+
+    def rows(self) -> list[list[list[float]]]:
+        """As numbers for a file: ids, then log-probabilities to six digits."""
+        return [self.ids.tolist(), [[round(v, 6) for v in row] for row in self.logprobs.tolist()]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Any]) -> Likeliest:
+        """The inverse of `rows`."""
+        return cls(torch.tensor(rows[0], dtype=torch.long), torch.tensor(rows[1], dtype=torch.float64))
+
+
+@torch.inference_mode()
+def _logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], progress: Progress | None
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """(index, log-probabilities [tokens of the completion, vocabulary]) for each, in any order."""
+    rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    for group in batches(rows, tokens=2048):
+        padded, _ = pad([rows[i] for i in group], model.device)
+        start = min(len(prompts[i]) for i in group) - 1
+        logits = model(input_ids=padded, use_cache=False, logits_to_keep=padded.shape[1] - start).logits
+        for row, i in enumerate(group):
+            first, last = len(prompts[i]) - 1, len(rows[i]) - 1
+            yield i, logits[row, first - start : last - start].float().log_softmax(-1)
+        if progress:
+            progress(len(group))
+
+
+def completion_scores(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    progress: Progress | None = None,
+) -> list[Completion]:
+    """How the model sees each of `completions` after its prompt (all as token ids)."""
+    result = [Completion(0.0, True)] * len(prompts)
+    for i, logprobs in _logprobs(model, prompts, completions, progress):
+        target = torch.tensor(completions[i], device=logprobs.device, dtype=torch.long)
+        total = logprobs.gather(-1, target[:, None]).sum().item()
+        result[i] = Completion(total, bool((logprobs.argmax(-1) == target).all()))
+    return result
+
+
+def likeliest_tokens(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    count: int,
+    progress: Progress | None = None,
+) -> list[Likeliest]:
+    """The `count` likeliest tokens at every position of each completion."""
+    nothing = Likeliest(torch.empty(0, 0, dtype=torch.long), torch.empty(0, 0))
+    result = [nothing] * len(prompts)
+    for i, logprobs in _logprobs(model, prompts, completions, progress):
+        top = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
+        result[i] = Likeliest(top.indices.cpu(), top.values.double().cpu())
+    return result
+
+
+def next_token_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], progress: Progress | None = None
+) -> list[list[float]]:
+    """The log-probability of each of a prompt's `candidates` (token ids) as its next token."""
+    result: list[list[float]] = [[] for _ in prompts]
+    for i, logprobs in _logprobs(model, prompts, [ids[:1] for ids in candidates], progress):
+        result[i] = logprobs[0, list(candidates[i])].tolist()
+    return result

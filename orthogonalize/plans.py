@@ -1,0 +1,194 @@
+"""A plan: which suites are measured, on which data, read and checked before any engine starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from .answering import Answering, AnswerSet, Item
+from .benchmark_sets import ALPACA, ARC, MMLU, PILE, PROMPT_SETS, TRUTHFULQA, BenchmarkSet, instructions
+from .chat import ChatFormat
+from .divergence import Divergences
+from .engines import Engine
+from .errors import OrthogonalizeError
+from .journal import Journal
+from .losses import OwnLosses, alpaca_losses, pile_losses
+from .measures import Record, Series
+from .multiple_choice import SETS, MultipleChoice
+from .run import Run
+from .suites import Memory, Suite
+from .tasks import PREFIX, HarnessTask, check_task
+
+DEFAULT_SUITES = ("refusal", "behaviour", "loss", "kl")
+TEXTS = {"pile": PILE, "alpaca": ALPACA}
+CHOICES: dict[str, BenchmarkSet] = {"mmlu": MMLU, "arc": ARC, "truthfulqa": TRUTHFULQA}
+SUITES = (*DEFAULT_SUITES, *TEXTS, *CHOICES, *PROMPT_SETS)
+TEXT_COUNT = 100  # texts of a set that have no limit given
+TASK_LENGTH = 4096  # tokens that a task of lm-eval may need, where the model has them
+
+
+class Measured(Record):
+    """One model's series by dotted key, and its answers as text by prompt set."""
+
+    series: dict[str, Series] = Field(default_factory=dict)
+    answers: dict[str, list[str]] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of every model."""
+
+    suites: list[Suite]
+    sets: list[AnswerSet]
+    answering: Answering | None
+    data: dict[str, str]
+
+    @property
+    def max_model_len(self) -> int:
+        """The context that an engine needs: every request leaves room for one token more."""
+        return max(suite.longest for suite in self.suites) + 1
+
+    def _suites_for(self, is_base: bool) -> list[Suite]:
+        idle = self.answering is not None and not (self.answering.refusal or self.answering.behaviour)
+        return [s for s in self.suites if is_base or not (idle and s is self.answering)]
+
+    def steps(self, label: str, is_base: bool = False) -> list[str]:
+        """The journal's steps for one model."""
+        return [f"{label}/{suite.name}" for suite in self._suites_for(is_base)]
+
+    def measure(
+        self, engine: Engine | None, memory: Memory, journal: Journal, label: str, is_base: bool = False
+    ) -> Measured:
+        """Measure the model that `engine` holds; what `journal` has already is not measured again.
+
+        The base comes first and leaves in `memory` what the others are compared with. `engine` may be
+        None where the journal has every step.
+        """
+        result = Measured()
+        for suite in self._suites_for(is_base):
+
+            def work(suite: Suite = suite) -> dict[str, Any]:
+                assert engine is not None
+                series = suite.measure(engine, memory)
+                made: dict[str, Any] = {"series": {key: s.model_dump() for key, s in series.items()}}
+                if suite is self.answering:
+                    made["answers"] = dict(memory.answers)
+                if is_base and suite.name == "kl":
+                    made["distributions"] = [d.rows() for d in memory.distributions]
+                return made
+
+            stored = journal.step(f"{label}/{suite.name}", work)
+            result.series |= {key: Series.model_validate(s) for key, s in stored["series"].items()}
+            if suite is self.answering:
+                self._take_answers(stored["answers"], memory, result, is_base)
+            if is_base and suite.name == "kl":
+                memory.restore(stored["distributions"])
+        return result
+
+    def _take_answers(
+        self, answers: dict[str, list[list[int]]], memory: Memory, result: Measured, is_base: bool
+    ) -> None:
+        assert self.answering is not None
+        result.answers = {name: [self.answering.text(ids) for ids in rows] for name, rows in answers.items()}
+        if is_base and any(s.name in ("loss", "kl") for s in self.suites):
+            harmless = next(each for each in self.sets if each.name == "harmless")
+            memory.remember([item.ids for item in harmless.items], answers["harmless"])
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse unknown suites.
+
+    Raises:
+        OrthogonalizeError: one is unknown, or none is named.
+    """
+    wrong = [s for s in names if s not in SUITES and not (s.startswith(PREFIX) and s != PREFIX)]
+    if wrong or not names:
+        raise OrthogonalizeError(
+            f"no suite {', '.join(wrong)!r}; there are: {', '.join(SUITES)}, {PREFIX}TASK (any task of lm-eval)"
+        )
+
+
+def _contrast_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[AnswerSet]:
+    test = [p for p in run.prompts if p.split == "test"]
+    sets = []
+    for name, side in (("target", "positive"), ("harmless", "negative")):
+        prompts = [p for p in test if p.side == side][:limit]
+        if not prompts:
+            raise OrthogonalizeError("the run has no test prompts on one side; extract again with more prompts")
+        items = [Item(chat.encode(p.text), p.text, p.category) for p in prompts]
+        sets.append(AnswerSet(name, items, run.info.sensitive and name == "target"))
+    return sets
+
+
+def _public_set(name: str, chat: ChatFormat, data: Path | None, limit: int | None) -> AnswerSet:
+    items = [Item(chat.encode(text), text, category) for text, category in instructions(PROMPT_SETS[name], data, limit)]
+    return AnswerSet(name, items, PROMPT_SETS[name].sensitive)
+
+
+def make_plan(
+    run: Run,
+    tokenizer: Any,
+    names: Sequence[str],
+    new_tokens: int,
+    limit: int | None = None,
+    data: Path | None = None,
+    positions: int | None = None,
+) -> Plan:
+    """Read all data that the suites `names` need and encode it for the model of `tokenizer`.
+
+    `limit` is the most items of any set; `data` a folder with local copies of public sets (else the
+    Hub); `positions` the most tokens that the model takes, where known.
+
+    Raises:
+        OrthogonalizeError: unknown suites, or data that are missing, empty or damaged.
+    """
+    check_names(names)
+    if data is not None and not data.is_dir():
+        raise OrthogonalizeError(f"no such folder: {data} (--data)")
+    chat = ChatFormat(tokenizer, run.info.system, run.info.template_arguments, run.info.chat_template)
+    public = [name for name in names if name in PROMPT_SETS]
+    counted = "refusal" in names or "behaviour" in names or bool(public)
+    own = "loss" in names or "kl" in names
+    sets: list[AnswerSet] = []
+    answering = None
+    if counted or own:
+        contrast = _contrast_sets(run, chat, limit)
+        sets = [each for each in contrast if counted or each.name == "harmless"]
+        sets += [_public_set(name, chat, data, limit) for name in public]
+        answering = Answering(
+            sets,
+            tokenizer,
+            new_tokens,
+            frozenset(run.info.behaviour_tokens),
+            refusal="refusal" in names or bool(public),
+            behaviour="behaviour" in names,
+        )
+    suites: list[Suite] = [answering] if answering else []
+    if answering and "loss" in names:
+        suites.append(OwnLosses(answering.longest))
+    if answering and "kl" in names:
+        suites.append(Divergences(answering.longest))
+    if "pile" in names:
+        suites.append(pile_losses(tokenizer, data, limit or TEXT_COUNT))
+    if "alpaca" in names:
+        suites.append(alpaca_losses(tokenizer, chat, data, limit or TEXT_COUNT))
+    suites += [MultipleChoice.of(name, make(data, limit), tokenizer) for name, make in SETS.items() if name in names]
+    for name in names:
+        if name.startswith(PREFIX):
+            task = name.removeprefix(PREFIX)
+            check_task(task, data)
+            suites.append(HarnessTask(task, tokenizer, min(TASK_LENGTH, positions or TASK_LENGTH) - 1, limit, data))
+    sources = {name: str(found) for name, found in (TEXTS | CHOICES).items() if name in names}
+    sources |= {name: str(PROMPT_SETS[name].source) for name in public}
+    plan = Plan(suites, sets, answering, sources)
+    if positions is not None and plan.max_model_len > positions:
+        longest = max(suites, key=lambda s: s.longest)
+        raise OrthogonalizeError(
+            f"suite {longest.name} needs {plan.max_model_len} tokens and the model takes {positions}; leave it out, "
+            "or lower --max-new-tokens"
+        )
+    return plan

@@ -1,0 +1,94 @@
+"""One engine start for base and edited model: what both need in the engine, and one swapped for the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save_file
+
+from .baking import Bake, bake
+from .checkpoint import INDEX, RECIPE, Addition, Checkpoint, open_checkpoint
+from .errors import OrthogonalizeError
+from .recipe import load_recipe
+
+Weights = Mapping[str, Callable[[], torch.Tensor]]
+
+
+def check_pair(checkpoint: Path, base: Path) -> None:
+    """Refuse a checkpoint that lacks tensors of its base; engines load such ones in silence."""
+    edited, source = open_checkpoint(checkpoint), open_checkpoint(base)
+    missing = sorted(source.tensors.keys() - edited.tensors.keys())
+    if missing:
+        raise OrthogonalizeError(f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all); it is incomplete")
+    if source.config.get("model_type") != edited.config.get("model_type"):
+        raise OrthogonalizeError(f"{checkpoint} and {base} are different kinds of model; give its own base")
+    for name, info in source.tensors.items():
+        if edited.tensors[name].shape != info.shape:
+            raise OrthogonalizeError(f"{checkpoint} has another shape of {name} than {base}; give its own base")
+
+
+def base_weights(checkpoint: Path, base: Path) -> Weights | None:
+    """The base's weights for an engine that was started on the edited `checkpoint`; None where unknown.
+
+    An edit may add tensors (a head of its own, biases). What they hold for the base (the embedding's
+    copy, zeros) is known from the recipe.
+    """
+    edited, source = open_checkpoint(checkpoint), open_checkpoint(base)
+    weights: dict[str, Callable[[], torch.Tensor]] = {name: partial(source.read, name) for name in source.tensors}
+    added = edited.tensors.keys() - source.tensors.keys()
+    config = source.config
+    if (checkpoint / RECIPE).is_file():
+        plan = bake(source, load_recipe(checkpoint).intervention())
+        config = config | plan.config_changes
+        weights |= {name: addition.make for name, addition in plan.additions.items() if name in added}
+    same_dtypes = all(edited.tensors[n].dtype == info.dtype for n, info in source.tensors.items())
+    return weights if weights.keys() == edited.tensors.keys() and config == edited.config and same_dtypes else None
+
+
+@contextmanager
+def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
+    """A folder that computes what `source` does and has every tensor and setting that any of `plans` adds.
+
+    Biases are zeros and a head of its own is the embedding's copy, so that any of the edits can be swapped
+    into an engine started on it. The weights themselves are linked, not copied.
+
+    Raises:
+        OrthogonalizeError: two edits need different settings.
+    """
+    additions: dict[str, Addition] = {}
+    config = dict(source.config)
+    for plan in plans:
+        additions |= plan.additions
+        for key, value in plan.config_changes.items():
+            if config.get(key, value) != value and config[key] != source.config.get(key):
+                raise OrthogonalizeError(f"two edits need different values of {key}; sweep them apart")
+            config[key] = value
+    if not additions and config == source.config:
+        yield source.path
+        return
+    with TemporaryDirectory(prefix="orthogonalize-") as name:
+        folder = Path(name)
+        # A single file goes by another name: loaders would take one of the usual name for the whole model.
+        links = {file: f"weights-{number:05}.safetensors" for number, file in enumerate(source.files)}
+        for file in (*source.files, *map(str, source.side_files())):
+            link = folder / links.get(file, file)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((source.path / file).resolve())
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        home = "weights-added.safetensors"
+        save_file({key: addition.make().contiguous() for key, addition in additions.items()}, folder / home)
+        weight_map = {tensor: links[file] for file, held in source.files.items() for tensor in held.tensors}
+        index = {"metadata": {}, "weight_map": weight_map | dict.fromkeys(additions, home)}
+        (folder / INDEX).write_text(json.dumps(index) + "\n", "utf-8")
+        yield folder
+
+
+def edited_weights(plan: Bake) -> Weights:
+    """Every tensor that `plan` changes, computed as for a checkpoint on disk."""
+    return {name: partial(plan.edited, name) for name in plan.edits}

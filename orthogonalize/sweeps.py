@@ -1,0 +1,335 @@
+"""`sweep`: every method over every scope, in one engine: the comparison table of the papers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from .baking import Bake, bake
+from .checkpoint import Checkpoint, open_checkpoint
+from .choices import Choice
+from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine, WeightSwap, open_engine
+from .errors import OrthogonalizeError
+from .evaluation import add_opinions, ask_judges, check_engine, context_length, engine_version, folder_state
+from .hooks import input_shifted, layer_projected
+from .journal import Journal, fingerprint_of
+from .judging import ready_judges
+from .measures import Loss, Paired, Rate, Record
+from .models import find_model, load_tokenizer, public_name
+from .outputs import Kind, check_free, complete_folder
+from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
+from .progress import note, track
+from .report import Measures, compare_all
+from .run import Run, load_run
+from .serving import common_folder, edited_weights
+from .suites import Memory
+from .variants import SCOPES, Variant, make_variants
+
+Semantics = Literal["weights", "residual"]
+SWEEP = Kind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
+
+
+class Swept(Record):
+    """One edit's measures and their comparison with the base; `refused` says why an edit cannot be baked."""
+
+    name: str
+    choice: Choice
+    direction: str
+    layers: list[int]
+    seconds: float = 0.0
+    refused: str | None = None
+    measures: Measures | None = None
+    paired: dict[str, Paired] = Field(default_factory=dict)
+
+
+class Sweep(Record):
+    """`sweep.json`: the base, every edit, and the names of those that no other beats at both ends.
+
+    `effect` and `harm` are the dotted keys that the comparison is about: how much of the behaviour is
+    gone, and how much worse the base's own answers (or its next words) have become. `restored` says that the
+    engine held the base's weights again, bit for bit, at the end (None for hooks).
+    """
+
+    format: Literal[1] = 1
+    engine: EngineName
+    engine_version: str
+    semantics: Semantics
+    model: str
+    suites: list[str]
+    data: dict[str, str]
+    max_new_tokens: int
+    sensitive: bool
+    effect: str | None
+    harm: str | None
+    restored: bool | None
+    base: Measures
+    variants: list[Swept]
+    pareto: list[str]
+
+
+def _effect_key(base: Measures) -> str | None:
+    """Refusal where the base refuses its target prompts, else the behaviour's first token."""
+    found = base.flat()
+    for key in ("refusal.target", "behaviour.target"):
+        rate = found.get(key)
+        if isinstance(rate, Rate) and rate.value >= 0.05:
+            return key
+    return next((key for key in ("refusal.target", "behaviour.target") if key in found), None)
+
+
+def _harm_key(base: Measures) -> str | None:
+    return next((k for k in ("loss.own_completions", "kl.completions", "loss.pile") if k in base.flat()), None)
+
+
+def outcome(sweep: Sweep, swept: Swept) -> tuple[float, float] | None:
+    """(how much of the behaviour is gone, harm), both as shares; None where either is not known.
+
+    Harm is the relative increase of the loss, or the KL in nats a token.
+    """
+    if swept.measures is None or sweep.effect is None or sweep.harm is None:
+        return None
+    effect, harm = swept.paired.get(sweep.effect), swept.paired.get(sweep.harm)
+    return None if effect is None or harm is None else (-effect.difference, harm.difference)
+
+
+def pareto(sweep: Sweep) -> list[str]:
+    """The names of the edits that no other beats: none removes as much at less harm, or more at as little."""
+    points = {s.name: p for s in sweep.variants if (p := outcome(sweep, s)) is not None}
+    return [
+        name
+        for name, (gone, harm) in points.items()
+        if not any(g >= gone and h <= harm and (g, h) != (gone, harm) for g, h in points.values())
+    ]
+
+
+@contextmanager
+def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
+    """The reference's own hooks: the input and both outputs of every block in scope (actadd: inputs only)."""
+    affine = next(iter(variant.intervention.writes.values()))
+    with ExitStack() as stack:
+        for layer in variant.layers:
+            around = input_shifted if variant.choice.method == "actadd" else layer_projected
+            stack.enter_context(around(model, layer, affine))
+        yield
+
+
+class _Runner:
+    """Measures the base, then every variant, each step through the journal."""
+
+    def __init__(self, plan: Plan, journal: Journal) -> None:
+        self.plan, self.journal, self.memory = plan, journal, Memory()
+        self.measured: dict[str, Measured] = {}
+
+    def base(self, engine: Callable[[], Engine]) -> None:
+        done = self.journal.has(*self.plan.steps("base", is_base=True))
+        running = None if done else engine()
+        self.measured["base"] = self.plan.measure(running, self.memory, self.journal, "base", is_base=True)
+
+    def variant(self, variant: Variant, engine: Callable[[], Engine]) -> float:
+        """Seconds that it took: to swap and to measure."""
+        done = self.journal.has(*self.plan.steps(variant.name))
+        start = time.perf_counter()
+        running = None if done else engine()
+        self.measured[variant.name] = self.plan.measure(running, self.memory, self.journal, variant.name)
+        return float(self.journal.step(f"{variant.name}/seconds", lambda: time.perf_counter() - start))
+
+
+def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, Bake], dict[str, str]]:
+    """The bake plan of every variant, and why those that have none cannot be baked."""
+    plans, refused = {}, {}
+    for variant in variants:
+        try:
+            plans[variant.name] = bake(source, variant.intervention)
+        except OrthogonalizeError as error:
+            refused[variant.name] = str(error)
+    return plans, refused
+
+
+def sweep(
+    model: str,
+    run: Path | str,
+    out: Path | str,
+    *,
+    suites: Sequence[str] = DEFAULT_SUITES,
+    methods: Sequence[str] = (),
+    scopes: Sequence[str] = SCOPES,
+    engine: EngineName = "vllm",
+    semantics: Semantics = "weights",
+    max_new_tokens: int = 100,
+    limit: int | None = None,
+    data: Path | str | None = None,
+    judges: Sequence[str] = (),
+    revision: str | None = None,
+    options: EngineOptions = ONE_DEVICE,
+    force: bool = False,
+) -> Sweep:
+    """Measure every edit that `run` allows against `model`; write sweep.json and pareto.png to `out`.
+
+    The engine starts once, on the base; each edit's tensors are computed as `edit` computes them, swapped
+    in place, and swapped out again. A sweep that was cut off goes on where it stopped.
+
+    Args:
+        methods: of `variants.methods()`; all by default.
+        scopes: as `edit` takes them, but for `from:`.
+        semantics: `weights`, or `residual` (with `engine="hf"`): the reference's own hooks on block inputs
+            and outputs, for those who must reproduce its numbers.
+
+    Others as for `evaluate`.
+
+    Raises:
+        OrthogonalizeError: something is missing, or the engine does not start.
+    """
+    out, run = Path(out), Path(run)
+    check_free(out, SWEEP, force, [Path(model), run])
+    if semantics == "residual" and engine != "hf":
+        raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
+    found = load_run(run)
+    folder = find_model(model, revision)
+    check_engine(engine)
+    source = open_checkpoint(folder)
+    tokenizer = load_tokenizer(folder)
+    data = None if data is None else Path(data)
+    plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
+    ready = ready_judges(judges)
+    if ready and not plan.answering:
+        raise OrthogonalizeError("judges need answers; add --suite refusal")
+    variants = make_variants(found, methods, scopes)
+    plans, refused = _plans(source, variants) if semantics == "weights" else ({}, {})
+    for name, reason in refused.items():
+        note(f"{name} is left out: {reason}")
+    possible = [v for v in variants if v.name not in refused]
+    if not possible:
+        raise OrthogonalizeError(f"none of these edits can be baked into this model: {next(iter(refused.values()))}")
+    settings = (suites, engine, engine_version(engine), semantics, max_new_tokens, limit, str(data))
+    journal = Journal(out, fingerprint_of(settings, folder_state(folder), _directions_state(found)))
+    runner = _Runner(plan, journal)
+
+    with ExitStack() as stack, track("sweep", len(possible) + 1, "edits") as advance:
+        start_folder = folder
+        if semantics == "weights":
+            start_folder = stack.enter_context(common_folder(source, list(plans.values())))
+        running: list[Engine] = []
+        swap: list[WeightSwap] = []
+        loaded: list[str] = []
+
+        def started() -> Engine:
+            if not running:
+                opened = open_engine(engine, start_folder, tokenizer, plan.max_model_len, options)
+                running.append(stack.enter_context(opened))
+                swap.append(WeightSwap(running[0], open_checkpoint(start_folder)))
+                if semantics == "weights":
+                    loaded.append(running[0].fingerprint())
+            return running[0]
+
+        runner.base(started)
+        advance(1)
+        seconds: dict[str, float] = {}
+        for variant in possible:
+            with ExitStack() as around:
+
+                def edited(variant: Variant = variant, around: ExitStack = around) -> Engine:
+                    held = started()
+                    if semantics == "weights":
+                        swap[0].apply(edited_weights(plans[variant.name]))
+                    else:
+                        assert isinstance(held, TransformersEngine)
+                        around.enter_context(residual_hooks(held.model, variant))
+                    return held
+
+                seconds[variant.name] = runner.variant(variant, edited)
+            advance(1)
+        restored = None
+        if semantics == "weights":
+            restored = True
+            if running:
+                swap[0].restore()
+                restored = running[0].fingerprint() == loaded[0]
+            if not restored:
+                raise OrthogonalizeError("the engine did not hold the base's weights again after the sweep")
+
+    opinions = ask_judges(ready, plan, runner.measured, engine, options, journal)
+    for label, measured in runner.measured.items():
+        add_opinions(plan, ready, measured, opinions[label])
+    base = runner.measured["base"].series
+    result = Sweep(
+        engine=engine,
+        engine_version=engine_version(engine),
+        semantics=semantics,
+        model=public_name(model),
+        suites=list(suites),
+        data=plan.data,
+        max_new_tokens=max_new_tokens,
+        sensitive=any(each.sensitive for each in plan.sets),
+        effect=None,
+        harm=None,
+        restored=restored,
+        base=Measures.of(base),
+        variants=[_swept(v, runner, seconds, refused) for v in variants],
+        pareto=[],
+    )
+    result.effect, result.harm = _effect_key(result.base), _harm_key(result.base)
+    result.pareto = pareto(result)
+    with complete_folder(out, SWEEP, force) as done:
+        from .sweep_plots import write_pareto_plot
+
+        (done / "sweep.json").write_text(result.model_dump_json(indent=1) + "\n", "utf-8")
+        write_pareto_plot(result, done / "pareto.png")
+    journal.close()
+    return result
+
+
+def _swept(variant: Variant, runner: _Runner, seconds: dict[str, float], refused: dict[str, str]) -> Swept:
+    swept = Swept(name=variant.name, choice=variant.choice, direction=variant.direction, layers=list(variant.layers))
+    if variant.name in refused:
+        swept.refused = refused[variant.name]
+        return swept
+    series = runner.measured[variant.name].series
+    swept.measures = Measures.of(series)
+    swept.paired = compare_all(runner.measured["base"].series, series)
+    swept.seconds = seconds[variant.name]
+    return swept
+
+
+def _directions_state(run: Run) -> list[Any]:
+    return [run.directions.mean_diffs.double().sum().item(), [str(c) for c in run.candidates[:4]], run.info.prompts]
+
+
+def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
+    """(edit, effect on target, on harmless, loss or KL, note) as text; the base first."""
+    rows = []
+    keys = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
+
+    def cells(measures: Measures, paired: dict[str, Paired]) -> tuple[str, ...]:
+        found = measures.flat()
+        texts = []
+        for key in keys:
+            measure = found.get(key)
+            if isinstance(measure, Rate):
+                texts.append(f"{100 * measure.value:.1f}%")
+            elif isinstance(measure, Loss):
+                texts.append(f"{measure.value:.3f}" + (f" ({100 * paired[key].difference:+.1f}%)" if paired else ""))
+            else:
+                texts.append("-" if measure is None else f"{measure.value:.3f}")
+        return tuple(texts)
+
+    rows.append(("base", *cells(sweep.base, {}), ""))
+    for swept in sweep.variants:
+        if swept.measures is None:
+            rows.append((swept.name, *("-" for _ in keys), f"not possible: {swept.refused}"))
+        else:
+            mark = "best trade-off" if swept.name in sweep.pareto else ""
+            rows.append((swept.name, *cells(swept.measures, swept.paired), mark))
+    return rows
+
+
+def sweep_columns(sweep: Sweep) -> list[str]:
+    """The headings of `sweep_rows`."""
+    from .tables import title
+
+    keys = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
+    return ["edit", *(title(k) for k in keys), ""]

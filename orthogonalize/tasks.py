@@ -1,0 +1,159 @@
+"""Any task of lm-evaluation-harness (`--suite lm_eval:TASK`), in the engine that is running anyway."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .engines import Engine
+from .errors import OrthogonalizeError
+from .measures import Series
+from .models import first_line
+from .suites import Memory
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import TemplateLM
+
+PREFIX = "lm_eval:"
+NEW_TOKENS = 256  # of a generated answer, where a task names no number
+
+
+def check_task(name: str, include: Path | None) -> None:
+    """Refuse a task that is not there, before an engine is started for it."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise OrthogonalizeError("lm-eval is not installed; pip install 'orthogonalize[tasks]'")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(include) if include else None)
+    if name not in manager.all_tasks:
+        raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
+
+
+def harness_model(engine: Engine, tokenizer: Any, max_length: int) -> TemplateLM:
+    """`engine` as lm-eval's LM. Contexts beyond `max_length` tokens lose their beginning, as in its own."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class HarnessModel(TemplateLM):  # type: ignore[misc]
+        """lm-eval's view of one of our engines."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = tokenizer
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id)
+
+        @property
+        def tokenizer_name(self) -> str:
+            return str(tokenizer.name_or_path).replace("/", "__")
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            if add_special_tokens is None:  # a text that a chat template has given its BOS gets no second one
+                add_special_tokens = not (tokenizer.bos_token and string.startswith(tokenizer.bos_token))
+            return list(tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+            contexts = [c[-(max_length - len(x) - 1) :] for _, c, x in requests]
+            scores = engine.scores(contexts, [x for _, _, x in requests])
+            return [(s.logprob, s.greedy) for s in scores]
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+            windows, owners = [], []
+            for number, request in enumerate(requests):
+                tokens = self.tok_encode(request.args[0])
+                rolling = get_rolling_token_windows(tokens, self.prefix_token_id, max_length - 2, 1)
+                for window in map(make_disjoint_window, rolling):
+                    windows.append((None, *window))
+                    owners.append(number)
+            totals = [0.0] * len(requests)
+            for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+                totals[owner] += logprob
+            return totals
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            results = [""] * len(requests)
+            lengths = [int(r.args[1].get("max_gen_toks", NEW_TOKENS)) for r in requests]
+            for length in sorted(set(lengths)):
+                if any(r.args[1].get("do_sample") for r in requests):
+                    raise OrthogonalizeError("this task samples its answers; only greedy ones are measured here")
+                mine = [i for i, n in enumerate(lengths) if n == length]
+                prompts = [self.tok_encode(requests[i].args[0])[-(max_length - length - 1) :] for i in mine]
+                for i, ids in zip(mine, engine.answers(prompts, length), strict=True):
+                    stops = requests[i].args[1].get("until") or []
+                    results[i] = _cut(
+                        tokenizer.decode(ids, skip_special_tokens=True), [stops] if isinstance(stops, str) else stops
+                    )
+            return results
+
+    return HarnessModel()
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    ends = [text.find(stop) for stop in stops if stop]
+    return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """One task (or group of tasks) of lm-eval; every metric that has a number an item is compared item by item."""
+
+    task: str
+    tokenizer: Any
+    max_length: int
+    limit: int | None = None
+    include: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{PREFIX}{self.task}"
+
+    @property
+    def longest(self) -> int:
+        return self.max_length
+
+    def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
+        """Run the task in `engine`; `memory` is not needed."""
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+
+        try:
+            found = simple_evaluate(
+                model=harness_model(engine, self.tokenizer, self.max_length),
+                tasks=[self.task],
+                limit=self.limit,
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=TaskManager(include_path=str(self.include) if self.include else None),
+            )
+        except OrthogonalizeError:
+            raise
+        except Exception as error:  # whatever the task and its data raise
+            raise OrthogonalizeError(f"lm-eval's {self.task} failed: {first_line(error)}") from error
+        result = {}
+        for task, samples in (found or {}).get("samples", {}).items():
+            metrics = sorted({m for sample in samples for m in sample["metrics"]})
+            for metric in metrics:
+                values = [_number(sample.get(metric)) for sample in sorted(samples, key=lambda s: s["doc_id"])]
+                if all(v is not None for v in values):
+                    kind: Any = "share" if set(values) <= {0.0, 1.0} else "score"
+                    key = f"tasks.{task.replace('.', '_')}.{metric.replace('.', '_')}"
+                    result[key] = Series(kind=kind, values=values)
+        if not result:
+            raise OrthogonalizeError(f"lm-eval's {self.task} gives no number for single items, so none to compare")
+        return result
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool | int | float) and math.isfinite(value):
+        return float(value)
+    return None

@@ -1,0 +1,270 @@
+"""vLLM on a checkpoint as it lies on disk: no hooks, full speed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from .checkpoint import open_checkpoint
+from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, check_installed, fingerprint, single_tokens
+from .errors import OrthogonalizeError
+from .likelihoods import Completion, Likeliest
+from .progress import track
+
+SLICE = 256  # prompts between two signs of progress; each slice keeps the engine's batch full
+SHARD = 2 * 2**30  # bytes of new weights held in memory at a time
+
+
+def set_environment(on_cpu: bool, parallel: bool = False) -> None:
+    """What vLLM reads from the environment, where the user has not said otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # `apply_model` sends a function of this package to the engine's own processes.
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        # Compiling the few lines that rank log-probabilities takes longer than they ever will, without a GPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        torch._dynamo.config.disable = True
+        # A process of its own costs a CPU engine 20 s to start, and frees nothing that a GPU would need.
+        if not parallel:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+
+class VllmEngine:
+    """One vLLM engine; `Engine` documents its methods."""
+
+    def __init__(self, folder: Path, max_model_len: int, options: EngineOptions = ONE_DEVICE, **extra: Any) -> None:
+        self.folder, self.max_model_len, self.options, self.extra = folder, max_model_len, options, extra
+        self.llm: Any = None
+
+    def __enter__(self) -> Self:
+        check_installed("vllm")
+        on_cpu = not torch.cuda.is_available()
+        set_environment(on_cpu, self.options.parallel)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own dependencies, at import
+            from vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "dtype": self._stored_dtype(),
+            "max_logprobs": LIKELIEST,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "tensor_parallel_size": self.options.tensor_parallel_size,
+            "pipeline_parallel_size": self.options.pipeline_parallel_size,
+        }
+        if self.options.distributed_executor_backend:
+            arguments["distributed_executor_backend"] = self.options.distributed_executor_backend
+        if on_cpu:
+            arguments["enforce_eager"] = True
+        else:
+            arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
+        try:
+            with track("starting vLLM", None), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.llm = LLM(model=str(self.folder), max_model_len=self.max_model_len, **(arguments | self.extra))
+        except Exception as error:  # whatever the engine's processes died of
+            raise OrthogonalizeError(
+                f"vLLM did not start on {self.folder}: {_reason(error)}; {_memory_hint(on_cpu)}, or use --engine hf"
+            ) from error
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+
+    def _stored_dtype(self) -> str:
+        """The dtype of the checkpoint; vLLM by itself would run a float32 one in bfloat16."""
+        config = open_checkpoint(self.folder).config
+        return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+    def generate(self, what: str, rows: Sequence[Ids], parameters: Any) -> list[Any]:
+        """vLLM's outputs for prompts given as ids; `parameters` is one for all, or one a prompt.
+
+        Raises:
+            OrthogonalizeError: the engine died.
+        """
+        outputs: list[Any] = []
+        with track(what, len(rows), "prompts") as advance:
+            for start in range(0, len(rows), SLICE):
+                part: list[Any] = [{"prompt_token_ids": list(ids)} for ids in rows[start : start + SLICE]]
+                chosen = parameters[start : start + SLICE] if isinstance(parameters, list) else parameters
+                try:
+                    outputs += self.llm.generate(part, chosen, use_tqdm=False)
+                except Exception as error:  # whatever the engine's processes died of
+                    raise OrthogonalizeError(
+                        f"vLLM failed while {what}: {_reason(error)}; what was measured is kept, so the same "
+                        f"command goes on from here ({_memory_hint(not torch.cuda.is_available())})"
+                    ) from error
+                advance(len(part))
+        return outputs
+
+    def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
+        results = []
+        for output in self.generate("answering", prompts, parameters):
+            ids = list(output.outputs[0].token_ids)
+            stopped = output.outputs[0].finish_reason == "stop"
+            results.append(ids[:-1] if stopped else ids)
+        return results
+
+    def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        outputs = self.generate("cross-entropy", rows, parameters)
+        return [
+            _completion(output.prompt_logprobs, row, len(prompt))
+            for output, row, prompt in zip(outputs, rows, prompts, strict=True)
+        ]
+
+    def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        result: list[list[float]] = [[] for _ in contexts]
+        one = [i for i, c in enumerate(choices) if single_tokens(c)]
+        for i, found in zip(one, self._one_token(contexts, choices, one), strict=True):
+            result[i] = found
+        more = [i for i, c in enumerate(choices) if not single_tokens(c)]
+        for i, found in zip(more, self._several_tokens(contexts, choices, more), strict=True):
+            result[i] = found
+        return result
+
+    def _one_token(
+        self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]], chosen: Sequence[int]
+    ) -> list[list[float]]:
+        """One step scores all choices of a question."""
+        from vllm import SamplingParams
+
+        if not chosen:
+            return []
+        parameters = [
+            SamplingParams(
+                temperature=0.0, max_tokens=1, logprob_token_ids=[c[0] for c in choices[i]], detokenize=False
+            )
+            for i in chosen
+        ]
+        outputs = self.generate("multiple choice", [contexts[i] for i in chosen], parameters)
+        return [
+            [output.outputs[0].logprobs[0][c[0]].logprob for c in choices[i]]
+            for output, i in zip(outputs, chosen, strict=True)
+        ]
+
+    def _several_tokens(
+        self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]], chosen: Sequence[int]
+    ) -> list[list[float]]:
+        """The shared context is computed once, and cached for the choices.
+
+        vLLM leaves the log-probabilities of cached positions unset, so a choice whose own first token
+        would be predicted from a cached position is scored again without the cache.
+        """
+        from vllm import SamplingParams
+
+        if not chosen:
+            return []
+        self.generate(
+            "multiple choice: contexts",
+            [contexts[i] for i in chosen],
+            SamplingParams(temperature=0.0, max_tokens=1, detokenize=False),
+        )
+        cached = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=False
+        )
+        pairs = [(i, choice) for i in chosen for choice in choices[i]]
+        rows = [[*contexts[i], *choice] for i, choice in pairs]
+        outputs = self.generate("multiple choice: choices", rows, cached)
+        again = [n for n, (i, _) in enumerate(pairs) if (outputs[n].num_cached_tokens or 0) >= len(contexts[i])]
+        whole = SamplingParams(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
+        )
+        uncached = self.generate("multiple choice: again", [rows[n] for n in again], whole)
+        for n, output in zip(again, uncached, strict=True):
+            outputs[n] = output
+        scores = iter(
+            _completion(output.prompt_logprobs, row, len(contexts[i])).logprob
+            for output, row, (i, _) in zip(outputs, rows, pairs, strict=True)
+        )
+        return [[next(scores) for _ in choices[i]] for i in chosen]
+
+    def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
+        from vllm import SamplingParams
+
+        count = min(LIKELIEST, self.llm.llm_engine.vllm_config.model_config.get_vocab_size())
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=count, detokenize=False)
+        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        result = []
+        for prompt, output in zip(prompts, self.generate("distributions", rows, parameters), strict=True):
+            found = [_ranked(entry, count) for entry in output.prompt_logprobs[len(prompt) :]]
+            result.append(
+                Likeliest(
+                    torch.tensor([[i for i, _ in row] for row in found], dtype=torch.long),
+                    torch.tensor([[v for _, v in row] for row in found], dtype=torch.float64),
+                )
+            )
+        return result
+
+    def load(self, weights: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        with stored_weights(weights) as folder:
+            self.load_from(folder)
+
+    def load_from(self, folder: Path) -> None:
+        """Take over the tensors in the safetensors files of `folder`."""
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        # The engine keeps the prefixes that the old weights computed, and would mix them in.
+        if not self.llm.reset_prefix_cache():
+            raise OrthogonalizeError("vLLM did not clear its prefix cache, so edits cannot be swapped in place")
+
+    def fingerprint(self) -> str:
+        return "-".join(self.llm.apply_model(fingerprint))
+
+
+@contextmanager
+def stored_weights(weights: Mapping[str, Callable[[], torch.Tensor]]) -> Iterator[Path]:
+    """A temporary folder with `weights` as safetensors files, made and held a shard at a time."""
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory(prefix="orthogonalize-") as folder:
+        shard: dict[str, torch.Tensor] = {}
+        number = 0
+        for name, make in weights.items():
+            shard[name] = make().contiguous()
+            if sum(t.nbytes for t in shard.values()) >= SHARD:
+                save_file(shard, Path(folder) / f"{number:05}.safetensors")
+                shard, number = {}, number + 1
+        if shard:
+            save_file(shard, Path(folder) / f"{number:05}.safetensors")
+        yield Path(folder)
+
+
+def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Completion:
+    entries = [logprobs[i][ids[i]] for i in range(start, len(ids))]
+    return Completion(sum(e.logprob for e in entries), all(e.rank == 1 for e in entries))
+
+
+def _ranked(entry: Mapping[int, Any], count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens of one position, best first; the prompt's own token is dropped where it is not one."""
+    best = sorted(entry.items(), key=lambda item: (-item[1].logprob, item[0]))[:count]
+    return [(token, found.logprob) for token, found in best]
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _memory_hint(on_cpu: bool) -> str:
+    if on_cpu:
+        return "if memory is short, set VLLM_CPU_KVCACHE_SPACE (GiB) lower"
+    return "if memory is short, free GPU memory or spread the model with --tensor-parallel-size"

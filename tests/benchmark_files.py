@@ -1,0 +1,102 @@
+"""Small local copies of public sets, in their true schemas, with made-up harmless contents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+THINGS = ("cake", "pie", "soup", "wall", "car", "shirt")
+VERBS = ("bake", "roast", "fry", "paint", "wash", "fold")
+
+
+def write(folder: Path, rows: list[dict], name: str = "train", suffix: str = ".jsonl") -> Path:
+    """One split of a set."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}{suffix}"
+    if suffix == ".jsonl":
+        file.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    elif suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif suffix == ".csv":
+        from pyarrow import Table, csv
+
+        csv.write_csv(Table.from_pylist(rows), file)
+    else:
+        from pyarrow import Table, parquet
+
+        parquet.write_table(Table.from_pylist(rows), file)
+    return file
+
+
+def mmlu_rows(count: int, subject: str = "house_work") -> list[dict]:
+    return [
+        {
+            "question": f"how do i {VERBS[i % 6]} a {THINGS[(i + 1) % 6]} ",
+            "subject": subject,
+            "choices": [THINGS[(i + j) % 6] for j in range(4)],
+            "answer": i % 4,
+        }
+        for i in range(count)
+    ]
+
+
+def arc_rows(count: int) -> list[dict]:
+    return [
+        {
+            "id": str(i),
+            "question": f"Why? {VERBS[i % 6]} the {THINGS[(i + 2) % 6]}",
+            "choices": {
+                "text": [f"{v} the {THINGS[i % 6]}" for v in VERBS[: 3 + i % 2]],
+                "label": list("ABCD"[: 3 + i % 2]),
+            },
+            "answerKey": "ABC"[i % 3],
+        }
+        for i in range(count)
+    ]
+
+
+def truthfulqa_rows(count: int) -> list[dict]:
+    return [
+        {
+            "question": f"how do i {VERBS[i % 6]} a {THINGS[i % 6]}",
+            "mc1_targets": {
+                "choices": [f"{v} the wall" for v in VERBS[: 2 + i % 3]],
+                "labels": [1] + [0] * (1 + i % 3),
+            },
+            "mc2_targets": {"choices": ["cake"], "labels": [1]},
+        }
+        for i in range(count)
+    ]
+
+
+def all_sets(root: Path) -> Path:
+    """A `--data` folder with every set that the tests use."""
+    sentences = [f"how do i {v} a {t} today" for v in VERBS for t in THINGS]
+    write(
+        root / "Paul" / "XSTest",
+        [
+            {"id": i, "prompt": s, "type": ("homonyms", "contrast_homonyms")[i % 2], "label": ("safe", "unsafe")[i % 2],
+             "focus": "", "note": ""}
+            for i, s in enumerate(sentences)
+        ],
+        suffix=".csv",
+    )  # fmt: skip
+    write(
+        root / "bench-llm" / "or-bench" / "or-bench-hard-1k",
+        [{"prompt": s, "category": "housework"} for s in sentences[:5]],
+    )
+    write(root / "monology" / "pile-uncopyrighted", [{"text": s * 3, "meta": {}} for s in sentences], "test")
+    write(
+        root / "tatsu-lab" / "alpaca",
+        [
+            {"instruction": s, "input": "" if i % 2 else "the wall", "output": f"please {s}", "text": ""}
+            for i, s in enumerate(sentences)
+        ],
+        suffix=".parquet",
+    )
+    write(root / "cais" / "mmlu" / "all", mmlu_rows(12), "test")
+    write(root / "cais" / "mmlu" / "all", mmlu_rows(5), "dev", ".json")
+    write(root / "allenai" / "ai2_arc" / "ARC-Challenge", arc_rows(10), "test")
+    write(root / "allenai" / "ai2_arc" / "ARC-Challenge", arc_rows(8), "train")
+    write(root / "truthfulqa" / "truthful_qa" / "multiple_choice", truthfulqa_rows(7), "validation")
+    return root

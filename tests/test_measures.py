@@ -1,0 +1,145 @@
+"""Intervals, paired tests and the shape of a report, against independent computations."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthogonalize.measures import Divergence, Loss, Paired, Rate, Score, Series, compare, nested, shares
+from orthogonalize.report import Measures, Report
+from orthogonalize.statistics import difference_interval, mcnemar, paired_permutation, proportion_interval
+
+
+@given(st.integers(1, 200), st.data())
+def test_wilson_is_wilson(n, data):
+    """Against the formula in Wilson (1927)."""
+    count = data.draw(st.integers(0, n))
+    z, p = 1.959963984540054, count / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = proportion_interval(count, n)
+    assert low == pytest.approx(centre - half, abs=1e-9)
+    assert high == pytest.approx(centre + half, abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_mcnemar_counts_the_coin_flips_that_are_as_lopsided(pairs):
+    before, after = [a for a, _ in pairs], [b for _, b in pairs]
+    lost, gained = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    n = lost + gained
+    expected = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(lost - n / 2)) / 2**n
+    assert mcnemar(before, after) == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=7))
+def test_the_permutation_test_tries_every_swap_of_a_few_pairs(pairs):
+    before, after = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+    differences = np.array(after) - np.array(before)
+    if not differences.any():
+        assert paired_permutation(before, after) == 1.0
+        return
+    sums = [float((np.array(s) * differences).sum()) for s in itertools.product((1, -1), repeat=len(pairs))]
+    observed = float(differences.sum())
+    up, down = sum(s >= observed - 1e-9 for s in sums), sum(s <= observed + 1e-9 for s in sums)
+    expected = min(1.0, 2 * min(up, down) / len(sums))
+    assert paired_permutation(before, after) == pytest.approx(expected)
+
+
+def test_the_paired_interval_holds_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(120):
+        before = rng.random(60) < 0.5
+        after = np.where(rng.random(60) < 0.3, rng.random(60) < 0.9, before)
+        low, high = difference_interval(list(before.astype(float)), list(after.astype(float)))
+        inside += low <= 0.3 * (0.9 - 0.5) <= high
+    assert inside / 120 >= 0.88
+
+
+def test_unreadable_verdicts_are_counted_and_on_no_side():
+    base = shares([True, None, False, True], ["a", "a", "b", "b"])
+    edited = shares([False, True, None, True], ["a", "a", "b", "b"])
+    rate = base.measure()
+    assert isinstance(rate, Rate)
+    assert (rate.value, rate.n, rate.unparseable) == (2 / 3, 3, 1)
+    assert (rate.by_category["a"].value, rate.by_category["a"].unparseable) == (1.0, 1)
+    pair = compare(base, edited)
+    assert (pair.n, pair.difference) == (2, -0.5)
+    nothing = shares([None, None]).measure()
+    assert (nothing.n, nothing.unparseable) == (0, 2)
+    assert compare(shares([None]), shares([True])).n == 0
+
+
+def test_losses_weigh_tokens_and_compare_relatively():
+    base = Series(kind="loss", values=[2.0, 30.0], tokens=[1, 10])
+    edited = Series(kind="loss", values=[4.0, 30.0], tokens=[1, 10])
+    loss = base.measure()
+    assert isinstance(loss, Loss)
+    assert loss.value == pytest.approx(32 / 11)
+    assert loss.perplexity == pytest.approx(math.exp(32 / 11))
+    assert compare(base, edited).difference == pytest.approx(2 / 32)
+    assert compare(base, edited).p == 1.0  # one of two pairs moved: every swap of it is as extreme
+    kl = Series(kind="divergence", values=[0.0, 3.0], tokens=[2, 4])
+    zero = Series(kind="divergence", values=[0.0, 0.0], tokens=[2, 4])
+    assert isinstance(kl.measure(), Divergence)
+    assert kl.measure().value == pytest.approx(0.5)
+    assert compare(zero, kl).difference == pytest.approx(0.5)
+    assert compare(zero, kl).p is None
+    assert Series(kind="score", values=[1.5, 2.5]).measure().value == 2.0
+
+
+EVERY_KEY = {
+    "behaviour.target": shares([True]),
+    "behaviour.harmless": shares([False]),
+    "refusal.target": shares([True, False], ["x", None]),
+    "refusal.harmless": shares([False, False]),
+    "refusal.sets.xstest": shares([False]),
+    "judges.wildguard.harmful.target": shares([None, True]),
+    "judges.wildguard.refusal.sets.xstest": shares([True]),
+    "loss.own_completions": Series(kind="loss", values=[1.0, 2.0], tokens=[3, 4]),
+    "loss.pile": Series(kind="loss", values=[1.0], tokens=[3]),
+    "kl.first_token": Series(kind="divergence", values=[0.1, 0.2], tokens=[1, 1]),
+    "kl.completions": Series(kind="divergence", values=[0.1, 0.2], tokens=[3, 4]),
+    "choices.mmlu": shares([True], ["anatomy"]),
+    "tasks.some_task.acc": shares([True]),
+    "tasks.some_task.words": Series(kind="score", values=[3.0, 4.5]),
+}
+
+
+def test_the_report_stores_every_measure_under_its_key_with_value_n_and_interval():
+    measures = Measures.of(EVERY_KEY)
+    assert measures.flat().keys() == EVERY_KEY.keys()
+    assert isinstance(measures.tasks["some_task"]["acc"], Rate)
+    assert isinstance(measures.tasks["some_task"]["words"], Score)
+    again = Measures.model_validate_json(measures.model_dump_json())
+    assert again == measures
+    raw = json.loads(measures.model_dump_json())
+    for key in EVERY_KEY:
+        place = raw
+        for part in key.split("."):
+            place = place[part]
+        assert {"value", "n", "ci95"} <= place.keys()
+    assert raw["refusal"]["target"]["value"] == 0.5
+
+
+def test_the_documented_schema_is_the_schema():
+    """docs/report.md names every field, and no field that is not there."""
+    text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    named = set(re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE))
+    fields = set(Report.model_fields)
+    assert {n for n in named if "." not in n} == (fields | set(Measures.model_fields) | set(Paired.model_fields)
+        | set(Rate.model_fields) | set(Loss.model_fields) | {"set", "prompt", "category", "base_refused",
+        "edited_refused"})  # fmt: skip
+
+
+def test_nested_is_the_inverse_of_dots():
+    assert nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}

@@ -1,0 +1,417 @@
+"""What is measured, against independent computations on tiny models with transformers; and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark_files import all_sets, arc_rows, mmlu_rows, truthfulqa_rows, write
+from click.testing import CliRunner
+from conftest import bake_prompts, store, tiny_llama, tiny_tokenizer
+
+from orthogonalize.chat import ChatFormat
+from orthogonalize.cli import main
+from orthogonalize.divergence import kl_bound
+from orthogonalize.editing import edit
+from orthogonalize.engines import TransformersEngine
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.evaluation import evaluate
+from orthogonalize.extraction import Settings, extract
+from orthogonalize.likelihoods import Likeliest
+from orthogonalize.losses import alpaca_losses, pile_losses
+from orthogonalize.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
+from orthogonalize.plans import DEFAULT_SUITES
+from orthogonalize.report import load_report
+from orthogonalize.run import load_run
+from orthogonalize.suites import Memory
+
+SMALL = Settings(train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=0, max_rank=2)
+MORE_WORDS = ["A", "B", "C", "D", "Answer:", "Question:", "A.", "B.", "C.", "D.", "Q:", "A:"]
+
+
+def tokenizer():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(MORE_WORDS)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    tiny = tiny_llama(tie_word_embeddings=True, max_position_embeddings=512)
+    folder = store(tiny, tmp_path_factory.mktemp("measuring") / "model", torch.float32)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    sources = {}
+    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
+        (folder / f"{side}.txt").write_text("\n".join(prompts))
+        sources[side] = str(folder / f"{side}.txt")
+    extract(str(model), folder / "run", **sources, settings=SMALL)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def edited(model, run, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("edited") / "edited"
+    edit(str(model), out, run=run, method="ablate", scope="all")
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return all_sets(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def logprobs_of(model, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+EVERYTHING = (*DEFAULT_SUITES, "pile", "alpaca", "xstest", "orbench", "mmlu", "arc", "truthfulqa")
+
+
+@pytest.fixture(scope="module")
+def report(model, edited, run, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "report"
+    evaluate(edited, str(model), run, out, suites=EVERYTHING, engine="hf", max_new_tokens=40, data=data, limit=6)
+    return load_report(out)
+
+
+def test_one_start_a_model_measures_everything_with_n_interval_and_pair(report):
+    base, edited = report.base.flat(), report.edited.flat()
+    assert base.keys() == edited.keys() == report.paired.keys()
+    assert set(base) == {
+        "behaviour.target", "behaviour.harmless", "refusal.target", "refusal.harmless", "refusal.sets.xstest",
+        "refusal.sets.orbench", "loss.own_completions", "loss.pile", "loss.alpaca", "kl.first_token",
+        "kl.completions", "choices.mmlu", "choices.arc", "choices.truthfulqa",
+    }  # fmt: skip
+    for key, measure in edited.items():
+        assert measure.n == (5 if "orbench" in key else 6) or key.startswith(("loss.own", "kl"))
+        assert measure.ci95 is not None
+        assert measure.ci95[0] - 1e-9 <= measure.value <= measure.ci95[1] + 1e-9
+        assert (report.paired[key].p is None) == key.startswith("kl")
+    assert base["kl.completions"].value == 0
+    assert edited["kl.completions"].value > 0
+    assert set(base["refusal.sets.xstest"].by_category) == {"homonyms"}  # the unsafe half is left out
+    assert {a.set for a in report.answers} == {"target", "harmless", "xstest", "orbench"}
+
+
+def test_the_behaviour_is_the_first_token_of_the_answer(report, run, model):
+    found = load_run(run)
+    chat = ChatFormat(tokenizer())
+    with TransformersEngine(model, tokenizer()) as engine:
+        answers = engine.answers(chat.encode_all(found.texts("positive", "test")), 40)
+    expected = sum(a[:1] == [found.info.behaviour_tokens[0]] for a in answers) / 6
+    assert report.base.behaviour.target.value == expected
+
+
+def test_losses_are_those_of_the_library(report, reference, data):
+    from orthogonalize.benchmark_sets import ALPACA, PILE, rows
+
+    total = count = 0
+    for row in rows(PILE, data, 6):
+        ids = tokenizer()(row["text"])["input_ids"]
+        with torch.inference_mode():
+            total += reference(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() * (len(ids) - 1)
+        count += len(ids) - 1
+    assert report.base.loss.pile.value == pytest.approx(total / count, abs=1e-4)
+    assert report.base.loss.pile.tokens == count
+    total = count = 0
+    for row in rows(ALPACA, data, 6):
+        text = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
+        prompt = ChatFormat(tokenizer()).encode(text)
+        answer = tokenizer()(row["output"], add_special_tokens=False)["input_ids"]
+        labels = [-100] * len(prompt) + answer
+        with torch.inference_mode():
+            loss = reference(torch.tensor([prompt + answer]), labels=torch.tensor([labels])).loss.item()
+        total, count = total + loss * len(answer), count + len(answer)
+    assert report.base.loss.alpaca.value == pytest.approx(total / count, abs=1e-4)
+
+
+def test_kl_is_the_whole_sum_where_the_vocabulary_is_small(report, reference, run, edited, model):
+    """The tiny model has 96 words, all of which are read; so the bound must be the KL itself."""
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(edited, dtype=torch.float32).eval()
+    prompts = ChatFormat(tokenizer()).encode_all(load_run(run).texts("negative", "test"))
+    with TransformersEngine(model, tokenizer()) as engine:
+        answers = engine.answers(prompts, 40)
+    total = first = tokens = n = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        answer = answer[:32]
+        if not answer:
+            continue
+        p, q = (logprobs_of(m, [*prompt, *answer])[len(prompt) - 1 : -1] for m in (reference, other))
+        kl = (p.exp() * (p - q)).sum(-1)
+        total, first, tokens, n = total + kl.sum().item(), first + kl[0].item(), tokens + len(answer), n + 1
+    assert report.edited.kl.completions.tokens == tokens
+    assert report.edited.kl.completions.value == pytest.approx(total / tokens, abs=1e-4)
+    assert report.edited.kl.first_token.value == pytest.approx(first / n, abs=1e-4)
+
+
+@pytest.mark.parametrize("k", [3, 20, 100, 500])
+def test_the_kl_bound_never_exceeds_the_kl_and_closes_with_k(k):
+    generator = torch.Generator().manual_seed(k)
+    p, q = (4 * torch.randn(6, 500, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = p.log_softmax(-1), (0.7 * p + 0.5 * q).log_softmax(-1)
+    exact = (p.exp() * (p - q)).sum(-1)
+
+    def top(x: torch.Tensor) -> Likeliest:
+        found = x.topk(k, dim=-1)
+        return Likeliest(found.indices, found.values)
+
+    bound = kl_bound(top(p), top(q))
+    assert (bound <= exact + 1e-12).all()
+    if k == 500:
+        assert torch.allclose(bound, exact, atol=1e-12)
+    if k == 100:
+        assert (bound >= 0.9 * exact).all()
+
+
+def test_a_token_the_edit_has_banished_keeps_its_weight_in_the_kl():
+    """Base puts 0.9 on a word that the other lists nowhere among its likeliest: the floor stands for it."""
+    p = Likeliest(torch.tensor([[0, 1]]), torch.tensor([[0.9, 0.05]]).double().log())
+    q = Likeliest(torch.tensor([[2, 3]]), torch.tensor([[0.98, 0.001]]).double().log())
+    assert kl_bound(p, q).item() >= 0.9 * torch.tensor(0.9 / 0.001).log().item() - 0.4
+
+
+def brute_force(reference, question: Question) -> int:
+    scores = []
+    for choice in question.choices:
+        context = tokenizer()(question.context)["input_ids"]
+        whole = tokenizer()(question.context + choice)["input_ids"]
+        found = logprobs_of(reference, whole)
+        scores.append(sum(found[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def test_predictions_are_those_of_scoring_every_choice_alone(model, reference, data):
+    with TransformersEngine(model, tokenizer()) as engine:
+        for name, make in (("mmlu", mmlu), ("arc", arc), ("truthfulqa", truthfulqa)):
+            questions = make(data, None)
+            expected = [brute_force(reference, q) for q in questions]
+            found = MultipleChoice.of(name, questions, tokenizer())
+            assert found.predictions(engine) == expected
+            right = sum(p == q.answer for p, q in zip(expected, questions, strict=True))
+            assert found.measure(engine, Memory())[f"choices.{name}"].measure().value == right / len(questions)
+
+
+def test_prompts_are_those_of_lm_eval(data, tmp_path):
+    """The harness's own task objects on the same files write the same context, choices and answer."""
+    from lm_eval.tasks import TaskManager
+
+    include = tmp_path / "tasks"
+    include.mkdir()
+    folder = data / "allenai" / "ai2_arc" / "ARC-Challenge"
+    (include / "local_arc.yaml").write_text(
+        f"include: arc_challenge.yaml\ntask: local_arc\ndataset_path: json\ndataset_name: null\nnum_fewshot: 0\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {folder / 'test.jsonl'}\n    train: {folder / 'train.jsonl'}\n"
+        f"training_split: train\nvalidation_split: null\ntest_split: test\n".replace(
+            "include: arc_challenge.yaml", f"include: {_stock('arc/arc_challenge.yaml')}"
+        )
+    )
+    task = TaskManager(include_path=str(include)).load(["local_arc"])["tasks"]["local_arc"]
+    for document, question in zip(task.test_docs(), arc(data, None), strict=True):
+        assert question.context.endswith(task.doc_to_text(document))
+        assert question.choices == tuple(f" {c}" for c in task.doc_to_choice(document))
+        assert question.answer == int(task.doc_to_target(document))
+
+
+def _stock(name: str) -> Path:
+    import lm_eval
+
+    return Path(lm_eval.__file__).parent / "tasks" / name
+
+
+def test_any_lm_eval_task_runs_in_the_same_engine(model, edited, run, data, reference, tmp_path):
+    """A task of two-choice questions over a local file, by name, with item-by-item comparison."""
+    rows = [{"question": f"how do i {v} a cake", "choices": [" today", " now please"], "gold": i % 2}
+            for i, v in enumerate(("bake", "roast", "fry", "paint", "wash"))]  # fmt: skip
+    folder = all_sets(tmp_path / "data")
+    file = write(folder / "made-up", rows, "items")
+    (folder / "housework.yaml").write_text(
+        "task: housework\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {file}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\ntarget_delimiter: ""\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    found = evaluate(
+        edited, str(model), run, tmp_path / "report", suites=["lm_eval:housework"], engine="hf", data=folder
+    )
+    questions = [Question(row["question"], tuple(row["choices"]), row["gold"]) for row in rows]
+    right = [brute_force(reference, q) == q.answer for q in questions]
+    assert found.base.tasks["housework"]["acc"].value == sum(right) / len(right)
+    assert found.paired["tasks.housework.acc"].n == 5
+    with pytest.raises(OrthogonalizeError, match="no task 'nonesuch'"):
+        evaluate(edited, str(model), run, tmp_path / "x", suites=["lm_eval:nonesuch"], engine="hf")
+
+
+def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, data, tmp_path, monkeypatch):
+    settings = {"suites": ["refusal", "behaviour", "kl", "mmlu"], "engine": "hf", "max_new_tokens": 12, "data": data}
+    whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
+    calls: list[str] = []
+    answers, choices = TransformersEngine.answers, TransformersEngine.choices
+
+    def counted(self, *arguments):
+        calls.append(self.folder.name)
+        return answers(self, *arguments)
+
+    def dies(self, *_arguments):
+        raise OrthogonalizeError("the engine died")
+
+    monkeypatch.setattr(TransformersEngine, "answers", counted)
+    monkeypatch.setattr(
+        TransformersEngine,
+        "choices",
+        lambda self, *a: dies(self) if "edited" in self.folder.name else choices(self, *a),
+    )
+    with pytest.raises(OrthogonalizeError, match="died"):
+        evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut").exists()
+    assert calls == ["model", "edited"]
+    monkeypatch.setattr(TransformersEngine, "choices", choices)
+    resumed = evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert calls == ["model", "edited"]  # nothing was generated a second time
+    assert resumed.model_dump() == whole.model_dump()
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_a_journal_of_other_settings_or_a_cut_line_is_not_taken(tmp_path):
+    from orthogonalize.journal import Journal
+
+    journal = Journal(tmp_path / "out", "one")
+    journal.step("a", lambda: 1)
+    journal.step("b", lambda: 2)
+    with journal.file.open("a") as file:
+        file.write('{"step": "c", "resu')
+    assert Journal(tmp_path / "out", "one").done == {"a": 1, "b": 2}
+    assert Journal(tmp_path / "out", "two").done == {}
+
+
+def test_sensitive_answers_are_folded_and_can_be_left_out(model, edited, run, tmp_path):
+    import shutil
+
+    secret = tmp_path / "run"
+    shutil.copytree(run, secret)
+    info = json.loads((secret / "run.json").read_text())
+    (secret / "run.json").write_text(json.dumps(info | {"sensitive": True}))
+    settings = {"engine": "hf", "max_new_tokens": 8, "suites": ["refusal"]}
+    found = evaluate(edited, str(model), secret, tmp_path / "open", **settings)
+    page = (tmp_path / "open" / "report.html").read_text()
+    prompt = load_run(run).texts("positive", "test")[0]
+    harmless = load_run(run).texts("negative", "test")[0]
+    assert f"<summary>{prompt}" not in page
+    assert f'<p class="prompt">{prompt}' in page
+    assert f"<summary>{harmless}" in page
+    assert [a.sensitive for a in found.answers] == [True] * 6 + [False] * 6
+    found = evaluate(edited, str(model), secret, tmp_path / "redacted", redact=True, **settings)
+    assert (found.redacted, len(found.answers)) == (6, 6)
+    for name in ("report.json", "report.html"):
+        assert prompt not in (tmp_path / "redacted" / name).read_text()
+        assert harmless in (tmp_path / "redacted" / name).read_text()
+    assert found.base.refusal.target.n == 6  # the numbers stay
+
+
+def refused_data(folder: Path, edit) -> Path:
+    edit(all_sets(folder))
+    return folder
+
+
+ARC, TRUTHFUL = "allenai/ai2_arc/ARC-Challenge", "truthfulqa/truthful_qa/multiple_choice"
+UNSAFE = [{"prompt": "a", "type": "b", "label": "unsafe"}]
+DAMAGE = [
+    ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").unlink(), "no local copy of cais/mmlu all test"),
+    ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").write_text(""), "is empty"),
+    ("arc", lambda d: (d / ARC / "test.jsonl").write_text('{"question": "Wh'), "cannot be read"),
+    ("alpaca", lambda d: (d / "tatsu-lab/alpaca/train.parquet").write_bytes(b"PAR1"), "cannot be read"),
+    ("pile", lambda d: (d / "monology/pile-uncopyrighted/test.jsonl").write_text('{"words": "x"}'), "has no 'text'"),
+    ("truthfulqa", lambda d: write(d / TRUTHFUL, arc_rows(3), "validation"), "mc1_targets"),
+    ("mmlu", lambda d: write(d / "cais/mmlu/all", mmlu_rows(3), "dev", ".json"), "fewer than 5"),
+    ("arc", lambda d: write(d / ARC, arc_rows(2), "train"), "fewer than 5"),
+    ("xstest", lambda d: write(d / "Paul/XSTest", UNSAFE, suffix=".csv"), "no usable prompts"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suite", "damage", "message"), DAMAGE, ids=[f"{s} {m}" for s, _, m in DAMAGE])
+def test_bad_data_is_one_clear_error_before_any_engine_starts(
+    suite, damage, message, model, edited, run, tmp_path, monkeypatch
+):
+    folder = refused_data(tmp_path / "data", damage)
+    monkeypatch.setattr("orthogonalize.evaluation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    result = CliRunner().invoke(
+        main,
+        ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
+         "--suite", f"refusal,{suite}", "--engine", "hf", "--data", str(folder)],
+    )  # fmt: skip
+    assert result.exit_code == 1, result.output
+    assert result.output.startswith("error: ")
+    assert message in result.output
+    assert result.output.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_said_before_any_engine_starts(model, edited, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("orthogonalize.evaluation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    common = ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
+              "--engine", "hf"]  # fmt: skip
+    cases = [
+        (["--judge", "nobody"], "no judge 'nobody'"),
+        (["--judge", "wildguard"], "judge wildguard: "),
+        (["--judge", "wildguard=" + str(tmp_path / "nowhere")], "no such model"),
+        (["--suite", "mmlu", "--data", str(tmp_path / "nowhere")], "no such folder"),
+        (["--suite", "refusal,magic"], "no suite 'magic'"),
+        (["--max-new-tokens", "600"], "the model takes 512"),
+    ]
+    for words, message in cases:
+        result = CliRunner().invoke(main, [*common, *words])
+        assert result.exit_code == 1, (words, result.output)
+        assert message in result.output, (words, result.output)
+        assert result.output.strip().count("\n") == 0
+
+
+def test_a_gated_set_says_how_to_get_it(monkeypatch):
+    from orthogonalize.benchmark_sets import MMLU, rows
+
+    def gated(*_arguments, **_keywords):
+        raise RuntimeError("Dataset 'cais/mmlu' is a gated dataset on the Hub. Visit the page to ask for access.")
+
+    monkeypatch.setattr("datasets.load_dataset", gated)
+    with pytest.raises(OrthogonalizeError, match="gated: accept its terms"):
+        rows(MMLU, None)
+
+
+def test_texts_are_cut_at_256_tokens_and_only_answers_are_scored(tmp_path):
+    folder = all_sets(tmp_path / "data")
+    write(folder / "monology" / "pile-uncopyrighted", [{"text": "cake " * 600}], "test")
+    found = pile_losses(tokenizer(), folder, 5)
+    assert len(found.prompts[0]) + len(found.completions[0]) == 256
+    chat = ChatFormat(tokenizer())
+    alpaca = alpaca_losses(tokenizer(), chat, folder, 2)
+    assert alpaca.prompts[0] == chat.encode("how do i bake a cake today\n\nthe wall")
+    assert (
+        alpaca.completions[0] == tokenizer()("please how do i bake a cake today", add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_rows_are_spread_over_a_sorted_set(tmp_path):
+    folder = all_sets(tmp_path / "data")
+    write(folder / "cais/mmlu/all", [*mmlu_rows(20, "a_one"), *mmlu_rows(20, "b_two")], "test")
+    write(folder / "cais/mmlu/all", [*mmlu_rows(5, "a_one"), *mmlu_rows(5, "b_two")], "dev", ".json")
+    assert [q.category for q in mmlu(folder, 4)] == ["a_one", "a_one", "b_two", "b_two"]
+    assert "(with answers) about a one.\n\n" in mmlu(folder, 4)[0].context
+    write(folder / "truthfulqa/truthful_qa/multiple_choice", truthfulqa_rows(9), "validation")
+    assert [q.answer for q in truthfulqa(folder, None)] == [0] * 9

@@ -1,0 +1,219 @@
+"""Sweeps on a tiny model with transformers: the table, resuming, the reference's hooks, and in-place weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from conftest import LAYERS, bake_prompts, store, tiny_llama, tiny_tokenizer
+
+from orthogonalize.chat import ChatFormat
+from orthogonalize.cli import main
+from orthogonalize.editing import edit
+from orthogonalize.engines import TransformersEngine
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.evaluation import evaluate
+from orthogonalize.extraction import Settings, extract
+from orthogonalize.generation import generate
+from orthogonalize.run import load_run
+from orthogonalize.sweeps import Sweep, pareto, residual_hooks, sweep
+from orthogonalize.variants import make_variants, methods
+
+SMALL = Settings(
+    train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=0, max_rank=2,
+    methods=("dim", "inlp", "leace"),
+)  # fmt: skip
+SWEPT = ("ablate one", "ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all")
+QUICK = {"engine": "hf", "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = store(tiny_llama(tie_word_embeddings=True), tmp_path_factory.mktemp("sweep") / "model", torch.float32)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    sources = {}
+    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
+        (folder / f"{side}.txt").write_text("\n".join(prompts))
+        sources[side] = str(folder / f"{side}.txt")
+    extract(str(model), folder / "run", **sources, settings=SMALL)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def swept(model, run, tmp_path_factory) -> Sweep:
+    out = tmp_path_factory.mktemp("out") / "sweep"
+    chosen = make_variants(load_run(run))
+    kept = [v for v in chosen if v.name in SWEPT]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("orthogonalize.sweeps.make_variants", lambda *_: kept)
+        found = sweep(str(model), run, out, **QUICK)
+    assert {p.name for p in out.iterdir()} == {"sweep.json", "pareto.png"}
+    assert (out / "pareto.png").stat().st_size > 10_000
+    assert Sweep.model_validate_json((out / "sweep.json").read_text()) == found
+    return found
+
+
+def test_every_method_is_tried_over_every_scope(run):
+    additions = [f"actadd {kind} {m}" for kind in ("dim", "inlp") for m in ("-2", "-1", "-0.5", "+0.5", "+1", "+2")]
+    firsts = ["ablate", "nullspace", "reflect 1", "reflect 2", *additions, "leace"]
+    variants = make_variants(load_run(run))
+    assert sorted(v.name for v in variants) == sorted(f"{f} {s}" for f in firsts for s in ("one", "top:50%", "all"))
+    assert {v.choice.method for v in variants} == set(methods())
+    for variant in variants:
+        assert len(variant.layers) == {"one": 1, "top:50%": LAYERS // 2, "all": LAYERS}[variant.name.split()[-1]]
+
+
+def test_the_table_has_every_measure_of_every_edit(swept):
+    assert tuple(sorted(v.name for v in swept.variants)) == tuple(sorted(SWEPT))
+    assert swept.restored is True
+    keys = swept.base.flat().keys()
+    for variant in swept.variants:
+        assert variant.refused is None
+        assert variant.measures.flat().keys() == keys == variant.paired.keys()
+
+
+def test_both_kinds_of_direction_are_added_at_the_same_lengths_towards_the_positive_side(run):
+    found = load_run(run)
+    lengths: dict[str, list[float]] = {}
+    for variant in make_variants(found, ["actadd"], ["one"]):
+        (shift,) = [m.s for m in variant.intervention.writes.values()]
+        lengths.setdefault(variant.direction, []).append(shift.norm().item())
+        towards = shift @ found.directions.mean_diff(variant.choice.position, variant.choice.layer)
+        assert (towards > 0) == (variant.choice.coefficient > 0)
+    assert lengths["dim"] == pytest.approx(lengths["inlp"])
+    best = next(v.choice for v in make_variants(found, ["actadd"], ["one"]))
+    norm = found.directions.mean_diff(best.position, best.layer).norm().item()
+    assert sorted({round(x / norm, 6) for x in lengths["dim"]}) == [0.5, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all"])
+def test_a_swept_edit_measures_as_the_written_checkpoint_does(name, swept, model, run, tmp_path):
+    variant = next(v for v in swept.variants if v.name == name)
+    given = {k: v for k, v in variant.choice.model_dump().items() if k in ("method", "scope", "position", "layer")}
+    if variant.choice.method == "reflect":
+        given["alpha"] = variant.choice.alpha
+    if variant.choice.method == "actadd":
+        given["coefficient"] = variant.choice.coefficient
+    edit(str(model), tmp_path / "edited", run=run, **given)
+    report = evaluate(tmp_path / "edited", str(model), run, tmp_path / "report", **QUICK)
+    expected = report.edited.flat()
+    for key, measure in variant.measures.flat().items():
+        assert measure.value == pytest.approx(expected[key].value, abs=1e-5), key
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped(model, run, tmp_path, monkeypatch):
+    settings = {**QUICK, "methods": ["ablate", "reflect"], "scopes": ["one", "layers:1,2"]}
+    whole = sweep(str(model), run, tmp_path / "whole", **settings)
+    assert [v.name for v in whole.variants][:2] == ["ablate one", "ablate layers:1,2"]
+    loads: list[int] = []
+    load = TransformersEngine.load
+
+    def dies(self, weights):
+        loads.append(1)
+        if len(loads) == 3:
+            raise OrthogonalizeError("the engine died")
+        load(self, weights)
+
+    monkeypatch.setattr(TransformersEngine, "load", dies)
+    with pytest.raises(OrthogonalizeError, match="died"):
+        sweep(str(model), run, tmp_path / "cut", **settings)
+    answered: list[int] = []
+    answers = TransformersEngine.answers
+    monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
+    resumed = sweep(str(model), run, tmp_path / "cut", **settings)
+    assert len(answered) == len(whole.variants) - 2  # the base and two edits were done
+    for found, expected in zip(resumed.variants, whole.variants, strict=True):
+        assert found.measures == expected.measures
+    assert resumed.pareto == whole.pareto
+
+
+def test_residual_hooks_are_the_reference_s(model, run):
+    """Against its hooks written out: inputs of blocks, outputs of attention and MLP, in every layer of the scope."""
+    found = load_run(run)
+    variants = {v.name: v for v in make_variants(found)}
+    prompts = ChatFormat(tiny_tokenizer()).encode_all(found.texts("positive", "test"))
+    for name in ("ablate top:50%", "nullspace all", "reflect 2 all", "actadd inlp +1 one"):
+        variant = variants[name]
+        kind, choice = variant.direction, variant.choice
+        basis = found.directions.basis(kind, choice.position, choice.layer).to(torch.float32)
+        with TransformersEngine(model, tiny_tokenizer(), "cpu") as engine, residual_hooks(engine.model, variant):
+            ours = generate(engine.model, prompts, 8, [2])
+        with TransformersEngine(model, tiny_tokenizer(), "cpu") as engine:
+            factor = choice.alpha if choice.method == "reflect" else 1.0
+            shift = None
+            if choice.method == "actadd":
+                unit = basis[0]
+                if unit @ found.directions.mean_diff(choice.position, choice.layer).float() < 0:
+                    unit = -unit
+                shift = choice.coefficient * unit
+
+            def edited(h, basis=basis, factor=factor, shift=shift):
+                return h + shift if shift is not None else h - factor * (h @ basis.T) @ basis
+
+            def before(_m, args, kwargs, edited=edited):
+                return ((edited(args[0]), *args[1:]), kwargs) if args else (
+                    args, {**kwargs, "hidden_states": edited(kwargs["hidden_states"])})  # fmt: skip
+
+            def after(_m, _i, out, edited=edited):
+                return (edited(out[0]), *out[1:]) if isinstance(out, tuple) else edited(out)
+
+            for layer in variant.layers:
+                block = engine.model.model.layers[layer]
+                block.register_forward_pre_hook(before, with_kwargs=True)
+                if shift is None:
+                    block.self_attn.register_forward_hook(after)
+                    block.mlp.register_forward_hook(after)
+            assert generate(engine.model, prompts, 8, [2]) == ours, name
+
+
+def test_residual_semantics_differ_from_weights_only_where_weights_cannot_follow(model, run, swept, tmp_path):
+    """Over all layers a projection by hooks on inputs and outputs is the one on every write; over one it is not."""
+    found = sweep(str(model), run, tmp_path / "sweep", semantics="residual", methods=["ablate"], suites=["kl"], **QUICK)
+    assert found.restored is None
+    hooked = {v.name: v.measures.kl.completions.value for v in found.variants}
+    baked = {v.name: v.measures.kl.completions.value for v in swept.variants if v.name in hooked}
+    assert hooked["ablate all"] == pytest.approx(baked["ablate all"], abs=1e-4)
+    assert hooked["ablate one"] != pytest.approx(baked["ablate one"], rel=0.01)
+    with pytest.raises(OrthogonalizeError, match="add --engine hf"):
+        sweep(str(model), run, tmp_path / "x", semantics="residual")
+
+
+def test_pareto_keeps_what_no_other_edit_beats(swept):
+    def fake(name: str, gone: float, harm: float):
+        variant = swept.variants[0].model_copy(deep=True)
+        variant.name = name
+        variant.paired[swept.effect].difference = -gone
+        variant.paired[swept.harm].difference = harm
+        return variant
+
+    points = [fake("a", 0.9, 0.1), fake("b", 0.9, 0.2), fake("c", 0.5, 0.0), fake("d", 0.4, 0.0), fake("e", 1.0, 3.0)]
+    assert pareto(swept.model_copy(update={"variants": points})) == ["a", "c", "e"]
+
+
+def test_the_command_prints_the_table_and_refuses_what_is_not_there(model, run, tmp_path):
+    words = ["-q", "sweep", str(model), "--run", str(run), "--out", str(tmp_path / "out"), "--engine", "hf",
+             "--max-new-tokens", "6", "--suite", "refusal,loss", "--limit", "3"]  # fmt: skip
+    result = CliRunner().invoke(main, [*words, "--methods", "ablate", "--scopes", "one,layers:0,2-3,all"])
+    assert result.exit_code == 0, result.output
+    for name in ("base", "ablate one", "ablate layers:0,2-3", "ablate all"):
+        assert name in result.output
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["variants"]) == 3
+    for more, message in (
+        (["--methods", "magic"], "no method 'magic'"),
+        (["--scopes", "from:2"], "edits what is read"),
+        (["--scopes", "some"], "scope 'some'"),
+        ([], "exists"),
+    ):
+        out = [] if not more else ["--out", str(tmp_path / "other")]
+        result = CliRunner().invoke(main, [*words, *out, *more])
+        assert result.exit_code == 1
+        assert message in result.output

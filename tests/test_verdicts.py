@@ -1,0 +1,64 @@
+"""What a report says in words follows from its tests and intervals, and its page holds all of it."""
+
+from __future__ import annotations
+
+import re
+
+from orthogonalize.measures import Series, shares
+from orthogonalize.report import Answer, Measures, Report, Verdict, compare_all
+from orthogonalize.tables import summary_rows
+from orthogonalize.verdicts import verdicts
+from orthogonalize.webpage import write_webpage
+
+
+def report_of(base: dict[str, Series], edited: dict[str, Series], **more) -> Report:
+    return Report(
+        engine="hf", engine_version="transformers", base_model="base", checkpoint="edited", edit=None,
+        max_new_tokens=100, sensitive=False, base=Measures.of(base), edited=Measures.of(edited),
+        paired=compare_all(base, edited), answers=more.pop("answers", []), **more,
+    )  # fmt: skip
+
+
+def series(refused: int, harmless: int, loss: float, n: int = 40) -> dict[str, Series]:
+    return {
+        "refusal.target": shares([i < refused for i in range(n)]),
+        "refusal.harmless": shares([i < harmless for i in range(n)]),
+        "loss.own_completions": Series(kind="loss", values=[loss + 0.01 * i for i in range(n)], tokens=[10] * n),
+        "kl.first_token": Series(kind="divergence", values=[loss - 5.0] * n, tokens=[1] * n),
+        "kl.completions": Series(kind="divergence", values=[loss - 5.0] * n, tokens=[32] * n),
+    }
+
+
+def test_what_moved_is_said_and_what_did_not_is_not_called_a_change():
+    found = verdicts(report_of(series(38, 1, 5.0), series(2, 2, 5.5)))
+    assert found[0] == "Refusal on target prompts fell from 95% to 5% (n = 40)."
+    assert found[1] == "Refusal on harmless prompts: no change that 40 items could show (2% and 5%)."
+    assert found[2].startswith("Cross-entropy, own answers rose by ")
+    assert "more than a twentieth" in found[2]
+    same = verdicts(report_of(series(38, 1, 5.0), series(38, 1, 5.0)))
+    assert all("no change" in sentence for sentence in same[:3])
+
+
+def test_an_unreadable_verdict_has_a_row_of_its_own():
+    base = {"judges.wildguard.harmful.target": shares([None, True, False])}
+    edited = {"judges.wildguard.harmful.target": shares([None, None, True])}
+    rows = summary_rows(report_of(base, edited))
+    assert rows[1] == ("harmful by wildguard, target prompts: unreadable", "1", "2", "")
+
+
+def test_the_page_is_one_file_with_both_answers_verdicts_and_no_address(tmp_path):
+    answer = Answer(
+        set="target", category="<b>", prompt="how do i bake <script>", base="I'm sorry", edited="mix & bake",
+        base_refused=True, edited_refused=False, judges={"wildguard": Verdict(base_harmful=None, edited_harmful=False)},
+    )  # fmt: skip
+    report = report_of(series(38, 1, 5.0), series(2, 2, 5.5), answers=[answer])
+    write_webpage(report, [], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "how do i bake &lt;script&gt;" in page
+    assert "wildguard: unreadable" in page
+    assert "wildguard: not harmful" in page
+    assert "refusal gone" in page
+    for sentence in verdicts(report):
+        assert sentence.replace("'", "&#39;") in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "http" not in page

@@ -1,0 +1,173 @@
+"""vLLM on a tiny model: its numbers are transformers', and edits swapped in place are edits on disk.
+
+An engine takes a while to start, so one serves all tests but the last two, which start three more.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import bake_prompts, store, tiny_llama, tiny_tokenizer
+
+from orthogonalize.baking import bake
+from orthogonalize.chat import ChatFormat
+from orthogonalize.checkpoint import open_checkpoint
+from orthogonalize.divergence import kl_bound
+from orthogonalize.editing import edit
+from orthogonalize.engines import TransformersEngine, WeightSwap
+from orthogonalize.extraction import Settings, extract
+from orthogonalize.recipe import load_recipe
+from orthogonalize.run import load_run
+from orthogonalize.serving import common_folder, edited_weights
+from orthogonalize.vllm_engine import VllmEngine
+
+SMALL = Settings(train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=0, max_rank=2)
+# The first adds a head of its own, the second biases, the last edits parts of what the engine fuses.
+EDITS = {
+    "ablate": {"method": "ablate", "scope": "all"},
+    "actadd": {"method": "actadd", "layer": 2, "position": -1, "coefficient": 3.0},
+    "reflect": {"method": "reflect", "scope": "layers:1"},
+    "reads": {"method": "ablate", "scope": "from:1"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    tiny = tiny_llama(hidden_size=128, intermediate_size=96, tie_word_embeddings=True, max_position_embeddings=512)
+    folder = store(tiny, tmp_path_factory.mktemp("vllm") / "model", torch.float32)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    sources = {}
+    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
+        (folder / f"{side}.txt").write_text("\n".join(prompts))
+        sources[side] = str(folder / f"{side}.txt")
+    extract(str(model), folder / "run", **sources, settings=SMALL)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def written(model, run, tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("written")
+    for name, settings in EDITS.items():
+        edit(str(model), root / name, run=run, **settings)
+    return {name: root / name for name in EDITS}
+
+
+@pytest.fixture(scope="module")
+def plans(model, written):
+    source = open_checkpoint(model)
+    return {name: bake(source, load_recipe(folder).intervention()) for name, folder in written.items()}
+
+
+@pytest.fixture(scope="module")
+def shared(model, plans):
+    with (
+        common_folder(open_checkpoint(model), list(plans.values())) as folder,
+        VllmEngine(folder, 512, enable_prefix_caching=True) as engine,
+    ):
+        yield engine, WeightSwap(engine, open_checkpoint(folder))
+
+
+@pytest.fixture(scope="module")
+def prompts(run) -> list[list[int]]:
+    found = load_run(run)
+    texts = [*found.texts("positive", "test"), *found.texts("negative", "test")]
+    # Longer than a block of the prefix cache, so that a stale prefix would be used.
+    return [ChatFormat(tiny_tokenizer()).encode(f"{'please bake the cake today ' * 40}{text}") for text in texts]
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    with TransformersEngine(model, tiny_tokenizer(), "cpu") as engine:
+        yield engine
+
+
+SWAPPED: dict[str, list[list[int]]] = {}
+
+
+def test_losses_choices_and_distributions_are_those_of_transformers(shared, reference, prompts):
+    engine, _ = shared
+    answers = reference.answers(prompts, 12)
+    assert engine.answers(prompts, 12) == answers
+    answers = [a or [5] for a in answers]
+    for ours, theirs in zip(engine.scores(prompts, answers), reference.scores(prompts, answers), strict=True):
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+        assert ours.greedy == theirs.greedy
+    pairs = zip(engine.likeliest(prompts, answers), reference.likeliest(prompts, answers), strict=True)
+    for ours, theirs in pairs:
+        assert ours.ids.shape == theirs.ids.shape
+        assert kl_bound(theirs, ours).max() < 1e-5
+    choices = [
+        [[8 + i], [9 + i], [10 + i]] if i % 2 else [[8 + i, 9], [10 + i], [11, 12, 13]] for i in range(len(prompts))
+    ]
+    for ours, theirs in zip(engine.choices(prompts, choices), reference.choices(prompts, choices), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 256])
+def test_a_cached_context_is_never_read_for_what_is_scored(length, shared, reference):
+    """vLLM leaves log-probabilities of cached positions unset; a context may end with a block of the cache."""
+    engine, _ = shared
+    generator = torch.Generator().manual_seed(length)
+    context = torch.randint(3, 96, (length,), generator=generator).tolist()
+    choices = [[[8, 9], [10], [8, 9, 12]]]
+    for _ in range(2):  # the second time, all contexts and choices are in the cache
+        assert engine.choices([context], choices)[0] == pytest.approx(
+            reference.choices([context], choices)[0], abs=1e-3
+        )
+
+
+def test_an_edit_is_swapped_in_place_and_out_again_bit_for_bit(shared, plans, prompts, written):
+    engine, swap = shared
+    before, base = engine.fingerprint(), engine.answers(prompts, 12)
+    logprobs = [s.logprob for s in engine.scores(prompts, [[5, 6]] * len(prompts))]
+    for name, plan in plans.items():
+        swap.apply(edited_weights(plan))
+        assert engine.fingerprint() != before
+        SWAPPED[name] = engine.answers(prompts, 12)
+        found = engine.scores(prompts, [[5, 6]] * len(prompts))
+        with TransformersEngine(written[name], tiny_tokenizer(), "cpu") as other:
+            for ours, theirs in zip(found, other.scores(prompts, [[5, 6]] * len(prompts)), strict=True):
+                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+            assert SWAPPED[name] == other.answers(prompts, 12)
+    assert any(answers != base for answers in SWAPPED.values())
+    swap.restore()
+    assert engine.fingerprint() == before
+    assert engine.answers(prompts, 12) == base
+    assert [s.logprob for s in engine.scores(prompts, [[5, 6]] * len(prompts))] == logprobs
+
+
+@pytest.mark.parametrize("name", ["ablate", "actadd"])
+def test_a_fresh_engine_on_the_written_checkpoint_says_the_same_tokens(name, written, prompts):
+    assert name in SWAPPED, "the test before makes them"
+    with VllmEngine(written[name], 512) as engine:
+        assert engine.answers(prompts, 12) == SWAPPED[name]
+
+
+def test_eval_measures_base_and_edited_in_one_start(model, run, written, tmp_path, monkeypatch):
+    from orthogonalize.evaluation import evaluate
+
+    starts: list[Path] = []
+    enter = VllmEngine.__enter__
+
+    def counted(self):
+        starts.append(self.folder)
+        return enter(self)
+
+    monkeypatch.setattr(VllmEngine, "__enter__", counted)
+    settings = {"max_new_tokens": 16}
+    ours = evaluate(written["ablate"], str(model), run, tmp_path / "vllm", **settings)
+    assert starts == [written["ablate"]]
+    theirs = evaluate(written["ablate"], str(model), run, tmp_path / "hf", engine="hf", **settings)
+    for mine, yours in ((ours.base, theirs.base), (ours.edited, theirs.edited)):
+        expected = yours.flat()
+        for key, measure in mine.flat().items():
+            assert measure.value == pytest.approx(expected[key].value, abs=1e-3), key
+    assert [a.edited for a in ours.answers] == [a.edited for a in theirs.answers]
