@@ -20,7 +20,7 @@ from .report import Report
 from .verification import verify
 
 # Sized so that all of it takes a few minutes on two cores.
-SETTINGS = Settings(methods=("dim",), train=128, val=24, test=100, scored=6, trials=28, answers=14)
+SETTINGS = Settings(methods=("dim",), train=128, val=24, test=100, scored=3, trials=28, answers=14)
 PARTS = ("run", "edited", "report.json", "report.html")
 
 

@@ -22,7 +22,7 @@ from orthogonalize.scopes import map_sites, parse_scope
 from orthogonalize.scores import behaviour_score, first_token_probabilities
 from orthogonalize.verification import verify
 
-SETTINGS = Settings(train=40, val=12, test=20, scored=2, trials=0)
+SETTINGS = Settings(train=40, val=12, test=20, scored=1, trials=0)
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +59,16 @@ def test_what_begins_a_list_is_learnt_and_most_prompts_show_it(run):
 
 def test_every_method_finds_where_the_model_decides_on_a_list(run):
     for method in ("dim", "inlp", "leace"):
-        best = next(c for c in run.candidates if c.method == method)
-        assert best.bypass < run.info.base_score["positive"] - 1, method
-        found = next(p for p in run.probes if p.method == method)
-        assert found.before > 0.9, "the two kinds of prompt can be told apart before any edit"
-    whole = [p for p in run.probes if p.method == "inlp"][-1]
-    assert whole.after < whole.before, "and less so without the directions that INLP found"
+        mine = [c for c in run.candidates if c.method == method]
+        assert min(c.bypass for c in mine) < run.info.base_score["positive"] - 1, method
+        assert max(c.induce for c in mine) > run.info.base_score["negative"] + 3, method
+        found = [p for p in run.probes if p.method == method]
+        assert found[0].before > 0.9, "the two kinds of prompt can be told apart before any edit"
+        assert found[-1].after < found[-1].before, "and less so after it"
 
 
 def test_a_baked_edit_makes_lists_rarer_and_a_random_direction_does_not(base, folder, run, tmp_path):
-    edit(str(base), tmp_path / "edited", run=folder, method="ablate", scope="all", strength=1.0)
+    edit(str(base), tmp_path / "edited", run=folder, method="ablate", scope="all", position=-1, layer=18)
     proof = verify(tmp_path / "edited").verification
     assert proof.passed
     plain, edited = load_model(base, dtype=torch.float32), load_model(tmp_path / "edited", dtype=torch.float32)
