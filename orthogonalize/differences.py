@@ -77,12 +77,37 @@ def _range(blocks: Blocks, axis: int, width: int) -> tuple[torch.Tensor, torch.T
     return squares[order].clamp(min=0).sqrt(), (q @ vectors[:, order]).mT
 
 
-def _taken_out(blocks: Blocks, axis: int, basis: torch.Tensor) -> tuple[float, float]:
+def _across_rows(blocks: Blocks, values: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The directions [k, rows] of a matrix's rows that belong to those of its columns: `D v / s`.
+
+    Blocks are some rows each, so directions of length `rows` are pieced together from them.
+    """
+    parts = [(new.float() - old.float()) @ basis.float().mT for old, new in blocks()]
+    return (torch.cat(parts).double() / values.clamp(min=1e-300)).mT
+
+
+def _components(
+    blocks: Blocks, axis: int, basis: torch.Tensor, matrix: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What base and edited tensor hold along `basis`, in pieces."""
+    if not (matrix and axis == 0):
+        for old, new in blocks():
+            yield _unfolded(old, axis).double() @ basis.mT, _unfolded(new, axis).double() @ basis.mT
+        return
+    sums: list[torch.Tensor] = []
+    start = 0
+    for pair in blocks():
+        here = basis[:, start : start + len(pair[0])]
+        parts = [here @ block.double() for block in pair]
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        start += len(pair[0])
+    yield sums[0], sums[1]
+
+
+def _taken_out(blocks: Blocks, axis: int, basis: torch.Tensor, matrix: bool) -> tuple[float, float]:
     """What is left of the base's component along `basis`, and how much of it was taken out."""
     before = after = product = 0.0
-    for old, new in blocks():
-        a = _unfolded(old, axis).double() @ basis.mT
-        b = _unfolded(new, axis).double() @ basis.mT
+    for a, b in _components(blocks, axis, basis, matrix):
         before += a.square().sum().item()
         after += b.square().sum().item()
         product += (a * b).sum().item()
@@ -111,17 +136,25 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
     entries = math.prod(shape)
     # A stored value is off by up to half its grain, evenly: a twelfth of the square on average.
     deviation = GRAIN.get(dtype, 0.0) * 2 * math.sqrt(noise / entries / 12)
-    for axis, width in enumerate(shape):
+    matrix = len(shape) == 2 and shape[1] > 1
+    across: tuple[torch.Tensor, torch.Tensor] | None = None  # of the columns, found first
+    for axis, width in sorted(enumerate(shape), reverse=matrix):
         if width < 2 or (len(shape) > 2 and axis == 0):
             continue
-        values, basis = _range(blocks, axis, width)
+        if axis == 0 and across is not None:
+            values = across[0][:width]
+            basis = _across_rows(blocks, across[0], across[1])[:width]
+        else:
+            values, basis = _range(blocks, axis, width)
+            across = (values, basis) if matrix else None
         edge = ABOVE_NOISE * deviation * (math.sqrt(width) + math.sqrt(entries / width))
         rank = int((values > max(edge, 1e-6 * values[0].item())).sum())
         ranks.append((rank, values.square()))
         if 0 < rank < len(values):
-            found.append(Directions(axis, basis[:rank], *_taken_out(blocks, axis, basis[:rank])))
+            found.append(Directions(axis, basis[:rank], *_taken_out(blocks, axis, basis[:rank], matrix)))
         elif rank == len(values) == width:
-            found.append(Directions(axis, basis, *_taken_out(blocks, axis, basis)))
+            found.append(Directions(axis, basis, *_taken_out(blocks, axis, basis, matrix)))
+    found.sort(key=lambda directions: directions.axis)
     if not ranks:
         return Difference(share, None, math.nan)
     rank, squares = min(ranks, key=lambda r: r[0])

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from orthogonalize.cli import main
+from orthogonalize.differences import difference
 from orthogonalize.verification import verify
 
 WIDTH, LAYERS = 256, 3
@@ -164,3 +165,24 @@ def test_a_copy_is_the_base(base, tmp_path):
     found = verify(folder(tmp_path / "copy", load_file(base / "model.safetensors")), str(base))
     assert found.verdict() == "the weights are the base's"
     assert found.same == len(tensors())
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_tensor_read_in_parts_shows_the_same_directions_as_read_whole(axis):
+    """Large matrices, an embedding say, come some rows at a time; a direction along the rows spans all parts."""
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(90, 40, generator=generator)
+    direction = torch.nn.functional.normalize(torch.randn(old.shape[axis], generator=generator), dim=0)
+    removed = old.movedim(axis, -1) - (old.movedim(axis, -1) @ direction)[..., None] * direction
+    new = removed.movedim(-1, axis)
+    whole = difference(old.shape, old.dtype, lambda: iter([(old, new)]))
+    parts = difference(old.shape, old.dtype, lambda: iter(list(zip(old.split(13), new.split(13), strict=True))))
+    for found in (whole, parts):
+        assert found.rank == 1
+        along = next(d for d in found.directions if d.axis == axis)
+        assert abs(along.basis[0].float() @ direction) > 0.9999
+        assert along.left < 1e-4
+    for a, b in zip(whole.directions, parts.directions, strict=True):
+        assert (a.axis, a.basis.shape) == (b.axis, b.basis.shape)
+        assert abs(a.basis[0] @ b.basis[0]) > 0.9999
+        assert a.strength == pytest.approx(b.strength, abs=1e-4)
