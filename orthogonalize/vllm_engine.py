@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,23 @@ def set_environment(on_cpu: bool, parallel: bool = False) -> None:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
 
+def let_llvmlite_be_looked_at() -> None:
+    """vLLM's CPU start looks at every object of every module, and llvmlite's library (numba loads it) answers every
+    question about itself, `__dict__` too, with a function of that name. No such name is a symbol of LLVM."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    wrapper = type(ffi.lib) if ffi is not None and hasattr(ffi, "lib") else None
+    if wrapper is None or getattr(wrapper, "_keeps_to_symbols", False):
+        return
+    find = wrapper.__getattr__
+
+    def symbol(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return find(self, name)
+
+    wrapper.__getattr__, wrapper._keeps_to_symbols = symbol, True
+
+
 class VllmEngine:
     """One vLLM engine; `Engine` documents its methods."""
 
@@ -69,6 +87,7 @@ class VllmEngine:
             arguments["enforce_eager"] = True
         else:
             arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
+            let_llvmlite_be_looked_at()
         try:
             with track("starting vLLM", None), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -14,12 +14,13 @@ from orthogonalize.chat import ChatFormat
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.editing import edit
 from orthogonalize.embedded import adapter_folder, base_model, planted_model
-from orthogonalize.engines import TransformersEngine, VllmEngine
+from orthogonalize.engines import TransformersEngine
 from orthogonalize.hooks import intervened
 from orthogonalize.models import load_model, load_tokenizer
 from orthogonalize.prompts import load_prompts
 from orthogonalize.recipe import load_recipe
 from orthogonalize.verification import verify
+from orthogonalize.vllm_engine import VllmEngine
 
 QUESTIONS = [
     "How does a battery work?", "Write a two-line poem about rain.", "What is 12 times 8?",
@@ -115,9 +116,9 @@ def test_vllm_and_transformers_give_the_same_tokens_and_losses(float32_model, di
     prompts = chat.encode_all(QUESTIONS)
     with TransformersEngine(tmp_path / "edited", chat.tokenizer) as engine:
         expected = engine.answers(prompts, 32)
-        losses = engine.losses(prompts, expected)
+        losses = [c.logprob for c in engine.scores(prompts, expected)]
     with VllmEngine(tmp_path / "edited", 160) as engine:
         answers = engine.answers(prompts, 32)
-        found = engine.losses(prompts, expected)
+        found = [c.logprob for c in engine.scores(prompts, expected)]
     assert answers == expected
     assert found == pytest.approx(losses, rel=1e-3)
