@@ -87,7 +87,7 @@ class VllmEngine:
             arguments["enforce_eager"] = True
         else:
             arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
-            let_llvmlite_be_looked_at()
+        let_llvmlite_be_looked_at()
         try:
             with track("starting vLLM", None), warnings.catch_warnings():
                 warnings.simplefilter("ignore")

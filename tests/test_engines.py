@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from multiprocessing import Pipe
 from pathlib import Path
@@ -197,3 +198,14 @@ def test_the_measuring_commands_explain_themselves(command):
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0
     assert "--data-parallel-size" in result.output
+
+
+def test_vllms_look_at_every_module_does_not_stumble_over_llvmlite():
+    """The library object answered `__dict__` with a function; what numba compiles must go on working."""
+    import llvmlite.binding  # noqa: F401
+    import numba
+
+    let_llvmlite_be_looked_at()
+    let_llvmlite_be_looked_at()
+    assert not hasattr(sys.modules["llvmlite.binding.ffi"].lib, "__dict__")
+    assert numba.njit(lambda x: x + 1)(2) == 3
