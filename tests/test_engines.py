@@ -18,7 +18,7 @@ from orthogonalize.cli import main
 from orthogonalize.engine_group import EngineGroup, _devices, _serve
 from orthogonalize.engines import EngineOptions, WeightSwap, block_of, open_engine, single_tokens
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.vllm_engine import VllmEngine
+from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
 
 
 class Dead:
