@@ -87,6 +87,10 @@ def served(folder: Path, prompts: list[list[int]], dtype: str, proof: LoadProof)
     """The TOP tokens' log-probabilities at every position of `prompts`, from vLLM."""
     from vllm import LLM, SamplingParams
 
+    from orthogonalize.vllm_engine import let_llvmlite_be_looked_at
+
+    let_llvmlite_be_looked_at()
+
     pictures = "vision_config" in (folder / "config.json").read_text()
     with proof:
         llm = LLM(

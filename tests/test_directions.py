@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import LAYERS, VOCABULARY, WIDTH, load, tiny_llama
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from orthogonalize.activations import all_activations, batches, mean_activations
 from orthogonalize.directions import Directions, load_direction
@@ -23,7 +24,7 @@ def random_ids(count=20, seed=0):
 
 
 def test_activations_are_the_hidden_states_of_each_prompt_run_alone(base):
-    model, ids = load(base), random_ids()
+    model, ids = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval(), random_ids()
     found = all_activations(model, ids, 3)
     for row, prompt in zip(found, ids, strict=True):
         with torch.inference_mode():

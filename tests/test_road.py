@@ -248,7 +248,6 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
         (("extract", model, "--out", out, *sides, "--classifier", "svm"), "--solver sklearn"),
         (("extract", model, "--out", out, *sides, "--scoring", "global"), "--scoring must name local"),
         (("edit", model, "--out", out, "--run", run, "--method", "leace", "--scope", "from:1"), "no scope 'from'"),
-        (("edit", model, "--out", out, "--direction", narrow, "--method", "leace"), "width 7"),
         (("edit", model, "--out", out, "--direction", wide, "--method", "leace"), "leace needs the covariances"),
         (("edit", model, "--out", out, "--direction", wide, "--method", "nullspace", "--rank", "acc99"), "use --run"),
         (("edit", model, "--out", out, "--run", run, "--orthogonal"), "--orthogonal belongs to leace"),

@@ -303,7 +303,7 @@ def test_experts_packed_in_four_bits_are_refused_with_the_way_out(bases, tmp_pat
         return rest | {k + "_blocks": torch.zeros(4, 48, 2, 16, dtype=torch.uint8) for k in experts}
 
     source = rewritten(bases("gpt_oss").folder, tmp_path / "base", packed)
-    with pytest.raises(OrthogonalizeError, match=r"down_proj_blocks is quantised.*bfloat16"):
+    with pytest.raises(OrthogonalizeError, match=r"down_proj is stored as MXFP4.*dequantise"):
         bake(open_checkpoint(source), ablation("layers:1"))
 
 
