@@ -79,8 +79,10 @@ def _directions_at(run: Run, position: int, layer: int) -> dict[str, torch.Tenso
     return found
 
 
-def cosine_figure(run: Run) -> Figure:
-    """Cosines across layers between the methods' directions, and between draws of the prompts."""
+def cosine_figure(run: Run) -> Figure | None:
+    """Cosines across layers between the methods' directions, and between draws of the prompts; None without either."""
+    if len(run.info.methods) < 2 and not run.directions.stability:
+        return None
     position, _ = _best(run, "dim")
     layers = range(run.directions.layer_count + 1)
     at = {layer: _directions_at(run, position, layer) for layer in layers}
@@ -226,11 +228,15 @@ def figures(run: Run, recording: Recording) -> Iterator[tuple[str, Figure]]:
     """Every picture of a run by its name."""
     for method in run.info.methods:
         yield f"candidates-{method}", candidate_figure(run, method)
-    yield "cosines", cosine_figure(run)
     if run.directions.subspaces:
         yield "inlp-accuracy", accuracy_figure(run)
     yield "projections-dim", projection_figure(run, recording)
-    for name, figure in (("projections-inlp", plane_figure(run, recording)), ("probes", probe_figure(run))):
+    where_there_is_any = {
+        "cosines": cosine_figure(run),
+        "projections-inlp": plane_figure(run, recording),
+        "probes": probe_figure(run),
+    }
+    for name, figure in where_there_is_any.items():
         if figure is not None:
             yield name, figure
 
