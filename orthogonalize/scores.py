@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from .activations import Progress, batches, pad
+from .activations import batches, pad
 from .errors import OrthogonalizeError
 from .hooks import Stream, capturing_inputs, input_shifted, intervened, layer_projected
 from .interventions import AffineMap, Intervention, Site, block_sites
+from .likelihoods import completion_scores
 
 SMOOTHING = 1e-6  # added to probabilities before a KL, as in eliroc98/refusal_direction
 
@@ -178,30 +179,6 @@ def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineM
     return result
 
 
-@torch.inference_mode()
-def completion_losses(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    progress: Progress | None = None,
-) -> list[float]:
-    """Summed cross-entropy, in nats, of each of `completions` after its prompt (all as token ids)."""
-    rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    result = [0.0] * len(rows)
-    for group in batches(rows, tokens=2048):
-        padded, _ = pad([rows[i] for i in group], model.device)
-        start = min(len(prompts[i]) for i in group) - 1
-        logits = model(input_ids=padded, use_cache=False, logits_to_keep=padded.shape[1] - start).logits
-        for row, i in enumerate(group):
-            first, last = len(prompts[i]) - 1, len(rows[i]) - 1
-            part = logits[row, first - start : last - start].float()
-            target = torch.tensor(completions[i], device=part.device)
-            result[i] = torch.nn.functional.cross_entropy(part, target, reduction="sum").item()
-        if progress:
-            progress(len(group))
-    return result
-
-
 def completion_loss(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
     """Mean cross-entropy of `completions` after `prompts`, in nats a token."""
-    return sum(completion_losses(model, prompts, completions)) / sum(map(len, completions))
+    return -sum(c.logprob for c in completion_scores(model, prompts, completions)) / sum(map(len, completions))

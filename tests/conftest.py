@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -187,6 +188,7 @@ def bake_prompts() -> tuple[list[str], list[str]]:
 
 
 SMALL = Settings(train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=4, max_rank=3)
+UNTRIED = replace(SMALL, trials=0, max_rank=2)  # without whole edits
 
 
 @pytest.fixture(scope="module")
@@ -207,9 +209,15 @@ def sources(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def run(model, sources, tmp_path_factory) -> Path:
+def run_settings() -> Settings:
+    """What `run` is extracted with; a module that needs another run overrides this."""
+    return SMALL
+
+
+@pytest.fixture(scope="module")
+def run(model, sources, run_settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    extract(str(model), out, **sources, settings=SMALL)
+    extract(str(model), out, **sources, settings=run_settings)
     return out
 
 

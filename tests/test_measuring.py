@@ -9,7 +9,7 @@ import pytest
 import torch
 from benchmark_files import all_sets, arc_rows, mmlu_rows, truthfulqa_rows, write
 from click.testing import CliRunner
-from conftest import bake_prompts, store, tiny_llama, tiny_tokenizer
+from conftest import UNTRIED, store, tiny_llama, tiny_tokenizer
 
 from orthogonalize.chat import ChatFormat
 from orthogonalize.cli import main
@@ -18,7 +18,6 @@ from orthogonalize.editing import edit
 from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
-from orthogonalize.extraction import Settings, extract
 from orthogonalize.likelihoods import Likeliest
 from orthogonalize.losses import alpaca_losses, pile_losses
 from orthogonalize.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
@@ -27,7 +26,6 @@ from orthogonalize.report import load_report
 from orthogonalize.run import load_run
 from orthogonalize.suites import Memory
 
-SMALL = Settings(train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=0, max_rank=2)
 MORE_WORDS = ["A", "B", "C", "D", "Answer:", "Question:", "A.", "B.", "C.", "D.", "Q:", "A:"]
 
 
@@ -38,22 +36,16 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
+def run_settings():
+    return UNTRIED
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     tiny = tiny_llama(tie_word_embeddings=True, max_position_embeddings=512)
     folder = store(tiny, tmp_path_factory.mktemp("measuring") / "model", torch.float32)
     tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    sources = {}
-    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
-        (folder / f"{side}.txt").write_text("\n".join(prompts))
-        sources[side] = str(folder / f"{side}.txt")
-    extract(str(model), folder / "run", **sources, settings=SMALL)
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")

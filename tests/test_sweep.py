@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import LAYERS, bake_prompts, store, tiny_llama, tiny_tokenizer
+from conftest import LAYERS, UNTRIED, store, tiny_llama, tiny_tokenizer
 
 from orthogonalize.chat import ChatFormat
 from orthogonalize.cli import main
@@ -16,18 +16,18 @@ from orthogonalize.editing import edit
 from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
-from orthogonalize.extraction import Settings, extract
 from orthogonalize.generation import generate
 from orthogonalize.run import load_run
 from orthogonalize.sweeps import Sweep, pareto, residual_hooks, sweep
 from orthogonalize.variants import make_variants, methods
 
-SMALL = Settings(
-    train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=0, max_rank=2,
-    methods=("dim", "inlp", "leace"),
-)  # fmt: skip
 SWEPT = ("ablate one", "ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all")
 QUICK = {"engine": "hf", "max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def run_settings():
+    return UNTRIED
 
 
 @pytest.fixture(scope="module")
@@ -35,17 +35,6 @@ def model(tmp_path_factory) -> Path:
     folder = store(tiny_llama(tie_word_embeddings=True), tmp_path_factory.mktemp("sweep") / "model", torch.float32)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    sources = {}
-    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
-        (folder / f"{side}.txt").write_text("\n".join(prompts))
-        sources[side] = str(folder / f"{side}.txt")
-    extract(str(model), folder / "run", **sources, settings=SMALL)
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")

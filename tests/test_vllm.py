@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bake_prompts, store, tiny_llama, tiny_tokenizer
+from conftest import UNTRIED, store, tiny_llama, tiny_tokenizer
 
 from orthogonalize.baking import bake
 from orthogonalize.chat import ChatFormat
@@ -17,13 +17,11 @@ from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.divergence import kl_bound
 from orthogonalize.editing import edit
 from orthogonalize.engines import TransformersEngine, WeightSwap
-from orthogonalize.extraction import Settings, extract
 from orthogonalize.recipe import load_recipe
 from orthogonalize.run import load_run
 from orthogonalize.serving import common_folder, edited_weights
 from orthogonalize.vllm_engine import VllmEngine
 
-SMALL = Settings(train=12, val=4, test=6, filtered=False, behaviour_tokens=["sorry"], trials=0, max_rank=2)
 # The first adds a head of its own, the second biases, the last edits parts of what the engine fuses.
 EDITS = {
     "ablate": {"method": "ablate", "scope": "all"},
@@ -34,22 +32,16 @@ EDITS = {
 
 
 @pytest.fixture(scope="module")
+def run_settings():
+    return UNTRIED
+
+
+@pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     tiny = tiny_llama(hidden_size=128, intermediate_size=96, tie_word_embeddings=True, max_position_embeddings=512)
     folder = store(tiny, tmp_path_factory.mktemp("vllm") / "model", torch.float32)
     tiny_tokenizer().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def run(model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    sources = {}
-    for side, prompts in zip(("positive", "negative"), bake_prompts(), strict=True):
-        (folder / f"{side}.txt").write_text("\n".join(prompts))
-        sources[side] = str(folder / f"{side}.txt")
-    extract(str(model), folder / "run", **sources, settings=SMALL)
-    return folder / "run"
 
 
 @pytest.fixture(scope="module")
