@@ -1,7 +1,7 @@
 """Reading activations against the bare forward pass, and memory against the number of prompts.
 
 python benchmarks/extraction.py speed [--prompts 96] [--repeats 5]
-python benchmarks/extraction.py memory [--counts 200,800,3200]
+python benchmarks/extraction.py memory [--counts 200,800,2400]
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def speed(prompts: int, repeats: int) -> None:
 
 
 @main.command()
-@click.option("--counts", default="200,800,3200", show_default=True)
+@click.option("--counts", default="200,800,2400", show_default=True)
 def memory(counts: str) -> None:
     """Peak memory of recording and diff-in-means, a process for each number of prompts a side."""
     for count in counts.split(","):

@@ -6,6 +6,10 @@ float32; then the sum of all rowspace projections, d x d, is decomposed (once fo
 singular vectors), and the original data are projected off its row space. Both sides here solve the same
 objective with a free intercept on the same split, and stop alike, under 0.55 on the held-out samples.
 
+The published loop fits activations as they are, and their large common mean makes L-BFGS slow: often it
+ends at its 200 steps, short of the solution. So it is run twice, as published and once more with the mean
+taken off first, which changes no solution. The second is the fairer race, and its directions are compared.
+
 As the published loop is slow, only a few of its classifiers are timed. Ratios are of the medians of
 seconds a classifier, the one that ends the search included; both sides run the same number. Processor
 time stands beside wall time, since other work on the machine stretches the latter.
@@ -144,8 +148,8 @@ def fit(samples: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torc
     return weight.detach(), intercept.detach()
 
 
-def sequential(positive: torch.Tensor, negative: torch.Tensor, timed: int) -> Sequential:
-    """The published loop on one pair, [n, d] and [m, d] in float32.
+def sequential(positive: torch.Tensor, negative: torch.Tensor, timed: int, centred: bool = False) -> Sequential:
+    """The published loop on one pair, [n, d] and [m, d] in float32; `centred` takes the mean off first.
 
     After `timed` classifiers it goes on, untimed, until there are enough directions to compare, and
     projects by QR then, without waiting for the SVD.
@@ -154,8 +158,8 @@ def sequential(positive: torch.Tensor, negative: torch.Tensor, timed: int) -> Se
     fitted, held = (rows.to(device) for rows in stratified_split(len(positive), len(negative), 0))
     labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).to(device)
     original = torch.cat([positive, negative])
-    # As the intercept is free, this changes no solution; it spares L-BFGS the common mean.
-    original = original - original[fitted].mean(0)
+    if centred:  # as the intercept is free, this changes no solution
+        original = original - original[fitted].mean(0)
     samples = original
     done = Sequential()
     total = torch.zeros(width, width, device=device)
@@ -212,10 +216,12 @@ def measure(name: str, case: Case, device: torch.device, repeats: int, threads: 
     torch.set_num_threads(threads)
     sequential(positive[:, 0, :32], negative[:, 0, :32], timed=2)  # loads the libraries
     timed_pairs = [round(i * (case.pairs - 1) / max(1, case.timed_pairs - 1)) for i in range(case.timed_pairs)]
-    runs = []
+    runs, centred_runs = [], []
     for pair in timed_pairs:
         with console.status(f"{name}: published loop, pair {pair} (slow)"):
-            runs.append(sequential(positive[:, pair].contiguous(), negative[:, pair].contiguous(), case.timed))
+            sides = positive[:, pair].contiguous(), negative[:, pair].contiguous()
+            runs.append(sequential(*sides, case.timed))
+            centred_runs.append(sequential(*sides, case.timed, centred=True))
     load.append(os.getloadavg())
 
     counts = [s.rank + (s.stopped_at is not None) for s in found]  # the one that ended the search was fitted too
@@ -223,10 +229,11 @@ def measure(name: str, case: Case, device: torch.device, repeats: int, threads: 
     each = total.over(sum(counts))
     timed = [s for run in runs for s in run.timed]
     their_each = middle(timed)
+    centred_each = middle([s for run in centred_runs for s in run.timed])
     for_rank = middle([s for run in runs for s in run.ranks])
     cosines = [
         [abs((a.double() @ b).item()) for a, b in zip(run.weights[:COMPARED], found[pair].basis, strict=False)]
-        for run, pair in zip(runs, timed_pairs, strict=True)
+        for run, pair in zip(centred_runs, timed_pairs, strict=True)
     ]
     return {
         "case": name,
@@ -263,6 +270,7 @@ def measure(name: str, case: Case, device: torch.device, repeats: int, threads: 
         },
         "ratio": asdict(their_each.to(each)),
         "ratio_with_one_svd": asdict((their_each - for_rank).to(each)),
+        "ratio_with_the_mean_off": asdict(centred_each.to(each)),
         "cosines": cosines,
     }
 
@@ -299,6 +307,7 @@ def show(result: dict[str, Any]) -> None:
                 aim,
             )
     table.add_row("wall time, had it taken one SVD", "", "", f"{result['ratio_with_one_svd']['wall']:,.0f}x")
+    table.add_row("wall time, with the mean off first", "", "", f"{result['ratio_with_the_mean_off']['wall']:,.0f}x")
     for part, span in theirs["parts"].items():
         table.add_row(f"  wall time of {part}", seconds(span["wall"]))
     counted = theirs["mean_count_on_timed_pairs"]

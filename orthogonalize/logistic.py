@@ -10,8 +10,9 @@ from __future__ import annotations
 from copy import copy
 
 import torch
-from scipy.linalg.lapack import dposv  # here, so that a limit on BLAS threads finds its library loaded
 from torch.nn.functional import softplus
+
+from .newton import fit_by_newton
 
 TOLERANCE = 1e-7  # of the margins' spread: Newton's next step would be its square
 MOST_STEPS = 100
@@ -113,16 +114,7 @@ def _products(rows: torch.Tensor, columns: torch.Tensor, dual: torch.Tensor, by_
 
 def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Solve symmetric positive definite systems [pairs, n, n] for right sides [pairs, n, k]."""
-    if matrix.device.type != "cpu":
-        return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
-    # torch's own batch took 2 to 5 times as long as LAPACK called for one matrix after the other.
-    solution = torch.empty_like(right)
-    for one, side, out in zip(matrix.numpy(), right.numpy(), solution.numpy(), strict=True):
-        _, found, info = dposv(one.T, side, lower=1, overwrite_a=1)
-        if info:
-            raise ValueError(f"a matrix that should be positive definite is not (LAPACK dposv: {info})")
-        out[:] = found
-    return solution
+    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
 
 
 def fit_logistic(data: Samples, labels: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -131,12 +123,21 @@ def fit_logistic(data: Samples, labels: torch.Tensor, c: float) -> tuple[torch.T
     Returns the dual weights a [pairs, n] (without what gives no weight), the intercepts b [pairs] and the
     margins [pairs, n].
     """
-    pairs, n = data.fitted.shape[0], len(labels)
+    if not data.by_gram or labels.device.type != "cpu":
+        return fit_together(data, labels, c)
+    dual = labels.new_empty(len(data.left), len(labels))
+    intercept, margins = labels.new_empty(len(dual)), torch.empty_like(dual)
+    given, found = (data.left, data.idle, data.noise, labels), (dual, intercept, margins)
+    fit_by_newton(*(t.numpy() for t in given), c, TOLERANCE, *(t.numpy() for t in found))
+    return found
+
+
+def fit_together(data: Samples, labels: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`fit_logistic` with every step taken by all problems at once."""
+    dual = labels.new_zeros(len(data.fitted), len(labels))
+    intercept, margins = labels.new_zeros(len(dual)), torch.zeros_like(dual)
     sign = 2 * labels - 1
-    dual = torch.zeros(pairs, n, dtype=labels.dtype, device=labels.device)
-    intercept = torch.zeros(pairs, dtype=labels.dtype, device=labels.device)
-    margins = torch.zeros_like(dual)
-    active, left = torch.arange(pairs, device=labels.device), data
+    active, left = torch.arange(len(dual), device=labels.device), data
     for _ in range(MOST_STEPS):
         a, b, m = _newton_step(left, labels, c, margins[active])
         a, b, m = _no_worse(dual[active], intercept[active], margins[active], a, b, m, sign, c)

@@ -9,8 +9,8 @@ data off `w` changes the Gram matrix by one rank, so no step after the first see
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -182,30 +182,42 @@ def inlp(
     labels = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).to(positive.device, torch.float64)
     samples = torch.cat([positive, negative]).reshape(len(labels), -1, width).transpose(0, 1)
     size = PAIRS_ON_CPU if samples.device.type == "cpu" else len(samples)
+
+    def search(part: torch.Tensor) -> list[Subspace]:
+        if not torch.isfinite(part).all():
+            raise OrthogonalizeError("INLP was given NaN or infinite activations")
+        wide = part.to(torch.float64)
+        if solver == "newton":
+            return _search(wide, labels, fit.to(wide.device), held.to(wide.device), most, min_accuracy)
+        return [_search_sklearn(one, labels, fit, held, most, min_accuracy, classifier) for one in wide]
+
     found: list[Subspace] = []
-    with _one_thread() if samples.device.type == "cpu" else nullcontext():
-        for part in torch.split(samples, size):
-            if not torch.isfinite(part).all():
-                raise OrthogonalizeError("INLP was given NaN or infinite activations")
-            wide = part.to(torch.float64)
-            if solver == "newton":
-                found += _search(wide, labels, fit.to(wide.device), held.to(wide.device), most, min_accuracy)
-            else:
-                found += [_search_sklearn(one, labels, fit, held, most, min_accuracy, classifier) for one in wide]
-            if progress:
-                progress(len(part))
+    for part in _in_parallel(search, torch.split(samples, size)):
+        found += part
+        if progress:
+            progress(len(part))
     return Subspaces(tuple(shape), tuple(found)) if shape else found[0]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for the block: for matrices of a few hundred rows, more cost more than they gain."""
+def _in_parallel(
+    search: Callable[[torch.Tensor], list[Subspace]], parts: Sequence[torch.Tensor]
+) -> Iterator[list[Subspace]]:
+    """`search` of every part, in order; on a CPU by a thread a processor, each of which computes alone.
+
+    For matrices of a few hundred rows more threads an operation cost more than they gain.
+    """
+    if parts[0].device.type != "cpu":
+        yield from map(search, parts)
+        return
+    workers = max(1, min(len(parts), torch.get_num_threads()))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(workers, "inlp", torch.set_num_threads, (1,))
     try:
         with threadpool_limits(1, user_api="blas"):
-            yield
+            yield from pool.map(search, parts)
     finally:
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 

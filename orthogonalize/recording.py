@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .activations import capture
 from .errors import OrthogonalizeError
 from .progress import track
 from .stages import Journal
-from .tensorfile import TensorInfo, stored_bytes, write_header
+from .tensorfile import TensorFile, TensorInfo, open_tensor_file, stored_bytes, write_header
 
 FILE = "activations.safetensors"
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -36,21 +36,28 @@ class Recording:
         if not self.file.is_file():
             raise OrthogonalizeError(f"{self.file} is missing; run extract with --stage activations")
 
+    @cached_property
+    def _tensors(self) -> TensorFile:
+        return open_tensor_file(self.file)
+
+    def _named(self, name: str, layer: int) -> str:
+        key = f"{name}.{layer}"
+        if key not in self._tensors.tensors:
+            raise OrthogonalizeError(f"{self.file} has no activations of {name} at layer {layer}")
+        return key
+
     def read(self, name: str, layer: int, rows: slice = slice(None)) -> torch.Tensor:
-        """Activations [prompts, positions, d] of a set at the input of block `layer`, as stored."""
-        try:
-            with safe_open(self.file, "pt") as tensors:
-                return tensors.get_slice(f"{name}.{layer}")[rows]  # type: ignore[no-any-return]
-        except (SafetensorError, OSError) as error:
-            raise OrthogonalizeError(f"{self.file} has no activations of {name} at layer {layer}: {error}") from error
+        """Activations [prompts, positions, d] of a set at the input of block `layer`, as stored.
+
+        They are read into memory of their own: a mapped file's pages would count as this process's
+        for as long as they are not needed elsewhere.
+        """
+        first, last, _ = rows.indices(self.count(name))
+        return self._tensors.rows(self._named(name, layer), first, max(first, last))
 
     def count(self, name: str) -> int:
         """How many prompts the set has."""
-        try:
-            with safe_open(self.file, "pt") as tensors:
-                return int(tensors.get_slice(f"{name}.0").get_shape()[0])
-        except (SafetensorError, OSError) as error:
-            raise OrthogonalizeError(f"{self.file} has no activations of {name}: {error}") from error
+        return self._tensors.tensors[self._named(name, 0)].shape[0]
 
     def mean(self, name: str, layer: int) -> torch.Tensor:
         """Mean over the prompts of a set, [positions, d], summed in float64, some rows at a time."""

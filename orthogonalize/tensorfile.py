@@ -82,7 +82,7 @@ class TensorFile:
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """The tensor `name` from `first` to `last` along its first axis, in its stored dtype."""
         info = self.tensors[name]
-        row = info.size // info.shape[0]
+        row = info.size // info.shape[0] if info.shape[0] else 0
         buffer = bytearray((last - first) * row)
         with self.path.open("rb") as file:
             file.seek(self.data_start + info.start + first * row)

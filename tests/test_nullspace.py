@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.interventions import orthonormal
-from orthogonalize.logistic import Samples, fit_logistic
+from orthogonalize.logistic import Samples, fit_logistic, fit_together
 from orthogonalize.nullspace import Subspace, inlp, stratified_split
 
 
@@ -189,6 +189,19 @@ def test_the_newton_solution_has_no_gradient_left(seed, shape, scale):
     assert gradient.abs().max() <= 1e-7 * max(1.0, w.abs().max().item()) * max(1.0, scale**2)
     assert left.sum(-1).abs().max() <= 1e-7
     assert torch.allclose(margins, (x @ w[..., None])[..., 0] + b[:, None], atol=1e-6 * scale)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 10_000), st.sampled_from([(6, 8), (25, 40)]), st.floats(0.01, 100.0))
+def test_the_compiled_iteration_and_the_batched_one_agree(seed, shape, scale):
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    x = x - x.mean(1, keepdim=True)
+    labels = (torch.arange(shape[0]) % 3 > 0).double()
+    data = Samples(x, x)
+    data.project_off(fit_logistic(data, labels, 0.1)[0])
+    for one, other in zip(fit_logistic(data, labels, 0.1), fit_together(data, labels, 0.1), strict=True):
+        assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
