@@ -1,8 +1,10 @@
 """Multiple choice in this package beside lm-evaluation-harness's own vLLM path: same items, same predictions, time.
 
-Items are made up, in five-shot contexts of MMLU's form (one-token choices) and ARC's (choices of several
-tokens). The harness reads them through a task of its own over the same texts. Only the scoring is timed,
-not the engines' starts; each path scores everything once to warm up its kernels on a few items first.
+Items are made up, in five-shot contexts of MMLU's form (the subject's examples, letters as choices) and of
+ARC's (one set of examples, choices of several tokens). The harness reads them through a task of its own
+over the same texts, in the engine that `lm_eval --model vllm` starts. Each side runs in a process of its
+own, with its own settings. Only the scoring is timed, not the engines' starts; each side scores a few
+other items first, to warm up.
 
     PYTHONPATH=. python benchmarks/multiple_choice.py --questions 16
 """
@@ -12,6 +14,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,47 +26,69 @@ import click
 from orthogonalize.embedded import planted_model
 from orthogonalize.models import load_tokenizer
 from orthogonalize.multiple_choice import MultipleChoice, Question
-from orthogonalize.vllm_engine import VllmEngine
 
 LENGTH = 2048
 NOUNS = "river window carpet engine garden lantern basket harbour pencil mountain ticket orchard".split()  # noqa: SIM905
+SUBJECTS = ["a Monday", "a Tuesday", "a Wednesday", "a Thursday"]
+LETTERS = tuple(f" {letter}" for letter in "ABCD")
 PLACES = ["the north of town", "a quiet village", "an old railway station", "the edge of the forest", "a busy market"]
 
 
+def sum_block(pick: random.Random, subject: str, answered: bool) -> tuple[str, int]:
+    """A question as long as MMLU's, with letters for choices, and the index of the right one."""
+    noun, right = pick.choice(NOUNS), pick.randrange(4)
+    a, b = pick.randrange(2, 50), pick.randrange(2, 50)
+    options = [a + b + 7 * ((i - right) % 4) for i in range(4)]
+    lines = "".join(
+        f"{letter}. {value} {noun}s, counted at {pick.choice(PLACES)}\n"
+        for letter, value in zip("ABCD", options, strict=True)
+    )
+    text = (
+        f"On {subject} a shop at {pick.choice(PLACES)} sells {a} {noun}s in the morning, when most people of the town "
+        f"are still at work, and {b} more in the afternoon. How many does it sell on that day?\n{lines}Answer:"
+    )
+    return text + (f" {'ABCD'[right]}" if answered else ""), right
+
+
+def place_block(pick: random.Random, answered: bool) -> tuple[str, tuple[str, ...], int]:
+    """A question with places for choices, several tokens each."""
+    noun, right = pick.choice(NOUNS), pick.randrange(4)
+    places = tuple(f" {place}" for place in pick.sample(PLACES, 4))
+    text = f"Question: A story says that the {noun} stood in{places[right]}. Where did the {noun} stand?\nAnswer:"
+    return text + (places[right] if answered else ""), places, right
+
+
 def made_up(count: int, several: bool, seed: int = 0) -> list[Question]:
-    """Arithmetic with letters as choices, or places as choices; five answered examples before each."""
+    """`count` questions, sorted by subject as MMLU's are, each behind its subject's five answered examples."""
     pick = random.Random(seed)
-
-    def block(answered: bool) -> tuple[str, tuple[str, ...], int]:
-        noun, right = pick.choice(NOUNS), pick.randrange(4)
-        if several:
-            places = tuple(f" {place}" for place in pick.sample(PLACES, 4))
-            text = (
-                f"Question: A story says that the {noun} stood in{places[right]}. Where did the {noun} stand?\nAnswer:"
-            )
-            return text + (places[right] if answered else ""), places, right
-        a, b = pick.randrange(2, 50), pick.randrange(2, 50)
-        options = [a + b + 7 * ((i - right) % 4) for i in range(4)]
-        lines = "".join(f"{letter}. {value}\n" for letter, value in zip("ABCD", options, strict=True))
-        text = f"A shop sells {a} {noun}s on Monday and {b} on Tuesday. How many is that?\n{lines}Answer:"
-        return text + (f" {'ABCD'[right]}" if answered else ""), tuple(f" {x}" for x in "ABCD"), right
-
+    examples = {subject: [sum_block(pick, subject, True)[0] for _ in range(5)] for subject in SUBJECTS}
+    stories = [place_block(pick, True)[0] for _ in range(5)]
     questions = []
-    for _ in range(count):
-        examples = [block(True)[0] for _ in range(5)]
-        text, choices, right = block(False)
-        head = "The following are multiple choice questions (with answers) about everyday life.\n\n"
-        questions.append(Question(head + "\n\n".join([*examples, text]), choices, right))
+    for i in range(count):
+        if several:
+            text, choices, right = place_block(pick, False)
+            questions.append(Question("\n\n".join([*stories, text]), choices, right))
+            continue
+        subject = SUBJECTS[i * len(SUBJECTS) // count]
+        text, right = sum_block(pick, subject, False)
+        head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        questions.append(Question(head + "\n\n".join([*examples[subject], text]), LETTERS, right))
     return questions
+
+
+def sets_of(count: int) -> dict[str, list[Question]]:
+    return {"one_token": made_up(count, False), "several": made_up(count, True)}
 
 
 def ours(folder: Path, sets: dict[str, list[Question]]) -> dict[str, tuple[list[int], float]]:
     """Predictions and seconds by set."""
+    from orthogonalize.vllm_engine import VllmEngine
+
     tokenizer = load_tokenizer(folder)
     result = {}
     with VllmEngine(folder, LENGTH) as engine:
         for name, questions in sets.items():
-            MultipleChoice.of(name, made_up(2, name == "several", seed=99), tokenizer).predictions(engine)
+            MultipleChoice.of(name, made_up(4, name == "several", seed=99), tokenizer).predictions(engine)
             found = MultipleChoice.of(name, questions, tokenizer)
             start = time.perf_counter()
             predictions = found.predictions(engine)
@@ -78,10 +104,10 @@ def harness(folder: Path, sets: dict[str, list[Question]]) -> dict[str, tuple[li
     from lm_eval.models.vllm_causallms import VLLM
     from lm_eval.tasks import TaskManager
 
-    model = VLLM(pretrained=str(folder), dtype="bfloat16", max_model_len=LENGTH, enforce_eager=True)
+    model = VLLM(pretrained=str(folder), dtype="bfloat16", max_model_len=LENGTH)
     result = {}
     with TemporaryDirectory() as scratch:
-        for name, questions in (("warm", made_up(2, False, seed=99)), *sets.items()):
+        for name, questions in (("warm", made_up(4, False, seed=99)), *sets.items()):
             rows = [{"context": q.context, "choices": list(q.choices), "gold": q.answer} for q in questions]
             file = Path(scratch) / f"{name}.json"
             file.write_text("\n".join(map(json.dumps, rows)))
@@ -107,18 +133,26 @@ def _has_vllm() -> bool:
     return any(d.metadata["Name"] == "vllm" for d in importlib.metadata.distributions())
 
 
+def in_process(side: str, questions: int) -> dict[str, tuple[list[int], float]]:
+    """One side in a process of its own: neither sees the other's settings or caches."""
+    words = [sys.executable, __file__, "--side", side, "--questions", str(questions)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 @click.command()
 @click.option("--questions", default=16, show_default=True, help="Of each kind.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
-def main(questions: int, out: Path | None) -> None:
+@click.option("--side", type=click.Choice(["ours", "harness"]), hidden=True)
+def main(questions: int, out: Path | None, side: str | None) -> None:
     """Measure, and print."""
-    folder = planted_model()
-    sets = {"one token": made_up(questions, False), "several": made_up(questions, True)}
-    mine = ours(folder, sets)
-    theirs = harness(folder, {name.replace(" ", "_"): q for name, q in sets.items()})
+    if side:
+        print(json.dumps({"ours": ours, "harness": harness}[side](planted_model(), sets_of(questions))))
+        return
+    mine, theirs = in_process("ours", questions), in_process("harness", questions)
     result = {}
-    for name in sets:
-        (found, fast), (expected, slow) = mine[name], theirs[name.replace(" ", "_")]
+    for name in mine:
+        (found, fast), (expected, slow) = mine[name], theirs[name]
         same = sum(a == b for a, b in zip(found, expected, strict=True))
         result[name] = {"questions": questions, "same": same, "ours_s": fast, "harness_s": slow, "ratio": slow / fast}
     print(json.dumps(result, indent=1))

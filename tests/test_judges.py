@@ -134,19 +134,35 @@ def test_shieldgemma_weighs_yes_against_no():
     assert engine.rows[0] == ([1, 2], [[5], [6]])
 
 
-def checkpoint(folder: Path, kind: str) -> Path:
-    """A tiny random model of the class that a judge is of, with a tokenizer that knows its words."""
+def checkpoint(folder: Path, kind: str, reply: str | None) -> Path:
+    """A tiny model of the class that a judge is of, which says `reply` after every prompt; None: a random one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(["Yes", "No"])
+    tokenizer.add_tokens(["Yes", "No", *([reply] if reply else [])])
     common = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 1024, "head_dim": 8}  # fmt: skip
+              "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 1024, "head_dim": 32}  # fmt: skip
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **common)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common), dtype=torch.float32)
+    if reply:
+        says(model, tokenizer.convert_tokens_to_ids(reply), tokenizer.eos_token_id)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def says(model, reply: int, end: int) -> None:
+    """Blocks that write nothing; every token is followed by `reply`, and that by `end`."""
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.zero_()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding.zero_()
+    head.zero_()
+    embedding[:, 0] = 1
+    embedding[reply, :2] = torch.tensor([0.0, 1.0])
+    head[reply, 0] = head[end, 1] = 1
 
 
 CLASSES = [
@@ -157,7 +173,6 @@ CLASSES = [
     ("harmbench-mistral", "mistral"),
     ("wildguard", "mistral"),
     ("qwen3guard", "qwen3"),
-    ("shieldgemma", "gemma2"),
 ]
 
 
@@ -173,19 +188,37 @@ def answers(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("name", "kind"), CLASSES, ids=[n for n, _ in CLASSES])
-def test_every_judge_runs_on_a_tiny_model_of_its_class(name, kind, answers, tmp_path):
-    """A random model says nothing readable: so all is unreadable, or (where Yes and No are weighed) all is read."""
-    folder = checkpoint(tmp_path / "judge", kind)
-    found = judge(answers, f"{name}={folder}", engine="hf")
-    assert found.judge == name
-    assert found.n == 3
-    assert found.harmful.n + found.harmful.unparseable == 3
-    if name == "shieldgemma":
-        assert found.harmful.unparseable == 0
-    elif not name.startswith("llama-guard"):  # which counts the short answer as safe
-        assert (found.harmful.n, found.harmful.unparseable) == (0, 3)
-    assert (found.refusal is not None) == (name in ("wildguard", "qwen3guard"))
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.parametrize(("name", "kind"), CLASSES)
+def test_every_judge_is_heard_from_a_tiny_model_of_its_class(name, kind, engine, answers, tmp_path):
+    """The model says the second of the recorded replies to everything."""
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    reply, (harmful, refusal) = RECORDED[name][1]
+    found = judge(answers, f"{name}={checkpoint(tmp_path / 'judge', kind, reply)}", engine=engine)
+    assert (found.judge, found.n) == (name, 3)
+    short = 1 if name.startswith("llama-guard") else 0  # the one short answer, which it counts as safe
+    assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
+    assert found.harmful.value == pytest.approx((3 - short) / 3 if harmful else 0.0)
+    assert (found.refusal and found.refusal.value) == (None if refusal is None else float(refusal))
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_judge_that_cannot_be_understood_is_counted_as_neither(engine, answers, tmp_path):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    folder = checkpoint(tmp_path / "judge", "qwen3", "Safety: Unsafely")
+    found = judge(answers, f"qwen3guard={folder}", engine=engine)
+    assert (found.harmful.n, found.harmful.unparseable) == (0, 3)
+    assert (found.refusal.n, found.refusal.unparseable) == (0, 3)
+
+
+def test_the_engines_weigh_shieldgemmas_answers_alike(answers, tmp_path):
+    pytest.importorskip("vllm")
+    named = f"shieldgemma={checkpoint(tmp_path / 'judge', 'gemma2', None)}"
+    found = judge(answers, named, engine="vllm")
+    assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
+    assert found == judge(answers, named, engine="hf")
 
 
 def run(*words) -> tuple[int, str]:
