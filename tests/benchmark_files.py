@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+SETS = ("pile", "alpaca", "xstest", "orbench", "mmlu", "arc", "truthfulqa")  # suites that `all_sets` has data for
 THINGS = ("cake", "pie", "soup", "wall", "car", "shirt")
 VERBS = ("bake", "roast", "fry", "paint", "wash", "fold")
 
@@ -67,6 +68,24 @@ def truthfulqa_rows(count: int) -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def harness_rows() -> list[dict]:
+    return [
+        {"question": f"how do i {verb} a cake", "choices": [" today", " now please"], "gold": i % 2}
+        for i, verb in enumerate(VERBS[:5])
+    ]
+
+
+def harness_task(root: Path, rows: list[dict]) -> None:
+    """A task `housework` of lm-eval's over a local file."""
+    file = write(root / "made-up", rows, "items")
+    (root / "housework.yaml").write_text(
+        "task: housework\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {file}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\ntarget_delimiter: ""\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
 
 
 def all_sets(root: Path) -> Path:

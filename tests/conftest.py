@@ -169,6 +169,13 @@ def tiny_tokenizer(template: str | None = TEMPLATE):
     return fast
 
 
+def choosing_tokenizer():
+    """The same, with the words of multiple-choice prompts."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["A", "B", "C", "D", "Answer:", "Question:", "A.", "B.", "C.", "D.", "Q:", "A:"])
+    return tokenizer
+
+
 @pytest.fixture
 def chat_model(tmp_path) -> Path:
     """A tiny random Llama with a tokenizer and a chat template, float32."""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_files import all_sets, arc_rows, mmlu_rows, truthfulqa_rows, write
+from benchmark_files import SETS, all_sets, arc_rows, harness_rows, harness_task, mmlu_rows, truthfulqa_rows, write
 from click.testing import CliRunner
-from conftest import UNTRIED, store, tiny_llama, tiny_tokenizer
+from conftest import UNTRIED, choosing_tokenizer, store, tiny_llama
 
 from orthogonalize.chat import ChatFormat
 from orthogonalize.cli import main
@@ -26,14 +26,6 @@ from orthogonalize.report import load_report
 from orthogonalize.run import load_run
 from orthogonalize.suites import Memory
 
-MORE_WORDS = ["A", "B", "C", "D", "Answer:", "Question:", "A.", "B.", "C.", "D.", "Q:", "A:"]
-
-
-def tokenizer():
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_tokens(MORE_WORDS)
-    return tokenizer
-
 
 @pytest.fixture(scope="module")
 def run_settings():
@@ -44,7 +36,7 @@ def run_settings():
 def model(tmp_path_factory) -> Path:
     tiny = tiny_llama(tie_word_embeddings=True, max_position_embeddings=512)
     folder = store(tiny, tmp_path_factory.mktemp("measuring") / "model", torch.float32)
-    tokenizer().save_pretrained(folder)
+    choosing_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -72,13 +64,20 @@ def logprobs_of(model, ids: list[int]) -> torch.Tensor:
         return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
 
-EVERYTHING = (*DEFAULT_SUITES, "pile", "alpaca", "xstest", "orbench", "mmlu", "arc", "truthfulqa")
-
-
 @pytest.fixture(scope="module")
 def report(model, edited, run, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "report"
-    evaluate(edited, str(model), run, out, suites=EVERYTHING, engine="hf", max_new_tokens=40, data=data, limit=6)
+    evaluate(
+        edited,
+        str(model),
+        run,
+        out,
+        suites=[*DEFAULT_SUITES, *SETS],
+        engine="hf",
+        max_new_tokens=40,
+        data=data,
+        limit=6,
+    )
     return load_report(out)
 
 
@@ -103,8 +102,8 @@ def test_one_start_a_model_measures_everything_with_n_interval_and_pair(report):
 
 def test_the_behaviour_is_the_first_token_of_the_answer(report, run, model):
     found = load_run(run)
-    chat = ChatFormat(tokenizer())
-    with TransformersEngine(model, tokenizer()) as engine:
+    chat = ChatFormat(choosing_tokenizer())
+    with TransformersEngine(model, choosing_tokenizer()) as engine:
         answers = engine.answers(chat.encode_all(found.texts("positive", "test")), 40)
     expected = sum(a[:1] == [found.info.behaviour_tokens[0]] for a in answers) / 6
     assert report.base.behaviour.target.value == expected
@@ -115,7 +114,7 @@ def test_losses_are_those_of_the_library(report, reference, data):
 
     total = count = 0
     for row in rows(PILE, data, 6):
-        ids = tokenizer()(row["text"])["input_ids"]
+        ids = choosing_tokenizer()(row["text"])["input_ids"]
         with torch.inference_mode():
             total += reference(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item() * (len(ids) - 1)
         count += len(ids) - 1
@@ -124,8 +123,8 @@ def test_losses_are_those_of_the_library(report, reference, data):
     total = count = 0
     for row in rows(ALPACA, data, 6):
         text = row["instruction"] + ("\n\n" + row["input"] if row["input"] else "")
-        prompt = ChatFormat(tokenizer()).encode(text)
-        answer = tokenizer()(row["output"], add_special_tokens=False)["input_ids"]
+        prompt = ChatFormat(choosing_tokenizer()).encode(text)
+        answer = choosing_tokenizer()(row["output"], add_special_tokens=False)["input_ids"]
         labels = [-100] * len(prompt) + answer
         with torch.inference_mode():
             loss = reference(torch.tensor([prompt + answer]), labels=torch.tensor([labels])).loss.item()
@@ -138,8 +137,8 @@ def test_kl_is_the_whole_sum_where_the_vocabulary_is_small(report, reference, ru
     from transformers import AutoModelForCausalLM
 
     other = AutoModelForCausalLM.from_pretrained(edited, dtype=torch.float32).eval()
-    prompts = ChatFormat(tokenizer()).encode_all(load_run(run).texts("negative", "test"))
-    with TransformersEngine(model, tokenizer()) as engine:
+    prompts = ChatFormat(choosing_tokenizer()).encode_all(load_run(run).texts("negative", "test"))
+    with TransformersEngine(model, choosing_tokenizer()) as engine:
         answers = engine.answers(prompts, 40)
     total = first = tokens = n = 0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -183,19 +182,19 @@ def test_a_token_the_edit_has_banished_keeps_its_weight_in_the_kl():
 def brute_force(reference, question: Question) -> int:
     scores = []
     for choice in question.choices:
-        context = tokenizer()(question.context)["input_ids"]
-        whole = tokenizer()(question.context + choice)["input_ids"]
+        context = choosing_tokenizer()(question.context)["input_ids"]
+        whole = choosing_tokenizer()(question.context + choice)["input_ids"]
         found = logprobs_of(reference, whole)
         scores.append(sum(found[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
     return max(range(len(scores)), key=scores.__getitem__)
 
 
 def test_predictions_are_those_of_scoring_every_choice_alone(model, reference, data):
-    with TransformersEngine(model, tokenizer()) as engine:
+    with TransformersEngine(model, choosing_tokenizer()) as engine:
         for name, make in (("mmlu", mmlu), ("arc", arc), ("truthfulqa", truthfulqa)):
             questions = make(data, None)
             expected = [brute_force(reference, q) for q in questions]
-            found = MultipleChoice.of(name, questions, tokenizer())
+            found = MultipleChoice.of(name, questions, choosing_tokenizer())
             assert found.predictions(engine) == expected
             right = sum(p == q.answer for p, q in zip(expected, questions, strict=True))
             assert found.measure(engine, Memory())[f"choices.{name}"].measure().value == right / len(questions)
@@ -230,16 +229,8 @@ def _stock(name: str) -> Path:
 
 def test_any_lm_eval_task_runs_in_the_same_engine(model, edited, run, data, reference, tmp_path):
     """A task of two-choice questions over a local file, by name, with item-by-item comparison."""
-    rows = [{"question": f"how do i {v} a cake", "choices": [" today", " now please"], "gold": i % 2}
-            for i, v in enumerate(("bake", "roast", "fry", "paint", "wash"))]  # fmt: skip
-    folder = all_sets(tmp_path / "data")
-    file = write(folder / "made-up", rows, "items")
-    (folder / "housework.yaml").write_text(
-        "task: housework\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
-        f"dataset_kwargs:\n  data_files:\n    test: {file}\n"
-        'doc_to_text: "{{question}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold\ntarget_delimiter: ""\n'
-        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
-    )
+    folder, rows = all_sets(tmp_path / "data"), harness_rows()
+    harness_task(folder, rows)
     found = evaluate(
         edited, str(model), run, tmp_path / "report", suites=["lm_eval:housework"], engine="hf", data=folder
     )
@@ -389,13 +380,14 @@ def test_a_gated_set_says_how_to_get_it(monkeypatch):
 def test_texts_are_cut_at_256_tokens_and_only_answers_are_scored(tmp_path):
     folder = all_sets(tmp_path / "data")
     write(folder / "monology" / "pile-uncopyrighted", [{"text": "cake " * 600}], "test")
-    found = pile_losses(tokenizer(), folder, 5)
+    found = pile_losses(choosing_tokenizer(), folder, 5)
     assert len(found.prompts[0]) + len(found.completions[0]) == 256
-    chat = ChatFormat(tokenizer())
-    alpaca = alpaca_losses(tokenizer(), chat, folder, 2)
+    chat = ChatFormat(choosing_tokenizer())
+    alpaca = alpaca_losses(choosing_tokenizer(), chat, folder, 2)
     assert alpaca.prompts[0] == chat.encode("how do i bake a cake today\n\nthe wall")
     assert (
-        alpaca.completions[0] == tokenizer()("please how do i bake a cake today", add_special_tokens=False)["input_ids"]
+        alpaca.completions[0]
+        == choosing_tokenizer()("please how do i bake a cake today", add_special_tokens=False)["input_ids"]
     )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import UNTRIED, store, tiny_llama, tiny_tokenizer
+from benchmark_files import SETS, all_sets, harness_rows, harness_task
+from conftest import UNTRIED, choosing_tokenizer, store, tiny_llama, tiny_tokenizer
 
 from orthogonalize.baking import bake
 from orthogonalize.chat import ChatFormat
@@ -17,6 +18,7 @@ from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.divergence import kl_bound
 from orthogonalize.editing import edit
 from orthogonalize.engines import TransformersEngine, WeightSwap
+from orthogonalize.plans import DEFAULT_SUITES
 from orthogonalize.recipe import load_recipe
 from orthogonalize.run import load_run
 from orthogonalize.serving import common_folder, edited_weights
@@ -40,7 +42,7 @@ def run_settings():
 def model(tmp_path_factory) -> Path:
     tiny = tiny_llama(hidden_size=128, intermediate_size=96, tie_word_embeddings=True, max_position_embeddings=512)
     folder = store(tiny, tmp_path_factory.mktemp("vllm") / "model", torch.float32)
-    tiny_tokenizer().save_pretrained(folder)
+    choosing_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -143,7 +145,7 @@ def test_a_fresh_engine_on_the_written_checkpoint_says_the_same_tokens(name, wri
         assert engine.answers(prompts, 12) == SWAPPED[name]
 
 
-def test_eval_measures_base_and_edited_in_one_start(model, run, written, tmp_path, monkeypatch):
+def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, written, tmp_path, monkeypatch):
     from orthogonalize.evaluation import evaluate
 
     starts: list[Path] = []
@@ -154,12 +156,17 @@ def test_eval_measures_base_and_edited_in_one_start(model, run, written, tmp_pat
         return enter(self)
 
     monkeypatch.setattr(VllmEngine, "__enter__", counted)
-    settings = {"max_new_tokens": 16}
+    data = all_sets(tmp_path / "data")
+    harness_task(data, harness_rows())
+    suites = [*DEFAULT_SUITES, *SETS, "lm_eval:housework"]
+    settings = {"max_new_tokens": 16, "suites": suites, "data": data, "limit": 6}
     ours = evaluate(written["ablate"], str(model), run, tmp_path / "vllm", **settings)
     assert starts == [written["ablate"]]
     theirs = evaluate(written["ablate"], str(model), run, tmp_path / "hf", engine="hf", **settings)
     for mine, yours in ((ours.base, theirs.base), (ours.edited, theirs.edited)):
         expected = yours.flat()
+        assert len(expected) == 15
+        assert mine.flat().keys() == expected.keys()
         for key, measure in mine.flat().items():
             assert measure.value == pytest.approx(expected[key].value, abs=1e-3), key
     assert [a.edited for a in ours.answers] == [a.edited for a in theirs.answers]
