@@ -1,6 +1,6 @@
 """vLLM on a tiny model: its numbers are transformers', and edits swapped in place are edits on disk.
 
-An engine takes a while to start, so one serves all tests but the last two, which start three more.
+An engine takes a while to start, so one serves all tests but the last three, which start five more.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from orthogonalize.chat import ChatFormat
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.divergence import kl_bound
 from orthogonalize.editing import edit
-from orthogonalize.engines import TransformersEngine, WeightSwap
+from orthogonalize.engine_group import EngineGroup
+from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap
 from orthogonalize.plans import DEFAULT_SUITES
 from orthogonalize.recipe import load_recipe
 from orthogonalize.run import load_run
@@ -143,6 +144,22 @@ def test_a_fresh_engine_on_the_written_checkpoint_says_the_same_tokens(name, wri
     assert name in SWAPPED, "the test before makes them"
     with VllmEngine(written[name], 512) as engine:
         assert engine.answers(prompts, 12) == SWAPPED[name]
+
+
+def test_two_engines_in_processes_of_their_own_are_as_one(model, shared, plans, prompts, reference):
+    assert "ablate" in SWAPPED, "a test before makes it"
+    before = shared[0].fingerprint()
+    with (
+        common_folder(open_checkpoint(model), list(plans.values())) as folder,
+        EngineGroup(folder, 512, EngineOptions(data_parallel_size=2)) as group,
+    ):
+        assert group.fingerprint() == f"{before} {before}"
+        assert group.answers(prompts, 12) == reference.answers(prompts, 12)
+        swap = WeightSwap(group, open_checkpoint(folder))
+        swap.apply(edited_weights(plans["ablate"]))
+        assert group.answers(prompts, 12) == SWAPPED["ablate"]
+        swap.restore()
+        assert group.fingerprint() == f"{before} {before}"
 
 
 def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, written, tmp_path, monkeypatch):
