@@ -78,6 +78,8 @@ def serve_vllm(settings: dict[str, Any]) -> float:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    else:  # asking for a GPU was enough to make a fork of this process useless
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {"enforce_eager": True} if ON_CPU else {"gpu_memory_utilization": 0.85}
@@ -218,6 +220,7 @@ def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: s
         for _ in range(rounds):
             for name, folder in (("base", base), ("edited", edited)):
                 rates[name].append(in_process(name, {**common, "folder": str(folder)}))
+                click.echo(f"{name}: {rates[name][-1]:,.0f} tokens/s", err=True)
         hooks = {int(k): v for k, v in in_process("hooks", {**common, "folder": str(base)}).items()}
     first, best = hooks[min(hooks)], max(hooks.values())
     result = {

@@ -39,6 +39,8 @@ def set_environment(on_cpu: bool, parallel: bool = False) -> None:
         # A process of its own costs a CPU engine 20 s to start, and frees nothing that a GPU would need.
         if not parallel:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    else:  # to have asked for a GPU is enough to make a fork of this process useless to CUDA
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def let_llvmlite_be_looked_at() -> None:
