@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import UNTRIED, store, tiny_llama, tiny_tokenizer
+from tiny_models import store_tiny
 
 from orthogonalize.baking import bake
 from orthogonalize.chat import ChatFormat
@@ -17,6 +18,7 @@ from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.divergence import kl_bound
 from orthogonalize.editing import edit
 from orthogonalize.engines import TransformersEngine, WeightSwap
+from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.recipe import load_recipe
 from orthogonalize.run import load_run
 from orthogonalize.serving import common_folder, edited_weights
@@ -163,3 +165,20 @@ def test_eval_measures_base_and_edited_in_one_start(model, run, written, tmp_pat
         for key, measure in mine.flat().items():
             assert measure.value == pytest.approx(expected[key].value, abs=1e-3), key
     assert [a.edited for a in ours.answers] == [a.edited for a in theirs.answers]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [("lfm2", True), ("deepseek_v2", True), ("deepseek_v3", True), ("llama", False)]
+)
+def test_a_cpu_engine_leaves_out_the_rotary_kernel_where_it_is_wrong(name, changed, tmp_path, monkeypatch):
+    given = {}
+
+    def starts(**arguments):
+        given.update(arguments)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("vllm.LLM", starts)
+    folder = store_tiny(name, tmp_path / "model", torch.float32)
+    with pytest.raises(OrthogonalizeError, match="far enough"), VllmEngine(folder, 64):
+        pass
+    assert given.get("compilation_config") == ({"custom_ops": ["-rotary_embedding"]} if changed else None)
