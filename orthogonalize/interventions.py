@@ -148,23 +148,24 @@ def conjugated(affine: AffineMap, scale: torch.Tensor, truncation: float = 0.1) 
     return AffineMap(divided @ (torch.linalg.pinv(overlap) @ wanted), v, torch.zeros_like(affine.s))
 
 
-def centred(intervention: Intervention) -> Intervention:
-    """The same intervention along directions without their mean, which is all that a LayerNorm can see of them.
+def centred_map(affine: AffineMap) -> AffineMap:
+    """The same map along directions without their mean, which is all that a LayerNorm can see of them.
 
     Orthonormal directions are made orthonormal again; shifts stay.
     """
+    if not affine.rank or affine.is_centred(1e-12):
+        return affine
+    u, v = (part - part.mean(-2, keepdim=True) for part in (affine.u, affine.v))
+    # U (V^T U)^-1 keeps the map a removal of the same strength: V^T U is the strength, and centring shrinks it.
+    before, after = affine.v.mT @ affine.u, v.mT @ u
+    return AffineMap(u @ torch.linalg.pinv(after) @ before, v, affine.s)
 
-    def one(affine: AffineMap) -> AffineMap:
-        if not affine.rank or affine.is_centred(1e-12):
-            return affine
-        u, v = (part - part.mean(-2, keepdim=True) for part in (affine.u, affine.v))
-        # U (V^T U)^-1 keeps the map a removal of the same strength: V^T U is the strength, and centring shrinks it.
-        before, after = affine.v.mT @ affine.u, v.mT @ u
-        return AffineMap(u @ torch.linalg.pinv(after) @ before, v, affine.s)
 
+def centred(intervention: Intervention) -> Intervention:
+    """The same intervention with every map centred (see `centred_map`)."""
     return Intervention(
-        {site: one(affine) for site, affine in intervention.writes.items()},
-        {site: one(affine) for site, affine in intervention.reads.items()},
+        {site: centred_map(affine) for site, affine in intervention.writes.items()},
+        {site: centred_map(affine) for site, affine in intervention.reads.items()},
     )
 
 

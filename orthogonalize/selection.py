@@ -18,7 +18,8 @@ from scipy.stats import spearmanr
 
 from .directions import Directions
 from .errors import OrthogonalizeError
-from .interventions import AffineMap, shift, stacked
+from .hooks import Stream
+from .interventions import AffineMap, centred_map, shift, stacked
 from .progress import track
 from .scores import LocalScorer, behaviour_score, divergence, global_probabilities
 
@@ -180,13 +181,14 @@ class _Scoring:
     def __post_init__(self) -> None:
         self.on_positive = LocalScorer(self.model, self.positive)
         self.on_negative = LocalScorer(self.model, self.negative)
+        self.centring = Stream.of(self.model).architecture.norms.kind == "layer"  # as `edit` does
         width = self.directions.mean_diffs.shape[-1]
         self.base = self.on_negative.probabilities(0, shift(torch.zeros(1, width)), projected=False)[0]
 
     def layer(self, method: str, layer: int, induced: MutableMapping[tuple[int, int], float]) -> list[Candidate]:
         """Score `method` at every position of `layer`; `induced` holds what adding mean differences gave."""
         found = {p: self.directions.removal(method, p, layer) for p in self.directions.positions}
-        maps = {p: m for p, m in found.items() if m is not None}
+        maps = {p: centred_map(m) if self.centring else m for p, m in found.items() if m is not None}
         if not maps:
             return []
         removals = stacked(list(maps.values()))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from .architectures import architecture_of
 from .baking import Bake, bake
 from .checkpoint import Checkpoint, open_checkpoint
 from .choices import Choice
@@ -17,6 +19,7 @@ from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, Transformers
 from .errors import OrthogonalizeError
 from .evaluation import add_opinions, ask_judges, check_engine, context_length, engine_version, folder_state
 from .hooks import input_shifted, layer_projected
+from .interventions import centred
 from .journal import Journal, fingerprint_of
 from .judging import ready_judges
 from .measures import Loss, Paired, Rate, Record
@@ -199,6 +202,8 @@ def sweep(
     if ready and not plan.answering:
         raise OrthogonalizeError("judges need answers; add --suite refusal")
     variants = make_variants(found, methods, scopes)
+    if semantics == "weights" and architecture_of(source.config).norms.kind == "layer":  # as `edit` does
+        variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
     plans, refused = _plans(source, variants) if semantics == "weights" else ({}, {})
     for name, reason in refused.items():
         note(f"{name} is left out: {reason}")

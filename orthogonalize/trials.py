@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict
 
 from .choices import Choice, intervention_from_directions
 from .directions import Directions
-from .hooks import intervened
-from .interventions import Method
+from .hooks import Stream, intervened
+from .interventions import Method, centred
 from .progress import track
 from .scopes import parse_scope
 from .scores import behaviour_score, completion_loss, first_token_probabilities
@@ -84,6 +84,8 @@ class Trials:
         """The model under an edit, reading the stream as the baked weights will."""
         ranking = layer_ranking(self.ranked, "dim")
         intervention = intervention_from_directions(choice, self.directions, ranking)
+        if Stream.of(self.model).architecture.norms.kind == "layer":
+            intervention = centred(intervention)  # as `edit` does
         return intervened(self.model, intervention, renormalise=False)
 
     def run(self, choice: Choice) -> Trial:

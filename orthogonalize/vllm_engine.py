@@ -21,6 +21,9 @@ from .likelihoods import Completion, Likeliest
 from .progress import track
 
 SLICE = 256  # prompts between two signs of progress; each slice keeps the engine's batch full
+# Families whose queries reach the rotary embedding as [token, head, dimension]: the CPU kernel of vLLM 0.32 takes
+# the last axis for all heads, and rotates wrongly (not with DeepSeek's YaRN). vLLM's own Python does it right.
+ROTATED_BY_HEAD = ("lfm2", "deepseek_v2", "deepseek_v3")
 SHARD = 2 * 2**30  # bytes of new weights held in memory at a time
 
 
@@ -41,6 +44,14 @@ def set_environment(on_cpu: bool, parallel: bool = False) -> None:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     else:  # to have asked for a GPU is enough to make a fork of this process useless to CUDA
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def cpu_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM` on a CPU for a model of this config.json."""
+    arguments: dict[str, Any] = {"enforce_eager": True}
+    if config.get("model_type") in ROTATED_BY_HEAD:
+        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+    return arguments
 
 
 def let_llvmlite_be_looked_at() -> None:
@@ -86,7 +97,7 @@ class VllmEngine:
         if self.options.distributed_executor_backend:
             arguments["distributed_executor_backend"] = self.options.distributed_executor_backend
         if on_cpu:
-            arguments["enforce_eager"] = True
+            arguments |= cpu_arguments(open_checkpoint(self.folder).config)
         else:
             arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
         let_llvmlite_be_looked_at()

@@ -9,7 +9,7 @@ from typing import Any
 BEGIN, END = "<!-- proof: made by make prove -->", "<!-- end of proof -->"
 HEAD = (
     "| model | edits compared | weights = hooks | exact but for a length: write, read | constants: MLP, attention "
-    "| vLLM: class | read whole | top-5, float32 arithmetic | top-5, bf16 (transformers' own rounding) |"
+    "| vLLM: class | read whole | top-5, float32 arithmetic | top-5, bf16 | the edit moves them by |"
 )
 
 
@@ -31,6 +31,10 @@ def _small(value: float | None) -> str:
     return "-" if value is None else f"{value:.0e}"
 
 
+def _thousandths(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _percent(value: float | None) -> str:
     return f"{value:.0%}" if value else "-"
 
@@ -39,17 +43,17 @@ def _row(name: str, of: dict[str, Any]) -> str:
     served = of.get("served", {})
     failed = "error" in served
     whole = "-" if failed or not served else "yes" if not served["uninitialised"] + served["dropped"] else "**no**"
-    bf16 = served.get("gap_bfloat16")
     cells = [
         name,
         str(of.get("edits", "-")),
         _small(of.get("exact")),
         f"{_percent(of.get('rescaled_write'))}, {_percent(of.get('rescaled_read'))}",
         f"{of.get('constant', '-')}, {of.get('constant_attention', '-')}",
-        "not in this build" if failed else served.get("served_by", "-"),
+        f"not in this build: {served['error']}" if failed else served.get("served_by", "-"),
         whole,
-        _small(served.get("gap_float32")) + (" (base too)" if "gap_of_base" in served else ""),
-        "-" if bf16 is None else f"{bf16:.3f} ({served['rounding']:.3f})",
+        _small(served.get("gap_float32")),
+        _thousandths(served.get("gap_bfloat16")),
+        _thousandths(served.get("moved")),
     ]
     return "| " + " | ".join(cells) + " |"
 

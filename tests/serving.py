@@ -30,14 +30,28 @@ SETTINGS = {
 
 TOP = 5
 FAR = 2e-2  # a log-probability that differs by more is not the same
+SPREAD = 0.15  # of the head: rounding to bfloat16 moves log-probabilities of logits that spread by 1 three times FAR
+RANK = 48  # of the edit, a quarter of the width: it must move them by far more than FAR all the same
+PROMPTS, LENGTH = 3, 17
 # What the Hub's config.json has and the class of transformers does not ask for, and sizes that vLLM's kernels need.
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
+QUIETER = {"spread": SPREAD / 2}  # these round more than others, and their edits move more
+GATED_DELTA = QUIETER | {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+LINEAR = ["qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5 multimodal", "qwen3_5_moe multimodal"]
 SERVED: dict[str, dict[str, Any]] = {
-    "lfm2": {"conv_dim": 192, "conv_dim_out": 192, "block_dim": 192, "block_ff_dim": 200, "block_multiple_of": 1},
+    "lfm2": QUIETER
+    | {"conv_dim": 192, "conv_dim_out": 192, "block_dim": 192, "block_ff_dim": 200, "block_multiple_of": 1},
+    "granitemoehybrid": {"spread": 0.1},
+    "gpt2": {"spread": 0.2},
     "deepseek_v2": LATENT,
     "deepseek_v2 lite": LATENT,
-    "deepseek_v3": LATENT | {"topk_method": "noaux_tc"},
+    "deepseek_v3": LATENT | QUIETER | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    **dict.fromkeys(LINEAR, GATED_DELTA),
 }
+BFLOAT16_ONLY = LINEAR  # "CPU GDN attention requires BF16"
+# vLLM's own class has no parallel residual, and says so ("weights were not initialized"): its backend for
+# transformers' classes serves such a model, edited or not.
+BACKEND = {"stablelm parallel"}
 
 
 def _holds(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
@@ -83,20 +97,23 @@ class LoadProof:
         DefaultModelLoader.load_weights = self.original
 
 
-def served(folder: Path, prompts: list[list[int]], dtype: str, proof: LoadProof) -> list[list[dict[int, float]]]:
+def served(
+    folder: Path, prompts: list[list[int]], dtype: str, proof: LoadProof, backend: bool
+) -> list[list[dict[int, float]]]:
     """The TOP tokens' log-probabilities at every position of `prompts`, from vLLM."""
     from vllm import LLM, SamplingParams
 
-    from orthogonalize.vllm_engine import let_llvmlite_be_looked_at
+    from orthogonalize.vllm_engine import cpu_arguments, let_llvmlite_be_looked_at
 
     let_llvmlite_be_looked_at()
 
-    pictures = "vision_config" in (folder / "config.json").read_text()
+    config = json.loads((folder / "config.json").read_text())
     with proof:
         llm = LLM(
-            model=str(folder), skip_tokenizer_init=True, dtype=dtype, enforce_eager=True, max_model_len=64,
-            max_num_seqs=4, disable_log_stats=True, max_logprobs=TOP, enable_prefix_caching=False,
-            limit_mm_per_prompt={"image": 0, "video": 0} if pictures else {},
+            model=str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=64, max_num_seqs=4,
+            disable_log_stats=True, max_logprobs=TOP, enable_prefix_caching=False,
+            limit_mm_per_prompt={"image": 0, "video": 0} if "vision_config" in config else {},
+            model_impl="transformers" if backend else "auto", **cpu_arguments(config),
         )  # fmt: skip
     try:
         parameters = SamplingParams(max_tokens=1, prompt_logprobs=TOP, detokenize=False)
@@ -108,16 +125,47 @@ def served(folder: Path, prompts: list[list[int]], dtype: str, proof: LoadProof)
         gc.collect()
 
 
-@torch.inference_mode()
-def expected(folder: Path, prompts: list[list[int]], dtype: torch.dtype) -> list[torch.Tensor]:
-    """Log-probabilities of all tokens at every position, from transformers."""
+def load(folder: Path, dtype: torch.dtype) -> Any:
     from orthogonalize.models import model_class
 
-    model = model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-    return [model(input_ids=torch.tensor([p])).logits[0].float().log_softmax(-1) for p in prompts]
+    return model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
 
-def gap(served_top: list[list[dict[int, float]]], reference: list[torch.Tensor]) -> float:
+@torch.inference_mode()
+def scores(model: Any, prompts: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [prompt, position, token] from transformers."""
+    return model(input_ids=prompts).logits.float().log_softmax(-1)
+
+
+def steady_prompts(folder: Path) -> torch.Tensor:
+    """The PROMPTS of many random ones whose scores move least under rounding to bfloat16, and twice as much noise.
+
+    Where a router is near a tie, any rounding takes another expert, and two right implementations differ by
+    as much as experts do. Such prompts compare nothing; transformers alone says which, before vLLM is asked.
+    """
+    candidates = torch.randint(3, 90, (96, LENGTH), generator=torch.Generator().manual_seed(0))
+    model = load(folder, torch.float32)
+    exact = scores(model, candidates)
+    stored = {name: p.detach().clone() for name, p in model.named_parameters()}
+    noise = torch.Generator().manual_seed(1)
+    moved = (scores(load(folder, torch.bfloat16), candidates) - exact).abs().amax((1, 2))
+    for _ in range(4):
+        for name, parameter in model.named_parameters():
+            parameter.data = stored[name] * (1 + 2**-8 * torch.randn(parameter.shape, generator=noise))
+        moved = moved.maximum((scores(model, candidates) - exact).abs().amax((1, 2)))
+    return candidates[moved.argsort()[:PROMPTS]]
+
+
+def top(table: torch.Tensor) -> list[list[dict[int, float]]]:
+    """Scores as `served` gives them."""
+    best = table.topk(TOP)
+    return [
+        [dict(zip(tokens, values, strict=True)) for tokens, values in zip(at.tolist(), of.tolist(), strict=True)]
+        for at, of in zip(best.indices, best.values, strict=True)
+    ]
+
+
+def gap(served_top: list[list[dict[int, float]]], reference: torch.Tensor) -> float:
     """The largest difference in a log-probability that vLLM lists among its first TOP."""
     differences = []
     for positions, table in zip(served_top, reference, strict=True):
@@ -132,19 +180,15 @@ def intervention_for(name: str, architecture: Any) -> Any:
     from orthogonalize.interventions import Intervention, Site, removal
 
     width = 192
-    rows = torch.randn(2, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    rows = torch.randn(RANK, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     basis = torch.linalg.qr((rows - rows.mean(1, keepdim=True)).T)[0].T
     sites = [Site(kind, layer) for layer in range(4) for kind in ("attn", "mlp")]
     sites += [Site("embed")] if architecture.head.untied != "never" else []
     return Intervention({site: removal(basis) for site in sites}), basis
 
 
-def prove(name: str, folder: Path, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> dict[str, Any]:
-    """Bake the tiny model called `name`, serve it, and compare; `rounding` is what bfloat16 does to transformers'.
-
-    `NAME@own` is served by its own class even where the edit asks for another: what a wrong choice would do.
-    """
-    name, _, own = name.partition("@")
+def bake_tiny(name: str, folder: Path) -> tuple[Any, str]:
+    """Store the tiny model called `name`, and its edit beside it; the plan, and where it put a constant."""
     from dataclasses import replace
 
     from tiny_models import store_tiny
@@ -155,8 +199,8 @@ def prove(name: str, folder: Path, dtypes: tuple[str, ...] = ("float32", "bfloat
     from orthogonalize.errors import OrthogonalizeError
     from orthogonalize.interventions import Intervention, Site, shift
 
-    started = time.time()
-    source = open_checkpoint(store_tiny(name, folder / "base", torch.bfloat16, 64, **SERVED.get(name, {})))
+    settings = {"spread": SPREAD} | SERVED.get(name, {})
+    source = open_checkpoint(store_tiny(name, folder / "base", torch.bfloat16, 64, **settings))
     intervention, basis = intervention_for(name, architecture_of(source.config))
     plan, constant = None, "none"
     for site in (Site("mlp", 1), Site("attn", 1)):
@@ -170,38 +214,57 @@ def prove(name: str, folder: Path, dtypes: tuple[str, ...] = ("float32", "bfloat
     plan = plan or bake(source, intervention)
     (folder / "edited").mkdir()
     plan.write(folder / "edited")
+    return plan, constant
+
+
+def prove(name: str, folder: Path) -> dict[str, Any]:
+    """Bake the tiny model called `name`, serve it, and compare.
+
+    `moved` is what the edit does to transformers' scores, `rounding` what bfloat16 does to those of the edited
+    model. `NAME@own` is served by its own class even where the edit asks for another: what a wrong choice would do.
+    """
+    name, _, own = name.partition("@")
+    from orthogonalize.checkpoint import open_checkpoint
+
+    started = time.time()
+    plan, constant = bake_tiny(name, folder)
     if own:
         config = json.loads((folder / "edited" / "config.json").read_text())
-        config["architectures"] = source.config["architectures"]
+        config["architectures"] = open_checkpoint(folder / "base").config["architectures"]
         (folder / "edited" / "config.json").write_text(json.dumps(config))
     edited = open_checkpoint(folder / "edited")
     proof = LoadProof({n: edited.read(n) for n in plan.additions})
-    prompts = torch.randint(3, 90, (3, 17), generator=torch.Generator().manual_seed(0)).tolist()
     result: dict[str, Any] = {"name": name, "constant": constant, "added": len(plan.additions)}
-    result |= {"served_by": plan.config_changes.get("architectures", ["its own class"])[0]}
-    wide = expected(folder / "edited", prompts, torch.float32)
-    narrow = expected(folder / "edited", prompts, torch.bfloat16)
-    result |= {"rounding": max((a - b).abs().max().item() for a, b in zip(wide, narrow, strict=True))}
-    errors = []
+    by = ["TransformersForCausalLM"] if name in BACKEND else plan.config_changes.get("architectures", ["its own class"])
+    # All of transformers first: vLLM's backend changes its classes.
+    prompts = steady_prompts(folder / "edited")
+    wide = scores(load(folder / "edited", torch.float32), prompts)
+    narrow = scores(load(folder / "edited", torch.bfloat16), prompts)
+    base = scores(load(folder / "base", torch.float32), prompts)
+    result |= {"served_by": by[0], "moved": gap(top(base), wide), "rounding": gap(top(narrow), wide)}
     for dtype, reference in (("float32", wide), ("bfloat16", narrow)):
-        if dtype not in dtypes:
+        if dtype == "float32" and name in BFLOAT16_ONLY:
             continue
         try:
-            result |= {f"gap_{dtype}": gap(served(folder / "edited", prompts, dtype, proof), reference)}
+            of_vllm = served(folder / "edited", prompts.tolist(), dtype, proof, name in BACKEND)
         except Exception as error:  # whatever an engine dies of: a class or a kernel that this build lacks
-            errors.append((str(error).strip().splitlines() or [type(error).__name__])[-1][:300])
-    if len(errors) == len(dtypes):
-        result |= {"error": errors[0]}
-    elif result.get("gap_float32", 0) > FAR:  # is it the edit, or does vLLM disagree about the base already?
-        of_base = expected(folder / "base", prompts, torch.float32)
-        result |= {"gap_of_base": gap(served(folder / "base", prompts, "float32", LoadProof({})), of_base)}
+            result |= {"error": reason(error)}
+            break
+        result |= {f"gap_{dtype}": gap(of_vllm, reference)}
     result |= {"uninitialised": proof.uninitialised, "dropped": proof.dropped}
     return result | {"seconds": round(time.time() - started, 1)}
 
 
+def reason(error: Exception) -> str:
+    """The line of an engine's error that says something."""
+    lines = [line for line in str(error).strip().splitlines() if "further information" not in line]
+    return (lines or [type(error).__name__])[-1].strip()[:300]
+
+
 def serve(names: list[str], folder: Path) -> list[dict[str, Any]]:
     """What a process of its own measured of tiny models; engines leave much behind in theirs."""
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    known = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *known])
     done = subprocess.run(
         [sys.executable, __file__, folder, *names],
         env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,

@@ -70,7 +70,7 @@ ACTADD_ATTENTION = {
     **ACTADD,
     **dict.fromkeys(["olmo", "granitemoehybrid", "falcon_h1", "lfm2"], NATIVE),
     **dict.fromkeys(["qwen3", "qwen3_moe", "gemma"], BACKEND),
-    "stablelm": VALUE,
+    **dict.fromkeys(["stablelm", "qwen2_moe"], VALUE),
 }
 # Constants on the embedding: what comes from images has no bias there, or the embedding cannot be edited alone.
 EMBEDDING_REFUSED = NEVER_UNTIED | {"gemma3 multimodal", "ministral3 multimodal", "llama4 multimodal"}

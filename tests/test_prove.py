@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from harness import BASIS, EXACT, LAYERS, Base, baked_logits, centred_basis, gap, oblique, relative
-from serving import FAR, serve
+from serving import BFLOAT16_ONLY, FAR, serve
 from test_architectures import (
     ACTADD,
     ACTADD_ATTENTION,
@@ -97,14 +97,13 @@ def test_every_method_and_scope_of_every_family_equals_hooks(name, bases, tmp_pa
 @pytest.mark.parametrize("name", TINY)
 def test_vllm_reads_every_tensor_and_scores_as_transformers_does(name, tmp_path, proof):
     pytest.importorskip("vllm")
+    if "multimodal" in name or name.startswith("qwen3_5"):
+        pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
     (result,) = serve([name], tmp_path)
     proof(name, served=result)
-    if "error" in result:
-        pytest.skip(f"this build of vLLM cannot run {name}: {result['error']}")
+    assert "error" not in result
     assert result["uninitialised"] == []
     assert result["dropped"] == []
-    if result.get("gap_of_base", 0) > FAR:
-        pytest.skip(f"vLLM and transformers disagree about {name} unedited, by {result['gap_of_base']:.1f}")
-    assert result.get("gap_float32", 0.0) <= FAR
-    # Rounding alone moves transformers' own scores so far; two implementations may round differently.
-    assert result.get("gap_bfloat16", 0.0) <= max(FAR, 2 * result["rounding"])
+    assert result["moved"] >= 10 * FAR
+    assert name in BFLOAT16_ONLY or result["gap_float32"] <= FAR
+    assert result["gap_bfloat16"] <= FAR

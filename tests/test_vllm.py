@@ -11,6 +11,7 @@ import pytest
 import torch
 from benchmark_files import SETS, all_sets, harness_rows, harness_task
 from conftest import UNTRIED, choosing_tokenizer, store, tiny_llama, tiny_tokenizer
+from tiny_models import store_tiny
 
 from orthogonalize.baking import bake
 from orthogonalize.chat import ChatFormat
@@ -19,6 +20,7 @@ from orthogonalize.divergence import kl_bound
 from orthogonalize.editing import edit
 from orthogonalize.engine_group import EngineGroup
 from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap
+from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.plans import DEFAULT_SUITES
 from orthogonalize.recipe import load_recipe
 from orthogonalize.run import load_run
@@ -187,3 +189,20 @@ def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, wr
         for key, measure in mine.flat().items():
             assert measure.value == pytest.approx(expected[key].value, abs=1e-3), key
     assert [a.edited for a in ours.answers] == [a.edited for a in theirs.answers]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"), [("lfm2", True), ("deepseek_v2", True), ("deepseek_v3", True), ("llama", False)]
+)
+def test_a_cpu_engine_leaves_out_the_rotary_kernel_where_it_is_wrong(name, changed, tmp_path, monkeypatch):
+    given = {}
+
+    def starts(**arguments):
+        given.update(arguments)
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr("vllm.LLM", starts)
+    folder = store_tiny(name, tmp_path / "model", torch.float32)
+    with pytest.raises(OrthogonalizeError, match="far enough"), VllmEngine(folder, 64):
+        pass
+    assert given.get("compilation_config") == ({"custom_ops": ["-rotary_embedding"]} if changed else None)

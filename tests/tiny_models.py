@@ -42,14 +42,18 @@ def headed(h: int) -> dict[str, Any]:
     }
 
 
-def experts(h: int) -> dict[str, Any]:
-    return dense(h) | {
+def routed(h: int) -> dict[str, Any]:
+    return {
         "num_experts": 4,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": h + 8,
         "norm_topk_prob": True,
     }
+
+
+def experts(h: int) -> dict[str, Any]:
+    return dense(h) | routed(h)
 
 
 def gated_delta(h: int) -> dict[str, Any]:
@@ -120,6 +124,7 @@ VISION = {
     "patch_size": 14,
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+UNNORMALISED = {"topk_method": "greedy", "norm_topk_prob": False}  # transformers' DeepSeek V2 knows no other
 WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 QWEN_VISION = {
@@ -157,7 +162,7 @@ TINY: dict[str, Tiny] = {
     "qwen3": Tiny("qwen3", dense, tied=True),
     "qwen2_moe": Tiny(
         "qwen2_moe",
-        lambda h: experts(h) | {"shared_expert_intermediate_size": 3 * h + 16, "mlp_only_layers": [0]},
+        lambda h: headed(h) | routed(h) | {"shared_expert_intermediate_size": 3 * h + 16, "mlp_only_layers": [0]},
     ),
     "qwen3_moe": Tiny("qwen3_moe", lambda h: experts(h) | {"mlp_only_layers": [1]}),
     "qwen3_next": Tiny(
@@ -245,8 +250,8 @@ TINY: dict[str, Tiny] = {
     "smollm3": Tiny("smollm3", dense, tied=True),
     "exaone4": Tiny("exaone4", lambda h: dense(h) | WINDOWED, tied=True),
     "mixtral": Tiny("mixtral", experts),
-    "deepseek_v2": Tiny("deepseek_v2", lambda h: latent(h) | {"topk_method": "greedy"}),
-    "deepseek_v2 lite": Tiny("deepseek_v2", lambda h: latent(h) | {"topk_method": "greedy", "q_lora_rank": None}),
+    "deepseek_v2": Tiny("deepseek_v2", lambda h: latent(h) | UNNORMALISED),
+    "deepseek_v2 lite": Tiny("deepseek_v2", lambda h: latent(h) | UNNORMALISED | {"q_lora_rank": None}),
     "deepseek_v3": Tiny("deepseek_v3", latent),
     "gpt_oss": Tiny(
         "gpt_oss", lambda h: experts(h) | {"intermediate_size": 3 * h, "layer_types": WINDOWED["layer_types"]}
@@ -256,7 +261,7 @@ TINY: dict[str, Tiny] = {
         lambda h: experts(h)
         | {
             "intermediate_size": h + 8, "intermediate_size_mlp": 3 * h + 16, "moe_layers": [1, 3],
-            "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "attention_chunk_size": 64,
+            "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "attention_chunk_size": 128,
         },
     ),
     "llama4 multimodal": Tiny(
@@ -264,7 +269,7 @@ TINY: dict[str, Tiny] = {
         lambda h: experts(h)
         | {
             "intermediate_size": h + 8, "intermediate_size_mlp": 3 * h + 16, "moe_layers": [1, 3],
-            "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "attention_chunk_size": 64,
+            "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "attention_chunk_size": 128,
         },
         text="text_config", causal=PICTURES,
         aside={"vision_config": VISION | {
@@ -324,10 +329,20 @@ def build(name: str, head_dim: int = 16, seed: int = 0, **overrides: Any) -> Any
 
 
 def store_tiny(
-    name: str, folder: Path, dtype: torch.dtype = torch.float64, head_dim: int = 16, seed: int = 0, **overrides: Any
+    name: str,
+    folder: Path,
+    dtype: torch.dtype = torch.float64,
+    head_dim: int = 16,
+    seed: int = 0,
+    spread: float = 1.0,
+    **overrides: Any,
 ) -> Path:
-    """The tiny model called `name` as the Hub has it: several shards, experts and heads as they are stored there."""
+    """The tiny model called `name` as the Hub has it: several shards, experts and heads as they are stored there.
+
+    `spread` is a factor of the head, so of all logits (of the embedding too, where that is the head).
+    """
     model = build(name, head_dim, seed, **overrides).to(dtype)
+    model.get_output_embeddings().weight.data.mul_(spread)
     model.config._experts_implementation = None
     model.save_pretrained(folder, max_shard_size="200KB")
     return folder
