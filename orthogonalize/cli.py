@@ -304,7 +304,9 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 
 @main.command()
 @click.argument("model")
-@out_option
+@click.option("--out", type=_path(), help="Folder to make; it appears only when complete.")
+@click.option("--cache", metavar="OWNER/NAME", help="Or write into the Hub's cache, to be loaded by this name offline.")
+@click.option("--force", is_flag=True, help="Replace OUT, or OWNER/NAME, if this tool made it.")
 @click.option("--run", type=_path(), help="A run folder made by extract.")
 @click.option("--direction", type=_path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt.")
 @click.option("--recipe", type=_path(), metavar="FILE", help="An orthogonalize.json: rebuild that edit.")
@@ -332,9 +334,9 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
     help="lora: a PEFT adapter, where only linear layers change.",
 )
 @click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share.")
-@click.option("--link", is_flag=True, help="Hard links instead of copies of files in which nothing is edited.")
+@click.option("--link", is_flag=True, help="Hard links instead of copies of files in which nothing changes.")
 @revision_option
-def edit(model: str, out: Path, **options: Any) -> None:
+def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.
 
     With --run and nothing else, the best edit that extract tried is made. Naming any setting starts
@@ -342,16 +344,17 @@ def edit(model: str, out: Path, **options: Any) -> None:
     """
     from .editing import edit as run_edit
 
-    recipe = run_edit(model, out, **options)
+    recipe = run_edit(model, out, cache=cache, **options)
+    where = f"{cache} in the Hub's cache" if out is None else str(out)
     if options["format"] == "lora":
-        click.echo(f"{recipe.choice.describe()}; adapter: {out}")
+        click.echo(f"{recipe.choice.describe()}; adapter: {where}")
         return
-    if not out.exists():
+    if out is not None and not out.exists():
         click.echo(f"{recipe.choice.describe()}: share {options['shard']} is written; {out} appears with the last")
         return
     click.echo(
         f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
-        f"checkpoint: {out}"
+        f"checkpoint: {where}"
     )
 
 

@@ -158,9 +158,17 @@ def _wait(futures: Sequence[Future[None]]) -> None:
 
 
 def write_rest(
-    source: Checkpoint, target: Path, additions: Mapping[str, Addition], config_changes: Mapping[str, Any]
+    source: Checkpoint,
+    target: Path,
+    additions: Mapping[str, Addition],
+    config_changes: Mapping[str, Any],
+    *,
+    link: bool = False,
 ) -> None:
-    """Write all of a checkpoint but its weights: index, configuration and side files, unchanged where they can be."""
+    """Write all of a checkpoint but its weights: index, configuration and side files, unchanged where they can be.
+
+    What does not change is copied, or linked with `link`.
+    """
     if source.indexed and additions:
         index = read_json(source.path / INDEX)
         index["weight_map"].update(dict.fromkeys(additions, source.home(additions)))
@@ -169,12 +177,12 @@ def write_rest(
             metadata["total_size"] += sum(addition.size for addition in additions.values())
         (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=False) + "\n", "utf-8")
     elif source.indexed:
-        copy_file(source.path / INDEX, target / INDEX)
+        copy_file(source.path / INDEX, target / INDEX, link)
     if config_changes:
         text = json.dumps({**source.config, **config_changes}, indent=2, ensure_ascii=False)
         (target / "config.json").write_text(text + "\n", "utf-8")
     else:
-        copy_file(source.path / "config.json", target / "config.json")
+        copy_file(source.path / "config.json", target / "config.json", link)
     for side in source.side_files():
         (target / side).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source.path / side, target / side)
+        copy_file(source.path / side, target / side, link)
