@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,24 @@ from rich.table import Table
 from . import progress
 from .display import console, show_audit, show_candidates, show_report, show_run
 from .errors import OrthogonalizeError
+from .options import (
+    choice,
+    device_option,
+    edit_options,
+    engine_options,
+    extract_options,
+    judge_names,
+    measuring_options,
+    number,
+    out_option,
+    parallel_options,
+    path,
+    revision_option,
+    scope_names,
+    template_arguments,
+    tokens,
+    words,
+)
 
 
 class Commands(click.Group):
@@ -64,157 +79,9 @@ def _quieten_libraries() -> None:
     logging.disable_progress_bar()
 
 
-class Rank(click.ParamType[int | str]):
-    """A number from 1 on, acc99 or acc95."""
-
-    name = "K"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value in ("acc99", "acc95"):
-            return str(value)
-        if str(value).isdecimal() and int(value) > 0:
-            return int(value)
-        return self.fail(f"{value!r} is neither a number from 1 on nor acc99 or acc95", param, ctx)
-
-
-def _path(**options: Any) -> click.Path:
-    return click.Path(path_type=Path, **options)
-
-
-def _together(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-out_option = _together(
-    click.option("--out", type=_path(), required=True, help="Folder to make; it appears only when complete."),
-    click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
-)
-revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-
-
-parallel_options = _together(
-    click.option("--tensor-parallel-size", type=click.IntRange(min=1), default=1, help="GPUs that share every layer."),
-    click.option("--pipeline-parallel-size", type=click.IntRange(min=1), default=1, help="GPUs that share the layers."),
-    click.option("--data-parallel-size", type=click.IntRange(min=1), default=1, help="Engines, a process each."),
-    click.option(
-        "--distributed-executor-backend", type=click.Choice(["mp", "ray"]), help="vLLM's; ray: many machines."
-    ),
-)
-measuring_options = _together(
-    click.option("--suite", default="refusal,behaviour,loss,kl", show_default=True, help="What to measure."),
-    click.option(
-        "--data", type=_path(), metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."
-    ),
-    click.option("--judge", default="none", show_default=True, help="llama-guard-3, wildguard, …, or NAME=MODEL."),
-    click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True),
-    click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, show_default=True),
-    click.option("--limit", type=click.IntRange(min=1), help="Most items of any set."),
-    parallel_options,
-    device_option,
-)
-
-
-def _engine_options(options: dict[str, Any]) -> Any:
-    """The engine's options, taken out of a command's."""
-    from .engines import EngineOptions
-
-    names = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend")
-    return EngineOptions(device=options.pop("device"), **{name: options.pop(name) for name in names})
-
-
-def _judges(text: str) -> list[str]:
-    return [name for name in _words(text) if name != "none"]
-
-
-def _words(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
-
-
-def _template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise OrthogonalizeError(f"--template-argument {pair!r} is not of the form name=value")
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments
-
-
-def _tokens(text: str | None) -> list[int | str] | None:
-    """Behaviour tokens: numbers are ids, all else is text; commas separate."""
-    return [int(w) if w.isdecimal() else w for w in _words(text)] or None
-
-
 @main.command()
 @click.argument("model")
-@click.option("--out", type=_path(), required=True, help="Run folder to make, or to go on with.")
-@click.option("--force", is_flag=True, help="Do stages over that were done with other inputs (or all, if none was).")
-@click.option("--concept", help="A named contrast: cooking (the demo's), lists or refusal.")
-@click.option("--positive", metavar="P", help="Prompts that show the concept.")
-@click.option("--negative", metavar="P", help="Prompts that do not.")
-@click.option("--column", help="Column or key of the prompts' text.")
-@click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset.")
-@click.option("--methods", default="dim,inlp,leace", show_default=True, help="dim (diff-in-means), inlp, leace.")
-@click.option("--engine", type=click.Choice(["hf"]), default="hf", show_default=True, help="What reads activations.")
-@click.option(
-    "--train",
-    type=click.IntRange(min=6),
-    default=128,
-    show_default=True,
-    help="Prompts a side to find directions with.",
-)
-@click.option("--val", type=click.IntRange(min=1), default=32, show_default=True, help="Prompts a side to select with.")
-@click.option(
-    "--test", type=click.IntRange(min=0), default=100, show_default=True, help="Prompts a side kept for eval."
-)
-@click.option(
-    "--trials",
-    type=click.IntRange(min=0),
-    default=32,
-    show_default=True,
-    help="Whole edits to try; 0 skips the search.",
-)
-@click.option("--behaviour-tokens", metavar="T,T", help="First tokens of the behaviour; learnt by default.")
-@click.option("--no-filter", is_flag=True, help="Keep prompts on which the model does not behave as expected.")
-@click.option("--system", help="System prompt.")
-@click.option("--template-argument", multiple=True, metavar="NAME=VALUE", help="Passed to the chat template.")
-@click.option("--no-chat-template", is_flag=True, help="Send the bare prompts.")
-@click.option("--max-rank", type=click.IntRange(min=1), help="Most INLP directions; default 20.")
-@click.option(
-    "--solver", type=click.Choice(["newton", "sklearn"]), default="newton", show_default=True, help="For INLP."
-)
-@click.option(
-    "--classifier",
-    type=click.Choice(["logistic", "svm"]),
-    default="logistic",
-    show_default=True,
-    help="For INLP; svm needs --solver sklearn.",
-)
-@click.option("--scoring", default="local", show_default=True, help="local, or local,global (edits everywhere too).")
-@click.option(
-    "--stage", type=click.Choice(["prompts", "activations", "directions", "selection"]), help="Run this one alone."
-)
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="By default chosen by device.")
-@click.option("--seed", default=0, show_default=True)
-@click.option(
-    "--seeds",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Draws of the prompts, to show how stable the directions are.",
-)
-@click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository.")
-@revision_option
-@device_option
+@extract_options
 def extract(
     model: str,
     out: Path,
@@ -247,11 +114,11 @@ def extract(
     from .extraction import extract as run_extract
 
     settings = Settings(
-        methods=tuple(_words(methods)),
-        scoring=tuple(_words(scoring)),
-        behaviour_tokens=_tokens(behaviour_tokens),
+        methods=tuple(words(methods)),
+        scoring=tuple(words(scoring)),
+        behaviour_tokens=tokens(behaviour_tokens),
         filtered=not no_filter,
-        template_arguments=_template_arguments(template_argument),
+        template_arguments=template_arguments(template_argument),
         chat_template=not no_chat_template,
         dtype=getattr(torch, dtype) if dtype else None,
         **others,
@@ -276,13 +143,13 @@ def extract(
 
 
 @main.command("rank")
-@click.argument("run", type=_path(exists=True, file_okay=False))
+@click.argument("run", type=path(exists=True, file_okay=False))
 @click.option("--kl", type=float, default=0.1, show_default=True, help="Most KL on the other side, nats.")
 @click.option("--induce", type=float, default=0.0, show_default=True, help="Least score when added, log-odds.")
 @click.option(
     "--prune", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Share of last layers left out."
 )
-@click.option("--most", type=click.IntRange(min=1), default=10, show_default=True, help="Candidates shown a method.")
+@number("--most", 1, 10, "Candidates shown a method.")
 @click.option("--write", is_flag=True, help="Store the new ranks in RUN, for edit to use.")
 def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool) -> None:
     """Filter and rank the directions of RUN again by their stored scores; no model is needed."""
@@ -304,37 +171,8 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 
 @main.command()
 @click.argument("model")
-@out_option
-@click.option("--run", type=_path(), help="A run folder made by extract.")
-@click.option("--direction", type=_path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt.")
-@click.option("--recipe", type=_path(), metavar="FILE", help="An orthogonalize.json: rebuild that edit.")
-@click.option(
-    "--method", type=click.Choice(["ablate", "nullspace", "reflect", "actadd", "leace"]), help="Default: the run's."
-)
-@click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 or from:12.")
-@click.option("--strength", type=float, help="Scales the edit; 1 removes all of the direction.")
-@click.option("--per-layer/--shared", default=None, help="Each site along its own layer's direction, or all along one.")
-@click.option("--position", type=int, help="Token position of the direction, from the end: -1, -2, …")
-@click.option("--layer", type=int, help="Layer of the direction.")
-@click.option("--rank", type=Rank(), help="First K directions of an INLP basis; acc99, acc95: by their accuracy.")
-@click.option("--orthogonal", is_flag=True, default=None, help="For leace: its orthogonal form.")
-@click.option("--alpha", type=float, help="For reflect: 1 projects, 2 mirrors (default).")
-@click.option("--coefficient", type=float, help="For actadd: length added; default the mean difference's.")
-@click.option(
-    "--rounding", type=click.Choice(["cancelling", "nearest"]), help="Default: cancelling, which keeps the edit."
-)
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Files written at a time.")
-@click.option(
-    "--format",
-    type=click.Choice(["checkpoint", "lora"]),
-    default="checkpoint",
-    show_default=True,
-    help="lora: a PEFT adapter, where only linear layers change.",
-)
-@click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share.")
-@click.option("--link", is_flag=True, help="Hard links instead of copies of files in which nothing is edited.")
-@revision_option
-def edit(model: str, out: Path, **options: Any) -> None:
+@edit_options
+def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.
 
     With --run and nothing else, the best edit that extract tried is made. Naming any setting starts
@@ -342,23 +180,24 @@ def edit(model: str, out: Path, **options: Any) -> None:
     """
     from .editing import edit as run_edit
 
-    recipe = run_edit(model, out, **options)
+    recipe = run_edit(model, out, cache=cache, **options)
+    where = f"{cache} in the Hub's cache" if out is None else str(out)
     if options["format"] == "lora":
-        click.echo(f"{recipe.choice.describe()}; adapter: {out}")
+        click.echo(f"{recipe.choice.describe()}; adapter: {where}")
         return
-    if not out.exists():
+    if out is not None and not out.exists():
         click.echo(f"{recipe.choice.describe()}: share {options['shard']} is written; {out} appears with the last")
         return
     click.echo(
         f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
-        f"checkpoint: {out}"
+        f"checkpoint: {where}"
     )
 
 
 @main.command("eval")
-@click.argument("checkpoint", type=_path())
+@click.argument("checkpoint", type=path())
 @click.option("--base", required=True, metavar="MODEL", help="The model that was edited.")
-@click.option("--run", type=_path(), required=True, help="The run whose test prompts are used.")
+@click.option("--run", type=path(), required=True, help="The run whose test prompts are used.")
 @out_option
 @measuring_options
 @click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
@@ -373,19 +212,19 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, judge: 
     """
     from .evaluation import evaluate
 
-    engine = _engine_options(options)
+    engine = engine_options(options)
     report = evaluate(
-        checkpoint, base, run, out, suites=_words(suite), judges=_judges(judge), options=engine, **options
+        checkpoint, base, run, out, suites=words(suite), judges=judge_names(judge), options=engine, **options
     )
     show_report(report)
     click.echo(f"report: {out / 'report.html'}")
 
 
 @main.command()
-@click.argument("checkpoint", type=_path())
+@click.argument("checkpoint", type=path())
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--public", is_flag=True, help="Make the repository public; by default it is private.")
-@click.option("--report", type=_path(), metavar="DIR", help="A folder made by eval, for the card.")
+@click.option("--report", type=path(), metavar="DIR", help="A folder made by eval, for the card.")
 def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -> None:
     """Upload an edited CHECKPOINT with its card to the Hub."""
     from .hub import push as run_push
@@ -394,11 +233,11 @@ def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -
 
 
 @main.command()
-@click.argument("checkpoint", type=_path())
+@click.argument("checkpoint", type=path())
 @click.option("--base", metavar="MODEL", help="The model that was edited; by default the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
-@click.option("--json", "json_file", type=_path(), metavar="FILE", help="Write everything found as JSON.")
+@click.option("--json", "json_file", type=path(), metavar="FILE", help="Write everything found as JSON.")
 @device_option
 def verify(
     checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, json_file: Path | None, device: str
@@ -420,7 +259,7 @@ def verify(
 
 @main.command()
 @click.argument("model")
-@click.option("--out", type=_path(dir_okay=False), help="File for the draft; printed without it.")
+@click.option("--out", type=path(dir_okay=False), help="File for the draft; printed without it.")
 @revision_option
 def describe(model: str, out: Path | None, revision: str | None) -> None:
     """Draft the description of an architecture that has none.
@@ -440,17 +279,11 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
 
 @main.command()
 @click.argument("model")
-@click.option("--run", type=_path(), required=True, help="The run whose directions and test prompts are used.")
+@click.option("--run", type=path(), required=True, help="The run whose directions and test prompts are used.")
 @out_option
 @click.option("--methods", default="", help="ablate,nullspace,… (default: all that the run has directions for).")
 @click.option("--scopes", default="one,top:50%,all", show_default=True)
-@click.option(
-    "--semantics",
-    type=click.Choice(["weights", "residual"]),
-    default="weights",
-    show_default=True,
-    help="residual: the reference's own hooks, with --engine hf.",
-)
+@choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's own hooks, with --engine hf.")
 @measuring_options
 @revision_option
 def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: str, judge: str, **options: Any) -> None:
@@ -466,11 +299,11 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
         model,
         run,
         out,
-        suites=_words(suite),
-        methods=_words(methods),
-        scopes=_scopes(scopes),
-        judges=_judges(judge),
-        options=_engine_options(options),
+        suites=words(suite),
+        methods=words(methods),
+        scopes=scope_names(scopes),
+        judges=judge_names(judge),
+        options=engine_options(options),
         **options,
     )
     table = Table(title=f"{found.model} ({found.engine_version})")
@@ -482,13 +315,8 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
     click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
 
 
-def _scopes(text: str) -> list[str]:
-    """Scopes apart; a comma followed by a number belongs to its layers."""
-    return [part.strip() for part in re.split(r",(?!\s*\d)", text) if part.strip()]
-
-
 @main.command()
-@click.argument("file", type=_path())
+@click.argument("file", type=path())
 @click.option(
     "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, …, NAME=MODEL."
 )
@@ -500,7 +328,7 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
     """Score answers made elsewhere: FILE is a JSON list of {prompt, response, category}."""
     from .judging import judge as run_judge
 
-    found = run_judge(file, name, engine=engine, options=_engine_options(options))
+    found = run_judge(file, name, engine=engine, options=engine_options(options))
     if as_json:
         click.echo(found.model_dump_json(indent=1, exclude_none=True))
         return
@@ -518,7 +346,7 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
 
 
 @main.command()
-@click.option("--out", type=_path(), default=Path("demo"), show_default=True, help="Folder for all that it makes.")
+@click.option("--out", type=path(), default=Path("demo"), show_default=True, help="Folder for all that it makes.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
 @click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
 def demo(out: Path, engine: Any, force: bool) -> None:

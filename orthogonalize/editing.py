@@ -17,9 +17,10 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .choices import Choice, direction_kind, intervention_from_basis, intervention_from_directions
 from .directions import load_direction
 from .errors import OrthogonalizeError
+from .hubcache import CachedRepository
 from .interventions import Intervention, centred
 from .models import commit_of, find_model, is_hub_id
-from .outputs import EDITED, check_free, check_space, complete_folder
+from .outputs import EDITED, OutputFolder, check_space, complete_folder
 from .probes import Probe, probe_choice
 from .progress import note, track
 from .recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
@@ -147,10 +148,19 @@ def _from_file(file: Path, layer_count: int, given: dict[str, Any]) -> tuple[Cho
     return choice, intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
 
 
+def _place(out: Path | str | None, cache: str | None) -> OutputFolder | CachedRepository:
+    if out is not None and cache is None:
+        return OutputFolder(Path(out), EDITED)
+    if cache is not None and out is None:
+        return CachedRepository(cache)
+    raise OrthogonalizeError("give either --out or --cache")
+
+
 def edit(
     model: str,
-    out: Path | str,
+    out: Path | str | None = None,
     *,
+    cache: str | None = None,
     run: Path | str | None = None,
     direction: Path | str | None = None,
     recipe: Path | str | None = None,
@@ -174,11 +184,13 @@ def edit(
 ) -> Recipe:
     """Write a copy of `model` with a direction edited out of, or into, its weights.
 
+    It goes to the folder `out`, or into the Hub's cache under the name `cache` (`owner/name`), where libraries
+    find it by that name; what does not change of a model of the Hub is then a hard link to its own files.
     Exactly one of `run` (a folder made by `extract`), `direction` (a file) and `recipe` (a former
     edit, rebuilt bit for bit) says what to edit. The other arguments are those of `Choice`; what is
     not given comes from the run (see `choose`). `rounding` is `cancelling` (default: the rounding of the
     stored weights keeps the edit) or `nearest`; `workers` is how many files are written at a time; with
-    `link`, files in which nothing is edited become hard links to the source's. The `format` `lora` writes
+    `link`, files in which nothing changes become hard links to the source's. The `format` `lora` writes
     the same edit as a PEFT adapter instead, where it changes linear layers only. With `shard` (`i/n`) only
     a share of the files is written (see `shares`), and `out` appears with the last one.
 
@@ -188,13 +200,16 @@ def edit(
     Raises:
         OrthogonalizeError: anything that cannot be done exactly; nothing is written then.
     """
-    out = Path(out)
+    place = _place(out, cache)
     share = Share.parse(shard) if shard else None
-    inputs = [Path(p) for p in (model, run, direction, recipe) if p is not None]
-    check_free(out, EDITED, force, inputs)
+    if share is not None and cache is not None:
+        raise OrthogonalizeError("shares are written beside a folder; give --out with --shard")
+    place.check_free(force, [Path(p) for p in (model, run, direction, recipe) if p is not None])
     if sum(source is not None for source in (run, direction, recipe)) != 1:
         raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
     folder = find_model(model, revision)
+    place.check_free(force, [folder])
+    link = link or (cache is not None and commit_of(folder) is not None)  # blobs are never changed in place
     source = open_checkpoint(folder)
     architecture = architecture_of(source.config)
     given: dict[str, Any] = {
@@ -221,7 +236,8 @@ def edit(
     _refuse_nothing(choice, intervention)
     plan = bake(source, intervention)
     plan.rounding = former.rounding if former else rounding or "cancelling"
-    check_space(out, int(plan.output_bytes * 1.01))
+    if format == "checkpoint":
+        check_space(place.folder, int(1.01 * (plan.changed_bytes if link else plan.output_bytes)))
     if former is not None and source.files.keys() != former.base.weights.keys():
         raise OrthogonalizeError(f"{model} is not the base that the recipe was made from (its files differ)")
     note(f"editing: {choice.describe()}")
@@ -249,15 +265,17 @@ def edit(
         probes=probes,
     )
     if format == "lora":
-        with complete_folder(out, EDITED, force) as partial:
+        with place.complete(force) as partial:
             write_adapter(plan, partial, written.base.model)
             written.base.weights = source.fingerprint()
             written.save(partial)
         return written
     expected = former.base.weights if former else None
     if share is not None:
-        return _write_share(plan, out, share, written, force=force, workers=workers, link=link, expected=expected)
-    with complete_folder(out, EDITED, force) as partial:
+        return _write_share(
+            plan, place.folder, share, written, force=force, workers=workers, link=link, expected=expected
+        )
+    with place.complete(force) as partial:
         done = _write(plan, partial, workers, link, expected)
         written.base.weights, written.weights = done.source, done.result
         written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
@@ -282,7 +300,7 @@ def _write_share(plan: Bake, out: Path, share: Share, recipe: Recipe, *, force: 
         note(f"{out} will be complete with {', '.join(folder.name for folder in waiting)}")
         return recipe
     with complete_folder(out, EDITED, force) as partial:
-        whole = put_together(plan, share, out, partial)
+        whole = put_together(plan, share, out, partial, how["link"])
         whole.save(partial)
         write_card(partial, whole, plan.source.path)
     remove_shares(share, out)

@@ -12,6 +12,7 @@ from typing import Any
 from .checkpoint import RECIPE, open_checkpoint
 from .engines import ENGINES, Engine, EngineName, EngineOptions, WeightSwap, check_installed, open_engine
 from .errors import OrthogonalizeError
+from .hubcache import edited_folder
 from .journal import Journal, fingerprint_of
 from .judges import Opinion
 from .judging import ReadyJudge, opinion_series, ready_judges
@@ -219,7 +220,8 @@ def evaluate(
     Raises:
         OrthogonalizeError: something is missing, or the engine does not start.
     """
-    out, checkpoint, run = Path(out), Path(checkpoint), Path(run)
+    called, checkpoint = public_name(str(checkpoint)), edited_folder(checkpoint)
+    out, run = Path(out), Path(run)
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
     check_names(suites)
     found = load_run(run)
@@ -254,7 +256,7 @@ def evaluate(
         engine=engine,
         engine_version=engine_version(engine),
         base_model=public_name(base),
-        checkpoint=checkpoint.name,
+        checkpoint=called,
         edit=recipe.choice.describe() if recipe else None,
         recipe=recipe.fingerprint() if recipe else None,
         suites=list(suites),

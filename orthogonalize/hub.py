@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .card import write_card
 from .checkpoint import CARD, RECIPE, open_checkpoint
 from .errors import OrthogonalizeError
+from .hubcache import edited_folder
 from .models import HUB_ID, first_line, public_name
 from .progress import note
 from .recipe import load_recipe
@@ -40,7 +41,7 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     The token is huggingface_hub's (`HF_TOKEN`, or `hf auth login`); it is never printed.
 
     Args:
-        checkpoint: a folder made by `edit`.
+        checkpoint: a folder made by `edit`, or the name under which it wrote into the Hub's cache.
         repository: `owner/name`.
         public: make the repository public. Otherwise it is created private, and one that exists and
             is public is refused.
@@ -51,7 +52,7 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     """
     from huggingface_hub import HfApi, get_token
 
-    folder = Path(checkpoint)
+    folder = edited_folder(checkpoint)
     open_checkpoint(folder)
     if not (folder / RECIPE).is_file():
         raise OrthogonalizeError(f"{folder} has no recipe; push only uploads what `orthogonalize edit` made")

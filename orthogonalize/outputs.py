@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,24 +103,36 @@ def _alive(pid: str) -> bool:
     return True
 
 
+def _tidy(out: Path, scratch: Path) -> None:
+    """Undo what killed runs left of `out`: half-written folders, and a former one that was about to be replaced."""
+    for what in ("partial", "previous"):
+        for stale in scratch.glob(f".{out.name}.{what}-*"):
+            if _alive(stale.name.rpartition("-")[2]):
+                continue
+            if what == "previous" and not out.exists():
+                stale.rename(out)
+            shutil.rmtree(stale, ignore_errors=True)
+
+
 @contextmanager
-def complete_folder(out: Path, kind: Kind, force: bool = False) -> Iterator[Path]:
+def complete_folder(out: Path, kind: Kind, force: bool = False, scratch: Path | None = None) -> Iterator[Path]:
     """Give an empty folder beside `out` to write into; move it to `out` when the block succeeds.
 
     On any error, Ctrl-C included, the half-written folder is removed and what stood at `out` stays.
-    What a killed run left behind is removed by the next one.
+    What a killed run left behind is removed by the next one. `scratch` is a folder of the same file system
+    to write in, where beside `out` is no place for it.
 
     Raises:
         OrthogonalizeError: `out` exists (see `check_free`) or the disk fills up.
     """
-    check_free(out, kind, force)
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.partial-*"):
-        if not _alive(stale.name.rpartition("-")[2]):
-            shutil.rmtree(stale, ignore_errors=True)
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
-    previous = out.parent / f".{out.name}.previous-{os.getpid()}"
+    scratch = (scratch or out.parent).absolute()
+    _tidy(out, scratch)
+    check_free(out, kind, force)
+    for folder in (out.parent, scratch):
+        folder.mkdir(parents=True, exist_ok=True)
+    partial = scratch / f".{out.name}.partial-{os.getpid()}"
+    previous = scratch / f".{out.name}.previous-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -138,3 +150,19 @@ def complete_folder(out: Path, kind: Kind, force: bool = False) -> Iterator[Path
             previous.rename(out)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(previous, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """A folder that a command makes, of a `kind`."""
+
+    folder: Path
+    kind: Kind
+
+    def check_free(self, force: bool = False, inputs: Sequence[Path] = ()) -> None:
+        """See `check_free`."""
+        check_free(self.folder, self.kind, force, inputs)
+
+    def complete(self, force: bool = False) -> AbstractContextManager[Path]:
+        """See `complete_folder`."""
+        return complete_folder(self.folder, self.kind, force)

@@ -32,6 +32,14 @@ class Rewrite:
         """Bytes of weights in the edited checkpoint."""
         return self.source.weight_bytes + sum(addition.size for addition in self.additions.values())
 
+    @property
+    def changed_bytes(self) -> int:
+        """Bytes of the weight files in it that are not the source's, byte for byte."""
+        names = self.changes.names
+        home = self.source.home(self.additions) if self.additions else None
+        same = [f for name, f in self.source.files.items() if name != home and not names & f.tensors.keys()]
+        return self.output_bytes - sum(file.path.stat().st_size for file in same)
+
     @cached_property
     def _scales(self) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:
         """The scales of edited FP8 tensors, and the scale tensors that get other values; the plan must be complete."""
@@ -73,5 +81,5 @@ class Rewrite:
         written = write_weights(
             self.source, target, self.changes, progress, workers=workers, link=link, expected=expected
         )
-        write_rest(self.source, target, self.additions, self.config_changes)
+        write_rest(self.source, target, self.additions, self.config_changes, link=link)
         return written

@@ -76,7 +76,7 @@ def write_share(
         (partial / RECORD).write_text(recipe.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def put_together(plan: Rewrite, share: Share, out: Path, partial: Path) -> Recipe:
+def put_together(plan: Rewrite, share: Share, out: Path, partial: Path, link: bool = False) -> Recipe:
     """Fill the folder `partial` with all shares of `out`, the index and the rest; returns the whole recipe.
 
     Raises:
@@ -98,7 +98,7 @@ def put_together(plan: Rewrite, share: Share, out: Path, partial: Path) -> Recip
     missing = sorted(plan.source.files.keys() - whole.weights.keys())
     if missing:
         raise OrthogonalizeError(f"no share of {out} has {missing[0]}; write the shares again, all of the same number")
-    write_rest(plan.source, partial, plan.additions, plan.config_changes)
+    write_rest(plan.source, partial, plan.additions, plan.config_changes, link=link)
     return whole
 
 

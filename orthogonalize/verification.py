@@ -13,6 +13,7 @@ from .baking import Bake, bake
 from .checkpoint import RECIPE, Checkpoint, open_checkpoint
 from .errors import OrthogonalizeError
 from .hooks import intervened
+from .hubcache import edited_folder
 from .models import find_model, load_model
 from .progress import track
 from .quantisation import real_values
@@ -108,7 +109,7 @@ def verify(
     Raises:
         OrthogonalizeError: not a checkpoint, no base known, or a base that is not the recipe's.
     """
-    folder = Path(checkpoint)
+    folder = edited_folder(checkpoint)
     edited = open_checkpoint(folder)
     recipe = load_recipe(folder) if (folder / RECIPE).is_file() else None
     if base is None and recipe is None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 COMMIT = "0" * 40
 
@@ -25,6 +29,13 @@ class HubState:
     repositories: dict[str, Repository] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+
+
+def etag(path: str, content: bytes) -> str:
+    """What the Hub calls a file's content: git's hash of it, or the SHA-256 where git has only a pointer to it."""
+    if path.endswith(".safetensors") or len(content) > 10 * 2**20:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
@@ -86,15 +97,15 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                 return self.reply({"transfer": "basic", "objects": self.large_files(json.loads(data))})
             resolved = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path)
             if resolved and resolved[2] in state.repositories[resolved[1]].files:
-                return self.send_file(state.repositories[resolved[1]].files[resolved[2]])
+                return self.send_file(resolved[2], state.repositories[resolved[1]].files[resolved[2]])
             if not found or found[1] not in state.repositories:
                 return self.reply({"error": "Repository not found"}, 404)
             return self.repository(found[1], found[2] or "", data)
 
-        def send_file(self, content: bytes) -> None:
+        def send_file(self, path: str, content: bytes) -> None:
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+            self.send_header("ETag", f'"{etag(path, content)}"')
             self.send_header("X-Repo-Commit", COMMIT)
             self.end_headers()
             if self.command == "GET":
@@ -163,3 +174,15 @@ class Hub:
     def __exit__(self, *exc: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+def command(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command against the server, in a process of its own: huggingface_hub reads its endpoint when imported."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    if token:
+        environment["HF_TOKEN"] = token
+    return subprocess.run(
+        [sys.executable, "-m", "orthogonalize", *map(str, words)],
+        capture_output=True, text=True, env=environment, timeout=120, check=False,
+    )  # fmt: skip

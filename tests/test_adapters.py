@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LAYERS, WIDTH, store, tiny_llama
+from harness import baked_logits, every_read, every_write, gap
 from safetensors.torch import load_file, save_file
+from tiny_models import load_tiny
+from tiny_models import logits as tiny_logits
 
 from orthogonalize.adapters import write_adapter
 from orthogonalize.baking import bake
@@ -60,6 +63,28 @@ def test_peft_gives_the_logits_of_the_baked_checkpoint(basis, tmp_path, scope, r
         assert a.shape[0] == b.shape[1] == rank
         weight = plan.source.read(name)
         assert torch.allclose(weight.double() + b @ a, weight_edit.exact(weight), atol=1e-6)
+
+
+POST_NORM = ["gemma2", "gemma3", "glm4", "olmo2", "olmo3", "exaone4"]
+
+
+@pytest.mark.parametrize("scope", ["writes", "reads"])
+@pytest.mark.parametrize("family", POST_NORM)
+def test_behind_a_post_norm_an_adapter_gives_the_logits_of_the_baked_checkpoint(bases, tmp_path, family, scope):
+    from peft import PeftModel
+
+    base = bases(family)
+    assert base.post_norm
+    intervention = every_write(embed=False) if scope == "writes" else every_read(first=2)
+    if scope == "reads" and base.checkpoint.config.get("tie_word_embeddings", True):
+        with pytest.raises(OrthogonalizeError, match=r"cannot add .*lm_head\.weight.*layers"):
+            write_adapter(bake(base.checkpoint, intervention), tmp_path, "base")
+        return
+    adapter = written(bake(base.checkpoint, intervention), tmp_path / "adapter")
+    baked = baked_logits(base, intervention, tmp_path / "edited")
+    adapted = tiny_logits(PeftModel.from_pretrained(load_tiny(base.folder), adapter).eval())
+    assert gap(baked, base.plain) > 1e-2
+    assert gap(adapted, baked) <= 1e-4 * gap(baked, base.plain), "the factors are stored in float32"
 
 
 def test_what_an_adapter_cannot_hold_is_refused_with_the_reason(basis, tmp_path):

@@ -227,6 +227,22 @@ def test_a_killed_run_never_shows_a_result_and_the_next_one_tidies_up(tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_what_was_about_to_be_replaced_when_a_run_was_killed_comes_back(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with complete_folder(tmp_path / "out", RUN) as partial:
+        (partial / "stages.json").write_text("old")
+    (tmp_path / "out").rename(tmp_path / f".out.previous-{dead.pid}")  # and there the kill came
+    with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(tmp_path / "out", RUN):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / f".out.previous-{dead.pid}").mkdir()  # the kill came after the new one was in place
+    with complete_folder(tmp_path / "out", RUN, force=True) as partial:
+        (partial / "stages.json").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "stages.json").read_text() == "new"
+
+
 def test_the_partial_folder_of_a_living_run_is_left_alone(tmp_path):
     living = tmp_path / f".out.partial-{os.getppid()}"
     living.mkdir()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import WIDTH, store, tiny_llama
-from hub_server import Hub, Repository
+from hub_server import Hub, Repository, command
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
@@ -56,18 +54,6 @@ def report(tmp_path) -> Path:
 def push(hub: Hub, *words: str | Path, token: str | None = TOKEN, home: Path) -> subprocess.CompletedProcess[str]:
     """`orthogonalize push` against the loopback Hub."""
     return command(hub, "push", *words, token=token, home=home)
-
-
-def command(hub: Hub, *words: str | Path, token: str | None = TOKEN, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command in a process of its own: huggingface_hub reads its endpoint when imported."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
-    if token:
-        environment["HF_TOKEN"] = token
-    return subprocess.run(
-        [sys.executable, "-m", "orthogonalize", *map(str, words)],
-        capture_output=True, text=True, env=environment, timeout=120, check=False,
-    )  # fmt: skip
 
 
 def test_a_push_is_private_complete_and_keeps_the_token_to_itself(edited, report, tmp_path):
@@ -148,9 +134,11 @@ def test_a_model_named_by_its_hub_id_is_downloaded_edited_and_named_on_the_card(
     with Hub(TOKEN) as hub:
         files = {str(f.relative_to(local)): f.read_bytes() for f in local.rglob("*") if f.is_file()}
         hub.state.repositories["some/model"] = Repository(False, files)
-        done = command(hub, "edit", "some/model", "--out", tmp_path / "a", *words, home=tmp_path / "home")
+        done = command(hub, "edit", "some/model", "--out", tmp_path / "a", *words, token=TOKEN, home=tmp_path / "home")
         assert done.returncode == 0, done.stderr
-        missing = command(hub, "edit", "some/other", "--out", tmp_path / "c", *words, home=tmp_path / "home")
+        missing = command(
+            hub, "edit", "some/other", "--out", tmp_path / "c", *words, token=TOKEN, home=tmp_path / "home"
+        )
         requests = list(hub.state.requests)
     edit(str(local), tmp_path / "b", direction=tmp_path / "direction.safetensors", layer=2)
     for file in (tmp_path / "b").glob("*.safetensors"):

@@ -6,10 +6,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from conftest import LAYERS, WIDTH, store, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from orthogonalize import writing
+from orthogonalize import directstream, pieces, weightfile, writing
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import INDEX, open_checkpoint
 from orthogonalize.cli import main
@@ -57,25 +57,25 @@ def written(source: Path, out: Path, basis, scope: str = "all", **options):
 @pytest.mark.parametrize("scope", ["all", "layers:1", "from:0"])
 def test_pieces_columns_and_workers_change_no_byte(source, basis, tmp_path, monkeypatch, scope):
     plan, whole = written(source, tmp_path / "whole", basis, scope)
-    monkeypatch.setattr(writing, "PIECE", 1024)
-    monkeypatch.setattr(writing, "WHOLE", 2048)  # now every matrix is cut, and some across their columns
-    monkeypatch.setattr(writing, "RUN", 16)
-    monkeypatch.setattr(writing, "CALL", 100)
-    monkeypatch.setattr(writing, "FLUSH", 1)
-    cut = [
+    monkeypatch.setattr(pieces, "PIECE", 1024)
+    monkeypatch.setattr(pieces, "WHOLE", 2048)  # now every matrix is cut, and some across their columns
+    monkeypatch.setattr(pieces, "RUN", 16)
+    monkeypatch.setattr(weightfile, "CALL", 100)
+    monkeypatch.setattr(weightfile, "FLUSH", 1)
+    parts = [
         piece
         for file in plan.source.files.values()
         for job in writing._jobs(plan.source, file, plan.changes, {})
-        for piece in writing._pieces(job)
+        for piece in pieces.cut(job)
     ]
-    assert len(cut) > 1.5 * len(plan.source.tensors)
-    assert any(piece.columns for piece in cut) or scope == "from:0"
+    assert len(parts) > 1.5 * len(plan.source.tensors)
+    assert any(piece.columns for piece in parts) or scope == "from:0"
     for number, workers in enumerate((1, 3)):
-        _, pieces = written(source, tmp_path / f"cut{number}", basis, scope, workers=workers)
+        _, again = written(source, tmp_path / f"cut{number}", basis, scope, workers=workers)
         assert weights(tmp_path / f"cut{number}") == weights(tmp_path / "whole")
-        assert (pieces.source, pieces.result) == (whole.source, whole.result)
+        assert (again.source, again.result) == (whole.source, whole.result)
         for name, record in whole.records.items():
-            assert pieces.records[name].leak == pytest.approx(record.leak, rel=1e-6)
+            assert again.records[name].leak == pytest.approx(record.leak, rel=1e-6)
     for name in plan.edits:
         stored = open_checkpoint(tmp_path / "whole").read(name)
         assert torch.equal(stored, plan.edited(name))
@@ -135,12 +135,12 @@ def test_writing_past_the_page_cache_gives_the_same_bytes(basis, tmp_path, monke
     source = store(tiny_llama(intermediate_size=inner), tmp_path / "base", torch.bfloat16, shards=2)
     _, through = written(source, tmp_path / "through", basis)
     used = []
-    real = writing.DirectStream.rest
-    monkeypatch.setattr(writing.DirectStream, "rest", lambda self: used.append(self.done) or real(self))
-    monkeypatch.setattr(writing, "DIRECT", 0)
-    monkeypatch.setattr(writing, "PIECE", 2**14)
-    monkeypatch.setattr(writing, "WHOLE", 2**15)
-    monkeypatch.setattr(writing, "REQUEST", 4096)
+    real = directstream.DirectStream.rest
+    monkeypatch.setattr(directstream.DirectStream, "rest", lambda self: used.append(self.done) or real(self))
+    monkeypatch.setattr(weightfile, "DIRECT", 0)
+    monkeypatch.setattr(pieces, "PIECE", 2**14)
+    monkeypatch.setattr(pieces, "WHOLE", 2**15)
+    monkeypatch.setattr(directstream, "REQUEST", 4096)
     _, past = written(source, tmp_path / "past", basis)
     if not used:
         pytest.skip("this file system cannot be written past its cache")
@@ -174,7 +174,7 @@ def test_a_base_that_is_not_the_recipes_leaves_nothing(source, direction, tmp_pa
 
 @pytest.mark.parametrize("where", ["_read", "_edit", "_write"])
 def test_a_failure_in_any_stage_ends_all_of_them(source, direction, tmp_path, monkeypatch, where):
-    real, calls = getattr(writing._FileWriter, where), []
+    real, calls = getattr(weightfile.FileWriter, where), []
 
     def failing(*args):
         calls.append(1)
@@ -182,8 +182,8 @@ def test_a_failure_in_any_stage_ends_all_of_them(source, direction, tmp_path, mo
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(writing, "PIECE", 512)
-    monkeypatch.setattr(writing._FileWriter, where, failing)
+    monkeypatch.setattr(pieces, "PIECE", 512)
+    monkeypatch.setattr(weightfile.FileWriter, where, failing)
     before = weights(source)
     with pytest.raises(OrthogonalizeError, match="disk filled up"):
         edit(str(source), tmp_path / "out", direction=direction, scope="all", workers=3)
@@ -230,15 +230,20 @@ def test_a_read_only_disk_is_one_clear_line(source, direction, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_an_edit_killed_while_it_writes_is_tidied_up_by_the_next(source, direction, tmp_path):
+@pytest.mark.parametrize("shard", [None, "2/2"])
+def test_an_edit_killed_while_it_writes_is_tidied_up_by_the_next(source, direction, tmp_path, shard):
+    edit(str(source), tmp_path / "whole", direction=direction, scope="all")
+    if shard:
+        edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
     code = (
-        "import sys, time\nfrom orthogonalize import writing\nfrom orthogonalize.editing import edit\n"
-        "real = writing._FileWriter._write\n"
+        "import sys, time\nfrom orthogonalize import weightfile\nfrom orthogonalize.editing import edit\n"
+        "real = weightfile.FileWriter._write\n"
         "def slow(*a):\n    real(*a); print('writing', flush=True); time.sleep(60)\n"
-        "writing._FileWriter._write = slow\n"
-        "edit(sys.argv[1], sys.argv[2], direction=sys.argv[3], scope='all')\n"
+        "weightfile.FileWriter._write = slow\n"
+        f"edit(sys.argv[1], sys.argv[2], direction=sys.argv[3], scope='all', shard={shard!r})\n"
     )
     words = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(direction)]
+    before = {f.name for f in tmp_path.iterdir()}
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
@@ -246,12 +251,12 @@ def test_an_edit_killed_while_it_writes_is_tidied_up_by_the_next(source, directi
     assert process.stdout.readline() == b"writing\n"
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=30)
-    assert not (tmp_path / "out").exists()
-    assert len(list(tmp_path.glob(".out.partial-*"))) == 1
-    time.sleep(0.1)
-    edit(str(source), tmp_path / "out", direction=direction, scope="all")
-    assert not list(tmp_path.glob(".out*"))
+    [left] = {f.name for f in tmp_path.iterdir()} - before
+    assert re.match(r"\.out.*\.partial-\d+$", left), "what is half written is seen under no other name"
+    edit(str(source), tmp_path / "out", direction=direction, scope="all", shard=shard)
+    assert {f.name for f in tmp_path.iterdir()} == before - {"out.share-1-of-2"} | {"out"}
     assert load_recipe(tmp_path / "out").weights == sha256(weights(tmp_path / "out"))
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
 def test_shares_written_apart_make_the_same_checkpoint(source, direction, tmp_path):
