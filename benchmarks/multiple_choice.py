@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import random
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def ours(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[int]
 
 def harness(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[int], float]]:
     """The same through lm-eval's own vLLM model, which asks its distribution's version under one name only."""
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # of what it takes by default, its prompt logits leave none
     from vllm.platforms import current_platform
 
     assert current_platform.device_type  # found by the distribution's true name, so before it gets another
@@ -149,7 +151,7 @@ def in_process(side: str, folder: Path, questions: int) -> dict[str, tuple[list[
     """One side in a process of its own: neither sees the other's settings or caches."""
     words = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--questions", str(questions)]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))  # vLLM logs there too
 
 
 @click.command()
