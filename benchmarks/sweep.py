@@ -23,7 +23,8 @@ import click
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.embedded import planted_model
-from orthogonalize.engines import WeightSwap, open_engine
+from orthogonalize.engines import WeightSwap
+from orthogonalize.launch import open_engine
 from orthogonalize.models import load_tokenizer
 from orthogonalize.plans import make_plan
 from orthogonalize.run import load_run

@@ -292,8 +292,8 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
     The engine starts once; each edit's weights are swapped in place. A sweep that was cut off goes on where it
     stopped.
     """
+    from .comparison import sweep_columns, sweep_rows
     from .sweeps import sweep as run_sweep
-    from .sweeps import sweep_columns, sweep_rows
 
     found = run_sweep(
         model,

@@ -169,21 +169,6 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def open_engine(
-    name: EngineName, folder: Path, tokenizer: Any, max_model_len: int, options: EngineOptions = ONE_DEVICE
-) -> Engine:
-    """The engine called `name` for a checkpoint folder; use it as a context manager."""
-    if name == "hf":
-        return TransformersEngine(folder, tokenizer, options.device)
-    if options.data_parallel_size > 1:
-        from .engine_group import EngineGroup
-
-        return EngineGroup(folder, max_model_len, options)
-    from .vllm_engine import VllmEngine
-
-    return VllmEngine(folder, max_model_len, options)
-
-
 class WeightSwap:
     """In-place edits of a running engine, started from the folder of `source`; what is not edited is as stored.
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import RECIPE, open_checkpoint
-from .engines import ENGINES, Engine, EngineName, EngineOptions, WeightSwap, check_installed, open_engine
+from .engines import ENGINES, Engine, EngineName, EngineOptions, WeightSwap, check_installed
 from .errors import OrthogonalizeError
 from .hubcache import edited_folder
 from .journal import Journal, fingerprint_of
 from .judges import Opinion
 from .judging import ReadyJudge, opinion_series, ready_judges
+from .launch import open_engine
 from .models import find_model, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .engines import ONE_DEVICE, EngineName, EngineOptions, check_installed, open_engine
+from .engines import ONE_DEVICE, EngineName, EngineOptions, check_installed
 from .errors import OrthogonalizeError
 from .judges import Judge, Opinion, find_judge
+from .launch import open_engine
 from .measures import Rate, Record, Series, shares
 from .models import find_model, load_tokenizer
 from .refusals import refused

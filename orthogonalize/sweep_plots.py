@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from .comparison import Sweep, outcome
 from .plots import COLOURS, MARKERS
-from .sweeps import Sweep, outcome
 from .tables import title
 
 

@@ -7,22 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from .architectures import architecture_of
 from .baking import Bake, bake
 from .checkpoint import Checkpoint, open_checkpoint
-from .choices import Choice
-from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine, WeightSwap, open_engine
+from .comparison import Semantics, Sweep, Swept, effect_key, harm_key, pareto
+from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine, WeightSwap
 from .errors import OrthogonalizeError
 from .evaluation import add_opinions, ask_judges, check_engine, context_length, engine_version, folder_state
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
 from .judging import ready_judges
-from .measures import Loss, Paired, Rate, Record
+from .launch import open_engine
 from .models import find_model, load_tokenizer, public_name
 from .outputs import Kind, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
@@ -31,83 +29,10 @@ from .report import Measures, compare_all
 from .run import Run, load_run
 from .serving import common_folder, edited_weights
 from .suites import Memory
+from .sweep_plots import write_pareto_plot
 from .variants import SCOPES, Variant, make_variants
 
-Semantics = Literal["weights", "residual"]
 SWEEP = Kind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
-
-
-class Swept(Record):
-    """One edit's measures and their comparison with the base; `refused` says why an edit cannot be baked."""
-
-    name: str
-    choice: Choice
-    direction: str
-    layers: list[int]
-    seconds: float = 0.0
-    refused: str | None = None
-    measures: Measures | None = None
-    paired: dict[str, Paired] = Field(default_factory=dict)
-
-
-class Sweep(Record):
-    """`sweep.json`: the base, every edit, and the names of those that no other beats at both ends.
-
-    `effect` and `harm` are the dotted keys that the comparison is about: how much of the behaviour is
-    gone, and how much worse the base's own answers (or its next words) have become. `restored` says that the
-    engine held the base's weights again, bit for bit, at the end (None for hooks).
-    """
-
-    format: Literal[1] = 1
-    engine: EngineName
-    engine_version: str
-    semantics: Semantics
-    model: str
-    suites: list[str]
-    data: dict[str, str]
-    max_new_tokens: int
-    sensitive: bool
-    effect: str | None
-    harm: str | None
-    restored: bool | None
-    base: Measures
-    variants: list[Swept]
-    pareto: list[str]
-
-
-def _effect_key(base: Measures) -> str | None:
-    """Refusal where the base refuses its target prompts, else the behaviour's first token."""
-    found = base.flat()
-    for key in ("refusal.target", "behaviour.target"):
-        rate = found.get(key)
-        if isinstance(rate, Rate) and rate.value >= 0.05:
-            return key
-    return next((key for key in ("refusal.target", "behaviour.target") if key in found), None)
-
-
-def _harm_key(base: Measures) -> str | None:
-    return next((k for k in ("loss.own_completions", "kl.completions", "loss.pile") if k in base.flat()), None)
-
-
-def outcome(sweep: Sweep, swept: Swept) -> tuple[float, float] | None:
-    """(how much of the behaviour is gone, harm), both as shares; None where either is not known.
-
-    Harm is the relative increase of the loss, or the KL in nats a token.
-    """
-    if swept.measures is None or sweep.effect is None or sweep.harm is None:
-        return None
-    effect, harm = swept.paired.get(sweep.effect), swept.paired.get(sweep.harm)
-    return None if effect is None or harm is None else (-effect.difference, harm.difference)
-
-
-def pareto(sweep: Sweep) -> list[str]:
-    """The names of the edits that no other beats: none removes as much at less harm, or more at as little."""
-    points = {s.name: p for s in sweep.variants if (p := outcome(sweep, s)) is not None}
-    return [
-        name
-        for name, (gone, harm) in points.items()
-        if not any(g >= gone and h <= harm and (g, h) != (gone, harm) for g, h in points.values())
-    ]
 
 
 @contextmanager
@@ -277,11 +202,9 @@ def sweep(
         variants=[_swept(v, runner, seconds, refused) for v in variants],
         pareto=[],
     )
-    result.effect, result.harm = _effect_key(result.base), _harm_key(result.base)
+    result.effect, result.harm = effect_key(result.base), harm_key(result.base)
     result.pareto = pareto(result)
     with complete_folder(out, SWEEP, force) as done:
-        from .sweep_plots import write_pareto_plot
-
         (done / "sweep.json").write_text(result.model_dump_json(indent=1) + "\n", "utf-8")
         write_pareto_plot(result, done / "pareto.png")
     journal.close()
@@ -302,39 +225,3 @@ def _swept(variant: Variant, runner: _Runner, seconds: dict[str, float], refused
 
 def _directions_state(run: Run) -> list[Any]:
     return [run.directions.mean_diffs.double().sum().item(), [str(c) for c in run.candidates[:4]], run.info.prompts]
-
-
-def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """(edit, effect on target, on harmless, loss or KL, note) as text; the base first."""
-    rows = []
-    keys = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
-
-    def cells(measures: Measures, paired: dict[str, Paired]) -> tuple[str, ...]:
-        found = measures.flat()
-        texts = []
-        for key in keys:
-            measure = found.get(key)
-            if isinstance(measure, Rate):
-                texts.append(f"{100 * measure.value:.1f}%")
-            elif isinstance(measure, Loss):
-                texts.append(f"{measure.value:.3f}" + (f" ({100 * paired[key].difference:+.1f}%)" if paired else ""))
-            else:
-                texts.append("-" if measure is None else f"{measure.value:.3f}")
-        return tuple(texts)
-
-    rows.append(("base", *cells(sweep.base, {}), ""))
-    for swept in sweep.variants:
-        if swept.measures is None:
-            rows.append((swept.name, *("-" for _ in keys), f"not possible: {swept.refused}"))
-        else:
-            mark = "best trade-off" if swept.name in sweep.pareto else ""
-            rows.append((swept.name, *cells(swept.measures, swept.paired), mark))
-    return rows
-
-
-def sweep_columns(sweep: Sweep) -> list[str]:
-    """The headings of `sweep_rows`."""
-    from .tables import title
-
-    keys = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
-    return ["edit", *(title(k) for k in keys), ""]

@@ -16,8 +16,9 @@ from conftest import store, tiny_llama
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.engine_group import EngineGroup, _devices, _serve
-from orthogonalize.engines import EngineOptions, WeightSwap, block_of, open_engine, single_tokens
+from orthogonalize.engines import EngineOptions, WeightSwap, block_of, single_tokens
 from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.launch import open_engine
 from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
 
 

@@ -12,13 +12,14 @@ from conftest import LAYERS, UNTRIED, store, tiny_llama, tiny_tokenizer
 
 from orthogonalize.chat import ChatFormat
 from orthogonalize.cli import main
+from orthogonalize.comparison import Sweep, pareto
 from orthogonalize.editing import edit
 from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.generation import generate
 from orthogonalize.run import load_run
-from orthogonalize.sweeps import Sweep, pareto, residual_hooks, sweep
+from orthogonalize.sweeps import residual_hooks, sweep
 from orthogonalize.variants import make_variants, methods
 
 SWEPT = ("ablate one", "ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all")
