@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .editing import edit as edit
     from .errors import OrthogonalizeError as OrthogonalizeError
     from .evaluation import evaluate as evaluate
-    from .extraction import Settings as Settings
     from .extraction import extract as extract
     from .hooks import intervened as intervened
     from .hub import push as push
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from .run import load_run as load_run
     from .selection import Candidate as Candidate
     from .selection import rank as rank
+    from .settings import Settings as Settings
     from .sweeps import sweep as sweep
     from .verification import verify as verify
 
@@ -50,7 +50,7 @@ _HOMES = {
     "editing": ("edit",),
     "errors": ("OrthogonalizeError",),
     "evaluation": ("evaluate",),
-    "extraction": ("Settings", "extract"),
+    "extraction": ("extract",),
     "hooks": ("intervened",),
     "hub": ("push",),
     "interventions": ("AffineMap", "Intervention", "Site", "orthonormal", "removal", "shift"),
@@ -59,6 +59,7 @@ _HOMES = {
     "nullspace": ("Subspace", "Subspaces", "inlp"),
     "run": ("load_run",),
     "selection": ("Candidate", "rank"),
+    "settings": ("Settings",),
     "sweeps": ("sweep",),
     "verification": ("verify",),
 }

@@ -110,8 +110,8 @@ def extract(
     """
     import torch
 
-    from .extraction import Settings
     from .extraction import extract as run_extract
+    from .settings import Settings
 
     settings = Settings(
         methods=tuple(words(methods)),

@@ -12,11 +12,12 @@ from .embedded import planted_model
 from .engines import EngineName, check_installed
 from .errors import OrthogonalizeError
 from .evaluation import evaluate
-from .extraction import Settings, extract
+from .extraction import extract
 from .outputs import Kind, check_free
 from .progress import note
 from .recipe import Recipe, Verification, load_recipe
 from .report import Report
+from .settings import Settings
 from .verification import verify
 
 # Sized so that all of it takes a few minutes on two cores.

@@ -8,16 +8,14 @@ One whose inputs are unchanged is kept; one that was killed goes on where it was
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .activations import mean_activations
 from .architectures import architecture_of
+from .behaviour import keep_expected, measure_behaviour
 from .chat import ChatFormat
 from .checkpoint import Checkpoint, open_checkpoint
 from .contrast import DirectionSettings, find_directions
@@ -25,78 +23,22 @@ from .directions import Directions
 from .errors import OrthogonalizeError
 from .generation import generate, stop_tokens
 from .models import choose_device, commit_of, find_model, load_model, load_tokenizer
-from .nullspace import Classifier, Solver
 from .outputs import RUN, check_run_folder
 from .plots import plot_run
 from .probes import Probe, probe_candidate
 from .progress import note, track
-from .prompts import MINIMUM_TRAIN, Prompt, Side, Split, check_contrast, concept, load_prompts, split_prompts
+from .prompts import SIDES, SPLITS, Prompt, Side, Split, check_contrast, concept, load_prompts, split_prompts
 from .recording import FILE as ACTIVATIONS
 from .recording import Recording, record
 from .refusals import refused
 from .run import Run, RunInfo, load_prompt_file, load_run, save_prompts, save_selection
-from .scores import behaviour_score, first_token_probabilities, learn_behaviour_tokens
 from .selection import Candidate, explain_fallback, rank, rank_correlation, score_candidates
+from .settings import Settings
 from .stages import STAGES, Journal, Stage, StageBook, fingerprint, write_whole
-from .trials import Trial, Trials
+from .trials import Trial, Trials, confirm
 
-METHODS = ("dim", "inlp", "leace")
-SCORINGS = ("local", "global")
-SIDES: tuple[Side, ...] = ("positive", "negative")
-SPLITS: tuple[Split, ...] = ("train", "val", "test", "spare")
 ANSWER_TOKENS = 48  # of the base model's own answers, against which a tried edit's harm is measured
 CONFIRM_TOKENS = 64
-CONFIRMED = 0.05  # the most answers of a confirmed edit that may still refuse
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How `extract` works; the defaults are the reference's where it has them.
-
-    `scored` is the most val prompts a side that score single directions (None is all of them); whole
-    edits are tried on all positive ones, and on the model's own answers to `answers` negative ones.
-    `trials` is how many edits; 0 skips that. `seeds` is how many draws of the prompts show how stable
-    the directions are (1 shows nothing). `scoring` may add `global`: every candidate at every write.
-    """
-
-    methods: Sequence[str] = METHODS
-    device: str = "auto"
-    dtype: torch.dtype | None = None
-    seed: int = 0
-    seeds: int = 1
-    train: int = 128
-    val: int = 32
-    test: int = 100
-    system: str | None = None
-    template_arguments: Mapping[str, Any] = field(default_factory=dict)
-    chat_template: bool = True
-    behaviour_tokens: Sequence[int | str] | None = None
-    filtered: bool = True
-    max_rank: int | None = None
-    solver: Solver = "newton"
-    classifier: Classifier = "logistic"
-    scoring: Sequence[str] = ("local",)
-    scored: int | None = None
-    trials: int = 32
-    answers: int = 32
-    trust_remote_code: bool = False
-
-    def check(self) -> None:
-        """Refuse settings that cannot work.
-
-        Raises:
-            OrthogonalizeError: naming the option.
-        """
-        if set(self.methods) - set(METHODS) or "dim" not in self.methods:
-            raise OrthogonalizeError(
-                f"--methods must name dim, and may add inlp and leace; got {','.join(self.methods)}"
-            )
-        if set(self.scoring) - set(SCORINGS) or "local" not in self.scoring:
-            raise OrthogonalizeError(f"--scoring must name local, and may add global; got {','.join(self.scoring)}")
-        if self.train < MINIMUM_TRAIN or self.val < 1 or self.test < 0 or self.seeds < 1:
-            raise OrthogonalizeError(f"--train must be at least {MINIMUM_TRAIN}, --val and --seeds 1 and --test 0")
-        if self.classifier == "svm" and self.solver != "sklearn":
-            raise OrthogonalizeError("--classifier svm is scikit-learn's; give --solver sklearn with it")
 
 
 def _versions() -> dict[str, str]:
@@ -230,64 +172,13 @@ class _Extraction:
         s = self.settings
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
         prompts = [p for side in SIDES for p in split_prompts(self.source.prompts[side], s.seed, **counts)]
-        tokens, prompts = self._measure_behaviour(prompts)
-        kept, filtered = self._filter(prompts)
+        tokens, prompts = measure_behaviour(self.model, self.tokenizer, self.chat, prompts, s.behaviour_tokens or ())
+        kept, filtered = keep_expected(prompts, s.filtered)
         words = [self.tokenizer.decode([t]) for t in tokens]
         note(f"behaviour tokens: {', '.join(map(repr, words))}")
         self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
         return {"behaviour_tokens": tokens, "behaviour_words": words, "filtered": filtered}
-
-    def _measure_behaviour(self, prompts: list[Prompt]) -> tuple[list[int], list[Prompt]]:
-        """Behaviour tokens, learnt on train and val prompts or given; every prompt but the test ones gets its score."""
-        used = [i for i, p in enumerate(prompts) if p.split != "test"]
-        ids = self.chat.encode_all([prompts[i].text for i in used])
-        with track("scoring prompts", len(used), "prompts") as advance:
-            probabilities = first_token_probabilities(self.model, ids)
-            advance(len(used))
-        if not torch.isfinite(probabilities).all():
-            mean_activations(self.model, ids, 1)  # names the layer, where it is one
-            raise OrthogonalizeError("the model's outputs hold NaN or infinite values; the checkpoint is damaged")
-        if self.settings.behaviour_tokens:
-            tokens = [self._token(t) for t in self.settings.behaviour_tokens]
-        else:
-            rows = {side: [n for n, i in enumerate(used) if prompts[i].side == side and prompts[i].split != "spare"]
-                    for side in SIDES}  # fmt: skip
-            tokens = learn_behaviour_tokens(probabilities[rows["positive"]], probabilities[rows["negative"]])
-        scored = list(prompts)
-        for i, score in zip(used, behaviour_score(probabilities, tokens).tolist(), strict=True):
-            scored[i] = replace(prompts[i], score=score)
-        return tokens, scored
-
-    def _token(self, token: int | str) -> int:
-        if isinstance(token, int):
-            if not 0 <= token < self.model.config.vocab_size:
-                raise OrthogonalizeError(f"behaviour token {token} is no id of this model's vocabulary")
-            return token
-        ids = self.tokenizer(token, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise OrthogonalizeError(f"behaviour token {token!r} is {len(ids)} tokens for this model; it must be one")
-        return int(ids[0])
-
-    def _filter(self, prompts: list[Prompt]) -> tuple[list[Prompt], dict[str, dict[str, int]]]:
-        """Keep train and val prompts on which the model behaves as their side says (design, section 5)."""
-        kept = prompts
-        if self.settings.filtered:
-            kept = [p for p in prompts if p.score is None or (p.score > 0) == (p.side == "positive")]
-        counts: dict[str, dict[str, int]] = {}
-        for side in SIDES:
-            for split in ("train", "val"):
-                left = sum((p.side, p.split) == (side, split) for p in kept)
-                given = sum((p.side, p.split) == (side, split) for p in prompts)
-                counts.setdefault(side, {})[split] = left
-                needed = MINIMUM_TRAIN if split == "train" else 1
-                if left < needed:
-                    verb = "shows" if side == "positive" else "lacks"
-                    raise OrthogonalizeError(
-                        f"of {given} {side} {split} prompts the model {verb} the behaviour on {left}, and at least "
-                        f"{needed} are needed; give other prompts, --behaviour-tokens or --no-filter"
-                    )
-        return kept, counts
 
     # activations and directions
 
@@ -382,32 +273,11 @@ class _Extraction:
             self.model, directions, ranked, tokens, positive, [negative[i] for i in kept], [answers[i] for i in kept],
             journal,
         )  # fmt: skip
-        return self._confirm(trials, trials.search(self.settings.trials), journal)
+        found = trials.search(self.settings.trials)
+        return confirm(trials, found, journal, lambda: self._refusal_rate(positive))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
         return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)
-
-    def _confirm(self, trials: Trials, found: list[Trial], journal: Journal, most: int = 4) -> list[Trial]:
-        """Let the best trials answer; the first whose answers do not refuse goes to the front.
-
-        Only where the unedited model's answers are refusals by wording can this be told.
-        """
-        if "refuses" not in journal:
-            journal.put({"refuses": self._refusal_rate(trials.positive)})
-        if journal["refuses"] < 0.5:
-            return found
-        confirmed: list[Trial] = []
-        for trial in found[:most]:
-            key = f"confirmed:{trial.choice.model_dump_json()}"
-            if key not in journal:
-                with trials.edited(trial.choice):
-                    journal.put({key: self._refusal_rate(trials.positive)})
-            confirmed.append(trial.model_copy(update={"confirmed": journal[key]}))
-            if journal[key] <= CONFIRMED:
-                break
-        # Only the last can have passed; where none did, the one that leaves least comes first.
-        confirmed.sort(key=lambda t: t.confirmed or 0.0)
-        return [*confirmed, *found[len(confirmed) :]]
 
     def _refusal_rate(self, ids: Sequence[Sequence[int]]) -> float:
         with track("confirming by answers", len(ids), "prompts") as advance:

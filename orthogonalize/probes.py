@@ -12,9 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from .choices import RANK_BY_ACCURACY, Choice
 from .directions import Directions
 from .interventions import AffineMap, removal
+from .prompts import SIDES, Side
 from .recording import Recording
-
-SIDES = ("positive", "negative")
 
 
 class Probe(BaseModel):
@@ -36,7 +35,7 @@ class Probe(BaseModel):
     n: int
 
 
-def probe_accuracy(train: Mapping[str, torch.Tensor], val: Mapping[str, torch.Tensor]) -> float:
+def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.Tensor]) -> float:
     """Share of `val` that scikit-learn's logistic regression, fitted to `train`, puts on its side.
 
     Both map `positive` and `negative` to activations [n, d]. The fit is done in coordinates of the train

@@ -16,6 +16,8 @@ from .errors import OrthogonalizeError
 Side = Literal["positive", "negative"]
 # Spare prompts are drawn by further seeds only.
 Split = Literal["train", "val", "test", "spare"]
+SIDES: tuple[Side, ...] = ("positive", "negative")
+SPLITS: tuple[Split, ...] = ("train", "val", "test", "spare")
 COLUMNS = ("instruction", "prompt", "question", "text", "goal", "Goal", "behavior", "forbidden_prompt")
 MINIMUM = 8  # usable prompts a side
 MINIMUM_TRAIN = 6  # of which to find directions with

@@ -23,10 +23,12 @@ from .progress import track
 from .scopes import parse_scope
 from .scores import behaviour_score, completion_loss, first_token_probabilities
 from .selection import Candidate, Scored, layer_ranking
+from .stages import Journal
 
 # A trial removes the behaviour if at most this share of positive prompts still begins with it. Real scores
 # have heavier tails than the normal distribution by which a few prompts stand for many, so it is small.
 LEFT = 0.01
+CONFIRMED = 0.05  # the most answers of a confirmed edit that may still refuse
 
 
 class Trial(BaseModel):
@@ -186,3 +188,29 @@ class Trials:
                 if 1 <= choice.layer + change < count
             ]
         return near
+
+
+def confirm(
+    trials: Trials, found: list[Trial], journal: Journal, refusal_rate: Callable[[], float], most: int = 4
+) -> list[Trial]:
+    """Let the best trials answer; the first whose answers do not refuse goes to the front.
+
+    `refusal_rate` is the share of the model's answers to the positive val prompts that refuse, as it is then.
+    Only where the unedited model's answers are refusals by wording can this be told.
+    """
+    if "refuses" not in journal:
+        journal.put({"refuses": refusal_rate()})
+    if journal["refuses"] < 0.5:
+        return found
+    confirmed: list[Trial] = []
+    for trial in found[:most]:
+        key = f"confirmed:{trial.choice.model_dump_json()}"
+        if key not in journal:
+            with trials.edited(trial.choice):
+                journal.put({key: refusal_rate()})
+        confirmed.append(trial.model_copy(update={"confirmed": journal[key]}))
+        if journal[key] <= CONFIRMED:
+            break
+    # Only the last can have passed; where none did, the one that leaves least comes first.
+    confirmed.sort(key=lambda t: t.confirmed or 0.0)
+    return [*confirmed, *found[len(confirmed) :]]

@@ -15,7 +15,8 @@ from tiny_models import DoublePrecision
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orthogonalize.cli import main
-from orthogonalize.extraction import Settings, extract
+from orthogonalize.extraction import extract
+from orthogonalize.settings import Settings
 
 WIDTH, LAYERS, VOCABULARY = 32, 4, 96
 

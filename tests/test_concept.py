@@ -13,13 +13,14 @@ import torch
 from orthogonalize.chat import ChatFormat
 from orthogonalize.editing import edit
 from orthogonalize.embedded import base_model
-from orthogonalize.extraction import Settings, extract
+from orthogonalize.extraction import extract
 from orthogonalize.hooks import intervened
 from orthogonalize.interventions import removal
 from orthogonalize.models import load_model, load_tokenizer
 from orthogonalize.run import Run
 from orthogonalize.scopes import map_sites, parse_scope
 from orthogonalize.scores import behaviour_score, first_token_probabilities
+from orthogonalize.settings import Settings
 from orthogonalize.verification import verify
 
 SETTINGS = Settings(train=40, val=12, test=20, scored=1, trials=0)
