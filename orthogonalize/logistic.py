@@ -12,10 +12,9 @@ from copy import copy
 import torch
 from torch.nn.functional import softplus
 
-from .newton import fit_by_newton
+from .newton import HALVINGS, LEAST_CURVATURE, RISE, STEPS, fit_by_newton
 
 TOLERANCE = 1e-7  # of the margins' spread: Newton's next step would be its square
-MOST_STEPS = 100
 
 
 class Samples:
@@ -138,7 +137,7 @@ def fit_together(data: Samples, labels: torch.Tensor, c: float) -> tuple[torch.T
     intercept, margins = labels.new_zeros(len(dual)), torch.zeros_like(dual)
     sign = 2 * labels - 1
     active, left = torch.arange(len(dual), device=labels.device), data
-    for _ in range(MOST_STEPS):
+    for _ in range(STEPS):
         a, b, m = _newton_step(left, labels, c, margins[active])
         a, b, m = _no_worse(dual[active], intercept[active], margins[active], a, b, m, sign, c)
         spread = (m - b[:, None]).abs().amax(-1)
@@ -156,7 +155,7 @@ def _newton_step(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One Newton step as reweighted least squares (Rasmussen and Williams 2006, algorithm 3.1, and an intercept)."""
     p = margins.sigmoid()
-    curvature = (p * (1 - p)).clamp(min=1e-10)
+    curvature = (p * (1 - p)).clamp(min=LEAST_CURVATURE)
     target = margins + (labels - p) / curvature
     right = torch.stack([target, torch.ones_like(target)], dim=-1)
     solved = data.ridge((c * curvature).sqrt(), right)
@@ -176,10 +175,10 @@ def _no_worse(
     """Halve the step from (a0, b0, m0) to (a1, b1, m1) wherever the objective would rise."""
     before = _objective(a0, b0, m0, sign, c)
     step = torch.ones_like(b0)
-    for _ in range(40):
+    for _ in range(HALVINGS):
         s = step[:, None]
         a, b, m = a0 + s * (a1 - a0), b0 + step * (b1 - b0), m0 + s * (m1 - m0)
-        worse = _objective(a, b, m, sign, c) > before + 1e-12 * before.abs()
+        worse = _objective(a, b, m, sign, c) > before + RISE * before.abs()
         if not bool(worse.any()):
             break
         step = torch.where(worse, step / 2, step)

@@ -14,6 +14,7 @@ from numba import njit
 STEPS = 100  # at most
 HALVINGS = 40  # of a step, at most
 LEAST_CURVATURE = 1e-10
+RISE = 1e-12  # of the objective, which rounding alone may cause
 # Sums may be taken in any order: else no loop that sums is vectorised.
 FREE = {"contract", "reassoc", "nsz"}
 
@@ -112,7 +113,7 @@ def _fit(gram: Any, idle: Any, noise: float, labels: Any, c: float, tolerance: f
         next_b = _step(gram, idle, labels, c, m, next_a, next_m)
         before = _objective(a, b, m, labels, c)
         for _ in range(HALVINGS):
-            if _objective(next_a, next_b, next_m, labels, c) <= before + 1e-12 * abs(before):
+            if _objective(next_a, next_b, next_m, labels, c) <= before + RISE * abs(before):
                 break
             for i in range(n):
                 next_a[i] = (a[i] + next_a[i]) / 2

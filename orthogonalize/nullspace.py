@@ -192,7 +192,9 @@ def inlp(
         return [_search_sklearn(one, labels, fit, held, most, min_accuracy, classifier) for one in wide]
 
     found: list[Subspace] = []
-    for part in _in_parallel(search, torch.split(samples, size)):
+    # scikit-learn's warnings are kept back in a way that threads would undo for each other.
+    workers = torch.get_num_threads() if solver == "newton" else 1
+    for part in _in_parallel(search, torch.split(samples, size), workers):
         found += part
         if progress:
             progress(len(part))
@@ -200,16 +202,15 @@ def inlp(
 
 
 def _in_parallel(
-    search: Callable[[torch.Tensor], list[Subspace]], parts: Sequence[torch.Tensor]
+    search: Callable[[torch.Tensor], list[Subspace]], parts: Sequence[torch.Tensor], workers: int
 ) -> Iterator[list[Subspace]]:
-    """`search` of every part, in order; on a CPU by a thread a processor, each of which computes alone.
+    """`search` of every part, in order; on a CPU by so many `workers`, each of which computes in one thread.
 
     For matrices of a few hundred rows more threads an operation cost more than they gain.
     """
     if parts[0].device.type != "cpu":
         yield from map(search, parts)
         return
-    workers = max(1, min(len(parts), torch.get_num_threads()))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pool = ThreadPoolExecutor(workers, "inlp", torch.set_num_threads, (1,))
