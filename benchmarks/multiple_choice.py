@@ -15,14 +15,13 @@ import importlib.metadata
 import json
 import os
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import click
+from sides import hear, show, tell
 
 LENGTH = 2048
 NOUNS = "river window carpet engine garden lantern basket harbour pencil mountain ticket orchard".split()  # noqa: SIM905
@@ -147,13 +146,6 @@ def _has_vllm() -> bool:
     return any(d.metadata["Name"] == "vllm" for d in importlib.metadata.distributions())
 
 
-def in_process(side: str, folder: Path, questions: int) -> dict[str, tuple[list[int], float]]:
-    """One side in a process of its own: neither sees the other's settings or caches."""
-    words = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--questions", str(questions)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))  # vLLM logs there too
-
-
 @click.command()
 @click.option("--questions", default=16, show_default=True, help="Of each kind.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
@@ -162,20 +154,20 @@ def in_process(side: str, folder: Path, questions: int) -> dict[str, tuple[list[
 def main(questions: int, out: Path | None, side: str | None, folder: Path | None) -> None:
     """Measure, and print."""
     if side and folder:
-        print(json.dumps({"ours": ours, "harness": harness}[side](folder, sets_of(questions))))
+        tell({"ours": ours, "harness": harness}[side](folder, sets_of(questions)))
         return
     from orthogonalize.embedded import planted_model  # here: the harness's processes are to know nothing of us
 
     folder = planted_model()
-    mine, theirs = in_process("ours", folder, questions), in_process("harness", folder, questions)
+    # In processes of their own: neither sees the other's settings or caches.
+    words = ("--folder", folder, "--questions", questions)
+    mine, theirs = hear(__file__, "--side", "ours", *words), hear(__file__, "--side", "harness", *words)
     result = {}
     for name in mine:
         (found, fast), (expected, slow) = mine[name], theirs[name]
         same = sum(a == b for a, b in zip(found, expected, strict=True))
         result[name] = {"questions": questions, "same": same, "ours_s": fast, "harness_s": slow, "ratio": slow / fast}
-    print(json.dumps(result, indent=1))
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, out)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,7 @@ machine that slows down slows both; every answer has the same length. Ratios are
 from __future__ import annotations
 
 import json
-import os
 import platform
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -25,6 +22,7 @@ from typing import Any
 
 import click
 import torch
+from sides import hear, show, tell
 
 SHAPES = {
     "llama-3-8b": {
@@ -72,14 +70,9 @@ def write_demo(base: Path, folder: Path) -> None:
 
 def serve_vllm(settings: dict[str, Any]) -> float:
     """Generated tokens a second of one engine."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if ON_CPU:
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    else:  # asking for a GPU was enough to make a fork of this process useless
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from orthogonalize.vllm_engine import set_environment
+
+    set_environment(ON_CPU)
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {"enforce_eager": True} if ON_CPU else {"gpu_memory_utilization": 0.85}
@@ -172,11 +165,9 @@ def serve_hooks(settings: dict[str, Any]) -> dict[int, float]:
     return rates
 
 
-def in_process(side: str, settings: dict[str, Any]) -> Any:
+def serve(side: str, settings: dict[str, Any]) -> Any:
     """One side in a fresh process: its device memory is free again when it ends."""
-    words = [sys.executable, __file__, "--side", side, "--settings", json.dumps(settings)]
-    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return hear(__file__, "--side", side, "--settings", json.dumps(settings))
 
 
 @click.command()
@@ -197,7 +188,7 @@ def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: s
          **options: int) -> None:  # fmt: skip
     """Measure, and print the table."""
     if side and given:
-        print(json.dumps(serve_hooks(json.loads(given)) if side == "hooks" else serve_vllm(json.loads(given))))
+        tell(serve_hooks(json.loads(given)) if side == "hooks" else serve_vllm(json.loads(given)))
         return
     with TemporaryDirectory() as scratch:
         base, edited = Path(scratch) / "base", Path(scratch) / "edited"
@@ -219,9 +210,9 @@ def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: s
         rates: dict[str, list[float]] = {"base": [], "edited": []}
         for _ in range(rounds):
             for name, folder in (("base", base), ("edited", edited)):
-                rates[name].append(in_process(name, {**common, "folder": str(folder)}))
+                rates[name].append(serve(name, {**common, "folder": str(folder)}))
                 click.echo(f"{name}: {rates[name][-1]:,.0f} tokens/s", err=True)
-        hooks = {int(k): v for k, v in in_process("hooks", {**common, "folder": str(base)}).items()}
+        hooks = {int(k): v for k, v in serve("hooks", {**common, "folder": str(base)}).items()}
     first, best = hooks[min(hooks)], max(hooks.values())
     result = {
         "device": platform.processor() or platform.machine() if ON_CPU else torch.cuda.get_device_name(),
@@ -234,9 +225,7 @@ def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: s
         f"edited_to_hooks_at_batch_{min(hooks)}": median(rates["edited"]) / first,
         "edited_to_hooks_at_best_batch": median(rates["edited"]) / best,
     }  # fmt: skip
-    print(json.dumps(result, indent=1))
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, out)
 
 
 if __name__ == "__main__":

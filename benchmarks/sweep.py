@@ -9,9 +9,6 @@ engine on it and measures it. As that is slow, only some edits are timed, and al
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -19,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+from sides import hear, show, tell
 
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
@@ -87,12 +85,10 @@ def own_engine(case: Case, number: int) -> dict[str, Any]:
             return {"engine_start_s": time.perf_counter() - written, "answers": case.answers(engine)}
 
 
-def in_process(words: list[str]) -> tuple[dict[str, Any], float]:
-    """What this program prints when run with `words`, and its seconds."""
+def timed(words: list[str]) -> tuple[dict[str, Any], float]:
+    """What this program tells when run with `words`, and its seconds."""
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
-    found = next(line for line in done.stdout.splitlines() if line.startswith('{"'))  # vLLM logs there too
-    return json.loads(found), time.perf_counter() - start
+    return hear(__file__, *words), time.perf_counter() - start
 
 
 @click.command()
@@ -107,14 +103,14 @@ def main(run: Path, edits: int, fresh: int, limit: int, new_tokens: int, out: Pa
     """Measure, and print."""
     if side:
         case = Case(run, edits, limit, new_tokens)
-        print(json.dumps(one_engine(case) if side == "all" else own_engine(case, int(side))))
+        tell(one_engine(case) if side == "all" else own_engine(case, int(side)))
         return
     words = ["--run", str(run), "--edits", str(edits), "--limit", str(limit), "--new-tokens", str(new_tokens)]
-    swept, together = in_process([*words, "--side", "all"])
+    swept, together = timed([*words, "--side", "all"])
     answers = swept.pop("answers")
     starts, each, same = [], [], []
     for number in [round(n * (len(answers) - 1) / max(1, fresh - 1)) for n in range(fresh)]:
-        alone, seconds = in_process([*words, "--side", str(number)])
+        alone, seconds = timed([*words, "--side", str(number)])
         starts.append(alone["engine_start_s"])
         each.append(seconds)
         same.append(alone["answers"] == answers[number])
@@ -124,9 +120,7 @@ def main(run: Path, edits: int, fresh: int, limit: int, new_tokens: int, out: Pa
         "all_in_one_engine_s": together, "own_engine_start_s": median(starts), "own_engine_s": median(each),
         "ratio": median(each) * len(answers) / together,
     }  # fmt: skip
-    print(json.dumps(result, indent=1))
-    if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
+    show(result, out)
 
 
 if __name__ == "__main__":
