@@ -17,7 +17,7 @@ test: setup
 	$(BIN)/python -m pytest --durations=5
 
 prove: setup
-	$(BIN)/python -m pytest -m prove --proof docs --durations=5
+	$(BIN)/python -m pytest -m prove --proof=docs --durations=5
 
 check: setup
 	$(BIN)/ruff format --check .
