@@ -8,57 +8,70 @@ import numpy as np
 from numba import njit
 
 from .gridpoints import factor, other_way, round_row, steps
-from .tiles import add_combination
+from .tiles import add_combination, gathered
 
 FLIPS = 8  # single entries flipped at most, a vector
 
 
 @njit(nogil=True)
-def flip_all(
-    y: Any, v: Any, multiplier: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any
-) -> None:  # fmt: skip
-    """`q = round(y + v m)`, then in every vector the one entry flipped that leaves the smallest error.
+def round_all(y: Any, v: Any, multiplier: Any, scales: Any, every: Any, grid: Any, q: Any) -> None:
+    """`q = round(y + v m)`."""
+    one = y.dtype.type(1)
+    for i in range(y.shape[0]):
+        row = q[i]
+        row[:] = y[i]
+        add_combination(row, v[i], multiplier, one)
+        round_row(row, scales, i // every, grid)
 
-    `e` [k, n] is the error `v^T (q - y)` before and after. A vector within its tolerance is left alone.
-    """
+
+@njit(nogil=True)
+def best_flips(y: Any, q: Any, v: Any, e: Any, scales: Any, every: Any, grid: Any) -> Any:
+    """The entry [n] of every vector whose flip leaves the smallest error, or -1 where none makes it smaller."""
     d, n = y.shape
     k = v.shape[1]
     one = y.dtype.type(1)
     least, gain, step = np.zeros(n, y.dtype), np.empty(n, y.dtype), np.empty(n, y.dtype)
     where, narrow = np.full(n, -1, np.int32), (2 * e).astype(y.dtype)
-    going = False
-    for j in range(n):
-        if np.sqrt((e[:, j] ** 2).sum()) > tolerance[j]:
-            going = True
-        else:
-            least[j] = -np.inf  # the change of |e|^2 that a flip must undercut
     for i in range(d):
-        row, exact, number = q[i], y[i], np.int32(i)
-        row[:] = exact
-        add_combination(row, v[i], multiplier, one)
-        round_row(row, scales, i // every, grid)
-        if not going:
-            continue
         square = y.dtype.type(0)
         for a in range(k):
             square += v[i, a] * v[i, a]
         gain[:] = 0
         add_combination(gain, v[i], narrow, one)
-        steps(row, exact, scales, i // every, grid, step)
+        steps(q[i], y[i], scales, i // every, grid, step)
         for j in range(n):
             gain[j] = step[j] * (gain[j] + step[j] * square)
+        number = np.int32(i)
         for j in range(n):
             where[j] = number if gain[j] < least[j] else where[j]
         for j in range(n):
             least[j] = min(gain[j], least[j])
-    for j in range(n):
-        i = where[j]
-        if i >= 0:
-            group = i // every
-            steps(q[i], y[i], scales, group, grid, step)
-            q[i, j] += step[j]
-            for a in range(k):
-                e[a, j] += v[i, a] * step[j]
+    return where
+
+
+@njit(nogil=True)
+def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any) -> None:
+    """In every vector of `q` that is not within its tolerance, flip the one entry that leaves the smallest error.
+
+    `e` [k, n] is the error `v^T (q - y)` before and after.
+    """
+    going = np.flatnonzero((e * e).sum(axis=0) > tolerance * tolerance)
+    if len(going) == 0:
+        return
+    where = best_flips(
+        gathered(y, going), gathered(q, going), v, gathered(e, going), gathered(scales, going), every, grid
+    )
+    step = np.empty(1, y.dtype)
+    for c in range(len(going)):
+        i, j = where[c], going[c]
+        if i < 0:
+            continue
+        steps(
+            q[i, j : j + 1], y[i, j : j + 1], None if scales is None else scales[:, j : j + 1], i // every, grid, step
+        )
+        q[i, j] += step[0]
+        for a in range(v.shape[1]):
+            e[a, j] += v[i, a] * step[0]
 
 
 @njit(nogil=True)

@@ -21,7 +21,7 @@ import numpy as np
 from numba import njit
 
 from . import flips, gridpoints, multipliers, tiles
-from .flips import flip_all, flip_rest
+from .flips import flip_all, flip_rest, round_all
 from .gridpoints import factor, round_row
 from .multipliers import best_multipliers
 from .tiles import RUN, STEP, add_components, apply, carry, load, save, scales_of
@@ -103,7 +103,8 @@ def _compiled(sources: str) -> Any:
                 # A flip finishes what is within its reach: some times the typical step of a component.
                 reach = np.maximum(tolerance, 4 * grid[1] * length * np.sqrt(squares) / d) if k == 1 else tolerance
                 multiplier = best_multipliers(x, v, inverse, reach, tile, every[0], grid, e)
-                flip_all(x, v, multiplier, tolerance, tile, every[0], grid, q, e)
+                round_all(x, v, multiplier, tile, every[0], grid, q)
+                flip_all(x, v, tolerance, tile, every[0], grid, q, e)
                 flip_rest(x, v, tolerance, tile, every[0], grid, q, e)
                 sums[2] += finish(x, q, rounds, v, tile, every[0], grid, e, beyond)
             else:

@@ -8,14 +8,14 @@ import numpy as np
 from numba import njit
 
 from .gridpoints import round_row, rounded
-from .tiles import RUN, STEP, add_combination, add_components, carry
+from .tiles import RUN, STEP, add_combination, add_components, carry, gathered
 
 ITERATIONS = 8  # at most
 
 
 @njit(nogil=True)
-def _errors(y: Any, v: Any, multiplier: Any, scales: Any, every: Any, grid: Any, e: Any) -> None:
-    """`e` [k, n] becomes `v^T (round(y + v m) - y)`."""
+def _errors(y: Any, v: Any, multiplier: Any, plain: bool, scales: Any, every: Any, grid: Any, e: Any) -> None:
+    """`e` [k, n] becomes `v^T (round(y + v m) - y)`; `plain` where m is 0."""
     d, n = y.shape
     one = y.dtype.type(1)
     rows, partial = np.empty((STEP, n), y.dtype), np.zeros(e.shape, y.dtype)
@@ -28,7 +28,8 @@ def _errors(y: Any, v: Any, multiplier: Any, scales: Any, every: Any, grid: Any,
                 i = start + b
                 row, exact = rows[b], y[i]
                 row[:] = exact
-                add_combination(row, v[i], multiplier, one)
+                if not plain:
+                    add_combination(row, v[i], multiplier, one)
                 round_row(row, scales, i // every, grid)
                 for j in range(n):
                     row[j] -= exact[j]
@@ -66,18 +67,6 @@ def _errors_of_one(y: Any, v: Any, multiplier: Any, grid: Any, e: Any) -> None:
 
 
 @njit(nogil=True)
-def _gathered(x: Any, columns: Any) -> Any:
-    """The `columns` of `x`, side by side; None of None."""
-    if x is None:
-        return None
-    result = np.empty((x.shape[0], len(columns)), x.dtype)
-    for i in range(x.shape[0]):
-        for j in range(len(columns)):
-            result[i, j] = x[i, columns[j]]
-    return result
-
-
-@njit(nogil=True)
 def best_multipliers(y: Any, v: Any, inverse: Any, tolerance: Any, scales: Any, every: Any, grid: Any, e: Any) -> Any:
     """The multipliers [k, n] that leave the smallest error, which `e` [k, n] becomes.
 
@@ -88,12 +77,12 @@ def best_multipliers(y: Any, v: Any, inverse: Any, tolerance: Any, scales: Any, 
     best, least, length = np.zeros((k, n), y.dtype), np.full(n, np.inf), np.ones(n)
     here = np.arange(n)
     trial = np.zeros((k, n), y.dtype)
-    for _ in range(ITERATIONS):
+    for iteration in range(ITERATIONS):
         error = np.empty((k, len(here)))
         if scales is None and k == 1:
             _errors_of_one(y, v, trial, grid, error)
         else:
-            _errors(y, v, trial, scales, every, grid, error)
+            _errors(y, v, trial, iteration == 0, scales, every, grid, error)
         going = np.zeros(len(here), np.bool_)
         for c in range(len(here)):
             j = here[c]
@@ -124,6 +113,6 @@ def best_multipliers(y: Any, v: Any, inverse: Any, tolerance: Any, scales: Any, 
         if len(left) == 0:
             break
         if 3 * len(left) <= 2 * len(here):
-            y, trial, here = _gathered(y, left), _gathered(trial, left), here[left]
-            scales = _gathered(scales, left)
+            y, trial, here = gathered(y, left), gathered(trial, left), here[left]
+            scales = gathered(scales, left)
     return best

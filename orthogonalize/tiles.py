@@ -173,3 +173,15 @@ def scales_of(scales: Any, start: Any, n: Any, every: Any) -> Any:
         for j in range(n):
             result[i, j] = scales[i, (start + j) // every]
     return result
+
+
+@njit(nogil=True)
+def gathered(x: Any, columns: Any) -> Any:
+    """The `columns` of `x`, side by side; None of None."""
+    if x is None:
+        return None
+    result = np.empty((x.shape[0], len(columns)), x.dtype)
+    for i in range(x.shape[0]):
+        for j in range(len(columns)):
+            result[i, j] = x[i, columns[j]]
+    return result
