@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .gridpoints import factor, other_way, round_row, steps
-from .tiles import add_combination, gathered
+from .tiles import STEP, add_combination, add_combinations, gathered
 
 FLIPS = 8  # single entries flipped at most, a vector
 
@@ -16,12 +16,14 @@ FLIPS = 8  # single entries flipped at most, a vector
 @njit(nogil=True)
 def round_all(y: Any, v: Any, multiplier: Any, scales: Any, every: Any, grid: Any, q: Any) -> None:
     """`q = round(y + v m)`."""
-    one = y.dtype.type(1)
-    for i in range(y.shape[0]):
-        row = q[i]
-        row[:] = y[i]
-        add_combination(row, v[i], multiplier, one)
-        round_row(row, scales, i // every, grid)
+    d = len(y)
+    for first in range(0, d, STEP):
+        last = min(first + STEP, d)
+        rows = q[first:last]
+        rows[:] = y[first:last]
+        add_combinations(rows, v, first, multiplier)
+        for i in range(first, last):
+            round_row(q[i], scales, i // every, grid)
 
 
 @njit(nogil=True)
@@ -29,7 +31,6 @@ def best_flips(y: Any, q: Any, v: Any, e: Any, scales: Any, every: Any, grid: An
     """The entry [n] of every vector whose flip leaves the smallest error, or -1 where none makes it smaller."""
     d, n = y.shape
     k = v.shape[1]
-    one = y.dtype.type(1)
     least, gain, step = np.zeros(n, y.dtype), np.empty(n, y.dtype), np.empty(n, y.dtype)
     where, narrow = np.full(n, -1, np.int32), (2 * e).astype(y.dtype)
     for i in range(d):
@@ -37,7 +38,7 @@ def best_flips(y: Any, q: Any, v: Any, e: Any, scales: Any, every: Any, grid: An
         for a in range(k):
             square += v[i, a] * v[i, a]
         gain[:] = 0
-        add_combination(gain, v[i], narrow, one)
+        add_combination(gain, v[i], narrow)
         steps(q[i], y[i], scales, i // every, grid, step)
         for j in range(n):
             gain[j] = step[j] * (gain[j] + step[j] * square)
@@ -58,9 +59,12 @@ def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any,
     going = np.flatnonzero((e * e).sum(axis=0) > tolerance * tolerance)
     if len(going) == 0:
         return
-    where = best_flips(
-        gathered(y, going), gathered(q, going), v, gathered(e, going), gathered(scales, going), every, grid
-    )
+    if 3 * len(going) <= 2 * y.shape[1]:
+        where = best_flips(
+            gathered(y, going), gathered(q, going), v, gathered(e, going), gathered(scales, going), every, grid
+        )
+    else:
+        where = best_flips(y, q, v, e, scales, every, grid)[going]
     step = np.empty(1, y.dtype)
     for c in range(len(going)):
         i, j = where[c], going[c]

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .gridpoints import round_row, rounded
-from .tiles import RUN, STEP, add_combination, add_components, carry, gathered
+from .tiles import RUN, STEP, add_combinations, add_components, carry, gathered
 
 ITERATIONS = 8  # at most
 
@@ -17,20 +17,18 @@ ITERATIONS = 8  # at most
 def _errors(y: Any, v: Any, multiplier: Any, plain: bool, scales: Any, every: Any, grid: Any, e: Any) -> None:
     """`e` [k, n] becomes `v^T (round(y + v m) - y)`; `plain` where m is 0."""
     d, n = y.shape
-    one = y.dtype.type(1)
     rows, partial = np.empty((STEP, n), y.dtype), np.zeros(e.shape, y.dtype)
     e[:] = 0.0
     for first in range(0, d, RUN):
         last = min(first + RUN, d)
         for start in range(first, last, STEP):
             count = min(STEP, last - start)
+            rows[:count] = y[start : start + count]
+            if not plain:
+                add_combinations(rows[:count], v, start, multiplier)
             for b in range(count):
-                i = start + b
-                row, exact = rows[b], y[i]
-                row[:] = exact
-                if not plain:
-                    add_combination(row, v[i], multiplier, one)
-                round_row(row, scales, i // every, grid)
+                row, exact = rows[b], y[start + b]
+                round_row(row, scales, (start + b) // every, grid)
                 for j in range(n):
                     row[j] -= exact[j]
             add_components(partial, v, start, rows, count)

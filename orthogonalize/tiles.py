@@ -17,29 +17,71 @@ STEP = 4  # rows taken at once, so that sums stay in registers; divides RUN
 
 
 @njit(nogil=True)
-def add_combination(row: Any, weights: Any, vectors: Any, sign: Any) -> None:
-    """`row` [n] += sign * `weights` [k] `vectors` [k, n]."""
+def add_combination(row: Any, weights: Any, vectors: Any) -> None:
+    """`row` [n] += `weights` [k] `vectors` [k, n]."""
     n = row.shape[0]
     k = weights.shape[0]
     a = 0
-    while a + 4 <= k:
-        w0, w1, w2, w3 = sign * weights[a], sign * weights[a + 1], sign * weights[a + 2], sign * weights[a + 3]
+    while a + STEP <= k:
+        w0, w1, w2, w3 = weights[a], weights[a + 1], weights[a + 2], weights[a + 3]
         for j in range(n):
             row[j] += (w0 * vectors[a, j] + w1 * vectors[a + 1, j]) + (w2 * vectors[a + 2, j] + w3 * vectors[a + 3, j])
-        a += 4
+        a += STEP
     while a < k:
-        w0 = sign * weights[a]
+        w0 = weights[a]
         for j in range(n):
             row[j] += w0 * vectors[a, j]
         a += 1
 
 
 @njit(nogil=True)
+def add_combinations(rows: Any, weights: Any, first: Any, vectors: Any) -> None:
+    """`rows` [count, n] += `weights` [first : first + count] `vectors` [k, n]; count is at most 4.
+
+    Four rows and four vectors at a time: a number that is read once takes part in four products.
+    """
+    count, n = rows.shape
+    k = vectors.shape[0] // STEP * STEP if count == STEP else 0
+    for a in range(0, k, STEP):
+        w00, w01, w02, w03 = weights[first, a], weights[first, a + 1], weights[first, a + 2], weights[first, a + 3]
+        i = first + 1
+        w10, w11, w12, w13 = weights[i, a], weights[i, a + 1], weights[i, a + 2], weights[i, a + 3]
+        i = first + 2
+        w20, w21, w22, w23 = weights[i, a], weights[i, a + 1], weights[i, a + 2], weights[i, a + 3]
+        i = first + 3
+        w30, w31, w32, w33 = weights[i, a], weights[i, a + 1], weights[i, a + 2], weights[i, a + 3]
+        for j in range(n):
+            x0, x1, x2, x3 = vectors[a, j], vectors[a + 1, j], vectors[a + 2, j], vectors[a + 3, j]
+            rows[0, j] += (w00 * x0 + w01 * x1) + (w02 * x2 + w03 * x3)
+            rows[1, j] += (w10 * x0 + w11 * x1) + (w12 * x2 + w13 * x3)
+            rows[2, j] += (w20 * x0 + w21 * x1) + (w22 * x2 + w23 * x3)
+            rows[3, j] += (w30 * x0 + w31 * x1) + (w32 * x2 + w33 * x3)
+    if k < vectors.shape[0]:
+        for b in range(count):
+            add_combination(rows[b], weights[first + b, k:], vectors[k:])
+
+
+@njit(nogil=True)
 def add_components(partial: Any, v: Any, first: Any, rows: Any, count: Any) -> None:
     """`partial` [k, n] += `v` [first : first + count]^T `rows` [: count]; count is at most 4."""
     n = rows.shape[1]
-    for a in range(v.shape[1]):
-        if count == 4:
+    k = v.shape[1] // STEP * STEP if count == STEP else 0
+    for a in range(0, k, STEP):
+        w00, w01, w02, w03 = v[first, a], v[first, a + 1], v[first, a + 2], v[first, a + 3]
+        i = first + 1
+        w10, w11, w12, w13 = v[i, a], v[i, a + 1], v[i, a + 2], v[i, a + 3]
+        i = first + 2
+        w20, w21, w22, w23 = v[i, a], v[i, a + 1], v[i, a + 2], v[i, a + 3]
+        i = first + 3
+        w30, w31, w32, w33 = v[i, a], v[i, a + 1], v[i, a + 2], v[i, a + 3]
+        for j in range(n):
+            x0, x1, x2, x3 = rows[0, j], rows[1, j], rows[2, j], rows[3, j]
+            partial[a, j] += (w00 * x0 + w10 * x1) + (w20 * x2 + w30 * x3)
+            partial[a + 1, j] += (w01 * x0 + w11 * x1) + (w21 * x2 + w31 * x3)
+            partial[a + 2, j] += (w02 * x0 + w12 * x1) + (w22 * x2 + w32 * x3)
+            partial[a + 3, j] += (w03 * x0 + w13 * x1) + (w23 * x2 + w33 * x3)
+    for a in range(k, v.shape[1]):
+        if count == STEP:
             w0, w1, w2, w3 = v[first, a], v[first + 1, a], v[first + 2, a], v[first + 3, a]
             for j in range(n):
                 partial[a, j] += (w0 * rows[0, j] + w1 * rows[1, j]) + (w2 * rows[2, j] + w3 * rows[3, j])
@@ -128,12 +170,14 @@ def load(stored: Any, start: Any, by_rows: bool, v: Any, scales: Any, every: Any
 def apply(y: Any, u: Any, s: Any, before: Any) -> None:
     """`y` becomes `y - u before + s`."""
     d, n = y.shape
-    minus = y.dtype.type(-1)
-    for i in range(d):
-        add_combination(y[i], u[i], before, minus)
-        if s[i] != 0:
-            for j in range(n):
-                y[i, j] += s[i]
+    minus = -before
+    for first in range(0, d, STEP):
+        last = min(first + STEP, d)
+        add_combinations(y[first:last], u, first, minus)
+        for i in range(first, last):
+            if s[i] != 0:
+                for j in range(n):
+                    y[i, j] += s[i]
 
 
 @njit(nogil=True)
