@@ -11,6 +11,8 @@ from .gridpoints import round_row, rounded
 from .tiles import RUN, STEP, add_combinations, add_components, carry, gathered
 
 ITERATIONS = 8  # at most
+# Of several directions in formats without scales: then few vectors are left, and flips cost less than more steps.
+ITERATIONS_OF_SEVERAL = 3
 
 
 @njit(nogil=True)
@@ -75,7 +77,7 @@ def best_multipliers(y: Any, v: Any, inverse: Any, tolerance: Any, scales: Any, 
     best, least, length = np.zeros((k, n), y.dtype), np.full(n, np.inf), np.ones(n)
     here = np.arange(n)
     trial = np.zeros((k, n), y.dtype)
-    for iteration in range(ITERATIONS):
+    for iteration in range(ITERATIONS if k == 1 or scales is not None else ITERATIONS_OF_SEVERAL):
         error = np.empty((k, len(here)))
         if scales is None and k == 1:
             _errors_of_one(y, v, trial, grid, error)
