@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .gridpoints import factor, other_way, round_row, steps
-from .tiles import STEP, add_combination, add_combinations, gathered
+from .gridpoints import round_row, steps
+from .tiles import STEP, add_combination, add_combinations
 
 FLIPS = 8  # single entries flipped at most, a vector
 
@@ -54,52 +54,63 @@ def best_flips(y: Any, q: Any, v: Any, e: Any, scales: Any, every: Any, grid: An
 def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any) -> None:
     """In every vector of `q` that is not within its tolerance, flip the one entry that leaves the smallest error.
 
-    `e` [k, n] is the error `v^T (q - y)` before and after.
+    `e` [k, n] is the error `v^T (q - y)` before and after. Where these are few, all is left to `flip_rest`.
     """
     going = np.flatnonzero((e * e).sum(axis=0) > tolerance * tolerance)
-    if len(going) == 0:
-        return
     if 3 * len(going) <= 2 * y.shape[1]:
-        where = best_flips(
-            gathered(y, going), gathered(q, going), v, gathered(e, going), gathered(scales, going), every, grid
-        )
-    else:
-        where = best_flips(y, q, v, e, scales, every, grid)[going]
+        return
+    where = best_flips(y, q, v, e, scales, every, grid)
     step = np.empty(1, y.dtype)
-    for c in range(len(going)):
-        i, j = where[c], going[c]
+    for j in going:
+        i = where[j]
         if i < 0:
             continue
-        steps(
-            q[i, j : j + 1], y[i, j : j + 1], None if scales is None else scales[:, j : j + 1], i // every, grid, step
-        )
+        scale = None if scales is None else scales[:, j : j + 1]
+        steps(q[i, j : j + 1], y[i, j : j + 1], scale, i // every, grid, step)
         q[i, j] += step[0]
         for a in range(v.shape[1]):
             e[a, j] += v[i, a] * step[0]
 
 
 @njit(nogil=True)
+def _widths(scales: Any, every: Any, j: Any, d: Any) -> Any:
+    """The scale of every entry of vector `j`, [1, d]; None of None."""
+    if scales is None:
+        return None
+    result = np.empty((1, d), scales.dtype)
+    for i in range(d):
+        result[0, i] = scales[i // every, j]
+    return result
+
+
+@njit(nogil=True)
 def flip_rest(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any) -> None:
-    """Flip further entries, one at a time, of the few vectors that are not within their tolerance yet."""
-    lowest, unit, _, largest = grid
-    d, n = y.shape
-    k = v.shape[1]
-    for j in range(n):
+    """Flip further entries, one at a time, of the vectors that are not within their tolerance yet.
+
+    Each is taken out of the tile, so that the loops run along its entries.
+    """
+    d, k = v.shape
+    left = np.flatnonzero((e * e).sum(axis=0) > tolerance * tolerance)
+    if len(left) == 0:
+        return
+    directions, gain, step = v.T.copy(), np.empty(d, y.dtype), np.empty(d, y.dtype)
+    squares = (directions * directions).sum(axis=0)
+    for j in left:
+        exact, flipped, widths = y[:, j].copy(), q[:, j].copy(), _widths(scales, every, j, d)
         for _ in range(FLIPS):
-            size = (e[:, j] ** 2).sum()
-            if np.sqrt(size) <= tolerance[j]:
-                break
-            where, move, least = -1, y.dtype.type(0), 0.0
+            steps(flipped, exact, widths, 0, grid, step)
+            gain[:] = 0
+            add_combination(gain, (2 * e[:, j]).astype(y.dtype), directions)
             for i in range(d):
-                width = factor(scales, i // every, j, unit)
-                step = other_way(q[i, j] / width, y[i, j] / width, lowest, unit) * width
-                change = 0.0
-                for a in range(k):
-                    change += v[i, a] * step * (2 * e[a, j] + v[i, a] * step)
-                if change < least and abs(q[i, j] + step) <= largest * width:
-                    least, where, move = change, i, step
-            if where < 0:
+                gain[i] = step[i] * (gain[i] + step[i] * squares[i])
+            where = np.argmin(gain)
+            if gain[where] >= 0:
                 break
-            q[where, j] += move
+            flipped[where] += step[where]
+            size = 0.0
             for a in range(k):
-                e[a, j] += v[where, a] * move
+                e[a, j] += v[where, a] * step[where]
+                size += e[a, j] * e[a, j]
+            if size <= tolerance[j] * tolerance[j]:
+                break
+        q[:, j] = flipped

@@ -198,38 +198,53 @@ class VllmEngine:
     def _several_tokens(
         self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]], chosen: Sequence[int]
     ) -> list[list[float]]:
-        """The shared context is computed once, and cached for the choices.
+        """The shared context is computed once, scores every choice's first token, and is cached for the rest.
 
-        vLLM leaves the log-probabilities of cached positions unset, so a choice whose own first token
-        would be predicted from a cached position is scored again without the cache.
+        A choice's last token is scored as one that follows, so it need not be computed itself. vLLM leaves
+        the log-probabilities of cached positions unset: a choice that began like a longer one may need a
+        token that was predicted from there, and is scored again without the cache.
         """
         from vllm import SamplingParams
 
         if not chosen:
             return []
-        self.generate(
+
+        def parameters(next_tokens: set[int], **more: Any) -> Any:
+            return SamplingParams(
+                temperature=0.0, max_tokens=1, logprob_token_ids=sorted(next_tokens), detokenize=False, **more
+            )
+
+        def inner(choice: Ids, cache: bool) -> Any:
+            more = {"prompt_logprobs": 0, "skip_reading_prefix_cache": not cache} if len(choice) > 2 else {}
+            return parameters({choice[-1]}, **more)
+
+        outputs = self.generate(
             "multiple choice: contexts",
             [contexts[i] for i in chosen],
-            SamplingParams(temperature=0.0, max_tokens=1, detokenize=False),
+            [parameters({choice[0] for choice in choices[i]}) for i in chosen],
         )
-        cached = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=False
+        scores = [
+            [output.outputs[0].logprobs[0][choice[0]].logprob for choice in choices[i]]
+            for output, i in zip(outputs, chosen, strict=True)
+        ]
+        pairs = [(n, m, choice) for n, i in enumerate(chosen) for m, choice in enumerate(choices[i]) if len(choice) > 1]
+        rows = [[*contexts[chosen[n]], *choice[:-1]] for n, _, choice in pairs]
+        outputs = self.generate("multiple choice: choices", rows, [inner(choice, True) for *_, choice in pairs])
+        again = [
+            at
+            for at, (n, _, choice) in enumerate(pairs)
+            if len(choice) > 2 and (outputs[at].num_cached_tokens or 0) > len(contexts[chosen[n]])
+        ]
+        whole = self.generate(
+            "multiple choice: again", [rows[at] for at in again], [inner(pairs[at][2], False) for at in again]
         )
-        pairs = [(i, choice) for i in chosen for choice in choices[i]]
-        rows = [[*contexts[i], *choice] for i, choice in pairs]
-        outputs = self.generate("multiple choice: choices", rows, cached)
-        again = [n for n, (i, _) in enumerate(pairs) if (outputs[n].num_cached_tokens or 0) >= len(contexts[i])]
-        whole = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True
-        )
-        uncached = self.generate("multiple choice: again", [rows[n] for n in again], whole)
-        for n, output in zip(again, uncached, strict=True):
-            outputs[n] = output
-        scores = iter(
-            _completion(output.prompt_logprobs, row, len(contexts[i])).logprob
-            for output, row, (i, _) in zip(outputs, rows, pairs, strict=True)
-        )
-        return [[next(scores) for _ in choices[i]] for i in chosen]
+        for at, output in zip(again, whole, strict=True):
+            outputs[at] = output
+        for output, row, (n, m, choice) in zip(outputs, rows, pairs, strict=True):
+            if len(choice) > 2:
+                scores[n][m] += _completion(output.prompt_logprobs, row, len(contexts[chosen[n]]) + 1).logprob
+            scores[n][m] += output.outputs[0].logprobs[0][choice[-1]].logprob
+        return scores
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         from vllm import SamplingParams
