@@ -297,7 +297,8 @@ def stored_weights(weights: Mapping[str, Callable[[], torch.Tensor]]) -> Iterato
 
 
 def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Completion:
-    entries = [logprobs[i][ids[i]] for i in range(start, len(ids))]
+    """`ids` from `start` on. vLLM 0.24 leaves cached positions out of `logprobs`, so they are counted from the end."""
+    entries = [logprobs[i - len(ids)][ids[i]] for i in range(start, len(ids))]
     return Completion(sum(e.logprob for e in entries), all(e.rank == 1 for e in entries))
 
 

@@ -27,6 +27,11 @@ from orthogonalize.run import load_run
 from orthogonalize.serving import common_folder, edited_weights
 from orthogonalize.vllm_engine import VllmEngine
 
+ON_CPU = not torch.cuda.is_available()
+# On a GPU vLLM's attention multiplies float32 numbers in TF32, which keeps 10 bits; and several engines share it.
+CLOSE: dict[str, float] = {"abs": 1e-3} if ON_CPU else {"abs": 1e-2, "rel": 1e-3}
+SMALL = EngineOptions(gpu_memory_utilization=0.1)
+
 # The first adds a head of its own, the second biases, the last edits parts of what the engine fuses.
 EDITS = {
     "ablate": {"method": "ablate", "scope": "all"},
@@ -67,7 +72,7 @@ def plans(model, written):
 def shared(model, plans):
     with (
         common_folder(open_checkpoint(model), list(plans.values())) as folder,
-        VllmEngine(folder, 512, enable_prefix_caching=True) as engine,
+        VllmEngine(folder, 512, SMALL, enable_prefix_caching=True) as engine,
     ):
         yield engine, WeightSwap(engine, open_checkpoint(folder))
 
@@ -95,17 +100,17 @@ def test_losses_choices_and_distributions_are_those_of_transformers(shared, refe
     assert engine.answers(prompts, 12) == answers
     answers = [a or [5] for a in answers]
     for ours, theirs in zip(engine.scores(prompts, answers), reference.scores(prompts, answers), strict=True):
-        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+        assert ours.logprob == pytest.approx(theirs.logprob, **CLOSE)
         assert ours.greedy == theirs.greedy
     pairs = zip(engine.likeliest(prompts, answers), reference.likeliest(prompts, answers), strict=True)
     for ours, theirs in pairs:
         assert ours.ids.shape == theirs.ids.shape
-        assert kl_bound(theirs, ours).max() < 1e-5
+        assert kl_bound(theirs, ours).max() < (1e-5 if ON_CPU else 1e-4)
     choices = [
         [[8 + i], [9 + i], [10 + i]] if i % 2 else [[8 + i, 9], [10 + i], [11, 12, 13]] for i in range(len(prompts))
     ]
     for ours, theirs in zip(engine.choices(prompts, choices), reference.choices(prompts, choices), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-3)
+        assert ours == pytest.approx(theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 256])
@@ -116,9 +121,7 @@ def test_a_cached_context_is_never_read_for_what_is_scored(length, shared, refer
     context = torch.randint(3, 96, (length,), generator=generator).tolist()
     choices = [[[8, 9], [10], [8, 9, 12]]]
     for _ in range(2):  # the second time, all contexts and choices are in the cache
-        assert engine.choices([context], choices)[0] == pytest.approx(
-            reference.choices([context], choices)[0], abs=1e-3
-        )
+        assert engine.choices([context], choices)[0] == pytest.approx(reference.choices([context], choices)[0], **CLOSE)
 
 
 def test_an_edit_is_swapped_in_place_and_out_again_bit_for_bit(shared, plans, prompts, written):
@@ -132,22 +135,24 @@ def test_an_edit_is_swapped_in_place_and_out_again_bit_for_bit(shared, plans, pr
         found = engine.scores(prompts, [[5, 6]] * len(prompts))
         with TransformersEngine(written[name], tiny_tokenizer(), "cpu") as other:
             for ours, theirs in zip(found, other.scores(prompts, [[5, 6]] * len(prompts)), strict=True):
-                assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+                assert ours.logprob == pytest.approx(theirs.logprob, **CLOSE)
             assert SWAPPED[name] == other.answers(prompts, 12)
     assert any(answers != base for answers in SWAPPED.values())
     swap.restore()
     assert engine.fingerprint() == before
     assert engine.answers(prompts, 12) == base
-    assert [s.logprob for s in engine.scores(prompts, [[5, 6]] * len(prompts))] == logprobs
+    again = [s.logprob for s in engine.scores(prompts, [[5, 6]] * len(prompts))]
+    assert again == (logprobs if ON_CPU else pytest.approx(logprobs, abs=1e-5))  # a GPU's sums depend on the batch
 
 
 @pytest.mark.parametrize("name", ["ablate", "actadd"])
 def test_a_fresh_engine_on_the_written_checkpoint_says_the_same_tokens(name, written, prompts):
     assert name in SWAPPED, "the test before makes them"
-    with VllmEngine(written[name], 512) as engine:
+    with VllmEngine(written[name], 512, SMALL) as engine:
         assert engine.answers(prompts, 12) == SWAPPED[name]
 
 
+@pytest.mark.skipif(not ON_CPU and torch.cuda.device_count() < 2, reason="an engine takes a GPU of its own")
 def test_two_engines_in_processes_of_their_own_are_as_one(model, shared, plans, prompts, reference):
     assert "ablate" in SWAPPED, "a test before makes it"
     before = shared[0].fingerprint()
@@ -187,10 +192,11 @@ def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, wr
         assert len(expected) == 15
         assert mine.flat().keys() == expected.keys()
         for key, measure in mine.flat().items():
-            assert measure.value == pytest.approx(expected[key].value, abs=1e-3), key
+            assert measure.value == pytest.approx(expected[key].value, **CLOSE), key
     assert [a.edited for a in ours.answers] == [a.edited for a in theirs.answers]
 
 
+@pytest.mark.skipif(not ON_CPU, reason="arguments of vLLM on a CPU")
 @pytest.mark.parametrize(
     ("name", "changed"), [("lfm2", True), ("deepseek_v2", True), ("deepseek_v3", True), ("llama", False)]
 )
