@@ -67,7 +67,10 @@ class Engine(Protocol):
         """How the model sees each completion after its prompt."""
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """The summed log-probability of every choice after its context, which the choices share."""
+        """The summed log-probability of every choice after its context, which the choices share.
+
+        Of choices of several tokens, the likeliest's is exact; another's may be any bound between it and that.
+        """
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         """The `LIKELIEST` likeliest tokens at every position of each completion."""

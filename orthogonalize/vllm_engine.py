@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from .checkpoint import open_checkpoint
-from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, check_installed, fingerprint, single_tokens
+from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, check_installed, fingerprint
 from .errors import OrthogonalizeError
 from .likelihoods import Completion, Likeliest
 from .progress import track
@@ -48,7 +48,7 @@ def set_environment(on_cpu: bool, parallel: bool = False) -> None:
 
 def cpu_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of vLLM's `LLM` on a CPU for a model of this config.json."""
-    arguments: dict[str, Any] = {"enforce_eager": True}
+    arguments: dict[str, Any] = {"enforce_eager": True, "block_size": 32}
     if config.get("model_type") in ROTATED_BY_HEAD:
         arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
     return arguments
@@ -166,39 +166,38 @@ class VllmEngine:
         ]
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        result: list[list[float]] = [[] for _ in contexts]
-        one = [i for i, c in enumerate(choices) if single_tokens(c)]
-        for i, found in zip(one, self._one_token(contexts, choices, one), strict=True):
-            result[i] = found
-        more = [i for i, c in enumerate(choices) if not single_tokens(c)]
-        for i, found in zip(more, self._several_tokens(contexts, choices, more), strict=True):
-            result[i] = found
-        return result
+        """Best first: a choice is scored to its end while what is known of it could still be the likeliest.
 
-    def _one_token(
-        self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]], chosen: Sequence[int]
-    ) -> list[list[float]]:
-        """One step scores all choices of a question."""
+        The step that computes the shared context scores every choice's first token, and no choice is
+        likelier than that. The likeliest by these is then scored to its end, and again, until the
+        likeliest is one that was.
+        """
         from vllm import SamplingParams
 
-        if not chosen:
-            return []
         parameters = [
             SamplingParams(
-                temperature=0.0, max_tokens=1, logprob_token_ids=[c[0] for c in choices[i]], detokenize=False
+                temperature=0.0, max_tokens=1, logprob_token_ids=sorted({c[0] for c in row}), detokenize=False
             )
-            for i in chosen
+            for row in choices
         ]
-        outputs = self.generate("multiple choice", [contexts[i] for i in chosen], parameters)
-        return [
-            [output.outputs[0].logprobs[0][c[0]].logprob for c in choices[i]]
-            for output, i in zip(outputs, chosen, strict=True)
+        outputs = self.generate("multiple choice", contexts, parameters)
+        scores = [
+            [output.outputs[0].logprobs[0][c[0]].logprob for c in row]
+            for output, row in zip(outputs, choices, strict=True)
         ]
+        exact = [[len(c) == 1 for c in row] for row in choices]
+        while True:
+            best = [max(range(len(row)), key=row.__getitem__) for row in scores]
+            asked = [(i, j) for i, j in enumerate(best) if not exact[i][j]]
+            if not asked:
+                return scores
+            rests = self._after_the_first([(contexts[i], choices[i][j]) for i, j in asked])
+            for (i, j), rest in zip(asked, rests, strict=True):
+                scores[i][j] += rest
+                exact[i][j] = True
 
-    def _several_tokens(
-        self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]], chosen: Sequence[int]
-    ) -> list[list[float]]:
-        """The shared context is computed once, scores every choice's first token, and is cached for the rest.
+    def _after_the_first(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
+        """The summed log-probability of all but the first token of every choice, behind its cached context.
 
         A choice's last token is scored as one that follows, so it need not be computed itself. vLLM leaves
         the log-probabilities of cached positions unset: a choice that began like a longer one may need a
@@ -206,45 +205,29 @@ class VllmEngine:
         """
         from vllm import SamplingParams
 
-        if not chosen:
-            return []
-
-        def parameters(next_tokens: set[int], **more: Any) -> Any:
+        def parameters(choice: Ids, cache: bool) -> Any:
+            more = {"prompt_logprobs": 0, "skip_reading_prefix_cache": not cache} if len(choice) > 2 else {}
             return SamplingParams(
-                temperature=0.0, max_tokens=1, logprob_token_ids=sorted(next_tokens), detokenize=False, **more
+                temperature=0.0, max_tokens=1, logprob_token_ids=[choice[-1]], detokenize=False, **more
             )
 
-        def inner(choice: Ids, cache: bool) -> Any:
-            more = {"prompt_logprobs": 0, "skip_reading_prefix_cache": not cache} if len(choice) > 2 else {}
-            return parameters({choice[-1]}, **more)
-
-        outputs = self.generate(
-            "multiple choice: contexts",
-            [contexts[i] for i in chosen],
-            [parameters({choice[0] for choice in choices[i]}) for i in chosen],
-        )
-        scores = [
-            [output.outputs[0].logprobs[0][choice[0]].logprob for choice in choices[i]]
-            for output, i in zip(outputs, chosen, strict=True)
-        ]
-        pairs = [(n, m, choice) for n, i in enumerate(chosen) for m, choice in enumerate(choices[i]) if len(choice) > 1]
-        rows = [[*contexts[chosen[n]], *choice[:-1]] for n, _, choice in pairs]
-        outputs = self.generate("multiple choice: choices", rows, [inner(choice, True) for *_, choice in pairs])
+        rows = [[*context, *choice[:-1]] for context, choice in pairs]
+        outputs = self.generate("multiple choice: choices", rows, [parameters(choice, True) for _, choice in pairs])
         again = [
-            at
-            for at, (n, _, choice) in enumerate(pairs)
-            if len(choice) > 2 and (outputs[at].num_cached_tokens or 0) > len(contexts[chosen[n]])
+            n
+            for n, (context, choice) in enumerate(pairs)
+            if len(choice) > 2 and (outputs[n].num_cached_tokens or 0) > len(context)
         ]
-        whole = self.generate(
-            "multiple choice: again", [rows[at] for at in again], [inner(pairs[at][2], False) for at in again]
-        )
-        for at, output in zip(again, whole, strict=True):
-            outputs[at] = output
-        for output, row, (n, m, choice) in zip(outputs, rows, pairs, strict=True):
-            if len(choice) > 2:
-                scores[n][m] += _completion(output.prompt_logprobs, row, len(contexts[chosen[n]]) + 1).logprob
-            scores[n][m] += output.outputs[0].logprobs[0][choice[-1]].logprob
-        return scores
+        if again:
+            whole = [parameters(pairs[n][1], False) for n in again]
+            uncached = self.generate("multiple choice: again", [rows[n] for n in again], whole)
+            for n, output in zip(again, uncached, strict=True):
+                outputs[n] = output
+        return [
+            (_completion(output.prompt_logprobs, row, len(context) + 1).logprob if len(choice) > 2 else 0.0)
+            + output.outputs[0].logprobs[0][choice[-1]].logprob
+            for output, row, (context, choice) in zip(outputs, rows, pairs, strict=True)
+        ]
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         from vllm import SamplingParams
