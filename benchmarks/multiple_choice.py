@@ -107,7 +107,7 @@ def ours(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[int]
 
 
 def harness(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[list[float]], float]]:
-    """Every choice's score, and seconds, in lm-eval's own vLLM model, which knows vLLM's version under one name only."""
+    """Every choice's score, and seconds, in lm-eval's own vLLM model, which looks for vLLM under one name only."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # of what it takes by default, its prompt logits leave none
     from vllm.platforms import current_platform
 
