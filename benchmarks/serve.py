@@ -3,7 +3,12 @@
 An edit in the weights costs nothing when served; hooks keep a model out of fast engines. The hooks are
 those of the published pipelines (block input, attention output and MLP output of every layer, in the
 model's own dtype). Every engine runs in a process of its own, base and edited in turn, so that a
-machine that slows down slows both; every answer has the same length. Ratios are of medians.
+machine that slows down slows both. Ratios are of medians.
+
+The demo's model is asked the demo's harmless test prompts. First the base answers them in vLLM; every
+side then writes as many tokens to each prompt as the base did, 512 at most, so that all do the same
+work, in batches that are done when their longest answer is. Dummy weights say nothing: there every
+prompt and every answer has one length.
 
     PYTHONPATH=. python benchmarks/serve.py                                    the demo's model, on this machine
     PYTHONPATH=. python benchmarks/serve.py --shape llama-3-8b --prompts 159 --new-tokens 512 --batches 8,64,159
@@ -13,10 +18,11 @@ machine that slows down slows both; every answer has the same length. Ratios are
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -37,12 +43,32 @@ SHAPES = {
     },
 }  # fmt: skip
 ON_CPU = not torch.cuda.is_available()
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+if ON_CPU:
+    ENVIRONMENT |= {
+        "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }  # fmt: skip
 
 
-def prompts_of(count: int, vocabulary: int, length: int) -> list[list[int]]:
-    """Random prompts of `length` tokens, the same in every process."""
+def random_work(options: dict[str, int], vocabulary: int) -> dict[str, Any]:
+    """Random prompts, and how many tokens each is answered with."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(10, vocabulary - 10, (count, length), generator=generator).tolist()
+    shape = (options["prompts"], options["prompt_tokens"])
+    return {
+        "prompts": torch.randint(10, vocabulary - 10, shape, generator=generator).tolist(),
+        "lengths": [options["new_tokens"]] * options["prompts"],
+    }
+
+
+def demo_work(base: Path, options: dict[str, int]) -> dict[str, Any]:
+    """The demo's harmless prompts, each to be answered with `new_tokens` at most."""
+    from orthogonalize.chat import ChatFormat
+    from orthogonalize.models import load_tokenizer
+    from orthogonalize.prompts import concept, load_prompts
+
+    prompts = load_prompts(concept("cooking").negative, "negative")[: options["prompts"]]
+    ids = ChatFormat(load_tokenizer(base)).encode_all([prompt.text for prompt in prompts])
+    return {"prompts": ids, "lengths": [options["new_tokens"]] * len(ids)}
 
 
 def write_shape(shape: str, folder: Path) -> None:
@@ -68,37 +94,51 @@ def write_demo(base: Path, folder: Path) -> None:
         edit(str(base), folder, direction=Path(scratch) / "direction.safetensors", method="ablate", scope="all")
 
 
-def serve_vllm(settings: dict[str, Any]) -> float:
-    """Generated tokens a second of one engine."""
-    from orthogonalize.vllm_engine import set_environment
+def start_vllm(settings: dict[str, Any]) -> Any:
+    """vLLM as it is by itself, but for what a CPU needs and for caches, which would help the second pass."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm import LLM
 
-    set_environment(ON_CPU)
-    from vllm import LLM, SamplingParams
-
-    options: dict[str, Any] = {"enforce_eager": True} if ON_CPU else {"gpu_memory_utilization": 0.85}
-    if settings["dummy"]:
-        options["load_format"] = "dummy"
-    llm = LLM(
+    longest = max(len(ids) + n for ids, n in zip(settings["prompts"], settings["lengths"], strict=True))
+    return LLM(
         model=settings["folder"],
         dtype="bfloat16",
-        max_model_len=settings["prompt_tokens"] + settings["new_tokens"] + 16,
+        max_model_len=longest + 16,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
         disable_log_stats=True,
-        **options,
+        load_format="dummy" if settings["dummy"] else "auto",
+        **({} if ON_CPU else {"gpu_memory_utilization": 0.85}),
     )
-    rows = [
-        {"prompt_token_ids": ids}
-        for ids in prompts_of(settings["prompts"], settings["vocabulary"], settings["prompt_tokens"])
-    ]
-    new = settings["new_tokens"]
-    parameters = SamplingParams(temperature=0.0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False)
-    short = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
-    llm.generate(rows[:8], short, use_tqdm=False)
+
+
+def natural_lengths(settings: dict[str, Any]) -> list[int]:
+    """How many tokens vLLM answers each prompt with until the model ends the answer."""
+    llm = start_vllm(settings)
+    from vllm import SamplingParams
+
+    parameters = [SamplingParams(temperature=0.0, max_tokens=n, detokenize=False) for n in settings["lengths"]]
+    rows: list[Any] = [{"prompt_token_ids": ids} for ids in settings["prompts"]]
+    return [len(o.outputs[0].token_ids) for o in llm.generate(rows, parameters, use_tqdm=False)]
+
+
+def serve_vllm(settings: dict[str, Any]) -> float:
+    """Generated tokens a second of one engine."""
+    llm = start_vllm(settings)
+    from vllm import SamplingParams
+
+    def exactly(tokens: int) -> Any:
+        return SamplingParams(
+            temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
+        )  # fmt: skip
+
+    rows: list[Any] = [{"prompt_token_ids": ids} for ids in settings["prompts"]]
+    llm.generate(rows[:8], exactly(4), use_tqdm=False)
     rates = []
     for _ in range(settings["repeats"]):
         start = time.perf_counter()
-        outputs = llm.generate(rows, parameters, use_tqdm=False)
+        outputs = llm.generate(rows, [exactly(n) for n in settings["lengths"]], use_tqdm=False)
         rates.append(sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - start))
     return median(rates)
 
@@ -126,7 +166,11 @@ def hook_everywhere(model: Any) -> None:
 
 
 def serve_hooks(settings: dict[str, Any]) -> dict[int, float]:
-    """Generated tokens a second by batch size, in transformers with hooks."""
+    """Generated tokens a second by batch size, in transformers with hooks.
+
+    A batch is generated until its longest answer is done, as `generate` does; what it writes to the others
+    after their ends does not count.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     device = "cpu" if ON_CPU else "cuda"
@@ -138,28 +182,31 @@ def serve_hooks(settings: dict[str, Any]) -> dict[int, float]:
         model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=torch.bfloat16).to(device)
     model.eval()
     hook_everywhere(model)
-    rows = torch.tensor(prompts_of(settings["prompts"], settings["vocabulary"], settings["prompt_tokens"]))
-    new = settings["new_tokens"]
+    model.generation_config.eos_token_id = None  # the lengths are given
 
-    def generate(batch: torch.Tensor, tokens: int) -> None:
-        batch = batch.to(device)
+    def generate(prompts: list[list[int]], tokens: int) -> None:
+        width = max(map(len, prompts))
+        padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
         model.generate(
-            input_ids=batch, attention_mask=torch.ones_like(batch), do_sample=False, max_new_tokens=tokens,
-            min_new_tokens=tokens, pad_token_id=0,
+            input_ids=padded, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens,
+            pad_token_id=0,
         )  # fmt: skip
 
+    prompts, lengths = settings["prompts"], settings["lengths"]
     rates: dict[int, float] = {}
     with torch.inference_mode():
-        generate(rows[:2], 4)
+        generate(prompts[:2], 4)
         for size in settings["batches"]:
-            count = min(len(rows), max(size, settings["hooked_prompts"]) // size * size) or len(rows)
+            count = min(len(prompts), max(size, settings["hooked_prompts"]) // size * size) or len(prompts)
             try:
                 start = time.perf_counter()
                 for first in range(0, count, size):
-                    generate(rows[first : first + size], new)
+                    last = min(first + size, count)
+                    generate(prompts[first:last], max(lengths[first:last]))
                 if not ON_CPU:
                     torch.cuda.synchronize()
-                rates[size] = count * new / (time.perf_counter() - start)
+                rates[size] = sum(lengths[:count]) / (time.perf_counter() - start)
             except torch.cuda.OutOfMemoryError:
                 break
     return rates
@@ -167,7 +214,10 @@ def serve_hooks(settings: dict[str, Any]) -> dict[int, float]:
 
 def serve(side: str, settings: dict[str, Any]) -> Any:
     """One side in a fresh process: its device memory is free again when it ends."""
-    return hear(__file__, "--side", side, "--settings", json.dumps(settings))
+    with TemporaryDirectory() as scratch:
+        file = Path(scratch) / "settings.json"
+        file.write_text(json.dumps(settings))
+        return hear(__file__, "--side", side, "--settings", file)
 
 
 @click.command()
@@ -175,20 +225,21 @@ def serve(side: str, settings: dict[str, Any]) -> Any:
     "--shape", type=click.Choice(list(SHAPES)), help="Dummy weights of this shape, instead of the demo's model."
 )
 @click.option("--prompts", default=96, show_default=True)
-@click.option("--prompt-tokens", default=40, show_default=True)
-@click.option("--new-tokens", default=64, show_default=True)
+@click.option("--prompt-tokens", default=40, show_default=True, help="Of dummy weights.")
+@click.option("--new-tokens", default=512, show_default=True, help="At most, as in the reference.")
 @click.option("--batches", default="8,32,96", show_default=True, help="Of transformers; the first is the reference's.")
 @click.option("--hooked-prompts", default=0, help="The most prompts that transformers answers; 0: all of them.")
 @click.option("--rounds", default=2, show_default=True, help="Engines a side, base and edited in turn.")
 @click.option("--repeats", default=3, show_default=True, help="Timed passes an engine.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 @click.option("--side", hidden=True)
-@click.option("--settings", "given", hidden=True)
-def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: str | None, given: str | None,
+@click.option("--settings", "given", type=click.Path(path_type=Path), hidden=True)
+def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: str | None, given: Path | None,
          **options: int) -> None:  # fmt: skip
     """Measure, and print the table."""
     if side and given:
-        tell(serve_hooks(json.loads(given)) if side == "hooks" else serve_vllm(json.loads(given)))
+        sides: dict[str, Any] = {"hooks": serve_hooks, "vllm": serve_vllm, "lengths": natural_lengths}
+        tell(sides[side](json.loads(given.read_text())))
         return
     with TemporaryDirectory() as scratch:
         base, edited = Path(scratch) / "base", Path(scratch) / "edited"
@@ -202,15 +253,18 @@ def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: s
 
             base = planted_model()
             write_demo(base, edited)
+        vocabulary = json.loads((base / "config.json").read_text())["vocab_size"]
         common = {
-            **options, "batches": [int(b) for b in batches.split(",")], "dummy": bool(shape),
-            "vocabulary": json.loads((base / "config.json").read_text())["vocab_size"],
+            **(random_work(options, vocabulary) if shape else demo_work(base, options)), "dummy": bool(shape),
+            "batches": [int(b) for b in batches.split(",")], "repeats": options["repeats"],
+            "hooked_prompts": options["hooked_prompts"] or options["prompts"],
         }  # fmt: skip
-        common["hooked_prompts"] = options["hooked_prompts"] or options["prompts"]
+        if not shape:
+            common["lengths"] = serve("lengths", {**common, "folder": str(base)})
         rates: dict[str, list[float]] = {"base": [], "edited": []}
         for _ in range(rounds):
             for name, folder in (("base", base), ("edited", edited)):
-                rates[name].append(serve(name, {**common, "folder": str(folder)}))
+                rates[name].append(serve("vllm", {**common, "folder": str(folder)}))
                 click.echo(f"{name}: {rates[name][-1]:,.0f} tokens/s", err=True)
         hooks = {int(k): v for k, v in serve("hooks", {**common, "folder": str(base)}).items()}
     first, best = hooks[min(hooks)], max(hooks.values())
@@ -218,6 +272,7 @@ def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: s
         "device": platform.processor() or platform.machine() if ON_CPU else torch.cuda.get_device_name(),
         "model": shape or "demo",
         **options,
+        "answered_with": {"mean": mean(common["lengths"]), "longest": max(common["lengths"])},
         "tokens_per_second": {
             "base": median(rates["base"]), "edited": median(rates["edited"]), "hooks": hooks, "runs": rates,
         },
