@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from .architectures import Architecture, bias_name, parse
+from .blocks import FoundPart
 from .checkpoint import Checkpoint, open_checkpoint
-from .discovery import Findings, FoundPart, discover, layout_of
+from .discovery import Findings, discover, layout_of
 from .errors import OrthogonalizeError
 from .models import find_model, first_line
 from .sites import Sites
