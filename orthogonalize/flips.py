@@ -10,7 +10,7 @@ from numba import njit
 from .gridpoints import round_row, steps
 from .tiles import STEP, add_combination, add_combinations
 
-FLIPS = 8  # single entries flipped at most, a vector
+FLIPS = 8  # single entries flipped at most, a vector: of every vector, whatever others are in its tile
 
 
 @njit(nogil=True)
@@ -51,14 +51,15 @@ def best_flips(y: Any, q: Any, v: Any, e: Any, scales: Any, every: Any, grid: An
 
 
 @njit(nogil=True)
-def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any) -> None:
+def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any) -> Any:
     """In every vector of `q` that is not within its tolerance, flip the one entry that leaves the smallest error.
 
     `e` [k, n] is the error `v^T (q - y)` before and after. Where these are few, all is left to `flip_rest`.
+    Returns how many flips a vector may still have.
     """
     going = np.flatnonzero((e * e).sum(axis=0) > tolerance * tolerance)
     if 3 * len(going) <= 2 * y.shape[1]:
-        return
+        return FLIPS
     where = best_flips(y, q, v, e, scales, every, grid)
     step = np.empty(1, y.dtype)
     for j in going:
@@ -70,6 +71,7 @@ def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any,
         q[i, j] += step[0]
         for a in range(v.shape[1]):
             e[a, j] += v[i, a] * step[0]
+    return FLIPS - 1
 
 
 @njit(nogil=True)
@@ -84,8 +86,10 @@ def _widths(scales: Any, every: Any, j: Any, d: Any) -> Any:
 
 
 @njit(nogil=True)
-def flip_rest(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any) -> None:
-    """Flip further entries, one at a time, of the vectors that are not within their tolerance yet.
+def flip_rest(
+    y: Any, v: Any, flips: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any
+) -> None:  # fmt: skip
+    """Flip up to `flips` further entries, one at a time, of the vectors that are not within their tolerance yet.
 
     Each is taken out of the tile, so that the loops run along its entries.
     """
@@ -97,7 +101,7 @@ def flip_rest(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any
     squares = (directions * directions).sum(axis=0)
     for j in left:
         exact, flipped, widths = y[:, j].copy(), q[:, j].copy(), _widths(scales, every, j, d)
-        for _ in range(FLIPS):
+        for _ in range(flips):
             steps(flipped, exact, widths, 0, grid, step)
             gain[:] = 0
             add_combination(gain, (2 * e[:, j]).astype(y.dtype), directions)

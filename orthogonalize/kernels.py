@@ -104,8 +104,8 @@ def _compiled(sources: str) -> Any:
                 reach = np.maximum(tolerance, 4 * grid[1] * length * np.sqrt(squares) / d) if k == 1 else tolerance
                 multiplier = best_multipliers(x, v, inverse, reach, tile, every[0], grid, e)
                 round_all(x, v, multiplier, tile, every[0], grid, q)
-                flip_all(x, v, tolerance, tile, every[0], grid, q, e)
-                flip_rest(x, v, tolerance, tile, every[0], grid, q, e)
+                left = flip_all(x, v, tolerance, tile, every[0], grid, q, e)
+                flip_rest(x, v, left, tolerance, tile, every[0], grid, q, e)
                 sums[2] += finish(x, q, rounds, v, tile, every[0], grid, e, beyond)
             else:
                 sums[2] += finish(x, None, rounds, v, tile, every[0], grid, e, beyond)

@@ -147,7 +147,7 @@ def test_the_result_is_near_the_exact_edit_and_no_worse_along_the_directions(d, 
 
 
 @settings(deadline=None, max_examples=25)
-@given(cut=st.integers(1, 199), seed=st.integers(0, 100), rows=st.booleans(), k=st.sampled_from([1, 3]))
+@given(cut=st.integers(1, 199), seed=st.integers(0, 100), rows=st.booleans(), k=st.sampled_from([1, 3, 16]))
 def test_how_a_tensor_is_cut_changes_no_bit(cut, seed, rows, k):
     weight = weights(200, 96, seed=seed) if rows else weights(96, 200, seed=seed)
     edit = TensorEdit("w", SITE, 1 if rows else 0, removal(directions(96, k, seed)), "matrix")
