@@ -127,9 +127,30 @@ def test_a_cached_context_is_never_read_for_what_is_scored(length, shared, refer
     engine, _ = shared
     generator = torch.Generator().manual_seed(length)
     context = torch.randint(3, 96, (length,), generator=generator).tolist()
-    choices = [[[8, 9], [10], [8, 9, 12]]]
+    choices = [[[8, 9]], [[10]], [[8, 9, 12]]]  # the only one of a question is scored to its end
+    contexts = [context] * len(choices)
     for _ in range(2):  # the second time, all contexts and choices are in the cache
-        assert engine.choices([context], choices)[0] == pytest.approx(reference.choices([context], choices)[0], **CLOSE)
+        found = engine.choices(contexts, choices)
+        for ours, theirs in zip(found, reference.choices(contexts, choices), strict=True):
+            assert ours == pytest.approx(theirs, **CLOSE)
+
+
+def test_choices_are_scored_until_the_likeliest_is_known(shared, reference):
+    """Choices of different lengths, and choices alike in all but their last token."""
+    engine, _ = shared
+    generator = torch.Generator().manual_seed(0)
+    contexts = torch.randint(3, 96, (16, 140), generator=generator).tolist()
+    choices = [
+        [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (1, 2, 5, 3)]
+        if i % 2
+        else [[8, 9, 10, last] for last in range(20, 26)]
+        for i in range(16)
+    ]
+    found, expected = engine.choices(contexts, choices), reference.choices(contexts, choices)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_likeliest(ours, theirs)
+    scored = [abs(a - b) < 1e-2 for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
+    assert sum(scored) < len(scored)  # what could not be the likeliest was left
 
 
 def test_an_edit_is_swapped_in_place_and_out_again_bit_for_bit(shared, plans, prompts, written):
