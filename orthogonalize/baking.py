@@ -13,7 +13,7 @@ from .checkpoint import Addition, Checkpoint
 from .constants import place_constant
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site, conjugated, shift
-from .quantisation import check_editable, real_values
+from .quantisation import check_editable, real_blocks
 from .rewriting import Rewrite
 from .sites import Located, Sites
 from .tensoredits import TensorEdit
@@ -165,10 +165,18 @@ class Bake(Rewrite):
 
     def _keep_bias_read(self, edit: TensorEdit, bias: torch.Tensor) -> None:
         """Give back what the edited reader no longer sees of the norm's own `bias`, which is no part of the stream."""
-        addition = self.additions.get(edit.name)
-        weight = (addition.make() if addition else real_values(self.source, edit.name)).double()
-        lost = (weight - edit.exact(weight)).movedim(edit.axis, -1) @ bias
-        if lost.norm() <= 1e-12 * weight.norm() * bias.norm():
+        addition, affine = self.additions.get(edit.name), edit.vectors_map()
+        name = edit.name if addition is None else addition.copy_of or edit.name
+        component, square = torch.zeros((), dtype=torch.float64), 0.0
+        parts: list[torch.Tensor] = []
+        for first, block in real_blocks(self.source, name):
+            square += float(block.square().sum())
+            if edit.axis == 0:
+                component = component + block.movedim(0, -1) @ affine.v[first : first + len(block)]
+            else:
+                parts.append(block.movedim(edit.axis, -1) @ affine.v)
+        lost = (torch.cat(parts) if parts else component) @ (affine.u.mT @ bias)
+        if lost.norm() <= 1e-12 * square**0.5 * bias.norm():
             return
         own = bias_name(edit.name)
         if own not in self.source.tensors:

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCardData, metadata_load
 from .checkpoint import CARD
 from .models import is_hub_id, public_name
 from .recipe import Recipe
+from .rendering import templates
 from .report import Report
 from .tables import summary_rows
-from .webpage import templates
 
 
 def _base_metadata(base: Path) -> dict[str, Any]:

@@ -137,12 +137,15 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
         raise OrthogonalizeError(
             f"{folder} has both {INDEX} and {SINGLE}, and loaders differ in which they read; keep one"
         )
-    weight_map = read_json(index).get("weight_map")
+    listed = read_json(index)
+    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise OrthogonalizeError(f"{index} names files by something else than text; fetch it again")
     files: dict[str, TensorFile] = {}
     for name in sorted(set(weight_map.values())):
-        if not isinstance(name, str) or Path(name).name != name:
+        if Path(name).name != name:
             raise OrthogonalizeError(f"{index} points outside its folder ({name!r}); do not trust this checkpoint")
         if not (folder / name).exists():
             raise OrthogonalizeError(f"{folder} lacks the shard {name}; download it again")

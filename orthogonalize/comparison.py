@@ -33,7 +33,7 @@ class Sweep(Record):
 
     `effect` and `harm` are the dotted keys that the comparison is about: how much of the behaviour is
     gone, and how much worse the base's own answers (or its next words) have become. `restored` says that the
-    engine held the base's weights again, bit for bit, at the end (None for hooks).
+    engine held the base's weights again, bit for bit, at the end (None for hooks, and where that was not seen).
     """
 
     format: Literal[1] = 1

@@ -13,7 +13,7 @@ import torch
 
 MOST = 24  # singular values looked at; a difference of a higher rank counts as full
 BLOCK = 2**22  # entries held at a time
-GRAIN = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+GRAIN = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float8_e4m3fn: 2.0**-4}
 ABOVE_NOISE = 1.5  # times the largest singular value that rounding alone would give
 
 Blocks = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
@@ -117,7 +117,7 @@ def _taken_out(blocks: Blocks, axis: int, basis: torch.Tensor, matrix: bool) -> 
 def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Difference:
     """Describe the difference of two tensors of `shape`, of which `blocks()` gives rows of both, as often as asked.
 
-    Both are stored as `dtype`; what its rounding may do is no part of the rank.
+    `dtype` is the coarser of those that they are stored in; what its rounding may do is no part of the rank.
     """
     change = total = noise = 0.0
     for old, new in blocks():

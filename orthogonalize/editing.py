@@ -29,7 +29,7 @@ from .recording import Recording
 from .run import Run, load_run
 from .scopes import written_stream
 from .selection import layer_ranking
-from .shares import Share, put_together, remove_shares, waiting_for, write_share
+from .shares import Share, put_together, remove_shares, share_bytes, waiting_for, write_share
 from .tensoredits import Rounding
 from .writing import Written
 
@@ -237,7 +237,8 @@ def edit(
     plan = bake(source, intervention)
     plan.rounding = former.rounding if former else rounding or "cancelling"
     if format == "checkpoint":
-        check_space(place.folder, int(1.01 * (plan.changed_bytes if link else plan.output_bytes)))
+        needed = plan.changed_bytes if link else plan.output_bytes
+        check_space(place.folder, int(1.01 * (needed if share is None else share_bytes(plan, share, link))))
     if former is not None and source.files.keys() != former.base.weights.keys():
         raise OrthogonalizeError(f"{model} is not the base that the recipe was made from (its files differ)")
     note(f"editing: {choice.describe()}")
@@ -293,7 +294,7 @@ def _write(plan: Bake, folder: Path, workers: int, link: bool, expected: dict[st
 
 def _write_share(plan: Bake, out: Path, share: Share, recipe: Recipe, *, force: bool, **how: Any) -> Recipe:
     """Write one share, and the checkpoint where that was the last."""
-    with track(f"writing share {share.number} of {share.of}", plan.output_bytes // share.of, "bytes") as advance:
+    with track(f"writing share {share.number} of {share.of}", share_bytes(plan, share, link=False), "bytes") as advance:
         write_share(plan, out, share, recipe, force=force, progress=advance, **how)
     waiting = waiting_for(share, out)
     if waiting:

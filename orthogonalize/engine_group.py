@@ -82,10 +82,7 @@ class EngineGroup:
             try:
                 state, result = connection.recv()
             except EOFError as error:
-                raise OrthogonalizeError(
-                    f"engine {number} of {len(self.connections)} died; what was measured is kept, so the same "
-                    "command goes on from here"
-                ) from error
+                raise OrthogonalizeError(f"engine {number} of {len(self.connections)} died") from error
             if state == "failed":
                 raise OrthogonalizeError(result)
             results.append(result)

@@ -74,7 +74,7 @@ def ask_judges(
         def ask(ready: ReadyJudge = ready, texts: list[tuple[str, str]] = texts) -> list[Opinion]:
             return ready.opinions(texts, engine, options)
 
-        found = journal.step(f"judge/{ready.judge.name}", ask)
+        found = journal.step(f"judge/{ready.judge.name}={ready.model}", ask)
         for (label, each, _), opinion in zip(places, found, strict=True):
             result[label].setdefault(ready.judge.name, {}).setdefault(each.name, []).append(Opinion(*opinion))
     return result
@@ -233,23 +233,23 @@ def evaluate(
     data = None if data is None else Path(data)
     plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
     ready = ready_judges(judges)
-    if ready and not plan.answering:
+    if ready and not plan.answers_count:
         raise OrthogonalizeError("judges need answers; add --suite refusal")
     options = options or EngineOptions(device=device)
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
-    settings = (suites, engine, engine_version(engine), max_new_tokens, limit, str(data), found.info.prompts)
+    settings = (suites, engine, engine_version(engine), max_new_tokens, limit, data_state(data), found.info.prompts)
     journal = Journal(out, fingerprint_of(settings, *(folder_state(f) for f in (folder, checkpoint))))
 
     memory = Memory()
-    with _engines(engine, folder, checkpoint, tokenizer, plan.max_model_len, options, separate_engines) as (
-        base_engine,
-        edited_engine,
-    ):
-        todo = not journal.has(*plan.steps("base", is_base=True))
-        before = plan.measure(base_engine() if todo else None, memory, journal, "base", is_base=True)
-        todo = not journal.has(*plan.steps("edited"))
-        after = plan.measure(edited_engine() if todo else None, memory, journal, "edited")
-    opinions = ask_judges(ready, plan, {"base": before, "edited": after}, engine, options, journal)
+    length = plan.max_model_len
+    with journal.kept():
+        with _engines(engine, folder, checkpoint, tokenizer, length, options, separate_engines) as engines:
+            base_engine, edited_engine = engines
+            todo = not journal.has(*plan.steps("base", is_base=True))
+            before = plan.measure(base_engine() if todo else None, memory, journal, "base", is_base=True)
+            todo = not journal.has(*plan.steps("edited"))
+            after = plan.measure(edited_engine() if todo else None, memory, journal, "edited")
+        opinions = ask_judges(ready, plan, {"base": before, "edited": after}, engine, options, journal)
     add_opinions(plan, ready, before, opinions["base"])
     add_opinions(plan, ready, after, opinions["edited"])
     answers, left_out = side_by_side(plan, before, after, (opinions["base"], opinions["edited"]), redact)
@@ -282,3 +282,9 @@ def folder_state(folder: Path) -> list[Any]:
     """What changes when a checkpoint's weights do, without reading them: names, sizes and times of its files."""
     files = open_checkpoint(folder).files
     return [(name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for name, file in sorted(files.items())]
+
+
+def data_state(data: Path | None) -> list[Any]:
+    """What changes when local copies of public sets do, without reading them."""
+    files = sorted(data.rglob("*")) if data is not None else []
+    return [str(data), [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]]

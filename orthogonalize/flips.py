@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .gridpoints import round_row, steps
-from .tiles import STEP, add_combination, add_combinations
+from .tiles import STEP, add_combination, add_combinations, add_squares, copy_rows
 
 FLIPS = 8  # single entries flipped at most, a vector: of every vector, whatever others are in its tile
 
@@ -20,7 +20,7 @@ def round_all(y: Any, v: Any, multiplier: Any, scales: Any, every: Any, grid: An
     for first in range(0, d, STEP):
         last = min(first + STEP, d)
         rows = q[first:last]
-        rows[:] = y[first:last]
+        copy_rows(y[first:last], rows)
         add_combinations(rows, v, first, multiplier)
         for i in range(first, last):
             round_row(q[i], scales, i // every, grid)
@@ -51,13 +51,26 @@ def best_flips(y: Any, q: Any, v: Any, e: Any, scales: Any, every: Any, grid: An
 
 
 @njit(nogil=True)
+def _beyond(e: Any, tolerance: Any) -> Any:
+    """The vectors whose error, a column of `e` [k, n], is not within their `tolerance` [n]."""
+    found = []
+    for j in range(e.shape[1]):
+        size = 0.0
+        for a in range(e.shape[0]):
+            size += e[a, j] * e[a, j]
+        if size > tolerance[j] * tolerance[j]:
+            found.append(j)
+    return found
+
+
+@njit(nogil=True)
 def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any) -> Any:
     """In every vector of `q` that is not within its tolerance, flip the one entry that leaves the smallest error.
 
     `e` [k, n] is the error `v^T (q - y)` before and after. Where these are few, all is left to `flip_rest`.
     Returns how many flips a vector may still have.
     """
-    going = np.flatnonzero((e * e).sum(axis=0) > tolerance * tolerance)
+    going = _beyond(e, tolerance)
     if 3 * len(going) <= 2 * y.shape[1]:
         return FLIPS
     where = best_flips(y, q, v, e, scales, every, grid)
@@ -94,11 +107,13 @@ def flip_rest(
     Each is taken out of the tile, so that the loops run along its entries.
     """
     d, k = v.shape
-    left = np.flatnonzero((e * e).sum(axis=0) > tolerance * tolerance)
+    left = _beyond(e, tolerance)
     if len(left) == 0:
         return
     directions, gain, step = v.T.copy(), np.empty(d, y.dtype), np.empty(d, y.dtype)
-    squares = (directions * directions).sum(axis=0)
+    squares = np.zeros(d, y.dtype)
+    for a in range(k):
+        add_squares(directions[a], squares)
     for j in left:
         exact, flipped, widths = y[:, j].copy(), q[:, j].copy(), _widths(scales, every, j, d)
         for _ in range(flips):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import OrthogonalizeError
 from .progress import note
 
 
@@ -65,6 +67,20 @@ class Journal:
         """Whether all these steps are done."""
         return all(name in self.done for name in names)
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Measure in here: what fails says that the steps before it are not lost."""
+        try:
+            yield
+        except (OrthogonalizeError, MemoryError, RuntimeError) as error:
+            short = not isinstance(error, OrthogonalizeError)
+            if short and not (isinstance(error, MemoryError) or "memory" in str(error)):
+                raise  # no error that a user can mend
+            kept = "; what was measured is kept, so the same command goes on from here" if self.done else ""
+            what = f"memory ran out: {str(error).strip() or 'of this machine'}" if short else str(error)
+            raise OrthogonalizeError(what + kept) from error
+
     def close(self) -> None:
-        """Remove the file: all is published."""
+        """Forget the steps, and remove their file: all is published, or none of it can be trusted."""
+        self.done.clear()
         self.file.unlink(missing_ok=True)

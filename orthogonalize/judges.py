@@ -38,6 +38,10 @@ class Judge(Protocol):
     def says(self) -> tuple[Literal["harmful", "refusal"], ...]:
         """The fields of `Opinion` that this judge fills."""
 
+    @property
+    def new_tokens(self) -> int:
+        """The most tokens of a reply."""
+
     def opinions(self, engine: Engine, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Opinion]:
         """The opinion on each (prompt, response)."""
 
@@ -109,6 +113,7 @@ class WeighingJudge:
     name: str
     model: str
     guideline: str
+    new_tokens: int = 1
     says: tuple[Literal["harmful", "refusal"], ...] = ("harmful",)
 
     def encode(self, tokenizer: Any, prompt: str, response: str) -> list[int]:

@@ -31,8 +31,7 @@ class ReadyJudge:
     def opinions(self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions) -> list[Opinion]:
         """Start the judge's model and ask it about every (prompt, response)."""
         longest = max(len(self.judge.encode(self.tokenizer, *pair)) for pair in pairs)
-        room = getattr(self.judge, "new_tokens", 1)
-        with open_engine(engine, self.folder, self.tokenizer, longest + room + 1, options) as running:
+        with open_engine(engine, self.folder, self.tokenizer, longest + self.judge.new_tokens + 1, options) as running:
             return self.judge.opinions(running, self.tokenizer, pairs)
 
 

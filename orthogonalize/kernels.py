@@ -24,7 +24,7 @@ from . import flips, gridpoints, multipliers, tiles
 from .flips import flip_all, flip_rest, round_all
 from .gridpoints import factor, round_row
 from .multipliers import best_multipliers
-from .tiles import RUN, STEP, add_components, apply, carry, load, save, scales_of
+from .tiles import RUN, STEP, add_components, apply, carry, copy_rows, load, save, scales_of
 
 VECTORS = 64  # rounded together: a tile of them stays in the cache of a core
 
@@ -96,7 +96,7 @@ def _compiled(sources: str) -> Any:
             tile, former = scales_of(rescaled, start, n, every[1]), scales_of(scales, start, n, every[1])
             seen, e, beyond = np.zeros((k, n)), np.zeros((k, n)), np.zeros(n, u.dtype)
             squares = load(stored, start, by_rows, v, former, every[0], x, seen)
-            before[:, start - first : start - first + n] = seen
+            copy_rows(seen, before[:, start - first : start - first + n])
             apply(x, u, s, seen.astype(u.dtype))
             if cancel:
                 tolerance = enough * np.sqrt(k * squares / d)  # of a vector's typical component

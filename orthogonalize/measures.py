@@ -75,13 +75,14 @@ class Paired(Record):
 
     `difference` is edited minus base (for a loss: relative to the base), `ci95` its bootstrap interval,
     `p` McNemar's for shares, else of a paired permutation test; None for a divergence, which the base
-    has none of.
+    has none of. `by_category` is the same of shares, by category.
     """
 
     difference: float
     n: int
     ci95: tuple[float, float] | None = None
     p: float | None = None
+    by_category: dict[str, Paired] = {}
 
 
 class Series(Record):
@@ -98,6 +99,10 @@ class Series(Record):
     def known(self) -> list[float]:
         """The values that could be read."""
         return [v for v in self.values if v is not None]
+
+    def names(self) -> list[str]:
+        """The categories."""
+        return sorted({c for c in self.categories if c is not None})
 
     def part(self, category: str) -> Series:
         """The items of one category."""
@@ -127,13 +132,12 @@ class Series(Record):
     def _rate(self) -> Rate:
         known = self.known()
         count, n = round(sum(known)), len(known)
-        names = sorted({c for c in self.categories if c is not None})
         return Rate(
             value=count / n if n else 0.0,
             n=n,
             ci95=proportion_interval(count, n) if n else (0.0, 1.0),
             unparseable=len(self.values) - n,
-            by_category={name: self.part(name)._rate() for name in names},
+            by_category={name: self.part(name)._rate() for name in self.names()},
         )
 
 
@@ -156,6 +160,7 @@ def compare(base: Series, edited: Series) -> Paired:
                 n=len(pairs),
                 ci95=difference_interval(before, after),
                 p=mcnemar([bool(v) for v in before], [bool(v) for v in after]),
+                by_category={name: compare(base.part(name), edited.part(name)) for name in base.names()},
             )
         case "loss":
             return Paired(

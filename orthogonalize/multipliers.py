@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from .gridpoints import round_row, rounded
-from .tiles import RUN, STEP, add_combinations, add_components, carry, gathered
+from .tiles import RUN, STEP, add_combinations, add_components, carry, copy_rows, gathered
 
 ITERATIONS = 8  # at most
 # Of several directions in formats without scales: then few vectors are left, and flips cost less than more steps.
@@ -25,7 +25,7 @@ def _errors(y: Any, v: Any, multiplier: Any, plain: bool, scales: Any, every: An
         last = min(first + RUN, d)
         for start in range(first, last, STEP):
             count = min(STEP, last - start)
-            rows[:count] = y[start : start + count]
+            copy_rows(y[start : start + count], rows)
             if not plain:
                 add_combinations(rows[:count], v, start, multiplier)
             for b in range(count):

@@ -21,7 +21,7 @@ from .measures import Record, Series
 from .multiple_choice import SETS, MultipleChoice
 from .run import Run
 from .suites import Memory, Suite
-from .tasks import PREFIX, HarnessTask, check_task
+from .tasks import PREFIX, harness_tasks
 
 DEFAULT_SUITES = ("refusal", "behaviour", "loss", "kl")
 TEXTS = {"pile": PILE, "alpaca": ALPACA}
@@ -52,9 +52,13 @@ class Plan:
         """The context that an engine needs: every request leaves room for one token more."""
         return max(suite.longest for suite in self.suites) + 1
 
+    @property
+    def answers_count(self) -> bool:
+        """Whether every model answers, rather than the base alone for the sake of its own losses."""
+        return self.answering is not None and (self.answering.refusal or self.answering.behaviour)
+
     def _suites_for(self, is_base: bool) -> list[Suite]:
-        idle = self.answering is not None and not (self.answering.refusal or self.answering.behaviour)
-        return [s for s in self.suites if is_base or not (idle and s is self.answering)]
+        return [s for s in self.suites if is_base or self.answers_count or s is not self.answering]
 
     def steps(self, label: str, is_base: bool = False) -> list[str]:
         """The journal's steps for one model."""
@@ -177,11 +181,10 @@ def make_plan(
     if "alpaca" in names:
         suites.append(alpaca_losses(tokenizer, chat, data, limit or TEXT_COUNT))
     suites += [MultipleChoice.of(name, make(data, limit), tokenizer) for name, make in SETS.items() if name in names]
-    for name in names:
-        if name.startswith(PREFIX):
-            task = name.removeprefix(PREFIX)
-            check_task(task, data)
-            suites.append(HarnessTask(task, tokenizer, min(TASK_LENGTH, positions or TASK_LENGTH) - 1, limit, data))
+    suites += harness_tasks(
+        [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)],
+        tokenizer, min(TASK_LENGTH, positions or TASK_LENGTH) - 1, data, limit,
+    )  # fmt: skip
     sources = {name: str(found) for name, found in (TEXTS | CHOICES).items() if name in names}
     sources |= {name: str(PROMPT_SETS[name].source) for name in public}
     plan = Plan(suites, sets, answering, sources)

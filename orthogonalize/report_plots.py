@@ -21,7 +21,8 @@ BASE, EDITED = "#0072B2", "#D55E00"  # of Okabe and Ito's, told apart by colour-
 def rates_figure(report: Report) -> Figure | None:
     """Every share with its 95% interval, base above edited; None where no share was measured."""
     edited = report.edited.flat()
-    keys = [k for k, m in report.base.flat().items() if isinstance(m, Rate) and k in edited]
+    known = [{k for k, m in flat.items() if isinstance(m, Rate) and m.n} for flat in (report.base.flat(), edited)]
+    keys = [k for k in report.base.flat() if k in known[0] & known[1]]
     if not keys:
         return None
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.55 * len(keys)), layout="constrained")

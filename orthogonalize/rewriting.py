@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,15 +30,27 @@ class Rewrite:
     @property
     def output_bytes(self) -> int:
         """Bytes of weights in the edited checkpoint."""
-        return self.source.weight_bytes + sum(addition.size for addition in self.additions.values())
+        return self.bytes_of(self.source.files)
 
     @property
     def changed_bytes(self) -> int:
         """Bytes of the weight files in it that are not the source's, byte for byte."""
-        names = self.changes.names
-        home = self.source.home(self.additions) if self.additions else None
-        same = [f for name, f in self.source.files.items() if name != home and not names & f.tensors.keys()]
-        return self.output_bytes - sum(file.path.stat().st_size for file in same)
+        return self.bytes_of(self.changed_files)
+
+    @property
+    def changed_files(self) -> set[str]:
+        """The names of the weight files that are not the source's, byte for byte."""
+        names, home = self.changes.names, self._home
+        return {name for name, file in self.source.files.items() if name == home or names & file.tensors.keys()}
+
+    @property
+    def _home(self) -> str | None:
+        return self.source.home(self.additions) if self.additions else None
+
+    def bytes_of(self, files: Iterable[str]) -> int:
+        """Bytes of these weight files in the edited checkpoint."""
+        added = sum(addition.size for addition in self.additions.values())
+        return sum(self.source.files[n].path.stat().st_size + (added if n == self._home else 0) for n in files)
 
     @cached_property
     def _scales(self) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+import scipy
 import torch
-from scipy.stats import spearmanr
 
 from .directions import Directions
 from .errors import OrthogonalizeError
@@ -146,7 +146,7 @@ def rank_correlation(candidates: Sequence[Candidate], method: str) -> float | No
     pairs = [(c.bypass, c.global_bypass) for c in candidates if c.method == method and c.global_bypass is not None]
     if len(pairs) < 3:
         return None
-    found = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    found = float(scipy.stats.spearmanr(*zip(*pairs, strict=True)).statistic)
     return found if math.isfinite(found) else None
 
 

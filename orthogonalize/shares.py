@@ -53,6 +53,17 @@ class Share(NamedTuple):
         return [Share(number, self.of) for number in range(1, self.of + 1)]
 
 
+def share_files(plan: Rewrite, share: Share) -> list[str]:
+    """The weight files of `share`."""
+    return sorted(plan.source.files)[share.number - 1 :: share.of]
+
+
+def share_bytes(plan: Rewrite, share: Share, link: bool) -> int:
+    """Bytes that the weight files of `share` take; with `link` those that are not the source's."""
+    kept = plan.changed_files if link else plan.source.files.keys()
+    return plan.bytes_of(name for name in share_files(plan, share) if name in kept)
+
+
 def write_share(
     plan: Rewrite,
     out: Path,
@@ -66,7 +77,7 @@ def write_share(
     progress: Progress | None = None,
 ) -> None:
     """Write the weight files of `share` into its folder, with what `recipe` gains by them."""
-    names = sorted(plan.source.files)[share.number - 1 :: share.of]
+    names = share_files(plan, share)
     with complete_folder(share.folder(out), SHARE, force) as partial:
         done = write_weights(
             plan.source, partial, plan.changes, progress, names=names, workers=workers, link=link, expected=expected

@@ -17,6 +17,9 @@ from .tensorfile import TensorInfo
 # What quantised checkpoints store beside, or instead of, a weight.
 COMPANIONS = ("_scale", "_scale_inv", "_blocks", "_scales", "_packed", "_shape", "_zero_point", "_g_idx")
 
+ROOTS = ("", "model.")  # before the names of what is not the text model's, by the library that wrote them
+VISION = re.compile(r"(^|\.)vis(ion|ual)")  # names of what sees
+
 
 @dataclass(frozen=True)
 class Located:
@@ -119,10 +122,26 @@ class Sites:
     def embedded(self) -> Iterator[tuple[Embedded, str]]:
         """The tensors that write the stream before the first block."""
         for entry in self.architecture.embed.values():
-            name = entry.weight if entry.image else self.decoder + entry.weight
+            name = self._name(entry)
             off = entry.unless is not None and self.decoder + entry.unless in self.tensors
             if name in self.tensors and not off:
                 yield entry, name
+
+    def _name(self, entry: Embedded) -> str:
+        """The name of what writes before the blocks; what comes from images stands outside of the text model."""
+        if not entry.image:
+            return self.decoder + entry.weight
+        return next((p + entry.weight for p in ROOTS if p + entry.weight in self.tensors), entry.weight)
+
+    def _check_images(self) -> None:
+        """Refuse a model that sees and whose projector has another name: what comes from images would stay."""
+        sees = "vision_config" in self.config and any(VISION.search(name) for name in self.tensors)
+        for entry in self.architecture.embed.values():
+            if sees and entry.image and self._name(entry) not in self.tensors:
+                raise OrthogonalizeError(
+                    f"the checkpoint lacks {entry.weight}, by which what {self.architecture.family} models see enters "
+                    "the residual stream; is it stored in another format?"
+                )
 
     @cached_property
     def tied_to(self) -> str:
@@ -146,6 +165,7 @@ class Sites:
         Raises:
             OrthogonalizeError: naming the first such tensor.
         """
+        self._check_images()
         width, layers = self.architecture.width(self.config), self.architecture.layers(self.config)
         block = re.compile(re.escape(self.architecture.layer).replace(r"\{layer\}", r"(\d+)") + r"\.(.+)")
         known, outside = self._named_in_blocks(), self._named_outside()
@@ -171,7 +191,7 @@ class Sites:
 
     def _named_outside(self) -> set[str]:
         entries = self.architecture.embed.values()
-        named = {e.weight if e.image else self.decoder + e.weight for e in entries}
+        named = {self._name(entry) for entry in entries}
         before = self.architecture.head.before
         # Without a prefix of its own the decoder's names and the root's are one space.
         return named | {self.head, *([self.decoder + before] if before else [])}

@@ -1,19 +1,18 @@
-"""Intervals and paired tests."""
+"""Intervals and paired tests; SciPy loads its statistics when one is asked for, which takes most of a second."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import binomtest, permutation_test
-from scipy.stats import bootstrap as scipy_bootstrap
+import scipy
 
 RESAMPLES = 2000
 
 
 def proportion_interval(count: int, n: int) -> tuple[float, float]:
     """Wilson's 95% interval of `count` out of `n`."""
-    interval = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    interval = scipy.stats.binomtest(count, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -21,13 +20,13 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     """Exact two-sided McNemar p-value of paired yes/no outcomes; 1 where none changed."""
     lost = sum(a and not b for a, b in zip(before, after, strict=True))
     gained = sum(b and not a for a, b in zip(before, after, strict=True))
-    return float(binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+    return float(scipy.stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
 def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int = 0) -> tuple[float, float] | None:
     if len(columns[0]) < 2:
         return None  # one item says nothing about others
-    result = scipy_bootstrap(
+    result = scipy.stats.bootstrap(
         tuple(np.asarray(c, dtype=float) for c in columns),
         statistic,
         paired=True,
@@ -75,7 +74,7 @@ def paired_permutation(base: Sequence[float], edited: Sequence[float], seed: int
     if not differences.any():
         return 1.0
     mean: Callable[..., np.ndarray] = lambda x, axis: np.asarray(x.mean(axis=axis))  # noqa: E731
-    result = permutation_test(
+    result = scipy.stats.permutation_test(
         (differences,),
         mean,
         permutation_type="samples",

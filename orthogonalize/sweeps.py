@@ -15,7 +15,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .comparison import Semantics, Sweep, Swept, effect_key, harm_key, pareto
 from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine, WeightSwap
 from .errors import OrthogonalizeError
-from .evaluation import add_opinions, ask_judges, check_engine, context_length, engine_version, folder_state
+from .evaluation import add_opinions, ask_judges, check_engine, context_length, data_state, engine_version, folder_state
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
@@ -25,8 +25,9 @@ from .models import find_model, load_tokenizer, public_name
 from .outputs import Kind, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
 from .progress import note, track
+from .recipe import store_maps
 from .report import Measures, compare_all
-from .run import Run, load_run
+from .run import load_run
 from .serving import common_folder, edited_weights
 from .suites import Memory
 from .sweep_plots import write_pareto_plot
@@ -38,11 +39,10 @@ SWEEP = Kind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
 @contextmanager
 def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
     """The reference's own hooks: the input and both outputs of every block in scope (actadd: inputs only)."""
-    affine = next(iter(variant.intervention.writes.values()))
     with ExitStack() as stack:
         for layer in variant.layers:
             around = input_shifted if variant.choice.method == "actadd" else layer_projected
-            stack.enter_context(around(model, layer, affine))
+            stack.enter_context(around(model, layer, variant.on_stream))
         yield
 
 
@@ -124,7 +124,7 @@ def sweep(
     data = None if data is None else Path(data)
     plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
     ready = ready_judges(judges)
-    if ready and not plan.answering:
+    if ready and not plan.answers_count:
         raise OrthogonalizeError("judges need answers; add --suite refusal")
     variants = make_variants(found, methods, scopes)
     if semantics == "weights" and architecture_of(source.config).norms.kind == "layer":  # as `edit` does
@@ -135,11 +135,12 @@ def sweep(
     possible = [v for v in variants if v.name not in refused]
     if not possible:
         raise OrthogonalizeError(f"none of these edits can be baked into this model: {next(iter(refused.values()))}")
-    settings = (suites, engine, engine_version(engine), semantics, max_new_tokens, limit, str(data))
-    journal = Journal(out, fingerprint_of(settings, folder_state(folder), _directions_state(found)))
+    settings = (suites, engine, engine_version(engine), semantics, max_new_tokens, limit, data_state(data))
+    edits = [(v.name, store_maps(v.intervention)[2], v.layers) for v in possible]
+    journal = Journal(out, fingerprint_of(settings, folder_state(folder), edits, found.info.prompts))
     runner = _Runner(plan, journal)
 
-    with ExitStack() as stack, track("sweep", len(possible) + 1, "edits") as advance:
+    with journal.kept(), ExitStack() as stack, track("sweep", len(possible) + 1, "edits") as advance:
         start_folder = folder
         if semantics == "weights":
             start_folder = stack.enter_context(common_folder(source, list(plans.values())))
@@ -173,16 +174,15 @@ def sweep(
 
                 seconds[variant.name] = runner.variant(variant, edited)
             advance(1)
-        restored = None
-        if semantics == "weights":
-            restored = True
-            if running:
-                swap[0].restore()
-                restored = running[0].fingerprint() == loaded[0]
-            if not restored:
+        if semantics == "weights" and running:
+            swap[0].restore()
+            if running[0].fingerprint() != loaded[0]:
+                journal.close()  # what was measured may be of other weights than was thought
                 raise OrthogonalizeError("the engine did not hold the base's weights again after the sweep")
+            journal.step("restored", lambda: True)
 
-    opinions = ask_judges(ready, plan, runner.measured, engine, options, journal)
+    with journal.kept():
+        opinions = ask_judges(ready, plan, runner.measured, engine, options, journal)
     for label, measured in runner.measured.items():
         add_opinions(plan, ready, measured, opinions[label])
     base = runner.measured["base"].series
@@ -197,7 +197,7 @@ def sweep(
         sensitive=any(each.sensitive for each in plan.sets),
         effect=None,
         harm=None,
-        restored=restored,
+        restored=True if journal.has("restored") else None,
         base=Measures.of(base),
         variants=[_swept(v, runner, seconds, refused) for v in variants],
         pareto=[],
@@ -221,7 +221,3 @@ def _swept(variant: Variant, runner: _Runner, seconds: dict[str, float], refused
     swept.paired = compare_all(runner.measured["base"].series, series)
     swept.seconds = seconds[variant.name]
     return swept
-
-
-def _directions_state(run: Run) -> list[Any]:
-    return [run.directions.mean_diffs.double().sum().item(), [str(c) for c in run.candidates[:4]], run.info.prompts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .measures import Divergence, Loss, Measure, Paired, Rate
 from .report import Report
 
@@ -64,6 +66,12 @@ def value(measure: Measure) -> str:
     return f"{measure.value:.4f}{interval}"
 
 
+def perplexity(loss: Loss) -> str:
+    """The perplexity with its interval, the exponential of the loss's."""
+    interval = f" [{math.exp(loss.ci95[0]):.3f}, {math.exp(loss.ci95[1]):.3f}]" if loss.ci95 else ""
+    return f"{loss.perplexity:.3f}{interval}"
+
+
 def change(measure: Measure, pair: Paired) -> str:
     """The paired difference with its interval and p-value."""
     scale, unit, sign = (100, " points", "+.1f") if isinstance(measure, Rate) else (1, "", "+.4f")
@@ -95,20 +103,21 @@ def summary_rows(report: Report) -> list[Row]:
             rows.append((f"{title(key)}: unreadable", str(before.unparseable), str(after.unparseable), ""))
         if isinstance(before, Loss) and isinstance(after, Loss):
             name = title(key).replace("cross-entropy", "perplexity")
-            rows.append((name, f"{before.perplexity:.3f}", f"{after.perplexity:.3f}", ""))
+            rows.append((name, perplexity(before), perplexity(after), ""))
     return rows
 
 
-def category_rows(report: Report) -> list[tuple[str, str, int, Rate, Rate]]:
-    """(measure, category, n, base, edited) wherever items have categories."""
+def category_rows(report: Report) -> list[tuple[str, str, int, Rate, Rate, str]]:
+    """(measure, category, n, base, edited, change) wherever items have categories."""
     rows = []
     edited = report.edited.flat()
     for key, before in report.base.flat().items():
         after = edited.get(key)
-        if isinstance(before, Rate) and isinstance(after, Rate):
+        if isinstance(before, Rate) and isinstance(after, Rate) and key in report.paired:
+            pairs = report.paired[key].by_category
             rows += [
-                (title(key), name, rate.n, rate, after.by_category[name])
+                (title(key), name, rate.n, rate, after.by_category[name], change(rate, pairs[name]))
                 for name, rate in before.by_category.items()
-                if name in after.by_category
+                if name in after.by_category and name in pairs
             ]
     return rows

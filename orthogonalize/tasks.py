@@ -17,20 +17,10 @@ from .suites import Memory
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
 
 PREFIX = "lm_eval:"
 NEW_TOKENS = 256  # of a generated answer, where a task names no number
-
-
-def check_task(name: str, include: Path | None) -> None:
-    """Refuse a task that is not there, before an engine is started for it."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise OrthogonalizeError("lm-eval is not installed; pip install 'orthogonalize[tasks]'")
-    from lm_eval.tasks import TaskManager
-
-    manager = TaskManager(include_path=str(include) if include else None)
-    if name not in manager.all_tasks:
-        raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
 
 
 def harness_model(engine: Engine, tokenizer: Any, max_length: int) -> TemplateLM:
@@ -110,8 +100,8 @@ class HarnessTask:
     task: str
     tokenizer: Any
     max_length: int
+    known: TaskManager
     limit: int | None = None
-    include: Path | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +114,6 @@ class HarnessTask:
     def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
         """Run the task in `engine`; `memory` is not needed."""
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
 
         try:
             found = simple_evaluate(
@@ -133,7 +122,7 @@ class HarnessTask:
                 limit=self.limit,
                 bootstrap_iters=0,
                 log_samples=True,
-                task_manager=TaskManager(include_path=str(self.include) if self.include else None),
+                task_manager=self.known,
             )
         except OrthogonalizeError:
             raise
@@ -151,6 +140,27 @@ class HarnessTask:
         if not result:
             raise OrthogonalizeError(f"lm-eval's {self.task} gives no number for single items, so none to compare")
         return result
+
+
+def harness_tasks(
+    names: Sequence[str], tokenizer: Any, max_length: int, include: Path | None, limit: int | None
+) -> list[HarnessTask]:
+    """The tasks `names` of lm-eval and of the folder `include`.
+
+    Raises:
+        OrthogonalizeError: lm-eval, or a task, is not there.
+    """
+    if not names:
+        return []
+    if importlib.util.find_spec("lm_eval") is None:
+        raise OrthogonalizeError("lm-eval is not installed; pip install 'orthogonalize[tasks]'")
+    from lm_eval.tasks import TaskManager
+
+    known = TaskManager(include_path=str(include) if include else None)  # it reads thousands of files: once
+    for name in names:
+        if name not in known.all_tasks:
+            raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
+    return [HarnessTask(name, tokenizer, max_length, known, limit) for name in names]
 
 
 def _number(value: Any) -> float | None:

@@ -100,6 +100,14 @@ def add_squares(row: Any, squares: Any) -> None:
 
 
 @njit(nogil=True)
+def copy_rows(source: Any, target: Any) -> None:
+    """`target` becomes `source`, both [m, n]: a loop, where assigning one slice to another takes seconds to compile."""
+    for i in range(source.shape[0]):
+        for j in range(source.shape[1]):
+            target[i, j] = source[i, j]
+
+
+@njit(nogil=True)
 def carry(partial: Any, total: Any) -> None:
     """Move the sums in `partial` into the float64 `total`."""
     for a in range(partial.shape[0]):

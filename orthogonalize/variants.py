@@ -11,7 +11,7 @@ from . import interventions
 from .choices import Choice, direction_kind, intervention_from_basis, intervention_from_directions
 from .editing import choose
 from .errors import OrthogonalizeError
-from .interventions import Intervention
+from .interventions import AffineMap, Intervention
 from .run import Run
 from .scopes import chosen_layers, parse_scope
 from .selection import layer_ranking
@@ -28,13 +28,17 @@ def methods() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One edit of a sweep. `direction` is the kind of direction it goes along; `layers` are those of its scope."""
+    """One edit of a sweep. `direction` is the kind of direction it goes along; `layers` are those of its scope.
+
+    `on_stream` is what it does to a stream as a whole, where hooks can reach it.
+    """
 
     name: str
     choice: Choice
     direction: str
     intervention: Intervention
     layers: tuple[int, ...]
+    on_stream: AffineMap
 
 
 def _first_inlp(run: Run, choice: Choice) -> torch.Tensor:
@@ -70,7 +74,8 @@ def _additions(run: Run, scope: str) -> Iterator[Variant]:
             else:
                 basis = _first_inlp(run, choice)
                 intervention = intervention_from_basis(choice, basis, length, run.info.layer_count, ranking)
-            yield Variant(f"actadd {kind} {multiplier:+g} {scope}", choice, kind, intervention, layers)
+            shared = next(iter(intervention.writes.values()))
+            yield Variant(f"actadd {kind} {multiplier:+g} {scope}", choice, kind, intervention, layers, shared)
 
 
 def _removals(run: Run, method: str, scope: str) -> Iterator[Variant]:
@@ -81,7 +86,14 @@ def _removals(run: Run, method: str, scope: str) -> Iterator[Variant]:
         intervention = intervention_from_directions(choice, run.directions, ranking)
         layers = tuple(chosen_layers(parse_scope(scope), run.info.layer_count, choice.layer, ranking))
         name = f"{method} {scope}" if alpha is None else f"{method} {alpha:g} {scope}"
-        yield Variant(name, choice, kind, intervention, layers)
+        shared = next(iter(intervention.writes.values()))
+        if method == "leace":  # of its writes only one has the shift that restores the mean
+            assert choice.position is not None
+            assert choice.layer is not None
+            eraser = run.directions.eraser(choice.position, choice.layer, choice.orthogonal)
+            assert eraser is not None
+            shared = eraser.affine(choice.strength)
+        yield Variant(name, choice, kind, intervention, layers, shared)
 
 
 def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = SCOPES) -> list[Variant]:

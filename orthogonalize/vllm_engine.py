@@ -137,8 +137,7 @@ class VllmEngine:
                     outputs += self.llm.generate(part, chosen, use_tqdm=False)
                 except Exception as error:  # whatever the engine's processes died of
                     raise OrthogonalizeError(
-                        f"vLLM failed while {what}: {_reason(error)}; what was measured is kept, so the same "
-                        f"command goes on from here ({_memory_hint(not torch.cuda.is_available())})"
+                        f"vLLM failed while {what}: {_reason(error)} ({_memory_hint(not torch.cuda.is_available())})"
                     ) from error
                 advance(len(part))
         return outputs
@@ -297,5 +296,6 @@ def _reason(error: BaseException) -> str:
 
 def _memory_hint(on_cpu: bool) -> str:
     if on_cpu:
-        return "if memory is short, set VLLM_CPU_KVCACHE_SPACE (GiB) lower"
+        space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+        return f"the cache takes VLLM_CPU_KVCACHE_SPACE={space} GiB: raise it if that is too little, else free memory"
     return "if memory is short, free GPU memory or spread the model with --tensor-parallel-size"

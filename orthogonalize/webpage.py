@@ -5,26 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from .rendering import templates
 from .report import Report
 from .report_plots import as_png, embedded, rates_figure
-from .tables import SETS, category_rows, summary_rows, value
+from .tables import SETS, category_rows, summary_rows
 from .verdicts import verdicts
-
-
-def templates() -> Environment:
-    """The package's templates; HTML is escaped, a missing value is an error."""
-    environment = Environment(
-        loader=PackageLoader("orthogonalize"),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda x: f"{100 * x:.1f}%"
-    environment.filters["measure"] = value
-    return environment
 
 
 def write_webpage(report: Report, plots: Sequence[Path], file: Path) -> None:

@@ -97,6 +97,18 @@ def logits(model, seed: int = 0) -> torch.Tensor:
         return model(input_ids=ids).logits.double()
 
 
+ENGINES = {"test_demo", "test_vllm", "test_serving", "test_model", "test_judges", "test_adapters"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of two processes that run tests, one starts all of vLLM's engines, and begins with them; files stay together."""
+    groups = {item: "engines" if item.path.stem in ENGINES else item.path.stem for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: groups[item] != "engines")
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--proof", type=Path, help="Folder with proof.json and architectures.md, which are brought up to date."

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import load_tiny, logits, store_tiny
 
 from orthogonalize.architectures import architecture_of
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import Checkpoint, open_checkpoint
+from orthogonalize.baking import Bake, bake
+from orthogonalize.checkpoint import INDEX, Checkpoint, open_checkpoint
 from orthogonalize.hooks import intervened
-from orthogonalize.interventions import AffineMap, Intervention, Site
+from orthogonalize.interventions import AffineMap, Intervention, Site, removal
+from orthogonalize.scopes import map_sites, parse_scope
 
 WIDTH, LAYERS, EXACT = 48, 4, 1e-9
 
@@ -23,6 +26,7 @@ def centred_basis(rank: int, seed: int = 5) -> torch.Tensor:
 
 
 BASIS = centred_basis(3)
+ABLATE = removal(BASIS[:1])
 
 
 def oblique(seed: int) -> AffineMap:
@@ -105,3 +109,38 @@ def every_read(first: int = 0) -> Intervention:
     """A map of its own before every layer that reads, and before the head."""
     reads = {Site(kind, layer): oblique(layer) for layer in range(first, LAYERS) for kind in ("attn", "mlp")}
     return Intervention(reads=reads | {Site("head"): oblique(99)})
+
+
+def ablation(scope: str = "all") -> Intervention:
+    return map_sites(parse_scope(scope), LAYERS, lambda _: ABLATE)
+
+
+def rewritten(source: Path, out: Path, change) -> Path:
+    """A copy of a checkpoint in one file, its tensors (by name) put through `change`."""
+    out.mkdir()
+    tensors = {name: t for file in sorted(source.glob("*.safetensors")) for name, t in load_file(file).items()}
+    save_file({k: v.contiguous() for k, v in change(tensors).items()}, out / "model.safetensors", {"format": "pt"})
+    for file in source.glob("*.json"):
+        if file.name != INDEX:
+            (out / file.name).write_bytes(file.read_bytes())
+    return out
+
+
+def gap_of(source: Path, plan: Bake, intervention: Intervention, out: Path) -> float:
+    """The gap between hooks on `source` and what `plan` writes."""
+    out.mkdir()
+    plan.write(out)
+    model = load_tiny(source)
+    with intervened(model, intervention, renormalise=False):
+        hooked = logits(model)
+    return gap(hooked, logits(load_tiny(out)))
+
+
+def gap_without(source: Path, pattern: str, intervention: Intervention, out: Path) -> float:
+    """The gap where the edits of all tensors whose names match `pattern` are left out."""
+    plan = bake(open_checkpoint(source), intervention)
+    left_out = [name for name in plan.edits if re.search(pattern, name)]
+    assert left_out, "nothing was left out"
+    for name in left_out:
+        del plan.edits[name]
+    return gap_of(source, plan, intervention, out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_tokenizer
-from harness import BASIS, EXACT, LAYERS, compare, every_read, every_write, oblique
+from harness import ABLATE, BASIS, EXACT, LAYERS, compare, every_read, every_write
 from safetensors.torch import save_file
 from tiny_models import TINY, store_tiny
 
@@ -14,27 +14,15 @@ from orthogonalize.baking import bake
 from orthogonalize.editing import edit
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.hooks import layer_projected
-from orthogonalize.interventions import AffineMap, Intervention, Site, removal, shift
+from orthogonalize.interventions import AffineMap, Intervention, Site, shift
 from orthogonalize.scores import LocalScorer, first_token_probabilities
 from orthogonalize.verification import verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RANKING = [2, 0, 3, 1]
-ABLATE = removal(BASIS[:1])
-METHODS = {
-    "ablate": removal(BASIS[:1]),
-    "ablate, strength 0.6": removal(BASIS[:1], 0.6),
-    "nullspace": removal(BASIS),
-    "reflect": removal(BASIS, 2.0),
-    "oblique": oblique(1),
-}
-SCOPES = ["all", "one", "top:50%", "layers:0,2-3", "upto:3", "from:0", "from:2", "from:4"]
 # vLLM takes the embedding for the head, so what needs an untied one is refused.
 NEVER_UNTIED = {"lfm2"}
 # The head (or, in StableLM, the readers of a block) sees the norm's bias and has none to keep it by.
 READ_REFUSED = {"gpt2", "gpt_neox", "opt", "opt projected", "starcoder2", "stablelm", "stablelm parallel"}
-# Tiny post-norms are rough (1 + 0.3 noise): how far the edit, exact but for a positive scale, may be from the ideal.
-POST_NORM_BOUND = 0.35
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -57,6 +57,10 @@ def orthogonalised(weights: dict[str, torch.Tensor], basis: torch.Tensor, streng
     return edited
 
 
+def relative(new: torch.Tensor, old: torch.Tensor) -> float:
+    return float((new.float() - old.float()).norm() / old.float().norm())
+
+
 def folder(path: Path, weights: dict[str, torch.Tensor], **config: object) -> Path:
     path.mkdir()
     save_file(weights, path / "model.safetensors")
@@ -95,6 +99,46 @@ def test_the_direction_that_a_plain_script_removed_is_recovered(tmp_path, dtype,
         assert torch.linalg.svdvals(own.basis @ basis.T.double()).min() >= 0.99
         assert own.left <= 0.02
         assert own.strength == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_direction_is_recovered_where_the_edit_was_saved_in_another_dtype(dtype, tmp_path):
+    weights, basis = tensors(), directions(1)
+    base = folder(tmp_path / "base", weights)
+    edited = orthogonalised({name: w.to(dtype) for name, w in weights.items()}, basis)
+    found = verify(folder(tmp_path / "edited", edited), str(base))
+    assert (found.common.basis @ basis.T.double()).abs().item() >= 0.99
+    assert found.changed.keys() == weights.keys()  # the dtype is a difference, too
+    assert found.projected().keys() == {name for name in weights if axis_of(name) is not None}
+    assert found.verdict().startswith("an orthogonalisation of rank 1")
+
+
+def test_the_same_numbers_in_another_dtype_are_called_that(tmp_path):
+    weights = tensors()
+    base = folder(tmp_path / "base", weights)
+    found = verify(folder(tmp_path / "wide", {name: w.float() for name, w in weights.items()}), str(base))
+    assert found.verdict() == "the weights are the base's, in another number format"
+
+
+def test_a_direction_is_recovered_from_scaled_fp8(tmp_path):
+    """Stored codes say nothing without their scales, which differ from row to row."""
+
+    def quantised(weights):
+        result = dict(weights)
+        for name, weight in weights.items():
+            if name.endswith(".o.weight"):
+                scale = weight.float().abs().amax(1, keepdim=True) / 448
+                result |= {name: (weight.float() / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+        return result
+
+    weights, basis = tensors(), directions(1)
+    base = folder(tmp_path / "base", quantised(weights))
+    found = verify(folder(tmp_path / "edited", quantised(orthogonalised(weights, basis))), str(base))
+    name = "layers.1.o.weight"
+    (along,) = [d for d in found.differences[name].directions if d.axis == 0]
+    assert (along.basis @ basis.T.double()).abs().item() >= 0.98
+    assert found.differences[name].rank == 1
+    assert found.changed[name] == pytest.approx(relative(orthogonalised(weights, basis)[name], weights[name]), rel=0.3)
 
 
 def test_a_mirror_is_no_orthogonalisation_and_its_strength_is_told(base, tmp_path):
@@ -154,7 +198,7 @@ def test_what_else_differs_is_told_in_the_table_and_in_json(base, tmp_path):
     found = json.loads((tmp_path / "audit.json").read_text())
     assert found["added"] == ["extra"]
     assert found["missing"] == ["head.weight"]
-    assert found["changed"]["norm.weight"] == {"change": None}
+    assert found["changed"]["norm.weight"] == {"change": 0.0}  # the same numbers in another dtype
     assert found["config"] == {"tokens": [None, ["<x>"]], "torch_dtype": [None, "bfloat16"]}
     assert found["files"] == {"tokenizer.json": "differs in added_tokens"}
     assert abs(torch.tensor(found["common"]["directions"][0]) @ directions(1)[0]) >= 0.99

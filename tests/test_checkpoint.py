@@ -118,6 +118,8 @@ def test_a_missing_shard_a_foreign_path_and_a_false_index_are_refused(tmp_path):
             (lambda f, i: i["weight_map"].update({"nowhere": "model-00001-of-00002.safetensors"}), "disagree"),
             (lambda f, i: i["weight_map"].pop("model.norm.weight"), "disagree"),
             (lambda f, i: i.pop("weight_map"), "no weight_map"),
+            (lambda f, i: i["weight_map"].update({"model.norm.weight": ["a", "list"]}), "something else than text"),
+            (lambda f, i: i["weight_map"].update({"model.norm.weight": 3}), "something else than text"),
         ]
     ):
         folder = store(tiny_llama(), tmp_path / f"base{number}", shards=2)

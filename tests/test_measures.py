@@ -131,6 +131,14 @@ def test_the_report_stores_every_measure_under_its_key_with_value_n_and_interval
     assert raw["refusal"]["target"]["value"] == 0.5
 
 
+def test_categories_are_compared_pair_by_pair_too():
+    before = shares([True] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
+    after = shares([False] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
+    found = compare(before, after).by_category
+    assert (found["a"].difference, found["a"].n, found["a"].p) == (-1.0, 6, 2 * 0.5**6)
+    assert (found["b"].difference, found["b"].n, found["b"].p) == (0.0, 4, 1.0)
+
+
 def test_the_documented_schema_is_the_schema():
     """docs/report.md names every field, and no field that is not there."""
     text = (Path(__file__).parent.parent / "docs" / "report.md").read_text()

@@ -284,6 +284,35 @@ def test_a_journal_of_other_settings_or_a_cut_line_is_not_taken(tmp_path):
     assert Journal(tmp_path / "out", "two").done == {}
 
 
+def test_a_run_is_not_taken_up_with_other_data_or_another_judge(model, tmp_path):
+    from orthogonalize.evaluation import data_state
+
+    folder = all_sets(tmp_path / "data")
+    before = data_state(folder)
+    assert data_state(folder) == before
+    file = next(f for f in folder.rglob("*") if f.is_file())
+    file.write_bytes(file.read_bytes() + b" ")
+    assert data_state(folder) != before
+
+
+def test_a_judge_without_answers_to_judge_is_refused_before_anything_is_measured(model, edited, run, tmp_path):
+    for suites in (["loss"], ["kl"]):  # of these the base alone answers
+        with pytest.raises(OrthogonalizeError, match="judges need answers"):
+            evaluate(edited, str(model), run, tmp_path / "x", suites=suites, engine="hf", judges=[f"harmbench={model}"])
+
+
+def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    settings = {"engine": "hf", "max_new_tokens": 8, "suites": ["refusal", "kl"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "likeliest", full)
+        with pytest.raises(OrthogonalizeError, match=r"memory ran out: CUDA out of memory.*kept, so the same command"):
+            evaluate(edited, str(model), run, tmp_path / "x", **settings)
+    assert evaluate(edited, str(model), run, tmp_path / "x", **settings).edited.refusal is not None
+
+
 def test_sensitive_answers_are_folded_and_can_be_left_out(model, edited, run, tmp_path):
     import shutil
 

@@ -126,32 +126,53 @@ def test_a_killed_sweep_goes_on_where_it_stopped(model, run, tmp_path, monkeypat
     assert resumed.pareto == whole.pareto
 
 
+def test_a_sweep_whose_engine_is_not_as_it_was_is_measured_anew(model, run, tmp_path, monkeypatch):
+    settings = {**QUICK, "methods": ["ablate"], "scopes": ["one"]}
+    with monkeypatch.context() as patch:
+        seen: list[int] = []
+        patch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
+        with pytest.raises(OrthogonalizeError, match=r"did not hold the base's weights again after the sweep$"):
+            sweep(str(model), run, tmp_path / "sweep", **settings)
+    answered: list[int] = []
+    answers = TransformersEngine.answers
+    monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
+    assert sweep(str(model), run, tmp_path / "sweep", **settings).restored is True
+    assert len(answered) == 2
+
+
 def test_residual_hooks_are_the_reference_s(model, run):
     """Against its hooks written out: inputs of blocks, outputs of attention and MLP, in every layer of the scope."""
     found = load_run(run)
     variants = {v.name: v for v in make_variants(found)}
     prompts = ChatFormat(tiny_tokenizer()).encode_all(found.texts("positive", "test"))
-    for name in ("ablate top:50%", "nullspace all", "reflect 2 all", "actadd inlp +1 one"):
+    tried = ("ablate top:50%", "nullspace all", "reflect 2 all", "actadd inlp +1 one", "leace top:50%", "leace one")
+    for name in tried:
         variant = variants[name]
         kind, choice = variant.direction, variant.choice
-        basis = found.directions.basis(kind, choice.position, choice.layer).to(torch.float32)
+        if choice.method == "leace":
+            eraser = found.directions.eraser(choice.position, choice.layer, False)
+            taken, read = eraser.u.float()[:, None], eraser.v.float()[:, None]
+            kept = eraser.mean.float() @ read @ taken.mT  # the stream's own mean stays
+        else:
+            taken = read = found.directions.basis(kind, choice.position, choice.layer).float().mT
+            kept = torch.zeros(())
         with TransformersEngine(model, tiny_tokenizer(), "cpu") as engine, residual_hooks(engine.model, variant):
             ours = generate(engine.model, prompts, 8, [2])
         with TransformersEngine(model, tiny_tokenizer(), "cpu") as engine:
             factor = choice.alpha if choice.method == "reflect" else 1.0
             shift = None
             if choice.method == "actadd":
-                unit = basis[0]
+                unit = taken[:, 0]
                 if unit @ found.directions.mean_diff(choice.position, choice.layer).float() < 0:
                     unit = -unit
                 shift = choice.coefficient * unit
 
-            def edited(h, basis=basis, factor=factor, shift=shift):
-                return h + shift if shift is not None else h - factor * (h @ basis.T) @ basis
+            def edited(h, taken=taken, read=read, factor=factor, shift=shift):
+                return h + shift if shift is not None else h - factor * (h @ read) @ taken.mT
 
-            def before(_m, args, kwargs, edited=edited):
-                return ((edited(args[0]), *args[1:]), kwargs) if args else (
-                    args, {**kwargs, "hidden_states": edited(kwargs["hidden_states"])})  # fmt: skip
+            def before(_m, args, kwargs, edited=edited, kept=kept):
+                return ((edited(args[0]) + kept, *args[1:]), kwargs) if args else (
+                    args, {**kwargs, "hidden_states": edited(kwargs["hidden_states"]) + kept})  # fmt: skip
 
             def after(_m, _i, out, edited=edited):
                 return (edited(out[0]), *out[1:]) if isinstance(out, tuple) else edited(out)

@@ -4,61 +4,34 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_tokenizer
-from harness import BASIS, EXACT, LAYERS, Base, baked_logits, compare, every_write, gap
-from safetensors.torch import load_file, save_file
+from harness import (
+    BASIS,
+    EXACT,
+    LAYERS,
+    Base,
+    ablation,
+    baked_logits,
+    compare,
+    every_write,
+    gap,
+    gap_of,
+    gap_without,
+    rewritten,
+)
+from safetensors.torch import load_file
 from tiny_models import DoublePrecision, load_tiny, logits, store_tiny
 
 from orthogonalize.architectures import architecture_of, families
-from orthogonalize.baking import Bake, bake
-from orthogonalize.checkpoint import INDEX, open_checkpoint
-from orthogonalize.editing import edit
+from orthogonalize.baking import bake
+from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.hooks import Stream, capturing_inputs, intervened
-from orthogonalize.interventions import Intervention, Site, conjugated, removal, shift
-from orthogonalize.scopes import map_sites, parse_scope
+from orthogonalize.hooks import intervened
+from orthogonalize.interventions import Intervention, Site, shift
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-ABLATE = removal(BASIS[:1])
-
-
-def ablation(scope: str = "all") -> Intervention:
-    return map_sites(parse_scope(scope), LAYERS, lambda _: ABLATE)
-
-
-def rewritten(source: Path, out: Path, change) -> Path:
-    """A copy of a checkpoint in one file, its tensors (by name) put through `change`."""
-    out.mkdir()
-    tensors = {name: t for file in sorted(source.glob("*.safetensors")) for name, t in load_file(file).items()}
-    save_file({k: v.contiguous() for k, v in change(tensors).items()}, out / "model.safetensors", {"format": "pt"})
-    for file in source.glob("*.json"):
-        if file.name != INDEX:
-            (out / file.name).write_bytes(file.read_bytes())
-    return out
-
-
-def gap_of(source: Path, plan: Bake, intervention: Intervention, out: Path) -> float:
-    """The gap between hooks on `source` and what `plan` writes."""
-    out.mkdir()
-    plan.write(out)
-    model = load_tiny(source)
-    with intervened(model, intervention, renormalise=False):
-        hooked = logits(model)
-    return gap(hooked, logits(load_tiny(out)))
-
-
-def gap_without(source: Path, pattern: str, intervention: Intervention, out: Path) -> float:
-    """The gap where the edits of all tensors whose names match `pattern` are left out."""
-    plan = bake(open_checkpoint(source), intervention)
-    left_out = [name for name in plan.edits if re.search(pattern, name)]
-    assert left_out, "nothing was left out"
-    for name in left_out:
-        del plan.edits[name]
-    return gap_of(source, plan, intervention, out)
 
 
 # Tied heads.
@@ -104,64 +77,6 @@ def test_a_head_by_another_name_keeps_its_values(name, head, tmp_path):
     plan = bake(checkpoint, ablation())
     assert plan.additions.keys() == {head}
     assert gap_of(source, plan, ablation(), tmp_path / "edited") <= EXACT
-
-
-# Norms behind the blocks.
-
-
-def written(model, site: Site, intervention: Intervention | None = None) -> torch.Tensor:
-    """What a block adds to the stream, norm included."""
-    stream, taken = Stream.of(model), []
-    (part,) = stream.parts(site)
-    handle = stream.output(site, part).register_forward_hook(lambda _m, _i, output: taken.append(output))
-    logits(model)
-    handle.remove()
-    return taken[0]
-
-
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "glm4", "olmo2", "olmo3", "exaone4"])
-def test_behind_a_norm_the_direction_is_gone_exactly_and_only_the_length_of_the_write_changes(name, bases, tmp_path):
-    base = bases(name)
-    assert compare(base, ablation(), tmp_path / "edited", rescaled=True) <= EXACT
-    edited = load_tiny(tmp_path / "edited")
-    for site in (Site("attn", 0), Site("mlp", 2)):
-        assert (written(edited, site) @ BASIS[0]).abs().max() < 1e-12
-    # The first block reads what the hooked model's reads, so only its own norm is between them.
-    mine = written(edited, Site("attn", 0))
-    with intervened(base.model, ablation(), renormalise=True):
-        ideal = ABLATE(written(base.model, Site("attn", 0)))
-    ratio = (mine * ideal).sum(-1, keepdim=True) / ideal.pow(2).sum(-1, keepdim=True)
-    assert ratio.min() > 0.3
-    assert (mine - ratio * ideal).abs().max() < 1e-9
-
-
-def test_a_norm_that_lets_almost_nothing_through_does_not_crush_the_rest_of_the_write():
-    torch.manual_seed(0)
-    d = 1 + 0.2 * torch.randn(48, dtype=torch.float64)
-    d[7] = 1e-5
-    outputs = torch.randn(200, 48, dtype=torch.float64)
-
-    def behind(o: torch.Tensor) -> torch.Tensor:
-        return d * o / o.pow(2).mean(-1, keepdim=True).sqrt()
-
-    ideal = ABLATE(behind(outputs))
-    errors = {}
-    for truncation in (0.0, 0.1):
-        before = conjugated(ABLATE, d, truncation)
-        got = behind(before(outputs))
-        assert (got @ BASIS[0]).abs().max() < 1e-8
-        errors[truncation] = ((got - ideal).norm() / ideal.norm()).item()
-    assert errors[0.1] < 0.25 < errors[0.0]
-
-
-@pytest.mark.parametrize("name", ["olmo2", "exaone4"])
-def test_where_blocks_read_without_a_norm_the_read_side_only_rescales_the_logits(name, bases, tmp_path):
-    base = bases(name)
-    baked = baked_logits(base, ablation("from:0"), tmp_path / "edited")
-    ratio = baked / base.hooked(ablation("from:0"), renormalise=True)
-    assert ratio.min() > 0
-    assert ratio.max() <= 1 + 1e-9
-    assert (ratio.amax(-1) - ratio.amin(-1)).max() < 1e-6
 
 
 # Multipliers, biases, constants.
@@ -224,89 +139,6 @@ def test_a_model_made_a_llama_names_every_bias_and_no_window(bases):
     added = {name.split(".", 3)[3] for name in plan.additions}
     assert added == {"self_attn.o_proj.bias", "mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"}
     assert len(plan.additions) == 4 * LAYERS
-
-
-# Experts.
-
-
-def test_the_stream_axis_of_square_experts_is_told_and_a_wrong_one_is_noticed(bases, tmp_path):
-    base = bases("gpt_oss")
-    name = "model.layers.1.mlp.experts.down_proj"
-    assert base.checkpoint.tensors[name].shape == (4, 48, 48)
-    plan = bake(base.checkpoint, ablation("layers:1"))
-    assert plan.edits[name].axis == 2
-    from dataclasses import replace
-
-    plan.edits[name] = replace(plan.edits[name], axis=1)
-    assert gap_of(base.folder, plan, ablation("layers:1"), tmp_path / "edited") > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("name", "pattern"),
-    [
-        ("qwen2_moe", "shared_expert"),
-        ("qwen3_next", "shared_expert"),
-        ("deepseek_v3", "shared_experts"),
-        ("llama4", "shared_expert"),
-        ("granitemoehybrid", "shared_mlp"),
-        ("qwen3_moe", r"layers\.1\.mlp\.down_proj"),
-        ("deepseek_v2", r"layers\.0\.mlp\.down_proj"),
-        ("mixtral", r"experts\.3\."),
-        ("falcon_h1", "mamba"),
-        ("qwen3_5", "linear_attn"),
-    ],
-)
-def test_a_shared_expert_a_dense_layer_or_a_second_mixer_left_out_is_noticed(name, pattern, bases, tmp_path):
-    assert gap_without(bases(name).folder, pattern, ablation("layers:0-3"), tmp_path / "edited") > 1e-3
-
-
-def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts stored one by one, stacked as some repositories have them."""
-    result, experts = {}, {}
-    for name, tensor in tensors.items():
-        found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
-        if found:
-            experts.setdefault((found[1], found[3]), {})[int(found[2])] = tensor
-        else:
-            result[name] = tensor
-    stacked = {key: torch.stack([by[i] for i in sorted(by)]) for key, by in experts.items()}
-    for prefix in {prefix for prefix, _ in stacked}:
-        result[f"{prefix}.down_proj"] = stacked[prefix, "down_proj"]
-        result[f"{prefix}.gate_up_proj"] = torch.cat([stacked[prefix, "gate_proj"], stacked[prefix, "up_proj"]], dim=1)
-    return result
-
-
-@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "qwen3_5_moe"])
-@pytest.mark.parametrize("scope", ["all", "from:1"])
-def test_fused_and_single_experts_of_one_model_are_edited_alike_and_stay_as_they_were(name, scope, bases, tmp_path):
-    base = bases(name)
-    single = baked_logits(base, ablation(scope), tmp_path / "single")
-    source = rewritten(base.folder, tmp_path / "fused", fused)
-    checkpoint = open_checkpoint(source)
-    assert checkpoint.tensors["model.layers.2.mlp.experts.down_proj"].shape == (4, 48, 24)
-    assert gap(logits(load_tiny(source)), base.plain) <= EXACT
-    (tmp_path / "edited").mkdir()
-    bake(checkpoint, ablation(scope)).write(tmp_path / "edited")
-    assert open_checkpoint(tmp_path / "edited").tensors.keys() == checkpoint.tensors.keys()
-    assert gap(logits(load_tiny(tmp_path / "edited")), single) <= EXACT
-
-
-def test_a_missing_expert_is_named(bases, tmp_path):
-    gone = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
-    source = rewritten(bases("mixtral").folder, tmp_path / "base", lambda t: {k: v for k, v in t.items() if k != gone})
-    with pytest.raises(OrthogonalizeError, match=re.escape(gone)):
-        bake(open_checkpoint(source), ablation())
-
-
-def test_experts_packed_in_four_bits_are_refused_with_the_way_out(bases, tmp_path):
-    def packed(tensors):
-        experts = {k: v for k, v in tensors.items() if k.endswith("experts.down_proj")}
-        rest = {k: v for k, v in tensors.items() if k not in experts}
-        return rest | {k + "_blocks": torch.zeros(4, 48, 2, 16, dtype=torch.uint8) for k in experts}
-
-    source = rewritten(bases("gpt_oss").folder, tmp_path / "base", packed)
-    with pytest.raises(OrthogonalizeError, match=r"down_proj is stored as MXFP4.*dequantise"):
-        bake(open_checkpoint(source), ablation("layers:1"))
 
 
 # What writes before the first block, and what is no part of the stream.
@@ -403,73 +235,25 @@ def test_a_constant_that_images_cannot_carry_is_refused(name, bases):
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
 def test_either_prefix_of_a_wrapper_is_found(prefix, bases, tmp_path):
+    projector = "multi_modal_projector.mm_input_projection_weight"
+    root = "model." if prefix.startswith("model.") else ""  # what is not the text model's stands beside it
+
     def renamed(tensors):
-        return {
-            k.replace("language_model.model.", prefix).replace("language_model.model.model", "x"): v
-            for k, v in tensors.items()
-        }
+        text = {k.replace("language_model.model.", prefix): v for k, v in tensors.items() if "language_model" in k}
+        return text | {root + k: v for k, v in tensors.items() if "language_model" not in k}
 
     source = rewritten(bases("gemma3 multimodal").folder, tmp_path / "base", renamed)
     plan = bake(open_checkpoint(source), ablation())
-    assert prefix + "embed_tokens.weight" in plan.edits
+    assert {prefix + "embed_tokens.weight", root + projector} <= plan.edits.keys()
     assert gap_of(source, plan, ablation(), tmp_path / "edited") <= EXACT
 
 
-# LayerNorm.
+def test_a_model_that_sees_and_whose_projector_has_another_name_is_refused(bases, tmp_path):
+    def renamed(tensors):
+        return {k.replace("multi_modal_projector.", "connector."): v for k, v in tensors.items()}
 
-
-@pytest.mark.parametrize("name", ["gpt_neox", "olmo", "cohere"])
-def test_only_a_centred_direction_is_out_of_the_reach_of_layer_norms(name, bases):
-    base = bases(name)
-    direction = torch.randn(48, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
-    direction /= direction.norm()
-    centred = direction - direction.mean()
-    centred /= centred.norm()
-
-    def read(removed: torch.Tensor) -> float:
-        """The largest component along the direction of what the norms make of the stream, before their weights."""
-        taken: list[torch.Tensor] = []
-        whole = map_sites(parse_scope("all"), LAYERS, lambda _: removal(removed.unsqueeze(0)))
-        with intervened(base.model, whole), capturing_inputs(base.model, lambda _l, h: taken.append(h)):
-            logits(base.model)
-        cores = [h - h.mean(-1, keepdim=True) for h in taken]
-        return max(((core @ direction).abs() / core.norm(dim=-1)).max().item() for core in cores)
-
-    assert read(centred) < 1e-12 < 1e-2 < read(direction)
-
-
-def test_edit_centres_the_direction_of_a_layer_norm_model(tmp_path):
-    source = store_tiny("gpt_neox", tmp_path / "base", torch.float32)
-    tiny_tokenizer().save_pretrained(source)
-    direction = torch.randn(48) + 0.5
-    save_file({"direction": direction}, tmp_path / "direction.safetensors")
-    recipe = edit(str(source), tmp_path / "edited", direction=tmp_path / "direction.safetensors", method="ablate")
-    for affine in recipe.intervention().writes.values():
-        assert abs(affine.v.sum().item()) < 1e-6
-        assert affine.v.norm().item() == pytest.approx(1, abs=0.3)
-        assert (affine.v.mT @ affine.u).item() == pytest.approx(1, abs=1e-6)
-    again = edit(str(source), tmp_path / "again", recipe=tmp_path / "edited" / "orthogonalize.json")
-    assert again.tensors == recipe.tensors
-
-
-def test_a_reader_behind_a_layer_norm_with_a_bias_keeps_reading_that_bias(bases, tmp_path):
-    base = bases("phi")
-    assert compare(base, ablation("from:1"), tmp_path / "edited", rescaled=True) <= EXACT
-    assert gap_without(base.folder, r"\.bias$", ablation("from:1"), tmp_path / "without") > 1e-3
-
-
-def test_an_uncentred_read_of_a_layer_norm_is_refused(bases):
-    uneven = removal(torch.eye(48, dtype=torch.float64)[:1])
-    with pytest.raises(OrthogonalizeError, match="must be centred"):
-        bake(bases("olmo").checkpoint, Intervention(reads={Site("head"): uneven}))
-
-
-# Streams that pass through a norm.
-
-
-def test_a_stream_that_passes_through_a_norm_is_refused(tmp_path):
-    source = store_tiny("opt", tmp_path / "base", do_layer_norm_before=False)
-    with pytest.raises(OrthogonalizeError, match="do_layer_norm_before = False has no description"):
+    source = rewritten(bases("gemma3 multimodal").folder, tmp_path / "base", renamed)
+    with pytest.raises(OrthogonalizeError, match=r"lacks multi_modal_projector.*what gemma3 models see"):
         bake(open_checkpoint(source), ablation())
 
 

@@ -1,6 +1,6 @@
 """vLLM on a tiny model: its numbers are transformers', and edits swapped in place are edits on disk.
 
-An engine takes a while to start, so one serves all tests but the last three, which start five more.
+An engine takes a while to start, so one serves all tests but the last four, which start six more.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from orthogonalize.plans import DEFAULT_SUITES
 from orthogonalize.recipe import load_recipe
 from orthogonalize.run import load_run
 from orthogonalize.serving import common_folder, edited_weights
+from orthogonalize.sweeps import sweep
+from orthogonalize.variants import make_variants
 from orthogonalize.vllm_engine import VllmEngine
 
 ON_CPU = not torch.cuda.is_available()
@@ -223,6 +225,24 @@ def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, wr
         for key, measure in mine.flat().items():
             assert measure.value == pytest.approx(expected[key].value, **CLOSE), key
     assert [a.edited for a in ours.answers] == [a.edited for a in theirs.answers]
+
+
+def test_a_sweep_in_vllm_is_the_sweep_in_transformers(model, run, tmp_path, monkeypatch):
+    """Among its edits are those that no other test here swaps: subspaces, and an eraser with its shift."""
+    names = ("nullspace all", "leace top:50%", "actadd inlp +1 one")
+    kept = [v for v in make_variants(load_run(run)) if v.name in names]
+    monkeypatch.setattr("orthogonalize.sweeps.make_variants", lambda *_: kept)
+    settings = {"max_new_tokens": 12, "options": SMALL}
+    ours = sweep(str(model), run, tmp_path / "ours", **settings)
+    theirs = sweep(str(model), run, tmp_path / "theirs", engine="hf", **settings)
+    assert ours.restored is True
+    for mine, other in zip([ours.base, *(v.measures for v in ours.variants)],
+                           [theirs.base, *(v.measures for v in theirs.variants)], strict=True):  # fmt: skip
+        expected = other.flat()
+        for key, measure in mine.flat().items():
+            assert measure.value == pytest.approx(expected[key].value, **CLOSE), key
+    moved = [v.measures.flat()["kl.completions"].value for v in ours.variants]
+    assert min(moved) > 0.01, "an edit did nothing, so nothing was compared"
 
 
 @pytest.mark.skipif(not ON_CPU, reason="arguments of vLLM on a CPU")

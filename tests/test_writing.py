@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,6 +274,20 @@ def test_shares_written_apart_make_the_same_checkpoint(source, direction, tmp_pa
     assert weights(apart) == weights(tmp_path / "whole")
     assert {f.name for f in apart.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
     assert load_recipe(apart) == load_recipe(tmp_path / "whole")
+
+
+def test_a_share_needs_room_for_itself_only(source, direction, tmp_path, monkeypatch):
+    most = max(file.stat().st_size for file in source.glob("*.safetensors"))
+    usage = SimpleNamespace(free=int(1.5 * most))
+    monkeypatch.setattr("orthogonalize.outputs.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OrthogonalizeError, match="make room"):
+        edit(str(source), tmp_path / "out", direction=direction, scope="layers:1")
+    for number in (1, 2, 3, 4):
+        edit(str(source), tmp_path / "out", direction=direction, scope="layers:1", shard=f"{number}/4")
+    assert (tmp_path / "out").is_dir()
+    usage.free = most // 8
+    with pytest.raises(OrthogonalizeError, match="make room"):
+        edit(str(source), tmp_path / "other", direction=direction, scope="layers:1", shard="1/4")
 
 
 def test_shares_of_two_edits_are_not_mixed(source, direction, tmp_path):
