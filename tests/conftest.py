@@ -100,13 +100,26 @@ def logits(model, seed: int = 0) -> torch.Tensor:
 ENGINES = {"test_demo", "test_vllm", "test_serving", "test_model", "test_judges", "test_adapters"}
 
 
-@pytest.hookimpl(tryfirst=True)
+def process_of(file: str) -> str:
+    """What tests of `file` share a process with, where two run tests: one starts all of vLLM's engines."""
+    name = Path(file).stem
+    return "engines" if name in ENGINES else name
+
+
 def pytest_collection_modifyitems(items):
-    """Of two processes that run tests, one starts all of vLLM's engines, and begins with them; files stay together."""
-    groups = {item: "engines" if item.path.stem in ENGINES else item.path.stem for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: groups[item] != "engines")
+    """The engines' process begins at once: it has the most to do."""
+    items.sort(key=lambda item: process_of(str(item.path)) != "engines")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return process_of(nodeid.split("::")[0])
+
+    return ByProcess(config, log)
 
 
 def pytest_addoption(parser):
