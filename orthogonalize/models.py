@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from .checkpoint import open_checkpoint
 from .errors import OrthogonalizeError
@@ -26,6 +29,18 @@ def cache_folder() -> Path:
     named = os.environ.get("ORTHOGONALIZE_CACHE")
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(named) if named else Path(root) / "orthogonalize"
+
+
+def cached(name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name` of the cache, which `make` writes where it is not there; who wants it meanwhile waits."""
+    folder = cache_folder() / name
+    if folder.exists():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{name}.lock")):
+        if not folder.exists():
+            make(folder)
+    return folder
 
 
 def convert_gguf(file: Path, out: Path) -> Path:
@@ -101,9 +116,7 @@ def find_model(model: str, revision: str | None = None) -> Path:
         if not path.is_file():
             raise OrthogonalizeError(f"no such file: {model}")
         stat = path.stat()
-        folder = cache_folder() / f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}"
-        if not folder.exists():
-            convert_gguf(path, folder)
+        folder = cached(f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}", partial(convert_gguf, path))
     elif is_hub_id(model):
         folder = _download(model, revision)
     else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -15,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.editing import edit
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.models import find_model, load_tokenizer
+from orthogonalize.models import cached, find_model, load_tokenizer
+from orthogonalize.outputs import EDITED, complete_folder
 from orthogonalize.recipe import load_recipe
 from orthogonalize.verification import verify
 
@@ -171,3 +175,23 @@ def test_a_gguf_without_one_of_its_tensors_is_refused_not_filled_with_noise(dire
     with pytest.raises(OrthogonalizeError, match=rf"model\.gguf lacks {name}"):
         find_model(str(tmp_path / "model.gguf"))
     assert not list((tmp_path / "converted").glob("*"))
+
+
+def test_who_wants_the_same_of_the_cache_at_once_waits_for_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("ORTHOGONALIZE_CACHE", str(tmp_path / "cache"))
+    made: list[Path] = []
+    begun = threading.Event()
+
+    def slow(out: Path) -> None:
+        begun.set()
+        time.sleep(0.3)
+        with complete_folder(out, EDITED) as folder:
+            (folder / "config.json").write_text("{}")
+        made.append(out)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(cached, "model", slow)
+        assert begun.wait(10)
+        second = pool.submit(cached, "model", slow)
+        assert first.result(10) == second.result(10) == tmp_path / "cache" / "model"
+    assert len(made) == 1
