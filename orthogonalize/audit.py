@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .checkpoint import Checkpoint
-from .differences import BLOCK, GRAIN, Common, Difference, Directions, common_directions, difference
+from .differences import GRAIN, Common, Difference, Directions, common_directions, difference
 from .progress import track
-from .quantisation import FP8, real_values, scale_name
-from .tensorfile import DTYPES
+from .quantisation import real_rows
+from .tensorfile import DTYPES, row_blocks
 
 PROJECTED = 0.05  # of a component may be left where it was projected out and then rounded
 ALIGNED = 0.99  # the cosine from which on two directions are one
@@ -163,26 +162,16 @@ def _compare(edited: Checkpoint, base: Checkpoint, name: str, result: Audit) -> 
     if not (shape and all(kind.is_floating_point for kind in known)):
         result.changed[name] = _plain_change(edited.read(name), base.read(name))
         return
-    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    readers = _reader(base, name), _reader(edited, name)
+    old, new = real_rows(base, name), real_rows(edited, name)
 
     def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for first in range(0, shape[0], rows):
-            last = min(first + rows, shape[0])
-            yield readers[0](first, last), readers[1](first, last)
+        for first, last in row_blocks(shape):
+            yield old(first, last), new(first, last)
 
     found = difference(shape, max(known, key=lambda kind: GRAIN.get(kind, 0.0)), blocks)
     result.changed[name] = found.change
     if found.change != 0:
         result.differences[name] = found
-
-
-def _reader(checkpoint: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
-    """Gives rows of a tensor, and where it is FP8 the numbers that they stand for."""
-    if checkpoint.tensors[name].dtype == FP8 and scale_name(checkpoint, name) is not None:
-        values = real_values(checkpoint, name).float()
-        return lambda first, last: values[first:last]
-    return partial(checkpoint.file_of(name).rows, name)
 
 
 def _plain_change(new: torch.Tensor, old: torch.Tensor) -> float:

@@ -13,11 +13,11 @@ from .checkpoint import Addition, Checkpoint
 from .constants import place_constant
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site, conjugated, shift
-from .quantisation import check_editable, real_blocks
+from .quantisation import check_editable, real_rows
 from .rewriting import Rewrite
 from .sites import Located, Sites
 from .tensoredits import TensorEdit
-from .tensorfile import DTYPES
+from .tensorfile import DTYPES, row_blocks
 
 CENTRED = 1e-6  # largest sum of a unit vector's entries that counts as none
 
@@ -167,12 +167,14 @@ class Bake(Rewrite):
         """Give back what the edited reader no longer sees of the norm's own `bias`, which is no part of the stream."""
         addition, affine = self.additions.get(edit.name), edit.vectors_map()
         name = edit.name if addition is None else addition.copy_of or edit.name
+        rows = real_rows(self.source, name)
         component, square = torch.zeros((), dtype=torch.float64), 0.0
         parts: list[torch.Tensor] = []
-        for first, block in real_blocks(self.source, name):
+        for first, last in row_blocks(self.source.tensors[name].shape):
+            block = rows(first, last).double()
             square += float(block.square().sum())
             if edit.axis == 0:
-                component = component + block.movedim(0, -1) @ affine.v[first : first + len(block)]
+                component = component + block.movedim(0, -1) @ affine.v[first:last]
             else:
                 parts.append(block.movedim(edit.axis, -1) @ affine.v)
         lost = (torch.cat(parts) if parts else component) @ (affine.u.mT @ bias)

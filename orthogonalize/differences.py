@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 MOST = 24  # singular values looked at; a difference of a higher rank counts as full
-BLOCK = 2**22  # entries held at a time
 GRAIN = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float8_e4m3fn: 2.0**-4}
 ABOVE_NOISE = 1.5  # times the largest singular value that rounding alone would give
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -278,13 +278,16 @@ def evaluate(
     return report
 
 
+def _states(files: Iterable[Path]) -> list[Any]:
+    found = [(file, file.stat()) for file in files]
+    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
+
+
 def folder_state(folder: Path) -> list[Any]:
-    """What changes when a checkpoint's weights do, without reading them: names, sizes and times of its files."""
-    files = open_checkpoint(folder).files
-    return [(name, file.path.stat().st_size, file.path.stat().st_mtime_ns) for name, file in sorted(files.items())]
+    """What changes when a checkpoint's weights do, without reading them: paths, sizes and times of its files."""
+    return _states(file.path for _, file in sorted(open_checkpoint(folder).files.items()))
 
 
 def data_state(data: Path | None) -> list[Any]:
     """What changes when local copies of public sets do, without reading them."""
-    files = sorted(data.rglob("*")) if data is not None else []
-    return [str(data), [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]]
+    return [str(data), _states(f for f in sorted(data.rglob("*")) if f.is_file()) if data is not None else []]

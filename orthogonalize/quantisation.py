@@ -9,7 +9,8 @@ where the edited numbers would not fit under it.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container
+from functools import partial
 
 import torch
 
@@ -22,7 +23,6 @@ from .tensorfile import DTYPES, EDITABLE
 FP8 = "F8_E4M3"
 SCALES = ("_scale_inv", "_scale")  # behind the name of the weight
 VECTORS = 2048  # looked at together
-BLOCK = 2**22  # entries held at a time
 LARGEST = GRIDS[DTYPES[FP8]].largest
 # A number just above the largest is rounded to it like any other: a scale stays for these.
 FITS = LARGEST * (1 + 2.0**-6)
@@ -165,12 +165,9 @@ def rescaled(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.Tensor
     return scales._replace(edited=grown.float().numpy()), table.reshape(info.shape).contiguous()
 
 
-def real_blocks(source: Checkpoint, name: str) -> Iterator[tuple[int, torch.Tensor]]:
-    """Tensor `name` as float64 in blocks of rows, with the number of each block's first row."""
-    shape = source.tensors[name].shape
-    if scales_of(source, name, 0) is not None:
-        yield 0, real_values(source, name)
-        return
-    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
-    for first in range(0, shape[0], rows):
-        yield first, source.file_of(name).rows(name, first, min(first + rows, shape[0])).double()
+def real_rows(source: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
+    """Gives rows of tensor `name` from one to another as they are stored; of FP8 the numbers that they stand for."""
+    if source.tensors[name].dtype == FP8 and scale_name(source, name) is not None:
+        values = real_values(source, name)
+        return lambda first, last: values[first:last]
+    return partial(source.file_of(name).rows, name)

@@ -49,8 +49,8 @@ class Rewrite:
 
     def bytes_of(self, files: Iterable[str]) -> int:
         """Bytes of these weight files in the edited checkpoint."""
-        added = sum(addition.size for addition in self.additions.values())
-        return sum(self.source.files[n].path.stat().st_size + (added if n == self._home else 0) for n in files)
+        added = {self._home: sum(addition.size for addition in self.additions.values())}
+        return sum(self.source.files[name].path.stat().st_size + added.get(name, 0) for name in files)
 
     @cached_property
     def _scales(self) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:

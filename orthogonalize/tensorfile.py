@@ -8,8 +8,9 @@ a JSON header, then the tensors' bytes without gaps.
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +21,7 @@ from .errors import OrthogonalizeError
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 CHUNK = 16 * 2**20  # bytes copied at a time
+BLOCK = 2**22  # entries computed with at a time
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -197,3 +199,10 @@ def header_bytes(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
 def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
     """Write length and header (see `header_bytes`) into an open file."""
     file.write(header_bytes(tensors, metadata))
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) along the first axis of a tensor of `shape`, by blocks of `BLOCK` entries."""
+    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for first in range(0, shape[0], rows):
+        yield first, min(first + rows, shape[0])
