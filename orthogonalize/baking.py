@@ -39,6 +39,11 @@ class Bake(Rewrite):
         parts = (*self.architecture.attn.values(), *self.architecture.mlp.values())
         return any(part.post_norm for part in parts)
 
+    def become(self, architecture: Architecture, source: Checkpoint) -> None:
+        """Go on with the same model as another family's, whose tensors `source` has."""
+        self.architecture, self.source = architecture, source
+        self.__dict__.pop("sites", None)
+
     def stored(self, name: str, site: Site) -> str:
         """`name`, once it is sure that such a tensor is there and can be edited."""
         if name in self.additions:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +43,15 @@ class Checkpoint:
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of the model's weight files."""
         return {name: info for file in self.files.values() for name, info in file.tensors.items()}
+
+    @property
+    def renamed(self) -> bool:
+        """Whether its tensors are called, or cut, in another way than its files have it."""
+        return any(file.renamed for file in self.files.values())
+
+    def split(self, parts: Mapping[str, Mapping[str, int]]) -> Checkpoint:
+        """The same checkpoint with each tensor of `parts` as several (see `TensorFile.split`)."""
+        return replace(self, files={name: file.split(parts) for name, file in self.files.items()})
 
     def file_of(self, name: str) -> TensorFile:
         """The file that holds tensor `name`; KeyError where none does."""

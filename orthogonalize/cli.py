@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import progress
 from .display import console, show_audit, show_candidates, show_report, show_run
-from .errors import OrthogonalizeError
+from .errors import OrthogonalizeError, ran_out_of_memory
 from .options import (
     choice,
     device_option,
@@ -43,6 +43,16 @@ class Commands(click.Group):
             ctx.exit(1)
         except OSError as error:
             click.echo(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+            ctx.exit(1)
+        except (MemoryError, RuntimeError) as error:
+            what = ran_out_of_memory(error)
+            if what is None:
+                raise
+            click.echo(
+                f"error: {' '.join(what.split())}; free some, or take another --device where the command has one: "
+                "nothing half-finished was left, and the same extract goes on where it was",
+                err=True,
+            )
             ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted: nothing half-finished was left; the same extract goes on where it was", err=True)

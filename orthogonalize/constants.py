@@ -8,6 +8,7 @@ only where a description says that the bias is read, and every bias that a flag 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from .architectures import Bias, Part, bias_name, families, setting
 from .checkpoint import Addition
 from .errors import OrthogonalizeError
 from .interventions import Site
-from .quantisation import real_values
+from .quantisation import real_values, scale_name
 
 if TYPE_CHECKING:
     from .baking import Bake
@@ -107,17 +108,36 @@ def _llama_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str
     """Let the model be a Llama, whose attention and MLP have biases if the configuration says so."""
     if plan.architecture.as_llama is None:
         return ""
-    for key, wanted in plan.architecture.as_llama.requires.items():
-        if bool(setting(plan.source.config, key)) != wanted:
-            value = setting(plan.source.config, key)
-            return f"it is no Llama in all but name, for {key} is {value}"
+    hindrance = plan.architecture.as_llama.hindrance(plan.source.config)
+    if hindrance is not None:
+        return f"it is no Llama in all but name, for {hindrance}"
     if "text_config" in plan.source.config:
         return "a wrapper for images cannot become a Llama"
-    if plan.config_changes.get("model_type") != "llama":
-        _become_llama(plan)
+    scaled = next((name for name in _fused(plan) if scale_name(plan.source, name)), None)
+    if scaled is not None:
+        return f"Llama stores {scaled} in parts, each with scales of its own"
+    _become_llama(plan)
     for write in plan.sites.writes(part, int(site.layer or 0)):
         plan.add_constant(bias_name(write.name), site, vector)
     return None
+
+
+def _fused(plan: Bake) -> dict[str, dict[str, int | str]]:
+    """The weights that Llama stores as several, and the share that each of these takes, by their names."""
+    fused = plan.architecture.as_llama.fused if plan.architecture.as_llama else {}
+    layers = range(plan.architecture.layers(plan.source.config))
+    named = {
+        plan.sites.in_layer(name, layer): {plan.sites.in_layer(part, layer): share for part, share in parts.items()}
+        for name, parts in fused.items()
+        for layer in layers
+    }
+    return {name: parts for name, parts in named.items() if name in plan.source.tensors}
+
+
+def _rows(total: int, shares: Mapping[str, int | str], config: Mapping[str, Any]) -> dict[str, int]:
+    """How many of `total` rows each part has."""
+    numbers = {part: share if isinstance(share, int) else int(config[share]) for part, share in shares.items()}
+    return {part: total * number // sum(numbers.values()) for part, number in numbers.items()}
 
 
 def _become_llama(plan: Bake) -> None:
@@ -125,6 +145,9 @@ def _become_llama(plan: Bake) -> None:
 
     full = AutoConfig.from_pretrained(plan.source.path).to_dict()
     given = plan.source.config
+    parts = {
+        name: _rows(plan.source.tensors[name].shape[0], shares, full) for name, shares in _fused(plan).items()
+    }  # fmt: skip
     changes = {key: full[key] for key in LLAMA_DEFAULTS if key not in given and full.get(key) is not None}
     if not given.keys() & {"rope_theta", "rope_parameters"}:
         changes["rope_parameters"] = full["rope_parameters"]
@@ -132,6 +155,7 @@ def _become_llama(plan: Bake) -> None:
     changes |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     plan.config_changes |= changes
     llama = families()["llama"]
+    plan.become(llama, plan.source.split(parts))
     for part in (*llama.attn.values(), *llama.mlp.values()):
         assert part.bias is not None
         _switch_on(plan, (*part.writes, *part.bias.zeros), part.bias.flags)

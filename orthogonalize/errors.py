@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and what running out of memory looks like."""
 
 
 class OrthogonalizeError(Exception):
@@ -7,3 +7,10 @@ class OrthogonalizeError(Exception):
     The command line prints it without a traceback and exits with status 1. Anything else that
     escapes is a defect of this package.
     """
+
+
+def ran_out_of_memory(error: BaseException) -> str | None:
+    """What to say where `error` means that memory ran out, of the machine or of a device; None where it does not."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        return f"memory ran out: {str(error).strip() or 'of this machine'}"
+    return None

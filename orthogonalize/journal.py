@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import OrthogonalizeError
+from .errors import OrthogonalizeError, ran_out_of_memory
 from .progress import note
 
 
@@ -73,11 +73,10 @@ class Journal:
         try:
             yield
         except (OrthogonalizeError, MemoryError, RuntimeError) as error:
-            short = not isinstance(error, OrthogonalizeError)
-            if short and not (isinstance(error, MemoryError) or "memory" in str(error)):
+            what = str(error) if isinstance(error, OrthogonalizeError) else ran_out_of_memory(error)
+            if what is None:
                 raise  # no error that a user can mend
             kept = "; what was measured is kept, so the same command goes on from here" if self.done else ""
-            what = f"memory ran out: {str(error).strip() or 'of this machine'}" if short else str(error)
             raise OrthogonalizeError(what + kept) from error
 
     def close(self) -> None:

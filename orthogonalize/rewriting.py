@@ -41,7 +41,11 @@ class Rewrite:
     def changed_files(self) -> set[str]:
         """The names of the weight files that are not the source's, byte for byte."""
         names, home = self.changes.names, self._home
-        return {name for name, file in self.source.files.items() if name == home or names & file.tensors.keys()}
+        return {
+            name
+            for name, file in self.source.files.items()
+            if name == home or file.renamed or names & file.tensors.keys()
+        }
 
     @property
     def _home(self) -> str | None:

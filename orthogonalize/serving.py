@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,17 +17,33 @@ from .baking import Bake, bake
 from .checkpoint import INDEX, RECIPE, Addition, Checkpoint, open_checkpoint
 from .errors import OrthogonalizeError
 from .recipe import load_recipe
+from .writing import Changes, write_weights
 
 Weights = Mapping[str, Callable[[], torch.Tensor]]
+
+
+def _as_planned(checkpoint: Path, source: Checkpoint) -> tuple[Checkpoint, dict[str, Any], Mapping[str, Addition]]:
+    """What the recipe of `checkpoint`, if there is one, makes of its base before any weight changes.
+
+    The base with its tensors under the names that they have in the checkpoint, the configuration, what is added.
+    """
+    if not (checkpoint / RECIPE).is_file():
+        return source, source.config, {}
+    plan = bake(source, load_recipe(checkpoint).intervention())
+    return plan.source, source.config | plan.config_changes, plan.additions
 
 
 def check_pair(checkpoint: Path, base: Path) -> None:
     """Refuse a checkpoint that lacks tensors of its base; engines load such ones in silence."""
     edited, source = open_checkpoint(checkpoint), open_checkpoint(base)
+    kind = source.config.get("model_type")
+    if kind != edited.config.get("model_type"):
+        source, config, _ = _as_planned(checkpoint, source)
+        kind = config.get("model_type")
     missing = sorted(source.tensors.keys() - edited.tensors.keys())
     if missing:
         raise OrthogonalizeError(f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all); it is incomplete")
-    if source.config.get("model_type") != edited.config.get("model_type"):
+    if kind != edited.config.get("model_type"):
         raise OrthogonalizeError(f"{checkpoint} and {base} are different kinds of model; give its own base")
     for name, info in source.tensors.items():
         if edited.tensors[name].shape != info.shape:
@@ -39,14 +56,10 @@ def base_weights(checkpoint: Path, base: Path) -> Weights | None:
     An edit may add tensors (a head of its own, biases). What they hold for the base (the embedding's
     copy, zeros) is known from the recipe.
     """
-    edited, source = open_checkpoint(checkpoint), open_checkpoint(base)
-    weights: dict[str, Callable[[], torch.Tensor]] = {name: partial(source.read, name) for name in source.tensors}
-    added = edited.tensors.keys() - source.tensors.keys()
-    config = source.config
-    if (checkpoint / RECIPE).is_file():
-        plan = bake(source, load_recipe(checkpoint).intervention())
-        config = config | plan.config_changes
-        weights |= {name: addition.make for name, addition in plan.additions.items() if name in added}
+    edited = open_checkpoint(checkpoint)
+    source, config, additions = _as_planned(checkpoint, open_checkpoint(base))
+    weights: dict[str, Callable[[], torch.Tensor]] = {name: addition.make for name, addition in additions.items()}
+    weights |= {name: partial(source.read, name) for name in source.tensors}
     same_dtypes = all(edited.tensors[n].dtype == info.dtype for n, info in source.tensors.items())
     return weights if weights.keys() == edited.tensors.keys() and config == edited.config and same_dtypes else None
 
@@ -56,13 +69,15 @@ def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
     """A folder that computes what `source` does and has every tensor and setting that any of `plans` adds.
 
     Biases are zeros and a head of its own is the embedding's copy, so that any of the edits can be swapped
-    into an engine started on it. The weights themselves are linked, not copied.
+    into an engine started on it. The weights themselves are linked; only files whose tensors go by other names
+    for an edit are copied.
 
     Raises:
         OrthogonalizeError: two edits need different settings.
     """
     additions: dict[str, Addition] = {}
     config = dict(source.config)
+    source = next((plan.source for plan in plans if plan.source.renamed), source)
     for plan in plans:
         additions |= plan.additions
         for key, value in plan.config_changes.items():
@@ -78,6 +93,10 @@ def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
         links = {file: f"weights-{number:05}.safetensors" for number, file in enumerate(source.files)}
         for file in (*source.files, *map(str, source.side_files())):
             link = folder / links.get(file, file)
+            if file in source.files and source.files[file].renamed:
+                write_weights(source, folder, Changes({}, {}), names=[file])
+                (folder / file).rename(link)
+                continue
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to((source.path / file).resolve())
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,15 +60,42 @@ class TensorInfo:
     def size(self) -> int:
         return self.end - self.start
 
+    def split(self, parts: Mapping[str, int]) -> dict[str, TensorInfo]:
+        """Its rows as several tensors: their names, and how many of them each has."""
+        row = self.size // self.shape[0]
+        ends = list(accumulate(parts.values(), initial=0))
+        return {
+            name: TensorInfo(
+                name, self.dtype, (rows, *self.shape[1:]), self.start + row * first, self.start + row * last
+            )
+            for (name, rows), (first, last) in zip(parts.items(), pairwise(ends), strict=True)
+        }
+
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header has been validated against the file's length."""
+    """A safetensors file whose header has been validated against the file's length.
+
+    `renamed` says that `tensors` are called, or cut, in another way than the file's own header has it.
+    """
 
     path: Path
     data_start: int
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
+    renamed: bool = False
+
+    def split(self, parts: Mapping[str, Mapping[str, int]]) -> TensorFile:
+        """The same file, in which each tensor of `parts` is several: their names, and how many rows each has.
+
+        Rows lie one after the other, so no byte of the data part moves.
+        """
+        if not parts.keys() & self.tensors.keys():
+            return self
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            tensors |= info.split(parts[name]) if name in parts else {name: info}
+        return replace(self, tensors=tensors, renamed=True)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, in its stored dtype, in memory of its own."""

@@ -116,13 +116,13 @@ def verify(
         raise OrthogonalizeError(f"{folder} has no recipe, so its base is not known; give --base")
     revision = recipe.base.revision if recipe and not base else None
     source = open_checkpoint(find_model(base or (recipe.base.model if recipe else ""), revision))
-    result = Verified(**vars(audit(edited, source)))
     if recipe is None:
-        return result
+        return Verified(**vars(audit(edited, source)))
     if source.fingerprint() != recipe.base.weights:
         raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
     plan = bake(source, recipe.intervention())
     plan.rounding = recipe.rounding
+    result = Verified(**vars(audit(edited, plan.source)))  # which may know tensors by other names than the base
     expected = plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys()
     changes = [*result.changed, *result.added, *result.missing]
     unexpected = sorted({*changes} - expected) + result.side_files

@@ -95,11 +95,11 @@ class FileWriter:
         return self.read_hash.hexdigest(), self.written_hash.hexdigest()
 
     def _begin(self) -> None:
-        """The header: as it was where nothing was added, else made anew."""
+        """The header: as it was where nothing was added or renamed, else made anew."""
         old = bytearray(self.file.data_start)
         self._fill(self.source, 0, memoryview(old))
         self.read_hash.update(old)
-        inherited = all(job.inherited for job in self.jobs)
+        inherited = not self.file.renamed and all(job.inherited for job in self.jobs)
         new = bytes(old) if inherited else header_bytes([job.info for job in self.jobs], self.file.metadata)
         self.written_hash.update(new)
         self.data_start = len(new)

@@ -124,7 +124,7 @@ def write_weights(
     def write_one(name: str) -> None:
         file = source.files[name]
         here = dict(changes.additions) if name == home else {}
-        if here or changes.names & file.tensors.keys():
+        if here or file.renamed or changes.names & file.tensors.keys():
             jobs = _jobs(source, file, changes, here)
             hashes = FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
         else:
@@ -169,8 +169,10 @@ def write_rest(
 
     What does not change is copied, or linked with `link`.
     """
-    if source.indexed and additions:
+    if source.indexed and (additions or source.renamed):
         index = read_json(source.path / INDEX)
+        if source.renamed:
+            index["weight_map"] = {tensor: name for name, file in source.files.items() for tensor in file.tensors}
         index["weight_map"].update(dict.fromkeys(additions, source.home(additions)))
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):

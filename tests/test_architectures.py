@@ -47,8 +47,7 @@ NATIVE, LLAMA, BACKEND, VALUE = "native bias", "as Llama", "Transformers backend
 WITH_BIASES = ["llama", "granite", "smollm3", "phi", "gpt2", "gpt_neox", "opt", "opt projected", "starcoder2"]
 ACTADD = {
     **dict.fromkeys([*WITH_BIASES, "gpt_oss", "mamba2"], NATIVE),
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
+    **dict.fromkeys(["mistral", "qwen2", "phi3"], LLAMA),
     "cohere": BACKEND,
     "cohere2": BACKEND,
     "stablelm parallel": VALUE,

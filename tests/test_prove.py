@@ -5,6 +5,8 @@ What is measured goes into docs/proof.json, from which the table in docs/archite
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from harness import BASIS, EXACT, LAYERS, Base, baked_logits, centred_basis, gap, oblique, relative
 from serving import BFLOAT16_ONLY, FAR, serve
@@ -19,7 +21,7 @@ from tiny_models import TINY
 
 from orthogonalize.baking import bake
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import Intervention, removal
+from orthogonalize.interventions import AffineMap, Intervention, removal
 from orthogonalize.scopes import map_sites, parse_scope, shift_sites
 
 pytestmark = [pytest.mark.prove, pytest.mark.usefixtures("one_thread")]
@@ -29,7 +31,7 @@ METHODS = {
     "ablate, strength 0.6": lambda basis: removal(basis[:1], 0.6),
     "nullspace": removal,
     "reflect": lambda basis: removal(basis, 2.0),
-    "leace": lambda _: oblique(1),
+    "oblique": lambda _: oblique(1),
 }
 SCOPES = ["all", "one", "top:50%", "layers:0,2-3", "upto:3", "from:0", "from:2", "from:4"]
 SHIFTS = ["layers:0", "one", "top:50%", "from:2"]
@@ -45,15 +47,26 @@ def edits(name: str) -> dict[str, Intervention]:
         for method, make in METHODS.items():
             shared = make(BASIS)
             result[f"{method}, {scope}"] = map_sites(parse_scope(scope), LAYERS, lambda _, m=shared: m, 2, RANKING)
+        if not scope.startswith("from"):  # which leace has not
+            result[f"leace, {scope}"] = map_sites(parse_scope(scope), LAYERS, eraser, 2, RANKING)
         own = [removal(centred_basis(2, 50 + stream)) for stream in range(LAYERS + 1)]
         result[f"per layer, {scope}"] = map_sites(parse_scope(scope), LAYERS, own.__getitem__, 2, RANKING)
     return result
+
+
+def eraser(stream: int) -> AffineMap:
+    """What LEACE does to a stream: an oblique removal that gives back what it takes from the mean."""
+    affine, mean = oblique(200 + stream), 4 * centred_basis(1, 300 + stream)[0]
+    return replace(affine, s=affine.u @ (affine.v.T @ mean))
 
 
 def refused(name: str, intervention: Intervention) -> bool:
     kinds = {site.kind for site in intervention.reads} | {site.kind for site in intervention.writes}
     if intervention.reads:
         return name in READ_REFUSED | NEVER_UNTIED
+    shifted = any(affine.shifts for affine in intervention.writes.values())
+    if shifted and (name not in ACTADD or ("embed" in kinds and name in EMBEDDING_REFUSED)):
+        return True
     return name in NEVER_UNTIED and "embed" in kinds
 
 

@@ -122,9 +122,25 @@ class Head(_Data):
 
 
 class AsLlama(_Data):
-    """When a family's model is a Llama in all but name: configuration keys that must be on, or off (or absent)."""
+    """When a family's model is a Llama in all but name.
 
-    requires: dict[str, bool] = {}
+    `requires` are configuration keys that must be on, or off (or absent), or have one of some values (or none).
+    `fused` are the weights of a block that Llama stores as several, stacked along their first axis in this order:
+    how it names each, and its share, a number or the configuration's key for one.
+    """
+
+    requires: dict[str, bool | list[str | float]] = {}
+    fused: dict[str, dict[str, int | str]] = {}
+
+    def hindrance(self, config: Mapping[str, Any]) -> str | None:
+        """What keeps a model from being a Llama, in words; None where nothing does."""
+        for key, wanted in self.requires.items():
+            value = setting(config, key)
+            if key == "sliding_window" and value and value >= setting(config, "max_position_embeddings", value + 1):
+                continue  # no text is so long that it closes
+            if bool(value) != wanted if isinstance(wanted, bool) else value not in (None, *wanted):
+                return f"{key} is {value}"
+        return None
 
 
 class Architecture(_Data):
