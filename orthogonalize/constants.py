@@ -70,25 +70,28 @@ def _scale(plan: Bake, part: Part) -> float:
 def _native_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     if part.bias is None or part.bias.served != "vllm":
         return ""
-    _write_bias(plan, site, part, part.bias, vector)
-    return None
+    return _write_bias(plan, site, part, part.bias, vector)
 
 
 def _backend_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     if part.bias is None or part.bias.served != "transformers":
         return ""
-    _write_bias(plan, site, part, part.bias, vector)
-    plan.serve_by_transformers()
-    return None
+    reason = _write_bias(plan, site, part, part.bias, vector)
+    if reason is None:
+        plan.serve_by_transformers()
+    return reason
 
 
-def _write_bias(plan: Bake, site: Site, part: Part, bias: Bias, vector: torch.Tensor) -> None:
+def _write_bias(plan: Bake, site: Site, part: Part, bias: Bias, vector: torch.Tensor) -> str | None:
     layer = int(site.layer or 0)
-    names = [bias_name(write.name) for write in plan.sites.writes(part, layer)]
+    names = [bias_name(write.name) for write in plan.sites.writes(part, layer, bias.on)]
+    if not names:
+        return f"layer {layer} has experts only, and these have none"
     if not all(plan.holds(name) for name in names):
-        _switch_on(plan, (*part.writes, *bias.zeros), bias.flags)
+        _switch_on(plan, (*(bias.on or part.writes), *bias.zeros), bias.flags)
     for name in names:
         plan.add_constant(name, site, vector)
+    return None
 
 
 def _switch_on(plan: Bake, weights: tuple[str, ...], flags: dict[str, Any]) -> None:

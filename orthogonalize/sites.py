@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -78,9 +78,10 @@ class Sites:
     def _located(self, named: Mapping[str, int], layer: int) -> list[Located]:
         return [Located(n, axis) for template, axis in named.items() for n in self._expanded(template, layer)]
 
-    def writes(self, part: Part, layer: int) -> list[Located]:
-        """The tensors by which `part` of block `layer` writes; none where the layer has no such part."""
-        return self._located(part.writes, layer)
+    def writes(self, part: Part, layer: int, among: Sequence[str] = ()) -> list[Located]:
+        """The tensors by which `part` of block `layer` writes (those that `among` names); none where it has no part."""
+        named = {name: axis for name, axis in part.writes.items() if not among or name in among}
+        return self._located(named, layer)
 
     def reads(self, part: Part, layer: int) -> list[Located]:
         """The tensors by which `part` of block `layer` reads."""

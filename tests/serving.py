@@ -43,8 +43,8 @@ SERVED: dict[str, dict[str, Any]] = {
     | {"conv_dim": 192, "conv_dim_out": 192, "block_dim": 192, "block_ff_dim": 200, "block_multiple_of": 1},
     "granitemoehybrid": {"spread": 0.1},
     "gpt2": {"spread": 0.2},
-    "deepseek_v2": LATENT,
-    "deepseek_v2 lite": LATENT,
+    "deepseek_v2": LATENT | QUIETER,
+    "deepseek_v2 lite": LATENT | QUIETER,
     "deepseek_v3": LATENT | QUIETER | {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     **dict.fromkeys(LINEAR, GATED_DELTA),
 }

@@ -69,12 +69,14 @@ POST_NORM = ["gemma2", "gemma3", "glm4", "olmo2", "olmo3", "exaone4"]
 
 
 @pytest.mark.parametrize("scope", ["writes", "reads"])
-@pytest.mark.parametrize("family", POST_NORM)
-def test_behind_a_post_norm_an_adapter_gives_the_logits_of_the_baked_checkpoint(bases, tmp_path, family, scope):
+@pytest.mark.parametrize("family", [*POST_NORM, "phi3", "gemma3 multimodal", "ministral3 multimodal"])
+def test_behind_a_post_norm_or_in_a_wrapper_an_adapter_gives_the_logits_of_the_baked_checkpoint(
+    bases, tmp_path, family, scope
+):
     from peft import PeftModel
 
     base = bases(family)
-    assert base.post_norm
+    assert base.post_norm == (family in [*POST_NORM, "gemma3 multimodal"])
     intervention = every_write(embed=False) if scope == "writes" else every_read(first=2)
     if scope == "reads" and base.checkpoint.config.get("tie_word_embeddings", True):
         with pytest.raises(OrthogonalizeError, match=r"cannot add .*lm_head\.weight.*layers"):
@@ -85,6 +87,12 @@ def test_behind_a_post_norm_an_adapter_gives_the_logits_of_the_baked_checkpoint(
     adapted = tiny_logits(PeftModel.from_pretrained(load_tiny(base.folder), adapter).eval())
     assert gap(baked, base.plain) > 1e-2
     assert gap(adapted, baked) <= 1e-4 * gap(baked, base.plain), "the factors are stored in float32"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
+def test_experts_which_peft_would_leave_out_in_silence_are_refused(bases, tmp_path, family):
+    with pytest.raises(OrthogonalizeError, match=r"experts.* is no linear layer of its own in transformers"):
+        write_adapter(bake(bases(family).checkpoint, every_write(embed=False)), tmp_path, "base")
 
 
 def test_what_an_adapter_cannot_hold_is_refused_with_the_reason(basis, tmp_path):

@@ -48,15 +48,14 @@ WITH_BIASES = ["llama", "granite", "smollm3", "phi", "gpt2", "gpt_neox", "opt", 
 ACTADD = {
     **dict.fromkeys([*WITH_BIASES, "gpt_oss", "mamba2"], NATIVE),
     **dict.fromkeys(["mistral", "qwen2", "phi3"], LLAMA),
-    "cohere": BACKEND,
-    "cohere2": BACKEND,
+    **dict.fromkeys(["cohere", "cohere2", "deepseek_v2", "deepseek_v2 lite"], BACKEND),
     "stablelm parallel": VALUE,
 }
 # What carries one at the output of an attention block.
 ACTADD_ATTENTION = {
     **ACTADD,
     **dict.fromkeys(["olmo", "granitemoehybrid", "falcon_h1", "lfm2"], NATIVE),
-    **dict.fromkeys(["qwen3", "qwen3_moe", "gemma"], BACKEND),
+    **dict.fromkeys(["qwen3", "qwen3_moe", "gemma", "deepseek_v3"], BACKEND),
     **dict.fromkeys(["stablelm", "qwen2_moe"], VALUE),
 }
 # Constants on the embedding: what comes from images has no bias there, or the embedding cannot be edited alone.

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from harness import BASIS, EXACT, LAYERS, Base, compare, every_read, every_write
+from harness import BASIS, EXACT, LAYERS, WIDTH, Base, compare, every_read, every_write, rewritten
 from tiny_models import TINY, load_tiny, store_tiny
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from orthogonalize import architectures
 from orthogonalize.architectures import Architecture, architecture_of, bias_name, parse
@@ -80,6 +80,60 @@ def test_experiments_find_what_the_file_of_every_family_says(name, tmp_path):
         assert findings[part] == said[part], part
     unused = {n for n in findings["inert"] if not n.endswith(".bias") and not (before and n.endswith(before))}
     assert unused <= said["inert"]
+
+
+PATCHES = {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+PIXELS = {"pixel_values": torch.randn(1, 3, 28, 28)}
+PICTURES = {
+    "gemma3 multimodal": PIXELS,
+    "ministral3 multimodal": PIXELS | {"image_sizes": torch.tensor([[28, 28]])},
+    "llama4 multimodal": PIXELS,
+    "qwen3_5 multimodal": PATCHES,
+    "qwen3_5_moe multimodal": PATCHES,
+}
+
+
+@torch.inference_mode()
+def seen(folder: Path, picture: dict[str, torch.Tensor], direction: torch.Tensor) -> float:
+    """How much of `direction` there is in what a picture adds to the stream."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    found = model.get_image_features(**picture)
+    features = found.pooler_output
+    if features is None:  # Llama 4 projects them later
+        features = model.multi_modal_projector(found.last_hidden_state.flatten(0, -2))
+    rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in ([features] if torch.is_tensor(features) else features)])
+    return ((rows @ direction).abs() / rows.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_experiments_find_what_images_pass_last_as_the_file_of_every_wrapper_says(name, tmp_path):
+    source = store_tiny(name, tmp_path / "model", torch.float32)
+    checkpoint = open_checkpoint(source)
+    sites = Sites(architecture_of(checkpoint.config), checkpoint.config, checkpoint.tensors)
+    described = {(n, e.axis) for e, n in sites.embedded() if e.image}
+    described |= {(bias_name(n), 0) for n, _ in described if bias_name(n) in checkpoint.tensors}
+    candidates = [
+        (n, axis)
+        for n, info in checkpoint.tensors.items()
+        if not n.startswith(sites.decoder) and n != sites.head
+        for axis, size in enumerate(info.shape)
+        if size == WIDTH
+    ]
+    direction = BASIS[0].float()
+
+    def seen_without(number: int, axes: list[tuple[str, int]]) -> float:
+        def change(tensors):
+            for n, axis in axes:
+                rows = tensors[n].movedim(axis, -1)
+                tensors[n] = (rows - (rows @ direction).unsqueeze(-1) * direction).movedim(-1, axis)
+            return tensors
+
+        return seen(rewritten(source, tmp_path / str(number), change), PICTURES[name], direction)
+
+    assert seen_without(0, candidates) < 1e-5
+    left_out = [seen_without(1 + i, [c for c in candidates if c != one]) for i, one in enumerate(candidates)]
+    assert {one for one, left in zip(candidates, left_out, strict=True) if left > 1e-3} == described
+    assert described
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,10 @@ def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return result
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "qwen3_5_moe"])
+FUSED = ["qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next", "deepseek_v2", "deepseek_v3"]
+
+
+@pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("scope", ["all", "from:1"])
 def test_fused_and_single_experts_of_one_model_are_edited_alike_and_stay_as_they_were(name, scope, bases, tmp_path):
     base = bases(name)

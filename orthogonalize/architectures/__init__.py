@@ -48,12 +48,13 @@ class Bias(_Data):
     """A bias on the outputs of a block: what switches it on, and who reads it.
 
     `flags` are configuration values that create it (none: it is always there) and `zeros` the
-    weights whose biases they create beside it. `served` names the implementation that reads it:
-    vLLM's own, or only the Transformers backend in vLLM.
+    weights whose biases they create beside it. `on` are the writes that have one, where not all of them
+    do. `served` names the implementation that reads it: vLLM's own, or only the Transformers backend in vLLM.
     """
 
     flags: dict[str, bool] = {}
     zeros: tuple[str, ...] = ()
+    on: tuple[str, ...] = ()
     served: Literal["vllm", "transformers"] = "vllm"
 
 
