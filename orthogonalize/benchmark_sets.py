@@ -105,10 +105,8 @@ def local_file(source: BenchmarkSet, data: Path) -> Path:
 
 def _lines(file: Path) -> Iterator[Any]:
     if file.name.endswith(".zst"):
-        try:
-            import zstandard
-        except ImportError as error:
-            raise OrthogonalizeError(f"{file} needs the package zstandard; decompress it, or install that") from error
+        import zstandard
+
         with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
             yield from (json.loads(line) for line in io.TextIOWrapper(stream, "utf-8") if line.strip())
     else:

@@ -12,7 +12,8 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs
 
 COMMIT = "0" * 40
 
@@ -27,6 +28,7 @@ class Repository:
 class HubState:
     token: str
     repositories: dict[str, Repository] = field(default_factory=dict)
+    datasets: dict[str, dict[str, bytes]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
@@ -36,6 +38,18 @@ def etag(path: str, content: bytes) -> str:
     if path.endswith(".safetensors") or len(content) > 10 * 2**20:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def entries(files: dict[str, bytes], wanted: list[str] | None, below: str) -> list[dict]:
+    """What the Hub says of files and folders: of those `wanted`, or of all directly `below` a folder."""
+    folders = {str(parent) for file in files for parent in PurePosixPath(file).parents} - {"."}
+    known = [
+        {"type": "file", "path": file, "size": len(content), "oid": etag(file, content)}
+        for file, content in files.items()
+    ] + [{"type": "directory", "path": folder, "oid": "0" * 40} for folder in sorted(folders)]
+    if wanted is not None:
+        return [entry for entry in known if entry["path"] in wanted]
+    return [entry for entry in known if str(PurePosixPath(entry["path"]).parent) == (below or ".")]
 
 
 def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
@@ -55,17 +69,18 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                 return data
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-        def reply(self, value, status: int = 200) -> None:
+        def reply(self, value, status: int = 200, code: str = "RepoNotFound") -> None:
             data = json.dumps(value).encode()
             self.send_response(status)
             if status >= 400:
                 self.send_header("X-Error-Message", value["error"])
                 if status == 404:
-                    self.send_header("X-Error-Code", "RepoNotFound")
+                    self.send_header("X-Error-Code", code)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
-            self.wfile.write(data)
+            if self.command != "HEAD":
+                self.wfile.write(data)
 
         def handle_any(self) -> None:
             path = self.path.split("?")[0]
@@ -81,6 +96,8 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
         do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
 
         def route(self, path: str, data: bytes) -> None:
+            if path.startswith(("/datasets/", "/api/datasets/")):
+                return self.dataset(path, data)
             if path == "/api/repos/create":
                 wanted = json.loads(data)
                 name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
@@ -102,8 +119,29 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                 return self.reply({"error": "Repository not found"}, 404)
             return self.repository(found[1], found[2] or "", data)
 
+        def dataset(self, path: str, data: bytes) -> None:
+            """What the Hub answers of a dataset: its files, what is known of some of them, and their content."""
+            asked = re.fullmatch(r"/api/datasets/([\w.-]+/[\w.-]+)(?:/(\w[\w-]*)/[\w.-]+)?(?:/(.*))?", path)
+            content = re.fullmatch(r"/datasets/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path)
+            name = (asked or content or [None, None])[1]
+            if name not in state.datasets:
+                return self.reply({"error": "Repository not found"}, 404)
+            files = state.datasets[name]
+            if content:
+                if content[2] not in files:
+                    return self.reply({"error": "Entry not found"}, 404, code="EntryNotFound")
+                return self.send_file(content[2], files[content[2]])
+            if asked[2] in ("tree", "paths-info"):
+                wanted = parse_qs(data.decode()).get("paths", []) if asked[2] == "paths-info" else None
+                return self.reply(entries(files, wanted, asked[3] or ""))
+            siblings = [{"rfilename": file} for file in files]
+            return self.reply({"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
+
         def send_file(self, path: str, content: bytes) -> None:
-            self.send_response(200)
+            part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+            if part:
+                content = content[int(part[1]) : int(part[2]) + 1]
+            self.send_response(206 if part else 200)
             self.send_header("Content-Length", str(len(content)))
             self.send_header("ETag", f'"{etag(path, content)}"')
             self.send_header("X-Repo-Commit", COMMIT)
@@ -165,6 +203,7 @@ class Hub:
     def __init__(self, token: str) -> None:
         self.state = HubState(token)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self.state))
+        self.server.handle_error = lambda *_: None  # who has read enough hangs up
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> Hub:
@@ -177,12 +216,17 @@ class Hub:
 
 
 def command(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command against the server, in a process of its own: huggingface_hub reads its endpoint when imported."""
+    """Run a command against the server (see `python`)."""
+    return python(hub, "-m", "orthogonalize", *words, token=token, home=home)
+
+
+def python(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python against the server, in a process of its own: huggingface_hub reads its endpoint when imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     if token:
         environment["HF_TOKEN"] = token
     return subprocess.run(
-        [sys.executable, "-m", "orthogonalize", *map(str, words)],
+        [sys.executable, *map(str, words)],
         capture_output=True, text=True, env=environment, timeout=120, check=False,
     )  # fmt: skip

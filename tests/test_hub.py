@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
+import zstandard
 from conftest import WIDTH, store, tiny_llama
-from hub_server import Hub, Repository, command
+from hub_server import Hub, Repository, command, python
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
+from orthogonalize.benchmark_sets import MMLU, rows
 from orthogonalize.editing import edit
+from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.recipe import load_recipe
 from orthogonalize.report import Loss, Losses, Measures, Paired, Rate, Refusals, Report
 
@@ -149,3 +156,76 @@ def test_a_model_named_by_its_hub_id_is_downloaded_edited_and_named_on_the_card(
     assert missing.returncode == 1
     assert "no such model: 'some/other'" in missing.stderr
     assert len(missing.stderr.strip().splitlines()) == 1
+
+
+def parquet(rows: list[dict]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+READ = """
+import json, sys
+from orthogonalize.benchmark_sets import ALPACA, MMLU, PILE, rows
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.prompts import load_prompts
+print(json.dumps([rows(MMLU, None), rows(PILE, None, 3), [p.text for p in load_prompts("some/prompts", "positive")]]))
+for absent in (ALPACA,):
+    try:
+        rows(absent, None)
+    except OrthogonalizeError as error:
+        print(error)
+"""
+
+
+def test_public_sets_are_read_from_the_hub_as_they_are_stored_there(tmp_path):
+    """Shards of a named configuration, and compressed lines of which only the first are wanted."""
+    questions = [
+        {"question": f"what is {i}", "subject": "sums", "choices": ["a", "b", "c", "d"], "answer": i % 4}
+        for i in range(7)
+    ]
+    texts = [{"text": f"text {i}"} for i in range(5)]
+    card = "---\nconfigs:\n- config_name: all\n  data_files:\n  - split: test\n    path: all/test-*\n---\n"
+    lines = "".join(json.dumps(row) + "\n" for row in texts).encode()
+    with Hub(TOKEN) as hub:
+        hub.state.datasets = {
+            "cais/mmlu": {
+                "README.md": card.encode(),
+                "all/test-00000-of-00002.parquet": parquet(questions[:4]),
+                "all/test-00001-of-00002.parquet": parquet(questions[4:]),
+            },
+            "monology/pile-uncopyrighted": {"test.jsonl.zst": zstandard.compress(lines)},
+            "some/prompts": {"train.jsonl": json.dumps({"instruction": "say hello"}).encode() + b"\n"},
+        }
+        done = python(hub, "-c", READ, token=TOKEN, home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    read, refused = done.stdout.splitlines()
+    assert json.loads(read) == [questions, texts[:3], ["say hello"]]
+    assert "tatsu-lab/alpaca train cannot be read" in refused
+
+
+def test_a_local_copy_may_be_in_shards_compressed_or_a_list_and_says_the_same(tmp_path):
+    questions = [
+        {"question": f"what is {i}", "subject": "sums", "choices": ["a", "b"], "answer": i % 2} for i in range(5)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in questions).encode()
+    copies = {
+        "shards": {
+            "all/test-00000-of-00002.parquet": parquet(questions[:2]),
+            "all/test-00001-of-00002.parquet": parquet(questions[2:]),
+        },
+        "below data": {"data/test-00000-of-00001.parquet": parquet(questions)},
+        "compressed": {"all/test.jsonl.zst": zstandard.compress(lines)},
+        "lines": {"all/test.jsonl": lines},
+        "list": {"test.json": json.dumps(questions).encode()},
+    }
+    for name, files in copies.items():
+        for file, content in files.items():
+            place = tmp_path / name / "cais/mmlu" / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+        assert rows(MMLU, tmp_path / name) == questions, name
+    cut = tmp_path / "compressed" / "cais/mmlu/all/test.jsonl.zst"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    with pytest.raises(OrthogonalizeError, match=r"test\.jsonl\.zst .*fetch it again"):
+        rows(MMLU, tmp_path / "compressed")

@@ -312,6 +312,23 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(model, run, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_memory_that_runs_out_is_one_line_in_every_command(model, run, tmp_path, monkeypatch):
+    def full(*_args, **_options):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr("orthogonalize.editing._write", full)
+    status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
+    assert status == 1
+    assert "memory ran out: DefaultCPUAllocator" in said
+    assert "nothing half-finished was left" in said
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("orthogonalize.editing._write", lambda *_: [][1])
+    assert isinstance(
+        CliRunner().invoke(main, ["edit", str(model), "--out", str(tmp_path / "out"), "--run", str(run)]).exception,
+        IndexError,
+    )
+
+
 def test_verify_notices_a_flag_that_would_silence_the_edit(run, model, tmp_path):
     edit(str(model), tmp_path / "edited", run=run, method="actadd")
     file = tmp_path / "edited" / "config.json"
