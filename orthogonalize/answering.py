@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .engines import Engine
+from .engines import Respondent
 from .measures import Series, shares
 from .refusals import refused
 from .suites import Memory
@@ -52,7 +52,7 @@ class Answering:
         """Tokens of the longest prompt with its answer."""
         return max(len(item.ids) for each in self.sets for item in each.items) + self.new_tokens
 
-    def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """Answer all sets in one batch; the ids are left in `memory`."""
         rows = [item.ids for each in self.sets for item in each.items]
         flat = engine.answers(rows, self.new_tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .engines import Engine
+from .engines import Respondent
 from .likelihoods import Likeliest
 from .measures import Series
 from .suites import Memory
@@ -43,7 +43,7 @@ class Divergences:
     longest: int
     name: str = "kl"
 
-    def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """The base leaves its distributions in `memory`; those measured later are compared with them."""
         completions = [answer[:ALONG] for answer in memory.own]
         found = engine.likeliest(memory.own_prompts, completions)

@@ -54,11 +54,8 @@ class EngineOptions:
 ONE_DEVICE = EngineOptions()
 
 
-class Engine(Protocol):
+class Respondent(Protocol):
     """What measuring asks of an engine. Prompts and completions are token ids."""
-
-    def __enter__(self) -> Self: ...
-    def __exit__(self, *exc: object) -> None: ...
 
     def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
         """Greedy completions, without the stop token."""
@@ -74,6 +71,13 @@ class Engine(Protocol):
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         """The `LIKELIEST` likeliest tokens at every position of each completion."""
+
+
+class Engine(Respondent, Protocol):
+    """A model that runs, and whose weights can be replaced."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
 
     def load(self, weights: Mapping[str, Callable[[], torch.Tensor]]) -> None:
         """Replace checkpoint tensors in place; cached prefixes are forgotten."""

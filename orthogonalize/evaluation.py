@@ -20,6 +20,7 @@ from .launch import open_engine
 from .models import find_model, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan
+from .portions import Portions
 from .recipe import load_recipe
 from .refusals import refused
 from .report import Answer, Measures, Report, Verdict, compare_all
@@ -71,10 +72,12 @@ def ask_judges(
         places = [(label, each, i) for label in models for each in plan.sets for i in range(len(each.items))]
         texts = [(plan_item.items[i].text, models[label].answers[plan_item.name][i]) for label, plan_item, i in places]
 
-        def ask(ready: ReadyJudge = ready, texts: list[tuple[str, str]] = texts) -> list[Opinion]:
-            return ready.opinions(texts, engine, options)
+        step = f"judge/{ready.judge.name}={ready.model}"
 
-        found = journal.step(f"judge/{ready.judge.name}={ready.model}", ask)
+        def ask(ready: ReadyJudge = ready, texts: list[tuple[str, str]] = texts, step: str = step) -> list[Opinion]:
+            return ready.opinions(texts, engine, options, lambda running: Portions(running, journal, step))
+
+        found = journal.step(step, ask)
         for (label, each, _), opinion in zip(places, found, strict=True):
             result[label].setdefault(ready.judge.name, {}).setdefault(each.name, []).append(Opinion(*opinion))
     return result

@@ -48,9 +48,14 @@ class Journal:
         return done
 
     def step(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of step `name`: as it was stored, or made by `work` (plain JSON values) and stored."""
+        """The result of step `name`: as it was stored, or made by `work` (plain JSON values) and stored.
+
+        Steps that `work` itself takes are called `name/...`; they are forgotten when the whole is done.
+        """
         if name not in self.done:
-            self._store(name, work())
+            result = work()
+            self.done = {done: of for done, of in self.done.items() if not done.startswith(f"{name}/")}
+            self._store(name, result)
         return self.done[name]
 
     def _store(self, name: str, result: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
-from .engines import Engine
+from .engines import Respondent
 from .errors import OrthogonalizeError
 
 SHORT = 15  # words; eliroc98/refusal_direction counts shorter answers as safe for Llama Guard
@@ -42,7 +42,7 @@ class Judge(Protocol):
     def new_tokens(self) -> int:
         """The most tokens of a reply."""
 
-    def opinions(self, engine: Engine, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Opinion]:
+    def opinions(self, engine: Respondent, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Opinion]:
         """The opinion on each (prompt, response)."""
 
     def encode(self, tokenizer: Any, prompt: str, response: str) -> list[int]:
@@ -96,7 +96,7 @@ class WritingJudge:
             return _chat_ids(tokenizer, self.name, messages, add_generation_prompt=True)
         return list(tokenizer(_filled(_template(self.form), prompt, response))["input_ids"])
 
-    def opinions(self, engine: Engine, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Opinion]:
+    def opinions(self, engine: Respondent, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Opinion]:
         rows = [self.encode(tokenizer, prompt, response) for prompt, response in pairs]
         replies = engine.answers(rows, self.new_tokens)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in replies]
@@ -122,7 +122,7 @@ class WeighingJudge:
             tokenizer, self.name, messages, guideline=_template(self.guideline), add_generation_prompt=True
         )
 
-    def opinions(self, engine: Engine, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Opinion]:
+    def opinions(self, engine: Respondent, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Opinion]:
         words = [tokenizer.encode(word, add_special_tokens=False) for word in ("Yes", "No")]
         if any(len(ids) != 1 for ids in words):
             raise OrthogonalizeError(f"the model for judge {self.name} has no single tokens Yes and No")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .engines import ONE_DEVICE, EngineName, EngineOptions, check_installed
+from .engines import ONE_DEVICE, EngineName, EngineOptions, Respondent, check_installed
 from .errors import OrthogonalizeError
 from .judges import Judge, Opinion, find_judge
 from .launch import open_engine
@@ -28,11 +28,17 @@ class ReadyJudge:
     folder: Path
     tokenizer: Any
 
-    def opinions(self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions) -> list[Opinion]:
-        """Start the judge's model and ask it about every (prompt, response)."""
+    def opinions(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        engine: EngineName,
+        options: EngineOptions,
+        through: Callable[[Respondent], Respondent] = lambda running: running,
+    ) -> list[Opinion]:
+        """Start the judge's model and ask it, `through` what may keep its replies, about every (prompt, response)."""
         longest = max(len(self.judge.encode(self.tokenizer, *pair)) for pair in pairs)
         with open_engine(engine, self.folder, self.tokenizer, longest + self.judge.new_tokens + 1, options) as running:
-            return self.judge.opinions(running, self.tokenizer, pairs)
+            return self.judge.opinions(through(running), self.tokenizer, pairs)
 
 
 def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from .benchmark_sets import ALPACA, PILE, rows
 from .chat import ChatFormat
-from .engines import Engine, Ids
+from .engines import Ids, Respondent
 from .errors import OrthogonalizeError
 from .measures import Series
 from .suites import Memory
@@ -17,7 +17,7 @@ from .suites import Memory
 TEXT_TOKENS = 256  # a text, as in eliroc98/refusal_direction
 
 
-def series(engine: Engine, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Series:
+def series(engine: Respondent, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Series:
     """Summed cross-entropy of each completion after its prompt."""
     scores = engine.scores(prompts, completions)
     return Series(kind="loss", values=[-s.logprob for s in scores], tokens=[len(c) for c in completions])
@@ -30,7 +30,7 @@ class OwnLosses:
     longest: int
     name: str = "loss"
 
-    def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """The answers come from `memory`."""
         return {"loss.own_completions": series(engine, memory.own_prompts, memory.own)}
 
@@ -47,7 +47,7 @@ class TextLosses:
     def longest(self) -> int:
         return max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
 
-    def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """`memory` is not needed: the texts are nobody's own."""
         return {f"loss.{self.name}": series(engine, self.prompts, self.completions)}
 

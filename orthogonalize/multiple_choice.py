@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .benchmark_sets import ARC, ARC_SHOTS, MMLU, MMLU_SHOTS, TRUTHFULQA, rows
-from .engines import Engine
+from .engines import Respondent
 from .errors import OrthogonalizeError
 from .measures import Series, shares
 from .suites import Memory
@@ -70,12 +70,12 @@ class MultipleChoice:
             len(context) + max(map(len, choices)) for context, choices in zip(self.contexts, self.choices, strict=True)
         )
 
-    def predictions(self, engine: Engine) -> list[int]:
+    def predictions(self, engine: Respondent) -> list[int]:
         """The index of the likeliest choice of every question."""
         scores = engine.choices(self.contexts, self.choices)
         return [max(range(len(row)), key=row.__getitem__) for row in scores]
 
-    def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """The share of right answers, by category; `memory` is not needed."""
         flags = [p == r for p, r in zip(self.predictions(engine), self.right, strict=True)]
         return {f"choices.{self.name}": shares(flags, self.categories)}

@@ -19,6 +19,7 @@ from .journal import Journal
 from .losses import OwnLosses, alpaca_losses, pile_losses
 from .measures import Record, Series
 from .multiple_choice import SETS, MultipleChoice
+from .portions import Portions
 from .run import Run
 from .suites import Memory, Suite
 from .tasks import PREFIX, harness_tasks
@@ -77,7 +78,7 @@ class Plan:
 
             def work(suite: Suite = suite) -> dict[str, Any]:
                 assert engine is not None
-                series = suite.measure(engine, memory)
+                series = suite.measure(Portions(engine, journal, f"{label}/{suite.name}"), memory)
                 made: dict[str, Any] = {"series": {key: s.model_dump() for key, s in series.items()}}
                 if suite is self.answering:
                     made["answers"] = dict(memory.answers)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from .engines import Engine
+from .engines import Respondent
 from .errors import OrthogonalizeError
 from .likelihoods import Likeliest
 from .measures import Series
@@ -51,5 +51,5 @@ class Suite(Protocol):
     def longest(self) -> int:
         """The most tokens that it sends in one request."""
 
-    def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """Series by the dotted key under which the report stores them."""

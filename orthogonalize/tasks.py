@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .engines import Engine
+from .engines import Respondent
 from .errors import OrthogonalizeError
 from .measures import Series
 from .models import first_line
@@ -23,7 +23,7 @@ PREFIX = "lm_eval:"
 NEW_TOKENS = 256  # of a generated answer, where a task names no number
 
 
-def harness_model(engine: Engine, tokenizer: Any, max_length: int) -> TemplateLM:
+def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> TemplateLM:
     """`engine` as lm-eval's LM. Contexts beyond `max_length` tokens lose their beginning, as in its own."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -111,7 +111,7 @@ class HarnessTask:
     def longest(self) -> int:
         return self.max_length
 
-    def measure(self, engine: Engine, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """Run the task in `engine`; `memory` is not needed."""
         from lm_eval import simple_evaluate
 

@@ -272,6 +272,50 @@ def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, d
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
+def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
+    model, edited, run, data, tmp_path, monkeypatch
+):
+    settings = {"suites": ["refusal", "pile", "mmlu"], "engine": "hf", "max_new_tokens": 4, "data": data}
+    whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
+    monkeypatch.setattr("orthogonalize.portions.PORTION", 3)
+    asked: list[tuple[str, str, int]] = []
+    deaths = {("edited", "answers"), ("model", "scores"), ("edited", "choices")}
+
+    def mortal(kind):
+        method = getattr(TransformersEngine, kind)
+
+        def ask(self, prompts, *more):
+            asked.append((self.folder.name, kind, len(prompts)))
+            portions = [one for one in asked if one[:2] == (self.folder.name, kind)]
+            if len(portions) == 2 and (self.folder.name, kind) in deaths:
+                deaths.remove((self.folder.name, kind))
+                raise OrthogonalizeError("the engine died")
+            return method(self, prompts, *more)
+
+        return ask
+
+    for kind in ("answers", "scores", "choices"):
+        monkeypatch.setattr(TransformersEngine, kind, mortal(kind))
+    for _ in range(3):
+        with pytest.raises(OrthogonalizeError, match=r"died; what was measured is kept"):
+            evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    resumed = evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert resumed.model_dump() == whole.model_dump()
+    assert max(size for _, _, size in asked) == 3
+    first = [size for name, kind, size in asked if (name, kind) == ("edited", "answers")]
+    items = whole.edited.refusal.target.n + whole.edited.refusal.harmless.n
+    assert sum(first) == items + 3  # of all answers one portion, that which was lost, was asked for twice
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_the_portions_of_a_suite_are_forgotten_when_it_is_done(tmp_path):
+    from orthogonalize.journal import Journal
+
+    journal = Journal(tmp_path / "out", "one")
+    journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
+    assert Journal(tmp_path / "out", "one").done == {"base/mmlu": [1, 2]}
+
+
 def test_a_journal_of_other_settings_or_a_cut_line_is_not_taken(tmp_path):
     from orthogonalize.journal import Journal
 

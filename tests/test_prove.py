@@ -16,6 +16,7 @@ from test_architectures import (
     EMBEDDING_REFUSED,
     NEVER_UNTIED,
     READ_REFUSED,
+    VALUE,
 )
 from tiny_models import TINY
 
@@ -65,7 +66,9 @@ def refused(name: str, intervention: Intervention) -> bool:
     if intervention.reads:
         return name in READ_REFUSED | NEVER_UNTIED
     shifted = any(affine.shifts for affine in intervention.writes.values())
-    if shifted and (name not in ACTADD or ("embed" in kinds and name in EMBEDDING_REFUSED)):
+    # A value's bias passes through the attention's own output, out of which the edit takes what it would give back.
+    without = name not in ACTADD or ACTADD[name] == VALUE
+    if shifted and (without or ("embed" in kinds and name in EMBEDDING_REFUSED)):
         return True
     return name in NEVER_UNTIED and "embed" in kinds
 

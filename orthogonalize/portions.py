@@ -1,0 +1,47 @@
+"""A long suite in portions, each kept when done: who is killed in the middle of 14,000 questions goes on there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from .engines import Ids, Respondent
+from .journal import Journal
+from .likelihoods import Completion, Likeliest
+
+PORTION = 1024  # prompts asked together: enough to keep an engine busy
+
+
+class Portions:
+    """What `engine` says, asked in portions that `journal` keeps below `step` until that itself is done."""
+
+    def __init__(self, engine: Respondent, journal: Journal, step: str) -> None:
+        self.engine, self.journal, self.step, self.size = engine, journal, step, PORTION
+        self.calls = 0
+
+    def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
+        return self._asked(len(prompts), lambda part: self.engine.answers(prompts[part], max_new_tokens))
+
+    def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
+        def ask(part: slice) -> list[Any]:
+            return [[c.logprob, c.greedy] for c in self.engine.scores(prompts[part], completions[part])]
+
+        return [Completion(*row) for row in self._asked(len(prompts), ask)]
+
+    def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        return self._asked(len(contexts), lambda part: self.engine.choices(contexts[part], choices[part]))
+
+    def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
+        """Whole: there are few of these, and their distributions would fill the journal."""
+        return self.engine.likeliest(prompts, completions)
+
+    def _asked(self, count: int, ask: Callable[[slice], list[Any]]) -> list[Any]:
+        self.calls += 1
+        if count <= self.size:
+            return ask(slice(None))
+        found: list[Any] = []
+        for first in range(0, count, self.size):
+            work = partial(ask, slice(first, first + self.size))
+            found += self.journal.step(f"{self.step}/{self.calls}/{first}", work)
+        return found
