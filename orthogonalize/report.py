@@ -66,7 +66,7 @@ class Measures(Record):
     loss: Losses | None = None
     kl: Divergences | None = None
     choices: dict[str, Rate] = Field(default_factory=dict)
-    tasks: dict[str, dict[str, Score | Rate]] = Field(default_factory=dict)
+    tasks: dict[str, dict[str, Score | Rate | Loss]] = Field(default_factory=dict)
 
     @classmethod
     def of(cls, series: Mapping[str, Series]) -> Measures:

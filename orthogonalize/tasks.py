@@ -132,11 +132,10 @@ class HarnessTask:
         for task, samples in (found or {}).get("samples", {}).items():
             metrics = sorted({m for sample in samples for m in sample["metrics"]})
             for metric in metrics:
-                values = [_number(sample.get(metric)) for sample in sorted(samples, key=lambda s: s["doc_id"])]
-                if all(v is not None for v in values):
-                    kind: Any = "share" if set(values) <= {0.0, 1.0} else "score"
-                    key = f"tasks.{task.replace('.', '_')}.{metric.replace('.', '_')}"
-                    result[key] = Series(kind=kind, values=values)
+                values = [sample.get(metric) for sample in sorted(samples, key=lambda s: s["doc_id"])]
+                series = _series(metric, values)
+                if series is not None:
+                    result[f"tasks.{task.replace('.', '_')}.{metric.replace('.', '_')}"] = series
         if not result:
             raise OrthogonalizeError(f"lm-eval's {self.task} gives no number for single items, so none to compare")
         return result
@@ -161,6 +160,25 @@ def harness_tasks(
         if name not in known.all_tasks:
             raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
     return [HarnessTask(name, tokenizer, max_length, known, limit) for name in names]
+
+
+def _series(metric: str, values: Sequence[Any]) -> Series | None:
+    """A metric of a task, item by item; None where it is no number, or says the same as another.
+
+    Perplexities are log-probabilities by item, of a text with the count of its words or bytes beside them:
+    losses a word, a byte, or an item.
+    """
+    if metric == "bits_per_byte":  # the logarithm of byte_perplexity
+        return None
+    pairs = [v if isinstance(v, list | tuple) and len(v) == 2 else (v, 1) for v in values]
+    numbers, weights = [_number(v) for v, _ in pairs], [_number(w) for _, w in pairs]
+    if any(v is None for v in (*numbers, *weights)):
+        return None
+    if metric.endswith("perplexity"):
+        return Series(kind="loss", values=[-v for v in numbers if v is not None], tokens=[int(w or 0) for w in weights])
+    if any(isinstance(v, list | tuple) for v in values):
+        return None
+    return Series(kind="share" if set(numbers) <= {0.0, 1.0} else "score", values=numbers)
 
 
 def _number(value: Any) -> float | None:

@@ -88,6 +88,28 @@ def harness_task(root: Path, rows: list[dict]) -> None:
     )
 
 
+def language_tasks(root: Path, rows: list[dict]) -> None:
+    """Tasks of lm-eval's other kinds over a local file: free answers, a whole text, the last word of one."""
+    file = write(root / "made-up", rows, "texts")
+    data = f"dataset_path: json\ntest_split: test\ndataset_kwargs:\n  data_files:\n    test: {file}\n"
+    (root / "reply.yaml").write_text(
+        f'task: reply\noutput_type: generate_until\n{data}doc_to_text: "{{{{text}}}}"\ndoc_to_target: "{{{{reply}}}}"\n'
+        'generation_kwargs:\n  until: [" a"]\n  max_gen_toks: 6\n  do_sample: false\n'
+        "metric_list:\n  - metric: exact_match\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+    metrics = "".join(f"  - metric: {name}\n" for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"))
+    (root / "reading.yaml").write_text(
+        f'task: reading\noutput_type: loglikelihood_rolling\n{data}doc_to_text: ""\ndoc_to_target: "{{{{text}}}}"\n'
+        f"metric_list:\n{metrics}"
+    )
+    (root / "ending.yaml").write_text(
+        "task: ending\noutput_type: loglikelihood\n"
+        f'{data}doc_to_text: "{{{{text}}}}"\ndoc_to_target: " {{{{reply}}}}"\n'
+        "metric_list:\n  - metric: perplexity\n    aggregation: perplexity\n    higher_is_better: false\n"
+        "  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n"
+    )
+
+
 def all_sets(root: Path) -> Path:
     """A `--data` folder with every set that the tests use."""
     sentences = [f"how do i {v} a {t} today" for v in VERBS for t in THINGS]

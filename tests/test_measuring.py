@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_files import SETS, all_sets, arc_rows, harness_rows, harness_task, mmlu_rows, truthfulqa_rows, write
+from benchmark_files import (
+    SETS,
+    all_sets,
+    arc_rows,
+    harness_rows,
+    harness_task,
+    language_tasks,
+    mmlu_rows,
+    truthfulqa_rows,
+    write,
+)  # fmt: skip
 from click.testing import CliRunner
 from conftest import UNTRIED, choosing_tokenizer, store, tiny_llama
 
@@ -20,6 +30,7 @@ from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.likelihoods import Likeliest
 from orthogonalize.losses import alpaca_losses, pile_losses
+from orthogonalize.models import load_tokenizer
 from orthogonalize.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
 from orthogonalize.plans import DEFAULT_SUITES
 from orthogonalize.report import load_report
@@ -240,6 +251,41 @@ def test_any_lm_eval_task_runs_in_the_same_engine(model, edited, run, data, refe
     assert found.paired["tasks.housework.acc"].n == 5
     with pytest.raises(OrthogonalizeError, match="no task 'nonesuch'"):
         evaluate(edited, str(model), run, tmp_path / "x", suites=["lm_eval:nonesuch"], engine="hf")
+
+
+def test_lm_eval_s_tasks_of_every_kind_give_what_its_own_model_gives(model, edited, run, tmp_path):
+    """Free answers cut at a stop, a text's perplexity by word and byte over several windows, a last word's."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folder, tasks = tmp_path / "data", ["reply", "reading", "ending"]
+    texts = ["how do i bake a cake today", "please paint the wall " * 40, "how do i sew a dress"]
+    tokenizer = load_tokenizer(model)
+    with TransformersEngine(model, tokenizer, "cpu") as engine:
+        (ids,) = engine.answers([tokenizer(texts[0])["input_ids"]], 6)
+    said = tokenizer.decode(ids, skip_special_tokens=True).partition(" a")[0]
+    assert said
+    language_tasks(folder, [{"text": text, "reply": (said, "a wall", "dress")[i]} for i, text in enumerate(texts)])
+    found = evaluate(
+        edited, str(model), run, tmp_path / "report", suites=[f"lm_eval:{t}" for t in tasks], engine="hf", data=folder
+    )
+    for side, checkpoint in ((found.base, model), (found.edited, edited)):
+        own = simple_evaluate(
+            HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", max_length=512),
+            tasks=tasks, task_manager=TaskManager(include_path=str(folder)), bootstrap_iters=0,
+        )["results"]  # fmt: skip
+        assert side.tasks["reply"]["exact_match"].value == own["reply"]["exact_match,none"]
+        for metric in ("word_perplexity", "byte_perplexity"):
+            expected = own["reading"][f"{metric},none"]
+            assert side.tasks["reading"][metric].perplexity == pytest.approx(expected, rel=1e-3)
+        assert side.tasks["ending"]["perplexity"].perplexity == pytest.approx(
+            own["ending"]["perplexity,none"], rel=1e-3
+        )
+        assert side.tasks["ending"]["acc"].value == own["ending"]["acc,none"]
+    assert found.base.tasks["reply"]["exact_match"].value == pytest.approx(1 / 3)
+    assert found.paired["tasks.reading.word_perplexity"].difference != 0
+    assert "bits_per_byte" not in found.base.tasks["reading"]
 
 
 def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, data, tmp_path, monkeypatch):
