@@ -240,6 +240,7 @@ def bake(source: Checkpoint, intervention: Intervention) -> Bake:
             "was it extracted from another model?"
         )
     plan.sites.check_complete()
+    plan.sites.check_images()
     for site, affine in intervention.writes.items():
         plan.plan_write(site, affine)
     for site, affine in intervention.reads.items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from .blocks import FoundPart
 from .checkpoint import Checkpoint, open_checkpoint
 from .discovery import Findings, discover, layout_of
 from .errors import OrthogonalizeError
-from .models import find_model, first_line
+from .models import find_model, first_line, model_class
 from .sites import Sites
 
 # Small, and different wherever a class allows it, so that an axis tells itself by its length.
@@ -50,6 +50,20 @@ class Draft:
     text: str
     architecture: Architecture
     open_questions: list[str]
+
+
+@dataclass(frozen=True)
+class Named:
+    """What the real model is called, its text model among its modules, and names in its checkpoint.
+
+    `images` are the tensors that what images add to the stream may pass last.
+    """
+
+    model_type: str
+    decoder_module: str
+    decoder: str
+    head: str
+    images: tuple[str, ...] = ()
 
 
 def _layers_needed(settings: Mapping[str, Any], count: int) -> int:
@@ -163,16 +177,19 @@ def _is_bias(name: str, beside: Mapping[str, int]) -> bool:
     return any(name == bias_name(weight) for weight in beside)
 
 
-def draft_text(findings: Findings, config: Any, decoder: str, head: str) -> tuple[str, list[str]]:
-    """The TOML of a description, and the questions that it leaves open.
+def draft_text(findings: Findings, config: Any, named: Named) -> tuple[str, list[str]]:
+    """The TOML of a description of the real model, as it is `named`, and the questions that it leaves open.
 
-    `config` is the small model's; `decoder` and `head` are the real checkpoint's prefix and head.
+    `config` is the small model's.
     """
     settings, names = config.to_dict(), dict(getattr(config, "attribute_map", {}))
     questions = [
-        f"does vLLM run an untied head of {config.model_type}? (head.untied)",
+        f"does vLLM run an untied head of {named.model_type}? (head.untied)",
         "which output biases does vLLM read, and which flags create them? (bias)",
     ]
+    if named.images:
+        listed = " or ".join(named.images)
+        questions.append(f"do images pass {listed} last? (an [embed.images] with image = true; no edit without)")
     width = int(config.hidden_size)
     epsilon = next((f'"{key}"' for key in EPSILONS if key in settings), "1e-5")
     norm = [f'kind = "{findings.kind}"', f"epsilon = {epsilon}"]
@@ -185,13 +202,13 @@ def draft_text(findings: Findings, config: Any, decoder: str, head: str) -> tupl
     lines = [
         "# Drafted by `orthogonalize describe`; found by experiment on a small random model of the class.",
         *(f"# Open: {question}" for question in questions),
-        f'family = "{config.model_type}"',
-        f'model_types = ["{config.model_type}"]',
+        f'family = "{named.model_type}"',
+        f'model_types = ["{named.model_type}"]',
         f'layer_count = "{names.get("num_hidden_layers", "num_hidden_layers")}"',
         f'hidden_size = "{names.get("hidden_size", "hidden_size")}"',
-        f'decoder_modules = ["{findings.decoder_module}"]',
+        f'decoder_modules = ["{named.decoder_module}"]',
         f'layer = "{findings.layer}"',
-        f'layouts = [{{ decoder = "{decoder}", head = "{head}" }}]',
+        f'layouts = [{{ decoder = "{named.decoder}", head = "{named.head}" }}]',
         f"norms = {{ {', '.join(norm)} }}",
     ]
     experts = [key for key, value in settings.items() if "expert" in key and value == SIZES["num_experts"]]
@@ -239,11 +256,32 @@ def draft(folder: Path) -> Draft:
             ) from error
         findings = discover(Path(scratch))
     decoder, head = layout_of(checkpoint.tensors, int(config.num_hidden_layers), findings)
-    text, questions = draft_text(findings, small, decoder, head)
+    named = Named(str(config.model_type), findings.decoder_module, decoder, head)
+    if checkpoint.config.get("model_type") != config.model_type:
+        named = _wrapped(checkpoint, named, int(config.hidden_size))
+    text, questions = draft_text(findings, small, named)
     architecture = parse(text, "the draft")
     assert architecture is not None
     _check(checkpoint, architecture)
     return Draft(text, architecture, questions)
+
+
+def _wrapped(checkpoint: Checkpoint, text: Named, width: int) -> Named:
+    """How a wrapper for images names its text model, and what may carry what it sees into the stream."""
+    from transformers import AutoConfig
+
+    with torch.device("meta"):
+        model = model_class(checkpoint.path).from_config(AutoConfig.from_pretrained(checkpoint.path))
+    decoder = model.get_decoder()
+    inside = next(name for name, module in model.named_modules() if module is decoder)
+    outside = [
+        name
+        for name, info in checkpoint.tensors.items()
+        if not name.startswith(text.decoder) and name != text.head and len(info.shape) > 1 and width in info.shape
+    ]
+    return replace(
+        text, model_type=str(checkpoint.config["model_type"]), decoder_module=inside, images=tuple(sorted(outside))
+    )
 
 
 def _check(checkpoint: Checkpoint, architecture: Architecture) -> None:

@@ -134,11 +134,21 @@ class Sites:
             return self.decoder + entry.weight
         return next((p + entry.weight for p in ROOTS if p + entry.weight in self.tensors), entry.weight)
 
-    def _check_images(self) -> None:
-        """Refuse a model that sees and whose projector has another name: what comes from images would stay."""
+    def check_images(self) -> None:
+        """Refuse a model that sees and whose projector is not known: what comes from images would stay.
+
+        Raises:
+            OrthogonalizeError: no description names it, or it has another name.
+        """
         sees = "vision_config" in self.config and any(VISION.search(name) for name in self.tensors)
-        for entry in self.architecture.embed.values():
-            if sees and entry.image and self._name(entry) not in self.tensors:
+        entries = [entry for entry in self.architecture.embed.values() if entry.image]
+        if sees and not entries:
+            raise OrthogonalizeError(
+                f"the description of {self.architecture.family} does not say by which tensor what the model sees "
+                "enters the residual stream; add an [embed.images] with image = true (docs/architectures.md)"
+            )
+        for entry in entries:
+            if sees and self._name(entry) not in self.tensors:
                 raise OrthogonalizeError(
                     f"the checkpoint lacks {entry.weight}, by which what {self.architecture.family} models see enters "
                     "the residual stream; is it stored in another format?"
@@ -166,7 +176,6 @@ class Sites:
         Raises:
             OrthogonalizeError: naming the first such tensor.
         """
-        self._check_images()
         width, layers = self.architecture.width(self.config), self.architecture.layers(self.config)
         block = re.compile(re.escape(self.architecture.layer).replace(r"\{layer\}", r"(\d+)") + r"\.(.+)")
         known, outside = self._named_in_blocks(), self._named_outside()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from harness import BASIS, EXACT, LAYERS, WIDTH, Base, compare, every_read, every_write, rewritten
-from tiny_models import TINY, load_tiny, store_tiny
+from tiny_models import TINY, VISION, dense, load_tiny, randomise, store_tiny
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from orthogonalize import architectures
@@ -184,6 +184,34 @@ def test_the_draft_of_an_undescribed_architecture_is_exact_at_once(model_type, t
             bake(base.checkpoint, every_read())
     else:
         assert compare(base, every_read(), tmp_path / "read", rescaled=True) <= EXACT
+
+
+def test_the_draft_of_a_wrapper_is_of_the_wrapper_and_asks_what_images_pass_last(tmp_path, monkeypatch):
+    """Only who says it may edit: what images add to the stream would be left in silence."""
+    text = dense(16) | {"model_type": "llama", "tie_word_embeddings": False}
+    vision = VISION | {"model_type": "clip_vision_model", "projection_dim": 24}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_index=90)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).double().eval()
+    randomise(model, 0)
+    model.save_pretrained(tmp_path / "llava")
+    drafted = draft(tmp_path / "llava")
+    assert drafted.architecture.model_types == ("llava",)
+    (question,) = [q for q in drafted.open_questions if "images" in q]
+    assert "multi_modal_projector.linear_1.weight or multi_modal_projector.linear_2.weight" in question
+    monkeypatch.setattr(architectures, "families", lambda: {"llava": drafted.architecture})
+    with pytest.raises(OrthogonalizeError, match=r"does not say by which tensor .* add an \[embed\.images\]"):
+        bake(open_checkpoint(tmp_path / "llava"), every_write())
+    answer = (
+        '\n[embed.images]\nweight = "multi_modal_projector.linear_2.weight"\naxis = 0\nrows = false\nimage = true\n'
+    )
+    completed = parse(drafted.text + answer, "llava")
+    monkeypatch.setattr(architectures, "families", lambda: {"llava": completed})
+    base = Base("llava", tmp_path / "llava")
+    assert compare(base, every_write(), tmp_path / "written") <= EXACT
+    assert compare(base, every_read(), tmp_path / "read", rescaled=True) <= EXACT
+    changed = bake(base.checkpoint, every_write()).edits.keys()
+    assert {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"} <= changed
 
 
 def test_describe_prints_a_draft_and_says_what_it_leaves_open(tmp_path):
