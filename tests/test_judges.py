@@ -165,6 +165,23 @@ def says(model, reply: int, end: int) -> None:
     head[reply, 0] = head[end, 1] = 1
 
 
+@torch.no_grad()
+def leans(folder: Path, word: str) -> Path:
+    """A tiny Gemma 2, its head tied, that finds `word` likelier than any other token, whatever is asked."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint(folder, "gemma2", None)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.zero_()
+    embedding = model.get_input_embeddings().weight.zero_()
+    embedding[:, 0] = 1
+    embedding[tokenizer.convert_tokens_to_ids(word), 0] = 2
+    model.save_pretrained(folder)
+    return folder
+
+
 CLASSES = [
     ("llama-guard-2", "llama"),
     ("llama-guard-3", "llama"),
@@ -213,12 +230,14 @@ def test_a_judge_that_cannot_be_understood_is_counted_as_neither(engine, answers
     assert (found.refusal.n, found.refusal.unparseable) == (0, 3)
 
 
-def test_the_engines_weigh_shieldgemmas_answers_alike(answers, tmp_path):
+@pytest.mark.parametrize("word", ["Yes", "No"])
+def test_shieldgemma_is_heard_from_a_tiny_model_of_its_class_in_both_engines(word, answers, tmp_path):
     pytest.importorskip("vllm")
-    named = f"shieldgemma={checkpoint(tmp_path / 'judge', 'gemma2', None)}"
-    found = judge(answers, named, engine="vllm")
-    assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
-    assert found == judge(answers, named, engine="hf")
+    named = f"shieldgemma={leans(tmp_path / 'judge', word)}"
+    for engine in ("hf", "vllm"):
+        found = judge(answers, named, engine=engine)
+        assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
+        assert found.harmful.value == (1.0 if word == "Yes" else 0.0)
 
 
 def run(*words) -> tuple[int, str]:
