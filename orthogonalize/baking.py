@@ -17,7 +17,7 @@ from .quantisation import check_editable, real_rows
 from .rewriting import Rewrite
 from .sites import Located, Sites
 from .tensoredits import TensorEdit
-from .tensorfile import DTYPES, row_blocks
+from .tensorfile import DTYPES, EDITABLE, row_blocks
 
 CENTRED = 1e-6  # largest sum of a unit vector's entries that counts as none
 
@@ -47,6 +47,8 @@ class Bake(Rewrite):
     def stored(self, name: str, site: Site) -> str:
         """`name`, once it is sure that such a tensor is there and can be edited."""
         if name in self.additions:
+            if self.additions[name].dtype not in EDITABLE:
+                raise AssertionError(f"{name} is added as {self.additions[name].dtype}, which holds no edit")
             return name
         check_editable(self.source, name)
         if name not in self.source.tensors:
@@ -86,8 +88,14 @@ class Bake(Rewrite):
         else:
             self.config_changes[key] = value
 
+    def leave_remote_code(self) -> None:
+        """Have nobody run code that came with the model: it does not know what the edit adds."""
+        if self.source.config.get("auto_map"):
+            self.config_changes["auto_map"] = {}
+
     def serve_by_transformers(self) -> None:
         """Have vLLM run the model by its Transformers backend; transformers itself ignores this key."""
+        self.leave_remote_code()
         self.config_changes["architectures"] = [self.architecture.transformers_class]
 
     def plan_write(self, site: Site, affine: AffineMap) -> None:

@@ -18,6 +18,7 @@ from .checkpoint import Addition
 from .errors import OrthogonalizeError
 from .interventions import Site
 from .quantisation import real_values, scale_name
+from .tensorfile import EDITABLE
 
 if TYPE_CHECKING:
     from .baking import Bake
@@ -98,13 +99,21 @@ def _switch_on(plan: Bake, weights: tuple[str, ...], flags: dict[str, Any]) -> N
     """Set the flags that give `weights` biases, and store all of these in all layers, as zeros."""
     for flag, value in flags.items():
         plan.configure(flag, value)
+    plan.leave_remote_code()
     for layer in range(plan.architecture.layers(plan.source.config)):
         for weight in weights:
             name = plan.sites.in_layer(weight, layer)
             bias = bias_name(name)
             if name in plan.source.tensors and not plan.holds(bias):
                 info = plan.source.tensors[name]
-                plan.additions[bias] = Addition.zeros(info.dtype, (info.shape[0],))
+                dtype = info.dtype if info.dtype in EDITABLE else _dtype_beside(plan)
+                plan.additions[bias] = Addition.zeros(dtype, (info.shape[0],))
+
+
+def _dtype_beside(plan: Bake) -> str:
+    """In what a quantised checkpoint stores what it does not quantise: its embedding, and a bias."""
+    dtype = plan.source.tensors[plan.sites.tied_to].dtype
+    return dtype if dtype in EDITABLE else "BF16"
 
 
 def _llama_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
@@ -140,6 +149,8 @@ def _fused(plan: Bake) -> dict[str, dict[str, int | str]]:
 def _rows(total: int, shares: Mapping[str, int | str], config: Mapping[str, Any]) -> dict[str, int]:
     """How many of `total` rows each part has."""
     numbers = {part: share if isinstance(share, int) else int(config[share]) for part, share in shares.items()}
+    if total % sum(numbers.values()):
+        raise OrthogonalizeError(f"config.json and a fused weight of {total} rows disagree; fetch them again")
     return {part: total * number // sum(numbers.values()) for part, number in numbers.items()}
 
 

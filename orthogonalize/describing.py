@@ -270,10 +270,16 @@ def _wrapped(checkpoint: Checkpoint, text: Named, width: int) -> Named:
     """How a wrapper for images names its text model, and what may carry what it sees into the stream."""
     from transformers import AutoConfig
 
-    with torch.device("meta"):
-        model = model_class(checkpoint.path).from_config(AutoConfig.from_pretrained(checkpoint.path))
-    decoder = model.get_decoder()
-    inside = next(name for name, module in model.named_modules() if module is decoder)
+    try:
+        with torch.device("meta"):
+            model = model_class(checkpoint.path).from_config(AutoConfig.from_pretrained(checkpoint.path))
+        decoder = model.get_decoder()
+        inside = next(name for name, module in model.named_modules() if module is decoder)
+    except (ValueError, KeyError, AttributeError, StopIteration) as error:
+        raise OrthogonalizeError(
+            f"{checkpoint.config.get('model_type')} wraps a text model in a way that cannot be described: "
+            f"{first_line(error)}"
+        ) from error
     outside = [
         name
         for name, info in checkpoint.tensors.items()

@@ -194,8 +194,11 @@ def load_model(
         OrthogonalizeError: transformers does not know the model or cannot load it.
     """
     place = choose_device(device)
+    from transformers import CONFIG_MAPPING
+
     config = open_checkpoint(folder).config
-    if config.get("auto_map") and not trust_remote_code:
+    # What transformers has a class of its own for is run by that; code beside it is for older versions.
+    if config.get("auto_map") and not trust_remote_code and config.get("model_type") not in CONFIG_MAPPING:
         raise OrthogonalizeError(f"{folder} wants to run its own code, which only extract --trust-remote-code allows")
     chosen = dtype or choose_dtype(place, config.get("dtype") or config.get("torch_dtype"))
     try:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from .baking import Bake, bake
 from .checkpoint import INDEX, RECIPE, Addition, Checkpoint, open_checkpoint
 from .errors import OrthogonalizeError
+from .outputs import check_space
 from .recipe import load_recipe
 from .writing import Changes, write_weights
 
@@ -94,6 +95,7 @@ def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
         for file in (*source.files, *map(str, source.side_files())):
             link = folder / links.get(file, file)
             if file in source.files and source.files[file].renamed:
+                check_space(folder, source.files[file].path.stat().st_size)
                 write_weights(source, folder, Changes({}, {}), names=[file])
                 (folder / file).rename(link)
                 continue

@@ -18,6 +18,7 @@ from .tensorfile import TensorInfo
 COMPANIONS = ("_scale", "_scale_inv", "_blocks", "_scales", "_packed", "_shape", "_zero_point", "_g_idx")
 
 ROOTS = ("", "model.")  # before the names of what is not the text model's, by the library that wrote them
+SOUND = re.compile(r"audio|speech|sound")  # what hears, in the names of tensors and in configurations
 VISION = re.compile(r"(^|\.)vis(ion|ual)")  # names of what sees
 
 
@@ -140,6 +141,12 @@ class Sites:
         Raises:
             OrthogonalizeError: no description names it, or it has another name.
         """
+        heard = next((key for key in self.config if SOUND.search(key) and isinstance(self.config[key], Mapping)), None)
+        if heard is not None and any(SOUND.search(name) for name in self.tensors):
+            raise OrthogonalizeError(
+                f"this model also hears ({heard}), and what it hears would reach the residual stream unedited: no "
+                "description covers that; edit its text model alone, stored as such"
+            )
         sees = "vision_config" in self.config and any(VISION.search(name) for name in self.tensors)
         entries = [entry for entry in self.architecture.embed.values() if entry.image]
         if sees and not entries:

@@ -64,6 +64,8 @@ class TensorInfo:
         """Its rows as several tensors: their names, and how many of them each has."""
         row = self.size // self.shape[0]
         ends = list(accumulate(parts.values(), initial=0))
+        if ends[-1] != self.shape[0]:
+            raise ValueError(f"{self.name} has {self.shape[0]} rows, and its parts {ends[-1]}")
         return {
             name: TensorInfo(
                 name, self.dtype, (rows, *self.shape[1:]), self.start + row * first, self.start + row * last

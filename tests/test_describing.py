@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from click.testing import CliRunner
 from harness import BASIS, EXACT, LAYERS, WIDTH, Base, compare, every_read, every_write, rewritten
 from tiny_models import TINY, VISION, dense, load_tiny, randomise, store_tiny
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from orthogonalize import architectures
 from orthogonalize.architectures import Architecture, architecture_of, bias_name, parse
@@ -212,6 +213,25 @@ def test_the_draft_of_a_wrapper_is_of_the_wrapper_and_asks_what_images_pass_last
     assert compare(base, every_read(), tmp_path / "read", rescaled=True) <= EXACT
     changed = bake(base.checkpoint, every_write()).edits.keys()
     assert {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"} <= changed
+
+
+def test_what_a_model_hears_is_not_left_unedited_in_silence(tmp_path):
+    folder = store_tiny("llama", tmp_path / "model", torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"audio_config": {"hidden_size": 24}}))
+    assert bake(open_checkpoint(folder), every_write()).edits  # the configuration's default, and nothing that hears
+    heard = rewritten(folder, tmp_path / "hears", lambda t: t | {"audio_projector.weight": torch.zeros(48, 24)})
+    with pytest.raises(OrthogonalizeError, match=r"also hears \(audio_config\)"):
+        bake(open_checkpoint(heard), every_write())
+
+
+def test_a_wrapper_that_transformers_cannot_build_so_is_one_line(tmp_path):
+    config = AutoConfig.for_model("qwen2_audio", text_config=dense(16) | {"model_type": "qwen2"})
+    model = AutoModelForCausalLM.from_config(config.get_text_config())
+    model.save_pretrained(tmp_path / "model")
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(OrthogonalizeError, match="qwen2_audio wraps a text model in a way that cannot be described"):
+        draft(tmp_path / "model")
 
 
 def test_describe_prints_a_draft_and_says_what_it_leaves_open(tmp_path):

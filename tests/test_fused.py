@@ -90,6 +90,37 @@ def test_stretched_positions_stay_what_they_were_and_a_window_that_never_closes_
             assert gap(hooked, llama(input_ids=ids, use_cache=False).logits.double()) <= EXACT
 
 
+@torch.inference_mode()
+def test_a_configuration_as_the_hub_s_has_it_gives_the_same_llama(tmp_path):
+    """Phi-3.5 there: rope_theta and rope_scaling, a type of `longrope`, and code for older versions of transformers."""
+    rope = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.3 * i for i in range(8)]}
+    settings = {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": rope | {"rope_type": "longrope", "rope_theta": 20000.0},
+    }
+    folder = store_tiny("phi3", tmp_path / "base", **settings, **GROUPED)
+    config = json.loads((folder / "config.json").read_text())
+    del config["rope_parameters"]
+    old = {"rope_theta": 20000.0, "rope_scaling": rope | {"type": "longrope"}}
+    remote = {"auto_map": {"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}, "sliding_window": 262144}
+    (folder / "config.json").write_text(json.dumps(config | old | remote))
+    (folder / "modeling_phi3.py").write_text("raise SystemExit('this must not run')")
+    base = Base("phi3", folder)
+    plan = written(base, tmp_path / "llama")
+    for trusting in (False, True):
+        llama = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "llama", dtype=torch.float64, attn_implementation="eager", trust_remote_code=trusting
+        ).eval()
+        assert type(llama).__name__ == "LlamaForCausalLM"
+    assert plan.config_changes["auto_map"] == {}
+    for length in (12, 40):
+        ids = torch.randint(3, 90, (2, length), generator=torch.Generator().manual_seed(1))
+        with DoublePrecision(), intervened(base.model, CONSTANT, renormalise=False):
+            hooked = base.model(input_ids=ids, use_cache=False).logits.double()
+        with DoublePrecision():
+            assert gap(hooked, llama(input_ids=ids, use_cache=False).logits.double()) <= EXACT
+
+
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -104,6 +135,14 @@ def test_what_llama_does_not_do_keeps_phi3_from_being_one(settings, reason, tmp_
     source = open_checkpoint(store_tiny("phi3", tmp_path / "base", torch.bfloat16, **settings))
     with pytest.raises(OrthogonalizeError, match=f"no Llama in all but name, for .*{reason}"):
         bake(source, CONSTANT)
+
+
+def test_a_configuration_that_does_not_fit_the_fused_weights_is_refused(tmp_path):
+    folder = store_tiny("phi3", tmp_path / "base", torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 48, "num_key_value_heads": 7}))
+    with pytest.raises(OrthogonalizeError, match="a fused weight of 144 rows disagree"):
+        bake(open_checkpoint(folder), CONSTANT)
 
 
 def test_scales_of_a_quantised_fused_weight_are_not_shared_out(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import removal
+from orthogonalize.interventions import Intervention, Site, removal, shift
 from orthogonalize.scopes import map_sites, parse_scope
 
 FP8 = torch.float8_e4m3fn
@@ -171,3 +171,19 @@ def test_the_recipe_of_an_fp8_edit_rebuilds_and_verifies(original, tmp_path, lay
     assert proof.rebuilt
     assert not proof.unexpected_changes
     assert proof.passed
+
+
+@pytest.mark.parametrize("layout", ["small blocks", "channel"])
+def test_a_constant_is_stored_as_the_checkpoint_stores_what_it_does_not_quantise(layout, tmp_path):
+    """Not as its weights are: eight bits without a scale would lose it, and in silence."""
+    plain = store(tiny_llama(**SHAPE), tmp_path / "plain", torch.bfloat16)
+    source = open_checkpoint(quantised(plain, tmp_path / "base", layout))
+    vector = 0.01 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = bake(source, Intervention({Site("mlp", 1): shift(vector)}))
+    assert {addition.dtype for addition in plan.additions.values()} == {"BF16"}
+    (tmp_path / "edited").mkdir()
+    plan.write(tmp_path / "edited")
+    edited = open_checkpoint(tmp_path / "edited")
+    bias = edited.read("model.layers.1.mlp.down_proj.bias").double()
+    assert (bias - vector).abs().max() <= vector.abs().max() * 2**-8
+    assert all(edited.tensors[name].dtype == info.dtype for name, info in source.tensors.items())
