@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,20 @@ def rows(source: BenchmarkSet, data: Path | None, limit: int | None = None) -> l
         if missing:
             raise OrthogonalizeError(f"{where}: row {number + 1} has no {missing[0]!r}; it is not {source}")
     return taken
+
+
+@contextmanager
+def as_documented(source: BenchmarkSet) -> Iterator[None]:
+    """Read rows of `source` in here: a value of another kind than the set's own is one clear error."""
+    try:
+        yield
+    except OrthogonalizeError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise OrthogonalizeError(
+            f"a row of {source} is not as that set's own are ({reason}); lists and numbers need .jsonl or .parquet"
+        ) from error
 
 
 def instructions(source: PromptSet, data: Path | None, limit: int | None) -> list[tuple[str, str | None]]:

@@ -50,12 +50,14 @@ class Commands(click.Group):
                 raise
             click.echo(
                 f"error: {' '.join(what.split())}; free some, or take another --device where the command has one: "
-                "nothing half-finished was left, and the same extract goes on where it was",
+                "nothing half-finished was left; extract, eval and sweep go on where they were",
                 err=True,
             )
             ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted: nothing half-finished was left; the same extract goes on where it was", err=True)
+            click.echo(
+                "interrupted: nothing half-finished was left; extract, eval and sweep go on where they were", err=True
+            )
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -16,7 +16,7 @@ Semantics = Literal["weights", "residual"]
 
 
 class Swept(Record):
-    """One edit's measures and their comparison with the base; `refused` says why an edit cannot be baked."""
+    """One edit's measures and their comparison with the base; `refused` says why it cannot be baked or measured."""
 
     name: str
     choice: Choice
@@ -88,10 +88,17 @@ def pareto(sweep: Sweep) -> list[str]:
     ]
 
 
+def _columns(sweep: Sweep) -> list[str]:
+    """The measures of the table: the effect, on harmless prompts too, the harm, then what else was asked for."""
+    first = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
+    asked = ("refusal.sets.", "judges.", "choices.", "tasks.")
+    return first + [k for k in sweep.base.flat() if k.startswith(asked) and not k.endswith(".harmless")]
+
+
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """(edit, effect on target, on harmless, loss or KL, note) as text; the base first."""
+    """(edit, each of `_columns`, note) as text; the base first."""
     rows = []
-    keys = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
+    keys = _columns(sweep)
 
     def cells(measures: Measures, paired: dict[str, Paired]) -> tuple[str, ...]:
         found = measures.flat()
@@ -118,5 +125,5 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
 
 def sweep_columns(sweep: Sweep) -> list[str]:
     """The headings of `sweep_rows`."""
-    keys = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
+    keys = _columns(sweep)
     return ["edit", *(title(k) for k in keys), ""]

@@ -36,6 +36,8 @@ def _serve(connection: Connection, folder: Path, max_model_len: int, options: En
         connection.send(("failed", str(error)))
     except EOFError:  # the parent is gone
         pass
+    except Exception as error:  # a defect, which the parent alone can show
+        connection.send(("failed", f"an engine failed: {type(error).__name__}: {error}"))
 
 
 class EngineGroup:
@@ -49,9 +51,9 @@ class EngineGroup:
     def __enter__(self) -> Self:
         spawn = multiprocessing.get_context("spawn")
         each = self.options.tensor_parallel_size * self.options.pipeline_parallel_size
-        for replica in range(self.options.data_parallel_size):
+        for devices in [_devices(replica, each) for replica in range(self.options.data_parallel_size)]:
             here, there = spawn.Pipe()
-            arguments = (there, self.folder, self.max_model_len, self.options, _devices(replica, each))
+            arguments = (there, self.folder, self.max_model_len, self.options, devices)
             process = spawn.Process(target=_serve, args=arguments, daemon=False)
             process.start()
             there.close()

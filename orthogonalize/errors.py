@@ -1,5 +1,10 @@
 """The one exception that a user is meant to see, and what running out of memory looks like."""
 
+import re
+
+# What libraries say of it; "an illegal memory access" is another matter.
+EXHAUSTED = re.compile(r"out of memory|allocate memory|enough memory", re.IGNORECASE)
+
 
 class OrthogonalizeError(Exception):
     """Something the user can mend: one line that names the thing and the way out.
@@ -9,8 +14,12 @@ class OrthogonalizeError(Exception):
     """
 
 
+class NoNumberError(OrthogonalizeError):
+    """A model whose log-probabilities are NaN: its weights are damaged, by an edit or before."""
+
+
 def ran_out_of_memory(error: BaseException) -> str | None:
     """What to say where `error` means that memory ran out, of the machine or of a device; None where it does not."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and EXHAUSTED.search(str(error))):
         return f"memory ran out: {str(error).strip() or 'of this machine'}"
     return None

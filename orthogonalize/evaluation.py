@@ -17,6 +17,7 @@ from .journal import Journal, fingerprint_of
 from .judges import Opinion
 from .judging import ReadyJudge, opinion_series, ready_judges
 from .launch import open_engine
+from .measures import alike
 from .models import find_model, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan
@@ -24,7 +25,7 @@ from .portions import Portions
 from .recipe import load_recipe
 from .refusals import refused
 from .report import Answer, Measures, Report, Verdict, compare_all
-from .run import load_run
+from .run import Run, load_run
 from .serving import base_weights, check_pair
 from .suites import Memory
 from .webpage import write_webpage
@@ -72,7 +73,7 @@ def ask_judges(
         places = [(label, each, i) for label in models for each in plan.sets for i in range(len(each.items))]
         texts = [(plan_item.items[i].text, models[label].answers[plan_item.name][i]) for label, plan_item, i in places]
 
-        step = f"judge/{ready.judge.name}={ready.model}"
+        step = f"judge/{ready.judge.name}={ready.model}@{fingerprint_of(folder_state(ready.folder))[:12]}"
 
         def ask(ready: ReadyJudge = ready, texts: list[tuple[str, str]] = texts, step: str = step) -> list[Opinion]:
             return ready.opinions(texts, engine, options, lambda running: Portions(running, journal, step))
@@ -240,8 +241,8 @@ def evaluate(
         raise OrthogonalizeError("judges need answers; add --suite refusal")
     options = options or EngineOptions(device=device)
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
-    settings = (suites, engine, engine_version(engine), max_new_tokens, limit, data_state(data), found.info.prompts)
-    journal = Journal(out, fingerprint_of(settings, *(folder_state(f) for f in (folder, checkpoint))))
+    settings = (suites, engine, engine_version(engine), max_new_tokens, limit, data_state(data), run_state(found))
+    journal = Journal(out, fingerprint_of(settings, plan.state, *(folder_state(f) for f in (folder, checkpoint))))
 
     memory = Memory()
     length = plan.max_model_len
@@ -255,6 +256,8 @@ def evaluate(
         opinions = ask_judges(ready, plan, {"base": before, "edited": after}, engine, options, journal)
     add_opinions(plan, ready, before, opinions["base"])
     add_opinions(plan, ready, after, opinions["edited"])
+    for key in before.series.keys() & after.series.keys():
+        before.series[key], after.series[key] = alike(before.series[key], after.series[key])
     answers, left_out = side_by_side(plan, before, after, (opinions["base"], opinions["edited"]), redact)
     report = Report(
         engine=engine,
@@ -289,6 +292,12 @@ def _states(files: Iterable[Path]) -> list[Any]:
 def folder_state(folder: Path) -> list[Any]:
     """What changes when a checkpoint's weights do, without reading them: paths, sizes and times of its files."""
     return _states(file.path for _, file in sorted(open_checkpoint(folder).files.items()))
+
+
+def run_state(run: Run) -> list[Any]:
+    """What results depend on in a run: its prompts, and how they are put to the model."""
+    info = run.info
+    return [info.prompts, info.system, info.template_arguments, info.chat_template]
 
 
 def data_state(data: Path | None) -> list[Any]:

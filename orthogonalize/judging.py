@@ -47,11 +47,13 @@ def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
     Raises:
         OrthogonalizeError: an unknown judge; a model that is gated, missing, or whose tokenizer is.
     """
-    found = []
+    found: list[ReadyJudge] = []
     for name in names:
         if name in ("none", PREFIX):
             continue
         judge, model = find_judge(name)
+        if any(ready.judge.name == judge.name for ready in found):
+            raise OrthogonalizeError(f"judge {judge.name} is named twice; ask one model of it at a time")
         try:
             folder = find_model(model)
         except OrthogonalizeError as error:

@@ -147,8 +147,18 @@ def shares(flags: Sequence[bool | None], categories: Sequence[str | None] = ()) 
     return Series(kind="share", values=values, categories=list(categories))
 
 
+def alike(base: Series, edited: Series) -> tuple[Series, Series]:
+    """Both of one kind: what is yes or no for every item of one model only is a score for both."""
+    if base.kind == edited.kind:
+        return base, edited
+    if {base.kind, edited.kind} != {"share", "score"}:
+        raise AssertionError(f"a {base.kind} is compared with a {edited.kind}")
+    return base.model_copy(update={"kind": "score"}), edited.model_copy(update={"kind": "score"})
+
+
 def compare(base: Series, edited: Series) -> Paired:
     """The paired comparison; items that either model leaves without a value are left out."""
+    base, edited = alike(base, edited)
     pairs = [(a, b) for a, b in zip(base.values, edited.values, strict=True) if a is not None and b is not None]
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
     match base.kind:

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from .answering import Answering, AnswerSet, Item
-from .benchmark_sets import ALPACA, ARC, MMLU, PILE, PROMPT_SETS, TRUTHFULQA, BenchmarkSet, instructions
+from .benchmark_sets import ALPACA, ARC, MMLU, PILE, PROMPT_SETS, TRUTHFULQA, BenchmarkSet, as_documented, instructions
 from .chat import ChatFormat
 from .divergence import Divergences
 from .engines import Engine
@@ -29,7 +29,6 @@ TEXTS = {"pile": PILE, "alpaca": ALPACA}
 CHOICES: dict[str, BenchmarkSet] = {"mmlu": MMLU, "arc": ARC, "truthfulqa": TRUTHFULQA}
 SUITES = (*DEFAULT_SUITES, *TEXTS, *CHOICES, *PROMPT_SETS)
 TEXT_COUNT = 100  # texts of a set that have no limit given
-TASK_LENGTH = 4096  # tokens that a task of lm-eval may need, where the model has them
 
 
 class Measured(Record):
@@ -52,6 +51,12 @@ class Plan:
     def max_model_len(self) -> int:
         """The context that an engine needs: every request leaves room for one token more."""
         return max(suite.longest for suite in self.suites) + 1
+
+    @property
+    def state(self) -> list[Any]:
+        """What results depend on besides the model and public data: prompts as the model gets them, what is counted."""
+        counted = sorted(self.answering.behaviour_tokens) if self.answering else []
+        return [counted, [[each.name, [[item.ids, item.category] for item in each.items]] for each in self.sets]]
 
     @property
     def answers_count(self) -> bool:
@@ -111,6 +116,9 @@ def check_names(names: Sequence[str]) -> None:
         OrthogonalizeError: one is unknown, or none is named.
     """
     wrong = [s for s in names if s not in SUITES and not (s.startswith(PREFIX) and s != PREFIX)]
+    twice = next((s for s in names if list(names).count(s) > 1), None)
+    if twice is not None:
+        raise OrthogonalizeError(f"suite {twice} is named twice")
     if wrong or not names:
         raise OrthogonalizeError(
             f"no suite {', '.join(wrong)!r}; there are: {', '.join(SUITES)}, {PREFIX}TASK (any task of lm-eval)"
@@ -178,13 +186,18 @@ def make_plan(
     if answering and "kl" in names:
         suites.append(Divergences(answering.longest))
     if "pile" in names:
-        suites.append(pile_losses(tokenizer, data, limit or TEXT_COUNT))
+        with as_documented(TEXTS["pile"]):
+            suites.append(pile_losses(tokenizer, data, limit or TEXT_COUNT))
     if "alpaca" in names:
-        suites.append(alpaca_losses(tokenizer, chat, data, limit or TEXT_COUNT))
-    suites += [MultipleChoice.of(name, make(data, limit), tokenizer) for name, make in SETS.items() if name in names]
+        with as_documented(TEXTS["alpaca"]):
+            suites.append(alpaca_losses(tokenizer, chat, data, limit or TEXT_COUNT))
+    for name, make in SETS.items():
+        if name in names:
+            with as_documented(CHOICES[name]):
+                suites.append(MultipleChoice.of(name, make(data, limit), tokenizer))
     suites += harness_tasks(
         [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)],
-        tokenizer, min(TASK_LENGTH, positions or TASK_LENGTH) - 1, data, limit,
+        tokenizer, positions, data, limit,
     )  # fmt: skip
     sources = {name: str(found) for name, found in (TEXTS | CHOICES).items() if name in names}
     sources |= {name: str(PROMPT_SETS[name].source) for name in public}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 from .engines import Ids, Respondent
+from .errors import NoNumberError
 from .journal import Journal
 from .likelihoods import Completion, Likeliest
 
@@ -27,14 +29,24 @@ class Portions:
         def ask(part: slice) -> list[Any]:
             return [[c.logprob, c.greedy] for c in self.engine.scores(prompts[part], completions[part])]
 
-        return [Completion(*row) for row in self._asked(len(prompts), ask)]
+        rows = self._asked(len(prompts), ask)
+        self._check(logprob for logprob, _ in rows)
+        return [Completion(*row) for row in rows]
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        return self._asked(len(contexts), lambda part: self.engine.choices(contexts[part], choices[part]))
+        rows = self._asked(len(contexts), lambda part: self.engine.choices(contexts[part], choices[part]))
+        self._check(value for row in rows for value in row)
+        return rows
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         """Whole: there are few of these, and their distributions would fill the journal."""
-        return self.engine.likeliest(prompts, completions)
+        found = self.engine.likeliest(prompts, completions)
+        self._check(float(each.logprobs.sum()) for each in found if len(each.logprobs))
+        return found
+
+    def _check(self, numbers: Iterable[float]) -> None:
+        if any(math.isnan(number) for number in numbers):
+            raise NoNumberError(f"{self.step}: the model's log-probabilities are NaN; are its weights damaged?")
 
     def _asked(self, count: int, ask: Callable[[slice], list[Any]]) -> list[Any]:
         self.calls += 1

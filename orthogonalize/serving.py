@@ -41,11 +41,11 @@ def check_pair(checkpoint: Path, base: Path) -> None:
     if kind != edited.config.get("model_type"):
         source, config, _ = _as_planned(checkpoint, source)
         kind = config.get("model_type")
+    if kind != edited.config.get("model_type"):
+        raise OrthogonalizeError(f"{checkpoint} and {base} are different kinds of model; give its own base")
     missing = sorted(source.tensors.keys() - edited.tensors.keys())
     if missing:
         raise OrthogonalizeError(f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all); it is incomplete")
-    if kind != edited.config.get("model_type"):
-        raise OrthogonalizeError(f"{checkpoint} and {base} are different kinds of model; give its own base")
     for name, info in source.tensors.items():
         if edited.tensors[name].shape != info.shape:
             raise OrthogonalizeError(f"{checkpoint} has another shape of {name} than {base}; give its own base")

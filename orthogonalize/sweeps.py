@@ -14,8 +14,17 @@ from .baking import Bake, bake
 from .checkpoint import Checkpoint, open_checkpoint
 from .comparison import Semantics, Sweep, Swept, effect_key, harm_key, pareto
 from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine, WeightSwap
-from .errors import OrthogonalizeError
-from .evaluation import add_opinions, ask_judges, check_engine, context_length, data_state, engine_version, folder_state
+from .errors import NoNumberError, OrthogonalizeError
+from .evaluation import (
+    add_opinions,
+    ask_judges,
+    check_engine,
+    context_length,
+    data_state,
+    engine_version,
+    folder_state,
+    run_state,
+)
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
@@ -137,7 +146,7 @@ def sweep(
         raise OrthogonalizeError(f"none of these edits can be baked into this model: {next(iter(refused.values()))}")
     settings = (suites, engine, engine_version(engine), semantics, max_new_tokens, limit, data_state(data))
     edits = [(v.name, store_maps(v.intervention)[2], v.layers) for v in possible]
-    journal = Journal(out, fingerprint_of(settings, folder_state(folder), edits, found.info.prompts))
+    journal = Journal(out, fingerprint_of(settings, plan.state, folder_state(folder), edits, run_state(found)))
     runner = _Runner(plan, journal)
 
     with journal.kept(), ExitStack() as stack, track("sweep", len(possible) + 1, "edits") as advance:
@@ -172,7 +181,11 @@ def sweep(
                         around.enter_context(residual_hooks(held.model, variant))
                     return held
 
-                seconds[variant.name] = runner.variant(variant, edited)
+                try:
+                    seconds[variant.name] = runner.variant(variant, edited)
+                except NoNumberError as error:
+                    refused[variant.name] = str(error)
+                    note(f"{variant.name} is left out: {error}")
             advance(1)
         if semantics == "weights" and running:
             swap[0].restore()

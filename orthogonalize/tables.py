@@ -56,6 +56,11 @@ def title(key: str) -> str:
     return key
 
 
+def loss_title(key: str) -> str:
+    """What a loss is called beside its perplexity, by which lm-eval's tasks name it."""
+    return f"{title(key)}: cross-entropy" if key.startswith("tasks.") else title(key)
+
+
 def value(measure: Measure) -> str:
     """The value with its interval."""
     if isinstance(measure, Rate):
@@ -94,7 +99,7 @@ def summary_rows(report: Report) -> list[Row]:
         after, pair = edited.get(key), report.paired.get(key)
         if after is None or pair is None:
             continue
-        name = f"{title(key)} (n = {before.n})"
+        name = f"{loss_title(key) if isinstance(before, Loss) else title(key)} (n = {before.n})"
         if isinstance(before, Divergence):
             rows.append((name, "0", value(after), "nats a token, at least"))
             continue
@@ -102,7 +107,7 @@ def summary_rows(report: Report) -> list[Row]:
         if isinstance(before, Rate) and isinstance(after, Rate) and before.unparseable + after.unparseable:
             rows.append((f"{title(key)}: unreadable", str(before.unparseable), str(after.unparseable), ""))
         if isinstance(before, Loss) and isinstance(after, Loss):
-            name = title(key).replace("cross-entropy", "perplexity")
+            name = title(key) if key.startswith("tasks.") else title(key).replace("cross-entropy", "perplexity")
             rows.append((name, perplexity(before), perplexity(after), ""))
     return rows
 

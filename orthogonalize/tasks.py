@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PREFIX = "lm_eval:"
 NEW_TOKENS = 256  # of a generated answer, where a task names no number
+TASK_LENGTH = 4096  # tokens that a task may need, where the model has them
+CONTEXT = 2048  # tokens left for the prompt before a long answer
 
 
 def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> TemplateLM:
@@ -74,8 +76,6 @@ def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> Templa
             results = [""] * len(requests)
             lengths = [int(r.args[1].get("max_gen_toks", NEW_TOKENS)) for r in requests]
             for length in sorted(set(lengths)):
-                if any(r.args[1].get("do_sample") for r in requests):
-                    raise OrthogonalizeError("this task samples its answers; only greedy ones are measured here")
                 mine = [i for i, n in enumerate(lengths) if n == length]
                 prompts = [self.tok_encode(requests[i].args[0])[-(max_length - length - 1) :] for i in mine]
                 for i, ids in zip(mine, engine.answers(prompts, length), strict=True):
@@ -130,24 +130,28 @@ class HarnessTask:
             raise OrthogonalizeError(f"lm-eval's {self.task} failed: {first_line(error)}") from error
         result = {}
         for task, samples in (found or {}).get("samples", {}).items():
-            metrics = sorted({m for sample in samples for m in sample["metrics"]})
-            for metric in metrics:
-                values = [sample.get(metric) for sample in sorted(samples, key=lambda s: s["doc_id"])]
-                series = _series(metric, values)
-                if series is not None:
-                    result[f"tasks.{task.replace('.', '_')}.{metric.replace('.', '_')}"] = series
+            # One answer read in several ways ("filters") is several samples: each way is a measure of its own.
+            for way in sorted({str(sample.get("filter", "none")) for sample in samples}):
+                mine = [s for s in samples if str(s.get("filter", "none")) == way]
+                for metric in sorted({m for sample in mine for m in sample["metrics"]}):
+                    series = _series(metric, [s.get(metric) for s in sorted(mine, key=lambda s: s["doc_id"])])
+                    name = metric if way == "none" else f"{metric},{way}"
+                    if series is not None:
+                        result[f"tasks.{task.replace('.', '_')}.{name.replace('.', '_')}"] = series
         if not result:
             raise OrthogonalizeError(f"lm-eval's {self.task} gives no number for single items, so none to compare")
         return result
 
 
 def harness_tasks(
-    names: Sequence[str], tokenizer: Any, max_length: int, include: Path | None, limit: int | None
+    names: Sequence[str], tokenizer: Any, positions: int | None, include: Path | None, limit: int | None
 ) -> list[HarnessTask]:
-    """The tasks `names` of lm-eval and of the folder `include`.
+    """The tasks `names` of lm-eval and of the folder `include`, for a model that takes `positions` tokens.
+
+    Each is loaded, data and all, so that what is missing shows before anything is measured.
 
     Raises:
-        OrthogonalizeError: lm-eval, or a task, is not there.
+        OrthogonalizeError: lm-eval, a task or its data are not there, or it asks for what is not measured here.
     """
     if not names:
         return []
@@ -159,7 +163,36 @@ def harness_tasks(
     for name in names:
         if name not in known.all_tasks:
             raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
-    return [HarnessTask(name, tokenizer, max_length, known, limit) for name in names]
+    return [HarnessTask(name, tokenizer, _length(name, known, positions), known, limit) for name in names]
+
+
+def _length(name: str, known: TaskManager, positions: int | None) -> int:
+    """The tokens that a task may use at a time: `CONTEXT` of its prompt and the longest answer that it asks for."""
+    from lm_eval.tasks import get_task_dict
+
+    try:
+        answers = [dict(task.config.generation_kwargs or {}) for task in _leaves(get_task_dict([name], known))]
+    except Exception as error:  # whatever its data and its code raise
+        raise OrthogonalizeError(f"lm-eval's {name} cannot be loaded: {first_line(error)}") from error
+    if any(asked.get("do_sample") for asked in answers):
+        raise OrthogonalizeError(f"lm-eval's {name} samples its answers; only greedy ones are measured here")
+    longest = max((int(asked.get("max_gen_toks", NEW_TOKENS)) for asked in answers if asked), default=0)
+    wanted = max(TASK_LENGTH, longest + CONTEXT)
+    allowed = min(wanted, positions or wanted) - 1
+    if longest >= allowed:
+        raise OrthogonalizeError(
+            f"lm-eval's {name} asks for answers of {longest} tokens and the model takes {positions}; leave it out"
+        )
+    return allowed
+
+
+def _leaves(tasks: Mapping[Any, Any]) -> Iterator[Any]:
+    """The tasks in a tree of groups."""
+    for inner in tasks.values():
+        if isinstance(inner, Mapping):
+            yield from _leaves(inner)
+        else:
+            yield inner
 
 
 def _series(metric: str, values: Sequence[Any]) -> Series | None:

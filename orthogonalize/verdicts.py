@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .measures import Paired
+from .measures import Loss, Paired, Score
 from .report import Report
-from .tables import set_name, title
+from .tables import loss_title, set_name, title
 
 ALPHA = 0.05
 HARM = 0.05  # an increase of the loss by a twentieth is called a cost
@@ -35,7 +35,7 @@ def _loss_verdict(report: Report, key: str) -> str | None:
     pair = report.paired.get(key)
     if pair is None:
         return None
-    name = title(key)
+    name = loss_title(key)
     name = name[0].upper() + name[1:]
     interval = f" (95%: {100 * pair.ci95[0]:+.1f}% to {100 * pair.ci95[1]:+.1f}%)" if pair.ci95 else ""
     if not _moved(pair):
@@ -43,6 +43,26 @@ def _loss_verdict(report: Report, key: str) -> str | None:
     size = "more than a twentieth: other abilities may have suffered" if pair.difference > HARM else "little"
     word = f"rose by {100 * pair.difference:.1f}%{interval}; that is {size}"
     return f"{name} {word if pair.difference > 0 else f'fell by {-100 * pair.difference:.1f}%{interval}'}."
+
+
+def _score_verdict(report: Report, key: str) -> str | None:
+    before, after = report.base.flat().get(key), report.edited.flat().get(key)
+    pair = report.paired.get(key)
+    if before is None or after is None or pair is None or not pair.n:
+        return None
+    old, new = f"{before.value:.4g}", f"{after.value:.4g}"
+    if not _moved(pair):
+        return f"{title(key)}: no change that {pair.n} items could show ({old} and {new})."
+    return f"{title(key)} {'rose' if pair.difference > 0 else 'fell'} from {old} to {new} (n = {pair.n})."
+
+
+def _task_verdict(report: Report, key: str) -> str | None:
+    match report.base.flat().get(key):
+        case Loss():
+            return _loss_verdict(report, key)
+        case Score():
+            return _score_verdict(report, key)
+    return _rate_verdict(report, key, title(key))
 
 
 def verdicts(report: Report) -> list[str]:
@@ -68,5 +88,5 @@ def verdicts(report: Report) -> list[str]:
         )
     for key in report.paired:
         if key.startswith(("choices.", "tasks.")) and key.count(".") == 1 + key.startswith("tasks."):
-            found.append(_rate_verdict(report, key, title(key)))
+            found.append(_task_verdict(report, key))
     return [sentence for sentence in found if sentence is not None]

@@ -251,31 +251,47 @@ class VllmEngine:
 
     def load_from(self, folder: Path) -> None:
         """Take over the tensors in the safetensors files of `folder`."""
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        except Exception as error:  # whatever the engine's processes died of
+            raise OrthogonalizeError(f"vLLM failed while weights were swapped: {_reason(error)}") from error
         # The engine keeps the prefixes that the old weights computed, and would mix them in.
         if not self.llm.reset_prefix_cache():
             raise OrthogonalizeError("vLLM did not clear its prefix cache, so edits cannot be swapped in place")
 
     def fingerprint(self) -> str:
-        return "-".join(self.llm.apply_model(fingerprint))
+        try:
+            return "-".join(self.llm.apply_model(fingerprint))
+        except Exception as error:  # whatever the engine's processes died of
+            raise OrthogonalizeError(f"vLLM failed while its weights were read: {_reason(error)}") from error
 
 
 @contextmanager
 def stored_weights(weights: Mapping[str, Callable[[], torch.Tensor]]) -> Iterator[Path]:
     """A temporary folder with `weights` as safetensors files, made and held a shard at a time."""
-    from safetensors.torch import save_file
-
     with tempfile.TemporaryDirectory(prefix="orthogonalize-") as folder:
         shard: dict[str, torch.Tensor] = {}
         number = 0
         for name, make in weights.items():
             shard[name] = make().contiguous()
             if sum(t.nbytes for t in shard.values()) >= SHARD:
-                save_file(shard, Path(folder) / f"{number:05}.safetensors")
+                _keep(shard, Path(folder) / f"{number:05}.safetensors")
                 shard, number = {}, number + 1
         if shard:
-            save_file(shard, Path(folder) / f"{number:05}.safetensors")
+            _keep(shard, Path(folder) / f"{number:05}.safetensors")
         yield Path(folder)
+
+
+def _keep(shard: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(shard, file)
+    except (SafetensorError, OSError) as error:
+        raise OrthogonalizeError(
+            f"weights to be swapped in do not fit into {file.parent.parent} ({error}); set TMPDIR to a folder with room"
+        ) from error
 
 
 def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Completion:

@@ -77,9 +77,9 @@ def harness_rows() -> list[dict]:
     ]
 
 
-def harness_task(root: Path, rows: list[dict]) -> None:
-    """A task `housework` of lm-eval's over a local file."""
-    file = write(root / "made-up", rows, "items")
+def harness_task(root: Path, rows: list[dict], file: Path | None = None) -> None:
+    """A task `housework` of lm-eval's over a local file of `rows`, or over `file`."""
+    file = file or write(root / "made-up", rows, "items")
     (root / "housework.yaml").write_text(
         "task: housework\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
         f"dataset_kwargs:\n  data_files:\n    test: {file}\n"

@@ -183,7 +183,7 @@ def test_edit_verify_and_the_engines_take_a_model_made_a_llama_for_an_edit_of_it
 
 def test_another_kind_of_model_without_a_recipe_that_says_so_is_no_edit_of_the_base(phi3, tmp_path):
     written(phi3, tmp_path / "llama")
-    with pytest.raises(OrthogonalizeError, match=r"lacks|different kinds of model"):
+    with pytest.raises(OrthogonalizeError, match="different kinds of model"):
         check_pair(tmp_path / "llama", phi3.folder)
 
 

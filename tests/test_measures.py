@@ -13,9 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthogonalize.measures import Divergence, Loss, Paired, Rate, Score, Series, compare, nested, shares
-from orthogonalize.report import Measures, Report
+from orthogonalize.errors import ran_out_of_memory
+from orthogonalize.measures import Divergence, Loss, Paired, Rate, Score, Series, alike, compare, nested, shares
+from orthogonalize.report import Measures, Report, compare_all
 from orthogonalize.statistics import difference_interval, mcnemar, paired_permutation, proportion_interval
+from orthogonalize.tables import summary_rows
+from orthogonalize.verdicts import verdicts
 
 
 @given(st.integers(1, 200), st.data())
@@ -151,3 +154,46 @@ def test_the_documented_schema_is_the_schema():
 
 def test_nested_is_the_inverse_of_dots():
     assert nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+
+
+def test_what_is_a_share_of_one_model_and_a_score_of_the_other_is_a_score_of_both():
+    whole, part = Series(kind="share", values=[0.0, 1.0, 1.0]), Series(kind="score", values=[0.5, 0.4, 0.3])
+    for base, edited in ((whole, part), (part, whole)):
+        found = compare(base, edited)
+        assert found.p == paired_permutation(base.known(), edited.known())
+        assert [series.kind for series in alike(base, edited)] == ["score", "score"]
+    with pytest.raises(AssertionError, match="share is compared with a loss"):
+        alike(whole, Series(kind="loss", values=[1.0], tokens=[1]))
+
+
+def test_perplexities_and_scores_of_tasks_are_called_what_they_are():
+    losses = [Series(kind="loss", values=[3.0 * scale] * 20, tokens=[1] * 20) for scale in (1.0, 1.2)]
+    scores = [Series(kind="score", values=[29.5 - i + 0.1 * n for n in range(20)]) for i in (0, 10)]
+    base, edited = (
+        {"tasks.wiki.word_perplexity": loss, "tasks.mt.bleu": score} for loss, score in zip(losses, scores, strict=True)
+    )
+    report = Report(
+        engine="hf", engine_version="x", base_model="a", checkpoint="b", edit=None, max_new_tokens=1, sensitive=False,
+        base=Measures.of(base), edited=Measures.of(edited), paired=compare_all(base, edited), answers=[],
+    )  # fmt: skip
+    rows = {row[0]: row[1] for row in summary_rows(report)}
+    assert rows["wiki, word_perplexity: cross-entropy (n = 20)"].startswith("3.0000")
+    assert rows["wiki, word_perplexity"].startswith("20.086")
+    said = " ".join(verdicts(report))
+    assert "Wiki, word_perplexity: cross-entropy rose by 20.0%" in said
+    assert "mt, bleu fell from 30.45 to 20.45 (n = 20)." in said
+    assert "%" not in said.partition("mt, bleu")[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_only_what_means_that_memory_ran_out_is_called_so(error, short):
+    assert (ran_out_of_memory(error) is not None) == short

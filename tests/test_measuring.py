@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,11 +30,11 @@ from orthogonalize.editing import edit
 from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
-from orthogonalize.likelihoods import Likeliest
+from orthogonalize.likelihoods import Completion, Likeliest
 from orthogonalize.losses import alpaca_losses, pile_losses
 from orthogonalize.models import load_tokenizer
 from orthogonalize.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
-from orthogonalize.plans import DEFAULT_SUITES
+from orthogonalize.plans import DEFAULT_SUITES, make_plan
 from orthogonalize.report import load_report
 from orthogonalize.run import load_run
 from orthogonalize.suites import Memory
@@ -288,6 +290,77 @@ def test_lm_eval_s_tasks_of_every_kind_give_what_its_own_model_gives(model, edit
     assert "bits_per_byte" not in found.base.tasks["reading"]
 
 
+def test_an_answer_read_in_two_ways_is_two_measures(model, edited, run, tmp_path):
+    """lm-eval logs such answers once a filter (gsm8k: strict and flexible); together they would count twice."""
+    folder = tmp_path / "data"
+    language_tasks(folder, [{"text": "how do i bake a cake", "reply": "nothing like it"}] * 4)
+    task = folder / "reply.yaml"
+    first = "  - name: whole\n    filter:\n      - function: take_first\n"
+    fixed = '  - name: fixed\n    filter:\n      - function: regex\n        regex_pattern: "(zzz)"\n'
+    fixed += "        fallback: nothing like it\n      - function: take_first\n"
+    task.write_text(task.read_text() + f"filter_list:\n{first}{fixed}")
+    found = evaluate(edited, str(model), run, tmp_path / "report", suites=["lm_eval:reply"], engine="hf", data=folder)
+    tasks = found.base.tasks["reply"]
+    assert {name: (rate.value, rate.n) for name, rate in tasks.items()} == {
+        "exact_match,whole": (0.0, 4), "exact_match,fixed": (1.0, 4),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("max_gen_toks: 4000", "answers of 4000 tokens and the model takes 512"),
+        ("do_sample: true", "samples its answers"),
+    ],
+)
+def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
+    asked, message, model, edited, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("orthogonalize.evaluation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    folder = tmp_path / "data"
+    language_tasks(folder, [{"text": "how do i bake a cake", "reply": "x"}] * 4)
+    task = folder / "reply.yaml"
+    key = asked.partition(":")[0]
+    lines = [f"  {asked}" if line.strip().startswith(key) else line for line in task.read_text().splitlines()]
+    task.write_text("\n".join(lines) + "\n")
+    with pytest.raises(OrthogonalizeError, match=message):
+        evaluate(edited, str(model), run, tmp_path / "report", suites=["lm_eval:reply"], engine="hf", data=folder)
+
+
+def test_suites_and_judges_named_twice_are_refused(model, edited, run, tmp_path):
+    for words, message in (
+        ({"suites": ["refusal", "loss", "refusal"]}, "suite refusal is named twice"),
+        ({"judges": [f"harmbench={model}", f"harmbench={edited}"]}, "judge harmbench is named twice"),
+    ):
+        with pytest.raises(OrthogonalizeError, match=message):
+            evaluate(edited, str(model), run, tmp_path / "report", engine="hf", **words)
+
+
+def test_a_model_whose_log_probabilities_are_nan_is_one_line(model, edited, run, tmp_path, monkeypatch):
+    scores = TransformersEngine.scores
+
+    def damaged(self, prompts, completions):
+        found = scores(self, prompts, completions)
+        return [Completion(math.nan, False) for _ in found] if "edited" in self.folder.name else found
+
+    monkeypatch.setattr(TransformersEngine, "scores", damaged)
+    with pytest.raises(OrthogonalizeError, match=r"edited/loss: the model's log-probabilities are NaN"):
+        evaluate(edited, str(model), run, tmp_path / "report", suites=["loss"], engine="hf", max_new_tokens=4)
+
+
+def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, tmp_path):
+    from orthogonalize.evaluation import run_state
+
+    found = load_run(run)
+    tokenizer = load_tokenizer(model)
+    plan = make_plan(found, tokenizer, ["refusal", "behaviour"], 4)
+    assert make_plan(found, tokenizer, ["refusal", "behaviour"], 4).state == plan.state
+    for change in ({"behaviour_tokens": [7]}, {"system": "be brief"}):
+        other = replace(found, info=found.info.model_copy(update=change))
+        assert make_plan(other, tokenizer, ["refusal", "behaviour"], 4).state != plan.state
+    assert run_state(other) != run_state(found)
+
+
 def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, data, tmp_path, monkeypatch):
     settings = {"suites": ["refusal", "behaviour", "kl", "mmlu"], "engine": "hf", "max_new_tokens": 12, "data": data}
     whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
@@ -433,6 +506,8 @@ def refused_data(folder: Path, edit) -> Path:
 
 
 ARC, TRUTHFUL = "allenai/ai2_arc/ARC-Challenge", "truthfulqa/truthful_qa/multiple_choice"
+LETTERED = [row | {"answer": "A"} for row in mmlu_rows(3)]
+NOTHING = {"instruction": "say", "input": None, "output": "x", "text": ""}
 UNSAFE = [{"prompt": "a", "type": "b", "label": "unsafe"}]
 DAMAGE = [
     ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").unlink(), "no local copy of cais/mmlu all test"),
@@ -444,6 +519,9 @@ DAMAGE = [
     ("mmlu", lambda d: write(d / "cais/mmlu/all", mmlu_rows(3), "dev", ".json"), "fewer than 5"),
     ("arc", lambda d: write(d / ARC, arc_rows(2), "train"), "fewer than 5"),
     ("xstest", lambda d: write(d / "Paul/XSTest", UNSAFE, suffix=".csv"), "no usable prompts"),
+    ("mmlu", lambda d: write(d / "cais/mmlu/all", LETTERED, "test"), "a row of cais/mmlu all test"),
+    ("alpaca", lambda d: write(d / "tatsu-lab/alpaca", [NOTHING], suffix=".parquet"), "a row of tatsu-lab/alpaca"),
+    ("lm_eval:housework", lambda d: harness_task(d, [], d / "nowhere.jsonl"), "housework cannot be loaded"),
 ]  # fmt: skip
 
 
