@@ -61,7 +61,11 @@ parallel_options = together(
     number("--pipeline-parallel-size", 1, 1, "GPUs that share the layers."),
     number("--data-parallel-size", 1, 1, "Engines, a process each."),
     choice("--distributed-executor-backend", ["mp", "ray"], None, "vLLM's; ray: many machines."),
-)
+    click.option(
+        "--gpu-memory-utilization", type=click.FloatRange(0.05, 1), default=0.85, show_default=True,
+        help="Share of each GPU's memory that vLLM takes.",
+    ),
+)  # fmt: skip
 measuring_options = together(
     click.option("--suite", default="refusal,behaviour,loss,kl", show_default=True, help="What to measure."),
     click.option("--data", type=path(), metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."),
@@ -141,7 +145,10 @@ def engine_options(options: dict[str, Any]) -> Any:
     """The engine's options, taken out of a command's."""
     from .engines import EngineOptions
 
-    names = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend")
+    names = (
+        "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend",
+        "gpu_memory_utilization",
+    )  # fmt: skip
     return EngineOptions(device=options.pop("device"), **{name: options.pop(name) for name in names})
 
 

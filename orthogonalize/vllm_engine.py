@@ -314,4 +314,7 @@ def _memory_hint(on_cpu: bool) -> str:
     if on_cpu:
         space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
         return f"the cache takes VLLM_CPU_KVCACHE_SPACE={space} GiB: raise it if that is too little, else free memory"
-    return "if memory is short, free GPU memory or spread the model with --tensor-parallel-size"
+    return (
+        "if memory is short: raise --gpu-memory-utilization where the GPU has room, lower it where others use the GPU, "
+        "or spread the model with --tensor-parallel-size"
+    )
