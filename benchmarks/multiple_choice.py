@@ -6,7 +6,7 @@ over the same texts, in the engine that `lm_eval --model vllm` starts. Each side
 own, with its own settings. Timed is the way from texts to scores, tokenising included: not the engines'
 starts, nor the harness's reading of its data. Each side scores a few other items of each kind first, to
 warm up. `same` counts the items where our prediction is one of the harness's best; `largest_difference` is
-by how much the harness prefers its own to ours, in nats: bfloat16 has ties.
+by how much the harness prefers its own to ours, in nats: bfloat16 has ties, `--dtype float32` has none.
 
     PYTHONPATH=. python benchmarks/multiple_choice.py
 """
@@ -86,7 +86,7 @@ def sets_of(count: int) -> dict[str, list[Item]]:
     return {"one_token": made_up(count, False), "several": made_up(count, True)}
 
 
-def ours(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[int], float]]:
+def ours(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tuple[list[int], float]]:
     """Predictions and seconds by set."""
     from orthogonalize.models import load_tokenizer
     from orthogonalize.multiple_choice import MultipleChoice, Question
@@ -97,7 +97,7 @@ def ours(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[int]
 
     tokenizer = load_tokenizer(folder)
     result = {}
-    with VllmEngine(folder, LENGTH) as engine:
+    with VllmEngine(folder, LENGTH, dtype=dtype) as engine:
         for name, questions in sets.items():
             MultipleChoice.of(name, items(made_up(4, name == "several", seed=99)), tokenizer).predictions(engine)
             start = time.perf_counter()
@@ -106,7 +106,7 @@ def ours(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[int]
     return result
 
 
-def harness(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[list[float]], float]]:
+def harness(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tuple[list[list[float]], float]]:
     """Every choice's score, and seconds, in lm-eval's own vLLM model, which looks for vLLM under one name only."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # of what it takes by default, its prompt logits leave none
     from vllm.platforms import current_platform
@@ -129,7 +129,7 @@ def harness(folder: Path, sets: dict[str, list[Item]]) -> dict[str, tuple[list[l
             self.seconds = time.perf_counter() - start
             return found
 
-    model = Timed(pretrained=str(folder), dtype="bfloat16", max_model_len=LENGTH)
+    model = Timed(pretrained=str(folder), dtype=dtype, max_model_len=LENGTH)
     result = {}
     with TemporaryDirectory() as scratch:
         warming = {f"warm_{several}": made_up(4, several, seed=99) for several in (False, True)}
@@ -158,26 +158,34 @@ def _has_vllm() -> bool:
 
 @click.command()
 @click.option("--questions", default=40, show_default=True, help="Of each kind.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32"]),
+    default="bfloat16",
+    show_default=True,
+    help="Of both engines; in float32 no two choices tie.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 @click.option("--side", type=click.Choice(["ours", "harness"]), hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
-def main(questions: int, out: Path | None, side: str | None, folder: Path | None) -> None:
+def main(questions: int, dtype: str, out: Path | None, side: str | None, folder: Path | None) -> None:
     """Measure, and print."""
     if side and folder:
-        tell({"ours": ours, "harness": harness}[side](folder, sets_of(questions)))
+        tell({"ours": ours, "harness": harness}[side](folder, sets_of(questions), dtype))
         return
     from orthogonalize.embedded import planted_model  # here: the harness's processes are to know nothing of us
 
     folder = planted_model()
     # In processes of their own: neither sees the other's settings or caches.
-    words = ("--folder", folder, "--questions", questions)
+    words = ("--folder", folder, "--questions", questions, "--dtype", dtype)
     mine, theirs = hear(__file__, "--side", "ours", *words), hear(__file__, "--side", "harness", *words)
     result = {}
     for name in mine:
         (found, fast), (scores, slow) = mine[name], theirs[name]
         behind = [max(row) - row[ours] for ours, row in zip(found, scores, strict=True)]
         result[name] = {
-            "questions": questions, "same": sum(gap == 0 for gap in behind), "largest_difference": max(behind),
+            "questions": questions, "dtype": dtype,
+            "same": sum(gap == 0 for gap in behind), "largest_difference": max(behind),
             "ours_s": fast, "harness_s": slow, "ratio": slow / fast,
         }  # fmt: skip
     show(result, out)
