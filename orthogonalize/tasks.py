@@ -179,7 +179,7 @@ def _length(name: str, known: TaskManager, positions: int | None) -> int:
     longest = max((int(asked.get("max_gen_toks", NEW_TOKENS)) for asked in answers if asked), default=0)
     wanted = max(TASK_LENGTH, longest + CONTEXT)
     allowed = min(wanted, positions or wanted) - 1
-    if longest >= allowed:
+    if longest + 1 >= allowed:  # a prompt has one token at least
         raise OrthogonalizeError(
             f"lm-eval's {name} asks for answers of {longest} tokens and the model takes {positions}; leave it out"
         )

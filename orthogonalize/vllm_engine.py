@@ -96,8 +96,13 @@ class VllmEngine:
         }
         if self.options.distributed_executor_backend:
             arguments["distributed_executor_backend"] = self.options.distributed_executor_backend
+        config = open_checkpoint(self.folder).config
+        if (
+            "vision_config" in config
+        ):  # only text is asked here: room for images, and their processor, need not be there
+            arguments["limit_mm_per_prompt"] = {"image": 0, "video": 0}
         if on_cpu:
-            arguments |= cpu_arguments(open_checkpoint(self.folder).config)
+            arguments |= cpu_arguments(config)
         else:
             arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
         let_llvmlite_be_looked_at()

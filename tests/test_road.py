@@ -19,6 +19,7 @@ from orthogonalize.editing import choose, edit
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.extraction import extract
+from orthogonalize.models import load_model
 from orthogonalize.prompts import Prompt
 from orthogonalize.recipe import load_recipe
 from orthogonalize.report import Report
@@ -203,10 +204,6 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
     same.write_text("one\ntwo\n")
     bare = store(tiny_llama(), tmp_path / "bare", torch.float32)
     tiny_tokenizer(None).save_pretrained(bare)
-    code = store(tiny_llama(), tmp_path / "code", torch.float32)
-    tiny_tokenizer().save_pretrained(code)
-    config = json.loads((code / "config.json").read_text())
-    (code / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
     deeper = store(tiny_llama(num_hidden_layers=5), tmp_path / "deeper", torch.float32)
     wide = tmp_path / "wide.safetensors"
     save_file({"basis": torch.randn(3, WIDTH)}, wide)
@@ -223,7 +220,6 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
         (("extract", model, "--out", existing, *sides), "exists"),
         (("extract", model, "--out", out, *sides, "--methods", "magic"), "--methods must name dim"),
         (("extract", bare, "--out", out, *sides), "--no-chat-template"),
-        (("extract", code, "--out", out, *sides), "--trust-remote-code"),
         (("edit", model, "--out", out), "exactly one of --run, --direction and --recipe"),
         (("edit", model, "--out", out, "--direction", narrow), "width 7 and the model's residual stream 32"),
         (("edit", model, "--out", out, "--run", tmp_path), "not a run folder"),
@@ -299,6 +295,19 @@ def test_every_command_explains_itself(words):
     result = CliRunner().invoke(main, [*words, "--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def test_code_that_came_with_a_model_runs_only_where_that_is_asked_for_and_needed(tmp_path):
+    folder = store(tiny_llama(), tmp_path / "model", torch.float32)
+    config = json.loads((folder / "config.json").read_text())
+    remote = {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}}
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (folder / "config.json").write_text(json.dumps(config | remote))
+    assert type(load_model(folder)).__name__ == "LlamaForCausalLM"  # older code for what transformers has by now
+    (folder / "config.json").write_text(json.dumps(config | remote | {"model_type": "nobody_knows"}))
+    with pytest.raises(OrthogonalizeError, match="only extract --trust-remote-code allows"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_ctrl_c_ends_with_130_and_leaves_nothing(model, run, tmp_path, monkeypatch):

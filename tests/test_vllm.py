@@ -21,9 +21,11 @@ from orthogonalize.editing import edit
 from orthogonalize.engine_group import EngineGroup
 from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap
 from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.interventions import removal
 from orthogonalize.plans import DEFAULT_SUITES
 from orthogonalize.recipe import load_recipe
 from orthogonalize.run import load_run
+from orthogonalize.scopes import map_sites, parse_scope
 from orthogonalize.serving import common_folder, edited_weights
 from orthogonalize.sweeps import sweep
 from orthogonalize.variants import make_variants
@@ -198,6 +200,29 @@ def test_two_engines_in_processes_of_their_own_are_as_one(model, shared, plans, 
         assert group.answers(prompts, 12) == SWAPPED["ablate"]
         swap.restore()
         assert group.fingerprint() == f"{before} {before}"
+
+
+def test_a_wrapper_for_images_is_started_for_text_and_swapped_as_it_is_stored(tmp_path):
+    pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
+    folder = store_tiny("gemma3 multimodal", tmp_path / "model", torch.bfloat16, 64)
+    tiny_tokenizer().save_pretrained(folder)
+    source = open_checkpoint(folder)
+    basis = torch.linalg.qr(torch.randn(192, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0].T
+    plan = bake(source, map_sites(parse_scope("layers:0-3"), 4, lambda _: removal(basis)))
+    (tmp_path / "edited").mkdir()
+    plan.write(tmp_path / "edited")
+    asked = [[5, 9, 11, 20], [7, 8, 30, 31, 32]]
+    with VllmEngine(folder, 64, SMALL) as engine:
+        before, plain = engine.fingerprint(), engine.scores(asked, asked)
+        swap = WeightSwap(engine, source)
+        swap.apply(edited_weights(plan))
+        swapped = engine.scores(asked, asked)
+        swap.restore()
+        assert engine.fingerprint() == before
+    tiny_tokenizer().save_pretrained(tmp_path / "edited")
+    with VllmEngine(tmp_path / "edited", 64, SMALL) as engine:
+        assert engine.scores(asked, asked) == swapped
+    assert swapped != plain
 
 
 def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, written, tmp_path, monkeypatch):
