@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .measures import Loss, Paired, Score
 from .report import Report
 from .tables import loss_title, set_name, title
@@ -20,12 +22,16 @@ def _percent(value: float) -> str:
     return f"{100 * value:.0f}%"
 
 
-def _rate_verdict(report: Report, key: str, what: str) -> str | None:
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _rate_verdict(report: Report, key: str, what: str, form: Callable[[float], str] = _percent) -> str | None:
     before, after = report.base.flat().get(key), report.edited.flat().get(key)
     pair = report.paired.get(key)
     if before is None or after is None or pair is None or not pair.n:
         return None
-    old, new = _percent(before.value), _percent(after.value)
+    old, new = form(before.value), form(after.value)
     if not _moved(pair):
         return f"{what}: no change that {pair.n} items could show ({old} and {new})."
     return f"{what} {'rose' if pair.difference > 0 else 'fell'} from {old} to {new} (n = {pair.n})."
@@ -45,23 +51,12 @@ def _loss_verdict(report: Report, key: str) -> str | None:
     return f"{name} {word if pair.difference > 0 else f'fell by {-100 * pair.difference:.1f}%{interval}'}."
 
 
-def _score_verdict(report: Report, key: str) -> str | None:
-    before, after = report.base.flat().get(key), report.edited.flat().get(key)
-    pair = report.paired.get(key)
-    if before is None or after is None or pair is None or not pair.n:
-        return None
-    old, new = f"{before.value:.4g}", f"{after.value:.4g}"
-    if not _moved(pair):
-        return f"{title(key)}: no change that {pair.n} items could show ({old} and {new})."
-    return f"{title(key)} {'rose' if pair.difference > 0 else 'fell'} from {old} to {new} (n = {pair.n})."
-
-
 def _task_verdict(report: Report, key: str) -> str | None:
     match report.base.flat().get(key):
         case Loss():
             return _loss_verdict(report, key)
         case Score():
-            return _score_verdict(report, key)
+            return _rate_verdict(report, key, title(key), _number)
     return _rate_verdict(report, key, title(key))
 
 
