@@ -1,8 +1,9 @@
 """A sweep of 15 edits in one engine beside an engine for every edit: seconds, and the same answers.
 
-Both sides measure the same suites on the same prompts, each in processes of their own, timed from start to
-end. The second side is what there is without a sweep: a process that writes a checkpoint, starts an
-engine on it and measures it. As that is slow, only some edits are timed, and all are taken to need their median.
+The edits are of all methods and scopes, evenly chosen among those that `sweep` tries. Both sides measure the
+same suites on the same prompts, each in processes of their own, timed from start to end. The one side is
+`sweep` itself; the other is what there is without it: a process for every edit that writes a checkpoint,
+starts an engine on it and measures it. The answers are compared as they come from the engines, token by token.
 
     PYTHONPATH=. python benchmarks/sweep.py --run RUN      RUN made by extract from the demo's model
 """
@@ -10,6 +11,8 @@ engine on it and measures it. As that is slow, only some edits are timed, and al
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -18,71 +21,94 @@ from typing import Any
 import click
 from sides import hear, show, tell
 
+from orthogonalize import sweeps
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.embedded import planted_model
-from orthogonalize.engines import WeightSwap
 from orthogonalize.launch import open_engine
 from orthogonalize.models import load_tokenizer
 from orthogonalize.plans import make_plan
 from orthogonalize.run import load_run
-from orthogonalize.serving import common_folder, edited_weights
 from orthogonalize.suites import Memory
-from orthogonalize.variants import make_variants
+from orthogonalize.variants import Variant, make_variants
+
+SUITES = ("refusal", "behaviour")
 
 
-class Case:
-    """What both sides need to measure the run's first edits."""
-
-    def __init__(self, run: Path, edits: int, limit: int, new_tokens: int) -> None:
-        folder, found = planted_model(), load_run(run)
-        self.source, self.tokenizer = open_checkpoint(folder), load_tokenizer(folder)
-        self.plan = make_plan(found, self.tokenizer, ["refusal", "behaviour"], new_tokens, limit)
-        self.interventions = [variant.intervention for variant in make_variants(found)[:edits]]
-
-    def engine(self, folder: Path):
-        return open_engine("vllm", folder, self.tokenizer, self.plan.max_model_len)
-
-    def answers(self, engine) -> dict[str, list[str]]:
-        assert self.plan.answering is not None
-        memory = Memory()
-        self.plan.answering.measure(engine, memory)
-        return memory.answers
+def chosen(run: Path, edits: int) -> list[Variant]:
+    """`edits` of all that a sweep of `run` tries, evenly spread over methods and scopes."""
+    every = make_variants(load_run(run))
+    return [every[i * len(every) // edits] for i in range(edits)]
 
 
-def one_engine(case: Case) -> dict[str, Any]:
-    """All edits, swapped in place."""
-    plans = [bake(case.source, intervention) for intervention in case.interventions]
-    answers, swaps, measuring = [], [], []
-    begin = time.perf_counter()
-    with common_folder(case.source, plans) as common, case.engine(common) as engine:
-        started = time.perf_counter() - begin
-        swap = WeightSwap(engine, open_checkpoint(common))
-        before = engine.fingerprint()
-        case.answers(engine)
-        for edit in plans:
-            start = time.perf_counter()
-            swap.apply(edited_weights(edit))
-            swaps.append(time.perf_counter() - start)
-            answers.append(case.answers(engine))
-            measuring.append(time.perf_counter() - start - swaps[-1])
-        swap.restore()
-        restored = engine.fingerprint() == before
+class Recorded:
+    """An engine that keeps what it answers and how long it took to start."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.engine = open_engine(*arguments)
+        self.answered: list[list[list[int]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def __enter__(self) -> Recorded:
+        begin = time.perf_counter()
+        self.engine.__enter__()
+        self.started = time.perf_counter() - begin
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.engine.__exit__(*exc)
+
+    def answers(self, prompts: Any, max_new_tokens: int) -> list[list[int]]:
+        found = self.engine.answers(prompts, max_new_tokens)
+        self.answered.append(found)
+        return found
+
+
+@contextmanager
+def recorded() -> Iterator[list[Recorded]]:
+    """Lets `sweep` start recorded engines."""
+    opened: list[Recorded] = []
+
+    def opening(*arguments: Any) -> Recorded:
+        opened.append(Recorded(*arguments))
+        return opened[-1]
+
+    sweeps.open_engine = opening
+    yield opened
+
+
+def one_engine(run: Path, edits: int, limit: int, new_tokens: int) -> dict[str, Any]:
+    """All edits, by `sweep`."""
+    variants = chosen(run, edits)
+    sweeps.make_variants = lambda *_: variants
+    with recorded() as opened, TemporaryDirectory() as scratch:
+        found = sweeps.sweep(
+            str(planted_model()), run, Path(scratch) / "out", suites=SUITES, limit=limit, max_new_tokens=new_tokens
+        )
+    (engine,) = opened
+    assert not any(v.refused for v in found.variants)
     return {
-        "answers": answers, "restored": restored, "engine_start_s": started, "swap_s": median(swaps),
-        "measuring_s": median(measuring),
+        "names": [v.name for v in found.variants],
+        "answers": engine.answered[1:], "restored": found.restored, "engine_start_s": engine.started,
+        "edit_s": median(v.seconds for v in found.variants),
     }  # fmt: skip
 
 
-def own_engine(case: Case, number: int) -> dict[str, Any]:
+def own_engine(run: Path, edits: int, limit: int, new_tokens: int, number: int) -> dict[str, Any]:
     """One edit, written and served."""
+    folder = planted_model()
+    tokenizer = load_tokenizer(folder)
+    plan = make_plan(load_run(run), tokenizer, SUITES, new_tokens, limit)
+    assert plan.answering is not None
     with TemporaryDirectory() as scratch:
         target = Path(scratch) / "edited"
         target.mkdir()
-        bake(case.source, case.interventions[number]).write(target)
-        written = time.perf_counter()
-        with case.engine(target) as engine:
-            return {"engine_start_s": time.perf_counter() - written, "answers": case.answers(engine)}
+        bake(open_checkpoint(folder), chosen(run, edits)[number].intervention).write(target)
+        with Recorded("vllm", target, tokenizer, plan.max_model_len) as engine:
+            plan.answering.measure(engine, Memory())
+            return {"engine_start_s": engine.started, "answers": engine.answered[0]}
 
 
 def timed(words: list[str]) -> tuple[dict[str, Any], float]:
@@ -94,31 +120,28 @@ def timed(words: list[str]) -> tuple[dict[str, Any], float]:
 @click.command()
 @click.option("--run", type=click.Path(path_type=Path), required=True)
 @click.option("--edits", default=15, show_default=True)
-@click.option("--fresh", default=3, show_default=True, help="Edits that are also timed with an engine of their own.")
 @click.option("--limit", default=8, show_default=True, help="Prompts a side.")
 @click.option("--new-tokens", default=16, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 @click.option("--side", hidden=True, help="`all`, or the number of an edit.")
-def main(run: Path, edits: int, fresh: int, limit: int, new_tokens: int, out: Path | None, side: str | None) -> None:
+def main(run: Path, edits: int, limit: int, new_tokens: int, out: Path | None, side: str | None) -> None:
     """Measure, and print."""
     if side:
-        case = Case(run, edits, limit, new_tokens)
-        tell(one_engine(case) if side == "all" else own_engine(case, int(side)))
+        case = (run, edits, limit, new_tokens)
+        tell(one_engine(*case) if side == "all" else own_engine(*case, int(side)))
         return
     words = ["--run", str(run), "--edits", str(edits), "--limit", str(limit), "--new-tokens", str(new_tokens)]
     swept, together = timed([*words, "--side", "all"])
-    answers = swept.pop("answers")
-    starts, each, same = [], [], []
-    for number in [round(n * (len(answers) - 1) / max(1, fresh - 1)) for n in range(fresh)]:
-        alone, seconds = timed([*words, "--side", str(number)])
-        starts.append(alone["engine_start_s"])
-        each.append(seconds)
-        same.append(alone["answers"] == answers[number])
+    answers, names = swept.pop("answers"), swept.pop("names")
+    alone = [timed([*words, "--side", str(number)]) for number in range(len(names))]
+    same = [found["answers"] == answers[number] for number, (found, _) in enumerate(alone)]
     result = {
-        "edits": len(answers), "limit": limit, "new_tokens": new_tokens, **swept,
+        "edits": names, "limit": limit, "new_tokens": new_tokens, **swept,
         "same_answers_as_an_engine_of_its_own": f"{sum(same)} of {len(same)}",
-        "all_in_one_engine_s": together, "own_engine_start_s": median(starts), "own_engine_s": median(each),
-        "ratio": median(each) * len(answers) / together,
+        "different": [name for name, equal in zip(names, same, strict=True) if not equal],
+        "all_in_one_engine_s": together, "own_engine_start_s": median(found["engine_start_s"] for found, _ in alone),
+        "engines_of_their_own_s": sum(seconds for _, seconds in alone),
+        "ratio": sum(seconds for _, seconds in alone) / together,
     }  # fmt: skip
     show(result, out)
 

@@ -59,6 +59,14 @@ def context_length(folder: Path) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def judges_for(plan: Plan, names: Sequence[str]) -> list[ReadyJudge]:
+    """The judges called `names`, ready; refused where `plan` has no answers for them."""
+    ready = ready_judges(names)
+    if ready and not plan.answers_count:
+        raise OrthogonalizeError("judges need answers; add --suite refusal")
+    return ready
+
+
 def ask_judges(
     judges: Sequence[ReadyJudge],
     plan: Plan,
@@ -236,9 +244,7 @@ def evaluate(
     tokenizer = load_tokenizer(folder)
     data = None if data is None else Path(data)
     plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
-    ready = ready_judges(judges)
-    if ready and not plan.answers_count:
-        raise OrthogonalizeError("judges need answers; add --suite refusal")
+    ready = judges_for(plan, judges)
     options = options or EngineOptions(device=device)
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
     settings = (suites, engine, engine_version(engine), max_new_tokens, limit, data_state(data), run_state(found))

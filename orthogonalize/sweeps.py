@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from .architectures import architecture_of
 from .baking import Bake, bake
@@ -23,12 +23,12 @@ from .evaluation import (
     data_state,
     engine_version,
     folder_state,
+    judges_for,
     run_state,
 )
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
-from .judging import ready_judges
 from .launch import open_engine
 from .models import find_model, load_tokenizer, public_name
 from .outputs import Kind, check_free, complete_folder
@@ -55,25 +55,97 @@ def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
         yield
 
 
-class _Runner:
-    """Measures the base, then every variant, each step through the journal."""
+class _Host:
+    """A sweep's one engine, started when it is first asked for: it holds the base, then one edit after the other.
 
-    def __init__(self, plan: Plan, journal: Journal) -> None:
+    `plans` are the edits' weights, to be swapped in place; None: the reference's hooks act instead.
+    """
+
+    def __init__(self, start: Callable[[Path], Engine], source: Checkpoint, plans: Mapping[str, Bake] | None) -> None:
+        self.start, self.source, self.plans = start, source, plans
+        self.stack = ExitStack()
+        self.running: tuple[Engine, WeightSwap, str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stack.close()
+
+    def _started(self) -> tuple[Engine, WeightSwap, str]:
+        if self.running is None:
+            folder = self.stack.enter_context(common_folder(self.source, list((self.plans or {}).values())))
+            engine = self.stack.enter_context(self.start(folder))
+            loaded = "" if self.plans is None else engine.fingerprint()
+            self.running = engine, WeightSwap(engine, open_checkpoint(folder)), loaded
+        return self.running
+
+    def base(self) -> Engine:
+        """The engine as it started; ask before any edit."""
+        return self._started()[0]
+
+    @contextmanager
+    def edited(self, variant: Variant) -> Iterator[Engine]:
+        """The engine under an edit. Its weights stay until others take their place; hooks end with the context."""
+        engine, swap, _ = self._started()
+        if self.plans is not None:
+            swap.apply(edited_weights(self.plans[variant.name]))
+            yield engine
+        else:
+            assert isinstance(engine, TransformersEngine)
+            with residual_hooks(engine.model, variant):
+                yield engine
+
+    def restored(self) -> bool | None:
+        """Swap the base in again: whether the engine holds it, bit for bit; None where nothing was swapped."""
+        if self.plans is None or self.running is None:
+            return None
+        engine, swap, loaded = self.running
+        swap.restore()
+        return engine.fingerprint() == loaded
+
+
+class _Runner:
+    """Measures the base, then every edit, each step through the journal."""
+
+    def __init__(self, plan: Plan, journal: Journal, refused: Mapping[str, str]) -> None:
         self.plan, self.journal, self.memory = plan, journal, Memory()
         self.measured: dict[str, Measured] = {}
+        self.seconds: dict[str, float] = {}
+        self.refused = dict(refused)
 
-    def base(self, engine: Callable[[], Engine]) -> None:
+    def base(self, host: _Host) -> None:
         done = self.journal.has(*self.plan.steps("base", is_base=True))
-        running = None if done else engine()
-        self.measured["base"] = self.plan.measure(running, self.memory, self.journal, "base", is_base=True)
+        engine = None if done else host.base()
+        self.measured["base"] = self.plan.measure(engine, self.memory, self.journal, "base", is_base=True)
 
-    def variant(self, variant: Variant, engine: Callable[[], Engine]) -> float:
-        """Seconds that it took: to swap and to measure."""
-        done = self.journal.has(*self.plan.steps(variant.name))
+    def variant(self, variant: Variant, host: _Host) -> None:
+        """Measure an edit, and time that with its swap; one that leaves no numbers is left out."""
+        name = variant.name
+        done = self.journal.has(*self.plan.steps(name))
         start = time.perf_counter()
-        running = None if done else engine()
-        self.measured[variant.name] = self.plan.measure(running, self.memory, self.journal, variant.name)
-        return float(self.journal.step(f"{variant.name}/seconds", lambda: time.perf_counter() - start))
+        try:
+            with nullcontext() if done else host.edited(variant) as engine:
+                self.measured[name] = self.plan.measure(engine, self.memory, self.journal, name)
+        except NoNumberError as error:
+            self.refused[name] = str(error)
+            note(f"{name} is left out: {error}")
+            return
+        self.seconds[name] = float(self.journal.step(f"{name}/seconds", lambda: time.perf_counter() - start))
+
+    def swept(self, variant: Variant) -> Swept:
+        """What is known of an edit at the end."""
+        result = Swept(
+            name=variant.name, choice=variant.choice, direction=variant.direction, layers=list(variant.layers)
+        )
+        if variant.name in self.refused:
+            result.refused = self.refused[variant.name]
+            return result
+        series = self.measured[variant.name].series
+        result.measures = Measures.of(series)
+        result.paired = compare_all(self.measured["base"].series, series)
+        result.seconds = self.seconds[variant.name]
+        return result
 
 
 def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, Bake], dict[str, str]]:
@@ -84,6 +156,9 @@ def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, B
             plans[variant.name] = bake(source, variant.intervention)
         except OrthogonalizeError as error:
             refused[variant.name] = str(error)
+            note(f"{variant.name} is left out: {error}")
+    if not plans:
+        raise OrthogonalizeError(f"none of these edits can be baked into this model: {next(iter(refused.values()))}")
     return plans, refused
 
 
@@ -128,77 +203,42 @@ def sweep(
     found = load_run(run)
     folder = find_model(model, revision)
     check_engine(engine)
-    source = open_checkpoint(folder)
-    tokenizer = load_tokenizer(folder)
+    source, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
     data = None if data is None else Path(data)
     plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
-    ready = ready_judges(judges)
-    if ready and not plan.answers_count:
-        raise OrthogonalizeError("judges need answers; add --suite refusal")
+    ready = judges_for(plan, judges)
     variants = make_variants(found, methods, scopes)
-    if semantics == "weights" and architecture_of(source.config).norms.kind == "layer":  # as `edit` does
-        variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
-    plans, refused = _plans(source, variants) if semantics == "weights" else ({}, {})
-    for name, reason in refused.items():
-        note(f"{name} is left out: {reason}")
+    plans: dict[str, Bake] | None = None
+    refused: dict[str, str] = {}
+    if semantics == "weights":
+        if architecture_of(source.config).norms.kind == "layer":  # as `edit` does
+            variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
+        plans, refused = _plans(source, variants)
     possible = [v for v in variants if v.name not in refused]
-    if not possible:
-        raise OrthogonalizeError(f"none of these edits can be baked into this model: {next(iter(refused.values()))}")
     settings = (suites, engine, engine_version(engine), semantics, max_new_tokens, limit, data_state(data))
     edits = [(v.name, store_maps(v.intervention)[2], v.layers) for v in possible]
     journal = Journal(out, fingerprint_of(settings, plan.state, folder_state(folder), edits, run_state(found)))
-    runner = _Runner(plan, journal)
+    runner = _Runner(plan, journal, refused)
 
-    with journal.kept(), ExitStack() as stack, track("sweep", len(possible) + 1, "edits") as advance:
-        start_folder = folder
-        if semantics == "weights":
-            start_folder = stack.enter_context(common_folder(source, list(plans.values())))
-        running: list[Engine] = []
-        swap: list[WeightSwap] = []
-        loaded: list[str] = []
-
-        def started() -> Engine:
-            if not running:
-                opened = open_engine(engine, start_folder, tokenizer, plan.max_model_len, options)
-                running.append(stack.enter_context(opened))
-                swap.append(WeightSwap(running[0], open_checkpoint(start_folder)))
-                if semantics == "weights":
-                    loaded.append(running[0].fingerprint())
-            return running[0]
-
-        runner.base(started)
-        advance(1)
-        seconds: dict[str, float] = {}
-        for variant in possible:
-            with ExitStack() as around:
-
-                def edited(variant: Variant = variant, around: ExitStack = around) -> Engine:
-                    held = started()
-                    if semantics == "weights":
-                        swap[0].apply(edited_weights(plans[variant.name]))
-                    else:
-                        assert isinstance(held, TransformersEngine)
-                        around.enter_context(residual_hooks(held.model, variant))
-                    return held
-
-                try:
-                    seconds[variant.name] = runner.variant(variant, edited)
-                except NoNumberError as error:
-                    refused[variant.name] = str(error)
-                    note(f"{variant.name} is left out: {error}")
-            advance(1)
-        if semantics == "weights" and running:
-            swap[0].restore()
-            if running[0].fingerprint() != loaded[0]:
-                journal.close()  # what was measured may be of other weights than was thought
-                raise OrthogonalizeError("the engine did not hold the base's weights again after the sweep")
-            journal.step("restored", lambda: True)
+    def start(folder: Path) -> Engine:
+        return open_engine(engine, folder, tokenizer, plan.max_model_len, options)
 
     with journal.kept():
+        with _Host(start, source, plans) as host, track("sweep", len(possible) + 1, "edits") as advance:
+            runner.base(host)
+            advance(1)
+            for variant in possible:
+                runner.variant(variant, host)
+                advance(1)
+            restored = host.restored()
+            if restored is False:
+                journal.close()  # what was measured may be of other weights than was thought
+                raise OrthogonalizeError("the engine did not hold the base's weights again after the sweep")
+            if restored:
+                journal.step("restored", lambda: True)
         opinions = ask_judges(ready, plan, runner.measured, engine, options, journal)
     for label, measured in runner.measured.items():
         add_opinions(plan, ready, measured, opinions[label])
-    base = runner.measured["base"].series
     result = Sweep(
         engine=engine,
         engine_version=engine_version(engine),
@@ -211,8 +251,8 @@ def sweep(
         effect=None,
         harm=None,
         restored=True if journal.has("restored") else None,
-        base=Measures.of(base),
-        variants=[_swept(v, runner, seconds, refused) for v in variants],
+        base=Measures.of(runner.measured["base"].series),
+        variants=[runner.swept(v) for v in variants],
         pareto=[],
     )
     result.effect, result.harm = effect_key(result.base), harm_key(result.base)
@@ -222,15 +262,3 @@ def sweep(
         write_pareto_plot(result, done / "pareto.png")
     journal.close()
     return result
-
-
-def _swept(variant: Variant, runner: _Runner, seconds: dict[str, float], refused: dict[str, str]) -> Swept:
-    swept = Swept(name=variant.name, choice=variant.choice, direction=variant.direction, layers=list(variant.layers))
-    if variant.name in refused:
-        swept.refused = refused[variant.name]
-        return swept
-    series = runner.measured[variant.name].series
-    swept.measures = Measures.of(series)
-    swept.paired = compare_all(runner.measured["base"].series, series)
-    swept.seconds = seconds[variant.name]
-    return swept

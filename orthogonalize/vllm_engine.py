@@ -97,23 +97,17 @@ class VllmEngine:
         if self.options.distributed_executor_backend:
             arguments["distributed_executor_backend"] = self.options.distributed_executor_backend
         config = open_checkpoint(self.folder).config
-        if (
-            "vision_config" in config
-        ):  # only text is asked here: room for images, and their processor, need not be there
+        # Only text is asked here: room for images, and their processor, need not be there.
+        if "vision_config" in config:
             arguments["limit_mm_per_prompt"] = {"image": 0, "video": 0}
         if on_cpu:
             arguments |= cpu_arguments(config)
         else:
             arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
         let_llvmlite_be_looked_at()
-        try:
-            with track("starting vLLM", None), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.llm = LLM(model=str(self.folder), max_model_len=self.max_model_len, **(arguments | self.extra))
-        except Exception as error:  # whatever the engine's processes died of
-            raise OrthogonalizeError(
-                f"vLLM did not start on {self.folder}: {_reason(error)}; {_memory_hint(on_cpu)}, or use --engine hf"
-            ) from error
+        with _named(f"vLLM did not start on {self.folder}"), track("starting vLLM", None), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.llm = LLM(model=str(self.folder), max_model_len=self.max_model_len, **(arguments | self.extra))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -138,12 +132,8 @@ class VllmEngine:
             for start in range(0, len(rows), SLICE):
                 part: list[Any] = [{"prompt_token_ids": list(ids)} for ids in rows[start : start + SLICE]]
                 chosen = parameters[start : start + SLICE] if isinstance(parameters, list) else parameters
-                try:
+                with _named(f"vLLM failed while {what}"):
                     outputs += self.llm.generate(part, chosen, use_tqdm=False)
-                except Exception as error:  # whatever the engine's processes died of
-                    raise OrthogonalizeError(
-                        f"vLLM failed while {what}: {_reason(error)} ({_memory_hint(not torch.cuda.is_available())})"
-                    ) from error
                 advance(len(part))
         return outputs
 
@@ -256,19 +246,15 @@ class VllmEngine:
 
     def load_from(self, folder: Path) -> None:
         """Take over the tensors in the safetensors files of `folder`."""
-        try:
+        with _named("vLLM failed while weights were swapped"):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        except Exception as error:  # whatever the engine's processes died of
-            raise OrthogonalizeError(f"vLLM failed while weights were swapped: {_reason(error)}") from error
         # The engine keeps the prefixes that the old weights computed, and would mix them in.
         if not self.llm.reset_prefix_cache():
             raise OrthogonalizeError("vLLM did not clear its prefix cache, so edits cannot be swapped in place")
 
     def fingerprint(self) -> str:
-        try:
+        with _named("vLLM failed while its weights were read"):
             return "-".join(self.llm.apply_model(fingerprint))
-        except Exception as error:  # whatever the engine's processes died of
-            raise OrthogonalizeError(f"vLLM failed while its weights were read: {_reason(error)}") from error
 
 
 @contextmanager
@@ -311,8 +297,15 @@ def _ranked(entry: Mapping[int, Any], count: int) -> list[tuple[int, float]]:
     return [(token, found.logprob) for token, found in best]
 
 
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Whatever the engine or its processes die of in here becomes one line that says `what` and the way out."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        hint = _memory_hint(not torch.cuda.is_available())
+        raise OrthogonalizeError(f"{what}: {reason}; {hint}, or use --engine hf") from error
 
 
 def _memory_hint(on_cpu: bool) -> str:

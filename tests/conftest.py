@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_files import all_sets
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from tiny_models import DoublePrecision
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orthogonalize.cli import main
+from orthogonalize.editing import edit
 from orthogonalize.extraction import extract
 from orthogonalize.settings import Settings
 
@@ -202,6 +204,13 @@ def choosing_tokenizer():
     return tokenizer
 
 
+def store_choosing(folder: Path, **overrides) -> Path:
+    """A tiny random Llama, float32, with a context and the words for multiple choice."""
+    tiny = tiny_llama(tie_word_embeddings=True, max_position_embeddings=512, **overrides)
+    choosing_tokenizer().save_pretrained(store(tiny, folder, torch.float32))
+    return folder
+
+
 @pytest.fixture
 def chat_model(tmp_path) -> Path:
     """A tiny random Llama with a tokenizer and a chat template, float32."""
@@ -252,6 +261,20 @@ def run(model, sources, run_settings, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     extract(str(model), out, **sources, settings=run_settings)
     return out
+
+
+@pytest.fixture(scope="module")
+def edited(model, run, tmp_path_factory) -> Path:
+    """`model` without the best direction of `run`."""
+    out = tmp_path_factory.mktemp("edited") / "edited"
+    edit(str(model), out, run=run, method="ablate", scope="all")
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Local copies of every public set."""
+    return all_sets(tmp_path_factory.mktemp("data"))
 
 
 def command(*words: str | Path) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import tiny_tokenizer
+from tiny_models import build
 
 from orthogonalize.cli import main
 from orthogonalize.errors import OrthogonalizeError
@@ -140,10 +141,13 @@ def checkpoint(folder: Path, kind: str, reply: str | None) -> Path:
 
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["Yes", "No", *([reply] if reply else [])])
+    torch.manual_seed(0)
     common = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
               "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 1024, "head_dim": 32}  # fmt: skip
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common), dtype=torch.float32)
+    if "multimodal" in kind:
+        model = build(kind, 32, max_position_embeddings=1024).float()
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common), dtype=torch.float32)
     if reply:
         says(model, tokenizer.convert_tokens_to_ids(reply), tokenizer.eos_token_id)
     model.save_pretrained(folder)
@@ -186,6 +190,7 @@ CLASSES = [
     ("llama-guard-2", "llama"),
     ("llama-guard-3", "llama"),
     ("llama-guard-4", "llama4_text"),
+    ("llama-guard-4", "llama4 multimodal"),  # as it is released
     ("harmbench", "llama"),
     ("harmbench-mistral", "mistral"),
     ("wildguard", "mistral"),
@@ -211,6 +216,8 @@ def test_every_judge_is_heard_from_a_tiny_model_of_its_class(name, kind, engine,
     """The model says the second of the recorded replies to everything."""
     if engine == "vllm":
         pytest.importorskip("vllm")
+        if "multimodal" in kind:
+            pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
     reply, (harmful, refusal) = RECORDED[name][1]
     found = judge(answers, f"{name}={checkpoint(tmp_path / 'judge', kind, reply)}", engine=engine)
     assert (found.judge, found.n) == (name, 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_files import SETS, all_sets, harness_rows, harness_task
-from conftest import UNTRIED, choosing_tokenizer, store, tiny_llama, tiny_tokenizer
+from conftest import UNTRIED, store_choosing, tiny_tokenizer
 from tiny_models import store_tiny
 
 from orthogonalize.baking import bake
@@ -52,10 +52,7 @@ def run_settings():
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    tiny = tiny_llama(hidden_size=128, intermediate_size=96, tie_word_embeddings=True, max_position_embeddings=512)
-    folder = store(tiny, tmp_path_factory.mktemp("vllm") / "model", torch.float32)
-    choosing_tokenizer().save_pretrained(folder)
-    return folder
+    return store_choosing(tmp_path_factory.mktemp("vllm") / "model", hidden_size=128, intermediate_size=96)
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +197,26 @@ def test_two_engines_in_processes_of_their_own_are_as_one(model, shared, plans, 
         assert group.answers(prompts, 12) == SWAPPED["ablate"]
         swap.restore()
         assert group.fingerprint() == f"{before} {before}"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("spread", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_an_engine_over_two_gpus_is_swapped_as_one(spread, model, plans, prompts, reference):
+    assert SWAPPED, "a test before makes them"
+    options = EngineOptions(**{spread: 2}, gpu_memory_utilization=0.1)
+    with (
+        common_folder(open_checkpoint(model), list(plans.values())) as folder,
+        VllmEngine(folder, 512, options) as engine,
+    ):
+        before = engine.fingerprint()
+        assert before.count("-") == 1
+        assert engine.answers(prompts, 12) == reference.answers(prompts, 12)
+        swap = WeightSwap(engine, open_checkpoint(folder))
+        for name, plan in plans.items():
+            swap.apply(edited_weights(plan))
+            assert engine.answers(prompts, 12) == SWAPPED[name]
+        swap.restore()
+        assert engine.fingerprint() == before
 
 
 def test_a_wrapper_for_images_is_started_for_text_and_swapped_as_it_is_stored(tmp_path):

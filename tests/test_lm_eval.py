@@ -1,0 +1,150 @@
+"""lm-eval's tasks: its prompts are ours, and its own numbers come out in our engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lm_eval
+import pytest
+from benchmark_files import all_sets, harness_rows, harness_task, language_tasks
+from conftest import UNTRIED, store_choosing
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from orthogonalize.engines import TransformersEngine
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.evaluation import evaluate
+from orthogonalize.models import load_tokenizer
+from orthogonalize.multiple_choice import arc, mmlu, truthfulqa
+
+
+@pytest.fixture(scope="module")
+def run_settings():
+    return UNTRIED
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return store_choosing(tmp_path_factory.mktemp("lm_eval") / "model")
+
+
+# Of every set: the harness's file, our function, examples before the question, what the test has in other places
+# than the Hub, and what MMLU's subjects add (which examples ARC is asked with depends on the harness's seed).
+STOCK = {
+    "mmlu": ("mmlu/default/_default_template_yaml", mmlu, 5,
+             {"test": "cais/mmlu/all/test.jsonl", "shots": "cais/mmlu/all/dev.json"},
+             'description: "The following are multiple choice questions (with answers) about house work.\\n\\n"\n'),
+    "arc": ("arc/arc_challenge.yaml", arc, 5,
+            {"test": "allenai/ai2_arc/ARC-Challenge/test.jsonl", "shots": "allenai/ai2_arc/ARC-Challenge/train.jsonl"},
+            "fewshot_config:\n  sampler: first_n\ntraining_split: null\n"),
+    "truthfulqa": ("truthfulqa/truthfulqa_mc1.yaml", truthfulqa, 0,
+                   {"test": "truthfulqa/truthful_qa/multiple_choice/validation.jsonl"}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_prompts_are_those_of_lm_eval(name, data, tmp_path):
+    """The harness's own task on the same files writes the same contexts, examples and all, choices and answers."""
+    stock, make, shots, files, more = STOCK[name]
+    (tmp_path / "local.yaml").write_text(
+        f"include: {Path(lm_eval.__file__).parent / 'tasks' / stock}\ntask: local\n"
+        "dataset_path: json\ndataset_name: null\nvalidation_split: null\ntest_split: test\n"
+        + ("fewshot_split: shots\n" if shots else "")
+        + "dataset_kwargs:\n  data_files:\n"
+        + "".join(f"    {split}: {data / file}\n" for split, file in files.items())
+        + more
+    )
+    task = TaskManager(include_path=str(tmp_path)).load(["local"])["tasks"]["local"]
+    documents, questions = list(task.test_docs()), make(data, None)
+    assert len(documents) == len(questions) > 5
+    for document, question in zip(documents, questions, strict=True):
+        assert question.context == task.fewshot_context(document, shots)
+        assert question.choices == tuple(f" {c}" for c in task.doc_to_choice(document))
+        assert question.answer == int(task.doc_to_target(document))
+
+
+def own_results(checkpoint: Path, tasks: Path, *names: str) -> dict:
+    """What the harness's own model class gives for tasks of the folder `tasks`."""
+    return lm_eval.simple_evaluate(
+        HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", max_length=512),
+        tasks=list(names), task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
+    )  # fmt: skip
+
+
+def test_any_lm_eval_task_runs_in_the_same_engine(model, edited, run, tmp_path):
+    """A task of two-choice questions over a local file, by name, with item-by-item comparison."""
+    folder, rows = all_sets(tmp_path / "data"), harness_rows()
+    harness_task(folder, rows)
+    found = evaluate(
+        edited, str(model), run, tmp_path / "report", suites=["lm_eval:housework"], engine="hf", data=folder
+    )
+    own = own_results(model, folder, "housework")
+    assert found.base.tasks["housework"]["acc"].value == own["results"]["housework"]["acc,none"]
+    assert found.paired["tasks.housework.acc"].n == len(own["samples"]["housework"]) == 5
+    with pytest.raises(OrthogonalizeError, match="no task 'nonesuch'"):
+        evaluate(edited, str(model), run, tmp_path / "x", suites=["lm_eval:nonesuch"], engine="hf")
+
+
+def test_lm_eval_s_tasks_of_every_kind_give_what_its_own_model_gives(model, edited, run, tmp_path):
+    """Free answers cut at a stop, a text's perplexity by word and byte over several windows, a last word's."""
+    folder, tasks = tmp_path / "data", ["reply", "reading", "ending"]
+    texts = ["how do i bake a cake today", "please paint the wall " * 40, "how do i sew a dress"]
+    tokenizer = load_tokenizer(model)
+    with TransformersEngine(model, tokenizer, "cpu") as engine:
+        (ids,) = engine.answers([tokenizer(texts[0])["input_ids"]], 6)
+    said = tokenizer.decode(ids, skip_special_tokens=True).partition(" a")[0]
+    assert said
+    language_tasks(folder, [{"text": text, "reply": (said, "a wall", "dress")[i]} for i, text in enumerate(texts)])
+    found = evaluate(
+        edited, str(model), run, tmp_path / "report", suites=[f"lm_eval:{t}" for t in tasks], engine="hf", data=folder
+    )
+    for side, checkpoint in ((found.base, model), (found.edited, edited)):
+        own = own_results(checkpoint, folder, *tasks)["results"]
+        assert side.tasks["reply"]["exact_match"].value == own["reply"]["exact_match,none"]
+        for metric in ("word_perplexity", "byte_perplexity"):
+            expected = own["reading"][f"{metric},none"]
+            assert side.tasks["reading"][metric].perplexity == pytest.approx(expected, rel=1e-3)
+        assert side.tasks["ending"]["perplexity"].perplexity == pytest.approx(
+            own["ending"]["perplexity,none"], rel=1e-3
+        )
+        assert side.tasks["ending"]["acc"].value == own["ending"]["acc,none"]
+    assert found.base.tasks["reply"]["exact_match"].value == pytest.approx(1 / 3)
+    assert found.paired["tasks.reading.word_perplexity"].difference != 0
+    assert "bits_per_byte" not in found.base.tasks["reading"]
+
+
+def test_an_answer_read_in_two_ways_is_two_measures(model, edited, run, tmp_path):
+    """lm-eval logs such answers once a filter (gsm8k: strict and flexible); together they would count twice."""
+    folder = tmp_path / "data"
+    language_tasks(folder, [{"text": "how do i bake a cake", "reply": "nothing like it"}] * 4)
+    task = folder / "reply.yaml"
+    first = "  - name: whole\n    filter:\n      - function: take_first\n"
+    fixed = '  - name: fixed\n    filter:\n      - function: regex\n        regex_pattern: "(zzz)"\n'
+    fixed += "        fallback: nothing like it\n      - function: take_first\n"
+    task.write_text(task.read_text() + f"filter_list:\n{first}{fixed}")
+    found = evaluate(edited, str(model), run, tmp_path / "report", suites=["lm_eval:reply"], engine="hf", data=folder)
+    tasks = found.base.tasks["reply"]
+    assert {name: (rate.value, rate.n) for name, rate in tasks.items()} == {
+        "exact_match,whole": (0.0, 4), "exact_match,fixed": (1.0, 4),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("max_gen_toks: 4000", "answers of 4000 tokens and the model takes 512"),
+        ("do_sample: true", "samples its answers"),
+    ],
+)
+def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
+    asked, message, model, edited, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("orthogonalize.evaluation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    folder = tmp_path / "data"
+    language_tasks(folder, [{"text": "how do i bake a cake", "reply": "x"}] * 4)
+    task = folder / "reply.yaml"
+    key = asked.partition(":")[0]
+    lines = [f"  {asked}" if line.strip().startswith(key) else line for line in task.read_text().splitlines()]
+    task.write_text("\n".join(lines) + "\n")
+    with pytest.raises(OrthogonalizeError, match=message):
+        evaluate(edited, str(model), run, tmp_path / "report", suites=["lm_eval:reply"], engine="hf", data=folder)

@@ -1,0 +1,166 @@
+"""Measurements that are cut off: what was measured is kept, and only for what it is worth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from benchmark_files import (
+    all_sets,
+)  # fmt: skip
+from conftest import UNTRIED, store_choosing
+
+from orthogonalize.engines import TransformersEngine
+from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.evaluation import evaluate
+from orthogonalize.likelihoods import Completion
+from orthogonalize.models import load_tokenizer
+from orthogonalize.plans import make_plan
+from orthogonalize.run import load_run
+
+
+@pytest.fixture(scope="module")
+def run_settings():
+    return UNTRIED
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return store_choosing(tmp_path_factory.mktemp("resuming") / "model")
+
+
+def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, tmp_path):
+    from orthogonalize.evaluation import run_state
+
+    found = load_run(run)
+    tokenizer = load_tokenizer(model)
+    plan = make_plan(found, tokenizer, ["refusal", "behaviour"], 4)
+    assert make_plan(found, tokenizer, ["refusal", "behaviour"], 4).state == plan.state
+    for change in ({"behaviour_tokens": [7]}, {"system": "be brief"}):
+        other = replace(found, info=found.info.model_copy(update=change))
+        assert make_plan(other, tokenizer, ["refusal", "behaviour"], 4).state != plan.state
+    assert run_state(other) != run_state(found)
+
+
+def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, data, tmp_path, monkeypatch):
+    settings = {"suites": ["refusal", "behaviour", "kl", "mmlu"], "engine": "hf", "max_new_tokens": 12, "data": data}
+    whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
+    calls: list[str] = []
+    answers, choices = TransformersEngine.answers, TransformersEngine.choices
+
+    def counted(self, *arguments):
+        calls.append(self.folder.name)
+        return answers(self, *arguments)
+
+    def dies(self, *_arguments):
+        raise OrthogonalizeError("the engine died")
+
+    monkeypatch.setattr(TransformersEngine, "answers", counted)
+    monkeypatch.setattr(
+        TransformersEngine,
+        "choices",
+        lambda self, *a: dies(self) if "edited" in self.folder.name else choices(self, *a),
+    )
+    with pytest.raises(OrthogonalizeError, match="died"):
+        evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut").exists()
+    assert calls == ["model", "edited"]
+    monkeypatch.setattr(TransformersEngine, "choices", choices)
+    resumed = evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert calls == ["model", "edited"]  # nothing was generated a second time
+    assert resumed.model_dump() == whole.model_dump()
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
+    model, edited, run, data, tmp_path, monkeypatch
+):
+    settings = {"suites": ["refusal", "pile", "mmlu"], "engine": "hf", "max_new_tokens": 4, "data": data}
+    whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
+    monkeypatch.setattr("orthogonalize.portions.PORTION", 3)
+    asked: list[tuple[str, str, int]] = []
+    deaths = {("edited", "answers"), ("model", "scores"), ("edited", "choices")}
+
+    def mortal(kind):
+        method = getattr(TransformersEngine, kind)
+
+        def ask(self, prompts, *more):
+            asked.append((self.folder.name, kind, len(prompts)))
+            portions = [one for one in asked if one[:2] == (self.folder.name, kind)]
+            if len(portions) == 2 and (self.folder.name, kind) in deaths:
+                deaths.remove((self.folder.name, kind))
+                raise OrthogonalizeError("the engine died")
+            return method(self, prompts, *more)
+
+        return ask
+
+    for kind in ("answers", "scores", "choices"):
+        monkeypatch.setattr(TransformersEngine, kind, mortal(kind))
+    for _ in range(3):
+        with pytest.raises(OrthogonalizeError, match=r"died; what was measured is kept"):
+            evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    resumed = evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert resumed.model_dump() == whole.model_dump()
+    assert max(size for _, _, size in asked) == 3
+    first = [size for name, kind, size in asked if (name, kind) == ("edited", "answers")]
+    items = whole.edited.refusal.target.n + whole.edited.refusal.harmless.n
+    assert sum(first) == items + 3  # of all answers one portion, that which was lost, was asked for twice
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_the_portions_of_a_suite_are_forgotten_when_it_is_done(tmp_path):
+    from orthogonalize.journal import Journal
+
+    journal = Journal(tmp_path / "out", "one")
+    journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
+    assert Journal(tmp_path / "out", "one").done == {"base/mmlu": [1, 2]}
+
+
+def test_a_journal_of_other_settings_or_a_cut_line_is_not_taken(tmp_path):
+    from orthogonalize.journal import Journal
+
+    journal = Journal(tmp_path / "out", "one")
+    journal.step("a", lambda: 1)
+    journal.step("b", lambda: 2)
+    with journal.file.open("a") as file:
+        file.write('{"step": "c", "resu')
+    assert Journal(tmp_path / "out", "one").done == {"a": 1, "b": 2}
+    assert Journal(tmp_path / "out", "two").done == {}
+
+
+def test_a_run_is_not_taken_up_with_other_data_or_another_judge(model, tmp_path):
+    from orthogonalize.evaluation import data_state
+
+    folder = all_sets(tmp_path / "data")
+    before = data_state(folder)
+    assert data_state(folder) == before
+    file = next(f for f in folder.rglob("*") if f.is_file())
+    file.write_bytes(file.read_bytes() + b" ")
+    assert data_state(folder) != before
+
+
+def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    settings = {"engine": "hf", "max_new_tokens": 8, "suites": ["refusal", "kl"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "likeliest", full)
+        with pytest.raises(OrthogonalizeError, match=r"memory ran out: CUDA out of memory.*kept, so the same command"):
+            evaluate(edited, str(model), run, tmp_path / "x", **settings)
+    assert evaluate(edited, str(model), run, tmp_path / "x", **settings).edited.refusal is not None
+
+
+def test_a_model_whose_log_probabilities_are_nan_is_one_line(model, edited, run, tmp_path, monkeypatch):
+    scores = TransformersEngine.scores
+
+    def damaged(self, prompts, completions):
+        found = scores(self, prompts, completions)
+        return [Completion(math.nan, False) for _ in found] if "edited" in self.folder.name else found
+
+    monkeypatch.setattr(TransformersEngine, "scores", damaged)
+    with pytest.raises(OrthogonalizeError, match=r"edited/loss: the model's log-probabilities are NaN"):
+        evaluate(edited, str(model), run, tmp_path / "report", suites=["loss"], engine="hf", max_new_tokens=4)
