@@ -42,6 +42,7 @@ class Sweep(Record):
     semantics: Semantics
     model: str
     suites: list[str]
+    judges: dict[str, str] = Field(default_factory=dict)
     data: dict[str, str]
     max_new_tokens: int
     sensitive: bool
@@ -91,8 +92,10 @@ def pareto(sweep: Sweep) -> list[str]:
 def _columns(sweep: Sweep) -> list[str]:
     """The measures of the table: the effect, on harmless prompts too, the harm, then what else was asked for."""
     first = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
-    asked = ("refusal.sets.", "judges.", "choices.", "tasks.")
-    return first + [k for k in sweep.base.flat() if k.startswith(asked) and not k.endswith(".harmless")]
+    asked = ("refusal.sets.", "judges.", "loss.", "kl.completions", "choices.", "tasks.")
+    return first + [
+        k for k in sweep.base.flat() if k.startswith(asked) and not k.endswith(".harmless") and k not in first
+    ]
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
@@ -106,7 +109,8 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
         for key in keys:
             measure = found.get(key)
             if isinstance(measure, Rate):
-                texts.append(f"{100 * measure.value:.1f}%")
+                unread = f" ({measure.unparseable} unreadable)" if measure.unparseable else ""
+                texts.append((f"{100 * measure.value:.1f}%" if measure.n else "-") + unread)
             elif isinstance(measure, Loss):
                 texts.append(f"{measure.value:.3f}" + (f" ({100 * paired[key].difference:+.1f}%)" if paired else ""))
             else:

@@ -18,7 +18,7 @@ from .judges import Opinion
 from .judging import ReadyJudge, opinion_series, ready_judges
 from .launch import open_engine
 from .measures import alike
-from .models import find_model, load_tokenizer, public_name
+from .models import context_length, find_model, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan
 from .portions import Portions
@@ -31,6 +31,7 @@ from .suites import Memory
 from .webpage import write_webpage
 
 NEW_TOKENS = 100  # fewer undercount refusals
+SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # files that change what a checkpoint computes
 
 Opinions = dict[str, dict[str, list[Opinion]]]  # by judge, then by prompt set
 
@@ -50,13 +51,6 @@ def check_engine(engine: str) -> None:
     if engine not in ENGINES:
         raise OrthogonalizeError(f"no engine {engine!r}; there are: {', '.join(ENGINES)}")
     check_installed(engine)
-
-
-def context_length(folder: Path) -> int | None:
-    """The most tokens that the model's configuration allows, where it says so."""
-    config = open_checkpoint(folder).config
-    found = config.get("max_position_embeddings") or config.get("n_positions")
-    return found if isinstance(found, int) else None
 
 
 def judges_for(plan: Plan, names: Sequence[str]) -> list[ReadyJudge]:
@@ -146,13 +140,21 @@ def side_by_side(
 
 @contextmanager
 def _engines(
-    engine: EngineName, base: Path, edited: Path, tokenizer: Any, length: int, options: EngineOptions, separate: bool
+    engine: EngineName,
+    base: Path,
+    edited: Path,
+    tokenizer: Any,
+    length: int,
+    options: EngineOptions,
+    separate: bool,
+    distrust: Callable[[], None],
 ) -> Iterator[tuple[Callable[[], Engine], Callable[[], Engine]]]:
     """Functions that give an engine with the base, and then one with the edited checkpoint.
 
     vLLM is started once, on the edited checkpoint; the base's weights are swapped in and out again, and
-    the engine must then hold what it loaded from disk, bit for bit. Where the base cannot be had that
-    way (an edit without recipe that adds tensors), and for transformers, each has an engine of its own.
+    the engine must then hold what it loaded from disk, bit for bit, or `distrust` is called and nothing given.
+    Where the base cannot be had that way (an edit without recipe that adds tensors), and for transformers,
+    each has an engine of its own.
     """
     weights = None if separate or engine == "hf" else base_weights(edited, base)
     open_now: list[Engine] = []
@@ -182,6 +184,7 @@ def _engines(
         source = open_checkpoint(edited)
         WeightSwap(open_now[0], source).apply({name: partial(source.read, name) for name in source.tensors})
         if open_now[0].fingerprint() != loaded[0]:
+            distrust()
             raise OrthogonalizeError(
                 "the engine does not hold the checkpoint's weights again after a swap; use --separate-engines"
             )
@@ -247,13 +250,16 @@ def evaluate(
     ready = judges_for(plan, judges)
     options = options or EngineOptions(device=device)
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
-    settings = (suites, engine, engine_version(engine), max_new_tokens, limit, data_state(data), run_state(found))
-    journal = Journal(out, fingerprint_of(settings, plan.state, *(folder_state(f) for f in (folder, checkpoint))))
+    settings = (suites, engine, engine_version(engine), separate_engines, max_new_tokens, limit)
+    of_data = (data_state(data), run_state(found), plan.state)
+    journal = Journal(out, fingerprint_of(settings, of_data, folder_state(folder), folder_state(checkpoint)))
 
     memory = Memory()
     length = plan.max_model_len
     with journal.kept():
-        with _engines(engine, folder, checkpoint, tokenizer, length, options, separate_engines) as engines:
+        with _engines(
+            engine, folder, checkpoint, tokenizer, length, options, separate_engines, journal.close
+        ) as engines:
             base_engine, edited_engine = engines
             todo = not journal.has(*plan.steps("base", is_base=True))
             before = plan.measure(base_engine() if todo else None, memory, journal, "base", is_base=True)
@@ -296,8 +302,9 @@ def _states(files: Iterable[Path]) -> list[Any]:
 
 
 def folder_state(folder: Path) -> list[Any]:
-    """What changes when a checkpoint's weights do, without reading them: paths, sizes and times of its files."""
-    return _states(file.path for _, file in sorted(open_checkpoint(folder).files.items()))
+    """What changes when a checkpoint does, its tokenizer and settings too, without reading it: its files' state."""
+    weights = [file.path for _, file in sorted(open_checkpoint(folder).files.items())]
+    return _states(weights + sorted(f for f in folder.iterdir() if f.suffix in SETTINGS))
 
 
 def run_state(run: Run) -> list[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,22 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     declared = getattr(model.generation_config, "eos_token_id", None)
     ids = declared if isinstance(declared, list) else [declared]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+@contextmanager
+def _greedy(model: Any, max_new_tokens: int, stops: Sequence[int]) -> Iterator[None]:
+    """The likeliest token, and nothing else: a model's own settings may punish repetition, which other engines
+    do not, and they fill in what a call leaves open."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(stops), pad_token_id=stops[0] if stops else 0
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 @torch.inference_mode()
@@ -37,17 +54,8 @@ def generate(
         width = max(len(ids[i]) for i in group)
         padded = torch.tensor([[0] * (width - len(ids[i])) + list(ids[i]) for i in group], device=model.device)
         mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in group], device=model.device)
-        output = model.generate(
-            input_ids=padded,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=list(stops),
-            pad_token_id=stops[0] if stops else 0,
-        )
+        with _greedy(model, max_new_tokens, stops):
+            output = model.generate(input_ids=padded, attention_mask=mask)
         for i, row in zip(group, output[:, width:].tolist(), strict=True):
             end = next((n for n, token in enumerate(row) if token in stops), len(row))
             result[i] = row[:end]

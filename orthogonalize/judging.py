@@ -13,7 +13,8 @@ from .errors import OrthogonalizeError
 from .judges import Judge, Opinion, find_judge
 from .launch import open_engine
 from .measures import Rate, Record, Series, shares
-from .models import find_model, load_tokenizer
+from .models import context_length, find_model, load_tokenizer
+from .progress import note
 from .refusals import refused
 
 PREFIX = "prefix"
@@ -35,10 +36,23 @@ class ReadyJudge:
         options: EngineOptions,
         through: Callable[[Respondent], Respondent] = lambda running: running,
     ) -> list[Opinion]:
-        """Start the judge's model and ask it, `through` what may keep its replies, about every (prompt, response)."""
-        longest = max(len(self.judge.encode(self.tokenizer, *pair)) for pair in pairs)
-        with open_engine(engine, self.folder, self.tokenizer, longest + self.judge.new_tokens + 1, options) as running:
-            return self.judge.opinions(through(running), self.tokenizer, pairs)
+        """Start the judge's model and ask it, `through` what may keep its replies, about every (prompt, response).
+
+        Where its context is too short for an answer, nothing can be read of that one.
+        """
+        lengths = [len(self.judge.encode(self.tokenizer, *pair)) + self.judge.new_tokens + 1 for pair in pairs]
+        room = context_length(self.folder) or max(lengths)
+        fitting = [i for i, length in enumerate(lengths) if length <= room]
+        result = [Opinion()] * len(pairs)
+        if len(fitting) < len(pairs):
+            note(f"{len(pairs) - len(fitting)} answers do not fit into {self.judge.name}'s {room} tokens: not read")
+        if fitting:
+            most = max(lengths[i] for i in fitting)
+            with open_engine(engine, self.folder, self.tokenizer, most, options) as running:
+                found = self.judge.opinions(through(running), self.tokenizer, [pairs[i] for i in fitting])
+            for i, opinion in zip(fitting, found, strict=True):
+                result[i] = opinion
+        return result
 
 
 def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
@@ -84,13 +98,17 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
         raise OrthogonalizeError(f"no such file: {file}")
     try:
         rows = json.loads(file.read_text("utf-8-sig"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise OrthogonalizeError(f"{file} cannot be read as JSON ({error}); is it cut short?") from error
     if not isinstance(rows, list) or not rows:
         raise OrthogonalizeError(f"{file} must hold a list of at least one answer")
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "response")):
             raise OrthogonalizeError(f"{file}: entry {number + 1} needs the texts 'prompt' and 'response'")
+        try:
+            "".join(str(row.get(k)) for k in ("prompt", "response", "category")).encode()
+        except UnicodeEncodeError as error:
+            raise OrthogonalizeError(f"{file}: entry {number + 1} has half a character ({error.reason})") from error
     return rows
 
 
@@ -109,7 +127,7 @@ def judge(
         OrthogonalizeError: the file or the judge is not there, or no such judge.
     """
     rows = read_answers(Path(file))
-    categories = [c if isinstance(c := row.get("category"), str) else None for row in rows]
+    categories = [None if row.get("category") is None else str(row["category"]) for row in rows]
     if name == PREFIX:
         flags = [refused(row["response"]) for row in rows]
         return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(shares(flags, categories)))

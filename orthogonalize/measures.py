@@ -6,15 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from .statistics import (
     difference_interval,
+    increase,
     increase_interval,
     loss_interval,
     mcnemar,
     paired_permutation,
     proportion_interval,
+    share_difference_interval,
 )
 
 Kind = Literal["share", "loss", "divergence", "score"]
@@ -73,9 +76,9 @@ Measure = Rate | Loss | Divergence | Score
 class Paired(Record):
     """Base against edited on the same `n` items.
 
-    `difference` is edited minus base (for a loss: relative to the base), `ci95` its bootstrap interval,
-    `p` McNemar's for shares, else of a paired permutation test; None for a divergence, which the base
-    has none of. `by_category` is the same of shares, by category.
+    `difference` is edited minus base (for a loss: relative to the base), `ci95` its interval (Tango's for
+    shares, else bootstrap), `p` McNemar's for shares, else of a paired permutation test; None for a
+    divergence, which the base has none of. `by_category` is the same of shares, by category.
     """
 
     difference: float
@@ -117,9 +120,12 @@ class Series(Record):
             case "loss":
                 value = sum(self.known()) / sum(self.tokens)
                 interval = loss_interval(self.known(), self.tokens)
-                perplexity = math.exp(min(value, 700.0))
                 return Loss(
-                    value=value, n=len(self.values), ci95=interval, tokens=sum(self.tokens), perplexity=perplexity
+                    value=value,
+                    n=len(self.values),
+                    ci95=interval,
+                    tokens=sum(self.tokens),
+                    perplexity=perplexity_of(value),
                 )
             case "divergence":
                 value = sum(self.known()) / sum(self.tokens)
@@ -139,6 +145,11 @@ class Series(Record):
             unparseable=len(self.values) - n,
             by_category={name: self.part(name)._rate() for name in self.names()},
         )
+
+
+def perplexity_of(loss: float) -> float:
+    """The exponential of a loss in nats a token, as far as a float goes."""
+    return math.exp(min(loss, 700.0))
 
 
 def shares(flags: Sequence[bool | None], categories: Sequence[str | None] = ()) -> Series:
@@ -168,13 +179,13 @@ def compare(base: Series, edited: Series) -> Paired:
             return Paired(
                 difference=(sum(after) - sum(before)) / len(pairs),
                 n=len(pairs),
-                ci95=difference_interval(before, after),
+                ci95=share_difference_interval([bool(v) for v in before], [bool(v) for v in after]),
                 p=mcnemar([bool(v) for v in before], [bool(v) for v in after]),
                 by_category={name: compare(base.part(name), edited.part(name)) for name in base.names()},
             )
         case "loss":
             return Paired(
-                difference=sum(after) / sum(before) - 1,
+                difference=float(increase(np.asarray(before), np.asarray(after))),
                 n=len(pairs),
                 ci95=increase_interval(before, after),
                 p=paired_permutation(before, after),

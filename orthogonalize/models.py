@@ -143,6 +143,14 @@ def _download(model: str, revision: str | None) -> Path:
         ) from error
 
 
+def context_length(folder: Path) -> int | None:
+    """The most tokens that the model's configuration allows, where it says so."""
+    config = open_checkpoint(folder).config
+    text = config.get("text_config") or {}
+    found = [c.get(key) for c in (config, text) for key in ("max_position_embeddings", "n_positions")]
+    return next((n for n in found if isinstance(n, int)), None)
+
+
 def choose_device(device: str = "auto") -> torch.device:
     """`auto` is the first GPU where there is one, else the CPU."""
     if device != "auto":

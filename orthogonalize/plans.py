@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,12 @@ class Plan:
     def state(self) -> list[Any]:
         """What results depend on besides the model and public data: prompts as the model gets them, what is counted."""
         counted = sorted(self.answering.behaviour_tokens) if self.answering else []
-        return [counted, [[each.name, [[item.ids, item.category] for item in each.items]] for each in self.sets]]
+        harness = version("lm-eval") if any(suite.name.startswith(PREFIX) for suite in self.suites) else None
+        return [
+            counted,
+            harness,
+            [[each.name, [[item.ids, item.category] for item in each.items]] for each in self.sets],
+        ]
 
     @property
     def answers_count(self) -> bool:

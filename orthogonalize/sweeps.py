@@ -19,7 +19,6 @@ from .evaluation import (
     add_opinions,
     ask_judges,
     check_engine,
-    context_length,
     data_state,
     engine_version,
     folder_state,
@@ -30,7 +29,7 @@ from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
 from .launch import open_engine
-from .models import find_model, load_tokenizer, public_name
+from .models import context_length, find_model, load_tokenizer, public_name
 from .outputs import Kind, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
 from .progress import note, track
@@ -245,6 +244,7 @@ def sweep(
         semantics=semantics,
         model=public_name(model),
         suites=list(suites),
+        judges={r.judge.name: public_name(r.model) for r in ready},
         data=plan.data,
         max_new_tokens=max_new_tokens,
         sensitive=any(each.sensitive for each in plan.sets),

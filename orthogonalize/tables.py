@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
-from .measures import Divergence, Loss, Measure, Paired, Rate
+from .measures import Divergence, Loss, Measure, Paired, Rate, perplexity_of
 from .report import Report
 
 Row = tuple[str, str, str, str]
@@ -73,18 +71,20 @@ def value(measure: Measure) -> str:
 
 def perplexity(loss: Loss) -> str:
     """The perplexity with its interval, the exponential of the loss's."""
-    interval = f" [{math.exp(loss.ci95[0]):.3f}, {math.exp(loss.ci95[1]):.3f}]" if loss.ci95 else ""
+    interval = f" [{perplexity_of(loss.ci95[0]):.3f}, {perplexity_of(loss.ci95[1]):.3f}]" if loss.ci95 else ""
     return f"{loss.perplexity:.3f}{interval}"
 
 
-def change(measure: Measure, pair: Paired) -> str:
-    """The paired difference with its interval and p-value."""
+def change(measure: Measure, after: Measure, pair: Paired) -> str:
+    """The paired difference with its interval and p-value; of how many items, where not of all that each side has."""
     scale, unit, sign = (100, " points", "+.1f") if isinstance(measure, Rate) else (1, "", "+.4f")
     if isinstance(measure, Loss):
         scale, unit, sign = 100, "%", "+.1f"
     text = f"{scale * pair.difference:{sign}}{unit}"
     if pair.ci95:
         text += f" [{scale * pair.ci95[0]:{sign}}, {scale * pair.ci95[1]:{sign}}]"
+    if not pair.n == measure.n == after.n:
+        text += f" on the {pair.n} that both have"
     if pair.p is not None:
         test = "McNemar " if isinstance(measure, Rate) else ""
         text += f" ({test}p {'<' if pair.p < 0.001 else '='} {max(pair.p, 0.001):.2g})"
@@ -103,7 +103,7 @@ def summary_rows(report: Report) -> list[Row]:
         if isinstance(before, Divergence):
             rows.append((name, "0", value(after), "nats a token, at least"))
             continue
-        rows.append((name, value(before), value(after), change(before, pair)))
+        rows.append((name, value(before), value(after), change(before, after, pair)))
         if isinstance(before, Rate) and isinstance(after, Rate) and before.unparseable + after.unparseable:
             rows.append((f"{title(key)}: unreadable", str(before.unparseable), str(after.unparseable), ""))
         if isinstance(before, Loss) and isinstance(after, Loss):
@@ -121,7 +121,14 @@ def category_rows(report: Report) -> list[tuple[str, str, int, Rate, Rate, str]]
         if isinstance(before, Rate) and isinstance(after, Rate) and key in report.paired:
             pairs = report.paired[key].by_category
             rows += [
-                (title(key), name, rate.n, rate, after.by_category[name], change(rate, pairs[name]))
+                (
+                    title(key),
+                    name,
+                    rate.n,
+                    rate,
+                    after.by_category[name],
+                    change(rate, after.by_category[name], pairs[name]),
+                )
                 for name, rate in before.by_category.items()
                 if name in after.by_category and name in pairs
             ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from .engines import Respondent
 from .errors import OrthogonalizeError
 from .measures import Series
 from .models import first_line
+from .progress import note
 from .suites import Memory
 
 if TYPE_CHECKING:
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 
 PREFIX = "lm_eval:"
 NEW_TOKENS = 256  # of a generated answer, where a task names no number
-TASK_LENGTH = 4096  # tokens that a task may need, where the model has them
-CONTEXT = 2048  # tokens left for the prompt before a long answer
+ROLLING = 4096  # tokens of a window over a long text, where the model has them
+FEWSHOT_SEED = 1234  # lm-eval's own: by it examples are drawn, so prompts are as long
 
 
 def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> TemplateLM:
-    """`engine` as lm-eval's LM. Contexts beyond `max_length` tokens lose their beginning, as in its own."""
+    """`engine` as lm-eval's LM. What exceeds `max_length` tokens loses its beginning, as in its own."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -122,6 +123,7 @@ class HarnessTask:
                 limit=self.limit,
                 bootstrap_iters=0,
                 log_samples=True,
+                fewshot_random_seed=FEWSHOT_SEED,
                 task_manager=self.known,
             )
         except OrthogonalizeError:
@@ -163,36 +165,48 @@ def harness_tasks(
     for name in names:
         if name not in known.all_tasks:
             raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
-    return [HarnessTask(name, tokenizer, _length(name, known, positions), known, limit) for name in names]
+    return [
+        HarnessTask(name, tokenizer, _length(name, known, positions, tokenizer, limit), known, limit) for name in names
+    ]
 
 
-def _length(name: str, known: TaskManager, positions: int | None) -> int:
-    """The tokens that a task may use at a time: `CONTEXT` of its prompt and the longest answer that it asks for."""
-    from lm_eval.tasks import get_task_dict
-
+def _length(name: str, known: TaskManager, positions: int | None, tokenizer: Any, limit: int | None) -> int:
+    """The tokens that a task's longest prompt takes with what follows it; no more than the model has."""
     try:
-        answers = [dict(task.config.generation_kwargs or {}) for task in _leaves(get_task_dict([name], known))]
+        tasks = known.load([name])["tasks"].values()
+        answers = [dict(task.config.generation_kwargs or {}) for task in tasks]
+        for task in tasks:
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+            task.build_all_requests(limit=limit)
+        requests = [request for task in tasks for request in task.instances]
     except Exception as error:  # whatever its data and its code raise
         raise OrthogonalizeError(f"lm-eval's {name} cannot be loaded: {first_line(error)}") from error
     if any(asked.get("do_sample") for asked in answers):
         raise OrthogonalizeError(f"lm-eval's {name} samples its answers; only greedy ones are measured here")
     longest = max((int(asked.get("max_gen_toks", NEW_TOKENS)) for asked in answers if asked), default=0)
-    wanted = max(TASK_LENGTH, longest + CONTEXT)
-    allowed = min(wanted, positions or wanted) - 1
-    if longest + 1 >= allowed:  # a prompt has one token at least
+    if positions is not None and longest + 2 >= positions:  # a prompt has one token at least
         raise OrthogonalizeError(
             f"lm-eval's {name} asks for answers of {longest} tokens and the model takes {positions}; leave it out"
         )
-    return allowed
+    needs = [_need(request, tokenizer) for request in requests]
+    wanted = max(needs, default=ROLLING)
+    if positions is None or wanted < positions:
+        return wanted
+    cut = sum(need >= positions for need in needs)
+    note(f"lm-eval's {name}: {cut} of {len(needs)} prompts lose their beginning: the model takes {positions} tokens")
+    return positions - 1
 
 
-def _leaves(tasks: Mapping[Any, Any]) -> Iterator[Any]:
-    """The tasks in a tree of groups."""
-    for inner in tasks.values():
-        if isinstance(inner, Mapping):
-            yield from _leaves(inner)
-        else:
-            yield inner
+def _need(request: Any, tokenizer: Any) -> int:
+    """The tokens of a request of lm-eval's, and one to be generated."""
+    match request.request_type:
+        case "generate_until":
+            after = int(request.args[1].get("max_gen_toks", NEW_TOKENS))
+        case "loglikelihood_rolling":  # as long a text as it may be is scored in windows
+            return min(len(tokenizer(request.args[0])["input_ids"]) + 3, ROLLING)
+        case _:
+            return len(tokenizer(request.args[0] + request.args[1])["input_ids"]) + 2
+    return len(tokenizer(request.args[0])["input_ids"]) + after + 1
 
 
 def _series(metric: str, values: Sequence[Any]) -> Series | None:

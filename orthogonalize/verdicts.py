@@ -32,9 +32,13 @@ def _rate_verdict(report: Report, key: str, what: str, form: Callable[[float], s
     if before is None or after is None or pair is None or not pair.n:
         return None
     old, new = form(before.value), form(after.value)
+    word = "rose" if pair.difference > 0 else "fell"
     if not _moved(pair):
         return f"{what}: no change that {pair.n} items could show ({old} and {new})."
-    return f"{what} {'rose' if pair.difference > 0 else 'fell'} from {old} to {new} (n = {pair.n})."
+    if not pair.n == before.n == after.n:  # the shares are of other items than the difference is
+        total = max(before.n, after.n)
+        return f"{what} {word} by {form(abs(pair.difference))} on the {pair.n} items that both have (of {total} read)."
+    return f"{what} {word} from {old} to {new} (n = {pair.n})."
 
 
 def _loss_verdict(report: Report, key: str) -> str | None:

@@ -303,7 +303,8 @@ def _named(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        lines = [line for line in str(error).strip().splitlines() if "For further information visit" not in line]
+        reason = lines[-1].strip() if lines else type(error).__name__
         hint = _memory_hint(not torch.cuda.is_available())
         raise OrthogonalizeError(f"{what}: {reason}; {hint}, or use --engine hf") from error
 
