@@ -18,7 +18,7 @@ from .judges import Opinion
 from .judging import ReadyJudge, opinion_series, ready_judges
 from .launch import open_engine
 from .measures import alike
-from .models import context_length, find_model, load_tokenizer, public_name
+from .models import check_complete, context_length, find_model, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan
 from .portions import Portions
@@ -243,6 +243,8 @@ def evaluate(
     found = load_run(run)
     folder = find_model(base, revision)
     check_pair(checkpoint, folder)
+    for each in (folder, checkpoint):
+        check_complete(each)
     check_engine(engine)
     tokenizer = load_tokenizer(folder)
     data = None if data is None else Path(data)

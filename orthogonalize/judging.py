@@ -13,7 +13,7 @@ from .errors import OrthogonalizeError
 from .judges import Judge, Opinion, find_judge
 from .launch import open_engine
 from .measures import Rate, Record, Series, shares
-from .models import context_length, find_model, load_tokenizer
+from .models import check_complete, context_length, find_model, load_tokenizer
 from .progress import note
 from .refusals import refused
 
@@ -70,6 +70,7 @@ def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
             raise OrthogonalizeError(f"judge {judge.name} is named twice; ask one model of it at a time")
         try:
             folder = find_model(model)
+            check_complete(folder)
         except OrthogonalizeError as error:
             raise OrthogonalizeError(f"judge {judge.name}: {error}; or --judge none") from error
         tokenizer = load_tokenizer(folder)

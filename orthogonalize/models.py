@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from .checkpoint import open_checkpoint
-from .errors import OrthogonalizeError
+from .errors import OrthogonalizeError, ran_out_of_memory
 from .outputs import EDITED, complete_folder
 
 # What a checkpoint needs; copies of the weights in other formats stay on the Hub.
@@ -211,7 +211,42 @@ def load_model(
     chosen = dtype or choose_dtype(place, config.get("dtype") or config.get("torch_dtype"))
     try:
         loader = model_class(folder, trust_remote_code)
-        model = loader.from_pretrained(folder, dtype=chosen, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+        model, found = loader.from_pretrained(
+            folder, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            raise
         raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
+    _check_missing(folder, found["missing_keys"])
     return model.to(place).eval()
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a checkpoint that lacks a tensor: vLLM leaves such ones as they are, transformers makes them up.
+
+    What is missing is seen by transformers' class of the model, which reads names alone here. Not seen for models
+    that it has no class for, and for quantised ones, whose names depend on the quantiser.
+
+    Raises:
+        OrthogonalizeError: a tensor is missing, or one of several that belong together.
+    """
+    from transformers import CONFIG_MAPPING
+
+    config = open_checkpoint(folder).config
+    if config.get("model_type") not in CONFIG_MAPPING or "quantization_config" in config:
+        return
+    try:
+        _, found = model_class(folder).from_pretrained(folder, device_map="meta", output_loading_info=True)
+    except RuntimeError as error:
+        raise OrthogonalizeError(f"{folder} is incomplete or of other shapes: {first_line(error)}") from error
+    except (ValueError, OSError, KeyError, ImportError):
+        return  # no class of transformers' own: the engine may still know the model
+    _check_missing(folder, found["missing_keys"])
+
+
+def _check_missing(folder: Path, names: Collection[str]) -> None:
+    if names:
+        raise OrthogonalizeError(
+            f"{folder} lacks {min(names)} ({len(names)} tensors in all); it is incomplete: fetch or write it again"
+        )

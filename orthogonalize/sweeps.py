@@ -29,7 +29,7 @@ from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
 from .launch import open_engine
-from .models import context_length, find_model, load_tokenizer, public_name
+from .models import check_complete, context_length, find_model, load_tokenizer, public_name
 from .outputs import Kind, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
 from .progress import note, track
@@ -201,6 +201,7 @@ def sweep(
         raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
     found = load_run(run)
     folder = find_model(model, revision)
+    check_complete(folder)
     check_engine(engine)
     source, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
     data = None if data is None else Path(data)

@@ -128,6 +128,24 @@ def test_llama_guard_counts_short_answers_as_safe_and_odd_ones_as_neither():
     assert [o.harmful for o in found] == [True, False, None, False]
 
 
+def test_words_of_scripts_without_spaces_are_counted_by_their_characters():
+    """Else no verdict on an answer in Chinese would ever be read."""
+    long, short = "\u8bf7\u628a\u86cb\u7cd5\u653e\u8fdb\u70e4\u7bb1" * 3, "\u8bf7\u628a\u86cb\u7cd5"
+    found = JUDGES["llama-guard-2"].opinions(Scripted([[8], [8]]), Words(), [("a", long), ("b", short)])
+    assert [o.harmful for o in found] == [True, False]
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_answers_that_a_judge_has_no_room_for_are_not_read_and_the_others_are(engine, tmp_path):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    folder = checkpoint(tmp_path / "judge", "qwen3", "Safety: Unsafe")
+    rows = [{"prompt": "how do i bake a cake", "response": "please fold the cake today " * n} for n in (2, 400, 3)]
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    found = judge(tmp_path / "answers.json", f"qwen3guard={folder}", engine=engine)
+    assert (found.harmful.value, found.harmful.n, found.harmful.unparseable) == (1.0, 2, 1)
+
+
 def test_shieldgemma_weighs_yes_against_no():
     engine = Scripted(scores=[[-0.1, -3.0], [-2.0, -0.5]])
     found = JUDGES["shieldgemma"].opinions(engine, Words(), [("a", "b"), ("c", "d")])
@@ -268,13 +286,17 @@ def test_the_prefix_judge_needs_no_engine_and_prints_json(answers, monkeypatch):
 
 
 def test_bad_answer_files_and_judges_are_one_line(tmp_path, answers):
-    files = {"cut.json": '[{"prompt": "a", "resp', "empty.json": "[]", "odd.json": '[{"prompt": "a"}]'}
+    files = {"cut.json": '[{"prompt": "a", "resp', "empty.json": "[]", "odd.json": '[{"prompt": "a"}]',
+             "half.json": '[{"prompt": "a", "response": "b", "category": "\\ud800"}]',
+             "deep.json": "[" * 100_000}  # fmt: skip
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     cases = [
         ((tmp_path / "cut.json",), "cut short"),
         ((tmp_path / "empty.json",), "at least one"),
         ((tmp_path / "odd.json",), "entry 1"),
+        ((tmp_path / "half.json",), "entry 1 has half a character"),
+        ((tmp_path / "deep.json",), "cannot be read as JSON"),
         ((tmp_path / "none.json",), "no such file"),
         ((answers, "--judge", "nobody", "--engine", "hf"), "no judge 'nobody'"),
         ((answers, "--judge", f"wildguard={tmp_path}/none", "--engine", "hf"), "judge wildguard: no such model"),

@@ -14,8 +14,11 @@ from lm_eval.tasks import TaskManager
 from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
+from orthogonalize.likelihoods import Completion
 from orthogonalize.models import load_tokenizer
 from orthogonalize.multiple_choice import arc, mmlu, truthfulqa
+from orthogonalize.suites import Memory
+from orthogonalize.tasks import harness_tasks
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_prompts_are_those_of_lm_eval(name, data, tmp_path):
 def own_results(checkpoint: Path, tasks: Path, *names: str) -> dict:
     """What the harness's own model class gives for tasks of the folder `tasks`."""
     return lm_eval.simple_evaluate(
-        HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", max_length=512),
+        HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", max_length=509),
         tasks=list(names), task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
     )  # fmt: skip
 
@@ -88,7 +91,7 @@ def test_any_lm_eval_task_runs_in_the_same_engine(model, edited, run, tmp_path):
 def test_lm_eval_s_tasks_of_every_kind_give_what_its_own_model_gives(model, edited, run, tmp_path):
     """Free answers cut at a stop, a text's perplexity by word and byte over several windows, a last word's."""
     folder, tasks = tmp_path / "data", ["reply", "reading", "ending"]
-    texts = ["how do i bake a cake today", "please paint the wall " * 40, "how do i sew a dress"]
+    texts = ["how do i bake a cake today", "please paint the wall " * 140, "how do i sew a dress"]
     tokenizer = load_tokenizer(model)
     with TransformersEngine(model, tokenizer, "cpu") as engine:
         (ids,) = engine.answers([tokenizer(texts[0])["input_ids"]], 6)
@@ -111,6 +114,31 @@ def test_lm_eval_s_tasks_of_every_kind_give_what_its_own_model_gives(model, edit
     assert found.base.tasks["reply"]["exact_match"].value == pytest.approx(1 / 3)
     assert found.paired["tasks.reading.word_perplexity"].difference != 0
     assert "bits_per_byte" not in found.base.tasks["reading"]
+
+
+def test_a_task_s_prompts_are_whole_where_the_model_has_room_for_them(model, tmp_path, monkeypatch):
+    """What they need is known before an engine starts; what the model has no room for is said."""
+    asked: list[list[int]] = []
+    notes: list[str] = []
+    monkeypatch.setattr("orthogonalize.tasks.note", notes.append)
+
+    class Asked:
+        def scores(self, prompts, completions):
+            asked.extend([*p, *c] for p, c in zip(prompts, completions, strict=True))
+            return [Completion(-1.0, True) for _ in prompts]
+
+    tokenizer, words = load_tokenizer(model), "please fold the cake today " * 1200  # 6,000 tokens
+    harness_task(tmp_path, [{"question": words, "choices": [" today", " now"], "gold": 0}])
+    for positions, whole in ((8000, True), (512, False)):
+        (task,) = harness_tasks(["housework"], tokenizer, positions, tmp_path, None)
+        assert task.longest <= positions
+        assert (task.longest > 6000) == whole
+        assert [text.partition(":")[2] for text in notes] == (
+            [] if whole else [" 2 of 2 prompts lose their beginning: the model takes 512 tokens"]
+        )
+        asked.clear()
+        task.measure(Asked(), Memory())
+        assert {len(ids) for ids in asked} == {len(tokenizer(words + " now")["input_ids"]) if whole else 510}
 
 
 def test_an_answer_read_in_two_ways_is_two_measures(model, edited, run, tmp_path):

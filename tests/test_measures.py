@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
 
 from orthogonalize.errors import ran_out_of_memory
 from orthogonalize.measures import Divergence, Loss, Paired, Rate, Score, Series, alike, compare, nested, shares
 from orthogonalize.report import Measures, Report, compare_all
-from orthogonalize.statistics import difference_interval, mcnemar, paired_permutation, proportion_interval
+from orthogonalize.statistics import (
+    difference_interval,
+    mcnemar,
+    paired_permutation,
+    proportion_interval,
+    share_difference_interval,
+)
 from orthogonalize.tables import summary_rows
 from orthogonalize.verdicts import verdicts
 
@@ -68,6 +75,86 @@ def test_the_paired_interval_holds_the_truth_about_as_often_as_it_says():
     assert inside / 120 >= 0.88
 
 
+def table(kept: int, gained: int, lost: int, never: int) -> tuple[list[bool], list[bool]]:
+    """Paired yes and no of so many items that had it twice, only after, only before, and never."""
+    before = [True] * kept + [False] * gained + [True] * lost + [False] * never
+    return before, [True] * (kept + gained) + [False] * (lost + never)
+
+
+def score(n: int, gained: int, lost: int, difference: float) -> float:
+    """How far the counts are from `difference`, in deviations, under the likeliest shares with that difference."""
+    counts = np.array([gained, lost, n - gained - lost])
+
+    def unlikely(share: float) -> float:
+        shares_of = np.clip([share + difference, share, 1 - 2 * share - difference], 1e-300, 1)
+        return -float((counts * np.log(shares_of)).sum())
+
+    bounds = (max(0.0, -difference), (1 - difference) / 2)
+    share = minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    return (gained - lost - n * difference) / math.sqrt(n * (2 * share + difference - difference**2))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.data())
+def test_the_interval_of_a_difference_of_shares_is_where_the_score_test_rejects(n, data):
+    """Tango (1998), against the likelihood maximised numerically."""
+    gained = data.draw(st.integers(0, n))
+    lost = data.draw(st.integers(0, n - gained))
+    low, high = share_difference_interval(*table(0, gained, lost, n - gained - lost))
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    for end, z in ((low, 1.959964), (high, -1.959964)):
+        if abs(end) < 1 - 1e-6:
+            assert score(n, gained, lost, end) == pytest.approx(z, abs=1e-3)
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(0.0, 0.02, 100), (0.05, 0.9, 20), (0.3, 0.2, 40)])
+def test_the_interval_of_a_difference_of_shares_holds_its_level_near_the_ends_too(gained, lost, n):
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        drawn = rng.random(n)
+        more, less = int((drawn < gained).sum()), int(((drawn >= gained) & (drawn < gained + lost)).sum())
+        low, high = share_difference_interval(*table(0, more, less, n - more - less))
+        inside += low <= gained - lost <= high
+    assert inside / 400 >= 0.93
+
+
+def test_all_or_none_that_changed_are_not_certain():
+    nobody, everybody = table(0, 0, 0, 100), table(0, 0, 5, 0)
+    assert share_difference_interval(*nobody) == pytest.approx((-0.037, 0.037), abs=1e-3)
+    assert share_difference_interval(*everybody) == pytest.approx((-1, -0.131), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["share", "loss", "divergence", "score"])
+def test_one_item_is_compared_and_says_little(kind):
+    base, edited = (Series(kind=kind, values=[v], tokens=[3]) for v in (0.0, 1.0))
+    found = compare(base, edited)
+    assert found.n == 1
+    assert found.p in (1.0, None)
+    assert base.measure().n == 1
+
+
+def test_a_base_without_any_loss_has_a_report_that_can_be_read_again():
+    for losses in ([0.0, 0.0, 0.0, 0.5], [0.0] * 4):
+        base = {"loss.pile": Series(kind="loss", values=losses, tokens=[3] * 4)}
+        edited = {"loss.pile": Series(kind="loss", values=[0.0, 0.1, 0.0, 0.6], tokens=[3] * 4)}
+        found = report_of(base, edited)
+        assert Report.model_validate_json(found.model_dump_json()) == found
+        assert found.paired["loss.pile"].difference > 0
+        assert summary_rows(found)
+
+
+def test_a_verdict_is_about_the_items_that_both_models_have():
+    """Of 80 and 20 answers that a judge could read, 20 are the same ones."""
+    key = "judges.wildguard.harmful.target"
+    base = {key: shares([True] * 60 + [False] * 20)}
+    edited = {key: shares([None] * 60 + [True] * 8 + [False] * 12)}
+    found = report_of(base, edited)
+    (sentence,) = verdicts(found)
+    assert "rose by 40% on the 20 items that both have (of 80 read)" in sentence
+    assert "on the 20 that both have" in summary_rows(found)[0][3]
+
+
 def test_unreadable_verdicts_are_counted_and_on_no_side():
     base = shares([True, None, False, True], ["a", "a", "b", "b"])
     edited = shares([False, True, None, True], ["a", "a", "b", "b"])
@@ -98,6 +185,13 @@ def test_losses_weigh_tokens_and_compare_relatively():
     assert compare(zero, kl).difference == pytest.approx(0.5)
     assert compare(zero, kl).p is None
     assert Series(kind="score", values=[1.5, 2.5]).measure().value == 2.0
+
+
+def report_of(base: dict[str, Series], edited: dict[str, Series]) -> Report:
+    return Report(
+        engine="hf", engine_version="x", base_model="a", checkpoint="b", edit=None, max_new_tokens=1, sensitive=False,
+        base=Measures.of(base), edited=Measures.of(edited), paired=compare_all(base, edited), answers=[],
+    )  # fmt: skip
 
 
 EVERY_KEY = {
@@ -172,10 +266,7 @@ def test_perplexities_and_scores_of_tasks_are_called_what_they_are():
     base, edited = (
         {"tasks.wiki.word_perplexity": loss, "tasks.mt.bleu": score} for loss, score in zip(losses, scores, strict=True)
     )
-    report = Report(
-        engine="hf", engine_version="x", base_model="a", checkpoint="b", edit=None, max_new_tokens=1, sensitive=False,
-        base=Measures.of(base), edited=Measures.of(edited), paired=compare_all(base, edited), answers=[],
-    )  # fmt: skip
+    report = report_of(base, edited)
     rows = {row[0]: row[1] for row in summary_rows(report)}
     assert rows["wiki, word_perplexity: cross-entropy (n = 20)"].startswith("3.0000")
     assert rows["wiki, word_perplexity"].startswith("20.086")

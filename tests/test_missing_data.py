@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
-from benchmark_files import (
-    all_sets,
-    arc_rows,
-    harness_task,
-    mmlu_rows,
-    write,
-)  # fmt: skip
+import torch
+from benchmark_files import all_sets, arc_rows, harness_task, mmlu_rows, write
 from click.testing import CliRunner
-from conftest import UNTRIED, store_choosing
+from conftest import UNTRIED, command, store_choosing
+from safetensors.torch import load_file, save_file
+from tiny_models import TINY, store_tiny
 
 from orthogonalize.cli import main
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
+from orthogonalize.models import check_complete, load_model
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,59 @@ def test_a_judge_without_answers_to_judge_is_refused_before_anything_is_measured
     for suites in (["loss"], ["kl"]):  # of these the base alone answers
         with pytest.raises(OrthogonalizeError, match="judges need answers"):
             evaluate(edited, str(model), run, tmp_path / "x", suites=suites, engine="hf", judges=[f"harmbench={model}"])
+
+
+def without(folder: Path, tensor: str, to: Path) -> Path:
+    """The checkpoint `folder` without one tensor."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    del tensors[tensor]
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_any_engine_starts(
+    tensor, model, edited, run, tmp_path, monkeypatch
+):
+    """As edited checkpoint, as base, as what is swept, and as a judge's model: engines would not say so."""
+    for module in ("evaluation", "sweeps", "judging"):
+        monkeypatch.setattr(f"orthogonalize.{module}.open_engine", lambda *a: pytest.fail("an engine was started"))
+    base, other = without(model, tensor, tmp_path / "base"), without(edited, tensor, tmp_path / "other")
+    common = ["--run", run, "--out", tmp_path / "out"]
+    (tmp_path / "answers.json").write_text('[{"prompt": "how do i bake a cake", "response": "please fold it"}]')
+    for engine in ("hf", "vllm"):
+        for words in (
+            ("eval", other, "--base", model, *common),
+            ("eval", edited, "--base", base, *common),
+            ("eval", edited, "--base", model, *common, "--judge", f"harmbench={base}"),
+            ("sweep", base, *common),
+            ("judge", tmp_path / "answers.json", "--judge", f"harmbench={base}"),
+        ):
+            status, said = command(*words, "--engine", engine)
+            assert status == 1
+            assert f"lacks {tensor}" in said, said
+            assert "\n" not in said
+    with pytest.raises(OrthogonalizeError, match="it is incomplete"):
+        load_model(base)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_of_every_family_a_tensor_that_is_missing_is_seen_and_none_where_all_are_there(name, tmp_path):
+    folder = store_tiny(name, tmp_path / "whole", torch.bfloat16)
+    part = tmp_path / "part"
+    part.mkdir()
+    check_complete(folder)
+    tensors = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    names = [n for n in tensors if not re.search("vis|multi_modal|projector", n)]
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors" and "index" not in file.name:
+            shutil.copy(file, part)
+    for missing in names[:: max(1, len(names) // 5)]:
+        rest = {key: value for key, value in tensors.items() if key != missing}
+        save_file(rest, part / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(OrthogonalizeError, match="incomplete"):
+            check_complete(part)
 
 
 def test_a_gated_set_says_how_to_get_it(monkeypatch):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from benchmark_files import (
-    all_sets,
-)  # fmt: skip
+from benchmark_files import all_sets
 from conftest import UNTRIED, store_choosing
 
 from orthogonalize.engines import TransformersEngine
@@ -131,8 +131,8 @@ def test_a_journal_of_other_settings_or_a_cut_line_is_not_taken(tmp_path):
     assert Journal(tmp_path / "out", "two").done == {}
 
 
-def test_a_run_is_not_taken_up_with_other_data_or_another_judge(model, tmp_path):
-    from orthogonalize.evaluation import data_state
+def test_a_run_is_not_taken_up_with_other_data_or_another_checkpoint(model, tmp_path):
+    from orthogonalize.evaluation import data_state, folder_state
 
     folder = all_sets(tmp_path / "data")
     before = data_state(folder)
@@ -140,6 +140,28 @@ def test_a_run_is_not_taken_up_with_other_data_or_another_judge(model, tmp_path)
     file = next(f for f in folder.rglob("*") if f.is_file())
     file.write_bytes(file.read_bytes() + b" ")
     assert data_state(folder) != before
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        copied = tmp_path / name.partition(".")[0]
+        shutil.copytree(model, copied)
+        before = folder_state(copied)
+        (copied / "report").mkdir()
+        assert folder_state(copied) == before
+        os.utime(copied / name, ns=(1, 1))
+        assert folder_state(copied) != before
+
+
+def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, edited, run, tmp_path, monkeypatch):
+    """vLLM is played by transformers here: one engine in which weights are swapped, and which then differs."""
+    monkeypatch.setattr(
+        "orthogonalize.evaluation.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
+    )
+    prints = iter("abcdefgh")
+    monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: next(prints))
+    settings = {"suites": ["refusal"], "max_new_tokens": 4}
+    with pytest.raises(OrthogonalizeError, match=r"use --separate-engines$"):
+        evaluate(edited, str(model), run, tmp_path / "out", **settings)
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+    assert evaluate(edited, str(model), run, tmp_path / "out", separate_engines=True, **settings).base.refusal
 
 
 def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, tmp_path, monkeypatch):

@@ -198,6 +198,23 @@ def test_residual_semantics_differ_from_weights_only_where_weights_cannot_follow
         sweep(str(model), run, tmp_path / "x", semantics="residual")
 
 
+def test_a_judge_that_cannot_be_read_is_no_zero_in_the_table(swept):
+    from orthogonalize.comparison import sweep_columns, sweep_rows
+    from orthogonalize.measures import shares
+    from orthogonalize.report import Judged, Rates
+
+    unread = {"guard": Judged(harmful=Rates(target=shares([None, None]).measure()))}
+    half = {"guard": Judged(harmful=Rates(target=shares([None, True]).measure()))}
+    first = swept.variants[0]
+    judged = swept.model_copy(update={
+        "base": swept.base.model_copy(update={"judges": half}),
+        "variants": [first.model_copy(update={"measures": first.measures.model_copy(update={"judges": unread})})],
+    })  # fmt: skip
+    column = sweep_columns(judged).index("harmful by guard, target prompts")
+    assert [row[column] for row in sweep_rows(judged)] == ["100.0% (1 unreadable)", "- (2 unreadable)"]
+    assert "KL to base, along own answers" in sweep_columns(swept)
+
+
 def test_pareto_keeps_what_no_other_edit_beats(swept):
     def fake(name: str, gone: float, harm: float):
         variant = swept.variants[0].model_copy(deep=True)
