@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -32,12 +33,12 @@ def _serve(connection: Connection, folder: Path, max_model_len: int, options: En
             while (call := connection.recv()) is not None:
                 method, arguments = call
                 connection.send(("done", getattr(engine, method)(*arguments)))
-    except OrthogonalizeError as error:
-        connection.send(("failed", str(error)))
     except EOFError:  # the parent is gone
         pass
-    except Exception as error:  # a defect, which the parent alone can show
-        connection.send(("failed", f"an engine failed: {type(error).__name__}: {error}"))
+    except Exception as error:  # a defect, where it is no error of ours; the parent alone can show it
+        known = isinstance(error, OrthogonalizeError)
+        with suppress(OSError):  # the parent may be gone by now
+            connection.send(("failed", str(error) if known else f"an engine failed: {type(error).__name__}: {error}"))
 
 
 class EngineGroup:

@@ -10,10 +10,12 @@ from typing import Any
 
 from .engines import ONE_DEVICE, EngineName, EngineOptions, Respondent, check_installed
 from .errors import OrthogonalizeError
+from .journal import Journal, fingerprint_of
 from .judges import Judge, Opinion, find_judge
 from .launch import open_engine
 from .measures import Rate, Record, Series, shares
 from .models import check_complete, context_length, find_model, load_tokenizer
+from .portions import Portions
 from .progress import note
 from .refusals import refused
 
@@ -122,7 +124,8 @@ def judge(
 ) -> JudgedFile:
     """Score answers made elsewhere: `file` is a JSON list of {prompt, response, category}.
 
-    `prefix` counts refusals by their wording and needs no engine; any other judge runs its model.
+    `prefix` counts refusals by their wording and needs no engine; any other judge runs its model. A run over
+    many answers that was cut off goes on from what is kept beside `file`.
 
     Raises:
         OrthogonalizeError: the file or the judge is not there, or no such judge.
@@ -139,7 +142,11 @@ def judge(
     if not ready:
         raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
     pairs = [(row["prompt"], row["response"]) for row in rows]
-    opinions = ready[0].opinions(pairs, engine, options)
+    state = [engine, ready[0].judge.name, ready[0].model, pairs]
+    journal = Journal(Path(file), fingerprint_of(state))
+    with journal.kept():
+        opinions = ready[0].opinions(pairs, engine, options, lambda running: Portions(running, journal, "judge"))
+    journal.close()
     fields = {field: _rate(shares([getattr(o, field) for o in opinions], categories)) for field in ready[0].judge.says}
     return JudgedFile(judge=ready[0].judge.name, model=ready[0].model, n=len(rows), **fields)
 

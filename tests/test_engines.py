@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import threading
 from multiprocessing import Pipe
@@ -11,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import store, tiny_llama
+from conftest import store, tiny_llama, tiny_tokenizer
 
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.engine_group import EngineGroup, _devices, _serve
-from orthogonalize.engines import EngineOptions, WeightSwap, block_of, single_tokens
+from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap, block_of, single_tokens
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.launch import open_engine
 from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
@@ -145,6 +146,20 @@ def test_every_replica_gets_devices_of_its_own(monkeypatch):
         _devices(2, 2)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert _devices(0, 1) == ""
+
+
+def test_the_engine_of_transformers_is_greedy_whatever_the_model_s_own_settings_say(tmp_path):
+    """Many models come with a penalty on repetition, which vLLM is not asked to apply either."""
+    answers = []
+    for name, settings in (("plain", {}), ("own", {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1})):
+        folder = store(tiny_llama(), tmp_path / name, torch.float32)
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2} | settings))
+        tiny_tokenizer().save_pretrained(folder)
+        with TransformersEngine(folder, tiny_tokenizer(), "cpu") as engine:
+            answers.append(engine.answers([[1, 9, 11, 20]], 24))
+            assert engine.model.generation_config.repetition_penalty == settings.get("repetition_penalty")
+    assert answers[0] == answers[1]
+    assert len(set(answers[0][0])) < len(answers[0][0])  # something is repeated, so a penalty would have shown
 
 
 def test_sizes_below_one_are_refused():

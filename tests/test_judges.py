@@ -12,6 +12,7 @@ from conftest import tiny_tokenizer
 from tiny_models import build
 
 from orthogonalize.cli import main
+from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.judges import JUDGES, Opinion, find_judge
 from orthogonalize.judging import judge, read_answers, ready_judges
@@ -263,6 +264,29 @@ def test_shieldgemma_is_heard_from_a_tiny_model_of_its_class_in_both_engines(wor
         found = judge(answers, named, engine=engine)
         assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
         assert found.harmful.value == (1.0 if word == "Yes" else 0.0)
+
+
+def test_judging_a_long_file_goes_on_where_it_was_cut_off(answers, tmp_path, monkeypatch):
+    name = f"qwen3guard={checkpoint(tmp_path / 'judge', 'qwen3', 'Safety: Unsafe')}"
+    file = tmp_path / "answers.json"
+    file.write_bytes(answers.read_bytes())
+    whole = judge(file, name, engine="hf")
+    monkeypatch.setattr("orthogonalize.portions.PORTION", 2)
+    asked: list[int] = []
+    ask = TransformersEngine.answers
+
+    def dies(self, prompts, *more):
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise OrthogonalizeError("the engine died")
+        return ask(self, prompts, *more)
+
+    monkeypatch.setattr(TransformersEngine, "answers", dies)
+    with pytest.raises(OrthogonalizeError, match="what was measured is kept"):
+        judge(file, name, engine="hf")
+    assert judge(file, name, engine="hf") == whole
+    assert asked == [2, 1, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.json", "judge"]
 
 
 def run(*words) -> tuple[int, str]:
