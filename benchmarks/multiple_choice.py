@@ -1,12 +1,13 @@
 """Multiple choice in this package beside lm-evaluation-harness's own vLLM path: same items, same predictions, time.
 
-Items are made up, in five-shot contexts of MMLU's form (the subject's examples, letters as choices) and of
-ARC's (one set of examples, choices of several tokens). The harness reads them through a task of its own
-over the same texts, in the engine that `lm_eval --model vllm` starts. Each side runs in a process of its
-own, with its own settings. Timed is the way from texts to scores, tokenising included: not the engines'
-starts, nor the harness's reading of its data. Each side scores a few other items of each kind first, to
-warm up. `same` counts the items where our prediction is one of the harness's best; `largest_difference` is
-by how much the harness prefers its own to ours, in nats: bfloat16 has ties, `--dtype float32` has none.
+Items are made up, in five-shot contexts of MMLU's form (the subject's examples, letters as choices), of ARC's
+(one set of examples, choices of several tokens) and of TruthfulQA's (short examples, sentences as choices). The
+harness reads them through a task of its own over the same texts, in the engine that `lm_eval --model vllm`
+starts. Each side runs in a process of its own, with its own settings. Timed is the way from texts to scores,
+tokenising included: not the engines' starts, nor the harness's reading of its data. Each side scores a few other
+items of each kind first, to warm up. `same` counts the items where our prediction is one of the harness's best;
+`largest_difference` is by how much the harness prefers its own to ours, in nats: bfloat16 has ties,
+`--dtype float32` has none.
 
     PYTHONPATH=. python benchmarks/multiple_choice.py
 """
@@ -28,6 +29,7 @@ from sides import hear, show, tell
 LENGTH = 2048
 NOUNS = "river window carpet engine garden lantern basket harbour pencil mountain ticket orchard".split()  # noqa: SIM905
 SUBJECTS = ["a Monday", "a Tuesday", "a Wednesday", "a Thursday"]
+KINDS = ("one_token", "several", "sentences")  # of MMLU's, ARC's and TruthfulQA's form
 LETTERS = tuple(f" {letter}" for letter in "ABCD")
 PLACES = ["the north of town", "a quiet village", "an old railway station", "the edge of the forest", "a busy market"]
 
@@ -64,8 +66,32 @@ def place_block(pick: random.Random, answered: bool) -> tuple[str, tuple[str, ..
     return text + (places[right] if answered else ""), places, right
 
 
-def made_up(count: int, several: bool, seed: int = 0) -> list[Item]:
+def sentence(pick: random.Random, noun: str) -> str:
+    """What may have become of a thing, in nine words or so; as in TruthfulQA, some answers begin alike."""
+    start = pick.choice([f"The {noun} was", "It was", "Somebody had it", "You would find it"])
+    return f"{start} {pick.choice(['taken', 'moved', 'lost on the way'])} to {pick.choice(PLACES)}"
+
+
+def sentences(count: int, seed: int) -> list[Item]:
+    """`count` questions with four to seven sentences for choices, behind six answered ones."""
+    pick = random.Random(seed)
+    examples = [pick.choice(NOUNS) for _ in range(6)]
+    head = "".join(f"Q: What became of the {noun}?\nA: {sentence(pick, noun)}\n\n" for noun in examples)
+    things = pick.sample([f"{noun} that was left at {place}" for noun in NOUNS for place in PLACES], count)
+    questions = []
+    for thing in things:
+        noun, choices = thing.partition(" ")[0], dict[str, None]()
+        for _ in range(pick.randrange(4, 8)):
+            choices[f" {sentence(pick, noun)}"] = None
+        questions.append(Item(f"{head}Q: What became of the {thing}?\nA:", tuple(choices), 0))
+    return questions
+
+
+def made_up(count: int, kind: str, seed: int = 0) -> list[Item]:
     """`count` questions, sorted by subject as MMLU's are, each behind its subject's five answered examples."""
+    if kind == "sentences":
+        return sentences(count, seed)
+    several = kind == "several"
     pick = random.Random(seed)
     examples = {subject: [sum_block(pick, subject, True)[0] for _ in range(5)] for subject in SUBJECTS}
     stories = [place_block(pick, True)[0] for _ in range(5)]
@@ -83,7 +109,7 @@ def made_up(count: int, several: bool, seed: int = 0) -> list[Item]:
 
 
 def sets_of(count: int) -> dict[str, list[Item]]:
-    return {"one_token": made_up(count, False), "several": made_up(count, True)}
+    return {kind: made_up(count, kind) for kind in KINDS}
 
 
 def ours(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tuple[list[int], float]]:
@@ -99,7 +125,7 @@ def ours(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tup
     result = {}
     with VllmEngine(folder, LENGTH, dtype=dtype) as engine:
         for name, questions in sets.items():
-            MultipleChoice.of(name, items(made_up(4, name == "several", seed=99)), tokenizer).predictions(engine)
+            MultipleChoice.of(name, items(made_up(4, name, seed=99)), tokenizer).predictions(engine)
             start = time.perf_counter()
             predictions = MultipleChoice.of(name, items(questions), tokenizer).predictions(engine)
             result[name] = (predictions, time.perf_counter() - start)
@@ -132,7 +158,7 @@ def harness(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, 
     model = Timed(pretrained=str(folder), dtype=dtype, max_model_len=LENGTH)
     result = {}
     with TemporaryDirectory() as scratch:
-        warming = {f"warm_{several}": made_up(4, several, seed=99) for several in (False, True)}
+        warming = {f"warm_{kind}": made_up(4, kind, seed=99) for kind in KINDS}
         for name, questions in (warming | sets).items():
             rows = [{"context": q.context, "choices": list(q.choices), "gold": q.answer} for q in questions]
             file = Path(scratch) / f"{name}.json"

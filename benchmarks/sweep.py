@@ -38,7 +38,7 @@ SUITES = ("refusal", "behaviour")
 def chosen(run: Path, edits: int) -> list[Variant]:
     """`edits` of all that a sweep of `run` tries, evenly spread over methods and scopes."""
     every = make_variants(load_run(run))
-    return [every[i * len(every) // edits] for i in range(edits)]
+    return [every[i * (len(every) - 1) // max(1, edits - 1)] for i in range(edits)]
 
 
 class Recorded:

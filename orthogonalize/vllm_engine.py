@@ -163,8 +163,8 @@ class VllmEngine:
         """Best first: a choice is scored to its end while what is known of it could still be the likeliest.
 
         The step that computes the shared context scores every choice's first token, and no choice is
-        likelier than that. The likeliest by these is then scored to its end, and again, until the
-        likeliest is one that was.
+        likelier than its beginning. The likeliest by these is then scored to its end, which may tell of
+        others that begin alike, and again, until the likeliest is one of which all is known.
         """
         from vllm import SamplingParams
 
@@ -175,27 +175,24 @@ class VllmEngine:
             for row in choices
         ]
         outputs = self.generate("multiple choice", contexts, parameters)
-        scores = [
-            [output.outputs[0].logprobs[0][c[0]].logprob for c in row]
+        known: list[dict[tuple[int, ...], float]] = [
+            {(c[0],): output.outputs[0].logprobs[0][c[0]].logprob for c in row}
             for output, row in zip(outputs, choices, strict=True)
         ]
-        exact = [[len(c) == 1 for c in row] for row in choices]
         while True:
-            best = [max(range(len(row)), key=row.__getitem__) for row in scores]
-            asked = [(i, j) for i, j in enumerate(best) if not exact[i][j]]
+            scores = [[_beginning(choice, found) for choice in row] for row, found in zip(choices, known, strict=True)]
+            best = [max(range(len(row)), key=lambda j: row[j][0]) for row in scores]
+            asked = [i for i, j in enumerate(best) if scores[i][j][1] < len(choices[i][j])]
             if not asked:
-                return scores
-            rests = self._after_the_first([(contexts[i], choices[i][j]) for i, j in asked])
-            for (i, j), rest in zip(asked, rests, strict=True):
-                scores[i][j] += rest
-                exact[i][j] = True
+                return [[score for score, _ in row] for row in scores]
+            self._score([(contexts[i], choices[i][best[i]], known[i]) for i in asked])
 
-    def _after_the_first(self, pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
-        """The summed log-probability of all but the first token of every choice, behind its cached context.
+    def _score(self, asked: Sequence[tuple[Ids, Ids, dict[tuple[int, ...], float]]]) -> None:
+        """Enter what follows a choice's first token, behind its cached context, into what is known of its question.
 
         A choice's last token is scored as one that follows, so it need not be computed itself. vLLM leaves
-        the log-probabilities of cached positions unset: a choice that began like a longer one may need a
-        token that was predicted from there, and is scored again without the cache.
+        the log-probabilities of cached positions unset: of a choice that began like one scored before these
+        are known, else it is scored again without the cache.
         """
         from vllm import SamplingParams
 
@@ -205,23 +202,22 @@ class VllmEngine:
                 temperature=0.0, max_tokens=1, logprob_token_ids=[choice[-1]], detokenize=False, **more
             )
 
-        rows = [[*context, *choice[:-1]] for context, choice in pairs]
-        outputs = self.generate("multiple choice: choices", rows, [parameters(choice, True) for _, choice in pairs])
-        again = [
-            n
-            for n, (context, choice) in enumerate(pairs)
-            if len(choice) > 2 and (outputs[n].num_cached_tokens or 0) > len(context)
-        ]
+        rows = [[*context, *choice[:-1]] for context, choice, _ in asked]
+        choices = [choice for _, choice, _ in asked]
+        outputs = self.generate("multiple choice: choices", rows, [parameters(choice, True) for choice in choices])
+        again = []
+        for n, (context, choice, known) in enumerate(asked):
+            hidden = min((outputs[n].num_cached_tokens or 0) - len(context) + 1, len(choice) - 1)
+            if any(tuple(choice[: k + 1]) not in known for k in range(1, hidden)):
+                again.append(n)
+                continue
+            _enter(known, outputs[n], rows[n], len(context), choice, max(hidden, 1))
         if again:
-            whole = [parameters(pairs[n][1], False) for n in again]
+            whole = [parameters(choices[n], False) for n in again]
             uncached = self.generate("multiple choice: again", [rows[n] for n in again], whole)
             for n, output in zip(again, uncached, strict=True):
-                outputs[n] = output
-        return [
-            (_completion(output.prompt_logprobs, row, len(context) + 1).logprob if len(choice) > 2 else 0.0)
-            + output.outputs[0].logprobs[0][choice[-1]].logprob
-            for output, row, (context, choice) in zip(outputs, rows, pairs, strict=True)
-        ]
+                context, choice, known = asked[n]
+                _enter(known, output, rows[n], len(context), choice, 1)
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         from vllm import SamplingParams
@@ -289,6 +285,25 @@ def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Comp
     """`ids` from `start` on. vLLM 0.24 leaves cached positions out of `logprobs`, so they are counted from the end."""
     entries = [logprobs[i - len(ids)][ids[i]] for i in range(start, len(ids))]
     return Completion(sum(e.logprob for e in entries), all(e.rank == 1 for e in entries))
+
+
+def _beginning(choice: Ids, known: Mapping[tuple[int, ...], float]) -> tuple[float, int]:
+    """The summed log-probability of a choice's first tokens, as far as they are known, and how many they are."""
+    total = 0.0
+    for end in range(1, len(choice) + 1):
+        found = known.get(tuple(choice[:end]))
+        if found is None:
+            return total, end - 1
+        total += found
+    return total, len(choice)
+
+
+def _enter(known: dict[tuple[int, ...], float], output: Any, row: Ids, context: int, choice: Ids, first: int) -> None:
+    """Enter the log-probabilities of `choice` from its token `first` on; `row` is its context and all but its last."""
+    for k in range(first, len(choice) - 1):
+        place = context + k
+        known[tuple(choice[: k + 1])] = output.prompt_logprobs[place - len(row)][row[place]].logprob
+    known[tuple(choice)] = output.outputs[0].logprobs[0][choice[-1]].logprob
 
 
 def _ranked(entry: Mapping[int, Any], count: int) -> list[tuple[int, float]]:
