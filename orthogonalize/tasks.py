@@ -188,7 +188,7 @@ def _length(name: str, known: TaskManager, positions: int | None, tokenizer: Any
         raise OrthogonalizeError(
             f"lm-eval's {name} asks for answers of {longest} tokens and the model takes {positions}; leave it out"
         )
-    needs = [_need(request, tokenizer) for request in requests]
+    needs = [_need(request, tokenizer, positions) for request in requests]
     wanted = max(needs, default=ROLLING)
     if positions is None or wanted < positions:
         return wanted
@@ -197,13 +197,14 @@ def _length(name: str, known: TaskManager, positions: int | None, tokenizer: Any
     return positions - 1
 
 
-def _need(request: Any, tokenizer: Any) -> int:
+def _need(request: Any, tokenizer: Any, positions: int | None) -> int:
     """The tokens of a request of lm-eval's, and one to be generated."""
     match request.request_type:
         case "generate_until":
             after = int(request.args[1].get("max_gen_toks", NEW_TOKENS))
-        case "loglikelihood_rolling":  # as long a text as it may be is scored in windows
-            return min(len(tokenizer(request.args[0])["input_ids"]) + 3, ROLLING)
+        case "loglikelihood_rolling":  # a text of any length is scored in windows
+            window = ROLLING if positions is None else min(ROLLING, positions - 1)
+            return min(len(tokenizer(request.args[0])["input_ids"]) + 3, window)
         case _:
             return len(tokenizer(request.args[0] + request.args[1])["input_ids"]) + 2
     return len(tokenizer(request.args[0])["input_ids"]) + after + 1
