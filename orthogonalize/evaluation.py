@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,7 @@ from .judges import Opinion
 from .judging import ReadyJudge, opinion_series, ready_judges
 from .launch import open_engine
 from .measures import alike
-from .models import check_complete, context_length, find_model, load_tokenizer, public_name
+from .models import check_complete, context_length, file_states, find_model, folder_state, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan
 from .portions import Portions
@@ -31,7 +31,6 @@ from .suites import Memory
 from .webpage import write_webpage
 
 NEW_TOKENS = 100  # fewer undercount refusals
-SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # files that change what a checkpoint computes
 
 Opinions = dict[str, dict[str, list[Opinion]]]  # by judge, then by prompt set
 
@@ -298,17 +297,6 @@ def evaluate(
     return report
 
 
-def _states(files: Iterable[Path]) -> list[Any]:
-    found = [(file, file.stat()) for file in files]
-    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
-
-
-def folder_state(folder: Path) -> list[Any]:
-    """What changes when a checkpoint does, its tokenizer and settings too, without reading it: its files' state."""
-    weights = [file.path for _, file in sorted(open_checkpoint(folder).files.items())]
-    return _states(weights + sorted(f for f in folder.iterdir() if f.suffix in SETTINGS))
-
-
 def run_state(run: Run) -> list[Any]:
     """What results depend on in a run: its prompts, and how they are put to the model."""
     info = run.info
@@ -317,4 +305,4 @@ def run_state(run: Run) -> list[Any]:
 
 def data_state(data: Path | None) -> list[Any]:
     """What changes when local copies of public sets do, without reading them."""
-    return [str(data), _states(f for f in sorted(data.rglob("*")) if f.is_file()) if data is not None else []]
+    return [str(data), file_states(f for f in sorted(data.rglob("*")) if f.is_file()) if data is not None else []]

@@ -14,7 +14,7 @@ from .journal import Journal, fingerprint_of
 from .judges import Judge, Opinion, find_judge
 from .launch import open_engine
 from .measures import Rate, Record, Series, shares
-from .models import check_complete, context_length, find_model, load_tokenizer
+from .models import check_complete, context_length, find_model, folder_state, load_tokenizer
 from .portions import Portions
 from .progress import note
 from .refusals import refused
@@ -142,7 +142,7 @@ def judge(
     if not ready:
         raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
     pairs = [(row["prompt"], row["response"]) for row in rows]
-    state = [engine, ready[0].judge.name, ready[0].model, pairs]
+    state = (engine, ready[0].judge.name, folder_state(ready[0].folder), pairs)
     journal = Journal(Path(file), fingerprint_of(state))
     with journal.kept():
         opinions = ready[0].opinions(pairs, engine, options, lambda running: Portions(running, journal, "judge"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ HUB_PATTERNS = [
     *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"),
     *("LICENSE*", "NOTICE*", "README.md"),
 ]
+SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # files that change what a checkpoint computes
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
@@ -149,6 +150,18 @@ def context_length(folder: Path) -> int | None:
     text = config.get("text_config") or {}
     found = [c.get(key) for c in (config, text) for key in ("max_position_embeddings", "n_positions")]
     return next((n for n in found if isinstance(n, int)), None)
+
+
+def file_states(files: Iterable[Path]) -> list[Any]:
+    """Paths, sizes and times of files."""
+    found = [(file, file.stat()) for file in files]
+    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
+
+
+def folder_state(folder: Path) -> list[Any]:
+    """What changes when a checkpoint does, its tokenizer and settings too, without reading it: its files' state."""
+    weights = [file.path for _, file in sorted(open_checkpoint(folder).files.items())]
+    return file_states(weights + sorted(f for f in folder.iterdir() if f.suffix in SETTINGS))
 
 
 def choose_device(device: str = "auto") -> torch.device:

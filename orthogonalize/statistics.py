@@ -20,10 +20,15 @@ def proportion_interval(count: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def _changed(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
+    """How many outcomes were lost, and how many gained."""
+    pairs = list(zip(before, after, strict=True))
+    return sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+
+
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
     """Exact two-sided McNemar p-value of paired yes/no outcomes; 1 where none changed."""
-    lost = sum(a and not b for a, b in zip(before, after, strict=True))
-    gained = sum(b and not a for a, b in zip(before, after, strict=True))
+    lost, gained = _changed(before, after)
     return float(scipy.stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
@@ -33,8 +38,7 @@ def share_difference_interval(before: Sequence[bool], after: Sequence[bool]) -> 
     It holds its level where a bootstrap does not: where few or all items changed.
     """
     n = len(before)
-    lost = sum(a and not b for a, b in zip(before, after, strict=True))
-    gained = sum(b and not a for a, b in zip(before, after, strict=True))
+    lost, gained = _changed(before, after)
 
     def statistic(difference: float) -> float:
         """The score of a true `difference`, given the share lost that is then the likeliest (his equation 8)."""

@@ -21,7 +21,6 @@ from .evaluation import (
     check_engine,
     data_state,
     engine_version,
-    folder_state,
     judges_for,
     run_state,
 )
@@ -29,7 +28,7 @@ from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
 from .launch import open_engine
-from .models import check_complete, context_length, find_model, load_tokenizer, public_name
+from .models import check_complete, context_length, find_model, folder_state, load_tokenizer, public_name
 from .outputs import Kind, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
 from .progress import note, track

@@ -211,12 +211,15 @@ def store_choosing(folder: Path, **overrides) -> Path:
     return folder
 
 
+def store_chatting(folder: Path) -> Path:
+    """A tiny random Llama with a tokenizer and a chat template, float32."""
+    tiny_tokenizer().save_pretrained(store(tiny_llama(tie_word_embeddings=True), folder, torch.float32))
+    return folder
+
+
 @pytest.fixture
 def chat_model(tmp_path) -> Path:
-    """A tiny random Llama with a tokenizer and a chat template, float32."""
-    folder = store(tiny_llama(tie_word_embeddings=True), tmp_path / "chat-model", torch.float32)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return store_chatting(tmp_path / "chat-model")
 
 
 def bake_prompts() -> tuple[list[str], list[str]]:
@@ -234,10 +237,10 @@ UNTRIED = replace(SMALL, trials=0, max_rank=2)  # without whole edits
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    folder = store(tiny_llama(tie_word_embeddings=True), tmp_path_factory.mktemp("road") / "model", torch.float32)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+def model(request, tmp_path_factory) -> Path:
+    """A tiny model that chats; a module that needs another has a function `store_model` that writes it."""
+    folder = tmp_path_factory.mktemp(request.module.__name__) / "model"
+    return getattr(request.module, "store_model", store_chatting)(folder)
 
 
 @pytest.fixture(scope="module")
@@ -251,9 +254,9 @@ def sources(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def run_settings() -> Settings:
-    """What `run` is extracted with; a module that needs another run overrides this."""
-    return SMALL
+def run_settings(request) -> Settings:
+    """What `run` is extracted with; a module that needs another run has RUN_SETTINGS."""
+    return getattr(request.module, "RUN_SETTINGS", SMALL)
 
 
 @pytest.fixture(scope="module")

@@ -20,15 +20,7 @@ from orthogonalize.multiple_choice import arc, mmlu, truthfulqa
 from orthogonalize.suites import Memory
 from orthogonalize.tasks import harness_tasks
 
-
-@pytest.fixture(scope="module")
-def run_settings():
-    return UNTRIED
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return store_choosing(tmp_path_factory.mktemp("lm_eval") / "model")
+RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
 
 # Of every set: the harness's file, our function, examples before the question, what the test has in other places

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,15 +27,7 @@ from orthogonalize.report import load_report
 from orthogonalize.run import load_run
 from orthogonalize.suites import Memory
 
-
-@pytest.fixture(scope="module")
-def run_settings():
-    return UNTRIED
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return store_choosing(tmp_path_factory.mktemp("measuring") / "model")
+RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
 
 @pytest.fixture(scope="module")

@@ -19,15 +19,7 @@ from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.models import check_complete, load_model
 
-
-@pytest.fixture(scope="module")
-def run_settings():
-    return UNTRIED
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return store_choosing(tmp_path_factory.mktemp("missing_data") / "model")
+RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
 
 def refused_data(folder: Path, edit) -> Path:

@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,15 +20,7 @@ from orthogonalize.models import load_tokenizer
 from orthogonalize.plans import make_plan
 from orthogonalize.run import load_run
 
-
-@pytest.fixture(scope="module")
-def run_settings():
-    return UNTRIED
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    return store_choosing(tmp_path_factory.mktemp("resuming") / "model")
+RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
 
 def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, tmp_path):
@@ -132,7 +123,8 @@ def test_a_journal_of_other_settings_or_a_cut_line_is_not_taken(tmp_path):
 
 
 def test_a_run_is_not_taken_up_with_other_data_or_another_checkpoint(model, tmp_path):
-    from orthogonalize.evaluation import data_state, folder_state
+    from orthogonalize.evaluation import data_state
+    from orthogonalize.models import folder_state
 
     folder = all_sets(tmp_path / "data")
     before = data_state(folder)
