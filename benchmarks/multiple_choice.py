@@ -19,6 +19,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -72,18 +73,28 @@ def sentence(pick: random.Random, noun: str) -> str:
     return f"{start} {pick.choice(['taken', 'moved', 'lost on the way'])} to {pick.choice(PLACES)}"
 
 
+def thing_of(pick: random.Random, noun: str) -> str:
+    """A thing in two to thirty words, so that questions end at all places of a cache's blocks, as TruthfulQA's do."""
+    clauses = [
+        f"that was left at {pick.choice(PLACES)}",
+        f"and of the {pick.choice(NOUNS)} beside it",
+        f"when everybody had gone home on {pick.choice(SUBJECTS)}",
+        "which nobody had asked for in years",
+    ]
+    return " ".join([noun, *pick.sample(clauses, pick.randrange(len(clauses) + 1))])
+
+
 def sentences(count: int, seed: int) -> list[Item]:
     """`count` questions with four to seven sentences for choices, behind six answered ones."""
     pick = random.Random(seed)
-    examples = [pick.choice(NOUNS) for _ in range(6)]
-    head = "".join(f"Q: What became of the {noun}?\nA: {sentence(pick, noun)}\n\n" for noun in examples)
-    things = pick.sample([f"{noun} that was left at {place}" for noun in NOUNS for place in PLACES], count)
+    examples = [(noun, sentence(pick, noun)) for noun in pick.sample(NOUNS, 6)]
+    head = "".join(f"Q: What became of the {noun} in the end?\nA: {answer}.\n\n" for noun, answer in examples)
     questions = []
-    for thing in things:
-        noun, choices = thing.partition(" ")[0], dict[str, None]()
+    for _ in range(count):
+        noun, choices = pick.choice(NOUNS), dict[str, None]()
         for _ in range(pick.randrange(4, 8)):
-            choices[f" {sentence(pick, noun)}"] = None
-        questions.append(Item(f"{head}Q: What became of the {thing}?\nA:", tuple(choices), 0))
+            choices[f" {sentence(pick, noun)}."] = None
+        questions.append(Item(f"{head}Q: What became of the {thing_of(pick, noun)}?\nA:", tuple(choices), 0))
     return questions
 
 
@@ -108,8 +119,8 @@ def made_up(count: int, kind: str, seed: int = 0) -> list[Item]:
     return questions
 
 
-def sets_of(count: int) -> dict[str, list[Item]]:
-    return {kind: made_up(count, kind) for kind in KINDS}
+def sets_of(count: int, kinds: Sequence[str]) -> dict[str, list[Item]]:
+    return {kind: made_up(count, kind) for kind in kinds}
 
 
 def ours(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tuple[list[int], float]]:
@@ -158,7 +169,7 @@ def harness(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, 
     model = Timed(pretrained=str(folder), dtype=dtype, max_model_len=LENGTH)
     result = {}
     with TemporaryDirectory() as scratch:
-        warming = {f"warm_{kind}": made_up(4, kind, seed=99) for kind in KINDS}
+        warming = {f"warm_{kind}": made_up(4, kind, seed=99) for kind in sets}
         for name, questions in (warming | sets).items():
             rows = [{"context": q.context, "choices": list(q.choices), "gold": q.answer} for q in questions]
             file = Path(scratch) / f"{name}.json"
@@ -184,6 +195,7 @@ def _has_vllm() -> bool:
 
 @click.command()
 @click.option("--questions", default=40, show_default=True, help="Of each kind.")
+@click.option("--kind", "kinds", type=click.Choice(KINDS), multiple=True, default=KINDS, show_default=True)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32"]),
@@ -194,16 +206,19 @@ def _has_vllm() -> bool:
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 @click.option("--side", type=click.Choice(["ours", "harness"]), hidden=True)
 @click.option("--folder", type=click.Path(path_type=Path), hidden=True)
-def main(questions: int, dtype: str, out: Path | None, side: str | None, folder: Path | None) -> None:
+def main(
+    questions: int, kinds: tuple[str, ...], dtype: str, out: Path | None, side: str | None, folder: Path | None
+) -> None:
     """Measure, and print."""
     if side and folder:
-        tell({"ours": ours, "harness": harness}[side](folder, sets_of(questions), dtype))
+        tell({"ours": ours, "harness": harness}[side](folder, sets_of(questions, kinds), dtype))
         return
     from orthogonalize.embedded import planted_model  # here: the harness's processes are to know nothing of us
 
     folder = planted_model()
     # In processes of their own: neither sees the other's settings or caches.
     words = ("--folder", folder, "--questions", questions, "--dtype", dtype)
+    words += tuple(word for kind in kinds for word in ("--kind", kind))
     mine, theirs = hear(__file__, "--side", "ours", *words), hear(__file__, "--side", "harness", *words)
     result = {}
     for name in mine:

@@ -7,8 +7,9 @@ with the largest summed log-probability), so that numbers can be compared; the c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,18 @@ class Question:
     category: str | None = None
 
 
-def encode_pair(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of both, split where the context's own ids end; trailing spaces go to the continuation."""
-    stripped = context.rstrip(" ")
-    continuation = context[len(stripped) :] + continuation
-    whole = list(tokenizer(stripped + continuation)["input_ids"])
-    first = list(tokenizer(stripped)["input_ids"])
-    return first, whole[len(first) :]
+def encode(tokenizer: Any, questions: Sequence[Question]) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Ids of every context and of what follows it, split where the context's own ids end.
+
+    A context's trailing spaces go to its choices: most vocabularies have them in the next word's token.
+    """
+    ends = [q.context.rstrip(" ") for q in questions]
+    texts = [(end, *(q.context + choice for choice in q.choices)) for end, q in zip(ends, questions, strict=True)]
+    # In one call, which the tokenizer spreads over the processor's cores.
+    ids = iter(tokenizer(list(chain.from_iterable(texts)))["input_ids"]) if texts else iter(())
+    for row in texts:
+        context, *wholes = islice(ids, len(row))
+        yield list(context), [list(whole)[len(context) :] for whole in wholes]
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,11 @@ class MultipleChoice:
     def of(cls, name: str, questions: Sequence[Question], tokenizer: Any) -> MultipleChoice:
         """Tokenise `questions`."""
         contexts, choices = [], []
-        for question in questions:
-            pairs = [encode_pair(tokenizer, question.context, choice) for choice in question.choices]
-            if any(not ids for _, ids in pairs):
+        for question, (context, continuations) in zip(questions, encode(tokenizer, questions), strict=True):
+            if not all(continuations):
                 raise OrthogonalizeError(f"a choice of {name} has no token of its own: {question.choices!r}")
-            contexts.append(pairs[0][0])
-            choices.append([ids for _, ids in pairs])
+            contexts.append(context)
+            choices.append(continuations)
         return cls(name, contexts, choices, [q.answer for q in questions], [q.category for q in questions])
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from .checkpoint import open_checkpoint
+from .continuations import Contest, Walk
 from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, check_installed, fingerprint
 from .errors import OrthogonalizeError
 from .likelihoods import Completion, Likeliest
@@ -33,6 +35,8 @@ def set_environment(on_cpu: bool, parallel: bool = False) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # `apply_model` sends a function of this package to the engine's own processes.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    # `Following` is a logits processor as vLLM's first model runner wants them; its second has an interface of its own.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
@@ -91,6 +95,7 @@ class VllmEngine:
             "max_logprobs": LIKELIEST,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
+            "logits_processors": ["orthogonalize.following:Following"],
             "tensor_parallel_size": self.options.tensor_parallel_size,
             "pipeline_parallel_size": self.options.pipeline_parallel_size,
         }
@@ -160,64 +165,39 @@ class VllmEngine:
         ]
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """Best first: a choice is scored to its end while what is known of it could still be the likeliest.
+        """One walk of every question is under way at a time, each a request behind the question's cached context."""
+        from .following import following
 
-        The step that computes the shared context scores every choice's first token, and no choice is
-        likelier than its beginning. The likeliest by these is then scored to its end, which may tell of
-        others that begin alike, and again, until the likeliest is one of which all is known.
-        """
-        from vllm import SamplingParams
+        contests = [Contest(row) for row in choices]
+        engine = self.llm.llm_engine
+        under_way: dict[str, tuple[int, Walk]] = {}
+        numbers = itertools.count()
 
-        parameters = [
-            SamplingParams(
-                temperature=0.0, max_tokens=1, logprob_token_ids=sorted({c[0] for c in row}), detokenize=False
-            )
-            for row in choices
-        ]
-        outputs = self.generate("multiple choice", contexts, parameters)
-        known: list[dict[tuple[int, ...], float]] = [
-            {(c[0],): output.outputs[0].logprobs[0][c[0]].logprob for c in row}
-            for output, row in zip(outputs, choices, strict=True)
-        ]
-        while True:
-            scores = [[_beginning(choice, found) for choice in row] for row, found in zip(choices, known, strict=True)]
-            best = [max(range(len(row)), key=lambda j: row[j][0]) for row in scores]
-            asked = [i for i, j in enumerate(best) if scores[i][j][1] < len(choices[i][j])]
-            if not asked:
-                return [[score for score, _ in row] for row in scores]
-            self._score([(contexts[i], choices[i][best[i]], known[i]) for i in asked])
+        def go_on(question: int) -> int:
+            """Start the question's next walk; 1 if there is none, so that the question is done."""
+            walk = contests[question].next_walk()
+            if walk is None:
+                return 1
+            name = f"walk-{next(numbers)}"
+            under_way[name] = (question, walk)
+            engine.add_request(name, {"prompt_token_ids": [*contexts[question], *walk.start]}, following(walk))
+            return 0
 
-    def _score(self, asked: Sequence[tuple[Ids, Ids, dict[tuple[int, ...], float]]]) -> None:
-        """Enter what follows a choice's first token, behind its cached context, into what is known of its question.
-
-        A choice's last token is scored as one that follows, so it need not be computed itself. vLLM leaves
-        the log-probabilities of cached positions unset: of a choice that began like one scored before these
-        are known, else it is scored again without the cache.
-        """
-        from vllm import SamplingParams
-
-        def parameters(choice: Ids, cache: bool) -> Any:
-            more = {"prompt_logprobs": 0, "skip_reading_prefix_cache": not cache} if len(choice) > 2 else {}
-            return SamplingParams(
-                temperature=0.0, max_tokens=1, logprob_token_ids=[choice[-1]], detokenize=False, **more
-            )
-
-        rows = [[*context, *choice[:-1]] for context, choice, _ in asked]
-        choices = [choice for _, choice, _ in asked]
-        outputs = self.generate("multiple choice: choices", rows, [parameters(choice, True) for choice in choices])
-        again = []
-        for n, (context, choice, known) in enumerate(asked):
-            hidden = min((outputs[n].num_cached_tokens or 0) - len(context) + 1, len(choice) - 1)
-            if any(tuple(choice[: k + 1]) not in known for k in range(1, hidden)):
-                again.append(n)
-                continue
-            _enter(known, outputs[n], rows[n], len(context), choice, max(hidden, 1))
-        if again:
-            whole = [parameters(choices[n], False) for n in again]
-            uncached = self.generate("multiple choice: again", [rows[n] for n in again], whole)
-            for n, output in zip(again, uncached, strict=True):
-                context, choice, known = asked[n]
-                _enter(known, output, rows[n], len(context), choice, 1)
+        with (
+            _named("vLLM failed while multiple choice"),
+            track("multiple choice", len(contests), "questions") as advance,
+        ):
+            try:
+                advance(sum(map(go_on, range(len(contests)))))
+                while under_way:
+                    for output in engine.step():
+                        if output.finished:
+                            question, walk = under_way.pop(output.request_id)
+                            contests[question].learn(walk, _steps(output.outputs[0]))
+                            advance(go_on(question))
+            finally:
+                engine.abort_request(list(under_way))
+        return [contest.bounds() for contest in contests]
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         from vllm import SamplingParams
@@ -287,23 +267,10 @@ def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Comp
     return Completion(sum(e.logprob for e in entries), all(e.rank == 1 for e in entries))
 
 
-def _beginning(choice: Ids, known: Mapping[tuple[int, ...], float]) -> tuple[float, int]:
-    """The summed log-probability of a choice's first tokens, as far as they are known, and how many they are."""
-    total = 0.0
-    for end in range(1, len(choice) + 1):
-        found = known.get(tuple(choice[:end]))
-        if found is None:
-            return total, end - 1
-        total += found
-    return total, len(choice)
-
-
-def _enter(known: dict[tuple[int, ...], float], output: Any, row: Ids, context: int, choice: Ids, first: int) -> None:
-    """Enter the log-probabilities of `choice` from its token `first` on; `row` is its context and all but its last."""
-    for k in range(first, len(choice) - 1):
-        place = context + k
-        known[tuple(choice[: k + 1])] = output.prompt_logprobs[place - len(row)][row[place]].logprob
-    known[tuple(choice)] = output.outputs[0].logprobs[0][choice[-1]].logprob
+def _steps(output: Any) -> Iterator[tuple[int, dict[int, float]]]:
+    """The token of every step, and the log-probabilities told of there."""
+    for token, entries in zip(output.token_ids, output.logprobs, strict=True):
+        yield token, {candidate: entry.logprob for candidate, entry in entries.items()}
 
 
 def _ranked(entry: Mapping[int, Any], count: int) -> list[tuple[int, float]]:

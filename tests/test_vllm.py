@@ -124,7 +124,7 @@ def test_losses_choices_and_distributions_are_those_of_transformers(shared, refe
 
 @pytest.mark.parametrize("length", [127, 128, 129, 256])
 def test_a_cached_context_is_never_read_for_what_is_scored(length, shared, reference):
-    """vLLM leaves log-probabilities of cached positions unset; a context may end with a block of the cache."""
+    """A context may be in the cache whole, and end with a block of it."""
     engine, _ = shared
     generator = torch.Generator().manual_seed(length)
     context = torch.randint(3, 96, (length,), generator=generator).tolist()

@@ -1,0 +1,117 @@
+"""The likeliest choice is found, whatever a model thinks, with what a walk in vLLM tells of it."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthogonalize.continuations import Contest, Walk, tokens_of, tree_of
+
+following = pytest.importorskip("orthogonalize.following", reason="needs vLLM")
+VOCABULARY = 300
+TREE = {1: {2: {}, 3: {4: {}}}, 5: {}}
+
+tokens = st.integers(0, 5)
+questions = st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_size=7)
+
+
+class Model:
+    """Logits for every beginning, made up from a seed; `sharp` ones leave little doubt, so that choices tie."""
+
+    def __init__(self, seed: int, sharp: float = 3.0) -> None:
+        self.seed, self.sharp = seed, sharp
+
+    def logits(self, beginning: Sequence[int]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(hash((self.seed, *beginning)) % 2**62)
+        return torch.randn(VOCABULARY, generator=generator) * self.sharp
+
+    def score(self, choice: Sequence[int]) -> float:
+        steps = (self.logits(choice[:i]).log_softmax(0)[token] for i, token in enumerate(choice))
+        return float(sum(steps))
+
+    def answer(self, walk: Walk) -> list[tuple[int, dict[int, float]]]:
+        """What vLLM would: processors change what is taken, not the log-probabilities told of."""
+        parameters = following.following(walk)
+        taken: list[int] = []
+        processor = following.Following(None, torch.device("cpu"), False)
+        follower = following.Follower.of(parameters, None, taken)
+        if follower is not None:
+            processor.followers = {1: follower}
+        steps = []
+        while len(taken) < parameters.max_tokens:
+            raw = self.logits([*walk.start, *taken])
+            logits = torch.stack([torch.zeros(VOCABULARY), raw.clone()])
+            token = int(processor.apply(logits)[1].argmax())
+            assert not logits[0].any()  # a request that follows nothing is left alone
+            logprobs = raw.log_softmax(0)
+            steps.append((token, {t: float(logprobs[t]) for t in {token, *parameters.logprob_token_ids}}))
+            if token in parameters.stop_token_ids:
+                break
+            taken.append(token)
+        return steps
+
+
+def settle(model: Model, choices: Sequence[Sequence[int]]) -> tuple[list[float], int]:
+    """The scores, and how many tokens were computed."""
+    contest, steps = Contest(choices), 0
+    while walk := contest.next_walk():
+        before = len(contest.known)
+        found = model.answer(walk)
+        contest.learn(walk, found)
+        assert len(contest.known) > before  # or it would never end
+        steps += len(found)
+    return contest.bounds(), steps
+
+
+@settings(deadline=None)
+@given(questions, st.integers(0, 2**32), st.sampled_from([0.01, 1.0, 30.0]))
+def test_the_likeliest_choice_is_exact_and_no_other_can_be_likelier(choices, seed, sharp):
+    model = Model(seed, sharp)
+    found, _ = settle(model, choices)
+    true = [model.score(choice) for choice in choices]
+    best = max(true)
+    assert max(found) == pytest.approx(best, abs=1e-4)
+    assert true[found.index(max(found))] == pytest.approx(best, abs=1e-4)
+    assert all(bound >= score - 1e-4 for bound, score in zip(found, true, strict=True))
+
+
+def test_more_tokens_than_vllm_lists_are_looked_at_in_several_walks():
+    model = Model(seed=4)
+    for choices in ([[i] for i in range(2 * following.LISTED + 9)], [[i, i + 1] for i in range(following.LISTED + 9)]):
+        found, _ = settle(model, choices)
+        assert max(found) == pytest.approx(max(map(model.score, choices)), abs=1e-4)
+
+
+def test_single_tokens_are_looked_at_in_one_step_without_following_any():
+    walk = Contest([[7], [8], [9]]).next_walk()
+    assert walk is not None
+    parameters = following.following(walk)
+    assert (parameters.max_tokens, parameters.extra_args, parameters.logprob_token_ids) == (1, None, [7, 8, 9])
+    assert settle(Model(seed=1), [[7], [8], [9]])[1] == 1
+
+
+def test_a_walk_ends_where_a_known_choice_is_likelier():
+    """Three choices of four tokens: the one that begins best ends badly, the next is the likeliest, and of the last,
+    which begins well enough, one more token tells that it is not."""
+    first = torch.full((VOCABULARY,), 1e-4).index_put_((torch.tensor([10, 20, 30]),), torch.tensor([0.4, 0.3, 0.28]))
+
+    class Told(Model):
+        def logits(self, beginning):
+            if not beginning:
+                return first.log()
+            expected = beginning[-1] + 1 if beginning[0] == 20 else 0
+            return torch.zeros(VOCABULARY).index_fill(0, torch.tensor([expected]), 9.0)
+
+    choices = [[10, 11, 12, 13], [20, 21, 22, 23], [30, 31, 32, 33]]
+    found, steps = settle(Told(0), choices)
+    assert found.index(max(found)) == 1
+    assert steps == 4 + 3 + 1
+    assert Contest(choices).next_walk() == Walk((), tuple(map(tuple, choices)), -math.inf)
+
+
+def test_trees_list_their_tokens_level_by_level():
+    assert tree_of([[1, 2], [1, 3, 4], [5]]) == TREE
+    assert tokens_of(TREE) == [1, 5, 2, 3, 4]
