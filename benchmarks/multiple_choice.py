@@ -205,19 +205,20 @@ def _has_vllm() -> bool:
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 @click.option("--side", type=click.Choice(["ours", "harness"]), hidden=True)
-@click.option("--folder", type=click.Path(path_type=Path), hidden=True)
+@click.option(
+    "--model", type=click.Path(path_type=Path, exists=True), help="A folder with a model, instead of the demo's."
+)
 def main(
-    questions: int, kinds: tuple[str, ...], dtype: str, out: Path | None, side: str | None, folder: Path | None
+    questions: int, kinds: tuple[str, ...], dtype: str, out: Path | None, side: str | None, model: Path | None
 ) -> None:
     """Measure, and print."""
-    if side and folder:
-        tell({"ours": ours, "harness": harness}[side](folder, sets_of(questions, kinds), dtype))
+    if side and model:
+        tell({"ours": ours, "harness": harness}[side](model, sets_of(questions, kinds), dtype))
         return
     from orthogonalize.embedded import planted_model  # here: the harness's processes are to know nothing of us
 
-    folder = planted_model()
     # In processes of their own: neither sees the other's settings or caches.
-    words = ("--folder", folder, "--questions", questions, "--dtype", dtype)
+    words = ("--model", model or planted_model(), "--questions", questions, "--dtype", dtype)
     words += tuple(word for kind in kinds for word in ("--kind", kind))
     mine, theirs = hear(__file__, "--side", "ours", *words), hear(__file__, "--side", "harness", *words)
     result = {}
