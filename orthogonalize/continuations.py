@@ -1,8 +1,8 @@
 """Which of a question's choices is the likeliest, with as few tokens scored as exactness allows.
 
-A choice is never likelier than its beginning. So the likeliest is found by walks, one after the other. A walk sets
-out from the end of the likeliest beginning known, takes at every step the likeliest token that goes on to a choice,
-learns of the tokens that it leaves aside, and ends where it has become less likely than a choice known to its end.
+A choice is never likelier than its beginning. So the likeliest is found by walks. A walk sets out from the end of a
+beginning that is known, takes at every step the likeliest token that goes on to a choice, learns of the tokens that
+it leaves aside, and ends where it has become less likely than a choice known to its end.
 """
 
 from __future__ import annotations
@@ -64,20 +64,26 @@ class Contest:
         return total, len(choice)
 
     def bounds(self) -> list[float]:
-        """What no choice is likelier than; exact for the likeliest as soon as there is no next walk."""
+        """What no choice is likelier than; exact for the likeliest as soon as no walk is left."""
         return [self._beginning(choice)[0] for choice in self.choices]
 
-    def next_walk(self) -> Walk | None:
-        """The walk behind the likeliest beginning of which the end is not known, if a choice there could be the
-        likeliest of all."""
+    def walks(self) -> list[Walk]:
+        """The walks behind beginnings that could still become the likeliest choice, the likeliest beginning first.
+
+        Each is for all choices that go on from its start. None is left when the likeliest is known to its end.
+        """
         begun = [(*self._beginning(choice), choice) for choice in self.choices]
         best = max((total for total, known, choice in begun if known == len(choice)), default=-math.inf)
-        total, known, leader = max((b for b in begun if b[1] < len(b[2])), default=(-math.inf, 0, ()))
-        if not leader or total < best:
-            return None
-        start = leader[:known]
-        after = (c[known:] for _, n, c in begun if n == known and n < len(c) and c[:known] == start)
-        return Walk(start, tuple(dict.fromkeys(after)), best - total)
+        open_: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        totals: dict[tuple[int, ...], float] = {}
+        for total, known, choice in begun:
+            if known < len(choice) and not total < best:
+                open_.setdefault(choice[:known], []).append(choice[known:])
+                totals[choice[:known]] = total
+        return [
+            Walk(start, tuple(dict.fromkeys(open_[start])), best - totals[start])
+            for start in sorted(open_, key=totals.__getitem__, reverse=True)
+        ]
 
     def learn(self, walk: Walk, steps: Iterable[tuple[int, Mapping[int, float]]]) -> None:
         """Enter what a walk found: the token of every step, and the log-probabilities of tokens that it might be."""

@@ -165,36 +165,38 @@ class VllmEngine:
         ]
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """One walk of every question is under way at a time, each a request behind the question's cached context."""
+        """Every question goes its own pace: its walks are requests behind its cached context."""
         from .following import following
 
         contests = [Contest(row) for row in choices]
         engine = self.llm.llm_engine
         under_way: dict[str, tuple[int, Walk]] = {}
+        open_walks = [0] * len(contests)
         numbers = itertools.count()
+        # A CPU's time goes with the tokens, of which walks one by one need the fewest; a GPU's goes with the steps.
+        at_once = None if torch.cuda.is_available() else 1
 
         def go_on(question: int) -> int:
-            """Start the question's next walk; 1 if there is none, so that the question is done."""
-            walk = contests[question].next_walk()
-            if walk is None:
-                return 1
-            name = f"walk-{next(numbers)}"
-            under_way[name] = (question, walk)
-            engine.add_request(name, {"prompt_token_ids": [*contexts[question], *walk.start]}, following(walk))
-            return 0
+            """Start the question's next walks; 1 if there are none, so that the question is done."""
+            walks = contests[question].walks()[:at_once]
+            for walk in walks:
+                name = f"walk-{next(numbers)}"
+                under_way[name] = (question, walk)
+                engine.add_request(name, {"prompt_token_ids": [*contexts[question], *walk.start]}, following(walk))
+            open_walks[question] = len(walks)
+            return not walks
 
-        with (
-            _named("vLLM failed while multiple choice"),
-            track("multiple choice", len(contests), "questions") as advance,
-        ):
+        with _named("vLLM failed while multiple choice"), track("multiple choice", len(contests), "questions") as done:
             try:
-                advance(sum(map(go_on, range(len(contests)))))
+                done(sum(map(go_on, range(len(contests)))))
                 while under_way:
                     for output in engine.step():
                         if output.finished:
                             question, walk = under_way.pop(output.request_id)
                             contests[question].learn(walk, _steps(output.outputs[0]))
-                            advance(go_on(question))
+                            open_walks[question] -= 1
+                            if not open_walks[question]:
+                                done(go_on(question))
             finally:
                 engine.abort_request(list(under_way))
         return [contest.bounds() for contest in contests]
