@@ -100,6 +100,14 @@ def assert_likeliest(ours: list[float], theirs: list[float]) -> None:
     assert all(a >= b - CLOSE["abs"] for a, b in zip(ours, theirs, strict=True))
 
 
+def assert_choices_are_those_of(reference, engine, prompts) -> None:
+    choices = [
+        [[8 + i], [9 + i], [10 + i]] if i % 2 else [[8 + i, 9], [10 + i], [11, 12, 13]] for i in range(len(prompts))
+    ]
+    for ours, theirs in zip(engine.choices(prompts, choices), reference.choices(prompts, choices), strict=True):
+        assert_likeliest(ours, theirs)
+
+
 SWAPPED: dict[str, list[list[int]]] = {}
 
 
@@ -115,11 +123,7 @@ def test_losses_choices_and_distributions_are_those_of_transformers(shared, refe
     for ours, theirs in pairs:
         assert ours.ids.shape == theirs.ids.shape
         assert kl_bound(theirs, ours).max() < (1e-5 if ON_CPU else 1e-4)
-    choices = [
-        [[8 + i], [9 + i], [10 + i]] if i % 2 else [[8 + i, 9], [10 + i], [11, 12, 13]] for i in range(len(prompts))
-    ]
-    for ours, theirs in zip(engine.choices(prompts, choices), reference.choices(prompts, choices), strict=True):
-        assert_likeliest(ours, theirs)
+    assert_choices_are_those_of(reference, engine, prompts)
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 256])
@@ -192,6 +196,7 @@ def test_two_engines_in_processes_of_their_own_are_as_one(model, shared, plans, 
     ):
         assert group.fingerprint() == f"{before} {before}"
         assert group.answers(prompts, 12) == reference.answers(prompts, 12)
+        assert_choices_are_those_of(reference, group, prompts)
         swap = WeightSwap(group, open_checkpoint(folder))
         swap.apply(edited_weights(plans["ablate"]))
         assert group.answers(prompts, 12) == SWAPPED["ablate"]
@@ -211,6 +216,7 @@ def test_an_engine_over_two_gpus_is_swapped_as_one(spread, model, plans, prompts
         before = engine.fingerprint()
         assert before.count("-") == 1
         assert engine.answers(prompts, 12) == reference.answers(prompts, 12)
+        assert_choices_are_those_of(reference, engine, prompts)
         swap = WeightSwap(engine, open_checkpoint(folder))
         for name, plan in plans.items():
             swap.apply(edited_weights(plan))
