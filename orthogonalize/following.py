@@ -1,13 +1,14 @@
-"""A request of vLLM that follows given continuations, instead of what the model would say.
+"""Walks of a contest as requests of vLLM, which follow given continuations instead of what the model would say.
 
-vLLM imports this module in the process that samples. Log-probabilities are those before any processor, so the
+vLLM imports this module in the process that samples, too. Log-probabilities are those before any processor, so a
 request is told what the model thought of every token.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
-from .continuations import Tree, Walk, tokens_of, tree_of
+from .continuations import Contest, Tree, Walk, tokens_of, tree_of
 
 LISTED = 128  # the most tokens whose log-probabilities vLLM tells of at every step, beside the one it takes
 KEY = "orthogonalize_walk"
@@ -41,6 +42,56 @@ def following(walk: Walk) -> SamplingParams:
         detokenize=False,
         extra_args=None if looked_at else {KEY: told},
     )
+
+
+def decide(
+    engine: Any,
+    contexts: Sequence[Sequence[int]],
+    contests: Sequence[Contest],
+    at_once: int | None,
+    advance: Callable[[int], object],
+) -> None:
+    """Walk until every contest knows its likeliest choice; `engine` is vLLM's `LLMEngine`.
+
+    Every contest goes its own pace, `at_once` walks at a time (or all), each a request behind the cached context.
+    """
+    under_way: dict[str, tuple[int, Walk]] = {}
+    open_walks = [0] * len(contests)
+    numbers = count()
+
+    def go_on(question: int) -> None:
+        walks = contests[question].walks()[:at_once]
+        for walk in walks:
+            name = f"walk-{next(numbers)}"
+            under_way[name] = (question, walk)
+            engine.add_request(name, {"prompt_token_ids": [*contexts[question], *walk.start]}, following(walk))
+        open_walks[question] = len(walks)
+        advance(not walks)
+
+    try:
+        for question in range(len(contests)):
+            go_on(question)
+        while under_way:
+            for output in engine.step():
+                if not output.finished:
+                    continue
+                question, walk = under_way.pop(output.request_id)
+                if not output.outputs[0].token_ids:  # it would be asked the same for ever
+                    raise RuntimeError(f"a request ended with nothing ({output.outputs[0].finish_reason})")
+                contests[question].learn(walk, _steps(output.outputs[0]))
+                open_walks[question] -= 1
+                if not open_walks[question]:
+                    go_on(question)
+    except BaseException:
+        with suppress(Exception):  # it may be dead; if it lives, it is to be free of these for what is asked next
+            engine.abort_request(list(under_way))
+        raise
+
+
+def _steps(output: Any) -> Iterator[tuple[int, dict[int, float]]]:
+    """The token of every step, and the log-probabilities told of there."""
+    for token, entries in zip(output.token_ids, output.logprobs, strict=True):
+        yield token, {candidate: entry.logprob for candidate, entry in entries.items()}
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import sys
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any, Self
 import torch
 
 from .checkpoint import open_checkpoint
-from .continuations import Contest, Walk
+from .continuations import Contest
 from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, check_installed, fingerprint
 from .errors import OrthogonalizeError
 from .likelihoods import Completion, Likeliest
@@ -165,40 +164,13 @@ class VllmEngine:
         ]
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        """Every question goes its own pace: its walks are requests behind its cached context."""
-        from .following import following
+        from .following import decide
 
         contests = [Contest(row) for row in choices]
-        engine = self.llm.llm_engine
-        under_way: dict[str, tuple[int, Walk]] = {}
-        open_walks = [0] * len(contests)
-        numbers = itertools.count()
         # A CPU's time goes with the tokens, of which walks one by one need the fewest; a GPU's goes with the steps.
         at_once = None if torch.cuda.is_available() else 1
-
-        def go_on(question: int) -> int:
-            """Start the question's next walks; 1 if there are none, so that the question is done."""
-            walks = contests[question].walks()[:at_once]
-            for walk in walks:
-                name = f"walk-{next(numbers)}"
-                under_way[name] = (question, walk)
-                engine.add_request(name, {"prompt_token_ids": [*contexts[question], *walk.start]}, following(walk))
-            open_walks[question] = len(walks)
-            return not walks
-
         with _named("vLLM failed while multiple choice"), track("multiple choice", len(contests), "questions") as done:
-            try:
-                done(sum(map(go_on, range(len(contests)))))
-                while under_way:
-                    for output in engine.step():
-                        if output.finished:
-                            question, walk = under_way.pop(output.request_id)
-                            contests[question].learn(walk, _steps(output.outputs[0]))
-                            open_walks[question] -= 1
-                            if not open_walks[question]:
-                                done(go_on(question))
-            finally:
-                engine.abort_request(list(under_way))
+            decide(self.llm.llm_engine, contexts, contests, at_once, done)
         return [contest.bounds() for contest in contests]
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
@@ -267,12 +239,6 @@ def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Comp
     """`ids` from `start` on. vLLM 0.24 leaves cached positions out of `logprobs`, so they are counted from the end."""
     entries = [logprobs[i - len(ids)][ids[i]] for i in range(start, len(ids))]
     return Completion(sum(e.logprob for e in entries), all(e.rank == 1 for e in entries))
-
-
-def _steps(output: Any) -> Iterator[tuple[int, dict[int, float]]]:
-    """The token of every step, and the log-probabilities told of there."""
-    for token, entries in zip(output.token_ids, output.logprobs, strict=True):
-        yield token, {candidate: entry.logprob for candidate, entry in entries.items()}
 
 
 def _ranked(entry: Mapping[int, Any], count: int) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,13 +29,12 @@ class Model:
         generator = torch.Generator().manual_seed(hash((self.seed, *beginning)) % 2**62)
         return torch.randn(VOCABULARY, generator=generator) * self.sharp
 
-    def score(self, choice: Sequence[int]) -> float:
-        steps = (self.logits(choice[:i]).log_softmax(0)[token] for i, token in enumerate(choice))
+    def score(self, choice: Sequence[int], context: Sequence[int] = ()) -> float:
+        steps = (self.logits([*context, *choice[:i]]).log_softmax(0)[token] for i, token in enumerate(choice))
         return float(sum(steps))
 
-    def answer(self, walk: Walk) -> list[tuple[int, dict[int, float]]]:
+    def answer(self, prompt, parameters) -> list[tuple[int, dict[int, float]]]:
         """What vLLM would: processors change what is taken, not the log-probabilities told of."""
-        parameters = following.following(walk)
         taken: list[int] = []
         processor = following.Following(None, torch.device("cpu"), False)
         follower = following.Follower.of(parameters, None, taken)
@@ -42,7 +42,7 @@ class Model:
             processor.followers = {1: follower}
         steps = []
         while len(taken) < parameters.max_tokens:
-            raw = self.logits([*walk.start, *taken])
+            raw = self.logits([*prompt, *taken])
             logits = torch.stack([torch.zeros(VOCABULARY), raw.clone()])
             token = int(processor.apply(logits)[1].argmax())
             assert not logits[0].any()  # a request that follows nothing is left alone
@@ -60,7 +60,7 @@ def settle(model: Model, choices: Sequence[Sequence[int]], at_once: int | None =
     while walks := contest.walks()[:at_once]:
         before = len(contest.known)
         for walk in walks:
-            found = model.answer(walk)
+            found = model.answer(walk.start, following.following(walk))
             contest.learn(walk, found)
             steps += len(found)
         assert len(contest.known) > before  # or it would never end
@@ -77,6 +77,62 @@ def test_the_likeliest_choice_is_exact_and_no_other_can_be_likelier(choices, see
     assert max(found) == pytest.approx(best, abs=1e-4)
     assert true[found.index(max(found))] == pytest.approx(best, abs=1e-4)
     assert all(bound >= score - 1e-4 for bound, score in zip(found, true, strict=True))
+
+
+class Engine:
+    """As much of vLLM's `LLMEngine` as is asked: one request ends at every step, the last that came first."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.waiting, self.aborted = model, {}, []
+
+    def add_request(self, name, prompt, parameters):
+        assert name not in self.waiting
+        self.waiting[name] = (prompt["prompt_token_ids"], parameters)
+
+    def step(self):
+        name, (prompt, parameters) = self.waiting.popitem()
+        steps = self.model.answer(prompt, parameters)
+        entries = [{t: SimpleNamespace(logprob=v) for t, v in found.items()} for _, found in steps]
+        answer = SimpleNamespace(token_ids=[t for t, _ in steps], logprobs=entries, finish_reason="length")
+        yield SimpleNamespace(finished=False, request_id=name, outputs=[])
+        yield SimpleNamespace(finished=True, request_id=name, outputs=[answer])
+
+    def abort_request(self, names):
+        self.aborted += names
+        raise RuntimeError("already dead")
+
+
+@settings(deadline=None)
+@given(st.lists(questions, min_size=1, max_size=4), st.integers(0, 2**32), st.sampled_from([1, 2, None]))
+def test_contests_go_their_own_pace_to_what_each_alone_would_find(rows, seed, at_once):
+    model, contexts = Model(seed), [[100 + i, 7] for i in range(len(rows))]
+    contests, advanced = [Contest(row) for row in rows], []
+    following.decide(Engine(model), contexts, contests, at_once, advanced.append)
+    assert sum(advanced) == len(rows)
+    for contest, context, row in zip(contests, contexts, rows, strict=True):
+        best = max(model.score(choice, context) for choice in row)
+        assert max(contest.bounds()) == pytest.approx(best, abs=1e-4)
+
+
+def test_what_an_engine_dies_of_is_told_and_its_open_requests_are_dropped():
+    class Dying(Engine):
+        def step(self):
+            self.waiting.popitem()
+            raise MemoryError("no room")
+
+    engine = Dying(Model(0))
+    with pytest.raises(MemoryError, match="no room"):
+        following.decide(engine, [[1], [2]], [Contest([[3, 4]]), Contest([[5, 6]])], 1, lambda _: None)
+    assert engine.aborted == ["walk-0", "walk-1"]
+
+
+def test_a_request_that_ends_with_nothing_is_not_asked_for_ever():
+    class Silent(Model):
+        def answer(self, prompt, parameters):
+            return []
+
+    with pytest.raises(RuntimeError, match="a request ended with nothing"):
+        following.decide(Engine(Silent(0)), [[1]], [Contest([[3, 4]])], 1, lambda _: None)
 
 
 def test_more_tokens_than_vllm_lists_are_looked_at_in_several_walks():
