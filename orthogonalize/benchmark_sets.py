@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,8 +133,21 @@ def _file_rows(file: Path) -> Iterator[Any]:
         case _:
             from pyarrow import parquet
 
-            shards = sorted(file.parent.glob(file.name.partition("-")[0] + "-*.parquet")) or [file]
-            return (row for shard in shards for row in parquet.read_table(shard).to_pylist())
+            return (row for shard in _shards(file) for row in parquet.read_table(shard).to_pylist())
+
+
+def _shards(file: Path) -> list[Path]:
+    """All parts of a split, of which `file` is one; none may be missing where their names count them."""
+    split = file.name.partition("-")[0]
+    counted = re.fullmatch(rf"{re.escape(split)}-\d+-of-(\d+)\.parquet", file.name)
+    if counted is None:
+        return sorted(file.parent.glob(f"{split}-*.parquet")) or [file]
+    digits = len(counted[1])
+    names = [f"{split}-{number:0{digits}}-of-{counted[1]}.parquet" for number in range(int(counted[1]))]
+    missing = [name for name in names if not (file.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]} is not there")
+    return [file.parent / name for name in names]
 
 
 def _hub_rows(source: BenchmarkSet) -> Iterator[Any]:

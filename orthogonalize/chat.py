@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from jinja2 import TemplateError
 
 from .errors import OrthogonalizeError
+
+# What templates that write the current date are told it is: prompts, and what was measured of them, would change at
+# midnight. It is the date that Llama 3's own template falls back to.
+TODAY = datetime(2024, 7, 26)
 
 # Different in every token, so that what the renderings share at the end is the template's own.
 _PROBES = ("Name a colour", "7 + 5 =", "Why?", "translate: bonjour\nto English")
@@ -42,9 +47,10 @@ class ChatFormat:
         messages = [{"role": "user", "content": instruction}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
+        dated = {"strftime_now": TODAY.strftime} if "strftime_now" in str(self.tokenizer.chat_template) else {}
         try:
             ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **self.arguments
+                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **(dated | dict(self.arguments))
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise OrthogonalizeError(f"the chat template does not take this prompt: {error}") from error

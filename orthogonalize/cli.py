@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.markup import escape
 from rich.table import Table
 
 from . import progress
@@ -318,11 +319,11 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
         options=engine_options(options),
         **options,
     )
-    table = Table(title=f"{found.model} ({found.engine_version})")
+    table = Table(title=escape(f"{found.model} ({found.engine_version})"))
     for i, name in enumerate(sweep_columns(found)):
         table.add_column(name, no_wrap=i == 0)
     for row in sweep_rows(found):
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*map(escape, row))
     console.print(table)
     click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
 
@@ -346,14 +347,14 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
         return
     from .tables import value
 
-    table = Table(title=f"{found.n} answers, judged by {found.model or found.judge}")
+    table = Table(title=escape(f"{found.n} answers, judged by {found.model or found.judge}"))
     for column in ("", "share", "n", "unreadable"):
         table.add_column(column)
     for field, rate in (("refusal", found.refusal), ("harmful", found.harmful)):
         if rate is None:
             continue
         for label, part in [(field, rate), *((f"  {c}", r) for c, r in rate.by_category.items())]:
-            table.add_row(label, value(part).replace("[", r"\["), str(part.n), str(part.unparseable))
+            table.add_row(escape(label), escape(value(part)), str(part.n), str(part.unparseable))
     console.print(table)
 
 

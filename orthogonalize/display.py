@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 console = Console()
@@ -56,7 +57,7 @@ def show_report(report: Any) -> None:
     for name in ("measure", "base", "edited", "change"):
         table.add_column(name)
     for row in summary_rows(report):
-        table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        table.add_row(*map(escape, row))
     console.print(table)
 
 

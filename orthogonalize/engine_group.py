@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Self
@@ -79,13 +79,23 @@ class EngineGroup:
                 process.terminate()
         self.connections, self.processes = [], []
 
+    @contextmanager
+    def _alive(self, number: int) -> Iterator[None]:
+        """Talk to replica `number` in here: one that is gone is an error that says which."""
+        try:
+            yield
+        except (EOFError, OSError) as error:
+            raise OrthogonalizeError(f"engine {number} of {len(self.connections)} died") from error
+
+    def _ask(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
+        with self._alive(number):
+            self.connections[number].send((method, arguments))
+
     def _replies(self) -> list[Any]:
         results = []
         for number, connection in enumerate(self.connections):
-            try:
+            with self._alive(number):
                 state, result = connection.recv()
-            except EOFError as error:
-                raise OrthogonalizeError(f"engine {number} of {len(self.connections)} died") from error
             if state == "failed":
                 raise OrthogonalizeError(result)
             results.append(result)
@@ -93,8 +103,8 @@ class EngineGroup:
 
     def _deal(self, method: str, columns: tuple[Sequence[Any], ...], *rest: Any) -> list[Any]:
         count = len(self.connections)
-        for number, connection in enumerate(self.connections):
-            connection.send((method, (*(list(column[number::count]) for column in columns), *rest)))
+        for number in range(count):
+            self._ask(number, method, (*(list(column[number::count]) for column in columns), *rest))
         result: list[Any] = [None] * len(columns[0])
         for number, part in enumerate(self._replies()):
             result[number::count] = part
@@ -117,13 +127,13 @@ class EngineGroup:
         from .vllm_engine import stored_weights
 
         with stored_weights(weights) as folder:
-            for connection in self.connections:
-                connection.send(("load_from", (folder,)))
+            for number in range(len(self.connections)):
+                self._ask(number, "load_from", (folder,))
             self._replies()
 
     def fingerprint(self) -> str:
-        for connection in self.connections:
-            connection.send(("fingerprint", ()))
+        for number in range(len(self.connections)):
+            self._ask(number, "fingerprint", ())
         return " ".join(self._replies())
 
 

@@ -92,6 +92,17 @@ def check_installed(name: EngineName) -> None:
         raise OrthogonalizeError("vLLM is not installed; `make setup` installs it, or use --engine hf")
 
 
+def check_options(name: EngineName, options: EngineOptions) -> None:
+    """Refuse what the engine would leave aside, before work is done for it."""
+    if name == "vllm" and options.device != "auto":
+        raise OrthogonalizeError(
+            "--device is for --engine hf; vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names, or the CPU without any"
+        )
+    several = options.parallel or options.data_parallel_size > 1 or options.distributed_executor_backend
+    if name == "hf" and several:
+        raise OrthogonalizeError("--engine hf runs on one device; leave out what spreads vLLM over several")
+
+
 def single_tokens(choices: Sequence[Ids]) -> bool:
     """Whether the choices of a question are single tokens, all different: then one step scores them all."""
     return all(len(c) == 1 for c in choices) and len({c[0] for c in choices}) == len(choices)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import RECIPE, open_checkpoint
-from .engines import ENGINES, Engine, EngineName, EngineOptions, WeightSwap, check_installed
+from .engines import ENGINES, Engine, EngineName, EngineOptions, WeightSwap, check_installed, check_options
 from .errors import OrthogonalizeError
 from .hubcache import edited_folder
 from .journal import Journal, fingerprint_of
@@ -20,8 +20,9 @@ from .launch import open_engine
 from .measures import alike
 from .models import check_complete, context_length, file_states, find_model, folder_state, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
-from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan
+from .plans import DEFAULT_SUITES, NEW_TOKENS, Measured, Plan, check_names, make_plan
 from .portions import Portions
+from .progress import note
 from .recipe import load_recipe
 from .refusals import refused
 from .report import Answer, Measures, Report, Verdict, compare_all
@@ -29,8 +30,6 @@ from .run import Run, load_run
 from .serving import base_weights, check_pair
 from .suites import Memory
 from .webpage import write_webpage
-
-NEW_TOKENS = 100  # fewer undercount refusals
 
 Opinions = dict[str, dict[str, list[Opinion]]]  # by judge, then by prompt set
 
@@ -45,16 +44,20 @@ def engine_version(engine: EngineName) -> str:
     return engine
 
 
-def check_engine(engine: str) -> None:
-    """Refuse an engine that is not one, or not installed."""
+def check_engine(engine: str, options: EngineOptions) -> None:
+    """Refuse an engine that is not one, not installed, or does not take the options."""
     if engine not in ENGINES:
         raise OrthogonalizeError(f"no engine {engine!r}; there are: {', '.join(ENGINES)}")
     check_installed(engine)
+    check_options(engine, options)
 
 
 def judges_for(plan: Plan, names: Sequence[str]) -> list[ReadyJudge]:
     """The judges called `names`, ready; refused where `plan` has no answers for them."""
-    ready = ready_judges(names)
+    try:
+        ready = ready_judges(names)
+    except OrthogonalizeError as error:
+        raise OrthogonalizeError(f"{error}; or --judge none") from error
     if ready and not plan.answers_count:
         raise OrthogonalizeError("judges need answers; add --suite refusal")
     return ready
@@ -244,15 +247,17 @@ def evaluate(
     check_pair(checkpoint, folder)
     for each in (folder, checkpoint):
         check_complete(each)
-    check_engine(engine)
+    options = options or EngineOptions(device=device)
+    check_engine(engine, options)
     tokenizer = load_tokenizer(folder)
     data = None if data is None else Path(data)
     plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
     ready = judges_for(plan, judges)
-    options = options or EngineOptions(device=device)
+    if redact and not any(each.sensitive for each in plan.sets):
+        note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
     settings = (suites, engine, engine_version(engine), separate_engines, max_new_tokens, limit)
-    of_data = (data_state(data), run_state(found), plan.state)
+    of_data = (data_state(data, out), run_state(found), plan.state)
     journal = Journal(out, fingerprint_of(settings, of_data, folder_state(folder), folder_state(checkpoint)))
 
     memory = Memory()
@@ -303,6 +308,10 @@ def run_state(run: Run) -> list[Any]:
     return [info.prompts, info.system, info.template_arguments, info.chat_template]
 
 
-def data_state(data: Path | None) -> list[Any]:
-    """What changes when local copies of public sets do, without reading them."""
-    return [str(data), file_states(f for f in sorted(data.rglob("*")) if f.is_file()) if data is not None else []]
+def data_state(data: Path | None, out: Path) -> list[Any]:
+    """What changes when local copies of public sets do, without reading them; not what is written to `out`, or hidden
+    beside it."""
+    if data is None:
+        return []
+    shown = (f for f in sorted(data.rglob("*")) if not any(p.startswith(".") for p in f.relative_to(data).parts))
+    return [str(data), file_states(f for f in shown if f.is_file() and out.resolve() not in f.resolve().parents)]

@@ -16,6 +16,7 @@ from typing import Any
 
 from .architectures import architecture_of
 from .behaviour import keep_expected, measure_behaviour
+from .benchmark_sets import PROMPT_SETS
 from .chat import ChatFormat
 from .checkpoint import Checkpoint, open_checkpoint
 from .contrast import DirectionSettings, find_directions
@@ -75,7 +76,8 @@ def read_contrast(
             load_prompts(positive, "positive", column, hub_split),
             load_prompts(negative, "negative", column, hub_split),
         )
-        sensitive = False
+        known = {each.source.repository for each in PROMPT_SETS.values() if each.sensitive}
+        sensitive = bool(known & {positive, negative})
     else:
         raise OrthogonalizeError("give either --concept, or both --positive and --negative")
     check_contrast(*sides)
@@ -141,7 +143,8 @@ class _Extraction:
             case "directions":
                 own = asdict(self._direction_settings)
             case "selection":
-                own = {"scoring": list(s.scoring), "scored": s.scored, "trials": s.trials, "answers": s.answers}
+                own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
+                own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
         return before | own
 
     @property
@@ -385,7 +388,7 @@ def extract(
         open_checkpoint(folder),
         commit_of(folder) or revision,
         {"positive": sides[0], "negative": sides[1]},
-        sides[2],
+        sides[2] or settings.sensitive,
     )
     work = _Extraction(source, settings, out)
     stages = _plan(work, stage, force)

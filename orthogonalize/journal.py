@@ -35,6 +35,7 @@ class Journal:
         try:
             lines = self.file.read_text("utf-8").split("\n")
             if json.loads(lines[0]) != {"key": self.key}:
+                note(f"{self.file.name} is of other settings, data or weights; what it keeps is not taken up")
                 return {}
         except (OSError, ValueError):
             return {}

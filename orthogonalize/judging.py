@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .engines import ONE_DEVICE, EngineName, EngineOptions, Respondent, check_installed
+from .engines import ONE_DEVICE, EngineName, EngineOptions, Respondent, check_installed, check_options
 from .errors import OrthogonalizeError
 from .journal import Journal, fingerprint_of
 from .judges import Judge, Opinion, find_judge
@@ -74,7 +74,7 @@ def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
             folder = find_model(model)
             check_complete(folder)
         except OrthogonalizeError as error:
-            raise OrthogonalizeError(f"judge {judge.name}: {error}; or --judge none") from error
+            raise OrthogonalizeError(f"judge {judge.name}: {error}") from error
         tokenizer = load_tokenizer(folder)
         judge.encode(tokenizer, "What is baked here?", "A loaf of bread.")  # its template works, or says so now
         found.append(ReadyJudge(judge, model, folder, tokenizer))
@@ -138,6 +138,7 @@ def judge(
     if engine == "vllm":
         find_judge(name)
         check_installed(engine)
+    check_options(engine, options)
     ready = ready_judges([name])
     if not ready:
         raise OrthogonalizeError("give --judge prefix, or the name of a judge model")

@@ -68,7 +68,7 @@ def alpaca_losses(tokenizer: Any, chat: ChatFormat, data: Path | None, limit: in
     """Instruction data through the model's own chat template; prompt and answer up to `TEXT_TOKENS` tokens."""
     prompts, completions = [], []
     for row in rows(ALPACA, data, limit):
-        text = "\n\n".join(part for part in (row["instruction"].strip(), row["input"].strip()) if part)
+        text = "\n\n".join(part for part in (row["instruction"].strip(), (row["input"] or "").strip()) if part)
         prompt = chat.encode(text)
         answer = list(tokenizer(row["output"].strip(), add_special_tokens=False)["input_ids"])
         answer = answer[: max(0, TEXT_TOKENS - len(prompt))]

@@ -97,6 +97,7 @@ extract_options = together(
     click.option("--system", help="System prompt."),
     click.option("--template-argument", multiple=True, metavar="NAME=VALUE", help="Passed to the chat template."),
     click.option("--no-chat-template", is_flag=True, help="Send the bare prompts."),
+    click.option("--sensitive", is_flag=True, help="Your own prompts are: eval folds them, and can --redact them."),
     number("--max-rank", 1, None, "Most INLP directions; default 20."),
     choice("--solver", ["newton", "sklearn"], "newton", "For INLP."),
     choice("--classifier", ["logistic", "svm"], "logistic", "For INLP; svm needs --solver sklearn."),

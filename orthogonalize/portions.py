@@ -23,7 +23,12 @@ class Portions:
         self.calls = 0
 
     def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
-        return self._asked(len(prompts), lambda part: self.engine.answers(prompts[part], max_new_tokens))
+        def ask(part: slice) -> list[Any]:
+            if not part.start and prompts and len(prompts[0]) > 1:  # of NaN an engine makes answers like any others
+                self._check(c.logprob for c in self.engine.scores([prompts[0][:-1]], [prompts[0][-1:]]))
+            return self.engine.answers(prompts[part], max_new_tokens)
+
+        return self._asked(len(prompts), ask)
 
     def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
         def ask(part: slice) -> list[Any]:

@@ -24,6 +24,7 @@ class Settings:
     edits are tried on all positive ones, and on the model's own answers to `answers` negative ones.
     `trials` is how many edits; 0 skips that. `seeds` is how many draws of the prompts show how stable
     the directions are (1 shows nothing). `scoring` may add `global`: every candidate at every write.
+    `sensitive` marks a contrast of one's own as that; eval then folds its prompts and answers.
     """
 
     methods: Sequence[str] = METHODS
@@ -37,6 +38,7 @@ class Settings:
     system: str | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     chat_template: bool = True
+    sensitive: bool = False
     behaviour_tokens: Sequence[int | str] | None = None
     filtered: bool = True
     max_rank: int | None = None

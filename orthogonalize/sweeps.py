@@ -30,7 +30,7 @@ from .journal import Journal, fingerprint_of
 from .launch import open_engine
 from .models import check_complete, context_length, find_model, folder_state, load_tokenizer, public_name
 from .outputs import Kind, check_free, complete_folder
-from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
+from .plans import DEFAULT_SUITES, NEW_TOKENS, Measured, Plan, make_plan
 from .progress import note, track
 from .recipe import store_maps
 from .report import Measures, compare_all
@@ -94,6 +94,15 @@ class _Host:
             with residual_hooks(engine.model, variant):
                 yield engine
 
+    def start_afresh(self) -> None:
+        """Leave the engine, and everything that it has cached, for another that starts when it is asked for.
+
+        A cache that has held NaN spoils what shares a block with it, masked or not: nothing times NaN is NaN.
+        """
+        if self.plans is not None:
+            self.stack.close()
+            self.running = None
+
     def restored(self) -> bool | None:
         """Swap the base in again: whether the engine holds it, bit for bit; None where nothing was swapped."""
         if self.plans is None or self.running is None:
@@ -128,6 +137,7 @@ class _Runner:
         except NoNumberError as error:
             self.refused[name] = str(error)
             note(f"{name} is left out: {error}")
+            host.start_afresh()
             return
         self.seconds[name] = float(self.journal.step(f"{name}/seconds", lambda: time.perf_counter() - start))
 
@@ -170,7 +180,7 @@ def sweep(
     scopes: Sequence[str] = SCOPES,
     engine: EngineName = "vllm",
     semantics: Semantics = "weights",
-    max_new_tokens: int = 100,
+    max_new_tokens: int = NEW_TOKENS,
     limit: int | None = None,
     data: Path | str | None = None,
     judges: Sequence[str] = (),
@@ -201,7 +211,7 @@ def sweep(
     found = load_run(run)
     folder = find_model(model, revision)
     check_complete(folder)
-    check_engine(engine)
+    check_engine(engine, options)
     source, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
     data = None if data is None else Path(data)
     plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
@@ -214,7 +224,7 @@ def sweep(
             variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
         plans, refused = _plans(source, variants)
     possible = [v for v in variants if v.name not in refused]
-    settings = (suites, engine, engine_version(engine), semantics, max_new_tokens, limit, data_state(data))
+    settings = (suites, engine, engine_version(engine), semantics, max_new_tokens, limit, data_state(data, out))
     edits = [(v.name, store_maps(v.intervention)[2], v.layers) for v in possible]
     journal = Journal(out, fingerprint_of(settings, plan.state, folder_state(folder), edits, run_state(found)))
     runner = _Runner(plan, journal, refused)

@@ -77,6 +77,8 @@ def perplexity(loss: Loss) -> str:
 
 def change(measure: Measure, after: Measure, pair: Paired) -> str:
     """The paired difference with its interval and p-value; of how many items, where not of all that each side has."""
+    if not pair.n:
+        return "nothing that both have"
     scale, unit, sign = (100, " points", "+.1f") if isinstance(measure, Rate) else (1, "", "+.4f")
     if isinstance(measure, Loss):
         scale, unit, sign = 100, "%", "+.1f"

@@ -56,8 +56,10 @@ def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> Templa
             return list(tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-            contexts = [c[-(max_length - len(x) - 1) :] for _, c, x in requests]
-            scores = engine.scores(contexts, [x for _, _, x in requests])
+            # A text longer than the room loses its beginning; at least one token is left to condition on.
+            wholes = [([*c, *x][-(max_length - 1) :], min(len(x), max_length - 2)) for _, c, x in requests]
+            contexts, texts = [ids[:-n] for ids, n in wholes], [ids[-n:] for ids, n in wholes]
+            scores = engine.scores(contexts, texts)
             return [(s.logprob, s.greedy) for s in scores]
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -220,7 +222,7 @@ def _series(metric: str, values: Sequence[Any]) -> Series | None:
         return None
     pairs = [v if isinstance(v, list | tuple) and len(v) == 2 else (v, 1) for v in values]
     numbers, weights = [_number(v) for v, _ in pairs], [_number(w) for _, w in pairs]
-    if any(v is None for v in (*numbers, *weights)):
+    if any(v is None for v in (*numbers, *weights)) or not sum(w or 0.0 for w in weights):
         return None
     if metric.endswith("perplexity"):
         return Series(kind="loss", values=[-v for v in numbers if v is not None], tokens=[int(w or 0) for w in weights])

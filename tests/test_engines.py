@@ -17,7 +17,7 @@ from conftest import store, tiny_llama, tiny_tokenizer
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.engine_group import EngineGroup, _devices, _serve
-from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap, block_of, single_tokens
+from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap, block_of, check_options, single_tokens
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.launch import open_engine
 from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
@@ -136,6 +136,23 @@ def test_a_replica_that_cannot_start_or_is_gone_is_an_error(monkeypatch):
     group.connections[0].send(("fingerprint", ()))
     with pytest.raises(OrthogonalizeError, match="engine 1 of 2 died"):
         group._replies()
+    for ask in (
+        lambda: group.answers([[1], [2]], 3),
+        group.fingerprint,
+        lambda: group.load({"a": lambda: torch.ones(2)}),
+    ):
+        with pytest.raises(OrthogonalizeError, match="engine 1 of 2 died"):  # that it is gone shows when it is asked
+            ask()
+
+
+def test_options_that_an_engine_would_leave_aside_are_refused():
+    check_options("hf", EngineOptions(device="cuda:1"))
+    check_options("vllm", EngineOptions(tensor_parallel_size=2, distributed_executor_backend="ray"))
+    with pytest.raises(OrthogonalizeError, match="CUDA_VISIBLE_DEVICES"):
+        check_options("vllm", EngineOptions(device="cuda:1"))
+    for several in ({"tensor_parallel_size": 2}, {"data_parallel_size": 2}, {"distributed_executor_backend": "mp"}):
+        with pytest.raises(OrthogonalizeError, match="--engine hf runs on one device"):
+            check_options("hf", EngineOptions(**several))
 
 
 def test_every_replica_gets_devices_of_its_own(monkeypatch):

@@ -21,10 +21,11 @@ from orthogonalize import contrast, extraction, recording
 from orthogonalize.activations import all_activations
 from orthogonalize.choices import Choice, intervention_from_directions
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.extraction import extract
+from orthogonalize.extraction import extract, read_contrast
 from orthogonalize.interventions import Site
 from orthogonalize.models import load_model
 from orthogonalize.probes import probe_accuracy
+from orthogonalize.prompts import Prompt
 from orthogonalize.recipe import load_recipe
 from orthogonalize.recording import Recording, record
 from orthogonalize.run import load_run
@@ -121,7 +122,7 @@ import sys
 from pathlib import Path
 from conftest import SMALL
 from orthogonalize import {module} as module
-from orthogonalize.extraction import extract
+from orthogonalize.extraction import extract, read_contrast
 count = 0
 real = module.{name}
 def stopping(*args, **kwargs):
@@ -328,3 +329,16 @@ def test_the_directions_file_holds_what_the_design_says(run):
         stored["mean_diffs"].shape == stored["means"].shape == stored["leace.readers"].shape == (3, LAYERS + 1, WIDTH)
     )
     assert any(name.startswith("inlp.") and name.endswith(".accuracies") for name in stored)
+
+
+def test_prompts_of_one_s_own_can_be_marked_sensitive_and_known_sets_are(copy, model, sources, monkeypatch):
+    assert not load_run(copy).info.sensitive
+    marked = extract(str(model), copy, **sources, settings=changed(sensitive=True), force=True)
+    assert marked.info.sensitive
+    monkeypatch.setattr(
+        "orthogonalize.extraction.load_prompts",
+        lambda source, side, *_: [Prompt(f"{source} {i}", side) for i in range(8)],
+    )
+    assert read_contrast(None, "walledai/AdvBench", "tatsu-lab/alpaca")[2]
+    assert read_contrast(None, "tatsu-lab/alpaca", "walledai/HarmBench")[2]
+    assert not read_contrast(None, "tatsu-lab/alpaca", "monology/pile-uncopyrighted")[2]

@@ -349,3 +349,11 @@ def test_another_checkpoint_of_a_judge_can_be_named():
     assert find_judge("wildguard")[1] == "allenai/wildguard"
     with pytest.raises(OrthogonalizeError):
         read_answers(Path("nowhere.json"))
+
+
+def test_categories_are_printed_as_they_are_called(tmp_path):
+    rows = [{"prompt": "a", "response": "I cannot", "category": c} for c in ("[/violence]", "hate [self]", "hate")]
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    status, said = run("judge", tmp_path / "answers.json")
+    assert status == 0
+    assert all(c in said for c in ("[/violence]", "hate [self]"))

@@ -7,7 +7,7 @@ from pathlib import Path
 import lm_eval
 import pytest
 from benchmark_files import all_sets, harness_rows, harness_task, language_tasks
-from conftest import UNTRIED, store_choosing
+from conftest import UNTRIED, choosing_tokenizer, store_choosing
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -18,7 +18,7 @@ from orthogonalize.likelihoods import Completion
 from orthogonalize.models import load_tokenizer
 from orthogonalize.multiple_choice import arc, mmlu, truthfulqa
 from orthogonalize.suites import Memory
-from orthogonalize.tasks import harness_tasks
+from orthogonalize.tasks import _series, harness_model, harness_tasks
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
@@ -168,3 +168,27 @@ def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
     task.write_text("\n".join(lines) + "\n")
     with pytest.raises(OrthogonalizeError, match=message):
         evaluate(edited, str(model), run, tmp_path / "report", suites=["lm_eval:reply"], engine="hf", data=folder)
+
+
+def test_a_continuation_longer_than_the_room_keeps_its_end_and_a_token_before_it():
+    asked: list[tuple[list[int], list[int]]] = []
+
+    class Engine:
+        def scores(self, prompts, completions):
+            asked.extend(zip(prompts, completions, strict=True))
+            return [Completion(0.0, True)] * len(prompts)
+
+    model = harness_model(Engine(), choosing_tokenizer(), 10)
+    requests = [(None, [1, 2], list(range(10, 10 + n))) for n in (3, 7, 8, 9, 30)]
+    model._loglikelihood_tokens(requests)
+    for (prompt, completion), (_, context, text) in zip(asked, requests, strict=True):
+        assert prompt
+        assert len(prompt) + len(completion) <= 9
+        assert completion == text[-len(completion) :]
+        assert len(completion) == min(len(text), 8)
+        assert [*prompt, *completion] == [*context, *text][-len(prompt) - len(completion) :]
+
+
+def test_a_perplexity_of_texts_without_words_is_no_number():
+    assert _series("word_perplexity", [(-1.0, 0), (-2.0, 0)]) is None
+    assert _series("word_perplexity", [(-1.0, 0), (-2.0, 3)]) is not None

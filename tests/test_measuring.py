@@ -18,6 +18,7 @@ from conftest import UNTRIED, choosing_tokenizer, store_choosing
 from orthogonalize.chat import ChatFormat
 from orthogonalize.divergence import kl_bound
 from orthogonalize.engines import TransformersEngine
+from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.likelihoods import Likeliest
 from orthogonalize.losses import alpaca_losses, pile_losses
@@ -224,3 +225,37 @@ def test_rows_are_spread_over_a_sorted_set(tmp_path):
     assert "(with answers) about a one.\n\n" in mmlu(folder, 4)[0].context
     write(folder / "truthfulqa/truthful_qa/multiple_choice", truthfulqa_rows(9), "validation")
     assert [q.answer for q in truthfulqa(folder, None)] == [0] * 9
+
+
+def test_a_missing_shard_of_a_split_is_named(tmp_path):
+    folder = all_sets(tmp_path / "data")
+    home = folder / "cais/mmlu/all"
+    for file in home.glob("test*"):
+        file.unlink()
+    for number in (0, 2):
+        write(home, mmlu_rows(3), f"test-0000{number}-of-00003", ".parquet")
+    with pytest.raises(OrthogonalizeError, match=r"test-00001-of-00003.parquet is not there; fetch it again"):
+        mmlu(folder, None)
+    write(home, mmlu_rows(4), "test-00001-of-00003", ".parquet")
+    assert len(mmlu(folder, None)) == 10
+
+
+def test_instructions_without_inputs_may_leave_the_column_empty(tmp_path):
+    folder = all_sets(tmp_path / "data")
+    home = folder / "tatsu-lab/alpaca"
+    for file in home.glob("train*"):
+        file.unlink()
+    (home / "train.csv").write_text("instruction,input,output\nhow do i bake a cake,,please\n")
+    assert len(alpaca_losses(choosing_tokenizer(), ChatFormat(choosing_tokenizer()), folder, 5).prompts) == 1
+
+
+def test_redacting_what_no_set_marks_as_sensitive_is_said(model, edited, run, tmp_path, monkeypatch):
+    said: list[str] = []
+    for module in ("plans", "evaluation"):
+        monkeypatch.setattr(f"orthogonalize.{module}.note", said.append)
+    evaluate(
+        edited, str(model), run, tmp_path / "report", suites=["refusal"], engine="hf", max_new_tokens=4, redact=True
+    )
+    undercounted, unmarked = said
+    assert "refusals are undercounted in answers of 4 tokens" in undercounted
+    assert "no set here is marked sensitive, so nothing is left out; extract --sensitive" in unmarked

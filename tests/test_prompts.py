@@ -162,3 +162,10 @@ def test_a_hub_dataset_that_cannot_be_read_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(OrthogonalizeError, match=r"'owner/name' .* doesn't exist"):
         load_prompts("owner/name")
+
+
+def test_a_template_that_writes_the_date_writes_one_that_never_changes():
+    dated = TEMPLATE.replace("[answer]", "{{ strftime_now('%d %b %Y') }}[answer]")
+    tokenizer, fixed = tiny_tokenizer(dated), tiny_tokenizer(TEMPLATE.replace("[answer]", "26 Jul 2024[answer]"))
+    assert dated != TEMPLATE
+    assert ChatFormat(tokenizer).encode("how") == ChatFormat(fixed).encode("how")

@@ -127,11 +127,15 @@ def test_a_run_is_not_taken_up_with_other_data_or_another_checkpoint(model, tmp_
     from orthogonalize.models import folder_state
 
     folder = all_sets(tmp_path / "data")
-    before = data_state(folder)
-    assert data_state(folder) == before
-    file = next(f for f in folder.rglob("*") if f.is_file())
+    out = folder / "report"  # beside the data, as with --data .
+    before = data_state(folder, out)
+    out.mkdir()
+    (out / "report.json").write_text("{}")
+    (folder / ".report.partial-measured").write_text("{}")
+    assert data_state(folder, out) == before
+    file = next(f for f in sorted(folder.rglob("*.jsonl")) if f.is_file())
     file.write_bytes(file.read_bytes() + b" ")
-    assert data_state(folder) != before
+    assert data_state(folder, out) != before
     for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
         copied = tmp_path / name.partition(".")[0]
         shutil.copytree(model, copied)
@@ -178,3 +182,12 @@ def test_a_model_whose_log_probabilities_are_nan_is_one_line(model, edited, run,
     monkeypatch.setattr(TransformersEngine, "scores", damaged)
     with pytest.raises(OrthogonalizeError, match=r"edited/loss: the model's log-probabilities are NaN"):
         evaluate(edited, str(model), run, tmp_path / "report", suites=["loss"], engine="hf", max_new_tokens=4)
+
+
+def test_answers_of_a_model_whose_log_probabilities_are_nan_are_not_counted(model, edited, run, tmp_path, monkeypatch):
+    """An engine makes tokens of NaN like any others, and an empty answer refuses nothing."""
+    monkeypatch.setattr(
+        TransformersEngine, "scores", lambda self, prompts, _: [Completion(math.nan, False)] * len(prompts)
+    )
+    with pytest.raises(OrthogonalizeError, match=r"base/answers: the model's log-probabilities are NaN"):
+        evaluate(edited, str(model), run, tmp_path / "report", suites=["refusal"], engine="hf", max_new_tokens=4)

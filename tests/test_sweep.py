@@ -10,6 +10,7 @@ import torch
 from click.testing import CliRunner
 from conftest import LAYERS, UNTRIED, store, tiny_llama, tiny_tokenizer
 
+from orthogonalize import sweeps
 from orthogonalize.chat import ChatFormat
 from orthogonalize.cli import main
 from orthogonalize.comparison import Sweep, pareto
@@ -245,3 +246,29 @@ def test_the_command_prints_the_table_and_refuses_what_is_not_there(model, run, 
         result = CliRunner().invoke(main, [*words, *out, *more])
         assert result.exit_code == 1
         assert message in result.output
+
+
+def test_an_edit_that_leaves_nan_is_left_out_and_the_next_gets_an_engine_of_its_own(model, run, tmp_path, monkeypatch):
+    """What the engine cached of NaN must not reach the edits after it."""
+    settings = {**QUICK, "suites": ["refusal", "loss"], "methods": ["ablate"], "scopes": ["one", "layers:1,2", "all"]}
+    whole = sweep(str(model), run, tmp_path / "whole", **settings)
+    swaps: list[int] = []
+    true = sweeps.edited_weights
+
+    def second_is_nan(plan):
+        swaps.append(1)
+        made = true(plan)
+        if len(swaps) != 2:
+            return made
+        return {name: lambda make=make: torch.full_like(make(), torch.nan) for name, make in made.items()}
+
+    monkeypatch.setattr(sweeps, "edited_weights", second_is_nan)
+    starts: list[int] = []
+    enter = TransformersEngine.__enter__
+    monkeypatch.setattr(TransformersEngine, "__enter__", lambda self: starts.append(1) or enter(self))
+    found = sweep(str(model), run, tmp_path / "sweep", **settings)
+    assert len(starts) == 2
+    first, second, third = found.variants
+    assert "NaN" in second.refused
+    assert (first.measures, third.measures) == (whole.variants[0].measures, whole.variants[2].measures)
+    assert found.restored is True

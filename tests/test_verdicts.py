@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from orthogonalize.measures import Series, shares
+from orthogonalize.measures import Series, compare, shares
 from orthogonalize.report import Answer, Measures, Report, Verdict, compare_all
-from orthogonalize.tables import summary_rows
+from orthogonalize.tables import change, summary_rows
 from orthogonalize.verdicts import verdicts
 from orthogonalize.webpage import write_webpage
 
@@ -62,3 +62,10 @@ def test_the_page_is_one_file_with_both_answers_verdicts_and_no_address(tmp_path
         assert sentence.replace("'", "&#39;") in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "http" not in page
+
+
+def test_what_no_item_of_both_could_be_read_for_is_not_called_no_change():
+    base, edited = shares([None, True, None]), shares([True, None, None])
+    pair = compare(base, edited)
+    assert pair.n == 0
+    assert change(base.measure(), edited.measure(), pair) == "nothing that both have"
