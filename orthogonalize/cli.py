@@ -19,6 +19,7 @@ from .options import (
     edit_options,
     engine_options,
     extract_options,
+    hf_device_option,
     judge_names,
     measuring_options,
     number,
@@ -336,7 +337,7 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
 @parallel_options
-@device_option
+@hf_device_option
 def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> None:
     """Score answers made elsewhere: FILE is a JSON list of {prompt, response, category}."""
     from .judging import judge as run_judge

@@ -55,6 +55,9 @@ out_option = together(
     click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
 )
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
+hf_device_option = click.option(
+    "--device", default="auto", show_default=True, help="Of --engine hf: auto, cpu, cuda, cuda:1, …"
+)
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 parallel_options = together(
     number("--tensor-parallel-size", 1, 1, "GPUs that share every layer."),
@@ -74,7 +77,7 @@ measuring_options = together(
     number("--max-new-tokens", 1, 100),
     number("--limit", 1, None, "Most items of any set."),
     parallel_options,
-    device_option,
+    hf_device_option,
 )
 extract_options = together(
     click.option("--out", type=path(), required=True, help="Run folder to make, or to go on with."),
