@@ -63,6 +63,7 @@ class _Host:
         self.start, self.source, self.plans = start, source, plans
         self.stack = ExitStack()
         self.running: tuple[Engine, WeightSwap, str] | None = None
+        self.held: list[bool] = []
 
     def __enter__(self) -> Self:
         return self
@@ -100,16 +101,17 @@ class _Host:
         A cache that has held NaN spoils what shares a block with it, masked or not: nothing times NaN is NaN.
         """
         if self.plans is not None:
+            self.restored()
             self.stack.close()
             self.running = None
 
     def restored(self) -> bool | None:
-        """Swap the base in again: whether the engine holds it, bit for bit; None where nothing was swapped."""
-        if self.plans is None or self.running is None:
-            return None
-        engine, swap, loaded = self.running
-        swap.restore()
-        return engine.fingerprint() == loaded
+        """Swap the base in again: whether every engine so far held it, bit for bit; None where nothing was swapped."""
+        if self.plans is not None and self.running is not None:
+            engine, swap, loaded = self.running
+            swap.restore()
+            self.held.append(engine.fingerprint() == loaded)
+        return all(self.held) if self.held else None
 
 
 class _Runner:

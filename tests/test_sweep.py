@@ -271,4 +271,16 @@ def test_an_edit_that_leaves_nan_is_left_out_and_the_next_gets_an_engine_of_its_
     first, second, third = found.variants
     assert "NaN" in second.refused
     assert (first.measures, third.measures) == (whole.variants[0].measures, whole.variants[2].measures)
-    assert found.restored is True
+    assert found.restored is True  # of both
+
+
+def test_an_engine_that_an_edit_left_broken_is_checked_before_it_is_left(model, run, tmp_path, monkeypatch):
+    settings = {**QUICK, "suites": ["loss"], "methods": ["ablate"], "scopes": ["one"]}
+    true = sweeps.edited_weights
+    nan = lambda plan: {n: lambda make=make: torch.full_like(make(), torch.nan) for n, make in true(plan).items()}  # noqa: E731
+    monkeypatch.setattr(sweeps, "edited_weights", nan)
+    assert sweep(str(model), run, tmp_path / "whole", **settings).restored is True
+    seen: list[int] = []
+    monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
+    with pytest.raises(OrthogonalizeError, match="did not hold the base's weights again"):
+        sweep(str(model), run, tmp_path / "sweep", **settings)
