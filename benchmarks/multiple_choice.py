@@ -129,6 +129,8 @@ def ours(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tup
     from orthogonalize.multiple_choice import MultipleChoice, Question
     from orthogonalize.vllm_engine import VllmEngine
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the commands set it
+
     def items(made: list[Item]) -> list[Question]:
         return [Question(*item) for item in made]
 

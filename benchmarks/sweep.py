@@ -25,9 +25,11 @@ from orthogonalize import sweeps
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.embedded import planted_model
+from orthogonalize.journal import Journal
 from orthogonalize.launch import open_engine
 from orthogonalize.models import load_tokenizer
 from orthogonalize.plans import make_plan
+from orthogonalize.portions import Portions
 from orthogonalize.run import load_run
 from orthogonalize.suites import Memory
 from orthogonalize.variants import Variant, make_variants
@@ -107,7 +109,7 @@ def own_engine(run: Path, edits: int, limit: int, new_tokens: int, number: int) 
         target.mkdir()
         bake(open_checkpoint(folder), chosen(run, edits)[number].intervention).write(target)
         with Recorded("vllm", target, tokenizer, plan.max_model_len) as engine:
-            plan.answering.measure(engine, Memory())
+            plan.answering.measure(Portions(engine, Journal(Path(scratch) / "none", ""), "own"), Memory())
             return {"engine_start_s": engine.started, "answers": engine.answered[0]}
 
 

@@ -19,6 +19,12 @@ TODAY = datetime(2024, 7, 26)
 _PROBES = ("Name a colour", "7 + 5 =", "Why?", "translate: bonjour\nto English")
 
 
+def dated(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of the chat template of `tokenizer`, and a date that stays where it writes one."""
+    writes = "strftime_now" in str(tokenizer.chat_template)
+    return ({"strftime_now": TODAY.strftime} if writes else {}) | dict(arguments)
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How instructions are put to a model.
@@ -47,10 +53,13 @@ class ChatFormat:
         messages = [{"role": "user", "content": instruction}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        dated = {"strftime_now": TODAY.strftime} if "strftime_now" in str(self.tokenizer.chat_template) else {}
         try:
             ids = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=False, **(dated | dict(self.arguments))
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **dated(self.tokenizer, self.arguments),
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise OrthogonalizeError(f"the chat template does not take this prompt: {error}") from error

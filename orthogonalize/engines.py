@@ -93,7 +93,7 @@ def check_installed(name: EngineName) -> None:
 
 
 def check_options(name: EngineName, options: EngineOptions) -> None:
-    """Refuse what the engine would leave aside, before work is done for it."""
+    """Refuse devices that the engine would leave aside, before work is done for it."""
     if name == "vllm" and options.device != "auto":
         raise OrthogonalizeError(
             "--device is for --engine hf; vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names, or the CPU without any"

@@ -233,7 +233,7 @@ def evaluate(
         judges: names of `judges.JUDGES`, or `NAME=MODEL`.
         redact: leave prompts of sensitive sets, and their answers, out of the report.
         separate_engines: start vLLM for each model, instead of swapping weights in one.
-        options: how the engine is spread over devices; `device` is its short form.
+        options: how the engine is spread over devices; `device` is its short form for `engine="hf"`.
 
     Raises:
         OrthogonalizeError: something is missing, or the engine does not start.
@@ -253,7 +253,7 @@ def evaluate(
     data = None if data is None else Path(data)
     plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
     ready = judges_for(plan, judges)
-    if redact and not any(each.sensitive for each in plan.sets):
+    if redact and plan.answers_count and not any(each.sensitive for each in plan.sets):
         note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
     settings = (suites, engine, engine_version(engine), separate_engines, max_new_tokens, limit)

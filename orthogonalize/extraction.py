@@ -58,8 +58,8 @@ def read_contrast(
     negative: str | None,
     column: str | None = None,
     hub_split: str = "train",
-) -> tuple[list[Prompt], list[Prompt], bool]:
-    """Both sides of a contrast, and whether its prompts are sensitive.
+) -> tuple[list[Prompt], list[Prompt], list[Side]]:
+    """Both sides of a contrast, and which of them are sensitive.
 
     Raises:
         OrthogonalizeError: neither a concept nor both sources are given, or they cannot be used.
@@ -70,14 +70,15 @@ def read_contrast(
             load_prompts(named.positive, "positive", named.positive_column, named.hub_split),
             load_prompts(named.negative, "negative", named.negative_column, named.hub_split),
         )
-        sensitive = named.sensitive
+        sensitive: list[Side] = ["positive"] if named.sensitive else []
     elif positive and negative and not concept_name:
         sides = (
             load_prompts(positive, "positive", column, hub_split),
             load_prompts(negative, "negative", column, hub_split),
         )
         known = {each.source.repository for each in PROMPT_SETS.values() if each.sensitive}
-        sensitive = bool(known & {positive, negative})
+        named_by_side: dict[Side, str] = {"positive": positive, "negative": negative}
+        sensitive = [side for side, source in named_by_side.items() if source in known]
     else:
         raise OrthogonalizeError("give either --concept, or both --positive and --negative")
     check_contrast(*sides)
@@ -93,7 +94,7 @@ class _Source:
     checkpoint: Checkpoint
     revision: str | None
     prompts: Mapping[Side, list[Prompt]]
-    sensitive: bool
+    sensitive: list[Side]
 
 
 class _Extraction:
@@ -388,7 +389,7 @@ def extract(
         open_checkpoint(folder),
         commit_of(folder) or revision,
         {"positive": sides[0], "negative": sides[1]},
-        sides[2] or settings.sensitive,
+        list(SIDES) if settings.sensitive else sides[2],
     )
     work = _Extraction(source, settings, out)
     stages = _plan(work, stage, force)

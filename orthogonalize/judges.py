@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from jinja2 import TemplateError
 
+from .chat import dated
 from .engines import Respondent
 from .errors import OrthogonalizeError
 
@@ -58,7 +59,9 @@ def _chat_ids(tokenizer: Any, name: str, messages: list[dict[str, Any]], **argum
     if not tokenizer.chat_template:
         raise OrthogonalizeError(f"the model for judge {name} has no chat template; is it the judge's own model?")
     try:
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **arguments))
+        return list(
+            tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **dated(tokenizer, arguments))
+        )
     except (TemplateError, TypeError, ValueError) as error:
         raise OrthogonalizeError(f"the chat template of judge {name} does not take this answer: {error}") from error
 

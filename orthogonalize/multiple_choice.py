@@ -21,6 +21,7 @@ from .suites import Memory
 
 SHOTS = 5
 LETTERS = "ABCD"
+TOKENISED = 256  # questions at a time: what a tokenizer returns takes a hundred bytes a token
 QUESTIONS = 500  # of MMLU, as in eliroc98/refusal_direction
 
 
@@ -39,13 +40,13 @@ def encode(tokenizer: Any, questions: Sequence[Question]) -> Iterator[tuple[list
 
     A context's trailing spaces go to its choices: most vocabularies have them in the next word's token.
     """
-    ends = [q.context.rstrip(" ") for q in questions]
-    texts = [(end, *(q.context + choice for choice in q.choices)) for end, q in zip(ends, questions, strict=True)]
-    # In one call, which the tokenizer spreads over the processor's cores.
-    ids = iter(tokenizer(list(chain.from_iterable(texts)))["input_ids"]) if texts else iter(())
-    for row in texts:
-        context, *wholes = islice(ids, len(row))
-        yield list(context), [list(whole)[len(context) :] for whole in wholes]
+    for first in range(0, len(questions), TOKENISED):
+        part = questions[first : first + TOKENISED]
+        texts = [(q.context.rstrip(" "), *(q.context + choice for choice in q.choices)) for q in part]
+        ids = iter(tokenizer(list(chain.from_iterable(texts)))["input_ids"])
+        for row in texts:
+            context, *wholes = islice(ids, len(row))
+            yield list(context), [list(whole)[len(context) :] for whole in wholes]
 
 
 @dataclass(frozen=True)

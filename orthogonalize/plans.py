@@ -141,7 +141,7 @@ def _contrast_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[Answer
         if not prompts:
             raise OrthogonalizeError("the run has no test prompts on one side; extract again with more prompts")
         items = [Item(chat.encode(p.text), p.text, p.category) for p in prompts]
-        sets.append(AnswerSet(name, items, run.info.sensitive and name == "target"))
+        sets.append(AnswerSet(name, items, side in run.info.sensitive))
     return sets
 
 

@@ -29,7 +29,7 @@ class RunInfo(BaseModel):
     architecture: str
     weights: dict[str, str]
     prompts: dict[str, str]
-    sensitive: bool
+    sensitive: list[Side]
     system: str | None
     template_arguments: dict[str, Any]
     chat_template: bool

@@ -80,7 +80,7 @@ class _Host:
         return self.running
 
     def base(self) -> Engine:
-        """The engine as it started; ask before any edit."""
+        """The engine as it started, if no edit has been asked for."""
         return self._started()[0]
 
     @contextmanager
@@ -95,15 +95,16 @@ class _Host:
             with residual_hooks(engine.model, variant):
                 yield engine
 
-    def start_afresh(self) -> None:
-        """Leave the engine, and everything that it has cached, for another that starts when it is asked for.
+    def start_afresh(self) -> bool | None:
+        """Leave the engine for another that starts when it is asked for; returns what `restored` says of the old one.
 
         A cache that has held NaN spoils what shares a block with it, masked or not: nothing times NaN is NaN.
         """
+        held = self.restored()
         if self.plans is not None:
-            self.restored()
             self.stack.close()
             self.running = None
+        return held
 
     def restored(self) -> bool | None:
         """Swap the base in again: whether every engine so far held it, bit for bit; None where nothing was swapped."""
@@ -132,16 +133,28 @@ class _Runner:
         """Measure an edit, and time that with its swap; one that leaves no numbers is left out."""
         name = variant.name
         done = self.journal.has(*self.plan.steps(name))
+        if self.journal.has(f"{name}/refused"):
+            self.refused[name] = self.journal.step(f"{name}/refused", str)
+            return
+        if not done:
+            host.base()  # started before the time that an edit takes is counted
         start = time.perf_counter()
         try:
             with nullcontext() if done else host.edited(variant) as engine:
                 self.measured[name] = self.plan.measure(engine, self.memory, self.journal, name)
         except NoNumberError as error:
-            self.refused[name] = str(error)
-            note(f"{name} is left out: {error}")
-            host.start_afresh()
+            reason = str(error)
+            note(f"{name} is left out: {reason}")
+            self.trust(host.start_afresh())
+            self.refused[name] = self.journal.step(f"{name}/refused", lambda: reason)
             return
         self.seconds[name] = float(self.journal.step(f"{name}/seconds", lambda: time.perf_counter() - start))
+
+    def trust(self, restored: bool | None) -> None:
+        """Go on only if the engine held the base's weights again: else what was measured may be of others."""
+        if restored is False:
+            self.journal.close()
+            raise OrthogonalizeError("the engine did not hold the base's weights again after its edits")
 
     def swept(self, variant: Variant) -> Swept:
         """What is known of an edit at the end."""
@@ -242,9 +255,7 @@ def sweep(
                 runner.variant(variant, host)
                 advance(1)
             restored = host.restored()
-            if restored is False:
-                journal.close()  # what was measured may be of other weights than was thought
-                raise OrthogonalizeError("the engine did not hold the base's weights again after the sweep")
+            runner.trust(restored)
             if restored:
                 journal.step("restored", lambda: True)
         opinions = ask_judges(ready, plan, runner.measured, engine, options, journal)

@@ -58,7 +58,7 @@ def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> Templa
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             # A text longer than the room loses its beginning; at least one token is left to condition on.
             wholes = [([*c, *x][-(max_length - 1) :], min(len(x), max_length - 2)) for _, c, x in requests]
-            contexts, texts = [ids[:-n] for ids, n in wholes], [ids[-n:] for ids, n in wholes]
+            contexts, texts = [ids[: len(ids) - n] for ids, n in wholes], [ids[len(ids) - n :] for ids, n in wholes]
             scores = engine.scores(contexts, texts)
             return [(s.logprob, s.greedy) for s in scores]
 

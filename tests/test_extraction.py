@@ -334,11 +334,11 @@ def test_the_directions_file_holds_what_the_design_says(run):
 def test_prompts_of_one_s_own_can_be_marked_sensitive_and_known_sets_are(copy, model, sources, monkeypatch):
     assert not load_run(copy).info.sensitive
     marked = extract(str(model), copy, **sources, settings=changed(sensitive=True), force=True)
-    assert marked.info.sensitive
+    assert marked.info.sensitive == ["positive", "negative"]
     monkeypatch.setattr(
         "orthogonalize.extraction.load_prompts",
         lambda source, side, *_: [Prompt(f"{source} {i}", side) for i in range(8)],
     )
-    assert read_contrast(None, "walledai/AdvBench", "tatsu-lab/alpaca")[2]
-    assert read_contrast(None, "tatsu-lab/alpaca", "walledai/HarmBench")[2]
+    assert read_contrast(None, "walledai/AdvBench", "tatsu-lab/alpaca")[2] == ["positive"]
+    assert read_contrast(None, "tatsu-lab/alpaca", "walledai/HarmBench")[2] == ["negative"]
     assert not read_contrast(None, "tatsu-lab/alpaca", "monology/pile-uncopyrighted")[2]

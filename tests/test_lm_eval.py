@@ -179,12 +179,12 @@ def test_a_continuation_longer_than_the_room_keeps_its_end_and_a_token_before_it
             return [Completion(0.0, True)] * len(prompts)
 
     model = harness_model(Engine(), choosing_tokenizer(), 10)
-    requests = [(None, [1, 2], list(range(10, 10 + n))) for n in (3, 7, 8, 9, 30)]
+    requests = [(None, [1, 2], list(range(10, 10 + n))) for n in (0, 3, 7, 8, 9, 30)]
     model._loglikelihood_tokens(requests)
     for (prompt, completion), (_, context, text) in zip(asked, requests, strict=True):
         assert prompt
         assert len(prompt) + len(completion) <= 9
-        assert completion == text[-len(completion) :]
+        assert completion == text[len(text) - len(completion) :]
         assert len(completion) == min(len(text), 8)
         assert [*prompt, *completion] == [*context, *text][-len(prompt) - len(completion) :]
 

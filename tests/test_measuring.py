@@ -185,7 +185,7 @@ def test_sensitive_answers_are_folded_and_can_be_left_out(model, edited, run, tm
     secret = tmp_path / "run"
     shutil.copytree(run, secret)
     info = json.loads((secret / "run.json").read_text())
-    (secret / "run.json").write_text(json.dumps(info | {"sensitive": True}))
+    (secret / "run.json").write_text(json.dumps(info | {"sensitive": ["positive"]}))
     settings = {"engine": "hf", "max_new_tokens": 8, "suites": ["refusal"]}
     found = evaluate(edited, str(model), secret, tmp_path / "open", **settings)
     page = (tmp_path / "open" / "report.html").read_text()

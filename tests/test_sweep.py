@@ -132,7 +132,7 @@ def test_a_sweep_whose_engine_is_not_as_it_was_is_measured_anew(model, run, tmp_
     with monkeypatch.context() as patch:
         seen: list[int] = []
         patch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
-        with pytest.raises(OrthogonalizeError, match=r"did not hold the base's weights again after the sweep$"):
+        with pytest.raises(OrthogonalizeError, match=r"did not hold the base's weights again after its edits$"):
             sweep(str(model), run, tmp_path / "sweep", **settings)
     answered: list[int] = []
     answers = TransformersEngine.answers
@@ -258,6 +258,8 @@ def test_an_edit_that_leaves_nan_is_left_out_and_the_next_gets_an_engine_of_its_
     def second_is_nan(plan):
         swaps.append(1)
         made = true(plan)
+        if len(swaps) == 3:
+            raise OrthogonalizeError("the engine died")
         if len(swaps) != 2:
             return made
         return {name: lambda make=make: torch.full_like(make(), torch.nan) for name, make in made.items()}
@@ -266,12 +268,15 @@ def test_an_edit_that_leaves_nan_is_left_out_and_the_next_gets_an_engine_of_its_
     starts: list[int] = []
     enter = TransformersEngine.__enter__
     monkeypatch.setattr(TransformersEngine, "__enter__", lambda self: starts.append(1) or enter(self))
-    found = sweep(str(model), run, tmp_path / "sweep", **settings)
+    with pytest.raises(OrthogonalizeError, match="died"):
+        sweep(str(model), run, tmp_path / "sweep", **settings)
     assert len(starts) == 2
+    found = sweep(str(model), run, tmp_path / "sweep", **settings)
+    assert (len(starts), len(swaps)) == (3, 4)  # what is known to leave NaN is not tried again
     first, second, third = found.variants
     assert "NaN" in second.refused
     assert (first.measures, third.measures) == (whole.variants[0].measures, whole.variants[2].measures)
-    assert found.restored is True  # of both
+    assert found.restored is True
 
 
 def test_an_engine_that_an_edit_left_broken_is_checked_before_it_is_left(model, run, tmp_path, monkeypatch):
