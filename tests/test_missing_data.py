@@ -29,7 +29,7 @@ def refused_data(folder: Path, edit) -> Path:
 
 ARC, TRUTHFUL = "allenai/ai2_arc/ARC-Challenge", "truthfulqa/truthful_qa/multiple_choice"
 LETTERED = [row | {"answer": "A"} for row in mmlu_rows(3)]
-NOTHING = {"instruction": "say", "input": None, "output": "x", "text": ""}
+NOTHING = {"instruction": None, "input": "", "output": "x"}
 UNSAFE = [{"prompt": "a", "type": "b", "label": "unsafe"}]
 DAMAGE = [
     ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").unlink(), "no local copy of cais/mmlu all test"),
