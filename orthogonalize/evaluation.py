@@ -253,7 +253,7 @@ def evaluate(
     data = None if data is None else Path(data)
     plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
     ready = judges_for(plan, judges)
-    if redact and plan.answers_count and not any(each.sensitive for each in plan.sets):
+    if redact and plan.answers_count and not plan.sensitive:
         note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
     settings = (suites, engine, engine_version(engine), separate_engines, max_new_tokens, limit)
@@ -288,7 +288,7 @@ def evaluate(
         judges={r.judge.name: public_name(r.model) for r in ready},
         data=plan.data,
         max_new_tokens=max_new_tokens,
-        sensitive=any(each.sensitive for each in plan.sets),
+        sensitive=plan.sensitive,
         redacted=left_out,
         base=Measures.of({key: s for key, s in before.series.items() if key in after.series}),
         edited=Measures.of(after.series),

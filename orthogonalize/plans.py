@@ -67,6 +67,11 @@ class Plan:
         ]
 
     @property
+    def sensitive(self) -> bool:
+        """Whether any set's prompts and answers are folded, and left out on request."""
+        return any(each.sensitive for each in self.sets)
+
+    @property
     def answers_count(self) -> bool:
         """Whether every model answers, rather than the base alone for the sake of its own losses."""
         return self.answering is not None and (self.answering.refusal or self.answering.behaviour)

@@ -270,7 +270,7 @@ def sweep(
         judges={r.judge.name: public_name(r.model) for r in ready},
         data=plan.data,
         max_new_tokens=max_new_tokens,
-        sensitive=any(each.sensitive for each in plan.sets),
+        sensitive=plan.sensitive,
         effect=None,
         harm=None,
         restored=True if journal.has("restored") else None,
