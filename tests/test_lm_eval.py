@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 import lm_eval
@@ -10,6 +12,7 @@ from benchmark_files import all_sets, harness_rows, harness_task, language_tasks
 from conftest import UNTRIED, choosing_tokenizer, store_choosing
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import TaskIndex
 
 from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
@@ -21,6 +24,23 @@ from orthogonalize.suites import Memory
 from orthogonalize.tasks import _series, harness_model, harness_tasks
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
+HARNESS = Path(lm_eval.__file__).parent / "tasks"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def harness_read_once():
+    """Every TaskManager reads the harness's thousands of files, five seconds of it; here they are read once."""
+    build = TaskIndex.build
+    own = cache(lambda: build([HARNESS]))
+
+    def build_from(paths: Iterable[Path]) -> dict:
+        first, *others = paths
+        assert first == HARNESS
+        return own() | build(others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_from))
+        yield
 
 
 # Of every set: the harness's file, our function, examples before the question, what the test has in other places
@@ -42,7 +62,7 @@ def test_prompts_are_those_of_lm_eval(name, data, tmp_path):
     """The harness's own task on the same files writes the same contexts, examples and all, choices and answers."""
     stock, make, shots, files, more = STOCK[name]
     (tmp_path / "local.yaml").write_text(
-        f"include: {Path(lm_eval.__file__).parent / 'tasks' / stock}\ntask: local\n"
+        f"include: {HARNESS / stock}\ntask: local\n"
         "dataset_path: json\ndataset_name: null\nvalidation_split: null\ntest_split: test\n"
         + ("fewshot_split: shots\n" if shots else "")
         + "dataset_kwargs:\n  data_files:\n"
