@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
@@ -98,9 +98,11 @@ def check_options(name: EngineName, options: EngineOptions) -> None:
         raise OrthogonalizeError(
             "--device is for --engine hf; vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names, or the CPU without any"
         )
-    several = options.parallel or options.data_parallel_size > 1 or options.distributed_executor_backend
-    if name == "hf" and several:
-        raise OrthogonalizeError("--engine hf runs on one device; leave out what spreads vLLM over several")
+    of_vllm = [f.name for f in fields(options) if f.name != "device" and getattr(options, f.name) != f.default]
+    if name == "hf" and of_vllm:
+        raise OrthogonalizeError(
+            f"--engine hf runs on one device and has no --{of_vllm[0].replace('_', '-')}; that is vLLM's"
+        )
 
 
 def single_tokens(choices: Sequence[Ids]) -> bool:

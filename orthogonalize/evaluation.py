@@ -20,11 +20,11 @@ from .launch import open_engine
 from .measures import alike
 from .models import check_complete, context_length, file_states, find_model, folder_state, load_tokenizer, public_name
 from .outputs import REPORT, check_free, complete_folder
-from .plans import DEFAULT_SUITES, NEW_TOKENS, Measured, Plan, check_names, make_plan
+from .plans import DEFAULT_SUITES, Measured, Plan, check_names, make_plan
 from .portions import Portions
 from .progress import note
 from .recipe import load_recipe
-from .refusals import refused
+from .refusals import LEAST_TOKENS, refused
 from .report import Answer, Measures, Report, Verdict, compare_all
 from .run import Run, load_run
 from .serving import base_weights, check_pair
@@ -209,7 +209,7 @@ def evaluate(
     *,
     suites: Sequence[str] = DEFAULT_SUITES,
     engine: EngineName = "vllm",
-    max_new_tokens: int = NEW_TOKENS,
+    max_new_tokens: int = LEAST_TOKENS,
     limit: int | None = None,
     data: Path | str | None = None,
     judges: Sequence[str] = (),

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .errors import OrthogonalizeError
+from .refusals import LEAST_TOKENS
 
 
 class Rank(click.ParamType[int | str]):
@@ -74,7 +75,7 @@ measuring_options = together(
     click.option("--data", type=path(), metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."),
     click.option("--judge", default="none", show_default=True, help="llama-guard-3, wildguard, …, or NAME=MODEL."),
     choice("--engine", ["vllm", "hf"], "vllm"),
-    number("--max-new-tokens", 1, 100),
+    number("--max-new-tokens", 1, LEAST_TOKENS),
     number("--limit", 1, None, "Most items of any set."),
     parallel_options,
     hf_device_option,

@@ -22,6 +22,7 @@ from .measures import Record, Series
 from .multiple_choice import SETS, MultipleChoice
 from .portions import Portions
 from .progress import note
+from .refusals import LEAST_TOKENS
 from .run import Run
 from .suites import Memory, Suite
 from .tasks import PREFIX, harness_tasks
@@ -30,7 +31,6 @@ DEFAULT_SUITES = ("refusal", "behaviour", "loss", "kl")
 TEXTS = {"pile": PILE, "alpaca": ALPACA}
 CHOICES: dict[str, BenchmarkSet] = {"mmlu": MMLU, "arc": ARC, "truthfulqa": TRUTHFULQA}
 SUITES = (*DEFAULT_SUITES, *TEXTS, *CHOICES, *PROMPT_SETS)
-NEW_TOKENS = 100  # fewer undercount refusals
 TEXT_COUNT = 100  # texts of a set that have no limit given
 
 
@@ -193,8 +193,8 @@ def make_plan(
             refusal="refusal" in names or bool(public),
             behaviour="behaviour" in names,
         )
-        if answering.refusal and new_tokens < NEW_TOKENS:
-            note(f"refusals are undercounted in answers of {new_tokens} tokens; {NEW_TOKENS} are the least usual")
+        if answering.refusal and new_tokens < LEAST_TOKENS:
+            note(f"refusals are undercounted in answers of {new_tokens} tokens; {LEAST_TOKENS} are the least usual")
     suites: list[Suite] = [answering] if answering else []
     if answering and "loss" in names:
         suites.append(OwnLosses(answering.longest))

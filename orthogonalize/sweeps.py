@@ -30,10 +30,11 @@ from .journal import Journal, fingerprint_of
 from .launch import open_engine
 from .models import check_complete, context_length, find_model, folder_state, load_tokenizer, public_name
 from .outputs import Kind, check_free, complete_folder
-from .plans import DEFAULT_SUITES, NEW_TOKENS, Measured, Plan, make_plan
+from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
 from .progress import note, track
 from .recipe import store_maps
 from .report import Measures, compare_all
+from .refusals import LEAST_TOKENS
 from .run import load_run
 from .serving import common_folder, edited_weights
 from .suites import Memory
@@ -195,7 +196,7 @@ def sweep(
     scopes: Sequence[str] = SCOPES,
     engine: EngineName = "vllm",
     semantics: Semantics = "weights",
-    max_new_tokens: int = NEW_TOKENS,
+    max_new_tokens: int = LEAST_TOKENS,
     limit: int | None = None,
     data: Path | str | None = None,
     judges: Sequence[str] = (),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 PREFIX = "lm_eval:"
-NEW_TOKENS = 256  # of a generated answer, where a task names no number
+UNSAID_TOKENS = 256  # of a generated answer, where a task names no number
 ROLLING = 4096  # tokens of a window over a long text, where the model has them
 FEWSHOT_SEED = 1234  # lm-eval's own: by it examples are drawn, so prompts are as long
 
@@ -77,7 +77,7 @@ def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> Templa
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             results = [""] * len(requests)
-            lengths = [int(r.args[1].get("max_gen_toks", NEW_TOKENS)) for r in requests]
+            lengths = [int(r.args[1].get("max_gen_toks", UNSAID_TOKENS)) for r in requests]
             for length in sorted(set(lengths)):
                 mine = [i for i, n in enumerate(lengths) if n == length]
                 prompts = [self.tok_encode(requests[i].args[0])[-(max_length - length - 1) :] for i in mine]
@@ -185,7 +185,7 @@ def _length(name: str, known: TaskManager, positions: int | None, tokenizer: Any
         raise OrthogonalizeError(f"lm-eval's {name} cannot be loaded: {first_line(error)}") from error
     if any(asked.get("do_sample") for asked in answers):
         raise OrthogonalizeError(f"lm-eval's {name} samples its answers; only greedy ones are measured here")
-    longest = max((int(asked.get("max_gen_toks", NEW_TOKENS)) for asked in answers if asked), default=0)
+    longest = max((int(asked.get("max_gen_toks", UNSAID_TOKENS)) for asked in answers if asked), default=0)
     if positions is not None and longest + 2 >= positions:  # a prompt has one token at least
         raise OrthogonalizeError(
             f"lm-eval's {name} asks for answers of {longest} tokens and the model takes {positions}; leave it out"
@@ -203,7 +203,7 @@ def _need(request: Any, tokenizer: Any, positions: int | None) -> int:
     """The tokens of a request of lm-eval's, and one to be generated."""
     match request.request_type:
         case "generate_until":
-            after = int(request.args[1].get("max_gen_toks", NEW_TOKENS))
+            after = int(request.args[1].get("max_gen_toks", UNSAID_TOKENS))
         case "loglikelihood_rolling":  # a text of any length is scored in windows
             window = ROLLING if positions is None else min(ROLLING, positions - 1)
             return min(len(tokenizer(request.args[0])["input_ids"]) + 3, window)

@@ -150,9 +150,10 @@ def test_options_that_an_engine_would_leave_aside_are_refused():
     check_options("vllm", EngineOptions(tensor_parallel_size=2, distributed_executor_backend="ray"))
     with pytest.raises(OrthogonalizeError, match="CUDA_VISIBLE_DEVICES"):
         check_options("vllm", EngineOptions(device="cuda:1"))
-    for several in ({"tensor_parallel_size": 2}, {"data_parallel_size": 2}, {"distributed_executor_backend": "mp"}):
-        with pytest.raises(OrthogonalizeError, match="--engine hf runs on one device"):
-            check_options("hf", EngineOptions(**several))
+    of_vllm = {"tensor_parallel_size": 2, "data_parallel_size": 2, "distributed_executor_backend": "mp"}
+    for name, value in (of_vllm | {"gpu_memory_utilization": 0.5}).items():
+        with pytest.raises(OrthogonalizeError, match=f"--engine hf .* has no --{name.replace('_', '-')}"):
+            check_options("hf", EngineOptions(**{name: value}))
 
 
 def test_every_replica_gets_devices_of_its_own(monkeypatch):
