@@ -33,8 +33,8 @@ from .outputs import Kind, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
 from .progress import note, track
 from .recipe import store_maps
-from .report import Measures, compare_all
 from .refusals import LEAST_TOKENS
+from .report import Measures, compare_all
 from .run import load_run
 from .serving import common_folder, edited_weights
 from .suites import Memory
