@@ -21,7 +21,7 @@ from typing import Any
 import click
 from sides import hear, show, tell
 
-from orthogonalize import sweeps
+from orthogonalize import preparation, sweeps
 from orthogonalize.baking import bake
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.embedded import planted_model
@@ -77,7 +77,7 @@ def recorded() -> Iterator[list[Recorded]]:
         opened.append(Recorded(*arguments))
         return opened[-1]
 
-    sweeps.open_engine = opening
+    preparation.open_engine = opening
     yield opened
 
 

@@ -15,22 +15,13 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .comparison import Semantics, Sweep, Swept, effect_key, harm_key, pareto
 from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine, WeightSwap
 from .errors import NoNumberError, OrthogonalizeError
-from .evaluation import (
-    add_opinions,
-    ask_judges,
-    check_engine,
-    data_state,
-    engine_version,
-    judges_for,
-    run_state,
-)
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
-from .journal import Journal, fingerprint_of
-from .launch import open_engine
-from .models import check_complete, context_length, find_model, folder_state, load_tokenizer, public_name
+from .journal import Journal
+from .models import check_complete, find_model, public_name
 from .outputs import Kind, check_free, complete_folder
-from .plans import DEFAULT_SUITES, Measured, Plan, make_plan
+from .plans import DEFAULT_SUITES, Measured, Plan, check_names
+from .preparation import prepare
 from .progress import note, track
 from .recipe import store_maps
 from .refusals import LEAST_TOKENS
@@ -224,32 +215,29 @@ def sweep(
     check_free(out, SWEEP, force, [Path(model), run])
     if semantics == "residual" and engine != "hf":
         raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
+    check_names(suites)
     found = load_run(run)
     folder = find_model(model, revision)
     check_complete(folder)
-    check_engine(engine, options)
-    source, tokenizer = open_checkpoint(folder), load_tokenizer(folder)
-    data = None if data is None else Path(data)
-    plan = make_plan(found, tokenizer, suites, max_new_tokens, limit, data, context_length(folder))
-    ready = judges_for(plan, judges)
+    ready = prepare(
+        found, folder, out,
+        suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
+        options=options,
+    )  # fmt: skip
     variants = make_variants(found, methods, scopes)
     plans: dict[str, Bake] | None = None
     refused: dict[str, str] = {}
+    source = open_checkpoint(folder)
     if semantics == "weights":
         if architecture_of(source.config).norms.kind == "layer":  # as `edit` does
             variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
         plans, refused = _plans(source, variants)
     possible = [v for v in variants if v.name not in refused]
-    settings = (suites, engine, engine_version(engine), semantics, max_new_tokens, limit, data_state(data, out))
     edits = [(v.name, store_maps(v.intervention)[2], v.layers) for v in possible]
-    journal = Journal(out, fingerprint_of(settings, plan.state, folder_state(folder), edits, run_state(found)))
-    runner = _Runner(plan, journal, refused)
-
-    def start(folder: Path) -> Engine:
-        return open_engine(engine, folder, tokenizer, plan.max_model_len, options)
-
+    journal = ready.journal(out, semantics, edits)
+    runner = _Runner(ready.plan, journal, refused)
     with journal.kept():
-        with _Host(start, source, plans) as host, track("sweep", len(possible) + 1, "edits") as advance:
+        with _Host(ready.start, source, plans) as host, track("sweep", len(possible) + 1, "edits") as advance:
             runner.base(host)
             advance(1)
             for variant in possible:
@@ -259,19 +247,11 @@ def sweep(
             runner.trust(restored)
             if restored:
                 journal.step("restored", lambda: True)
-        opinions = ask_judges(ready, plan, runner.measured, engine, options, journal)
-    for label, measured in runner.measured.items():
-        add_opinions(plan, ready, measured, opinions[label])
+        ready.opinions(runner.measured, journal)
     result = Sweep(
-        engine=engine,
-        engine_version=engine_version(engine),
+        **ready.described(),
         semantics=semantics,
         model=public_name(model),
-        suites=list(suites),
-        judges={r.judge.name: public_name(r.model) for r in ready},
-        data=plan.data,
-        max_new_tokens=max_new_tokens,
-        sensitive=plan.sensitive,
         effect=None,
         harm=None,
         restored=True if journal.has("restored") else None,

@@ -179,7 +179,7 @@ def test_an_answer_read_in_two_ways_is_two_measures(model, edited, run, tmp_path
 def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
     asked, message, model, edited, run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("orthogonalize.evaluation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setattr("orthogonalize.preparation.open_engine", lambda *a: pytest.fail("an engine was started"))
     folder = tmp_path / "data"
     language_tasks(folder, [{"text": "how do i bake a cake", "reply": "x"}] * 4)
     task = folder / "reply.yaml"

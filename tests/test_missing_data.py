@@ -52,7 +52,7 @@ def test_bad_data_is_one_clear_error_before_any_engine_starts(
     suite, damage, message, model, edited, run, tmp_path, monkeypatch
 ):
     folder = refused_data(tmp_path / "data", damage)
-    monkeypatch.setattr("orthogonalize.evaluation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setattr("orthogonalize.preparation.open_engine", lambda *a: pytest.fail("an engine was started"))
     result = CliRunner().invoke(
         main,
         ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
@@ -66,7 +66,7 @@ def test_bad_data_is_one_clear_error_before_any_engine_starts(
 
 
 def test_what_is_missing_is_said_before_any_engine_starts(model, edited, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("orthogonalize.evaluation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setattr("orthogonalize.preparation.open_engine", lambda *a: pytest.fail("an engine was started"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     common = ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
               "--engine", "hf"]  # fmt: skip
@@ -114,7 +114,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_any_engine_starts(
     tensor, model, edited, run, tmp_path, monkeypatch
 ):
     """As edited checkpoint, as base, as what is swept, and as a judge's model: engines would not say so."""
-    for module in ("evaluation", "sweeps", "judging"):
+    for module in ("preparation", "judging"):
         monkeypatch.setattr(f"orthogonalize.{module}.open_engine", lambda *a: pytest.fail("an engine was started"))
     base, other = without(model, tensor, tmp_path / "base"), without(edited, tensor, tmp_path / "other")
     common = ["--run", run, "--out", tmp_path / "out"]

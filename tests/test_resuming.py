@@ -24,7 +24,7 @@ RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
 
 def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, tmp_path):
-    from orthogonalize.evaluation import run_state
+    from orthogonalize.preparation import run_state
 
     found = load_run(run)
     tokenizer = load_tokenizer(model)
@@ -123,8 +123,8 @@ def test_a_journal_of_other_settings_or_a_cut_line_is_not_taken(tmp_path):
 
 
 def test_a_run_is_not_taken_up_with_other_data_or_another_checkpoint(model, tmp_path):
-    from orthogonalize.evaluation import data_state
     from orthogonalize.models import folder_state
+    from orthogonalize.preparation import data_state
 
     folder = all_sets(tmp_path / "data")
     out = folder / "report"  # beside the data, as with --data .
@@ -149,7 +149,7 @@ def test_a_run_is_not_taken_up_with_other_data_or_another_checkpoint(model, tmp_
 def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, edited, run, tmp_path, monkeypatch):
     """vLLM is played by transformers here: one engine in which weights are swapped, and which then differs."""
     monkeypatch.setattr(
-        "orthogonalize.evaluation.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
+        "orthogonalize.preparation.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
     )
     prints = iter("abcdefgh")
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: next(prints))
