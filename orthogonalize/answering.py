@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .engines import Respondent
+from .journal import fingerprint_of
 from .measures import Series, shares
-from .refusals import refused
+from .refusals import PREFIXES, refused
 from .suites import Memory
 
 
@@ -51,6 +52,12 @@ class Answering:
     def longest(self) -> int:
         """Tokens of the longest prompt with its answer."""
         return max(len(item.ids) for each in self.sets for item in each.items) + self.new_tokens
+
+    @property
+    def state(self) -> str:
+        sets = [[each.name, [[item.ids, item.category] for item in each.items]] for each in self.sets]
+        counted = [self.refusal, self.behaviour, sorted(self.behaviour_tokens), PREFIXES]
+        return fingerprint_of(sets, self.new_tokens, counted)
 
     def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """Answer all sets in one batch; the ids are left in `memory`."""

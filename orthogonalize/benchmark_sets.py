@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OrthogonalizeError
+from .progress import note
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.zst")
 
@@ -182,6 +183,10 @@ def rows(source: BenchmarkSet, data: Path | None, limit: int | None = None) -> l
         missing = [c for c in source.columns if not isinstance(row, dict) or c not in row]
         if missing:
             raise OrthogonalizeError(f"{where}: row {number + 1} has no {missing[0]!r}; it is not {source}")
+        try:
+            "".join(value for value in row.values() if isinstance(value, str)).encode()
+        except UnicodeEncodeError as error:
+            raise OrthogonalizeError(f"{where}: row {number + 1} has half a character; mend or remove it") from error
     return taken
 
 
@@ -205,7 +210,8 @@ def instructions(source: PromptSet, data: Path | None, limit: int | None) -> lis
     Raises:
         OrthogonalizeError: as `rows`, or no row counts.
     """
-    found = []
+    found: list[tuple[str, str | None]] = []
+    blank = 0
     for row in rows(source.source, data):
         if source.only and str(row[source.only[0]]).strip().lower() != source.only[1]:
             continue
@@ -213,8 +219,12 @@ def instructions(source: PromptSet, data: Path | None, limit: int | None) -> lis
         if isinstance(text, str) and text.strip():
             category = row.get(source.category) if source.category else None
             found.append((text.strip(), category if isinstance(category, str) else None))
+        else:
+            blank += 1
         if limit is not None and len(found) >= limit:
             break
     if not found:
         raise OrthogonalizeError(f"{source.source} has no usable prompts; is it the right file?")
+    if blank:
+        note(f"{source.source}: {blank} rows without a prompt are left out")
     return found

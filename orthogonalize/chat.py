@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from .errors import OrthogonalizeError
+from .texts import opened
 
 # What templates that write the current date are told it is: prompts, and what was measured of them, would change at
 # midnight. It is the date that Llama 3's own template falls back to.
@@ -49,7 +50,7 @@ class ChatFormat:
         template writes is never doubled.
         """
         if not self.templated:
-            return list(self.tokenizer(instruction)["input_ids"])
+            return opened(self.tokenizer, [instruction])[0]
         messages = [{"role": "user", "content": instruction}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})

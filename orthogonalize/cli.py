@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,11 @@ from .options import (
 
 
 class Commands(click.Group):
-    """Turns what a user can mend into one line and exit status 1, and Ctrl-C into 130."""
+    """Turns what a user can mend into one line and exit status 1, and Ctrl-C (or a scheduler's TERM) into 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except OrthogonalizeError as error:

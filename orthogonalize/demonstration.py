@@ -9,7 +9,7 @@ from pathlib import Path
 from .card import write_card
 from .editing import edit
 from .embedded import planted_model
-from .engines import EngineName, check_installed
+from .engines import ONE_DEVICE, EngineName, check_engine
 from .errors import OrthogonalizeError
 from .evaluation import evaluate
 from .extraction import extract
@@ -45,7 +45,7 @@ def demo(out: Path | str, *, engine: EngineName = "vllm", force: bool = False) -
     """
     out = Path(out)
     check_free(out, Kind("run", frozenset({*PARTS, ".report"})), force)
-    check_installed(engine)
+    check_engine(engine, ONE_DEVICE)
     base = str(planted_model())
     note(f"base model: {base}")
     for part in PARTS[:2]:

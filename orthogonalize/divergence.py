@@ -41,6 +41,7 @@ class Divergences:
     """KL of the first answer token, and of the first `ALONG` tokens of the base's answers."""
 
     longest: int
+    state: str  # that of the base's answers
     name: str = "kl"
 
     def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:

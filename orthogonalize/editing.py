@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from .adapters import write_adapter
-from .architectures import Architecture, architecture_of
+from .architectures import architecture_of
 from .baking import Bake, bake
 from .card import write_card
 from .checkpoint import Checkpoint, open_checkpoint
@@ -113,9 +113,9 @@ def _probes(folder: Path, run: Run, choice: Choice, intervention: Intervention) 
     return found
 
 
-def _from_run(
-    folder: Path, run: Run, architecture: Architecture, source: Checkpoint, given: dict[str, Any]
-) -> tuple[Choice, Intervention, dict[str, str], list[Probe]]:
+def check_fits(run: Run, source: Checkpoint) -> None:
+    """Refuse a run whose directions are of a model of another shape than `source`."""
+    architecture = architecture_of(source.config)
     width = architecture.width(source.config)
     if run.info.width != width:
         raise OrthogonalizeError(
@@ -127,6 +127,12 @@ def _from_run(
             f"the run is of a model of {run.info.layer_count} layers and this one has "
             f"{architecture.layers(source.config)}; extract from this model"
         )
+
+
+def _from_run(
+    folder: Path, run: Run, source: Checkpoint, given: dict[str, Any]
+) -> tuple[Choice, Intervention, dict[str, str], list[Probe]]:
+    check_fits(run, source)
     choice = choose(run, **given)
     ranking = layer_ranking(run.candidates, direction_kind(choice.method, run.directions))
     intervention = intervention_from_directions(choice, run.directions, ranking)
@@ -228,7 +234,7 @@ def edit(
         probes = former.probes
     elif run is not None:
         found = load_run(Path(run))
-        choice, intervention, prompts, probes = _from_run(Path(run), found, architecture, source, given)
+        choice, intervention, prompts, probes = _from_run(Path(run), found, source, given)
     else:
         choice, intervention = _from_file(Path(str(direction)), architecture.layers(source.config), given)
     if former is None and architecture.norms.kind == "layer":

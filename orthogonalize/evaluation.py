@@ -118,12 +118,15 @@ def _measure_both(
 ) -> tuple[Measured, Measured, tuple[Opinions, Opinions]]:
     """What is measured of base and edited, judges' opinions among it, and these by prompt."""
     plan, memory = ready.plan, Memory()
+    base_label, edited_label = ready.label("base"), ready.label("edited", folder_state(checkpoint), separate)
+    base_steps, edited_steps = plan.steps(base_label, is_base=True), plan.steps(edited_label)
+    journal.going_on(base_steps + edited_steps)
     with journal.kept():
         with _engines(ready, checkpoint, separate, journal.close) as (base_engine, edited_engine):
-            todo = not journal.has(*plan.steps("base", is_base=True))
-            before = plan.measure(base_engine() if todo else None, memory, journal, "base", is_base=True)
-            todo = not journal.has(*plan.steps("edited"))
-            after = plan.measure(edited_engine() if todo else None, memory, journal, "edited")
+            todo = not journal.has(*base_steps)
+            before = plan.measure(base_engine() if todo else None, memory, journal, base_label, is_base=True)
+            todo = not journal.has(*edited_steps)
+            after = plan.measure(edited_engine() if todo else None, memory, journal, edited_label)
         opinions = ready.opinions({"base": before, "edited": after}, journal)
     for key in before.series.keys() & after.series.keys():
         before.series[key], after.series[key] = alike(before.series[key], after.series[key])
@@ -177,7 +180,7 @@ def evaluate(
     for each in (folder, checkpoint):
         check_complete(each)
     ready = prepare(
-        found, folder, out,
+        found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
         options=options or EngineOptions(device=device),
     )  # fmt: skip
@@ -185,7 +188,7 @@ def evaluate(
     if redact and plan.answers_count and not plan.sensitive:
         note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
-    journal = ready.journal(out, folder_state(checkpoint), separate_engines)
+    journal = Journal(out)
     before, after, opinions = _measure_both(ready, checkpoint, separate_engines, journal)
     answers, left_out = side_by_side(plan, before, after, opinions, redact)
     report = Report(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,34 +19,38 @@ def fingerprint_of(*parts: Any) -> str:
 
 
 class Journal:
-    """Steps done, in `.OUT.partial-measured` beside the folder `out`; `key` says what they are worth for.
+    """Steps done, in `.OUT.partial-measured` beside the folder `out`.
 
-    A journal with another key, and a last line that was cut off, are ignored.
+    A step's name has a fingerprint of all that its result depends on, so what has changed since is asked anew and
+    the rest is not. A last line that was cut off is ignored.
     """
 
-    def __init__(self, out: Path, key: str) -> None:
+    def __init__(self, out: Path) -> None:
         self.file = out.absolute().parent / f".{out.name}.partial-measured"
-        self.key = key
         self.done = self._read()
-        if self.done:
-            note(f"going on from {self.file.name}: {len(self.done)} steps are done")
 
     def _read(self) -> dict[str, Any]:
         try:
             lines = self.file.read_text("utf-8").split("\n")
-            if json.loads(lines[0]) != {"key": self.key}:
-                note(f"{self.file.name} is of other settings, data or weights; what it keeps is not taken up")
-                return {}
         except (OSError, ValueError):
             return {}
         done: dict[str, Any] = {}
-        for line in lines[1:]:
+        for line in lines[:-1]:
             try:
                 step = json.loads(line)
                 done[step["step"]] = step["result"]
             except (ValueError, KeyError, TypeError):
                 break
         return done
+
+    def going_on(self, steps: Iterable[str]) -> None:
+        """Say how many of `steps` are taken up from before, begun ones too."""
+        wanted = list(steps)
+        begun = [w for w in wanted if any(done == w or done.startswith(f"{w}/") for done in self.done)]
+        if begun:
+            note(f"going on from {self.file.name}: {len(begun)} of {len(wanted)} steps are done or begun")
+        elif self.done:
+            note(f"{self.file.name} is of other settings, data or weights; what it keeps is not taken up")
 
     def step(self, name: str, work: Callable[[], Any]) -> Any:
         """The result of step `name`: as it was stored, or made by `work` (plain JSON values) and stored.
@@ -64,8 +68,7 @@ class Journal:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Rewritten whole: a line that a killed run cut off would spoil what is appended to it.
         partial = self.file.with_name(self.file.name + "-writing")
-        lines = [json.dumps({"key": self.key})]
-        lines += [json.dumps({"step": step, "result": value}) for step, value in self.done.items()]
+        lines = [json.dumps({"step": step, "result": value}) for step, value in self.done.items()]
         partial.write_text("\n".join(lines) + "\n", "utf-8")
         partial.replace(self.file)
 

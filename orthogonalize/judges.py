@@ -17,6 +17,7 @@ from jinja2 import TemplateError
 from .chat import dated
 from .engines import Respondent
 from .errors import OrthogonalizeError
+from .texts import opened
 
 SHORT = 15  # words; eliroc98/refusal_direction counts shorter answers as safe for Llama Guard
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer put no spaces between words; a character of theirs counts as one.
@@ -102,7 +103,7 @@ class WritingJudge:
                 for role, text in roles
             ]
             return _chat_ids(tokenizer, self.name, messages, add_generation_prompt=True)
-        return list(tokenizer(_filled(_template(self.form), prompt, response))["input_ids"])
+        return opened(tokenizer, [_filled(_template(self.form), prompt, response)])[0]
 
     def opinions(self, engine: Respondent, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Opinion]:
         rows = [self.encode(tokenizer, prompt, response) for prompt, response in pairs]

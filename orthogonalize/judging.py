@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .engines import ONE_DEVICE, EngineName, EngineOptions, Respondent, check_installed, check_options
+from .engines import ONE_DEVICE, EngineName, EngineOptions, check_engine, engine_state
 from .errors import OrthogonalizeError
 from .journal import Journal, fingerprint_of
 from .judges import Judge, Opinion, find_judge
@@ -31,30 +31,33 @@ class ReadyJudge:
     folder: Path
     tokenizer: Any
 
-    def opinions(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        engine: EngineName,
-        options: EngineOptions,
-        through: Callable[[Respondent], Respondent] = lambda running: running,
+    def asked(
+        self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions, journal: Journal
     ) -> list[Opinion]:
-        """Start the judge's model and ask it, `through` what may keep its replies, about every (prompt, response).
+        """The judge's opinion on every (prompt, response), kept in `journal`; its model is started for it.
 
         Where its context is too short for an answer, nothing can be read of that one.
         """
-        lengths = [len(self.judge.encode(self.tokenizer, *pair)) + self.judge.new_tokens + 1 for pair in pairs]
-        room = context_length(self.folder) or max(lengths)
-        fitting = [i for i, length in enumerate(lengths) if length <= room]
-        result = [Opinion()] * len(pairs)
-        if len(fitting) < len(pairs):
-            note(f"{len(pairs) - len(fitting)} answers do not fit into {self.judge.name}'s {room} tokens: not read")
-        if fitting:
-            most = max(lengths[i] for i in fitting)
-            with open_engine(engine, self.folder, self.tokenizer, most, options) as running:
-                found = self.judge.opinions(through(running), self.tokenizer, [pairs[i] for i in fitting])
-            for i, opinion in zip(fitting, found, strict=True):
-                result[i] = opinion
-        return result
+        state = fingerprint_of(engine_state(engine, options), folder_state(self.folder), self.judge.name, pairs)
+        step = f"judge/{self.judge.name}={self.model}@{state[:16]}"
+
+        def ask() -> list[Opinion]:
+            lengths = [len(self.judge.encode(self.tokenizer, *pair)) + self.judge.new_tokens + 1 for pair in pairs]
+            room = context_length(self.folder) or max(lengths)
+            fitting = [i for i, length in enumerate(lengths) if length <= room]
+            result = [Opinion()] * len(pairs)
+            if len(fitting) < len(pairs):
+                note(f"{len(pairs) - len(fitting)} answers do not fit into {self.judge.name}'s {room} tokens: not read")
+            if fitting:
+                most = max(lengths[i] for i in fitting)
+                with open_engine(engine, self.folder, self.tokenizer, most, options) as running:
+                    engine_ = Portions(running, journal, step)
+                    found = self.judge.opinions(engine_, self.tokenizer, [pairs[i] for i in fitting])
+                for i, opinion in zip(fitting, found, strict=True):
+                    result[i] = opinion
+            return result
+
+        return [Opinion(*opinion) for opinion in journal.step(step, ask)]
 
 
 def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
@@ -130,23 +133,21 @@ def judge(
     Raises:
         OrthogonalizeError: the file or the judge is not there, or no such judge.
     """
+    if name != PREFIX:
+        find_judge(name)
+        check_engine(engine, options)
     rows = read_answers(Path(file))
     categories = [None if row.get("category") is None else str(row["category"]) for row in rows]
     if name == PREFIX:
         flags = [refused(row["response"]) for row in rows]
         return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(shares(flags, categories)))
-    if engine == "vllm":
-        find_judge(name)
-        check_installed(engine)
-    check_options(engine, options)
     ready = ready_judges([name])
     if not ready:
         raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
     pairs = [(row["prompt"], row["response"]) for row in rows]
-    state = (engine, ready[0].judge.name, folder_state(ready[0].folder), pairs)
-    journal = Journal(Path(file), fingerprint_of(state))
+    journal = Journal(Path(file))
     with journal.kept():
-        opinions = ready[0].opinions(pairs, engine, options, lambda running: Portions(running, journal, "judge"))
+        opinions = ready[0].asked(pairs, engine, options, journal)
     journal.close()
     fields = {field: _rate(shares([getattr(o, field) for o in opinions], categories)) for field in ready[0].judge.says}
     return JudgedFile(judge=ready[0].judge.name, model=ready[0].model, n=len(rows), **fields)

@@ -11,8 +11,10 @@ from .benchmark_sets import ALPACA, PILE, rows
 from .chat import ChatFormat
 from .engines import Ids, Respondent
 from .errors import OrthogonalizeError
+from .journal import fingerprint_of
 from .measures import Series
 from .suites import Memory
+from .texts import opened
 
 TEXT_TOKENS = 256  # a text, as in eliroc98/refusal_direction
 
@@ -28,6 +30,7 @@ class OwnLosses:
     """Loss on the base model's own harmless answers: how much likelier or less likely they have become."""
 
     longest: int
+    state: str  # that of the answers
     name: str = "loss"
 
     def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
@@ -47,6 +50,10 @@ class TextLosses:
     def longest(self) -> int:
         return max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
 
+    @property
+    def state(self) -> str:
+        return fingerprint_of(self.prompts, self.completions)
+
     def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """`memory` is not needed: the texts are nobody's own."""
         return {f"loss.{self.name}": series(engine, self.prompts, self.completions)}
@@ -54,10 +61,7 @@ class TextLosses:
 
 def pile_losses(tokenizer: Any, data: Path | None, limit: int) -> TextLosses:
     """The first `TEXT_TOKENS` tokens of general texts; the first token is only context."""
-    encoded = [
-        list(tokenizer(row["text"], truncation=True, max_length=TEXT_TOKENS)["input_ids"])
-        for row in rows(PILE, data, limit)
-    ]
+    encoded = opened(tokenizer, [row["text"] for row in rows(PILE, data, limit)], TEXT_TOKENS)
     encoded = [ids for ids in encoded if len(ids) > 1]
     if not encoded:
         raise OrthogonalizeError(f"{PILE} has no text of two tokens or more")

@@ -117,20 +117,14 @@ class Series(Record):
         match self.kind:
             case "share":
                 return self._rate()
-            case "loss":
-                value = sum(self.known()) / sum(self.tokens)
-                interval = loss_interval(self.known(), self.tokens)
-                return Loss(
-                    value=value,
-                    n=len(self.values),
-                    ci95=interval,
-                    tokens=sum(self.tokens),
-                    perplexity=perplexity_of(value),
-                )
-            case "divergence":
-                value = sum(self.known()) / sum(self.tokens)
-                interval = loss_interval(self.known(), self.tokens)
-                return Divergence(value=value, n=len(self.values), ci95=interval, tokens=sum(self.tokens))
+            case "loss" | "divergence":
+                known = self.known()
+                tokens = [t for v, t in zip(self.values, self.tokens, strict=True) if v is not None]
+                value = sum(known) / sum(tokens)
+                found = Divergence(value=value, n=len(known), ci95=loss_interval(known, tokens), tokens=sum(tokens))
+                if self.kind == "divergence":
+                    return found
+                return Loss(**found.model_dump(), perplexity=perplexity_of(value))
             case "score":
                 known = self.known()
                 return Score(value=sum(known) / len(known), n=len(known), ci95=loss_interval(known, [1] * len(known)))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from .checkpoint import open_checkpoint
+from .checkpoint import RECIPE, open_checkpoint
 from .errors import OrthogonalizeError, ran_out_of_memory
 from .outputs import EDITED, complete_folder
 
@@ -159,9 +159,12 @@ def file_states(files: Iterable[Path]) -> list[Any]:
 
 
 def folder_state(folder: Path) -> list[Any]:
-    """What changes when a checkpoint does, its tokenizer and settings too, without reading it: its files' state."""
+    """What changes when a checkpoint does, its tokenizer and settings too, without reading it: its files' state.
+
+    Not the recipe, which `verify` adds to.
+    """
     weights = [file.path for _, file in sorted(open_checkpoint(folder).files.items())]
-    return file_states(weights + sorted(f for f in folder.iterdir() if f.suffix in SETTINGS))
+    return file_states(weights + sorted(f for f in folder.iterdir() if f.suffix in SETTINGS and f.name != RECIPE))
 
 
 def choose_device(device: str = "auto") -> torch.device:

@@ -16,8 +16,10 @@ from typing import Any
 from .benchmark_sets import ARC, ARC_SHOTS, MMLU, MMLU_SHOTS, TRUTHFULQA, rows
 from .engines import Respondent
 from .errors import OrthogonalizeError
+from .journal import fingerprint_of
 from .measures import Series, shares
 from .suites import Memory
+from .texts import opened
 
 SHOTS = 5
 LETTERS = "ABCD"
@@ -43,7 +45,7 @@ def encode(tokenizer: Any, questions: Sequence[Question]) -> Iterator[tuple[list
     for first in range(0, len(questions), TOKENISED):
         part = questions[first : first + TOKENISED]
         texts = [(q.context.rstrip(" "), *(q.context + choice for choice in q.choices)) for q in part]
-        ids = iter(tokenizer(list(chain.from_iterable(texts)))["input_ids"])
+        ids = iter(opened(tokenizer, list(chain.from_iterable(texts))))
         for row in texts:
             context, *wholes = islice(ids, len(row))
             yield list(context), [list(whole)[len(context) :] for whole in wholes]
@@ -75,6 +77,10 @@ class MultipleChoice:
         return max(
             len(context) + max(map(len, choices)) for context, choices in zip(self.contexts, self.choices, strict=True)
         )
+
+    @property
+    def state(self) -> str:
+        return fingerprint_of(self.contexts, self.choices, self.right, self.categories)
 
     def predictions(self, engine: Respondent) -> list[int]:
         """The index of the likeliest choice of every question."""

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 from .engines import EngineName, EngineOptions
 from .errors import OrthogonalizeError
-from .journal import Journal, fingerprint_of
+from .journal import Journal
 from .judges import Opinion
 from .judging import ReadyJudge, opinion_series, ready_judges
-from .models import folder_state
 from .plans import Measured, Plan
-from .portions import Portions
 from .report import Verdict
 
 Opinions = dict[str, dict[str, list[Opinion]]]  # by judge, then by prompt set
@@ -38,18 +36,14 @@ def ask_judges(
 ) -> dict[str, Opinions]:
     """Every judge's opinion on every model's answers, by model; a judge's model is started once for all of them."""
     result: dict[str, Opinions] = {label: {} for label in models}
+    if not judges:
+        return result
+    places = [(label, each, i) for label in models for each in plan.sets for i in range(len(each.items))]
+    texts = [(each.items[i].text, models[label].answers[each.name][i]) for label, each, i in places]
     for ready in judges:
-        places = [(label, each, i) for label in models for each in plan.sets for i in range(len(each.items))]
-        texts = [(plan_item.items[i].text, models[label].answers[plan_item.name][i]) for label, plan_item, i in places]
-
-        step = f"judge/{ready.judge.name}={ready.model}@{fingerprint_of(folder_state(ready.folder))[:12]}"
-
-        def ask(ready: ReadyJudge = ready, texts: list[tuple[str, str]] = texts, step: str = step) -> list[Opinion]:
-            return ready.opinions(texts, engine, options, lambda running: Portions(running, journal, step))
-
-        found = journal.step(step, ask)
+        found = ready.asked(texts, engine, options, journal)
         for (label, each, _), opinion in zip(places, found, strict=True):
-            result[label].setdefault(ready.judge.name, {}).setdefault(each.name, []).append(Opinion(*opinion))
+            result[label].setdefault(ready.judge.name, {}).setdefault(each.name, []).append(opinion)
     return result
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 
@@ -57,6 +58,12 @@ def check_free(out: Path, kind: Kind, force: bool = False, inputs: Sequence[Path
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir():
         raise OrthogonalizeError(f"{out} cannot be made: {parent} is a file")
+    try:
+        TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise OrthogonalizeError(
+            f"{out} cannot be made: {parent} cannot be written to; choose another --out"
+        ) from error
     if not out.exists() and not out.is_symlink():
         return
     if not force:

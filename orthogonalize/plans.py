@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from .suites import Memory, Suite
 from .tasks import PREFIX, harness_tasks
 
 DEFAULT_SUITES = ("refusal", "behaviour", "loss", "kl")
+CONTRAST = {"target": "positive", "harmless": "negative"}  # sets of answers, and the side of the run that they are
 TEXTS = {"pile": PILE, "alpaca": ALPACA}
 CHOICES: dict[str, BenchmarkSet] = {"mmlu": MMLU, "arc": ARC, "truthfulqa": TRUTHFULQA}
 SUITES = (*DEFAULT_SUITES, *TEXTS, *CHOICES, *PROMPT_SETS)
@@ -56,17 +56,6 @@ class Plan:
         return max(suite.longest for suite in self.suites) + 1
 
     @property
-    def state(self) -> list[Any]:
-        """What results depend on besides the model and public data: prompts as the model gets them, what is counted."""
-        counted = sorted(self.answering.behaviour_tokens) if self.answering else []
-        harness = version("lm-eval") if any(suite.name.startswith(PREFIX) for suite in self.suites) else None
-        return [
-            counted,
-            harness,
-            [[each.name, [[item.ids, item.category] for item in each.items]] for each in self.sets],
-        ]
-
-    @property
     def sensitive(self) -> bool:
         """Whether any set's prompts and answers are folded, and left out on request."""
         return any(each.sensitive for each in self.sets)
@@ -80,8 +69,8 @@ class Plan:
         return [s for s in self.suites if is_base or self.answers_count or s is not self.answering]
 
     def steps(self, label: str, is_base: bool = False) -> list[str]:
-        """The journal's steps for one model."""
-        return [f"{label}/{suite.name}" for suite in self._suites_for(is_base)]
+        """The journal's steps for one model; `label` is its name and state."""
+        return [_step(label, suite) for suite in self._suites_for(is_base)]
 
     def measure(
         self, engine: Engine | None, memory: Memory, journal: Journal, label: str, is_base: bool = False
@@ -96,7 +85,7 @@ class Plan:
 
             def work(suite: Suite = suite) -> dict[str, Any]:
                 assert engine is not None
-                series = suite.measure(Portions(engine, journal, f"{label}/{suite.name}"), memory)
+                series = suite.measure(Portions(engine, journal, _step(label, suite)), memory)
                 made: dict[str, Any] = {"series": {key: s.model_dump() for key, s in series.items()}}
                 if suite is self.answering:
                     made["answers"] = dict(memory.answers)
@@ -104,7 +93,7 @@ class Plan:
                     made["distributions"] = [d.rows() for d in memory.distributions]
                 return made
 
-            stored = journal.step(f"{label}/{suite.name}", work)
+            stored = journal.step(_step(label, suite), work)
             result.series |= {key: Series.model_validate(s) for key, s in stored["series"].items()}
             if suite is self.answering:
                 self._take_answers(stored["answers"], memory, result, is_base)
@@ -120,6 +109,10 @@ class Plan:
         if is_base and any(s.name in ("loss", "kl") for s in self.suites):
             harmless = next(each for each in self.sets if each.name == "harmless")
             memory.remember([item.ids for item in harmless.items], answers["harmless"])
+
+
+def _step(label: str, suite: Suite) -> str:
+    return f"{label}/{suite.name}@{suite.state[:16]}"
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -141,7 +134,7 @@ def check_names(names: Sequence[str]) -> None:
 def _contrast_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[AnswerSet]:
     test = [p for p in run.prompts if p.split == "test"]
     sets = []
-    for name, side in (("target", "positive"), ("harmless", "negative")):
+    for name, side in CONTRAST.items():
         prompts = [p for p in test if p.side == side][:limit]
         if not prompts:
             raise OrthogonalizeError("the run has no test prompts on one side; extract again with more prompts")
@@ -197,9 +190,9 @@ def make_plan(
             note(f"refusals are undercounted in answers of {new_tokens} tokens; {LEAST_TOKENS} are the least usual")
     suites: list[Suite] = [answering] if answering else []
     if answering and "loss" in names:
-        suites.append(OwnLosses(answering.longest))
+        suites.append(OwnLosses(answering.longest, answering.state))
     if answering and "kl" in names:
-        suites.append(Divergences(answering.longest))
+        suites.append(Divergences(answering.longest, answering.state))
     if "pile" in names:
         with as_documented(TEXTS["pile"]):
             suites.append(pile_losses(tokenizer, data, limit or TEXT_COUNT))
@@ -210,17 +203,27 @@ def make_plan(
         if name in names:
             with as_documented(CHOICES[name]):
                 suites.append(MultipleChoice.of(name, make(data, limit), tokenizer))
-    suites += harness_tasks(
-        [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)],
-        tokenizer, positions, data, limit,
-    )  # fmt: skip
-    sources = {name: str(found) for name, found in (TEXTS | CHOICES).items() if name in names}
-    sources |= {name: str(PROMPT_SETS[name].source) for name in public}
+    wanted = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    harness = harness_tasks(wanted, tokenizer, positions, data, limit)
+    suites += harness
+    sets_of = TEXTS | CHOICES | {name: PROMPT_SETS[name].source for name in public}
+    copy = "" if data is None else " (a local copy)"
+    sources = {name: f"{found}{copy}" for name, found in sets_of.items() if name in names}
+    sources |= {task.name: task.source for task in harness}
     plan = Plan(suites, sets, answering, sources)
     if positions is not None and plan.max_model_len > positions:
-        longest = max(suites, key=lambda s: s.longest)
-        raise OrthogonalizeError(
-            f"suite {longest.name} needs {plan.max_model_len} tokens and the model takes {positions}; leave it out, "
-            "or lower --max-new-tokens"
-        )
+        raise OrthogonalizeError(f"{_too_long(plan)}, and the model takes {positions} tokens")
     return plan
+
+
+def _too_long(plan: Plan) -> str:
+    """What needs the most room, and what would help."""
+    longest = max(plan.suites, key=lambda s: s.longest)
+    if longest is not plan.answering:
+        return f"suite {longest.name} needs {plan.max_model_len} tokens (leave it out)"
+    size, name, number = max((len(item.ids), s.name, i) for s in plan.sets for i, item in enumerate(s.items, 1))
+    advice = "take it out of the run's prompts" if name in CONTRAST else f"leave --suite {name} out"
+    return (
+        f"prompt {number} of {name} has {size} tokens and needs {plan.max_model_len} with its answer "
+        f"({advice}, or lower --max-new-tokens)"
+    )

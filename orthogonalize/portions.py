@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -51,7 +52,8 @@ class Portions:
 
     def _check(self, numbers: Iterable[float]) -> None:
         if any(math.isnan(number) for number in numbers):
-            raise NoNumberError(f"{self.step}: the model's log-probabilities are NaN; are its weights damaged?")
+            what = re.sub("@[0-9a-f]+", "", self.step)  # a step's name without the fingerprints of its state
+            raise NoNumberError(f"{what}: the model's log-probabilities are NaN; are its weights damaged?")
 
     def _asked(self, count: int, ask: Callable[[slice], list[Any]]) -> list[Any]:
         self.calls += 1

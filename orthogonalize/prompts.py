@@ -121,6 +121,15 @@ def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
     return text, category if isinstance(category, str) else None
 
 
+def _whole(text: str, category: str | None, source: str) -> None:
+    try:
+        (text + (category or "")).encode()
+    except UnicodeEncodeError as error:
+        raise OrthogonalizeError(
+            f"{source}: a prompt or its category has half a character; mend or remove it"
+        ) from error
+
+
 def load_prompts(source: str, side: Side = "positive", column: str | None = None, split: str = "train") -> list[Prompt]:
     """Read prompts from a file or a Hub dataset, stripped, without blanks or repetitions.
 
@@ -151,6 +160,7 @@ def load_prompts(source: str, side: Side = "positive", column: str | None = None
     seen: dict[str, Prompt] = {}
     for row in rows:
         text, category = _text(row, column, source)
+        _whole(text, category, source)
         if text.strip():
             seen.setdefault(text.strip(), Prompt(text.strip(), side, category=category))
     if not seen:

@@ -9,6 +9,7 @@ import numpy as np
 import scipy
 
 RESAMPLES = 2000
+FEWEST = 5  # items of which resamples give an interval that holds its level nearly
 RESOLVED = 1e-6  # nats
 BATCH = 100  # resamples held at a time: all of those of 14,000 items would take 2 GB
 Z = 1.959963984540054  # of a two-sided 95% interval
@@ -61,8 +62,15 @@ def share_difference_interval(before: Sequence[bool], after: Sequence[bool]) -> 
 
 
 def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int = 0) -> tuple[float, float] | None:
-    if len(columns[0]) < 2:
-        return None  # one item says nothing about others
+    """The percentiles of resamples, as far out as makes up for few items (Hesterberg 2015, "expanded percentile").
+
+    None below `FEWEST` items: no resample leaves the range of what was seen, so that of two items half the
+    intervals would miss.
+    """
+    n = len(columns[0])
+    if n < FEWEST:
+        return None
+    tail = float(scipy.stats.norm.cdf(math.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.025, n - 1)))
     result = scipy.stats.bootstrap(
         tuple(np.asarray(c, dtype=float) for c in columns),
         statistic,
@@ -71,6 +79,7 @@ def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int
         n_resamples=RESAMPLES,
         batch=BATCH,
         method="percentile",
+        confidence_level=1 - 2 * tail,
         rng=np.random.default_rng(seed),
     )
     low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
@@ -108,7 +117,7 @@ def difference_interval(base: Sequence[float], edited: Sequence[float]) -> tuple
 def paired_permutation(base: Sequence[float], edited: Sequence[float], seed: int = 0) -> float:
     """Two-sided p-value of the mean difference of paired values, by swapping within pairs.
 
-    Exact for up to ten pairs, else from `RESAMPLES` random swaps, so never below 1 / (RESAMPLES + 1).
+    Exact for up to ten pairs, else from `RESAMPLES` random swaps, so never below 2 / (RESAMPLES + 1).
     """
     differences = np.asarray(edited, dtype=float) - np.asarray(base, dtype=float)
     if not differences.any() or len(differences) < 2:  # one pair can be swapped as it can be left

@@ -51,5 +51,9 @@ class Suite(Protocol):
     def longest(self) -> int:
         """The most tokens that it sends in one request."""
 
+    @property
+    def state(self) -> str:
+        """A fingerprint of what it asks and counts, as far as that is its own."""
+
     def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
         """Series by the dotted key under which the report stores them."""

@@ -13,11 +13,12 @@ from .architectures import architecture_of
 from .baking import Bake, bake
 from .checkpoint import Checkpoint, open_checkpoint
 from .comparison import Semantics, Sweep, Swept, effect_key, harm_key, pareto
+from .editing import check_fits
 from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine, WeightSwap
 from .errors import NoNumberError, OrthogonalizeError
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
-from .journal import Journal
+from .journal import Journal, fingerprint_of
 from .models import check_complete, find_model, public_name
 from .outputs import Kind, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan, check_names
@@ -110,37 +111,42 @@ class _Host:
 class _Runner:
     """Measures the base, then every edit, each step through the journal."""
 
-    def __init__(self, plan: Plan, journal: Journal, refused: Mapping[str, str]) -> None:
-        self.plan, self.journal, self.memory = plan, journal, Memory()
+    def __init__(self, plan: Plan, journal: Journal, refused: Mapping[str, str], labels: Mapping[str, str]) -> None:
+        self.plan, self.journal, self.memory, self.labels = plan, journal, Memory(), labels
         self.measured: dict[str, Measured] = {}
         self.seconds: dict[str, float] = {}
         self.refused = dict(refused)
 
+    def steps(self) -> list[str]:
+        """The journal's steps for base and edits."""
+        return [step for name, label in self.labels.items() for step in self.plan.steps(label, name == "base")]
+
     def base(self, host: _Host) -> None:
-        done = self.journal.has(*self.plan.steps("base", is_base=True))
+        label = self.labels["base"]
+        done = self.journal.has(*self.plan.steps(label, is_base=True))
         engine = None if done else host.base()
-        self.measured["base"] = self.plan.measure(engine, self.memory, self.journal, "base", is_base=True)
+        self.measured["base"] = self.plan.measure(engine, self.memory, self.journal, label, is_base=True)
 
     def variant(self, variant: Variant, host: _Host) -> None:
         """Measure an edit, and time that with its swap; one that leaves no numbers is left out."""
-        name = variant.name
-        done = self.journal.has(*self.plan.steps(name))
-        if self.journal.has(f"{name}/refused"):
-            self.refused[name] = self.journal.step(f"{name}/refused", str)
+        name, label = variant.name, self.labels[variant.name]
+        done = self.journal.has(*self.plan.steps(label))
+        if self.journal.has(f"{label}/refused"):
+            self.refused[name] = self.journal.step(f"{label}/refused", str)
             return
         if not done:
             host.base()  # started before the time that an edit takes is counted
         start = time.perf_counter()
         try:
             with nullcontext() if done else host.edited(variant) as engine:
-                self.measured[name] = self.plan.measure(engine, self.memory, self.journal, name)
+                self.measured[name] = self.plan.measure(engine, self.memory, self.journal, label)
         except NoNumberError as error:
             reason = str(error)
             note(f"{name} is left out: {reason}")
             self.trust(host.start_afresh())
-            self.refused[name] = self.journal.step(f"{name}/refused", lambda: reason)
+            self.refused[name] = self.journal.step(f"{label}/refused", lambda: reason)
             return
-        self.seconds[name] = float(self.journal.step(f"{name}/seconds", lambda: time.perf_counter() - start))
+        self.seconds[name] = float(self.journal.step(f"{label}/seconds", lambda: time.perf_counter() - start))
 
     def trust(self, restored: bool | None) -> None:
         """Go on only if the engine held the base's weights again: else what was measured may be of others."""
@@ -219,23 +225,26 @@ def sweep(
     found = load_run(run)
     folder = find_model(model, revision)
     check_complete(folder)
+    source = open_checkpoint(folder)
+    check_fits(found, source)
     ready = prepare(
-        found, folder, out,
+        found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
         options=options,
     )  # fmt: skip
     variants = make_variants(found, methods, scopes)
     plans: dict[str, Bake] | None = None
     refused: dict[str, str] = {}
-    source = open_checkpoint(folder)
     if semantics == "weights":
         if architecture_of(source.config).norms.kind == "layer":  # as `edit` does
             variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
         plans, refused = _plans(source, variants)
     possible = [v for v in variants if v.name not in refused]
-    edits = [(v.name, store_maps(v.intervention)[2], v.layers) for v in possible]
-    journal = ready.journal(out, semantics, edits)
-    runner = _Runner(ready.plan, journal, refused)
+    journal = Journal(out)
+    labels = {v.name: ready.label(v.name, semantics, store_maps(v.intervention)[2], v.layers) for v in possible}
+    runner = _Runner(ready.plan, journal, refused, {"base": ready.label("base"), **labels})
+    journal.going_on(runner.steps())
+    restored = f"restored@{fingerprint_of(runner.steps())[:16]}"
     with journal.kept():
         with _Host(ready.start, source, plans) as host, track("sweep", len(possible) + 1, "edits") as advance:
             runner.base(host)
@@ -243,10 +252,10 @@ def sweep(
             for variant in possible:
                 runner.variant(variant, host)
                 advance(1)
-            restored = host.restored()
-            runner.trust(restored)
-            if restored:
-                journal.step("restored", lambda: True)
+            held = host.restored()
+            runner.trust(held)
+            if held:
+                journal.step(restored, lambda: True)
         ready.opinions(runner.measured, journal)
     result = Sweep(
         **ready.described(),
@@ -254,7 +263,7 @@ def sweep(
         model=public_name(model),
         effect=None,
         harm=None,
-        restored=True if journal.has("restored") else None,
+        restored=True if journal.has(restored) else None,
         base=Measures.of(runner.measured["base"].series),
         variants=[runner.swept(v) for v in variants],
         pareto=[],

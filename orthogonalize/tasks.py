@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .engines import Respondent
 from .errors import OrthogonalizeError
+from .journal import fingerprint_of
 from .measures import Series
 from .models import first_line
 from .progress import note
 from .suites import Memory
+from .texts import opened
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -53,7 +59,9 @@ def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> Templa
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             if add_special_tokens is None:  # a text that a chat template has given its BOS gets no second one
                 add_special_tokens = not (tokenizer.bos_token and string.startswith(tokenizer.bos_token))
-            return list(tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"])
+            if add_special_tokens:
+                return opened(tokenizer, [string])[0]
+            return list(tokenizer(string, add_special_tokens=False)["input_ids"])
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             # A text longer than the room loses its beginning; at least one token is left to condition on.
@@ -77,18 +85,23 @@ def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> Templa
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             results = [""] * len(requests)
-            lengths = [int(r.args[1].get("max_gen_toks", UNSAID_TOKENS)) for r in requests]
+            asked = [_generation(request.args[1]) for request in requests]
+            lengths = [each["max_gen_toks"] for each in asked]
             for length in sorted(set(lengths)):
                 mine = [i for i, n in enumerate(lengths) if n == length]
                 prompts = [self.tok_encode(requests[i].args[0])[-(max_length - length - 1) :] for i in mine]
                 for i, ids in zip(mine, engine.answers(prompts, length), strict=True):
-                    stops = requests[i].args[1].get("until") or []
-                    results[i] = _cut(
-                        tokenizer.decode(ids, skip_special_tokens=True), [stops] if isinstance(stops, str) else stops
-                    )
+                    results[i] = _cut(tokenizer.decode(ids, skip_special_tokens=True), asked[i]["until"])
             return results
 
     return HarnessModel()
+
+
+def _generation(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a task asks of an answer, by lm-eval's own names, of which several mean the same."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    return dict(normalize_gen_kwargs(dict(asked), UNSAID_TOKENS))
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
@@ -98,13 +111,20 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """One task (or group of tasks) of lm-eval; every metric that has a number an item is compared item by item."""
+    """One task (or group of tasks) of lm-eval; every metric that has a number an item is compared item by item.
+
+    `state` is a fingerprint of its requests and documents, `source` where these come from.
+    """
 
     task: str
     tokenizer: Any
     max_length: int
     known: TaskManager
-    limit: int | None = None
+    limit: int | None
+    state: str
+    source: str
+    aggregations: Mapping[str, Mapping[str, Any]]  # by task of the group, then by metric
+    left_out: set[str] = field(default_factory=set, compare=False)
 
     @property
     def name(self) -> str:
@@ -137,14 +157,25 @@ class HarnessTask:
             # One answer read in several ways ("filters") is several samples: each way is a measure of its own.
             for way in sorted({str(sample.get("filter", "none")) for sample in samples}):
                 mine = [s for s in samples if str(s.get("filter", "none")) == way]
-                for metric in sorted({m for sample in mine for m in sample["metrics"]}):
-                    series = _series(metric, [s.get(metric) for s in sorted(mine, key=lambda s: s["doc_id"])])
+                for metric in sorted({m for sample in mine for m in sample["metrics"]} - {"bits_per_byte"}):
+                    aggregation = self.aggregations.get(task, {}).get(metric)
+                    values = [s.get(metric) for s in sorted(mine, key=lambda s: s["doc_id"])]
+                    series = _series(values, _is_perplexity(aggregation))
                     name = metric if way == "none" else f"{metric},{way}"
-                    if series is not None:
-                        result[f"tasks.{task.replace('.', '_')}.{name.replace('.', '_')}"] = series
+                    if series is None:
+                        self._leave_out(f"{task}: {name}")
+                        continue
+                    if series.kind != "loss" and not _is_mean(aggregation):
+                        name = f"{name},mean"  # the task makes another number of its items, by that name
+                    result[f"tasks.{task.replace('.', '_')}.{name.replace('.', '_')}"] = series
         if not result:
             raise OrthogonalizeError(f"lm-eval's {self.task} gives no number for single items, so none to compare")
         return result
+
+    def _leave_out(self, what: str) -> None:
+        if what not in self.left_out:
+            note(f"lm-eval's {what} has no number for single items, so it is left out")
+        self.left_out.add(what)
 
 
 def harness_tasks(
@@ -167,28 +198,54 @@ def harness_tasks(
     for name in names:
         if name not in known.all_tasks:
             raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
-    return [
-        HarnessTask(name, tokenizer, _length(name, known, positions, tokenizer, limit), known, limit) for name in names
-    ]
+    return [_harness_task(name, known, tokenizer, positions, include, limit) for name in names]
 
 
-def _length(name: str, known: TaskManager, positions: int | None, tokenizer: Any, limit: int | None) -> int:
-    """The tokens that a task's longest prompt takes with what follows it; no more than the model has."""
+def _harness_task(
+    name: str, known: TaskManager, tokenizer: Any, positions: int | None, include: Path | None, limit: int | None
+) -> HarnessTask:
+    """The task `name`, loaded once to see what it asks; lm-eval loads it again for every model."""
     try:
-        tasks = known.load([name])["tasks"].values()
-        answers = [dict(task.config.generation_kwargs or {}) for task in tasks]
-        for task in tasks:
+        random.seed(0)  # lm-eval's own seeds, before it loads: some tasks shuffle as they do
+        np.random.seed(FEWSHOT_SEED)
+        tasks: dict[str, Any] = known.load([name])["tasks"]
+        for task in tasks.values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
             task.build_all_requests(limit=limit)
-        requests = [request for task in tasks for request in task.instances]
+        requests = [request for task in tasks.values() for request in task.instances]
+        generated = [_generation(r.args[1]) for r in requests if r.request_type == "generate_until"]
+        aggregations = {each: dict(task.aggregation()) for each, task in tasks.items()}
     except Exception as error:  # whatever its data and its code raise
         raise OrthogonalizeError(f"lm-eval's {name} cannot be loaded: {first_line(error)}") from error
-    if any(asked.get("do_sample") for asked in answers):
+    if any(asked["do_sample"] for asked in generated):
         raise OrthogonalizeError(f"lm-eval's {name} samples its answers; only greedy ones are measured here")
-    longest = max((int(asked.get("max_gen_toks", UNSAID_TOKENS)) for asked in answers if asked), default=0)
-    if positions is not None and longest + 2 >= positions:  # a prompt has one token at least
+    code = sorted(file for pattern in ("*.py", "*.yaml") for file in (include.rglob(pattern) if include else ()))
+    state = fingerprint_of(
+        version("lm-eval"), [[r.args, r.doc] for r in requests], [file.read_bytes().hex() for file in code]
+    )
+    unconditioned = any(r.request_type == "loglikelihood_rolling" or not r.args[0] for r in requests)
+    if unconditioned and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise OrthogonalizeError(
-            f"lm-eval's {name} asks for answers of {longest} tokens and the model takes {positions}; leave it out"
+            f"lm-eval's {name} scores texts from their first token, for which the model's tokenizer has no BOS or EOS"
+        )
+    longest = max((asked["max_gen_toks"] for asked in generated), default=0)
+    return HarnessTask(
+        name,
+        tokenizer,
+        _length(name, requests, longest, tokenizer, positions),
+        known,
+        limit,
+        state,
+        ", ".join(dict.fromkeys(str(task.config.dataset_path) for task in tasks.values())),
+        aggregations,
+    )
+
+
+def _length(name: str, requests: Sequence[Any], answer: int, tokenizer: Any, positions: int | None) -> int:
+    """The tokens that the longest of a task's prompts takes with what follows it; no more than the model has."""
+    if positions is not None and answer + 2 >= positions:  # a prompt has one token at least
+        raise OrthogonalizeError(
+            f"lm-eval's {name} asks for answers of {answer} tokens and the model takes {positions}; leave it out"
         )
     needs = [_need(request, tokenizer, positions) for request in requests]
     wanted = max(needs, default=ROLLING)
@@ -203,7 +260,7 @@ def _need(request: Any, tokenizer: Any, positions: int | None) -> int:
     """The tokens of a request of lm-eval's, and one to be generated."""
     match request.request_type:
         case "generate_until":
-            after = int(request.args[1].get("max_gen_toks", UNSAID_TOKENS))
+            after = int(_generation(request.args[1])["max_gen_toks"])
         case "loglikelihood_rolling":  # a text of any length is scored in windows
             window = ROLLING if positions is None else min(ROLLING, positions - 1)
             return min(len(tokenizer(request.args[0])["input_ids"]) + 3, window)
@@ -212,26 +269,40 @@ def _need(request: Any, tokenizer: Any, positions: int | None) -> int:
     return len(tokenizer(request.args[0])["input_ids"]) + after + 1
 
 
-def _series(metric: str, values: Sequence[Any]) -> Series | None:
-    """A metric of a task, item by item; None where it is no number, or says the same as another.
+def _is_perplexity(aggregation: Any) -> bool:
+    from lm_eval.api.metrics import perplexity, weighted_perplexity
+
+    return aggregation in (perplexity, weighted_perplexity)
+
+
+def _is_mean(aggregation: Any) -> bool:
+    from lm_eval.api.metrics import mean, nanmean
+
+    return aggregation in (mean, nanmean, np.mean, np.nanmean)
+
+
+def _series(values: Sequence[Any], perplexity: bool) -> Series | None:
+    """A metric of a task, item by item, None where it has no number; None where no item has one.
 
     Perplexities are log-probabilities by item, of a text with the count of its words or bytes beside them:
     losses a word, a byte, or an item.
     """
-    if metric == "bits_per_byte":  # the logarithm of byte_perplexity
+    pairs = [v if perplexity and isinstance(v, list | tuple) and len(v) == 2 else (v, 1) for v in values]
+    rows = [(_number(v), _number(w)) for v, w in pairs]
+    numbers = [None if v is None or w is None else v for v, w in rows]
+    known = {v for v in numbers if v is not None}
+    if not known:
         return None
-    pairs = [v if isinstance(v, list | tuple) and len(v) == 2 else (v, 1) for v in values]
-    numbers, weights = [_number(v) for v, _ in pairs], [_number(w) for _, w in pairs]
-    if any(v is None for v in (*numbers, *weights)) or not sum(w or 0.0 for w in weights):
-        return None
-    if metric.endswith("perplexity"):
-        return Series(kind="loss", values=[-v for v in numbers if v is not None], tokens=[int(w or 0) for w in weights])
-    if any(isinstance(v, list | tuple) for v in values):
-        return None
-    return Series(kind="share" if set(numbers) <= {0.0, 1.0} else "score", values=numbers)
+    if perplexity:
+        tokens = [0 if v is None else int(w or 0) for v, (_, w) in zip(numbers, rows, strict=True)]
+        losses = [None if v is None else -v for v in numbers]
+        return Series(kind="loss", values=losses, tokens=tokens) if any(tokens) else None
+    return Series(kind="share" if known <= {0.0, 1.0} else "score", values=numbers)
 
 
 def _number(value: Any) -> float | None:
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, bool | int | float) and math.isfinite(value):
         return float(value)
     return None

@@ -12,6 +12,7 @@ from .choices import Choice, direction_kind, intervention_from_basis, interventi
 from .editing import choose
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention
+from .progress import note
 from .run import Run
 from .scopes import chosen_layers, parse_scope
 from .selection import layer_ranking
@@ -19,6 +20,7 @@ from .selection import layer_ranking
 MULTIPLIERS = (0.5, 1.0, 2.0)
 ALPHAS = (1.0, 2.0)
 SCOPES = ("one", "top:50%", "all")
+KIND = {"nullspace": "dim,inlp", "leace": "dim,leace"}  # what extract is asked for them
 
 
 def methods() -> tuple[str, ...]:
@@ -97,11 +99,14 @@ def _removals(run: Run, method: str, scope: str) -> Iterator[Variant]:
 
 
 def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = SCOPES) -> list[Variant]:
-    """Every edit of `wanted` methods (all by default) over `scopes`; what the run has no directions for is left out.
+    """Every edit of `wanted` methods (by default all that the run has directions for) over `scopes`.
 
     Raises:
-        OrthogonalizeError: an unknown method or scope, or nothing is left.
+        OrthogonalizeError: an unknown method or scope, one named twice, or no directions for it.
     """
+    twice = next((name for names in (wanted, scopes) for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise OrthogonalizeError(f"{twice} is named twice")
     wrong = [m for m in wanted if m not in methods()]
     if wrong:
         raise OrthogonalizeError(f"no method {wrong[0]!r}; there are: {', '.join(methods())}")
@@ -109,13 +114,17 @@ def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = 
         if parse_scope(scope).kind == "from":
             raise OrthogonalizeError("a sweep edits what is written; scope 'from' edits what is read")
     result: list[Variant] = []
+    missing = [m for m in ("nullspace", "leace") if not _has(run, m)]
     for method in wanted or methods():
-        if method in ("nullspace", "leace") and not _has(run, method):
+        if method in missing and wanted:
+            raise OrthogonalizeError(
+                f"the run has no directions for {method}; extract again with --methods {KIND[method]}"
+            )
+        if method in missing:
+            note(f"{method} is left out: the run has no directions for it (extract --methods {KIND[method]})")
             continue
         for scope in scopes:
             result += _additions(run, scope) if method == "actadd" else _removals(run, method, scope)
-    if not result:
-        raise OrthogonalizeError("the run has no directions for these methods; extract again with --methods dim,inlp")
     return result
 
 

@@ -18,26 +18,50 @@ def _moved(pair: Paired) -> bool:
     return pair.ci95 is not None and not pair.ci95[0] <= 0 <= pair.ci95[1]
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f}%"
+def _apart(form: str, scale: float, *values: float) -> list[str]:
+    """`values` with so many digits that two which differ look it (and nothing but 0 like 0)."""
+    for digits in range(12):
+        texts = [f"{scale * value:{form}.{digits}f}" for value in values]
+        if len(set(texts)) == len(set(values)) and all(float(t) or not v for t, v in zip(texts, values, strict=True)):
+            break
+    return texts
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+def _percents(*values: float) -> list[str]:
+    return [f"{text}%" for text in _apart("", 100, *values)]
 
 
-def _rate_verdict(report: Report, key: str, what: str, form: Callable[[float], str] = _percent) -> str | None:
+def _numbers(*values: float) -> list[str]:
+    return (
+        [f"{value:.4g}" for value in values]
+        if len({f"{v:.4g}" for v in values}) == len(set(values))
+        else [f"{value:.10g}" for value in values]
+    )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _rate_verdict(report: Report, key: str, what: str, forms: Callable[..., list[str]] = _percents) -> str | None:
     before, after = report.base.flat().get(key), report.edited.flat().get(key)
     pair = report.paired.get(key)
-    if before is None or after is None or pair is None or not pair.n:
+    if before is None or after is None or pair is None:
         return None
-    old, new = form(before.value), form(after.value)
+    if not pair.n:
+        return (
+            f"{what}: no item could be read of both models ({before.n} of the base's, {after.n} of the edited one's)."
+        )
+    old, new = forms(before.value, after.value)
+    items = _counted(pair.n, "item")
     word = "rose" if pair.difference > 0 else "fell"
-    if not _moved(pair):
-        return f"{what}: no change that {pair.n} items could show ({old} and {new})."
     if not pair.n == before.n == after.n:  # the shares are of other items than the difference is
-        total = max(before.n, after.n)
-        return f"{what} {word} by {form(abs(pair.difference))} on the {pair.n} items that both have (of {total} read)."
+        items = f"the {items} that both have (of {max(before.n, after.n)} read)"
+        if _moved(pair):
+            return f"{what} {word} by {forms(abs(pair.difference))[0]} on {items}."
+        return f"{what}: no change that {items} could show."
+    if not _moved(pair):
+        return f"{what}: no change that {items} could show ({old} and {new})."
     return f"{what} {word} from {old} to {new} (n = {pair.n})."
 
 
@@ -47,12 +71,17 @@ def _loss_verdict(report: Report, key: str) -> str | None:
         return None
     name = loss_title(key)
     name = name[0].upper() + name[1:]
-    interval = f" (95%: {100 * pair.ci95[0]:+.1f}% to {100 * pair.ci95[1]:+.1f}%)" if pair.ci95 else ""
-    if not _moved(pair):
-        return f"{name}: no change that {pair.n} texts could show{interval}."
+    low, high = pair.ci95 or (0.0, 0.0)
+    ends = " to ".join(f"{end:+.1f}%" if abs(end) >= 0.05 else f"{end:+.2g}%" for end in (100 * low, 100 * high))
+    interval = f" (95%: {ends})" if pair.ci95 else ""
+    if not _moved(pair):  # of five texts no test could find a change, whatever their interval says
+        return f"{name}: no change that {_counted(pair.n, 'text')} could show{interval if low <= 0 <= high else ''}."
     size = "more than a twentieth: other abilities may have suffered" if pair.difference > HARM else "little"
-    word = f"rose by {100 * pair.difference:.1f}%{interval}; that is {size}"
-    return f"{name} {word if pair.difference > 0 else f'fell by {-100 * pair.difference:.1f}%{interval}'}."
+    amount = 100 * abs(pair.difference)
+    by = f"{amount:.1f}%" if amount >= 0.05 else f"{amount:.2g}%"
+    if pair.difference > 0:
+        return f"{name} rose by {by}{interval}; that is {size}."
+    return f"{name} fell by {by}{interval}."
 
 
 def _task_verdict(report: Report, key: str) -> str | None:
@@ -60,7 +89,7 @@ def _task_verdict(report: Report, key: str) -> str | None:
         case Loss():
             return _loss_verdict(report, key)
         case Score():
-            return _rate_verdict(report, key, title(key), _number)
+            return _rate_verdict(report, key, title(key), _numbers)
     return _rate_verdict(report, key, title(key))
 
 
@@ -82,8 +111,8 @@ def verdicts(report: Report) -> list[str]:
     kl = report.edited.kl
     if kl is not None:
         found.append(
-            f"On harmless prompts the edited model's next words differ from the base's by {kl.completions.value:.3f} "
-            f"nats a token (KL), {kl.first_token.value:.3f} at the first."
+            "On harmless prompts the edited model's next words differ from the base's by at least "
+            f"{kl.completions.value:.3f} nats a token (KL), {kl.first_token.value:.3f} at the first."
         )
     for key in report.paired:
         if key.startswith(("choices.", "tasks.")) and key.count(".") == 1 + key.startswith("tasks."):

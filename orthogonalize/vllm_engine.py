@@ -16,7 +16,7 @@ import torch
 
 from .checkpoint import open_checkpoint
 from .continuations import Contest
-from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, check_installed, fingerprint
+from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, check_engine, fingerprint
 from .errors import OrthogonalizeError
 from .likelihoods import Completion, Likeliest
 from .progress import track
@@ -82,7 +82,7 @@ class VllmEngine:
         self.llm: Any = None
 
     def __enter__(self) -> Self:
-        check_installed("vllm")
+        check_engine("vllm", self.options)
         on_cpu = not torch.cuda.is_available()
         set_environment(on_cpu, self.options.parallel)
         with warnings.catch_warnings():

@@ -17,7 +17,7 @@ from conftest import store, tiny_llama, tiny_tokenizer
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.engine_group import EngineGroup, _devices, _serve
-from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap, block_of, check_options, single_tokens
+from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap, block_of, check_engine, single_tokens
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.launch import open_engine
 from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
@@ -146,14 +146,14 @@ def test_a_replica_that_cannot_start_or_is_gone_is_an_error(monkeypatch):
 
 
 def test_options_that_an_engine_would_leave_aside_are_refused():
-    check_options("hf", EngineOptions(device="cuda:1"))
-    check_options("vllm", EngineOptions(tensor_parallel_size=2, distributed_executor_backend="ray"))
+    check_engine("hf", EngineOptions(device="cuda:1"))
+    check_engine("vllm", EngineOptions(tensor_parallel_size=2, distributed_executor_backend="ray"))
     with pytest.raises(OrthogonalizeError, match="CUDA_VISIBLE_DEVICES"):
-        check_options("vllm", EngineOptions(device="cuda:1"))
+        check_engine("vllm", EngineOptions(device="cuda:1"))
     of_vllm = {"tensor_parallel_size": 2, "data_parallel_size": 2, "distributed_executor_backend": "mp"}
     for name, value in (of_vllm | {"gpu_memory_utilization": 0.5}).items():
         with pytest.raises(OrthogonalizeError, match=f"--engine hf .* has no --{name.replace('_', '-')}"):
-            check_options("hf", EngineOptions(**{name: value}))
+            check_engine("hf", EngineOptions(**{name: value}))
 
 
 def test_every_replica_gets_devices_of_its_own(monkeypatch):

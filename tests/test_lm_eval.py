@@ -210,5 +210,5 @@ def test_a_continuation_longer_than_the_room_keeps_its_end_and_a_token_before_it
 
 
 def test_a_perplexity_of_texts_without_words_is_no_number():
-    assert _series("word_perplexity", [(-1.0, 0), (-2.0, 0)]) is None
-    assert _series("word_perplexity", [(-1.0, 0), (-2.0, 3)]) is not None
+    assert _series([(-1.0, 0), (-2.0, 0)], perplexity=True) is None
+    assert _series([(-1.0, 0), (-2.0, 3)], perplexity=True) is not None

@@ -9,31 +9,74 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmark_files import all_sets
 from conftest import UNTRIED, store_choosing
 
-from orthogonalize.engines import TransformersEngine
+from orthogonalize.engines import EngineOptions, TransformersEngine, engine_state
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.likelihoods import Completion
-from orthogonalize.models import load_tokenizer
+from orthogonalize.models import folder_state, load_tokenizer
 from orthogonalize.plans import make_plan
 from orthogonalize.run import load_run
+from orthogonalize.verification import verify
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
 
-def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, tmp_path):
-    from orthogonalize.preparation import run_state
+def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, data):
+    found, tokenizer = load_run(run), load_tokenizer(model)
 
-    found = load_run(run)
-    tokenizer = load_tokenizer(model)
-    plan = make_plan(found, tokenizer, ["refusal", "behaviour"], 4)
-    assert make_plan(found, tokenizer, ["refusal", "behaviour"], 4).state == plan.state
+    def steps(found=found, suites=("refusal", "behaviour", "alpaca"), new_tokens=4, limit=4) -> list[str]:
+        return make_plan(found, tokenizer, suites, new_tokens, limit, data).steps("base")
+
+    assert steps() == steps()
     for change in ({"behaviour_tokens": [7]}, {"system": "be brief"}):
         other = replace(found, info=found.info.model_copy(update=change))
-        assert make_plan(other, tokenizer, ["refusal", "behaviour"], 4).state != plan.state
-    assert run_state(other) != run_state(found)
+        assert steps(other)[0] != steps()[0]
+    assert steps(other)[1] != steps()[1]  # a system prompt changes Alpaca's prompts, too
+    assert steps(new_tokens=5)[0] != steps()[0]
+    assert steps(new_tokens=5)[1] == steps()[1]
+    assert not set(steps(limit=3)) & set(steps())
+    assert set(steps()) < set(steps(suites=("refusal", "behaviour", "alpaca", "mmlu")))
+
+
+def test_what_an_engine_s_results_depend_on_is_part_of_what_they_are_kept_for(monkeypatch):
+    whole = EngineOptions()
+    assert engine_state("hf", replace(whole, gpu_memory_utilization=0.5)) == engine_state("hf", whole)
+    for change in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
+        assert engine_state("vllm", replace(whole, **change)) != engine_state("vllm", whole)
+    on_cpu = engine_state("hf", replace(whole, device="cpu"))
+    monkeypatch.setattr("orthogonalize.engines.choose_device", lambda _: torch.device("cuda", 1))
+    assert engine_state("hf", replace(whole, device="cuda:1")) != on_cpu
+    monkeypatch.setattr("orthogonalize.engines.version", lambda _: "another")
+    assert engine_state("hf", replace(whole, device="cpu"))[1:3] != on_cpu[1:3]
+
+
+def test_what_has_not_changed_since_is_not_measured_again(model, edited, run, data, tmp_path, monkeypatch):
+    """After one suite more, and a change of the edited checkpoint; `verify` writes into a recipe, which is none."""
+    checkpoint = tmp_path / "edited"
+    shutil.copytree(edited, checkpoint)
+    settings = {"engine": "hf", "max_new_tokens": 6, "data": data, "limit": 4}
+    asked: list[str] = []
+    scores = TransformersEngine.scores
+
+    def counted(self, *arguments):
+        if len(arguments[0]) > 1:  # but for the one prompt that is asked for NaN
+            asked.append(self.folder.name)
+        return scores(self, *arguments)
+
+    def dies(self, *_arguments):
+        raise OrthogonalizeError("the engine died")
+
+    monkeypatch.setattr(TransformersEngine, "scores", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "choices", dies)
+        with pytest.raises(OrthogonalizeError, match="died"):
+            evaluate(checkpoint, str(model), run, tmp_path / "out", suites=["pile", "mmlu"], **settings)
+    assert asked == ["model"]
+    verify(str(checkpoint), str(model))
+    evaluate(checkpoint, str(model), run, tmp_path / "out", suites=["alpaca", "pile", "mmlu"], **settings)
+    assert asked == ["model", "model", "edited", "edited"]
 
 
 def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, data, tmp_path, monkeypatch):
@@ -105,42 +148,29 @@ def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
 def test_the_portions_of_a_suite_are_forgotten_when_it_is_done(tmp_path):
     from orthogonalize.journal import Journal
 
-    journal = Journal(tmp_path / "out", "one")
+    journal = Journal(tmp_path / "out")
     journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
-    assert Journal(tmp_path / "out", "one").done == {"base/mmlu": [1, 2]}
+    assert Journal(tmp_path / "out").done == {"base/mmlu": [1, 2]}
 
 
-def test_a_journal_of_other_settings_or_a_cut_line_is_not_taken(tmp_path):
+def test_a_line_of_a_journal_that_was_cut_is_not_taken(tmp_path):
     from orthogonalize.journal import Journal
 
-    journal = Journal(tmp_path / "out", "one")
+    journal = Journal(tmp_path / "out")
     journal.step("a", lambda: 1)
     journal.step("b", lambda: 2)
     with journal.file.open("a") as file:
         file.write('{"step": "c", "resu')
-    assert Journal(tmp_path / "out", "one").done == {"a": 1, "b": 2}
-    assert Journal(tmp_path / "out", "two").done == {}
+    assert Journal(tmp_path / "out").done == {"a": 1, "b": 2}
 
 
-def test_a_run_is_not_taken_up_with_other_data_or_another_checkpoint(model, tmp_path):
-    from orthogonalize.models import folder_state
-    from orthogonalize.preparation import data_state
-
-    folder = all_sets(tmp_path / "data")
-    out = folder / "report"  # beside the data, as with --data .
-    before = data_state(folder, out)
-    out.mkdir()
-    (out / "report.json").write_text("{}")
-    (folder / ".report.partial-measured").write_text("{}")
-    assert data_state(folder, out) == before
-    file = next(f for f in sorted(folder.rglob("*.jsonl")) if f.is_file())
-    file.write_bytes(file.read_bytes() + b" ")
-    assert data_state(folder, out) != before
+def test_the_state_of_a_checkpoint_is_that_of_every_file_that_it_computes_with(model, tmp_path):
     for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
         copied = tmp_path / name.partition(".")[0]
         shutil.copytree(model, copied)
         before = folder_state(copied)
         (copied / "report").mkdir()
+        (copied / "orthogonalize.json").write_text("{}")
         assert folder_state(copied) == before
         os.utime(copied / name, ns=(1, 1))
         assert folder_state(copied) != before

@@ -1,0 +1,22 @@
+"""Texts that go on, as token ids: with what a tokenizer puts before a text (BOS), without what it puts after (EOS)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def opened(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
+    """Ids of every text, at most `most` of each."""
+    after = _after(tokenizer)
+    length: dict[str, Any] = {} if most is None else {"truncation": True, "max_length": most + after}
+    rows = tokenizer(list(texts), **length)["input_ids"] if texts else []
+    return [list(ids[: len(ids) - after]) for ids in rows]
+
+
+def _after(tokenizer: Any) -> int:
+    """How many tokens `tokenizer` puts after a text."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    starts = range(len(whole) - len(bare) + 1)
+    before = next((i for i in starts if whole[i : i + len(bare)] == bare), len(whole) - len(bare))
+    return len(whole) - len(bare) - before
