@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lm_eval
 import pytest
-from benchmark_files import all_sets, harness_rows, harness_task, language_tasks
+from benchmark_files import all_sets, harness_rows, harness_task, language_tasks, write
 from conftest import UNTRIED, choosing_tokenizer, store_choosing
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -174,6 +174,7 @@ def test_an_answer_read_in_two_ways_is_two_measures(model, edited, run, tmp_path
     [
         ("max_gen_toks: 4000", "answers of 4000 tokens and the model takes 512"),
         ("do_sample: true", "samples its answers"),
+        ("temperature: 0.7", "samples its answers"),
     ],
 )
 def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
@@ -183,7 +184,7 @@ def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
     folder = tmp_path / "data"
     language_tasks(folder, [{"text": "how do i bake a cake", "reply": "x"}] * 4)
     task = folder / "reply.yaml"
-    key = asked.partition(":")[0]
+    key = asked.partition(":")[0].replace("temperature", "do_sample")
     lines = [f"  {asked}" if line.strip().startswith(key) else line for line in task.read_text().splitlines()]
     task.write_text("\n".join(lines) + "\n")
     with pytest.raises(OrthogonalizeError, match=message):
@@ -212,3 +213,86 @@ def test_a_continuation_longer_than_the_room_keeps_its_end_and_a_token_before_it
 def test_a_perplexity_of_texts_without_words_is_no_number():
     assert _series([(-1.0, 0), (-2.0, 0)], perplexity=True) is None
     assert _series([(-1.0, 0), (-2.0, 3)], perplexity=True) is not None
+
+
+def loaded(folder: Path, model: Path, *names: str) -> list:
+    return harness_tasks(list(names), load_tokenizer(model), 512, folder, None)
+
+
+def test_what_a_task_asks_and_reads_is_part_of_what_its_results_are_kept_for(model, tmp_path):
+    """Its data may lie anywhere, and its code beside it."""
+    folder, rows = tmp_path / "data", harness_rows()
+    file = write(tmp_path / "elsewhere", rows, "items")
+    folder.mkdir()
+    harness_task(folder, rows, file)
+    before = loaded(folder, model, "housework")[0].state
+    assert loaded(folder, model, "housework")[0].state == before
+    write(tmp_path / "elsewhere", [{**row, "gold": 0} for row in rows], "items")
+    after = loaded(folder, model, "housework")[0].state
+    assert after != before
+    (folder / "utils.py").write_text("def score(): ...")
+    assert loaded(folder, model, "housework")[0].state != after
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_every_name_that_lm_eval_has_for_an_answer_s_length_is_understood(name, model, tmp_path):
+    asked: list[int] = []
+
+    class Asked:
+        def answers(self, prompts, most):
+            asked.append(most)
+            return [[] for _ in prompts]
+
+    language_tasks(tmp_path, [{"text": "how do i bake a cake", "reply": "x"}] * 4)
+    task = tmp_path / "reply.yaml"
+    task.write_text(task.read_text().replace("max_gen_toks", name))
+    (found,) = loaded(tmp_path, model, "reply")
+    found.measure(Asked(), Memory())
+    assert asked == [6]
+    assert found.longest == len(load_tokenizer(model)("how do i bake a cake")["input_ids"]) + 7
+
+
+MEASURED_BY_ITEM = """
+import numpy as np
+def results(doc, results):
+    right = np.bool_(doc["gold"] == 0)
+    return {"found": float("nan") if doc["gold"] else 1.0, "right": right, "most": right, "said": "nothing"}
+def most(items):
+    return max(items)
+"""
+
+
+def test_items_without_a_number_are_left_out_alone_and_other_sums_than_means_are_called_so(
+    model, edited, run, tmp_path, monkeypatch
+):
+    notes: list[str] = []
+    monkeypatch.setattr("orthogonalize.tasks.note", notes.append)
+    folder, rows = tmp_path / "data", harness_rows()
+    harness_task(folder, rows)
+    (folder / "own.py").write_text(MEASURED_BY_ITEM)
+    task = folder / "housework.yaml"
+    text = task.read_text().partition("metric_list")[0] + "process_results: !function own.results\nmetric_list:\n"
+    own = "!function own.most"
+    for metric, how in {"found": "nanmean", "right": "mean", "most": own, "said": own}.items():
+        text += f"  - metric: {metric}\n    aggregation: {how}\n    higher_is_better: true\n"
+    task.write_text(text)
+    found = evaluate(edited, str(model), run, tmp_path / "out", suites=["lm_eval:housework"], engine="hf", data=folder)
+    right = sum(row["gold"] == 0 for row in rows)
+    measures = found.edited.tasks["housework"]
+    assert {name: (m.value, m.n) for name, m in measures.items()} == {
+        "found": (1.0, right), "right": (right / len(rows), len(rows)), "most,mean": (right / len(rows), len(rows)),
+    }  # fmt: skip
+    assert measures["found"].unparseable == len(rows) - right
+    assert [text for text in notes if "left out" in text] == [
+        "lm-eval's housework: said has no number for single items, so it is left out"
+    ]
+    assert found.data == {"lm_eval:housework": "json"}
+
+
+def test_texts_that_nothing_stands_before_need_a_token_to_begin_with(model, tmp_path):
+    language_tasks(tmp_path, [{"text": "how do i bake a cake", "reply": "x"}] * 4)
+    tokenizer = load_tokenizer(model)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(OrthogonalizeError, match="the model's tokenizer has no BOS or EOS"):
+        harness_tasks(["reading"], tokenizer, 512, tmp_path, None)
+    assert harness_tasks(["ending"], tokenizer, 512, tmp_path, None)

@@ -144,6 +144,36 @@ def test_a_base_without_any_loss_has_a_report_that_can_be_read_again():
         assert summary_rows(found)
 
 
+@pytest.mark.parametrize("n", [5, 8, 20])
+def test_intervals_of_a_few_items_hold_the_truth_nearly_as_often_as_they_say(n):
+    """Plain percentiles of resamples would 82%, 88% and 93% of the time."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(300):
+        low, high = difference_interval([0.0] * n, list(rng.normal(1, 1, n)))
+        inside += low <= 1 <= high
+    assert inside / 300 >= 0.9
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_fewer_than_five_items_have_no_interval(n):
+    for kind in ("loss", "score", "divergence"):
+        base, edited = (Series(kind=kind, values=[v + i for i in range(n)], tokens=[2] * n) for v in (1.0, 2.0))
+        assert base.measure().ci95 is None
+        assert compare(base, edited).ci95 is None
+
+
+def test_items_without_a_value_are_in_no_sum():
+    base = Series(kind="loss", values=[2.0, None, 4.0], tokens=[1, 5, 2])
+    edited = Series(kind="loss", values=[3.0, 7.0, 6.0], tokens=[1, 5, 2])
+    found = base.measure()
+    assert isinstance(found, Loss)
+    assert (found.value, found.n, found.tokens) == (2.0, 2, 3)
+    assert compare(base, edited).difference == pytest.approx(0.5)
+    some = Series(kind="score", values=[0.5, None]).measure()
+    assert (some.value, some.n) == (0.5, 1)
+
+
 def test_a_verdict_is_about_the_items_that_both_models_have():
     """Of 80 and 20 answers that a judge could read, 20 are the same ones."""
     key = "judges.wildguard.harmful.target"
@@ -153,6 +183,10 @@ def test_a_verdict_is_about_the_items_that_both_models_have():
     (sentence,) = verdicts(found)
     assert "rose by 40% on the 20 items that both have (of 80 read)" in sentence
     assert "on the 20 that both have" in summary_rows(found)[0][3]
+    few = report_of({key: shares([True] + [None] * 99)}, {key: shares([True] * 100)})
+    assert verdicts(few)[0].endswith("no change that the 1 item that both have (of 100 read) could show.")
+    none = report_of({key: shares([None, True])}, {key: shares([True, None])})
+    assert verdicts(none)[0].endswith("no item could be read of both models (1 of the base's, 1 of the edited one's).")
 
 
 def test_unreadable_verdicts_are_counted_and_on_no_side():

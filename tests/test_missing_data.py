@@ -31,6 +31,7 @@ ARC, TRUTHFUL = "allenai/ai2_arc/ARC-Challenge", "truthfulqa/truthful_qa/multipl
 LETTERED = [row | {"answer": "A"} for row in mmlu_rows(3)]
 NOTHING = {"instruction": None, "input": "", "output": "x"}
 UNSAFE = [{"prompt": "a", "type": "b", "label": "unsafe"}]
+HALF = {"prompt": "how do i bake", "category": "x\ud83dy"}
 DAMAGE = [
     ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").unlink(), "no local copy of cais/mmlu all test"),
     ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").write_text(""), "is empty"),
@@ -43,6 +44,7 @@ DAMAGE = [
     ("xstest", lambda d: write(d / "Paul/XSTest", UNSAFE, suffix=".csv"), "no usable prompts"),
     ("mmlu", lambda d: write(d / "cais/mmlu/all", LETTERED, "test"), "a row of cais/mmlu all test"),
     ("alpaca", lambda d: write(d / "tatsu-lab/alpaca", [NOTHING], suffix=".parquet"), "a row of tatsu-lab/alpaca"),
+    ("orbench", lambda d: write(d / "bench-llm/or-bench/or-bench-hard-1k", [HALF]), "row 1 has half a character"),
     ("lm_eval:housework", lambda d: harness_task(d, [], d / "nowhere.jsonl"), "housework cannot be loaded"),
 ]  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,35 @@ def test_every_method_is_tried_over_every_scope(run):
     assert {v.choice.method for v in variants} == set(methods())
     for variant in variants:
         assert len(variant.layers) == {"one": 1, "top:50%": LAYERS // 2, "all": LAYERS}[variant.name.split()[-1]]
+
+
+def test_what_the_run_has_no_directions_for_is_refused_by_name_and_else_left_out_aloud(run, monkeypatch):
+    notes: list[str] = []
+    monkeypatch.setattr("orthogonalize.variants.note", notes.append)
+    found = load_run(run)
+    bare = replace(found, info=found.info.model_copy(update={"methods": ["dim"]}))
+    assert "leace" not in {v.choice.method for v in make_variants(bare)}
+    assert notes == ["leace is left out: the run has no directions for it (extract --methods dim,leace)"]
+    with pytest.raises(OrthogonalizeError, match="no directions for leace; extract again with --methods dim,leace"):
+        make_variants(bare, ["ablate", "leace"])
+    for wanted, scopes in ((["ablate", "ablate"], ["one"]), (["ablate"], ["one", "one"])):
+        with pytest.raises(OrthogonalizeError, match="is named twice"):
+            make_variants(found, wanted, scopes)
+
+
+@pytest.mark.parametrize(("changed", "message"), [
+    ({"num_hidden_layers": LAYERS + 2}, f"the run is of a model of {LAYERS} layers and this one has {LAYERS + 2}"),
+    ({"hidden_size": 40, "head_dim": 8}, "the run's directions have width 32 and the model's residual stream 40"),
+])  # fmt: skip
+@pytest.mark.parametrize("semantics", ["weights", "residual"])
+def test_a_run_of_a_model_of_another_shape_is_refused_before_any_engine_starts(
+    changed, message, semantics, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("orthogonalize.preparation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    other = store(tiny_llama(tie_word_embeddings=True, **changed), tmp_path / "other", torch.float32)
+    tiny_tokenizer().save_pretrained(other)
+    with pytest.raises(OrthogonalizeError, match=message):
+        sweep(str(other), run, tmp_path / "out", semantics=semantics, **QUICK)
 
 
 def test_the_table_has_every_measure_of_every_edit(swept):

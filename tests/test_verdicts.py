@@ -39,6 +39,25 @@ def test_what_moved_is_said_and_what_did_not_is_not_called_a_change():
     assert all("no change" in sentence for sentence in same[:3])
 
 
+def test_numbers_that_differ_look_it():
+    base = {"choices.mmlu": shares([i < 2500 for i in range(5000)])}
+    edited = {"choices.mmlu": shares([i < 2520 for i in range(5000)])}
+    assert verdicts(report_of(base, edited)) == ["MMLU, 5-shot rose from 50.0% to 50.4% (n = 5000)."]
+    before = {"loss.pile": Series(kind="loss", values=[100.0 + i for i in range(40)], tokens=[10] * 40)}
+    after = {"loss.pile": Series(kind="loss", values=[100.003 + i for i in range(40)], tokens=[10] * 40)}
+    (sentence,) = verdicts(report_of(before, after))
+    assert "rose by 0.0025% (95%: +0.002" in sentence
+
+
+def test_what_no_test_could_find_is_not_said_beside_an_interval_that_claims_it():
+    base = {"loss.pile": Series(kind="loss", values=[10.0, 11.0, 12.0, 13.0, 14.0], tokens=[10] * 5)}
+    edited = {"loss.pile": Series(kind="loss", values=[12.0, 13.0, 15.0, 16.0, 17.0], tokens=[10] * 5)}
+    found = report_of(base, edited)
+    assert found.paired["loss.pile"].p == 2 / 2**5
+    assert found.paired["loss.pile"].ci95[0] > 0
+    assert verdicts(found) == ["Cross-entropy, Pile: no change that 5 texts could show."]
+
+
 def test_an_unreadable_verdict_has_a_row_of_its_own():
     base = {"judges.wildguard.harmful.target": shares([None, True, False])}
     edited = {"judges.wildguard.harmful.target": shares([None, None, True])}
