@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 
-from .engines import EngineOptions, Ids
+from .engines import EngineOptions, Ids, Part
 from .errors import OrthogonalizeError
 from .likelihoods import Completion, Likeliest
 
@@ -131,9 +131,9 @@ class EngineGroup:
                 self._ask(number, "load_from", (folder,))
             self._replies()
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, part: Part = "all") -> str:
         for number in range(len(self.connections)):
-            self._ask(number, "fingerprint", ())
+            self._ask(number, "fingerprint", (part,))
         return " ".join(self._replies())
 
 

@@ -6,14 +6,12 @@ import gc
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
 import torch
 
-from .checkpoint import Checkpoint
 from .errors import OrthogonalizeError
 from .generation import generate, stop_tokens
 from .likelihoods import Completion, Likeliest, completion_scores, likeliest_tokens, next_token_logprobs
@@ -25,6 +23,7 @@ ENGINES: tuple[EngineName, ...] = ("vllm", "hf")
 LIKELIEST = 100  # tokens whose probability is read where a distribution is wanted
 
 Ids = Sequence[int]
+Part = int | Literal["all", "outside"]  # of a model: a layer, everything, or what is in no layer
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ class Engine(Respondent, Protocol):
     def load(self, weights: Mapping[str, Callable[[], torch.Tensor]]) -> None:
         """Replace checkpoint tensors in place; cached prefixes are forgotten."""
 
-    def fingerprint(self) -> str:
-        """SHA-256 of every weight as the engine holds it."""
+    def fingerprint(self, part: Part = "all") -> str:
+        """SHA-256 of every weight of a part, as the engine holds it."""
 
 
 def check_engine(name: str, options: EngineOptions) -> None:
@@ -175,18 +174,16 @@ class TransformersEngine:
         parameters = dict(self.model.named_parameters())
         missing = sorted(set(weights) - set(parameters))
         if missing:
-            raise OrthogonalizeError(
-                f"transformers keeps {missing[0]} under another name, so it cannot be swapped; use --engine vllm"
-            )
+            raise OrthogonalizeError(f"transformers keeps {missing[0]} under another name, so it cannot be swapped")
         for name, make in weights.items():
             parameters[name].copy_(make())
 
-    def fingerprint(self) -> str:
-        return fingerprint(self.model)
+    def fingerprint(self, part: Part = "all") -> str:
+        return fingerprint(self.model, part)
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 of every parameter by name and bytes.
+def fingerprint(model: torch.nn.Module, part: Part = "all") -> str:
+    """SHA-256 of every parameter by name and bytes; of one layer, or of what is in none, if `part` says so.
 
     vLLM's CPU build packs the weights of linear layers out of sight and leaves empty parameters; such
     a layer is read through what it does to the identity, which gives its weights back exactly.
@@ -195,53 +192,19 @@ def fingerprint(model: torch.nn.Module) -> str:
 
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
+        if part not in ("all", layer_of(name)):
+            continue
         value = parameter.detach()
         if value.numel() == 0:
             module: Any = model.get_submodule(name.rpartition(".")[0])
-            identity = torch.eye(module.input_size_per_partition, dtype=value.dtype, device=value.device)
+            width = getattr(module, "input_size_per_partition", None) or module.input_size
+            identity = torch.eye(width, dtype=value.dtype, device=value.device)
             value = module.quant_method.apply(module, identity, None)
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
-class WeightSwap:
-    """In-place edits of a running engine, started from the folder of `source`; what is not edited is as stored.
-
-    Engines fuse tensors (q, k and v; gate and up; experts), and a fused one cannot be given in part, so
-    whole blocks are replaced: all of a layer's attention, or all of its MLP.
-    """
-
-    def __init__(self, engine: Engine, source: Checkpoint) -> None:
-        self.engine, self.source = engine, source
-        self.blocks: dict[str, list[str]] = {}
-        for name in source.tensors:
-            self.blocks.setdefault(block_of(name), []).append(name)
-        self.touched: set[str] = set()
-
-    def apply(self, edited: Mapping[str, Callable[[], torch.Tensor]]) -> None:
-        """Let the engine hold `edited` and, for all else, the tensors of the source."""
-        unknown = sorted(set(edited) - self.source.tensors.keys())
-        if unknown:
-            raise ValueError(f"{unknown[0]} is no tensor of {self.source.path}")
-        now = {block_of(name) for name in edited}
-        weights: dict[str, Callable[[], torch.Tensor]] = {}
-        for block in sorted(now | self.touched):
-            for name in self.blocks[block]:
-                weights[name] = edited.get(name) or partial(self.source.read, name)
-        self.touched = now
-        if weights:
-            self.engine.load(weights)
-
-    def restore(self) -> None:
-        """The source again."""
-        self.apply({})
-
-
-def block_of(name: str) -> str:
-    """What `name` may be fused with: `model.layers.3.mlp` for everything under it, else its own module."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.isdecimal():
-            return ".".join(parts[: i + 2])
-    return name.rpartition(".")[0]
+def layer_of(name: str) -> int | Literal["outside"]:
+    """The layer that a parameter belongs to, by the first number in its name."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), "outside")

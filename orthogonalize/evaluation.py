@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from .checkpoint import RECIPE, open_checkpoint
-from .engines import Engine, EngineName, EngineOptions, WeightSwap
+from .engines import Engine, EngineName, EngineOptions
 from .errors import OrthogonalizeError
 from .hubcache import edited_folder
 from .journal import Journal
@@ -23,8 +23,9 @@ from .recipe import load_recipe
 from .refusals import LEAST_TOKENS, refused
 from .report import Answer, Measures, Report, compare_all
 from .run import load_run
-from .serving import base_weights, check_pair
+from .serving import base_weights, changed_tensors, check_pair
 from .suites import Memory
+from .swapping import WeightSwap
 from .webpage import write_webpage
 
 
@@ -68,8 +69,8 @@ def _engines(
 
     vLLM is started once, on the edited checkpoint; the base's weights are swapped in and out again, and
     the engine must then hold what it loaded from disk, bit for bit, or `distrust` is called and nothing given.
-    Where the base cannot be had that way (an edit without recipe that adds tensors), and for transformers,
-    each has an engine of its own.
+    Where the base cannot be had that way (an edit without recipe that adds tensors, weights that vLLM does not
+    take over in place), and for transformers, each has an engine of its own.
     """
     weights = None if separate or ready.engine == "hf" else base_weights(edited, ready.folder)
     open_now: list[Engine] = []
@@ -87,13 +88,18 @@ def _engines(
 
     def swapped_base() -> Engine:
         running = start(edited)
-        loaded.append(running.fingerprint())
+        swap = WeightSwap(running, open_checkpoint(edited))
         assert weights is not None
-        WeightSwap(running, open_checkpoint(edited)).apply(weights)
+        lacking = swap.not_taken(changed_tensors(edited) or weights)
+        if lacking is not None:
+            note(f"vLLM does not take over {lacking} in place, so base and edited get an engine each")
+            return start(ready.folder)
+        loaded.append(running.fingerprint())
+        swap.apply(weights)
         return running
 
     def swapped_edited() -> Engine:
-        if not open_now:
+        if not open_now or not loaded:
             return start(edited)
         source = open_checkpoint(edited)
         WeightSwap(open_now[0], source).apply({name: partial(source.read, name) for name in source.tensors})

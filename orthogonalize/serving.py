@@ -65,6 +65,23 @@ def base_weights(checkpoint: Path, base: Path) -> Weights | None:
     return weights if weights.keys() == edited.tensors.keys() and config == edited.config and same_dtypes else None
 
 
+def changed_tensors(checkpoint: Path) -> set[str]:
+    """The tensors that an edit changed or added, by its recipe; none where there is no recipe."""
+    if not (checkpoint / RECIPE).is_file():
+        return set()
+    recipe = load_recipe(checkpoint)
+    return {tensor.name for tensor in recipe.tensors} | set(recipe.added)
+
+
+@contextmanager
+def own_folder(plan: Bake) -> Iterator[Path]:
+    """The edited checkpoint itself, for an engine of its own, in a temporary folder."""
+    with TemporaryDirectory(prefix="orthogonalize-") as name:
+        check_space(Path(name), plan.output_bytes)
+        plan.write(Path(name), link=True)
+        yield Path(name)
+
+
 @contextmanager
 def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
     """A folder that computes what `source` does and has every tensor and setting that any of `plans` adds.
@@ -111,5 +128,5 @@ def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
 
 
 def edited_weights(plan: Bake) -> Weights:
-    """Every tensor that `plan` changes, computed as for a checkpoint on disk."""
-    return {name: partial(plan.edited, name) for name in plan.edits}
+    """Every tensor that `plan` changes (scales of quantised ones, too), computed as for a checkpoint on disk."""
+    return {name: partial(plan.edited, name) for name in plan.changes.names}

@@ -14,7 +14,7 @@ from .baking import Bake, bake
 from .checkpoint import Checkpoint, open_checkpoint
 from .comparison import Semantics, Sweep, Swept, effect_key, harm_key, pareto
 from .editing import check_fits
-from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine, WeightSwap
+from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine
 from .errors import NoNumberError, OrthogonalizeError
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
@@ -28,8 +28,9 @@ from .recipe import store_maps
 from .refusals import LEAST_TOKENS
 from .report import Measures, compare_all
 from .run import load_run
-from .serving import common_folder, edited_weights
+from .serving import common_folder, edited_weights, own_folder
 from .suites import Memory
+from .swapping import WeightSwap
 from .sweep_plots import write_pareto_plot
 from .variants import SCOPES, Variant, make_variants
 
@@ -49,7 +50,8 @@ def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
 class _Host:
     """A sweep's one engine, started when it is first asked for: it holds the base, then one edit after the other.
 
-    `plans` are the edits' weights, to be swapped in place; None: the reference's hooks act instead.
+    `plans` are the edits' weights, to be swapped in place; None: the reference's hooks act instead. Where an engine
+    does not take weights over in place, every edit gets one of its own.
     """
 
     def __init__(self, start: Callable[[Path], Engine], source: Checkpoint, plans: Mapping[str, Bake] | None) -> None:
@@ -57,6 +59,7 @@ class _Host:
         self.stack = ExitStack()
         self.running: tuple[Engine, WeightSwap, str] | None = None
         self.held: list[bool] = []
+        self.in_place = True
 
     def __enter__(self) -> Self:
         return self
@@ -68,8 +71,16 @@ class _Host:
         if self.running is None:
             folder = self.stack.enter_context(common_folder(self.source, list((self.plans or {}).values())))
             engine = self.stack.enter_context(self.start(folder))
-            loaded = "" if self.plans is None else engine.fingerprint()
-            self.running = engine, WeightSwap(engine, open_checkpoint(folder)), loaded
+            swap, loaded = WeightSwap(engine, open_checkpoint(folder)), ""
+            if self.plans is not None and self.in_place:
+                lacking = swap.not_taken({name for plan in self.plans.values() for name in plan.changes.names})
+                if lacking is not None:
+                    note(f"{lacking} cannot be swapped in this engine, so every edit gets one of its own")
+                    self.in_place = False
+                    self.stack.close()
+                    return self._started()
+                loaded = engine.fingerprint()
+            self.running = engine, swap, loaded
         return self.running
 
     def base(self) -> Engine:
@@ -79,6 +90,12 @@ class _Host:
     @contextmanager
     def edited(self, variant: Variant) -> Iterator[Engine]:
         """The engine under an edit. Its weights stay until others take their place; hooks end with the context."""
+        if not self.in_place:
+            self._leave()
+            assert self.plans is not None
+            with own_folder(self.plans[variant.name]) as folder, self.start(folder) as engine:
+                yield engine
+            return
         engine, swap, _ = self._started()
         if self.plans is not None:
             swap.apply(edited_weights(self.plans[variant.name]))
@@ -88,6 +105,10 @@ class _Host:
             with residual_hooks(engine.model, variant):
                 yield engine
 
+    def _leave(self) -> None:
+        self.stack.close()
+        self.running = None
+
     def start_afresh(self) -> bool | None:
         """Leave the engine for another that starts when it is asked for; returns what `restored` says of the old one.
 
@@ -95,13 +116,12 @@ class _Host:
         """
         held = self.restored()
         if self.plans is not None:
-            self.stack.close()
-            self.running = None
+            self._leave()
         return held
 
     def restored(self) -> bool | None:
         """Swap the base in again: whether every engine so far held it, bit for bit; None where nothing was swapped."""
-        if self.plans is not None and self.running is not None:
+        if self.plans is not None and self.running is not None and self.in_place:
             engine, swap, loaded = self.running
             swap.restore()
             self.held.append(engine.fingerprint() == loaded)
@@ -134,7 +154,7 @@ class _Runner:
         if self.journal.has(f"{label}/refused"):
             self.refused[name] = self.journal.step(f"{label}/refused", str)
             return
-        if not done:
+        if not done and host.in_place:
             host.base()  # started before the time that an edit takes is counted
         start = time.perf_counter()
         try:

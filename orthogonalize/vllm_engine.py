@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ import torch
 
 from .checkpoint import open_checkpoint
 from .continuations import Contest
-from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, check_engine, fingerprint
+from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, Part, check_engine, fingerprint
 from .errors import OrthogonalizeError
 from .likelihoods import Completion, Likeliest
 from .progress import track
@@ -202,9 +203,9 @@ class VllmEngine:
         if not self.llm.reset_prefix_cache():
             raise OrthogonalizeError("vLLM did not clear its prefix cache, so edits cannot be swapped in place")
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, part: Part = "all") -> str:
         with _named("vLLM failed while its weights were read"):
-            return "-".join(self.llm.apply_model(fingerprint))
+            return "-".join(self.llm.apply_model(partial(fingerprint, part=part)))
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from conftest import store, tiny_llama, tiny_tokenizer
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.engine_group import EngineGroup, _devices, _serve
-from orthogonalize.engines import EngineOptions, TransformersEngine, WeightSwap, block_of, check_engine, single_tokens
+from orthogonalize.engines import EngineOptions, TransformersEngine, check_engine, single_tokens
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.launch import open_engine
+from orthogonalize.swapping import WeightSwap, block_of
 from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
 
 
@@ -93,8 +94,8 @@ class Replica:
     def choices(self, contexts, choices):
         return [[float(c[0]), float(len(x))] for c, x in zip(contexts, choices, strict=True)]
 
-    def fingerprint(self):
-        return "same"
+    def fingerprint(self, part):
+        return f"same {part}"
 
     def load_from(self, folder):
         assert (folder / "00000.safetensors").is_file()
@@ -118,7 +119,8 @@ def test_prompts_are_dealt_out_and_results_put_back_in_order(count, monkeypatch)
     prompts = [[i] for i in range(10)]
     assert group.answers(prompts, 7) == [[i, 7] for i in range(10)]
     assert group.choices(prompts, [[[1]] * (i + 1) for i in range(10)]) == [[float(i), i + 1.0] for i in range(10)]
-    assert group.fingerprint() == " ".join(["same"] * count)
+    assert group.fingerprint() == " ".join(["same all"] * count)
+    assert group.fingerprint(3) == " ".join(["same 3"] * count)
     group.load({"a": lambda: torch.ones(2)})
     for connection in group.connections:
         connection.send(None)
@@ -133,7 +135,7 @@ def test_a_replica_that_cannot_start_or_is_gone_is_an_error(monkeypatch):
     here, there = Pipe()
     there.close()
     group.connections[1] = here
-    group.connections[0].send(("fingerprint", ()))
+    group.connections[0].send(("fingerprint", ("all",)))
     with pytest.raises(OrthogonalizeError, match="engine 1 of 2 died"):
         group._replies()
     for ask in (
@@ -200,6 +202,41 @@ class Holder:
 
     def load(self, weights):
         self.given = {name: make() for name, make in weights.items()}
+
+
+class Picky(TransformersEngine):
+    """One that leaves some tensors as they are, forgets what was there before, or refuses them."""
+
+    def __init__(self, folder, fault: str, kind: str) -> None:
+        super().__init__(folder, None, "cpu")
+        self.fault, self.kind = fault, kind
+
+    def load(self, weights):
+        own = {name: make for name, make in weights.items() if self.kind in name}
+        if own and self.fault == "refuses":
+            raise OrthogonalizeError("these it has under another name")
+        if self.fault == "keeps":
+            weights = {name: make for name, make in weights.items() if name not in own}
+        if self.fault == "spoils":
+            weights = weights | {name: (lambda make=make: make() + 1e-3) for name, make in own.items()}
+        super().load(weights)
+
+
+@pytest.mark.parametrize("fault", ["keeps", "refuses", "spoils", "none"])
+@pytest.mark.parametrize("kind", ["down_proj", "embed_tokens", "input_layernorm"])
+def test_what_an_engine_does_not_take_over_in_place_is_found_before_it_is_trusted(fault, kind, folder):
+    source = open_checkpoint(folder)
+    with Picky(folder, fault, kind) as engine:
+        before = engine.fingerprint()
+        found = WeightSwap(engine, source).not_taken(source.tensors)
+        if fault == "none":
+            assert found is None
+            assert engine.fingerprint() == before
+        else:
+            assert found is not None
+            assert kind in found or fault != "keeps"
+        others = [name for name in source.tensors if kind not in name and not name.startswith("model.layers")]
+        assert fault == "spoils" or WeightSwap(engine, source).not_taken(others) is None
 
 
 def test_a_swap_gives_whole_blocks_and_takes_back_what_the_last_one_changed(folder):

@@ -18,6 +18,7 @@ from orthogonalize.likelihoods import Completion
 from orthogonalize.models import folder_state, load_tokenizer
 from orthogonalize.plans import make_plan
 from orthogonalize.run import load_run
+from orthogonalize.swapping import WeightSwap
 from orthogonalize.verification import verify
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
@@ -182,12 +183,37 @@ def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, e
         "orthogonalize.preparation.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
     )
     prints = iter("abcdefgh")
+    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: next(prints))
     settings = {"suites": ["refusal"], "max_new_tokens": 4}
     with pytest.raises(OrthogonalizeError, match=r"use --separate-engines$"):
         evaluate(edited, str(model), run, tmp_path / "out", **settings)
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
     assert evaluate(edited, str(model), run, tmp_path / "out", separate_engines=True, **settings).base.refusal
+
+
+def test_where_weights_are_not_taken_over_in_place_each_model_gets_an_engine(model, edited, run, tmp_path, monkeypatch):
+    """vLLM is played by transformers here, and goes on with what it has, as it does of some experts."""
+    started: list[str] = []
+    notes: list[str] = []
+
+    def start(_, folder, tokenizer, *__):
+        started.append(folder.name)
+        return TransformersEngine(folder, tokenizer)
+
+    load = TransformersEngine.load
+    monkeypatch.setattr("orthogonalize.preparation.open_engine", start)
+    monkeypatch.setattr("orthogonalize.evaluation.note", notes.append)
+    settings = {"suites": ["refusal", "loss"], "max_new_tokens": 4}
+    swapped = evaluate(edited, str(model), run, tmp_path / "swapped", **settings)
+    assert started == ["edited"]
+    monkeypatch.setattr(
+        TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "down_proj" not in n})
+    )
+    apart = evaluate(edited, str(model), run, tmp_path / "apart", **settings)
+    assert started == ["edited", "edited", "model", "edited"]
+    assert "does not take over model.layers.0.mlp.down_proj.weight in place" in notes[0]
+    assert apart.model_dump() == swapped.model_dump()
 
 
 def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.generation import generate
 from orthogonalize.run import load_run
+from orthogonalize.swapping import WeightSwap
 from orthogonalize.sweeps import residual_hooks, sweep
 from orthogonalize.variants import make_variants, methods
 
@@ -93,6 +94,30 @@ def test_a_run_of_a_model_of_another_shape_is_refused_before_any_engine_starts(
         sweep(str(other), run, tmp_path / "out", semantics=semantics, **QUICK)
 
 
+def test_edits_that_an_engine_does_not_take_over_in_place_get_engines_of_their_own(
+    swept, model, run, tmp_path, monkeypatch
+):
+    started: list[Path] = []
+    enter, load = TransformersEngine.__enter__, TransformersEngine.load
+
+    def counted(self):
+        started.append(self.folder)
+        return enter(self)
+
+    kept = [v for v in make_variants(load_run(run)) if v.name in SWEPT]
+    monkeypatch.setattr("orthogonalize.sweeps.make_variants", lambda *_: kept)
+    monkeypatch.setattr(TransformersEngine, "__enter__", counted)
+    monkeypatch.setattr(
+        TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "o_proj" not in n})
+    )
+    found = sweep(str(model), run, tmp_path / "apart", **QUICK)
+    assert len(started) == 2 + len(SWEPT)  # on the common folder, on that again for the base, and for every edit
+    assert found.restored is None
+    assert not any(folder.exists() for folder in started[2:])
+    for mine, other in zip(found.variants, swept.variants, strict=True):
+        assert mine.measures == other.measures, mine.name
+
+
 def test_the_table_has_every_measure_of_every_edit(swept):
     assert tuple(sorted(v.name for v in swept.variants)) == tuple(sorted(SWEPT))
     assert swept.restored is True
@@ -144,6 +169,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(model, run, tmp_path, monkeypat
             raise OrthogonalizeError("the engine died")
         load(self, weights)
 
+    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)  # it loads, too
     monkeypatch.setattr(TransformersEngine, "load", dies)
     with pytest.raises(OrthogonalizeError, match="died"):
         sweep(str(model), run, tmp_path / "cut", **settings)
@@ -161,6 +187,7 @@ def test_a_sweep_whose_engine_is_not_as_it_was_is_measured_anew(model, run, tmp_
     settings = {**QUICK, "methods": ["ablate"], "scopes": ["one"]}
     with monkeypatch.context() as patch:
         seen: list[int] = []
+        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
         patch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
         with pytest.raises(OrthogonalizeError, match=r"did not hold the base's weights again after its edits$"):
             sweep(str(model), run, tmp_path / "sweep", **settings)
@@ -316,6 +343,7 @@ def test_an_engine_that_an_edit_left_broken_is_checked_before_it_is_left(model, 
     monkeypatch.setattr(sweeps, "edited_weights", nan)
     assert sweep(str(model), run, tmp_path / "whole", **settings).restored is True
     seen: list[int] = []
+    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
     with pytest.raises(OrthogonalizeError, match="did not hold the base's weights again"):
         sweep(str(model), run, tmp_path / "sweep", **settings)
