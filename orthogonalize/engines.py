@@ -201,7 +201,7 @@ def fingerprint(model: torch.nn.Module, part: Part = "all") -> str:
             identity = torch.eye(width, dtype=value.dtype, device=value.device)
             value = module.quant_method.apply(module, identity, None)
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        digest.update(value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -21,6 +21,7 @@ from orthogonalize.editing import edit
 from orthogonalize.engine_group import EngineGroup
 from orthogonalize.engines import EngineOptions, TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.extraction import extract
 from orthogonalize.interventions import removal
 from orthogonalize.plans import DEFAULT_SUITES
 from orthogonalize.recipe import load_recipe
@@ -292,6 +293,23 @@ def test_a_sweep_in_vllm_is_the_sweep_in_transformers(model, run, tmp_path, monk
             assert measure.value == pytest.approx(expected[key].value, **CLOSE), key
     moved = [v.measures.flat()["kl.completions"].value for v in ours.variants]
     assert min(moved) > 0.01, "an edit did nothing, so nothing was compared"
+
+
+def test_experts_that_vllm_does_not_take_over_in_place_are_measured_in_engines_of_their_own(tmp_path, sources):
+    """vLLM 0.32's CPU build packs them, and a reload spoils or refuses what it packed."""
+    folder = store_tiny("qwen3_moe", tmp_path / "model", torch.float32, 64)
+    tiny_tokenizer().save_pretrained(folder)
+    extract(str(folder), tmp_path / "run", **sources, settings=UNTRIED)
+    settings = {"max_new_tokens": 8, "methods": ["ablate"], "scopes": ["all"]}
+    ours = sweep(str(folder), tmp_path / "run", tmp_path / "ours", options=SMALL, **settings)
+    theirs = sweep(str(folder), tmp_path / "run", tmp_path / "theirs", engine="hf", **settings)
+    for mine, other in zip([ours.base, ours.variants[0].measures], [theirs.base, theirs.variants[0].measures],
+                           strict=True):  # fmt: skip
+        expected = other.flat()
+        for key, measure in mine.flat().items():
+            assert measure.value == pytest.approx(expected[key].value, **CLOSE), key
+    assert ours.variants[0].measures.flat()["kl.completions"].value > 0.01
+    assert not ON_CPU or ours.restored is None
 
 
 @pytest.mark.skipif(not ON_CPU, reason="arguments of vLLM on a CPU")
