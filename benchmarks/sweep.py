@@ -29,7 +29,6 @@ from orthogonalize.journal import Journal
 from orthogonalize.launch import open_engine
 from orthogonalize.models import load_tokenizer
 from orthogonalize.plans import make_plan
-from orthogonalize.portions import Portions
 from orthogonalize.run import load_run
 from orthogonalize.suites import Memory
 from orthogonalize.variants import Variant, make_variants
@@ -109,7 +108,7 @@ def own_engine(run: Path, edits: int, limit: int, new_tokens: int, number: int) 
         target.mkdir()
         bake(open_checkpoint(folder), chosen(run, edits)[number].intervention).write(target)
         with Recorded("vllm", target, tokenizer, plan.max_model_len) as engine:
-            plan.answering.measure(Portions(engine, Journal(Path(scratch) / "none", ""), "own"), Memory())
+            plan.measure(engine, Memory(), Journal(Path(scratch) / "none"), "own")
             return {"engine_start_s": engine.started, "answers": engine.answered[0]}
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from .engines import Respondent
 from .journal import fingerprint_of
 from .measures import Series, shares
-from .refusals import PREFIXES, refused
-from .suites import Memory
+from .refusals import refused
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Item:
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """Prompts that belong together. `measures` are the prefixes under which its rates are stored."""
+    """Prompts that belong together; with `sensitive`, reports fold them and can leave them out."""
 
     name: str
     items: list[Item]
@@ -38,7 +39,7 @@ class AnswerSet:
 
 @dataclass(frozen=True)
 class Answering:
-    """The suite that answers every set; `refusal` and `behaviour` say what is counted in the answers."""
+    """The sets that every model answers; `refusal` and `behaviour` say what is counted in the answers."""
 
     sets: Sequence[AnswerSet]
     tokenizer: Any
@@ -46,7 +47,6 @@ class Answering:
     behaviour_tokens: frozenset[int]
     refusal: bool = True
     behaviour: bool = True
-    name: str = "answers"
 
     @property
     def longest(self) -> int:
@@ -54,33 +54,35 @@ class Answering:
         return max(len(item.ids) for each in self.sets for item in each.items) + self.new_tokens
 
     @property
-    def state(self) -> str:
-        sets = [[each.name, [[item.ids, item.category] for item in each.items]] for each in self.sets]
-        counted = [self.refusal, self.behaviour, sorted(self.behaviour_tokens), PREFIXES]
-        return fingerprint_of(sets, self.new_tokens, counted)
+    def counts(self) -> bool:
+        """Whether anything is counted, rather than the base alone answers for the sake of its own losses."""
+        return self.refusal or self.behaviour
 
-    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
-        """Answer all sets in one batch; the ids are left in `memory`."""
-        rows = [item.ids for each in self.sets for item in each.items]
-        flat = engine.answers(rows, self.new_tokens)
-        result: dict[str, Series] = {}
-        for each in self.sets:
-            answers, flat = flat[: len(each.items)], flat[len(each.items) :]
-            memory.answers[each.name] = answers
-            result |= self._series(each, answers)
-        return result
+    @cached_property
+    def states(self) -> dict[str, str]:
+        """By set, a fingerprint of what its answers depend on besides the model."""
+        return {s.name: fingerprint_of([item.ids for item in s.items], self.new_tokens) for s in self.sets}
+
+    def answers(self, engine: Respondent, sets: Sequence[str]) -> dict[str, list[list[int]]]:
+        """What a model says to `sets`, as token ids; they are asked in one batch."""
+        wanted = [each for each in self.sets if each.name in sets]
+        flat = iter(engine.answers([item.ids for each in wanted for item in each.items], self.new_tokens))
+        return {each.name: list(islice(flat, len(each.items))) for each in wanted}
 
     def text(self, ids: Sequence[int]) -> str:
         """An answer as people read it."""
         decoded: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded
 
-    def _series(self, each: AnswerSet, answers: Sequence[Sequence[int]]) -> dict[str, Series]:
-        categories = [item.category for item in each.items]
-        result = {}
-        if self.refusal:
-            result[f"refusal.{each.key}"] = shares([refused(self.text(ids)) for ids in answers], categories)
-        if self.behaviour and each.name in ("target", "harmless"):
-            flags = [bool(ids) and ids[0] in self.behaviour_tokens for ids in answers]
-            result[f"behaviour.{each.key}"] = shares(flags, categories)
+    def series(self, answers: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Series]:
+        """What is counted in a model's answers."""
+        result: dict[str, Series] = {}
+        for each in self.sets:
+            categories = [item.category for item in each.items]
+            said = answers[each.name]
+            if self.refusal:
+                result[f"refusal.{each.key}"] = shares([refused(self.text(ids)) for ids in said], categories)
+            if self.behaviour and each.name in ("target", "harmless"):
+                flags = [bool(ids) and ids[0] in self.behaviour_tokens for ids in said]
+                result[f"behaviour.{each.key}"] = shares(flags, categories)
         return result

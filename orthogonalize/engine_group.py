@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 
 from .engines import EngineOptions, Ids, Part
-from .errors import OrthogonalizeError
+from .errors import InPlaceError, OrthogonalizeError
 from .likelihoods import Completion, Likeliest
 
 
@@ -38,7 +38,8 @@ def _serve(connection: Connection, folder: Path, max_model_len: int, options: En
     except Exception as error:  # a defect, where it is no error of ours; the parent alone can show it
         known = isinstance(error, OrthogonalizeError)
         with suppress(OSError):  # the parent may be gone by now
-            connection.send(("failed", str(error) if known else f"an engine failed: {type(error).__name__}: {error}"))
+            state = "not in place" if isinstance(error, InPlaceError) else "failed"
+            connection.send((state, str(error) if known else f"an engine failed: {type(error).__name__}: {error}"))
 
 
 class EngineGroup:
@@ -96,8 +97,8 @@ class EngineGroup:
         for number, connection in enumerate(self.connections):
             with self._alive(number):
                 state, result = connection.recv()
-            if state == "failed":
-                raise OrthogonalizeError(result)
+            if state in ("failed", "not in place"):
+                raise (InPlaceError if state == "not in place" else OrthogonalizeError)(result)
             results.append(result)
         return results
 

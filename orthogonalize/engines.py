@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol, Self
 
 import torch
 
-from .errors import OrthogonalizeError
+from .errors import InPlaceError, OrthogonalizeError
 from .generation import generate, stop_tokens
 from .likelihoods import Completion, Likeliest, completion_scores, likeliest_tokens, next_token_logprobs
 from .models import choose_device, load_model
@@ -174,7 +174,7 @@ class TransformersEngine:
         parameters = dict(self.model.named_parameters())
         missing = sorted(set(weights) - set(parameters))
         if missing:
-            raise OrthogonalizeError(f"transformers keeps {missing[0]} under another name, so it cannot be swapped")
+            raise InPlaceError(f"transformers keeps {missing[0]} under another name, so it cannot be swapped")
         for name, make in weights.items():
             parameters[name].copy_(make())
 

@@ -14,6 +14,10 @@ class OrthogonalizeError(Exception):
     """
 
 
+class InPlaceError(OrthogonalizeError):
+    """An engine cannot hold other weights in place of those that it started with."""
+
+
 class NoNumberError(OrthogonalizeError):
     """A model whose log-probabilities are NaN: its weights are damaged, by an edit or before."""
 

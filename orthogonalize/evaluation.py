@@ -9,21 +9,21 @@ from pathlib import Path
 
 from .checkpoint import RECIPE, open_checkpoint
 from .engines import Engine, EngineName, EngineOptions
-from .errors import OrthogonalizeError
+from .errors import InPlaceError, OrthogonalizeError
 from .hubcache import edited_folder
 from .journal import Journal
 from .measures import alike
 from .models import check_complete, find_model, folder_state, public_name
 from .opinions import Opinions, verdict
 from .outputs import REPORT, check_free, complete_folder
-from .plans import DEFAULT_SUITES, Measured, Plan, check_names
-from .preparation import Preparation, prepare
+from .plans import DEFAULT_SUITES, Measured, Plan
+from .preparation import Preparation, check_asked, prepare
 from .progress import note
 from .recipe import load_recipe
 from .refusals import LEAST_TOKENS, refused
 from .report import Answer, Measures, Report, compare_all
 from .run import load_run
-from .serving import base_weights, changed_tensors, check_pair
+from .serving import Weights, base_weights, check_pair
 from .suites import Memory
 from .swapping import WeightSwap
 from .webpage import write_webpage
@@ -63,17 +63,16 @@ def side_by_side(
 
 @contextmanager
 def _engines(
-    ready: Preparation, edited: Path, separate: bool, distrust: Callable[[], None]
+    ready: Preparation, edited: Path, weights: Weights | None, distrust: Callable[[], None]
 ) -> Iterator[tuple[Callable[[], Engine], Callable[[], Engine]]]:
     """Functions that give an engine with the base, and then one with the edited checkpoint.
 
-    vLLM is started once, on the edited checkpoint; the base's weights are swapped in and out again, and
-    the engine must then hold what it loaded from disk, bit for bit, or `distrust` is called and nothing given.
-    Where the base cannot be had that way (an edit without recipe that adds tensors, weights that vLLM does not
-    take over in place), and for transformers, each has an engine of its own.
+    One is started, on the edited checkpoint; the base's `weights` are swapped in and out again, and the engine must
+    then hold what it loaded from disk, bit for bit, or `distrust` is called and nothing given. Without `weights`,
+    and where the engine does not take them over in place, each has an engine of its own.
     """
-    weights = None if separate or ready.engine == "hf" else base_weights(edited, ready.folder)
     open_now: list[Engine] = []
+    source = open_checkpoint(edited)
 
     def close() -> None:
         while open_now:
@@ -86,22 +85,26 @@ def _engines(
 
     loaded: list[str] = []
 
-    def swapped_base() -> Engine:
-        running = start(edited)
-        swap = WeightSwap(running, open_checkpoint(edited))
-        assert weights is not None
-        lacking = swap.not_taken(changed_tensors(edited) or weights)
-        if lacking is not None:
-            note(f"vLLM does not take over {lacking} in place, so base and edited get an engine each")
+    def base() -> Engine:
+        if weights is None:
             return start(ready.folder)
-        loaded.append(running.fingerprint())
-        swap.apply(weights)
-        return running
+        running = start(edited)
+        swap = WeightSwap(running, source)
+        try:
+            lacking = swap.not_taken(weights)
+            if lacking is None:
+                held = running.fingerprint()
+                swap.apply(weights)
+                loaded.append(held)
+                return running
+        except InPlaceError as error:
+            lacking = str(error)
+        note(f"this engine cannot hold other weights in place ({lacking}), so base and edited get one each")
+        return start(ready.folder)
 
-    def swapped_edited() -> Engine:
+    def edited_again() -> Engine:
         if not open_now or not loaded:
             return start(edited)
-        source = open_checkpoint(edited)
         WeightSwap(open_now[0], source).apply({name: partial(source.read, name) for name in source.tensors})
         if open_now[0].fingerprint() != loaded[0]:
             distrust()
@@ -111,10 +114,7 @@ def _engines(
         return open_now[0]
 
     try:
-        if weights is None:
-            yield lambda: start(ready.folder), lambda: start(edited)
-        else:
-            yield swapped_base, swapped_edited
+        yield base, edited_again
     finally:
         close()
 
@@ -124,11 +124,14 @@ def _measure_both(
 ) -> tuple[Measured, Measured, tuple[Opinions, Opinions]]:
     """What is measured of base and edited, judges' opinions among it, and these by prompt."""
     plan, memory = ready.plan, Memory()
-    base_label, edited_label = ready.label("base"), ready.label("edited", folder_state(checkpoint), separate)
+    # vLLM alone can: in transformers two models cost no more than one after the other.
+    weights = None if separate or ready.engine == "hf" else base_weights(checkpoint, ready.folder)
+    state = folder_state(checkpoint)
+    base_label, edited_label = ready.label("base", None if weights is None else state), ready.label("edited", state)
     base_steps, edited_steps = plan.steps(base_label, is_base=True), plan.steps(edited_label)
     journal.going_on(base_steps + edited_steps)
     with journal.kept():
-        with _engines(ready, checkpoint, separate, journal.close) as (base_engine, edited_engine):
+        with _engines(ready, checkpoint, weights, journal.close) as (base_engine, edited_engine):
             todo = not journal.has(*base_steps)
             before = plan.measure(base_engine() if todo else None, memory, journal, base_label, is_base=True)
             todo = not journal.has(*edited_steps)
@@ -179,7 +182,8 @@ def evaluate(
     called, checkpoint = public_name(str(checkpoint)), edited_folder(checkpoint)
     out, run = Path(out), Path(run)
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
-    check_names(suites)
+    options = options or EngineOptions(device=device)
+    check_asked(suites, engine, options, data)
     found = load_run(run)
     folder = find_model(base, revision)
     check_pair(checkpoint, folder)
@@ -188,7 +192,7 @@ def evaluate(
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
-        options=options or EngineOptions(device=device),
+        options=options,
     )  # fmt: skip
     plan = ready.plan
     if redact and plan.answers_count and not plan.sensitive:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,13 @@ class Journal:
         Steps that `work` itself takes are called `name/...`; they are forgotten when the whole is done.
         """
         if name not in self.done:
-            result = work()
-            self.done = {done: of for done, of in self.done.items() if not done.startswith(f"{name}/")}
-            self._store(name, result)
+            self.put({name: work()}, instead=name)
         return self.done[name]
 
-    def _store(self, name: str, result: Any) -> None:
-        self.done[name] = json.loads(json.dumps(result))  # what is changed later must not change what is stored
+    def put(self, results: Mapping[str, Any], instead: str) -> None:
+        """Store the results of steps, and forget those of the steps that `instead` took."""
+        self.done = {done: of for done, of in self.done.items() if not done.startswith(f"{instead}/")}
+        self.done |= json.loads(json.dumps(results))  # what is changed later must not change what is stored
         self.file.parent.mkdir(parents=True, exist_ok=True)
         # Rewritten whole: a line that a killed run cut off would spoil what is appended to it.
         partial = self.file.with_name(self.file.name + "-writing")

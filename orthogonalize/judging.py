@@ -31,6 +31,11 @@ class ReadyJudge:
     folder: Path
     tokenizer: Any
 
+    def step(self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions) -> str:
+        """The journal's step for the judge's opinions on `pairs`."""
+        state = fingerprint_of(engine_state(engine, options), folder_state(self.folder), self.judge.name, pairs)
+        return f"judge/{self.judge.name}={self.model}@{state[:16]}"
+
     def asked(
         self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions, journal: Journal
     ) -> list[Opinion]:
@@ -38,8 +43,7 @@ class ReadyJudge:
 
         Where its context is too short for an answer, nothing can be read of that one.
         """
-        state = fingerprint_of(engine_state(engine, options), folder_state(self.folder), self.judge.name, pairs)
-        step = f"judge/{self.judge.name}={self.model}@{state[:16]}"
+        step = self.step(pairs, engine, options)
 
         def ask() -> list[Opinion]:
             lengths = [len(self.judge.encode(self.tokenizer, *pair)) + self.judge.new_tokens + 1 for pair in pairs]
@@ -133,6 +137,8 @@ def judge(
     Raises:
         OrthogonalizeError: the file or the judge is not there, or no such judge.
     """
+    if name == "none":
+        raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
     if name != PREFIX:
         find_judge(name)
         check_engine(engine, options)
@@ -141,16 +147,15 @@ def judge(
     if name == PREFIX:
         flags = [refused(row["response"]) for row in rows]
         return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(shares(flags, categories)))
-    ready = ready_judges([name])
-    if not ready:
-        raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
+    (ready,) = ready_judges([name])
     pairs = [(row["prompt"], row["response"]) for row in rows]
     journal = Journal(Path(file))
+    journal.going_on([ready.step(pairs, engine, options)])
     with journal.kept():
-        opinions = ready[0].asked(pairs, engine, options, journal)
+        opinions = ready.asked(pairs, engine, options, journal)
     journal.close()
-    fields = {field: _rate(shares([getattr(o, field) for o in opinions], categories)) for field in ready[0].judge.says}
-    return JudgedFile(judge=ready[0].judge.name, model=ready[0].model, n=len(rows), **fields)
+    fields = {field: _rate(shares([getattr(o, field) for o in opinions], categories)) for field in ready.judge.says}
+    return JudgedFile(judge=ready.judge.name, model=ready.model, n=len(rows), **fields)
 
 
 def _rate(series: Series) -> Rate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class TextLosses:
     def longest(self) -> int:
         return max(len(p) + len(c) for p, c in zip(self.prompts, self.completions, strict=True))
 
-    @property
+    @cached_property
     def state(self) -> str:
         return fingerprint_of(self.prompts, self.completions)
 

@@ -154,7 +154,7 @@ def context_length(folder: Path) -> int | None:
 
 def file_states(files: Iterable[Path]) -> list[Any]:
     """Paths, sizes and times of files."""
-    found = [(file, file.stat()) for file in files]
+    found = [(file.resolve(), file.stat()) for file in files]
     return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class MultipleChoice:
             len(context) + max(map(len, choices)) for context, choices in zip(self.contexts, self.choices, strict=True)
         )
 
-    @property
+    @cached_property
     def state(self) -> str:
         return fingerprint_of(self.contexts, self.choices, self.right, self.categories)
 

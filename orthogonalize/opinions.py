@@ -17,13 +17,12 @@ Opinions = dict[str, dict[str, list[Opinion]]]  # by judge, then by prompt set
 
 def judges_for(plan: Plan, names: Sequence[str]) -> list[ReadyJudge]:
     """The judges called `names`, ready; refused where `plan` has no answers for them."""
+    if names and not plan.answers_count:
+        raise OrthogonalizeError("judges need answers; add --suite refusal")
     try:
-        ready = ready_judges(names)
+        return ready_judges(names)
     except OrthogonalizeError as error:
         raise OrthogonalizeError(f"{error}; or --judge none") from error
-    if ready and not plan.answers_count:
-        raise OrthogonalizeError("judges need answers; add --suite refusal")
-    return ready
 
 
 def ask_judges(

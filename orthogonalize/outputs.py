@@ -61,9 +61,7 @@ def check_free(out: Path, kind: Kind, force: bool = False, inputs: Sequence[Path
     try:
         TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise OrthogonalizeError(
-            f"{out} cannot be made: {parent} cannot be written to; choose another --out"
-        ) from error
+        raise OrthogonalizeError(f"{out} cannot be made: {parent} cannot be written to ({error.strerror})") from error
     if not out.exists() and not out.is_symlink():
         return
     if not force:
@@ -89,14 +87,13 @@ def check_run_folder(out: Path, kind: Kind) -> None:
         raise OrthogonalizeError(f"{out} exists and is no folder that this command made; choose another --out")
 
 
-def check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int, advice: str = "choose another --out") -> None:
     """Refuse to start when the disk of `out` has fewer than `needed` bytes free."""
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OrthogonalizeError(
-            f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; "
-            "make room or choose another --out"
+            f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room or {advice}"
         )
 
 

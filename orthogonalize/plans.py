@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .chat import ChatFormat
 from .divergence import Divergences
 from .engines import Engine
 from .errors import OrthogonalizeError
-from .journal import Journal
+from .journal import Journal, fingerprint_of
 from .losses import OwnLosses, alpaca_losses, pile_losses
 from .measures import Record, Series
 from .multiple_choice import SETS, MultipleChoice
@@ -43,17 +43,22 @@ class Measured(Record):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured of every model."""
+    """What is measured of every model: `answering` first, if anything is answered, then `suites`."""
 
     suites: list[Suite]
-    sets: list[AnswerSet]
     answering: Answering | None
     data: dict[str, str]
 
     @property
+    def sets(self) -> Sequence[AnswerSet]:
+        """The prompt sets that are answered."""
+        return self.answering.sets if self.answering else ()
+
+    @property
     def max_model_len(self) -> int:
         """The context that an engine needs: every request leaves room for one token more."""
-        return max(suite.longest for suite in self.suites) + 1
+        answers = [self.answering.longest] if self.answering else []
+        return max(answers + [suite.longest for suite in self.suites]) + 1
 
     @property
     def sensitive(self) -> bool:
@@ -63,14 +68,17 @@ class Plan:
     @property
     def answers_count(self) -> bool:
         """Whether every model answers, rather than the base alone for the sake of its own losses."""
-        return self.answering is not None and (self.answering.refusal or self.answering.behaviour)
+        return self.answering is not None and self.answering.counts
 
-    def _suites_for(self, is_base: bool) -> list[Suite]:
-        return [s for s in self.suites if is_base or self.answers_count or s is not self.answering]
+    def _answer_steps(self, label: str, is_base: bool) -> dict[str, str]:
+        """By set, the journal's step for a model's answers to it."""
+        if self.answering is None or not (is_base or self.answering.counts):
+            return {}
+        return {name: f"{label}/answers {name}@{state[:16]}" for name, state in self.answering.states.items()}
 
     def steps(self, label: str, is_base: bool = False) -> list[str]:
         """The journal's steps for one model; `label` is its name and state."""
-        return [_step(label, suite) for suite in self._suites_for(is_base)]
+        return [*self._answer_steps(label, is_base).values(), *(_step(label, suite) for suite in self.suites)]
 
     def measure(
         self, engine: Engine | None, memory: Memory, journal: Journal, label: str, is_base: bool = False
@@ -81,31 +89,43 @@ class Plan:
         None where the journal has every step.
         """
         result = Measured()
-        for suite in self._suites_for(is_base):
+        if steps := self._answer_steps(label, is_base):
+            self._take_answers(self._answers(engine, journal, label, steps), memory, result, is_base)
+        for suite in self.suites:
 
             def work(suite: Suite = suite) -> dict[str, Any]:
                 assert engine is not None
                 series = suite.measure(Portions(engine, journal, _step(label, suite)), memory)
                 made: dict[str, Any] = {"series": {key: s.model_dump() for key, s in series.items()}}
-                if suite is self.answering:
-                    made["answers"] = dict(memory.answers)
                 if is_base and suite.name == "kl":
                     made["distributions"] = [d.rows() for d in memory.distributions]
                 return made
 
             stored = journal.step(_step(label, suite), work)
             result.series |= {key: Series.model_validate(s) for key, s in stored["series"].items()}
-            if suite is self.answering:
-                self._take_answers(stored["answers"], memory, result, is_base)
             if is_base and suite.name == "kl":
                 memory.restore(stored["distributions"])
         return result
+
+    def _answers(
+        self, engine: Engine | None, journal: Journal, label: str, steps: Mapping[str, str]
+    ) -> dict[str, list[list[int]]]:
+        """A model's answers by set; those that the journal lacks are asked together, and each kept for itself."""
+        assert self.answering is not None
+        lacking = [name for name, step in steps.items() if not journal.has(step)]
+        if lacking:
+            assert engine is not None
+            together = f"{label}/answers@{fingerprint_of([steps[name] for name in lacking])[:16]}"
+            found = self.answering.answers(Portions(engine, journal, together), lacking)
+            journal.put({steps[name]: found[name] for name in lacking}, instead=together)
+        return {name: journal.done[step] for name, step in steps.items()}
 
     def _take_answers(
         self, answers: dict[str, list[list[int]]], memory: Memory, result: Measured, is_base: bool
     ) -> None:
         assert self.answering is not None
         result.answers = {name: [self.answering.text(ids) for ids in rows] for name, rows in answers.items()}
+        result.series |= self.answering.series(answers)
         if is_base and any(s.name in ("loss", "kl") for s in self.suites):
             harmless = next(each for each in self.sets if each.name == "harmless")
             memory.remember([item.ids for item in harmless.items], answers["harmless"])
@@ -163,11 +183,8 @@ def make_plan(
     Hub); `positions` the most tokens that the model takes, where known.
 
     Raises:
-        OrthogonalizeError: unknown suites, or data that are missing, empty or damaged.
+        OrthogonalizeError: data that are missing, empty or damaged.
     """
-    check_names(names)
-    if data is not None and not data.is_dir():
-        raise OrthogonalizeError(f"no such folder: {data} (--data)")
     chat = ChatFormat(tokenizer, run.info.system, run.info.template_arguments, run.info.chat_template)
     public = [name for name in names if name in PROMPT_SETS]
     counted = "refusal" in names or "behaviour" in names or bool(public)
@@ -188,11 +205,11 @@ def make_plan(
         )
         if answering.refusal and new_tokens < LEAST_TOKENS:
             note(f"refusals are undercounted in answers of {new_tokens} tokens; {LEAST_TOKENS} are the least usual")
-    suites: list[Suite] = [answering] if answering else []
+    suites: list[Suite] = []
     if answering and "loss" in names:
-        suites.append(OwnLosses(answering.longest, answering.state))
+        suites.append(OwnLosses(answering.longest, answering.states["harmless"]))
     if answering and "kl" in names:
-        suites.append(Divergences(answering.longest, answering.state))
+        suites.append(Divergences(answering.longest, answering.states["harmless"]))
     if "pile" in names:
         with as_documented(TEXTS["pile"]):
             suites.append(pile_losses(tokenizer, data, limit or TEXT_COUNT))
@@ -210,7 +227,7 @@ def make_plan(
     copy = "" if data is None else " (a local copy)"
     sources = {name: f"{found}{copy}" for name, found in sets_of.items() if name in names}
     sources |= {task.name: task.source for task in harness}
-    plan = Plan(suites, sets, answering, sources)
+    plan = Plan(suites, answering, sources)
     if positions is not None and plan.max_model_len > positions:
         raise OrthogonalizeError(f"{_too_long(plan)}, and the model takes {positions} tokens")
     return plan
@@ -218,8 +235,8 @@ def make_plan(
 
 def _too_long(plan: Plan) -> str:
     """What needs the most room, and what would help."""
-    longest = max(plan.suites, key=lambda s: s.longest)
-    if longest is not plan.answering:
+    longest = max(plan.suites, key=lambda s: s.longest, default=None)
+    if longest is not None and (plan.answering is None or longest.longest > plan.answering.longest):
         return f"suite {longest.name} needs {plan.max_model_len} tokens (leave it out)"
     size, name, number = max((len(item.ids), s.name, i) for s in plan.sets for i, item in enumerate(s.items, 1))
     advice = "take it out of the run's prompts" if name in CONTRAST else f"leave --suite {name} out"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from .engines import Engine, EngineName, EngineOptions, check_engine, engine_state, engine_version
+from .errors import OrthogonalizeError
 from .journal import Journal, fingerprint_of
 from .judging import ReadyJudge
 from .launch import open_engine
 from .models import context_length, folder_state, load_tokenizer, public_name
 from .opinions import Opinions, add_opinions, ask_judges, judges_for
-from .plans import Measured, Plan, make_plan
+from .plans import Measured, Plan, check_names, make_plan
 from .run import Run
 
 
@@ -35,10 +37,14 @@ class Preparation:
         """An engine on the checkpoint `folder`; use it as a context manager."""
         return open_engine(self.engine, folder, self.tokenizer, self.plan.max_model_len, self.options)
 
+    @cached_property
+    def state(self) -> str:
+        """A fingerprint of the engine and the model."""
+        return fingerprint_of(engine_state(self.engine, self.options), folder_state(self.folder))
+
     def label(self, name: str, *of_edit: Any) -> str:
         """The name of a model in the journal: with it goes all that its measures depend on but for the suites' own."""
-        state = fingerprint_of(engine_state(self.engine, self.options), folder_state(self.folder), *of_edit)
-        return f"{name}@{state[:16]}"
+        return f"{name}@{fingerprint_of(self.state, *of_edit)[:16]}"
 
     def opinions(self, models: dict[str, Measured], journal: Journal) -> dict[str, Opinions]:
         """What the judges say of every model's answers, by model; it is put among what was measured, too."""
@@ -60,6 +66,14 @@ class Preparation:
         }
 
 
+def check_asked(suites: Sequence[str], engine: EngineName, options: EngineOptions, data: Path | str | None) -> None:
+    """Refuse what cannot be measured, before anything is fetched or read for it."""
+    check_names(suites)
+    check_engine(engine, options)
+    if data is not None and not Path(data).is_dir():
+        raise OrthogonalizeError(f"no such folder: {data} (--data)")
+
+
 def prepare(
     run: Run,
     folder: Path,
@@ -79,7 +93,6 @@ def prepare(
     Raises:
         OrthogonalizeError: something is missing, damaged, or does not go together.
     """
-    check_engine(engine, options)
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
     plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, context_length(folder))
     ready = judges_for(plan, judges)

@@ -75,6 +75,12 @@ class Rewrite:
         scales, replaced = self._scales
         return Changes(self.edits, self.additions, scales, replaced, self.rounding)
 
+    @property
+    def touched(self) -> set[str]:
+        """Every tensor of the source that may change, found without reading one: scales of quantised ones, too."""
+        scales = (scale_name(self.source, name) for name in self.edits)
+        return {*self.edits, *(name for name in scales if name is not None)}
+
     def edited(self, name: str) -> torch.Tensor:
         """Tensor `name` of the edited checkpoint, rounded to its stored dtype."""
         addition = self.additions.get(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -65,21 +66,54 @@ def base_weights(checkpoint: Path, base: Path) -> Weights | None:
     return weights if weights.keys() == edited.tensors.keys() and config == edited.config and same_dtypes else None
 
 
-def changed_tensors(checkpoint: Path) -> set[str]:
-    """The tensors that an edit changed or added, by its recipe; none where there is no recipe."""
-    if not (checkpoint / RECIPE).is_file():
-        return set()
-    recipe = load_recipe(checkpoint)
-    return {tensor.name for tensor in recipe.tensors} | set(recipe.added)
+def check_room(plans: Iterable[Bake]) -> None:
+    """Refuse edits whose checkpoints do not fit into the folder for temporary files, one at a time."""
+    home = Path(gettempdir())
+
+    def needed(plan: Bake) -> int:
+        linked = plan.source.path.stat().st_dev == home.stat().st_dev
+        return plan.changed_bytes if linked else plan.output_bytes
+
+    check_space(home, max(map(needed, plans)), "set TMPDIR to a folder with room")
 
 
 @contextmanager
 def own_folder(plan: Bake) -> Iterator[Path]:
     """The edited checkpoint itself, for an engine of its own, in a temporary folder."""
     with TemporaryDirectory(prefix="orthogonalize-") as name:
-        check_space(Path(name), plan.output_bytes)
         plan.write(Path(name), link=True)
         yield Path(name)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What an engine needs for any of several edits to be swapped into it."""
+
+    source: Checkpoint  # by the names that tensors have in the engine
+    additions: Mapping[str, Addition]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Checkpoint, plans: Sequence[Bake]) -> Common:
+        """For the edits `plans` of `source`.
+
+        Raises:
+            OrthogonalizeError: two edits need different settings.
+        """
+        additions: dict[str, Addition] = {}
+        config = dict(source.config)
+        for plan in plans:
+            additions |= plan.additions
+            for key, value in plan.config_changes.items():
+                if config.get(key, value) != value and config[key] != source.config.get(key):
+                    raise OrthogonalizeError(f"two edits need different values of {key}; sweep them apart")
+                config[key] = value
+        return cls(next((plan.source for plan in plans if plan.source.renamed), source), additions, config)
+
+    @property
+    def state(self) -> list[Any]:
+        """What it makes of a model, as JSON can hold it."""
+        return [self.config, sorted(self.additions), bool(self.source.renamed)]
 
 
 @contextmanager
@@ -93,18 +127,12 @@ def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
     Raises:
         OrthogonalizeError: two edits need different settings.
     """
-    additions: dict[str, Addition] = {}
-    config = dict(source.config)
-    source = next((plan.source for plan in plans if plan.source.renamed), source)
-    for plan in plans:
-        additions |= plan.additions
-        for key, value in plan.config_changes.items():
-            if config.get(key, value) != value and config[key] != source.config.get(key):
-                raise OrthogonalizeError(f"two edits need different values of {key}; sweep them apart")
-            config[key] = value
+    common = Common.of(source, plans)
+    additions, config = common.additions, common.config
     if not additions and config == source.config:
         yield source.path
         return
+    source = common.source
     with TemporaryDirectory(prefix="orthogonalize-") as name:
         folder = Path(name)
         # A single file goes by another name: loaders would take one of the usual name for the whole model.

@@ -14,13 +14,12 @@ from .measures import Series
 
 @dataclass
 class Memory:
-    """Answers of the model being measured, by set; and what the base said and how likely it found each word.
+    """What the base said and how likely it found each word.
 
     `own` and `own_prompts` are the base's non-empty answers to harmless prompts and those prompts, as ids;
     `distributions` its likeliest tokens along them. Set once, by the first (the base's) measurement.
     """
 
-    answers: dict[str, list[list[int]]] = field(default_factory=dict)
     own: list[list[int]] = field(default_factory=list)
     own_prompts: list[list[int]] = field(default_factory=list)
     distributions: list[Likeliest] = field(default_factory=list)

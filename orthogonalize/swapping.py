@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from .checkpoint import Checkpoint
-from .engines import Engine, layer_of
-from .errors import OrthogonalizeError
+from .engines import Engine, Part, layer_of
+from .errors import InPlaceError
 
 
 class WeightSwap:
@@ -53,16 +53,18 @@ class WeightSwap:
         same again when it is restored. Where it is not, the engine is not to be used any more.
         """
         kinds = {re.sub(r"\d+", "#", name): name for name in sorted(names, reverse=True)}
+        loaded: dict[Part, str] = {}
         for name in kinds.values():
             layer = layer_of(name)
             try:
-                before = self.engine.fingerprint(layer)
+                if layer not in loaded:
+                    loaded[layer] = self.engine.fingerprint(layer)
                 self.apply({name: partial(_other, self.source, name)})
-                changed = self.engine.fingerprint(layer)
+                changed = self.engine.fingerprint(layer) != loaded[layer]
                 self.restore()
-                if before == changed or before != self.engine.fingerprint(layer):
+                if not changed or self.engine.fingerprint(layer) != loaded[layer]:
                     return name
-            except OrthogonalizeError:
+            except InPlaceError:
                 return name
         return None
 

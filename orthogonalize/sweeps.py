@@ -15,20 +15,20 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .comparison import Semantics, Sweep, Swept, effect_key, harm_key, pareto
 from .editing import check_fits
 from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine
-from .errors import NoNumberError, OrthogonalizeError
+from .errors import InPlaceError, NoNumberError, OrthogonalizeError
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
 from .models import check_complete, find_model, public_name
 from .outputs import Kind, check_free, complete_folder
-from .plans import DEFAULT_SUITES, Measured, Plan, check_names
-from .preparation import prepare
+from .plans import DEFAULT_SUITES, Measured, Plan
+from .preparation import check_asked, prepare
 from .progress import note, track
 from .recipe import store_maps
 from .refusals import LEAST_TOKENS
 from .report import Measures, compare_all
 from .run import load_run
-from .serving import common_folder, edited_weights, own_folder
+from .serving import Common, check_room, common_folder, edited_weights, own_folder
 from .suites import Memory
 from .swapping import WeightSwap
 from .sweep_plots import write_pareto_plot
@@ -67,36 +67,58 @@ class _Host:
     def __exit__(self, *exc: object) -> None:
         self.stack.close()
 
-    def _started(self) -> tuple[Engine, WeightSwap, str]:
-        if self.running is None:
-            folder = self.stack.enter_context(common_folder(self.source, list((self.plans or {}).values())))
-            engine = self.stack.enter_context(self.start(folder))
-            swap, loaded = WeightSwap(engine, open_checkpoint(folder)), ""
-            if self.plans is not None and self.in_place:
-                lacking = swap.not_taken({name for plan in self.plans.values() for name in plan.changes.names})
-                if lacking is not None:
-                    note(f"{lacking} cannot be swapped in this engine, so every edit gets one of its own")
-                    self.in_place = False
-                    self.stack.close()
-                    return self._started()
-                loaded = engine.fingerprint()
+    def get_ready(self) -> None:
+        """Start the engine that edits are swapped into; leave it where it does not take them over."""
+        if self.running is not None or not self.in_place:
+            return
+        self._start()
+        if self.plans is None:
+            return
+        engine, swap, _ = self._running()
+        try:
+            lacking = swap.not_taken({name for plan in self.plans.values() for name in plan.touched})
+            loaded = engine.fingerprint() if lacking is None else ""
+        except InPlaceError as error:
+            lacking, loaded = str(error), ""
+        if lacking is None:
             self.running = engine, swap, loaded
+            return
+        note(f"this engine cannot hold other weights in place ({lacking}), so every edit gets one of its own")
+        self.in_place = False
+        self._leave()
+        check_room(self.plans.values())
+
+    def _start(self) -> None:
+        folder = self.stack.enter_context(common_folder(self.source, list((self.plans or {}).values())))
+        engine = self.stack.enter_context(self.start(folder))
+        self.running = engine, WeightSwap(engine, open_checkpoint(folder)), ""
+
+    def _running(self) -> tuple[Engine, WeightSwap, str]:
+        assert self.running is not None
         return self.running
+
+    def _leave(self) -> None:
+        self.stack.close()
+        self.running = None
 
     def base(self) -> Engine:
         """The engine as it started, if no edit has been asked for."""
-        return self._started()[0]
+        self.get_ready()
+        if self.running is None:
+            self._start()
+        return self._running()[0]
 
     @contextmanager
     def edited(self, variant: Variant) -> Iterator[Engine]:
         """The engine under an edit. Its weights stay until others take their place; hooks end with the context."""
+        self.get_ready()
         if not self.in_place:
             self._leave()
             assert self.plans is not None
             with own_folder(self.plans[variant.name]) as folder, self.start(folder) as engine:
                 yield engine
             return
-        engine, swap, _ = self._started()
+        engine, swap, _ = self._running()
         if self.plans is not None:
             swap.apply(edited_weights(self.plans[variant.name]))
             yield engine
@@ -104,10 +126,6 @@ class _Host:
             assert isinstance(engine, TransformersEngine)
             with residual_hooks(engine.model, variant):
                 yield engine
-
-    def _leave(self) -> None:
-        self.stack.close()
-        self.running = None
 
     def start_afresh(self) -> bool | None:
         """Leave the engine for another that starts when it is asked for; returns what `restored` says of the old one.
@@ -150,12 +168,13 @@ class _Runner:
     def variant(self, variant: Variant, host: _Host) -> None:
         """Measure an edit, and time that with its swap; one that leaves no numbers is left out."""
         name, label = variant.name, self.labels[variant.name]
-        done = self.journal.has(*self.plan.steps(label))
-        if self.journal.has(f"{label}/refused"):
-            self.refused[name] = self.journal.step(f"{label}/refused", str)
+        steps = self.plan.steps(label)
+        done, asked = self.journal.has(*steps), fingerprint_of(steps)[:16]
+        if self.journal.has(f"{label}/refused@{asked}"):
+            self.refused[name] = self.journal.step(f"{label}/refused@{asked}", str)
             return
-        if not done and host.in_place:
-            host.base()  # started before the time that an edit takes is counted
+        if not done:
+            host.get_ready()  # before the time that an edit takes is counted
         start = time.perf_counter()
         try:
             with nullcontext() if done else host.edited(variant) as engine:
@@ -164,9 +183,9 @@ class _Runner:
             reason = str(error)
             note(f"{name} is left out: {reason}")
             self.trust(host.start_afresh())
-            self.refused[name] = self.journal.step(f"{label}/refused", lambda: reason)
+            self.refused[name] = self.journal.step(f"{label}/refused@{asked}", lambda: reason)
             return
-        self.seconds[name] = float(self.journal.step(f"{label}/seconds", lambda: time.perf_counter() - start))
+        self.seconds[name] = float(self.journal.step(f"{label}/seconds@{asked}", lambda: time.perf_counter() - start))
 
     def trust(self, restored: bool | None) -> None:
         """Go on only if the engine held the base's weights again: else what was measured may be of others."""
@@ -224,7 +243,8 @@ def sweep(
     """Measure every edit that `run` allows against `model`; write sweep.json and pareto.png to `out`.
 
     The engine starts once, on the base; each edit's tensors are computed as `edit` computes them, swapped
-    in place, and swapped out again. A sweep that was cut off goes on where it stopped.
+    in place, and swapped out again (where the engine does not take them over, each edit has one of its own). A
+    sweep that was cut off goes on where it stopped.
 
     Args:
         methods: of `variants.methods()`; all by default.
@@ -241,8 +261,9 @@ def sweep(
     check_free(out, SWEEP, force, [Path(model), run])
     if semantics == "residual" and engine != "hf":
         raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
-    check_names(suites)
+    check_asked(suites, engine, options, data)
     found = load_run(run)
+    variants = make_variants(found, methods, scopes)
     folder = find_model(model, revision)
     check_complete(folder)
     source = open_checkpoint(folder)
@@ -252,7 +273,6 @@ def sweep(
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
         options=options,
     )  # fmt: skip
-    variants = make_variants(found, methods, scopes)
     plans: dict[str, Bake] | None = None
     refused: dict[str, str] = {}
     if semantics == "weights":
@@ -261,8 +281,10 @@ def sweep(
         plans, refused = _plans(source, variants)
     possible = [v for v in variants if v.name not in refused]
     journal = Journal(out)
-    labels = {v.name: ready.label(v.name, semantics, store_maps(v.intervention)[2], v.layers) for v in possible}
-    runner = _Runner(ready.plan, journal, refused, {"base": ready.label("base"), **labels})
+    common = None if plans is None else Common.of(source, list(plans.values())).state  # what the engine starts on
+    edits = {v.name: [semantics, store_maps(v.intervention)[2], v.layers] for v in possible}
+    labels = {name: ready.label(name, common, edit) for name, edit in ({"base": None} | edits).items()}
+    runner = _Runner(ready.plan, journal, refused, labels)
     journal.going_on(runner.steps())
     restored = f"restored@{fingerprint_of(runner.steps())[:16]}"
     with journal.kept():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import math
 import random
@@ -198,11 +199,11 @@ def harness_tasks(
     for name in names:
         if name not in known.all_tasks:
             raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
-    return [_harness_task(name, known, tokenizer, positions, include, limit) for name in names]
+    return [_harness_task(name, known, tokenizer, positions, limit) for name in names]
 
 
 def _harness_task(
-    name: str, known: TaskManager, tokenizer: Any, positions: int | None, include: Path | None, limit: int | None
+    name: str, known: TaskManager, tokenizer: Any, positions: int | None, limit: int | None
 ) -> HarnessTask:
     """The task `name`, loaded once to see what it asks; lm-eval loads it again for every model."""
     try:
@@ -219,10 +220,6 @@ def _harness_task(
         raise OrthogonalizeError(f"lm-eval's {name} cannot be loaded: {first_line(error)}") from error
     if any(asked["do_sample"] for asked in generated):
         raise OrthogonalizeError(f"lm-eval's {name} samples its answers; only greedy ones are measured here")
-    code = sorted(file for pattern in ("*.py", "*.yaml") for file in (include.rglob(pattern) if include else ()))
-    state = fingerprint_of(
-        version("lm-eval"), [[r.args, r.doc] for r in requests], [file.read_bytes().hex() for file in code]
-    )
     unconditioned = any(r.request_type == "loglikelihood_rolling" or not r.args[0] for r in requests)
     if unconditioned and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise OrthogonalizeError(
@@ -235,10 +232,37 @@ def _harness_task(
         _length(name, requests, longest, tokenizer, positions),
         known,
         limit,
-        state,
+        _state(tasks, known),
         ", ".join(dict.fromkeys(str(task.config.dataset_path) for task in tasks.values())),
         aggregations,
     )
+
+
+def _state(tasks: Mapping[str, Any], known: TaskManager) -> str:
+    """A fingerprint of what tasks ask, of whom, and by which code; data may lie anywhere, code lies beside a task."""
+    entries = [known.task_index[name] for name in tasks if name in known.task_index]
+    folders = sorted({entry.yaml_path.parent for entry in entries if entry.yaml_path is not None})
+    code = [hashlib.sha256(file.read_bytes()).hexdigest() for home in folders for file in sorted(home.glob("*.py"))]
+    requests = [[r.args, r.doc] for task in tasks.values() for r in task.instances]
+    return fingerprint_of(version("lm-eval"), code, _plain([requests, [entry.cfg for entry in entries]]))
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it, the same in every process; of objects that it cannot hold, their kind alone."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    match value:
+        case str() | int() | float() | None:
+            return value
+        case dict():
+            return sorted(([str(key), _plain(part)] for key, part in value.items()), key=lambda pair: pair[0])
+        case list() | tuple():
+            return [_plain(part) for part in value]
+        case set() | frozenset():
+            return sorted(map(str, value))
+        case bytes():
+            return value.hex()
+    return type(value).__name__
 
 
 def _length(name: str, requests: Sequence[Any], answer: int, tokenizer: Any, positions: int | None) -> int:

@@ -16,7 +16,10 @@ def opened(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> lis
 
 def _after(tokenizer: Any) -> int:
     """How many tokens `tokenizer` puts after a text."""
-    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    probe = next((p for p in ("a", "1", ".", " ") if tokenizer(p, add_special_tokens=False)["input_ids"]), None)
+    if probe is None:  # a vocabulary in which none of these is anything
+        return 0
+    bare, whole = (tokenizer(probe, add_special_tokens=special)["input_ids"] for special in (False, True))
     starts = range(len(whole) - len(bare) + 1)
     before = next((i for i in starts if whole[i : i + len(bare)] == bare), len(whole) - len(bare))
     return len(whole) - len(bare) - before

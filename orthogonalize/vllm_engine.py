@@ -18,7 +18,7 @@ import torch
 from .checkpoint import open_checkpoint
 from .continuations import Contest
 from .engines import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, Part, check_engine, fingerprint
-from .errors import OrthogonalizeError
+from .errors import InPlaceError, OrthogonalizeError
 from .likelihoods import Completion, Likeliest
 from .progress import track
 
@@ -197,14 +197,14 @@ class VllmEngine:
 
     def load_from(self, folder: Path) -> None:
         """Take over the tensors in the safetensors files of `folder`."""
-        with _named("vLLM failed while weights were swapped"):
+        with _named("vLLM failed while weights were swapped", InPlaceError):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         # The engine keeps the prefixes that the old weights computed, and would mix them in.
         if not self.llm.reset_prefix_cache():
-            raise OrthogonalizeError("vLLM did not clear its prefix cache, so edits cannot be swapped in place")
+            raise InPlaceError("vLLM did not clear its prefix cache, so edits cannot be swapped in place")
 
     def fingerprint(self, part: Part = "all") -> str:
-        with _named("vLLM failed while its weights were read"):
+        with _named("vLLM failed while its weights were read", InPlaceError):
             return "-".join(self.llm.apply_model(partial(fingerprint, part=part)))
 
 
@@ -249,7 +249,7 @@ def _ranked(entry: Mapping[int, Any], count: int) -> list[tuple[int, float]]:
 
 
 @contextmanager
-def _named(what: str) -> Iterator[None]:
+def _named(what: str, kind: type[OrthogonalizeError] = OrthogonalizeError) -> Iterator[None]:
     """Whatever the engine or its processes die of in here becomes one line that says `what` and the way out."""
     try:
         yield
@@ -257,7 +257,7 @@ def _named(what: str) -> Iterator[None]:
         lines = [line for line in str(error).strip().splitlines() if "For further information visit" not in line]
         reason = lines[-1].strip() if lines else type(error).__name__
         hint = _memory_hint(not torch.cuda.is_available())
-        raise OrthogonalizeError(f"{what}: {reason}; {hint}, or use --engine hf") from error
+        raise kind(f"{what}: {reason}; {hint}, or use --engine hf") from error
 
 
 def _memory_hint(on_cpu: bool) -> str:

@@ -18,7 +18,7 @@ from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.engine_group import EngineGroup, _devices, _serve
 from orthogonalize.engines import EngineOptions, TransformersEngine, check_engine, single_tokens
-from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.errors import InPlaceError, OrthogonalizeError
 from orthogonalize.launch import open_engine
 from orthogonalize.swapping import WeightSwap, block_of
 from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
@@ -214,7 +214,7 @@ class Picky(TransformersEngine):
     def load(self, weights):
         own = {name: make for name, make in weights.items() if self.kind in name}
         if own and self.fault == "refuses":
-            raise OrthogonalizeError("these it has under another name")
+            raise InPlaceError("these it has under another name")
         if self.fault == "keeps":
             weights = {name: make for name, make in weights.items() if name not in own}
         if self.fault == "spoils":
@@ -237,6 +237,16 @@ def test_what_an_engine_does_not_take_over_in_place_is_found_before_it_is_truste
             assert kind in found or fault != "keeps"
         others = [name for name in source.tensors if kind not in name and not name.startswith("model.layers")]
         assert fault == "spoils" or WeightSwap(engine, source).not_taken(others) is None
+
+
+def test_a_disk_without_room_is_not_taken_for_an_engine_that_takes_nothing(folder):
+    class Full(TransformersEngine):
+        def load(self, weights):
+            raise OrthogonalizeError("set TMPDIR to a folder with room")
+
+    source = open_checkpoint(folder)
+    with Full(folder, None, "cpu") as engine, pytest.raises(OrthogonalizeError, match="TMPDIR"):
+        WeightSwap(engine, source).not_taken(source.tensors)
 
 
 def test_a_swap_gives_whole_blocks_and_takes_back_what_the_last_one_changed(folder):

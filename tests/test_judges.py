@@ -55,8 +55,9 @@ class Letters:
     def __init__(self) -> None:
         self.given: list = []
 
-    def __call__(self, text: str) -> dict:
-        return {"input_ids": [0, *map(ord, text)]}
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict:
+        rows = [[0] * add_special_tokens + [*map(ord, each)] for each in ([text] if isinstance(text, str) else text)]
+        return {"input_ids": rows[0] if isinstance(text, str) else rows}
 
     def apply_chat_template(self, messages, **arguments) -> list[int]:
         self.given.append((messages, arguments))

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import lm_eval
+import numpy as np
 import pytest
 from benchmark_files import all_sets, harness_rows, harness_task, language_tasks, write
 from conftest import UNTRIED, choosing_tokenizer, store_choosing
@@ -21,7 +22,7 @@ from orthogonalize.likelihoods import Completion
 from orthogonalize.models import load_tokenizer
 from orthogonalize.multiple_choice import arc, mmlu, truthfulqa
 from orthogonalize.suites import Memory
-from orthogonalize.tasks import _series, harness_model, harness_tasks
+from orthogonalize.tasks import _plain, _series, harness_model, harness_tasks
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 HARNESS = Path(lm_eval.__file__).parent / "tasks"
@@ -232,6 +233,15 @@ def test_what_a_task_asks_and_reads_is_part_of_what_its_results_are_kept_for(mod
     assert after != before
     (folder / "utils.py").write_text("def score(): ...")
     assert loaded(folder, model, "housework")[0].state != after
+
+
+def test_a_task_s_state_is_the_same_in_every_process_whatever_its_documents_hold():
+    class Image: ...
+
+    document = {"b": {3, "x"}, 1: np.float32(0.5), "a": (b"\x00", Image()), "c": {(1, 2): None}}
+    assert _plain(document) == [
+        ["1", 0.5], ["a", ["00", "Image"]], ["b", ["3", "x"]], ["c", [["(1, 2)", None]]],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_tokens", "max_completion_tokens"])

@@ -27,18 +27,20 @@ RUN_SETTINGS, store_model = UNTRIED, store_choosing
 def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, data):
     found, tokenizer = load_run(run), load_tokenizer(model)
 
-    def steps(found=found, suites=("refusal", "behaviour", "alpaca"), new_tokens=4, limit=4) -> list[str]:
-        return make_plan(found, tokenizer, suites, new_tokens, limit, data).steps("base")
+    def steps(found=found, suites=("refusal", "behaviour", "loss", "alpaca"), new_tokens=4, limit=4) -> list[str]:
+        return make_plan(found, tokenizer, suites, new_tokens, limit, data).steps("base", is_base=True)
 
+    assert [step.partition("@")[0] for step in steps()] == [
+        "base/answers target", "base/answers harmless", "base/loss", "base/alpaca",
+    ]  # fmt: skip
     assert steps() == steps()
-    for change in ({"behaviour_tokens": [7]}, {"system": "be brief"}):
-        other = replace(found, info=found.info.model_copy(update=change))
-        assert steps(other)[0] != steps()[0]
-    assert steps(other)[1] != steps()[1]  # a system prompt changes Alpaca's prompts, too
-    assert steps(new_tokens=5)[0] != steps()[0]
-    assert steps(new_tokens=5)[1] == steps()[1]
+    assert steps(suites=("refusal", "loss", "alpaca")) == steps()  # what is counted in answers is counted anew
+    other = replace(found, info=found.info.model_copy(update={"system": "be brief"}))
+    assert not set(steps(other)) & set(steps())  # a system prompt changes Alpaca's prompts, too
+    assert not set(steps(new_tokens=5)[:3]) & set(steps())
+    assert steps(new_tokens=5)[3] == steps()[3]
     assert not set(steps(limit=3)) & set(steps())
-    assert set(steps()) < set(steps(suites=("refusal", "behaviour", "alpaca", "mmlu")))
+    assert set(steps()) < set(steps(suites=("refusal", "behaviour", "loss", "alpaca", "mmlu", "orbench")))
 
 
 def test_what_an_engine_s_results_depend_on_is_part_of_what_they_are_kept_for(monkeypatch):
@@ -192,6 +194,53 @@ def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, e
     assert evaluate(edited, str(model), run, tmp_path / "out", separate_engines=True, **settings).base.refusal
 
 
+def test_answers_are_kept_set_by_set(model, edited, run, data, tmp_path, monkeypatch):
+    settings = {"engine": "hf", "max_new_tokens": 4, "data": data, "limit": 3}
+    asked: list[int] = []
+    answers = TransformersEngine.answers
+
+    def counted(self, prompts, most):
+        asked.append(len(prompts))
+        return answers(self, prompts, most)
+
+    def dies(self, *_arguments):
+        raise OrthogonalizeError("the engine died")
+
+    monkeypatch.setattr(TransformersEngine, "answers", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "choices", dies)
+        with pytest.raises(OrthogonalizeError, match="died"):
+            evaluate(edited, str(model), run, tmp_path / "out", suites=["refusal", "mmlu"], **settings)
+    assert asked == [6]  # of the base
+    found = evaluate(edited, str(model), run, tmp_path / "out", suites=["behaviour", "orbench"], **settings)
+    assert asked == [6, 3, 9]  # of the base one set more, of the edited one all
+    whole = evaluate(edited, str(model), run, tmp_path / "whole", suites=["behaviour", "orbench"], **settings)
+    assert found.model_dump() == whole.model_dump()
+
+
+def test_a_base_that_was_swapped_into_another_s_engine_is_not_taken_for_one_in_its_own(
+    model, edited, run, tmp_path, monkeypatch
+):
+    """vLLM is played by transformers here."""
+    started: list[str] = []
+
+    def start(_, folder, tokenizer, *__):
+        started.append(folder.name)
+        return TransformersEngine(folder, tokenizer)
+
+    monkeypatch.setattr("orthogonalize.preparation.open_engine", start)
+    settings = {"suites": ["refusal"], "max_new_tokens": 4}
+    fingerprint = TransformersEngine.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
+        patch.setattr("orthogonalize.evaluation.partial", lambda *_: pytest.fail("the second swap"))
+        with pytest.raises(BaseException, match="the second swap"):
+            evaluate(edited, str(model), run, tmp_path / "out", **settings)
+    assert TransformersEngine.fingerprint is fingerprint
+    evaluate(edited, str(model), run, tmp_path / "out", separate_engines=True, **settings)
+    assert started == ["edited", "model", "edited"]
+
+
 def test_where_weights_are_not_taken_over_in_place_each_model_gets_an_engine(model, edited, run, tmp_path, monkeypatch):
     """vLLM is played by transformers here, and goes on with what it has, as it does of some experts."""
     started: list[str] = []
@@ -212,7 +261,7 @@ def test_where_weights_are_not_taken_over_in_place_each_model_gets_an_engine(mod
     )
     apart = evaluate(edited, str(model), run, tmp_path / "apart", **settings)
     assert started == ["edited", "edited", "model", "edited"]
-    assert "does not take over model.layers.0.mlp.down_proj.weight in place" in notes[0]
+    assert "cannot hold other weights in place (model.layers.0.mlp.down_proj.weight)" in notes[0]
     assert apart.model_dump() == swapped.model_dump()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from click.testing import CliRunner
 from conftest import LAYERS, UNTRIED, store, tiny_llama, tiny_tokenizer
 
 from orthogonalize import sweeps
+from orthogonalize.baking import bake
 from orthogonalize.chat import ChatFormat
+from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.comparison import Sweep, pareto
 from orthogonalize.editing import edit
@@ -21,6 +24,7 @@ from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.generation import generate
 from orthogonalize.run import load_run
+from orthogonalize.serving import Common
 from orthogonalize.swapping import WeightSwap
 from orthogonalize.sweeps import residual_hooks, sweep
 from orthogonalize.variants import make_variants, methods
@@ -116,6 +120,75 @@ def test_edits_that_an_engine_does_not_take_over_in_place_get_engines_of_their_o
     assert not any(folder.exists() for folder in started[2:])
     for mine, other in zip(found.variants, swept.variants, strict=True):
         assert mine.measures == other.measures, mine.name
+
+
+def test_a_killed_sweep_without_swaps_starts_no_engine_for_nothing(model, run, tmp_path, monkeypatch):
+    settings = {**QUICK, "suites": ["refusal"], "methods": ["ablate"], "scopes": ["one", "all"]}
+    started: list[Path] = []
+    enter, load, answers = TransformersEngine.__enter__, TransformersEngine.load, TransformersEngine.answers
+
+    def counted(self):
+        started.append(self.folder)
+        return enter(self)
+
+    def third_dies(self, *arguments):
+        if len(started) == 4:
+            raise OrthogonalizeError("the engine died")
+        return answers(self, *arguments)
+
+    monkeypatch.setattr(TransformersEngine, "__enter__", counted)
+    monkeypatch.setattr(
+        TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "o_proj" not in n})
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "answers", third_dies)
+        with pytest.raises(OrthogonalizeError, match="died"):
+            sweep(str(model), run, tmp_path / "out", **settings)
+    started.clear()
+    sweep(str(model), run, tmp_path / "out", **settings)
+    assert len(started) == 2  # one to see that it takes no weights, one for the edit that is left
+
+
+def test_edits_without_room_for_a_checkpoint_are_refused_with_the_way_out(model, run, tmp_path, monkeypatch):
+    load = TransformersEngine.load
+    monkeypatch.setattr(
+        TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "o_proj" not in n})
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with pytest.raises(OrthogonalizeError, match="make room or set TMPDIR to a folder with room"):
+        sweep(str(model), run, tmp_path / "out", methods=["ablate"], scopes=["one"], **QUICK)
+
+
+def test_what_is_refused_and_how_long_it_took_is_kept_for_the_suites_that_were_asked(
+    model, run, data, tmp_path, monkeypatch
+):
+    settings = {**QUICK, "methods": ["ablate"], "scopes": ["one", "all"], "data": data, "limit": 3}
+    answers, choices = TransformersEngine.answers, TransformersEngine.choices
+
+    def nan(self, contexts, rows):
+        found = choices(self, contexts, rows)
+        return [[float("nan")] * len(row) for row in found] if swapped else found
+
+    swapped: list[int] = []
+    apply = WeightSwap.apply
+    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightSwap, "apply", lambda self, edited: swapped.append(1) or apply(self, edited))
+        patch.setattr(TransformersEngine, "choices", nan)
+        patch.setattr(TransformersEngine, "answers", lambda s, *a: answers(s, *a) if len(swapped) < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # at the second edit, when the first was refused for its MMLU
+            sweep(str(model), run, tmp_path / "out", suites=["refusal", "mmlu"], **settings)
+    found = sweep(str(model), run, tmp_path / "out", suites=["refusal"], **settings)
+    assert [v.refused for v in found.variants] == [None, None]
+
+
+def test_edits_that_need_another_engine_are_not_taken_up_from_one_without(model, run):
+    """What one edit adds to the engine, all of them and the base are measured with."""
+    source, found = open_checkpoint(model), load_run(run)
+    plans = {v.name: bake(source, v.intervention) for v in make_variants(found, ["ablate", "actadd"], ["one"])}
+    plain = Common.of(source, [plans["ablate one"]]).state
+    assert Common.of(source, [plans["ablate one"]]).state == plain
+    assert Common.of(source, list(plans.values())).state != plain
 
 
 def test_the_table_has_every_measure_of_every_edit(swept):

@@ -24,6 +24,15 @@ def ending(around: str):
     return tokenizer
 
 
+def test_a_vocabulary_without_the_letters_that_are_tried_loses_no_token():
+    class Digits:
+        def __call__(self, texts, add_special_tokens=True, **_):
+            rows = [[0] * add_special_tokens + [int(c) for c in t if c in "23"] for t in [*texts]]
+            return {"input_ids": rows if isinstance(texts, list) else [i for row in rows for i in row]}
+
+    assert opened(Digits(), ["23", "3"]) == [[0, 2, 3], [0, 3]]
+
+
 @pytest.mark.parametrize("around", AROUND)
 def test_a_text_keeps_what_stands_before_it_and_nothing_that_stands_after(around, data):
     tokenizer = ending(around)

@@ -282,8 +282,8 @@ def test_a_sweep_in_vllm_is_the_sweep_in_transformers(model, run, tmp_path, monk
     names = ("nullspace all", "leace top:50%", "actadd inlp +1 one")
     kept = [v for v in make_variants(load_run(run)) if v.name in names]
     monkeypatch.setattr("orthogonalize.sweeps.make_variants", lambda *_: kept)
-    settings = {"max_new_tokens": 12, "options": SMALL}
-    ours = sweep(str(model), run, tmp_path / "ours", **settings)
+    settings = {"max_new_tokens": 12}
+    ours = sweep(str(model), run, tmp_path / "ours", options=SMALL, **settings)
     theirs = sweep(str(model), run, tmp_path / "theirs", engine="hf", **settings)
     assert ours.restored is True
     for mine, other in zip([ours.base, *(v.measures for v in ours.variants)],
