@@ -307,8 +307,8 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
 def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: str, judge: str, **options: Any) -> None:
     """Measure every method over every scope, in one engine: the comparison table.
 
-    The engine starts once; each edit's weights are swapped in place. A sweep that was cut off goes on where it
-    stopped.
+    The engine starts once and each edit's weights are swapped in place, where it takes them; else each edit has an
+    engine of its own. A sweep that was cut off goes on where it stopped.
     """
     from .comparison import sweep_columns, sweep_rows
     from .sweeps import sweep as run_sweep

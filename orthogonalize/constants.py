@@ -9,7 +9,7 @@ only where a description says that the bias is read, and every bias that a flag 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,10 +18,8 @@ from .checkpoint import Addition
 from .errors import OrthogonalizeError
 from .interventions import Site
 from .quantisation import real_values, scale_name
+from .siteplan import SitePlan
 from .tensorfile import EDITABLE
-
-if TYPE_CHECKING:
-    from .baking import Bake
 
 REACHED = 1e-6  # largest part of a vector that a value bias may miss
 LLAMA_DEFAULTS = (
@@ -31,7 +29,7 @@ LLAMA_DEFAULTS = (
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
-def place_constant(plan: Bake, site: Site, vector: torch.Tensor) -> None:
+def place_constant(plan: SitePlan, site: Site, vector: torch.Tensor) -> None:
     """Plan that `vector` [d] is added to what is written at a block's `site`.
 
     Raises:
@@ -56,7 +54,7 @@ def place_constant(plan: Bake, site: Site, vector: torch.Tensor) -> None:
     )
 
 
-def _carriers(plan: Bake, site: Site) -> list[tuple[Site, Part]]:
+def _carriers(plan: SitePlan, site: Site) -> list[tuple[Site, Part]]:
     """The parts that may carry a constant for `site`: its own, and the other block's where both run side by side."""
     sites = [site] if plan.architecture.parts(site.kind) else []
     if not sites or plan.architecture.is_parallel(plan.source.config):
@@ -64,17 +62,17 @@ def _carriers(plan: Bake, site: Site) -> list[tuple[Site, Part]]:
     return [(where, part) for where in sites for part in plan.sites.parts(where)]
 
 
-def _scale(plan: Bake, part: Part) -> float:
+def _scale(plan: SitePlan, part: Part) -> float:
     return plan.architecture.scale(part.scale, plan.source.config)
 
 
-def _native_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+def _native_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     if part.bias is None or part.bias.served != "vllm":
         return ""
     return _write_bias(plan, site, part, part.bias, vector)
 
 
-def _backend_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+def _backend_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     if part.bias is None or part.bias.served != "transformers":
         return ""
     reason = _write_bias(plan, site, part, part.bias, vector)
@@ -83,7 +81,7 @@ def _backend_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> s
     return reason
 
 
-def _write_bias(plan: Bake, site: Site, part: Part, bias: Bias, vector: torch.Tensor) -> str | None:
+def _write_bias(plan: SitePlan, site: Site, part: Part, bias: Bias, vector: torch.Tensor) -> str | None:
     layer = int(site.layer or 0)
     names = [bias_name(write.name) for write in plan.sites.writes(part, layer, bias.on)]
     if not names:
@@ -95,7 +93,7 @@ def _write_bias(plan: Bake, site: Site, part: Part, bias: Bias, vector: torch.Te
     return None
 
 
-def _switch_on(plan: Bake, weights: tuple[str, ...], flags: dict[str, Any]) -> None:
+def _switch_on(plan: SitePlan, weights: tuple[str, ...], flags: dict[str, Any]) -> None:
     """Set the flags that give `weights` biases, and store all of these in all layers, as zeros."""
     for flag, value in flags.items():
         plan.configure(flag, value)
@@ -110,13 +108,13 @@ def _switch_on(plan: Bake, weights: tuple[str, ...], flags: dict[str, Any]) -> N
                 plan.additions[bias] = Addition.zeros(dtype, (info.shape[0],))
 
 
-def _dtype_beside(plan: Bake) -> str:
+def _dtype_beside(plan: SitePlan) -> str:
     """In what a quantised checkpoint stores what it does not quantise: its embedding, and a bias."""
     dtype = plan.source.tensors[plan.sites.tied_to].dtype
     return dtype if dtype in EDITABLE else "BF16"
 
 
-def _llama_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+def _llama_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     """Let the model be a Llama, whose attention and MLP have biases if the configuration says so."""
     if plan.architecture.as_llama is None:
         return ""
@@ -134,7 +132,7 @@ def _llama_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str
     return None
 
 
-def _fused(plan: Bake) -> dict[str, dict[str, int | str]]:
+def _fused(plan: SitePlan) -> dict[str, dict[str, int | str]]:
     """The weights that Llama stores as several, and the share that each of these takes, by their names."""
     fused = plan.architecture.as_llama.fused if plan.architecture.as_llama else {}
     layers = range(plan.architecture.layers(plan.source.config))
@@ -154,7 +152,7 @@ def _rows(total: int, shares: Mapping[str, int | str], config: Mapping[str, Any]
     return {part: total * number // sum(numbers.values()) for part, number in numbers.items()}
 
 
-def _become_llama(plan: Bake) -> None:
+def _become_llama(plan: SitePlan) -> None:
     from transformers import AutoConfig
 
     full = AutoConfig.from_pretrained(plan.source.path).to_dict()
@@ -175,7 +173,7 @@ def _become_llama(plan: Bake) -> None:
         _switch_on(plan, (*part.writes, *part.bias.zeros), part.bias.flags)
 
 
-def _value_bias(plan: Bake, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+def _value_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     """Attention weights sum to one, so a bias b of the value projection adds `W_o R b`, R repeating the heads."""
     through = part.value_bias
     if through is None:
