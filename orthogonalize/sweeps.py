@@ -89,7 +89,9 @@ class _Host:
         check_room(self.plans.values())
 
     def _start(self) -> None:
-        folder = self.stack.enter_context(common_folder(self.source, list((self.plans or {}).values())))
+        folder = self.source.path
+        if self.in_place:  # else no edit is swapped into this one
+            folder = self.stack.enter_context(common_folder(self.source, list((self.plans or {}).values())))
         engine = self.stack.enter_context(self.start(folder))
         self.running = engine, WeightSwap(engine, open_checkpoint(folder)), ""
 

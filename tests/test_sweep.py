@@ -115,7 +115,8 @@ def test_edits_that_an_engine_does_not_take_over_in_place_get_engines_of_their_o
         TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "o_proj" not in n})
     )
     found = sweep(str(model), run, tmp_path / "apart", **QUICK)
-    assert len(started) == 2 + len(SWEPT)  # on the common folder, on that again for the base, and for every edit
+    assert len(started) == 2 + len(SWEPT)  # on what all edits need, on the base itself, and on every edit
+    assert started[0] != started[1] == model
     assert found.restored is None
     assert not any(folder.exists() for folder in started[2:])
     for mine, other in zip(found.variants, swept.variants, strict=True):
