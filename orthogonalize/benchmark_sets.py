@@ -6,15 +6,16 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import OrthogonalizeError
 from .progress import note
 
+T = TypeVar("T")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.zst")
 
 
@@ -205,7 +206,7 @@ def as_documented(source: BenchmarkSet) -> Iterator[None]:
 
 
 def instructions(source: PromptSet, data: Path | None, limit: int | None) -> list[tuple[str, str | None]]:
-    """(prompt, category) of a prompt set.
+    """(prompt, category) of a prompt set; `limit` of them are spread over all.
 
     Raises:
         OrthogonalizeError: as `rows`, or no row counts.
@@ -217,14 +218,23 @@ def instructions(source: PromptSet, data: Path | None, limit: int | None) -> lis
             continue
         text = row[source.column]
         if isinstance(text, str) and text.strip():
-            category = row.get(source.category) if source.category else None
-            found.append((text.strip(), category if isinstance(category, str) else None))
+            found.append((text.strip(), category_of(row.get(source.category)) if source.category else None))
         else:
             blank += 1
-        if limit is not None and len(found) >= limit:
-            break
     if not found:
         raise OrthogonalizeError(f"{source.source} has no usable prompts; is it the right file?")
     if blank:
         note(f"{source.source}: {blank} rows without a prompt are left out")
-    return found
+    return evenly(found, limit)
+
+
+def category_of(value: Any) -> str | None:
+    """A category as text; None where there is none."""
+    return str(value).strip() or None if isinstance(value, str | int | float) else None
+
+
+def evenly(found: Sequence[T], limit: int | None) -> list[T]:
+    """`limit` of the rows, spread over all of them: sets are sorted by subject or kind."""
+    if limit is None or limit >= len(found):
+        return list(found)
+    return [found[i * len(found) // limit] for i in range(limit)]

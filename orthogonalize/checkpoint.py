@@ -182,12 +182,12 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise OrthogonalizeError(f"no such model folder: {folder}")
-    if not (folder / "config.json").exists():
-        raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
     if (folder / "adapter_config.json").exists():
         raise OrthogonalizeError(
             f"{folder} holds an adapter, which loaders apply on top; merge it into the model first"
         )
+    if not (folder / "config.json").exists():
+        raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise OrthogonalizeError(f"{folder / 'config.json'} is not a JSON object")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from . import progress
+from . import interruption, progress
 from .display import console, show_audit, show_candidates, show_report, show_run
 from .errors import OrthogonalizeError, ran_out_of_memory
 from .options import (
@@ -40,8 +38,7 @@ class Commands(click.Group):
     """Turns what a user can mend into one line and exit status 1, and Ctrl-C (or a scheduler's TERM) into 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interruption.listen()
         try:
             return super().invoke(ctx)
         except OrthogonalizeError as error:
@@ -326,7 +323,7 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
     )
     table = Table(title=escape(f"{found.model} ({found.engine_version})"))
     for i, name in enumerate(sweep_columns(found)):
-        table.add_column(name, no_wrap=i == 0)
+        table.add_column(name, no_wrap=i == 0, overflow="fold")
     for row in sweep_rows(found):
         table.add_row(*map(escape, row))
     console.print(table)

@@ -45,6 +45,7 @@ class Sweep(Record):
     judges: dict[str, str] = Field(default_factory=dict)
     data: dict[str, str]
     max_new_tokens: int
+    limit: int | None = None
     sensitive: bool
     effect: str | None
     harm: str | None

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 console = Console()
+if not console.is_terminal:  # a file or a pipe has no width of its own
+    console = Console(width=400)
 
 
 def show_candidates(candidates: Sequence[Any], most: int = 3) -> None:

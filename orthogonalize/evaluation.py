@@ -184,6 +184,8 @@ def evaluate(
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
     options = options or EngineOptions(device=device)
     check_asked(suites, engine, options, data)
+    if separate_engines and engine == "hf":
+        raise OrthogonalizeError("--separate-engines is for vLLM; with --engine hf each model has one anyway")
     found = load_run(run)
     folder = find_model(base, revision)
     check_pair(checkpoint, folder)

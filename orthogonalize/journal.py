@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import OrthogonalizeError, ran_out_of_memory
+from .interruption import check
 from .progress import note
 
 
@@ -25,7 +26,8 @@ class Journal:
     the rest is not. A last line that was cut off is ignored.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, needed: bool = True) -> None:
+        self.needed = needed  # whether work goes on only if it can be kept
         self.file = out.absolute().parent / f".{out.name}.partial-measured"
         self.done = self._read()
 
@@ -57,6 +59,7 @@ class Journal:
 
         Steps that `work` itself takes are called `name/...`; they are forgotten when the whole is done.
         """
+        check()
         if name not in self.done:
             self.put({name: work()}, instead=name)
         return self.done[name]
@@ -65,12 +68,20 @@ class Journal:
         """Store the results of steps, and forget those of the steps that `instead` took."""
         self.done = {done: of for done, of in self.done.items() if not done.startswith(f"{instead}/")}
         self.done |= json.loads(json.dumps(results))  # what is changed later must not change what is stored
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         # Rewritten whole: a line that a killed run cut off would spoil what is appended to it.
         partial = self.file.with_name(self.file.name + "-writing")
         lines = [json.dumps({"step": step, "result": value}) for step, value in self.done.items()]
-        partial.write_text("\n".join(lines) + "\n", "utf-8")
-        partial.replace(self.file)
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text("\n".join(lines) + "\n", "utf-8")
+            partial.replace(self.file)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            what = f"{self.file} cannot be written: {error.strerror}"
+            if self.needed:
+                raise OrthogonalizeError(f"{what}; make room") from error
+            note(f"{what}, so nothing is kept should this be cut off")
 
     def has(self, *names: str) -> bool:
         """Whether all these steps are done."""

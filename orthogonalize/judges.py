@@ -196,7 +196,9 @@ def find_judge(text: str) -> tuple[Judge, str]:
     Raises:
         OrthogonalizeError: there is no judge of that name.
     """
-    name, _, model = text.partition("=")
+    name, named, model = text.partition("=")
+    if named and not model.strip():
+        raise OrthogonalizeError(f"judge {text!r} names no model; leave out the =, or give one")
     if name not in JUDGES:
         raise OrthogonalizeError(f"no judge {name!r}; there are: {', '.join(JUDGES)}, and prefix (by wording)")
     return JUDGES[name], model or JUDGES[name].model

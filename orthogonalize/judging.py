@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .benchmark_sets import category_of
 from .engines import ONE_DEVICE, EngineName, EngineOptions, check_engine, engine_state
 from .errors import OrthogonalizeError
 from .journal import Journal, fingerprint_of
@@ -65,15 +66,15 @@ class ReadyJudge:
 
 
 def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
-    """The judges called `names` (`NAME` or `NAME=MODEL`), their models fetched; `none` is nobody.
+    """The judges called `names` (`NAME` or `NAME=MODEL`), their models fetched.
 
     Raises:
         OrthogonalizeError: an unknown judge; a model that is gated, missing, or whose tokenizer is.
     """
     found: list[ReadyJudge] = []
     for name in names:
-        if name in ("none", PREFIX):
-            continue
+        if name == PREFIX:
+            raise OrthogonalizeError("by wording (prefix) refusals are counted anyway; name a judge that is a model")
         judge, model = find_judge(name)
         if any(ready.judge.name == judge.name for ready in found):
             raise OrthogonalizeError(f"judge {judge.name} is named twice; ask one model of it at a time")
@@ -143,13 +144,13 @@ def judge(
         find_judge(name)
         check_engine(engine, options)
     rows = read_answers(Path(file))
-    categories = [None if row.get("category") is None else str(row["category"]) for row in rows]
+    categories = [category_of(row.get("category")) for row in rows]
     if name == PREFIX:
         flags = [refused(row["response"]) for row in rows]
         return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(shares(flags, categories)))
     (ready,) = ready_judges([name])
     pairs = [(row["prompt"], row["response"]) for row in rows]
-    journal = Journal(Path(file))
+    journal = Journal(Path(file), needed=False)  # who made the answers may have locked them
     journal.going_on([ready.step(pairs, engine, options)])
     with journal.kept():
         opinions = ready.asked(pairs, engine, options, journal)

@@ -101,7 +101,7 @@ def is_hub_id(model: str) -> bool:
 
 def public_name(model: str) -> str:
     """What to call `model` in public: its Hub id, or its folder's name without the path."""
-    return model if is_hub_id(model) else Path(model).name
+    return model if is_hub_id(model) else Path(os.path.abspath(model)).name
 
 
 def find_model(model: str, revision: str | None = None) -> Path:
@@ -111,6 +111,8 @@ def find_model(model: str, revision: str | None = None) -> Path:
         OrthogonalizeError: there is no such model, or it is no sound safetensors checkpoint.
     """
     path = Path(model)
+    if revision is not None and not is_hub_id(model):
+        raise OrthogonalizeError(f"--revision {revision} is for models of the Hub, and {model} is none")
     if path.is_dir():
         folder = path
     elif path.suffix == ".gguf":

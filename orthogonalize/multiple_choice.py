@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from .benchmark_sets import ARC, ARC_SHOTS, MMLU, MMLU_SHOTS, TRUTHFULQA, rows
+from .benchmark_sets import ARC, ARC_SHOTS, MMLU, MMLU_SHOTS, TRUTHFULQA, evenly, rows
 from .engines import Respondent
 from .errors import OrthogonalizeError
 from .journal import fingerprint_of
@@ -94,13 +94,6 @@ class MultipleChoice:
         return {f"choices.{self.name}": shares(flags, self.categories)}
 
 
-def _evenly(found: Sequence[Any], limit: int | None) -> list[Any]:
-    """`limit` of the rows, spread over all of them: sets are sorted by subject."""
-    if limit is None or limit >= len(found):
-        return list(found)
-    return [found[i * len(found) // limit] for i in range(limit)]
-
-
 def _mmlu_block(row: dict[str, Any], answered: bool) -> str:
     letters = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"], strict=True))
     text = f"{row['question'].strip()}\n{letters}Answer:"
@@ -113,7 +106,7 @@ def mmlu(data: Path | None, limit: int | None) -> list[Question]:
     for row in rows(MMLU_SHOTS, data):
         shots[row["subject"]].append(row)
     questions = []
-    for row in _evenly(rows(MMLU, data), limit or QUESTIONS):
+    for row in evenly(rows(MMLU, data), limit or QUESTIONS):
         subject = row["subject"]
         if len(shots[subject]) < SHOTS:
             raise OrthogonalizeError(
@@ -144,7 +137,7 @@ def arc(data: Path | None, limit: int | None) -> list[Question]:
             tuple(f" {text}" for text in row["choices"]["text"]),
             _arc_right(row),
         )
-        for row in _evenly(rows(ARC, data), limit)
+        for row in evenly(rows(ARC, data), limit)
     ]
 
 
@@ -171,7 +164,7 @@ def truthfulqa(data: Path | None, limit: int | None) -> list[Question]:
             tuple(f" {choice}" for choice in row["mc1_targets"]["choices"]),
             list(row["mc1_targets"]["labels"]).index(1),
         )
-        for row in _evenly(rows(TRUTHFULQA, data), limit)
+        for row in evenly(rows(TRUTHFULQA, data), limit)
     ]
 
 

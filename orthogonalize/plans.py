@@ -157,7 +157,9 @@ def _contrast_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[Answer
     for name, side in CONTRAST.items():
         prompts = [p for p in test if p.side == side][:limit]
         if not prompts:
-            raise OrthogonalizeError("the run has no test prompts on one side; extract again with more prompts")
+            raise OrthogonalizeError(
+                "the run has no test prompts on one side; extract again with --test, or with more prompts"
+            )
         items = [Item(chat.encode(p.text), p.text, p.category) for p in prompts]
         sets.append(AnswerSet(name, items, side in run.info.sensitive))
     return sets

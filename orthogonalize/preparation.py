@@ -32,6 +32,7 @@ class Preparation:
     options: EngineOptions
     suites: list[str]
     max_new_tokens: int
+    limit: int | None
 
     def start(self, folder: Path) -> Engine:
         """An engine on the checkpoint `folder`; use it as a context manager."""
@@ -60,6 +61,7 @@ class Preparation:
             "engine_version": engine_version(self.engine),
             "suites": self.suites,
             "max_new_tokens": self.max_new_tokens,
+            "limit": self.limit,
             "judges": {ready.judge.name: public_name(ready.model) for ready in self.judges},
             "data": self.plan.data,
             "sensitive": self.plan.sensitive,
@@ -96,4 +98,4 @@ def prepare(
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
     plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, context_length(folder))
     ready = judges_for(plan, judges)
-    return Preparation(run, folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens)
+    return Preparation(run, folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit)

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from .benchmark_sets import category_of
 from .errors import OrthogonalizeError
 
 Side = Literal["positive", "negative"]
@@ -117,8 +118,7 @@ def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
     text = row[names[0]]
     if not isinstance(text, str):
         raise OrthogonalizeError(f"{source}: column {names[0]!r} holds {type(text).__name__}, not text")
-    category = row.get("category")
-    return text, category if isinstance(category, str) else None
+    return text, category_of(row.get("category"))
 
 
 def _whole(text: str, category: str | None, source: str) -> None:

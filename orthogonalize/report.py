@@ -137,6 +137,7 @@ class Report(Record):
     judges: dict[str, str] = Field(default_factory=dict)
     data: dict[str, str] = Field(default_factory=dict)
     max_new_tokens: int
+    limit: int | None = None
     sensitive: bool
     redacted: int = 0
     base: Measures

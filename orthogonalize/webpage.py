@@ -6,10 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .rendering import templates
-from .report import Report
+from .report import Judged, Report
 from .report_plots import as_png, embedded, rates_figure
 from .tables import SETS, category_rows, summary_rows
 from .verdicts import verdicts
+
+
+def _judged(measured: Judged | None, harmful: bool | None, refusal: bool | None) -> str:
+    """What a judge, of which `measured` tells what it says at all, says of one answer."""
+    parts = []
+    if measured is None or measured.harmful is not None:
+        parts.append({True: "harmful", False: "not harmful", None: "unreadable"}[harmful])
+    if measured is not None and measured.refusal is not None:
+        parts.append({True: "refuses", False: "does not refuse", None: "refusal unreadable"}[refusal])
+    return ", ".join(parts)
 
 
 def write_webpage(report: Report, plots: Sequence[Path], file: Path) -> None:
@@ -20,6 +30,7 @@ def write_webpage(report: Report, plots: Sequence[Path], file: Path) -> None:
         .get_template("report.html.j2")
         .render(
             report=report,
+            judged=_judged,
             rows=summary_rows(report),
             categories=category_rows(report),
             verdicts=verdicts(report),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -288,6 +290,19 @@ def test_judging_a_long_file_goes_on_where_it_was_cut_off(answers, tmp_path, mon
     assert judge(file, name, engine="hf") == whole
     assert asked == [2, 1, 1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.json", "judge"]
+
+
+def test_answers_in_a_folder_that_cannot_be_written_are_judged_all_the_same(answers, tmp_path, monkeypatch):
+    name = f"qwen3guard={checkpoint(tmp_path / 'judge', 'qwen3', 'Safety: Unsafe')}"
+    notes: list[str] = []
+    monkeypatch.setattr("orthogonalize.journal.note", notes.append)
+
+    def locked(*_arguments):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("pathlib.Path.replace", locked)
+    assert judge(answers, name, engine="hf").harmful.value == 1.0
+    assert "Read-only file system, so nothing is kept" in notes[0]
 
 
 def run(*words) -> tuple[int, str]:

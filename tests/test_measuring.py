@@ -13,7 +13,7 @@ from benchmark_files import (
     truthfulqa_rows,
     write,
 )  # fmt: skip
-from conftest import UNTRIED, choosing_tokenizer, store_choosing
+from conftest import UNTRIED, choosing_tokenizer, command, store_choosing
 
 from orthogonalize.chat import ChatFormat
 from orthogonalize.divergence import kl_bound
@@ -192,8 +192,8 @@ def test_sensitive_answers_are_folded_and_can_be_left_out(model, edited, run, tm
     prompt = load_run(run).texts("positive", "test")[0]
     harmless = load_run(run).texts("negative", "test")[0]
     assert f"<summary>{prompt}" not in page
-    assert f'<p class="prompt">{prompt}' in page
-    assert f"<summary>{harmless}" in page
+    assert f'<p class="prompt said">{prompt}' in page
+    assert f"<summary><span class="said">{harmless}" in page
     assert [a.sensitive for a in found.answers] == [True] * 6 + [False] * 6
     found = evaluate(edited, str(model), secret, tmp_path / "redacted", redact=True, **settings)
     assert (found.redacted, len(found.answers)) == (6, 6)
@@ -259,3 +259,38 @@ def test_redacting_what_no_set_marks_as_sensitive_is_said(model, edited, run, tm
     undercounted, unmarked = said
     assert "refusals are undercounted in answers of 4 tokens" in undercounted
     assert "no set here is marked sensitive, so nothing is left out; extract --sensitive" in unmarked
+
+
+def test_part_of_a_set_is_spread_over_it_and_categories_may_be_numbers(model, edited, run, tmp_path):
+    sentences = [f"how do i bake a {thing} {last}" for thing in ("cake", "pie", "soup") for last in "aihdtn"]
+    rows = [{"id": i, "prompt": s, "type": i // 6, "label": "safe"} for i, s in enumerate(sentences)]
+    write(tmp_path / "data/Paul/XSTest", rows, suffix=".csv")
+    found = evaluate(
+        edited, str(model), run, tmp_path / "out", suites=["xstest"], engine="hf", max_new_tokens=4,
+        data=tmp_path / "data", limit=3,
+    )  # fmt: skip
+    assert {name: rate.n for name, rate in found.base.refusal.sets["xstest"].by_category.items()} == {
+        "0": 1, "1": 1, "2": 1,
+    }  # fmt: skip
+    assert found.limit == 3
+
+
+def test_a_checkpoint_is_called_by_its_folder_wherever_one_stands(model, edited, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(edited)
+    found = evaluate(".", str(model), run, tmp_path / "out", suites=["refusal"], engine="hf", max_new_tokens=4)
+    assert found.checkpoint == edited.name
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--judge", "prefix"], "refusals are counted anyway"),
+    (["--judge", "wildguard="], "names no model"),
+    (["--revision", "main"], "--revision main is for models of the Hub"),
+    (["--separate-engines"], "--separate-engines is for vLLM"),
+])  # fmt: skip
+def test_what_would_do_nothing_is_refused(words, message, model, edited, run, tmp_path):
+    code, said = command(
+        "eval", edited, "--base", model, "--run", run, "--out", tmp_path / "out", "--engine", "hf", *words
+    )
+    assert code == 1
+    assert message in said
+    assert said.count("\n") == 0

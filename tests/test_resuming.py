@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
+import signal
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -154,6 +157,52 @@ def test_the_portions_of_a_suite_are_forgotten_when_it_is_done(tmp_path):
     journal = Journal(tmp_path / "out")
     journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
     assert Journal(tmp_path / "out").done == {"base/mmlu": [1, 2]}
+
+
+def test_a_signal_to_stop_that_python_swallows_stops_at_the_next_step(tmp_path):
+    """What is raised while Python cleans up after an object is printed, and lost."""
+    from orthogonalize import interruption
+    from orthogonalize.journal import Journal
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        interruption.listen()
+        journal = Journal(tmp_path / "out")
+        journal.step("a", lambda: 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Last()
+        with pytest.raises(KeyboardInterrupt):
+            journal.step("b", lambda: 2)
+        assert Journal(tmp_path / "out").done == {"a": 1}
+        interruption.listen()
+        assert journal.step("b", lambda: 2) == 2
+    finally:
+        interruption._asked.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_disk_that_fills_up_says_where_and_keeps_what_it_had(tmp_path, monkeypatch):
+    from orthogonalize.journal import Journal
+
+    journal = Journal(tmp_path / "out")
+    journal.step("a", lambda: 1)
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
+    kept = r"out.partial-measured cannot be written: No space left on device; make room; what was measured is kept"
+    with pytest.raises(OrthogonalizeError, match=kept), journal.kept():
+        journal.step("b", lambda: 2)
+    assert [p.name for p in tmp_path.iterdir()] == [".out.partial-measured"]
+    assert Journal(tmp_path / "out").done == {"a": 1}
+    assert Journal(tmp_path / "out", needed=False).step("b", lambda: 2) == 2
+
+
+def full_disk(*_arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_line_of_a_journal_that_was_cut_is_not_taken(tmp_path):

@@ -76,6 +76,13 @@ def test_the_page_is_one_file_with_both_answers_verdicts_and_no_address(tmp_path
     assert "how do i bake &lt;script&gt;" in page
     assert "wildguard: unreadable" in page
     assert "wildguard: not harmful" in page
+    told = {f"judges.wildguard.{field}.target": shares([True, False]) for field in ("harmful", "refusal")}
+    base, edited = series(38, 1, 5.0) | told, series(2, 2, 5.5) | told
+    said = answer.model_copy(update={"judges": {"wildguard": Verdict(base_harmful=True, edited_refusal=True)}})
+    write_webpage(report_of(base, edited, answers=[said]), [], tmp_path / "told.html")
+    page = (tmp_path / "told.html").read_text()
+    assert "wildguard: harmful, refusal unreadable" in page
+    assert "wildguard: unreadable, refuses" in page
     assert "refusal gone" in page
     for sentence in verdicts(report):
         assert sentence.replace("'", "&#39;") in page
