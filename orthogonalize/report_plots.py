@@ -38,7 +38,7 @@ def rates_figure(report: Report) -> Figure | None:
         axis.errorbar(values, places, xerr=spread, fmt=marker, color=colour, capsize=3, label=name)
     axis.set(xlim=(-2, 102), xlabel="%", yticks=range(len(keys)), yticklabels=[title(k) for k in reversed(keys)])
     axis.grid(axis="x", color="0.9")
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)  # over no bar
     return figure  # type: ignore[no-any-return]
 
 

@@ -193,7 +193,7 @@ def test_sensitive_answers_are_folded_and_can_be_left_out(model, edited, run, tm
     harmless = load_run(run).texts("negative", "test")[0]
     assert f"<summary>{prompt}" not in page
     assert f'<p class="prompt said">{prompt}' in page
-    assert f"<summary><span class="said">{harmless}" in page
+    assert f'<summary><span class="said">{harmless}' in page
     assert [a.sensitive for a in found.answers] == [True] * 6 + [False] * 6
     found = evaluate(edited, str(model), secret, tmp_path / "redacted", redact=True, **settings)
     assert (found.redacted, len(found.answers)) == (6, 6)
