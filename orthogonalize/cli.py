@@ -38,9 +38,9 @@ class Commands(click.Group):
     """Turns what a user can mend into one line and exit status 1, and Ctrl-C (or a scheduler's TERM) into 130."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        interruption.listen()
         try:
-            return super().invoke(ctx)
+            with interruption.listening():
+                return super().invoke(ctx)
         except OrthogonalizeError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)
             ctx.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 console = Console()
-if not console.is_terminal:  # a file or a pipe has no width of its own
+if not console.is_terminal and "COLUMNS" not in os.environ:  # a file or a pipe has no width of its own
     console = Console(width=400)
 
 

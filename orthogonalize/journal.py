@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import OrthogonalizeError, ran_out_of_memory
-from .interruption import check
 from .progress import note
 
 
@@ -30,6 +29,7 @@ class Journal:
         self.needed = needed  # whether work goes on only if it can be kept
         self.file = out.absolute().parent / f".{out.name}.partial-measured"
         self.done = self._read()
+        self.on_disk = bool(self.done)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -59,7 +59,6 @@ class Journal:
 
         Steps that `work` itself takes are called `name/...`; they are forgotten when the whole is done.
         """
-        check()
         if name not in self.done:
             self.put({name: work()}, instead=name)
         return self.done[name]
@@ -75,6 +74,7 @@ class Journal:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text("\n".join(lines) + "\n", "utf-8")
             partial.replace(self.file)
+            self.on_disk = True
         except OSError as error:
             with suppress(OSError):
                 partial.unlink()
@@ -96,10 +96,12 @@ class Journal:
             what = str(error) if isinstance(error, OrthogonalizeError) else ran_out_of_memory(error)
             if what is None:
                 raise  # no error that a user can mend
-            kept = "; what was measured is kept, so the same command goes on from here" if self.done else ""
+            kept = "; what was measured is kept, so the same command goes on from here" if self.on_disk else ""
             raise OrthogonalizeError(what + kept) from error
 
     def close(self) -> None:
         """Forget the steps, and remove their file: all is published, or none of it can be trusted."""
         self.done.clear()
-        self.file.unlink(missing_ok=True)
+        self.on_disk = False
+        with suppress(OSError) if not self.needed else nullcontext():
+            self.file.unlink(missing_ok=True)

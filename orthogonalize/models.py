@@ -111,8 +111,8 @@ def find_model(model: str, revision: str | None = None) -> Path:
         OrthogonalizeError: there is no such model, or it is no sound safetensors checkpoint.
     """
     path = Path(model)
-    if revision is not None and not is_hub_id(model):
-        raise OrthogonalizeError(f"--revision {revision} is for models of the Hub, and {model} is none")
+    if path.exists() and revision not in (None, commit_of(path)):
+        raise OrthogonalizeError(f"--revision {revision} is for models of the Hub, and {model} lies here")
     if path.is_dir():
         folder = path
     elif path.suffix == ".gguf":

@@ -10,6 +10,7 @@ from typing import Any
 
 from .engines import Ids, Respondent
 from .errors import NoNumberError
+from .interruption import check
 from .journal import Journal
 from .likelihoods import Completion, Likeliest
 
@@ -46,6 +47,7 @@ class Portions:
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         """Whole: there are few of these, and their distributions would fill the journal."""
+        check()
         found = self.engine.likeliest(prompts, completions)
         self._check(float(each.logprobs.sum()) for each in found if len(each.logprobs))
         return found
@@ -56,11 +58,13 @@ class Portions:
             raise NoNumberError(f"{what}: the model's log-probabilities are NaN; are its weights damaged?")
 
     def _asked(self, count: int, ask: Callable[[slice], list[Any]]) -> list[Any]:
+        check()
         self.calls += 1
         if count <= self.size:
             return ask(slice(None))
         found: list[Any] = []
         for first in range(0, count, self.size):
+            check()
             work = partial(ask, slice(first, first + self.size))
             found += self.journal.step(f"{self.step}/{self.calls}/{first}", work)
         return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import OrthogonalizeError
+from .interruption import check
 
 Stage = Literal["prompts", "activations", "directions", "selection"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -110,6 +111,7 @@ class Journal:
         self.found.update(results)
         with self.file.open("a", encoding="utf-8") as out:
             out.write(json.dumps(results, ensure_ascii=False) + "\n")
+        check()
 
     def close(self) -> None:
         """Forget all: the stage is done."""

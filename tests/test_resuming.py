@@ -7,19 +7,21 @@ import math
 import os
 import shutil
 import signal
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import UNTRIED, store_choosing
 
+from orthogonalize import interruption
 from orthogonalize.engines import EngineOptions, TransformersEngine, engine_state
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
+from orthogonalize.journal import Journal
 from orthogonalize.likelihoods import Completion
 from orthogonalize.models import folder_state, load_tokenizer
 from orthogonalize.plans import make_plan
+from orthogonalize.portions import Portions
 from orthogonalize.run import load_run
 from orthogonalize.swapping import WeightSwap
 from orthogonalize.verification import verify
@@ -152,44 +154,46 @@ def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
 
 
 def test_the_portions_of_a_suite_are_forgotten_when_it_is_done(tmp_path):
-    from orthogonalize.journal import Journal
-
     journal = Journal(tmp_path / "out")
     journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
     assert Journal(tmp_path / "out").done == {"base/mmlu": [1, 2]}
 
 
-def test_a_signal_to_stop_that_python_swallows_stops_at_the_next_step(tmp_path):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_to_stop_that_python_swallows_stops_what_is_asked_next(tmp_path):
     """What is raised while Python cleans up after an object is printed, and lost."""
-    from orthogonalize import interruption
-    from orthogonalize.journal import Journal
 
     class Last:
         def __del__(self):
             signal.raise_signal(signal.SIGTERM)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        interruption.listen()
-        journal = Journal(tmp_path / "out")
-        journal.step("a", lambda: 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            Last()
+    class Engine:
+        def answers(self, prompts, most):
+            return [[1]] * len(prompts)
+
+    journal = Journal(tmp_path / "out")
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption.listening():
+        Last()
         with pytest.raises(KeyboardInterrupt):
-            journal.step("b", lambda: 2)
-        assert Journal(tmp_path / "out").done == {"a": 1}
-        interruption.listen()
-        assert journal.step("b", lambda: 2) == 2
+            Portions(Engine(), journal, "base").answers([[1]], 4)
+        assert Portions(Engine(), journal, "base").answers([[1]], 4) == [[1]]  # it is said once
+        Last()
+        journal.step("seconds", lambda: 1)  # what is known is kept first
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert Portions(Engine(), journal, "base").answers([[1]], 4) == [[1]]
+
+
+def test_a_job_that_was_started_to_ignore_ctrl_c_does():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.listening():
+            signal.raise_signal(signal.SIGINT)
     finally:
-        interruption._asked.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_disk_that_fills_up_says_where_and_keeps_what_it_had(tmp_path, monkeypatch):
-    from orthogonalize.journal import Journal
-
     journal = Journal(tmp_path / "out")
     journal.step("a", lambda: 1)
     monkeypatch.setattr("pathlib.Path.replace", full_disk)
@@ -198,16 +202,20 @@ def test_a_disk_that_fills_up_says_where_and_keeps_what_it_had(tmp_path, monkeyp
         journal.step("b", lambda: 2)
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial-measured"]
     assert Journal(tmp_path / "out").done == {"a": 1}
-    assert Journal(tmp_path / "out", needed=False).step("b", lambda: 2) == 2
+    fresh = Journal(tmp_path / "other")
+    with pytest.raises(OrthogonalizeError, match=r"device; make room$"), fresh.kept():  # nothing is kept of this one
+        fresh.step("b", lambda: 2)
+    unlocked = Journal(tmp_path / "out", needed=False)
+    assert unlocked.step("b", lambda: 2) == 2
+    monkeypatch.setattr("pathlib.Path.unlink", full_disk)
+    unlocked.close()
 
 
-def full_disk(*_arguments):
+def full_disk(*_arguments, **_named):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_line_of_a_journal_that_was_cut_is_not_taken(tmp_path):
-    from orthogonalize.journal import Journal
-
     journal = Journal(tmp_path / "out")
     journal.step("a", lambda: 1)
     journal.step("b", lambda: 2)
