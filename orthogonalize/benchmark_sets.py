@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from .errors import OrthogonalizeError
 from .progress import note
+from .texts import whole
 
 T = TypeVar("T")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.zst")
@@ -184,10 +185,8 @@ def rows(source: BenchmarkSet, data: Path | None, limit: int | None = None) -> l
         missing = [c for c in source.columns if not isinstance(row, dict) or c not in row]
         if missing:
             raise OrthogonalizeError(f"{where}: row {number + 1} has no {missing[0]!r}; it is not {source}")
-        try:
-            "".join(value for value in row.values() if isinstance(value, str)).encode()
-        except UnicodeEncodeError as error:
-            raise OrthogonalizeError(f"{where}: row {number + 1} has half a character; mend or remove it") from error
+        if not all(whole(value) for value in row.values() if isinstance(value, str)):
+            raise OrthogonalizeError(f"{where}: row {number + 1} has half a character; mend or remove it")
     return taken
 
 

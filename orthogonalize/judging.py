@@ -19,6 +19,7 @@ from .models import check_complete, context_length, find_model, folder_state, lo
 from .portions import Portions
 from .progress import note
 from .refusals import refused
+from .texts import whole
 
 PREFIX = "prefix"
 
@@ -116,10 +117,8 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "response")):
             raise OrthogonalizeError(f"{file}: entry {number + 1} needs the texts 'prompt' and 'response'")
-        try:
-            "".join(str(row.get(k)) for k in ("prompt", "response", "category")).encode()
-        except UnicodeEncodeError as error:
-            raise OrthogonalizeError(f"{file}: entry {number + 1} has half a character ({error.reason})") from error
+        if not whole("".join(str(row.get(k)) for k in ("prompt", "response", "category"))):
+            raise OrthogonalizeError(f"{file}: entry {number + 1} has half a character; mend or remove it")
     return rows
 
 

@@ -23,7 +23,6 @@ from .run import Run
 class Preparation:
     """A model that is to be measured, with edits of it."""
 
-    run: Run
     folder: Path
     tokenizer: Any
     plan: Plan
@@ -98,4 +97,4 @@ def prepare(
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
     plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, context_length(folder))
     ready = judges_for(plan, judges)
-    return Preparation(run, folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit)
+    return Preparation(folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit)

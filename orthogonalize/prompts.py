@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from .benchmark_sets import category_of
 from .errors import OrthogonalizeError
+from .texts import whole
 
 Side = Literal["positive", "negative"]
 # Spare prompts are drawn by further seeds only.
@@ -121,15 +122,6 @@ def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
     return text, category_of(row.get("category"))
 
 
-def _whole(text: str, category: str | None, source: str) -> None:
-    try:
-        (text + (category or "")).encode()
-    except UnicodeEncodeError as error:
-        raise OrthogonalizeError(
-            f"{source}: a prompt or its category has half a character; mend or remove it"
-        ) from error
-
-
 def load_prompts(source: str, side: Side = "positive", column: str | None = None, split: str = "train") -> list[Prompt]:
     """Read prompts from a file or a Hub dataset, stripped, without blanks or repetitions.
 
@@ -160,7 +152,8 @@ def load_prompts(source: str, side: Side = "positive", column: str | None = None
     seen: dict[str, Prompt] = {}
     for row in rows:
         text, category = _text(row, column, source)
-        _whole(text, category, source)
+        if not whole(text + (category or "")):
+            raise OrthogonalizeError(f"{source}: a prompt or its category has half a character; mend or remove it")
         if text.strip():
             seen.setdefault(text.strip(), Prompt(text.strip(), side, category=category))
     if not seen:

@@ -14,6 +14,15 @@ def opened(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> lis
     return [list(ids[: len(ids) - after]) for ids in rows]
 
 
+def whole(text: str) -> bool:
+    """Whether `text` can be written down: JSON can hold half a character, and no file can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _after(tokenizer: Any) -> int:
     """How many tokens `tokenizer` puts after a text."""
     probe = next((p for p in ("a", "1", ".", " ") if tokenizer(p, add_special_tokens=False)["input_ids"]), None)

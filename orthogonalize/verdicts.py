@@ -18,17 +18,13 @@ def _moved(pair: Paired) -> bool:
     return pair.ci95 is not None and not pair.ci95[0] <= 0 <= pair.ci95[1]
 
 
-def _apart(form: str, scale: float, *values: float) -> list[str]:
-    """`values` with so many digits that two which differ look it (and nothing but 0 like 0)."""
+def _percents(*values: float) -> list[str]:
+    """Shares in percent, with so many digits that two which differ look it (and nothing but 0 like 0)."""
     for digits in range(12):
-        texts = [f"{scale * value:{form}.{digits}f}" for value in values]
+        texts = [f"{100 * value:.{digits}f}" for value in values]
         if len(set(texts)) == len(set(values)) and all(float(t) or not v for t, v in zip(texts, values, strict=True)):
             break
-    return texts
-
-
-def _percents(*values: float) -> list[str]:
-    return [f"{text}%" for text in _apart("", 100, *values)]
+    return [f"{text}%" for text in texts]
 
 
 def _numbers(*values: float) -> list[str]:

@@ -29,6 +29,10 @@ from orthogonalize.verification import verify
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
 
+def dies(*_arguments):
+    raise OrthogonalizeError("the engine died")
+
+
 def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, data):
     found, tokenizer = load_run(run), load_tokenizer(model)
 
@@ -73,9 +77,6 @@ def test_what_has_not_changed_since_is_not_measured_again(model, edited, run, da
             asked.append(self.folder.name)
         return scores(self, *arguments)
 
-    def dies(self, *_arguments):
-        raise OrthogonalizeError("the engine died")
-
     monkeypatch.setattr(TransformersEngine, "scores", counted)
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "choices", dies)
@@ -96,9 +97,6 @@ def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, d
     def counted(self, *arguments):
         calls.append(self.folder.name)
         return answers(self, *arguments)
-
-    def dies(self, *_arguments):
-        raise OrthogonalizeError("the engine died")
 
     monkeypatch.setattr(TransformersEngine, "answers", counted)
     monkeypatch.setattr(
@@ -259,9 +257,6 @@ def test_answers_are_kept_set_by_set(model, edited, run, data, tmp_path, monkeyp
     def counted(self, prompts, most):
         asked.append(len(prompts))
         return answers(self, prompts, most)
-
-    def dies(self, *_arguments):
-        raise OrthogonalizeError("the engine died")
 
     monkeypatch.setattr(TransformersEngine, "answers", counted)
     with monkeypatch.context() as patch:
