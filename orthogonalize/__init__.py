@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .interventions import orthonormal as orthonormal
     from .interventions import removal as removal
     from .interventions import shift as shift
-    from .judging import judge as judge
+    from .judge_command import judge as judge
     from .leace import Eraser as Eraser
     from .leace import Moments as Moments
     from .leace import leace as leace

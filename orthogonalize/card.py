@@ -8,10 +8,10 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from .checkpoint import CARD
-from .models import is_hub_id, public_name
 from .recipe import Recipe
 from .rendering import templates
 from .report import Report
+from .resolve_model import is_hub_id, public_name
 from .tables import summary_rows
 
 

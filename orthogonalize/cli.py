@@ -282,7 +282,7 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
     Experiments on a small random model of MODEL's class find what writes and reads the residual stream.
     The draft goes into orthogonalize/architectures once its open questions are answered.
     """
-    from .describing import describe as describe_model
+    from .describe_command import describe as describe_model
 
     found = describe_model(model, revision)
     if out is None:
@@ -341,7 +341,7 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
 @hf_device_option
 def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> None:
     """Score answers made elsewhere: FILE is a JSON list of {prompt, response, category}."""
-    from .judging import judge as run_judge
+    from .judge_command import judge as run_judge
 
     found = run_judge(file, name, engine=engine, options=engine_options(options))
     if as_json:

@@ -20,8 +20,8 @@ from .architectures import Architecture, bias_name, parse
 from .blocks import FoundPart
 from .checkpoint import Checkpoint, open_checkpoint
 from .discovery import Findings, discover, layout_of
-from .errors import OrthogonalizeError
-from .models import find_model, first_line, model_class
+from .errors import OrthogonalizeError, first_line
+from .models import model_class
 from .sites import Sites
 
 # Small, and different wherever a class allows it, so that an axis tells itself by its length.
@@ -293,12 +293,3 @@ def _wrapped(checkpoint: Checkpoint, text: Named, width: int) -> Named:
 def _check(checkpoint: Checkpoint, architecture: Architecture) -> None:
     sites = Sites(architecture, checkpoint.config, checkpoint.tensors)
     sites.check_complete()
-
-
-def describe(model: str, revision: str | None = None) -> Draft:
-    """Draft the description of `model`, a folder or a Hub id, that no file describes yet.
-
-    Raises:
-        OrthogonalizeError: as `draft` does, or there is no such model.
-    """
-    return draft(find_model(model, revision))

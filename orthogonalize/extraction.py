@@ -22,20 +22,24 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .contrast import DirectionSettings, find_directions
 from .directions import Directions
 from .errors import OrthogonalizeError
+from .files import fingerprint, write_whole
 from .generation import generate, stop_tokens
-from .models import choose_device, commit_of, find_model, load_model, load_tokenizer
+from .journal import StageJournal
+from .models import choose_device, load_model, load_tokenizer
 from .outputs import RUN, check_run_folder
 from .plots import plot_run
-from .probes import Probe, probe_candidate
+from .probes import probe_candidate
 from .progress import note, track
 from .prompts import SIDES, SPLITS, Prompt, Side, Split, check_contrast, concept, load_prompts, split_prompts
+from .recipe import ProbeResult
 from .recording import FILE as ACTIVATIONS
 from .recording import Recording, record
 from .refusals import refused
+from .resolve_model import commit_of, find_model
 from .run import Run, RunInfo, load_prompt_file, load_run, save_prompts, save_selection
 from .selection import Candidate, explain_fallback, rank, rank_correlation, score_candidates
 from .settings import Settings
-from .stages import STAGES, Journal, Stage, StageBook, fingerprint, write_whole
+from .stages import STAGES, Stage, StageBook
 from .trials import Trial, Trials, confirm
 
 ANSWER_TOKENS = 48  # of the base model's own answers, against which a tried edit's harm is measured
@@ -214,7 +218,7 @@ class _Extraction:
     def _run_selection(self) -> dict[str, Any]:
         directions = Directions.load(self.out / "directions.safetensors")
         prompts, tokens = load_prompt_file(self.out), self.book.result("prompts")["behaviour_tokens"]
-        journal = Journal(self.out / ".selection.journal", self.inputs("selection"))
+        journal = StageJournal(self.out / ".selection.journal", self.inputs("selection"))
         if journal.resumed:
             note("selection: going on where the last run was")
         candidates = self._score(prompts, directions, tokens, journal)
@@ -228,7 +232,7 @@ class _Extraction:
         return {}
 
     def _score(
-        self, prompts: list[Prompt], directions: Directions, tokens: list[int], journal: Journal
+        self, prompts: list[Prompt], directions: Directions, tokens: list[int], journal: StageJournal
     ) -> list[Candidate]:
         """Scored, filtered and ranked candidates of every method."""
         positive, negative = (self._ids(prompts, side, "val")[: self.settings.scored] for side in SIDES)
@@ -246,7 +250,7 @@ class _Extraction:
                 note(f"{method}: local and global scores rank alike with Spearman's correlation {correlation:.2f}")
         return ranked
 
-    def _probe(self, directions: Directions, ranked: list[Candidate]) -> list[Probe]:
+    def _probe(self, directions: Directions, ranked: list[Candidate]) -> list[ProbeResult]:
         """Whether what each method's best candidate removes can still be read from the stream it was found in."""
         recording = Recording(self.out / ACTIVATIONS)
         best = {c.method: c for c in reversed(ranked)}
@@ -258,7 +262,7 @@ class _Extraction:
         directions: Directions,
         ranked: list[Candidate],
         tokens: list[int],
-        journal: Journal,
+        journal: StageJournal,
     ) -> list[Trial]:
         """Search whole edits on val prompts, and confirm the best by what the model then answers."""
         if not self.settings.trials:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 from .card import write_card
 from .checkpoint import CARD, RECIPE, open_checkpoint
-from .errors import OrthogonalizeError
+from .errors import OrthogonalizeError, first_line
 from .hubcache import edited_folder
-from .models import HUB_ID, first_line, public_name
 from .progress import note
 from .recipe import load_recipe
 from .report import load_report
+from .resolve_model import HUB_ID, public_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from .checkpoint import RECIPE
 from .errors import OrthogonalizeError
-from .models import is_hub_id
 from .outputs import Kind, check_free, complete_folder
 from .recipe import load_recipe
+from .resolve_model import is_hub_id
 
 LARGE = 10 * 2**20  # bytes from which on the Hub stores a file outside git
 LARGE_KINDS = (".safetensors", ".model", ".bin")  # and what it stores so whatever the size

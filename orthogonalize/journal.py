@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OrthogonalizeError, ran_out_of_memory
+from .files import fingerprint, write_whole
+from .interruption import check
 from .progress import note
 
 
@@ -105,3 +107,41 @@ class Journal:
         self.on_disk = False
         with suppress(OSError) if not self.needed else nullcontext():
             self.file.unlink(missing_ok=True)
+
+
+class StageJournal:
+    """Results of the stage under way, a JSON line each, so that a killed run goes on where it was.
+
+    Lines of a former stage with other inputs, and a last line that was cut, are dropped.
+    """
+
+    def __init__(self, file: Path, inputs: Any) -> None:
+        self.file = file
+        head = json.dumps({"inputs": fingerprint(inputs)})
+        self.found: dict[str, Any] = {}
+        lines = file.read_text("utf-8").split("\n") if file.is_file() else []
+        if lines[:1] == [head]:
+            for line in lines[1:-1]:
+                self.found.update(json.loads(line))
+            text = "\n".join(lines[:-1]) + "\n"
+        else:
+            text = head + "\n"
+        self.resumed = bool(self.found)
+        write_whole(file, text)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.found
+
+    def __getitem__(self, key: str) -> Any:
+        return self.found[key]
+
+    def put(self, results: Mapping[str, Any]) -> None:
+        """Keep results by key."""
+        self.found.update(results)
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(results, ensure_ascii=False) + "\n")
+        check()
+
+    def close(self) -> None:
+        """Forget all: the stage is done."""
+        self.file.unlink(missing_ok=True)

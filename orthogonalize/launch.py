@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .engine_group import EngineGroup
-from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine
+from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions
+from .transformers_engine import TransformersEngine
 from .vllm_engine import VllmEngine
 
 

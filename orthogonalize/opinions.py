@@ -10,7 +10,6 @@ from .journal import Journal
 from .judges import Opinion
 from .judging import ReadyJudge, opinion_series, ready_judges
 from .plans import Measured, Plan
-from .report import Verdict
 
 Opinions = dict[str, dict[str, list[Opinion]]]  # by judge, then by prompt set
 
@@ -53,13 +52,3 @@ def add_opinions(plan: Plan, judges: Sequence[ReadyJudge], measured: Measured, o
     for ready in judges:
         name = ready.judge.name
         measured.series |= opinion_series(name, ready.judge.says, opinions[name], categories, keys)
-
-
-def verdict(base: Opinion, edited: Opinion) -> Verdict:
-    """What a judge says of both answers to one prompt."""
-    return Verdict(
-        base_harmful=base.harmful,
-        edited_harmful=edited.harmful,
-        base_refusal=base.refusal,
-        edited_refusal=edited.refusal,
-    )

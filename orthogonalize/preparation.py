@@ -13,9 +13,10 @@ from .errors import OrthogonalizeError
 from .journal import Journal, fingerprint_of
 from .judging import ReadyJudge
 from .launch import open_engine
-from .models import context_length, folder_state, load_tokenizer, public_name
+from .models import load_tokenizer
 from .opinions import Opinions, add_opinions, ask_judges, judges_for
 from .plans import Measured, Plan, check_names, make_plan
+from .resolve_model import context_length, folder_state, public_name
 from .run import Run
 
 

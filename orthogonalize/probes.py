@@ -7,32 +7,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
 
 from .choices import RANK_BY_ACCURACY, Choice
 from .directions import Directions
 from .interventions import AffineMap, removal
 from .prompts import SIDES, Side
+from .recipe import ProbeResult
 from .recording import Recording
-
-
-class Probe(BaseModel):
-    """A fresh logistic regression on train activations, scored on val activations at one position and layer.
-
-    `before` and `after`: its accuracy without and with the edit's map on both. `chance`: the larger
-    side's share of the val prompts, which says nothing. `n`: how many val prompts there are.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: str
-    position: int
-    layer: int
-    rank: int
-    before: float
-    after: float
-    chance: float
-    n: int
 
 
 def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.Tensor]) -> float:
@@ -59,7 +40,7 @@ def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.
 
 def probe(
     recording: Recording, directions: Directions, method: str, position: int, layer: int, edit: AffineMap
-) -> Probe:
+) -> ProbeResult:
     """Probe the stream at (position, layer) without and with the map `edit`."""
     index = directions.positions.index(position)
     sets = {
@@ -68,7 +49,7 @@ def probe(
     }
     edited = {split: {side: edit(x) for side, x in part.items()} for split, part in sets.items()}
     counts = [len(x) for x in sets["val"].values()]
-    return Probe(
+    return ProbeResult(
         method=method,
         position=position,
         layer=layer,
@@ -82,7 +63,7 @@ def probe(
 
 def probe_candidate(
     recording: Recording, directions: Directions, method: str, position: int, layer: int
-) -> list[Probe]:
+) -> list[ProbeResult]:
     """Probes of what `method` found there: the direction, the eraser, or INLP's basis at its usual ranks."""
     if method != "inlp":
         whole = directions.removal(method, position, layer)
@@ -98,7 +79,7 @@ def probe_candidate(
 
 def probe_choice(
     recording: Recording, directions: Directions, choice: Choice, maps: Mapping[int, AffineMap]
-) -> list[Probe]:
+) -> list[ProbeResult]:
     """Probes of an edit's own maps, by the stream (layer) that each was taken from."""
     assert choice.position is not None
     return [

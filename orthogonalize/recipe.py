@@ -15,7 +15,6 @@ from .checkpoint import RECIPE
 from .choices import Choice
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention, Site
-from .probes import Probe
 from .tensoredits import Rounding
 
 
@@ -99,7 +98,7 @@ class Recipe(_Record):
     added: list[str] = []
     config_changes: dict[str, Any] = {}
     left_out: list[str] = []
-    probes: list[Probe] = []
+    probes: list[ProbeResult] = []
     verification: Verification | None = None
 
     def intervention(self) -> Intervention:
@@ -173,3 +172,22 @@ def store_maps(intervention: Intervention) -> tuple[list[MapRecord], dict[str, A
             record.sites.append(str(site))
     digest = hashlib.sha256("".join(sorted(arrays)).encode()).hexdigest()
     return list(records.values()), arrays, digest
+
+
+class ProbeResult(BaseModel):
+    """A fresh logistic regression on train activations, scored on val activations at one position and layer.
+
+    `before` and `after`: its accuracy without and with the edit's map on both. `chance`: the larger
+    side's share of the val prompts, which says nothing. `n`: how many val prompts there are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    position: int
+    layer: int
+    rank: int
+    before: float
+    after: float
+    chance: float
+    n: int

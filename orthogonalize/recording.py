@@ -17,8 +17,8 @@ import torch
 
 from .activations import capture
 from .errors import OrthogonalizeError
+from .journal import StageJournal
 from .progress import track
-from .stages import Journal
 from .tensorfile import TensorFile, TensorInfo, open_tensor_file, stored_bytes, write_header
 
 FILE = "activations.safetensors"
@@ -83,7 +83,7 @@ def record(
         OrthogonalizeError: see `activations.capture`.
     """
     partial = folder / f".{FILE}.partial"
-    journal = Journal(folder / f".{FILE}.journal", inputs)
+    journal = StageJournal(folder / f".{FILE}.journal", inputs)
     done = {key for key in journal.found if partial.is_file()}
     infos = _layout(model, {name: len(ids) for name, ids in sets.items()}, positions, layers)
     with partial.open("r+b" if done else "w+b") as file:

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from .engines import EngineName
 from .errors import OrthogonalizeError
+from .judges import Opinion
 from .measures import Divergence, Loss, Measure, Paired, Rate, Record, Score, Series, compare, nested
 
 
@@ -159,3 +160,13 @@ def load_report(folder: Path) -> Report:
         return Report.model_validate_json(file.read_text("utf-8"))
     except ValueError as error:
         raise OrthogonalizeError(f"{file} is not a report that this version reads") from error
+
+
+def verdict(base: Opinion, edited: Opinion) -> Verdict:
+    """What a judge says of both answers to one prompt."""
+    return Verdict(
+        base_harmful=base.harmful,
+        edited_harmful=edited.harmful,
+        base_refusal=base.refusal,
+        edited_refusal=edited.refusal,
+    )

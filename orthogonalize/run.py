@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .directions import Directions
 from .errors import OrthogonalizeError
-from .probes import Probe
+from .files import write_whole
 from .prompts import Prompt, Side, Split
+from .recipe import ProbeResult
 from .selection import Candidate, rank_correlation
-from .stages import BOOK, write_whole
+from .stages import BOOK
 from .trials import Trial
 
 
@@ -53,7 +54,7 @@ class Run:
     directions: Directions
     candidates: list[Candidate]
     trials: list[Trial]
-    probes: list[Probe] = field(default_factory=list)
+    probes: list[ProbeResult] = field(default_factory=list)
 
     def texts(self, side: Side, split: Split) -> list[str]:
         """The prompts of one side and split."""
@@ -73,7 +74,7 @@ def load_prompt_file(folder: Path) -> list[Prompt]:
 
 
 def save_selection(
-    candidates: Sequence[Candidate], trials: Sequence[Trial], probes: Sequence[Probe], folder: Path
+    candidates: Sequence[Candidate], trials: Sequence[Trial], probes: Sequence[ProbeResult], folder: Path
 ) -> None:
     """Write candidates.json: the scores with filters and ranks, tried edits, probes, and how well local scores rank."""
     methods = dict.fromkeys(c.method for c in candidates)
@@ -102,7 +103,7 @@ def load_run(folder: Path) -> Run:
         scores = json.loads((folder / "candidates.json").read_text("utf-8"))
         candidates = [Candidate.from_row(row) for row in scores["candidates"]]
         trials = [Trial.model_validate(row) for row in scores["trials"]]
-        probes = [Probe.model_validate(row) for row in scores["probes"]]
+        probes = [ProbeResult.model_validate(row) for row in scores["probes"]]
         directions = Directions.load(folder / "directions.safetensors")
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]

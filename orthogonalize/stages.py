@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .errors import OrthogonalizeError
-from .interruption import check
+from .files import fingerprint, write_whole
 
 Stage = Literal["prompts", "activations", "directions", "selection"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 BOOK = "stages.json"
-
-
-def fingerprint(inputs: Any) -> str:
-    """SHA-256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write `text` so that `file` is either as it was or complete."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, file)
 
 
 class StageBook:
@@ -78,41 +64,3 @@ class StageBook:
 def _plain(value: Any) -> Any:
     """`value` as it comes back from JSON (tuples as lists)."""
     return json.loads(json.dumps(value, ensure_ascii=False))
-
-
-class Journal:
-    """Results of the stage under way, a JSON line each, so that a killed run goes on where it was.
-
-    Lines of a former stage with other inputs, and a last line that was cut, are dropped.
-    """
-
-    def __init__(self, file: Path, inputs: Any) -> None:
-        self.file = file
-        head = json.dumps({"inputs": fingerprint(inputs)})
-        self.found: dict[str, Any] = {}
-        lines = file.read_text("utf-8").split("\n") if file.is_file() else []
-        if lines[:1] == [head]:
-            for line in lines[1:-1]:
-                self.found.update(json.loads(line))
-            text = "\n".join(lines[:-1]) + "\n"
-        else:
-            text = head + "\n"
-        self.resumed = bool(self.found)
-        write_whole(file, text)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.found
-
-    def __getitem__(self, key: str) -> Any:
-        return self.found[key]
-
-    def put(self, results: Mapping[str, Any]) -> None:
-        """Keep results by key."""
-        self.found.update(results)
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(results, ensure_ascii=False) + "\n")
-        check()
-
-    def close(self) -> None:
-        """Forget all: the stage is done."""
-        self.file.unlink(missing_ok=True)

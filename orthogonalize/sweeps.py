@@ -13,13 +13,12 @@ from .architectures import architecture_of
 from .baking import Bake, bake
 from .checkpoint import Checkpoint, open_checkpoint
 from .comparison import Semantics, Sweep, Swept, effect_key, harm_key, pareto
-from .editing import check_fits
-from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions, TransformersEngine
+from .engines import ONE_DEVICE, Engine, EngineName, EngineOptions
 from .errors import InPlaceError, NoNumberError, OrthogonalizeError
 from .hooks import input_shifted, layer_projected
 from .interventions import centred
 from .journal import Journal, fingerprint_of
-from .models import check_complete, find_model, public_name
+from .models import check_complete
 from .outputs import Kind, check_free, complete_folder
 from .plans import DEFAULT_SUITES, Measured, Plan
 from .preparation import check_asked, prepare
@@ -27,11 +26,14 @@ from .progress import note, track
 from .recipe import store_maps
 from .refusals import LEAST_TOKENS
 from .report import Measures, compare_all
+from .resolve_edit import check_fits
+from .resolve_model import find_model, public_name
 from .run import load_run
 from .serving import Common, check_room, common_folder, edited_weights, own_folder
 from .suites import Memory
 from .swapping import WeightSwap
 from .sweep_plots import write_pareto_plot
+from .transformers_engine import TransformersEngine
 from .variants import SCOPES, Variant, make_variants
 
 SWEEP = Kind("sweep.json", frozenset({"sweep.json", "pareto.png"}))

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .engines import Respondent
-from .errors import OrthogonalizeError
+from .errors import OrthogonalizeError, first_line
 from .journal import fingerprint_of
 from .measures import Series
-from .models import first_line
 from .progress import note
 from .suites import Memory
 from .texts import opened

@@ -19,11 +19,11 @@ from .choices import Choice, intervention_from_directions
 from .directions import Directions
 from .hooks import Stream, intervened
 from .interventions import Method, centred
+from .journal import StageJournal
 from .progress import track
 from .scopes import parse_scope
 from .scores import behaviour_score, completion_loss, first_token_probabilities
 from .selection import Candidate, Scored, layer_ranking
-from .stages import Journal
 
 # A trial removes the behaviour if at most this share of positive prompts still begins with it. Real scores
 # have heavier tails than the normal distribution by which a few prompts stand for many, so it is small.
@@ -191,7 +191,7 @@ class Trials:
 
 
 def confirm(
-    trials: Trials, found: list[Trial], journal: Journal, refusal_rate: Callable[[], float], most: int = 4
+    trials: Trials, found: list[Trial], journal: StageJournal, refusal_rate: Callable[[], float], most: int = 4
 ) -> list[Trial]:
     """Let the best trials answer; the first whose answers do not refuse goes to the front.
 

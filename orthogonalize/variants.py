@@ -9,10 +9,10 @@ import torch
 
 from . import interventions
 from .choices import Choice, direction_kind, intervention_from_basis, intervention_from_directions
-from .editing import choose
 from .errors import OrthogonalizeError
 from .interventions import AffineMap, Intervention
 from .progress import note
+from .resolve_edit import choose
 from .run import Run
 from .scopes import chosen_layers, parse_scope
 from .selection import layer_ranking

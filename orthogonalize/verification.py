@@ -14,10 +14,11 @@ from .checkpoint import RECIPE, Checkpoint, open_checkpoint
 from .errors import OrthogonalizeError
 from .hooks import intervened
 from .hubcache import edited_folder
-from .models import find_model, load_model
+from .models import load_model
 from .progress import track
 from .quantisation import real_values
 from .recipe import Recipe, Verification, load_recipe
+from .resolve_model import find_model
 from .tensorfile import stored_bytes
 
 TOLERANCE = 1e-3  # largest difference of a logit that float32 arithmetic explains

@@ -17,10 +17,11 @@ from conftest import store, tiny_llama, tiny_tokenizer
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.engine_group import EngineGroup, _devices, _serve
-from orthogonalize.engines import EngineOptions, TransformersEngine, check_engine, single_tokens
+from orthogonalize.engines import EngineOptions, check_engine
 from orthogonalize.errors import InPlaceError, OrthogonalizeError
 from orthogonalize.launch import open_engine
 from orthogonalize.swapping import WeightSwap, block_of
+from orthogonalize.transformers_engine import TransformersEngine, single_tokens
 from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
 
 

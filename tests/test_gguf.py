@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.editing import edit
 from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.models import cached, find_model, load_tokenizer
+from orthogonalize.models import load_tokenizer
 from orthogonalize.outputs import EDITED, complete_folder
 from orthogonalize.recipe import load_recipe
+from orthogonalize.resolve_model import cached, find_model
 from orthogonalize.verification import verify
 
 DTYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16, Type.Q8_0: torch.bfloat16}

@@ -24,8 +24,8 @@ from orthogonalize.editing import edit
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.hubcache import CachedRepository, blob_name
-from orthogonalize.models import HUB_PATTERNS
 from orthogonalize.recipe import load_recipe
+from orthogonalize.resolve_model import HUB_PATTERNS
 from orthogonalize.verification import verify
 
 TOKEN = "hf_loopbacktoken"

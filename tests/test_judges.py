@@ -14,10 +14,11 @@ from conftest import tiny_tokenizer
 from tiny_models import build
 
 from orthogonalize.cli import main
-from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.judge_command import judge, read_answers
 from orthogonalize.judges import JUDGES, Opinion, find_judge
-from orthogonalize.judging import judge, read_answers, ready_judges
+from orthogonalize.judging import ready_judges
+from orthogonalize.transformers_engine import TransformersEngine
 
 PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake today {prompt} 100%"
 

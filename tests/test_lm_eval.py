@@ -15,7 +15,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
-from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.likelihoods import Completion
@@ -23,6 +22,7 @@ from orthogonalize.models import load_tokenizer
 from orthogonalize.multiple_choice import arc, mmlu, truthfulqa
 from orthogonalize.suites import Memory
 from orthogonalize.tasks import _plain, _series, harness_model, harness_tasks
+from orthogonalize.transformers_engine import TransformersEngine
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 HARNESS = Path(lm_eval.__file__).parent / "tasks"

@@ -18,7 +18,6 @@ from conftest import UNTRIED, choosing_tokenizer, command, store_choosing
 
 from orthogonalize.chat import ChatFormat
 from orthogonalize.divergence import kl_bound
-from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.likelihoods import Likeliest
@@ -28,6 +27,7 @@ from orthogonalize.plans import DEFAULT_SUITES
 from orthogonalize.report import load_report
 from orthogonalize.run import load_run
 from orthogonalize.suites import Memory
+from orthogonalize.transformers_engine import TransformersEngine
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 

@@ -14,11 +14,11 @@ from orthogonalize.chat import ChatFormat
 from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.editing import edit
 from orthogonalize.embedded import adapter_folder, base_model, planted_model
-from orthogonalize.engines import TransformersEngine
 from orthogonalize.hooks import intervened
 from orthogonalize.models import load_model, load_tokenizer
 from orthogonalize.prompts import load_prompts
 from orthogonalize.recipe import load_recipe
+from orthogonalize.transformers_engine import TransformersEngine
 from orthogonalize.verification import verify
 from orthogonalize.vllm_engine import VllmEngine
 

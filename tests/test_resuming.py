@@ -14,16 +14,18 @@ import torch
 from conftest import UNTRIED, store_choosing
 
 from orthogonalize import interruption
-from orthogonalize.engines import EngineOptions, TransformersEngine, engine_state
+from orthogonalize.engines import EngineOptions, engine_state
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.journal import Journal
 from orthogonalize.likelihoods import Completion
-from orthogonalize.models import folder_state, load_tokenizer
+from orthogonalize.models import load_tokenizer
 from orthogonalize.plans import make_plan
 from orthogonalize.portions import Portions
+from orthogonalize.resolve_model import folder_state
 from orthogonalize.run import load_run
 from orthogonalize.swapping import WeightSwap
+from orthogonalize.transformers_engine import TransformersEngine
 from orthogonalize.verification import verify
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from orthogonalize.chat import ChatFormat
 from orthogonalize.choices import Choice
 from orthogonalize.cli import main
-from orthogonalize.editing import choose, edit
+from orthogonalize.editing import edit
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.extraction import extract
@@ -23,6 +23,7 @@ from orthogonalize.models import load_model
 from orthogonalize.prompts import Prompt
 from orthogonalize.recipe import load_recipe
 from orthogonalize.report import Report
+from orthogonalize.resolve_edit import choose
 from orthogonalize.run import load_run, save_prompts
 from orthogonalize.verification import verify
 
@@ -152,7 +153,7 @@ def test_evaluation_counts_what_the_answers_say(run, model, tmp_path):
     # The loss of the base's greedy answers, computed by hand from the library's own loss.
     from transformers import AutoModelForCausalLM
 
-    from orthogonalize.engines import TransformersEngine
+    from orthogonalize.transformers_engine import TransformersEngine
 
     chat = ChatFormat(tiny_tokenizer())
     prompts = chat.encode_all(load_run(run).texts("negative", "test"))

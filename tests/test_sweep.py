@@ -19,7 +19,6 @@ from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.comparison import Sweep, pareto
 from orthogonalize.editing import edit
-from orthogonalize.engines import TransformersEngine
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.evaluation import evaluate
 from orthogonalize.generation import generate
@@ -27,6 +26,7 @@ from orthogonalize.run import load_run
 from orthogonalize.serving import Common
 from orthogonalize.swapping import WeightSwap
 from orthogonalize.sweeps import residual_hooks, sweep
+from orthogonalize.transformers_engine import TransformersEngine
 from orthogonalize.variants import make_variants, methods
 
 SWEPT = ("ablate one", "ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all")

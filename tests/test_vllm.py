@@ -19,7 +19,7 @@ from orthogonalize.checkpoint import open_checkpoint
 from orthogonalize.divergence import kl_bound
 from orthogonalize.editing import edit
 from orthogonalize.engine_group import EngineGroup
-from orthogonalize.engines import EngineOptions, TransformersEngine
+from orthogonalize.engines import EngineOptions
 from orthogonalize.errors import OrthogonalizeError
 from orthogonalize.extraction import extract
 from orthogonalize.interventions import removal
@@ -30,6 +30,7 @@ from orthogonalize.scopes import map_sites, parse_scope
 from orthogonalize.serving import common_folder, edited_weights
 from orthogonalize.swapping import WeightSwap
 from orthogonalize.sweeps import sweep
+from orthogonalize.transformers_engine import TransformersEngine
 from orthogonalize.variants import make_variants
 from orthogonalize.vllm_engine import VllmEngine
 
