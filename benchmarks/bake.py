@@ -88,8 +88,8 @@ def edit_once(source: Path, target: Path, rank: int, rounding: str, workers: int
     from safetensors.torch import save_file
 
     from orthogonalize import edit
-    from orthogonalize.interventions import Site, removal
-    from orthogonalize.tensoredits import TensorEdit
+    from orthogonalize.checkpoints.tensor_edit import TensorEdit
+    from orthogonalize.core.interventions import Site, removal
 
     basis = torch.linalg.qr(torch.randn(WIDTH, rank, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     for shape in ((WIDTH, 64), (64, WIDTH)):  # imports and compiled loops are not the edit's

@@ -18,14 +18,14 @@ import click
 import torch
 from rich.console import Console
 
-from orthogonalize.activations import batches, pad
-from orthogonalize.architectures import architecture_of
-from orthogonalize.chat import ChatFormat
-from orthogonalize.contrast import DirectionSettings, find_directions
-from orthogonalize.embedded import planted_model
-from orthogonalize.models import load_model, load_tokenizer
-from orthogonalize.prompts import load_prompts
-from orthogonalize.recording import record
+from orthogonalize.architectures.schema import architecture_of
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.prompts import load_prompts
+from orthogonalize.directions.activation_store import record
+from orthogonalize.directions.fit import DirectionSettings, find_directions
+from orthogonalize.models.activations import batches, pad
+from orthogonalize.models.demo_model import planted_model
+from orthogonalize.models.loading import load_model, load_tokenizer
 
 console = Console()
 

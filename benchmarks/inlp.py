@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from orthogonalize.nullspace import MIN_ACCURACY, C, Subspaces, inlp, stratified_split
+from orthogonalize.directions.inlp.nullspace import MIN_ACCURACY, C, Subspaces, inlp, stratified_split
 
 MOST = 100  # classifiers, as published
 COMPARED = 5  # directions

@@ -125,9 +125,9 @@ def sets_of(count: int, kinds: Sequence[str]) -> dict[str, list[Item]]:
 
 def ours(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tuple[list[int], float]]:
     """Predictions and seconds by set."""
-    from orthogonalize.models import load_tokenizer
-    from orthogonalize.multiple_choice import MultipleChoice, Question
-    from orthogonalize.vllm_engine import VllmEngine
+    from orthogonalize.engines.vllm import VllmEngine
+    from orthogonalize.evals.suites.multiple_choice import MultipleChoice, Question
+    from orthogonalize.models.loading import load_tokenizer
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # as the commands set it
 
@@ -217,7 +217,7 @@ def main(
     if side and model:
         tell({"ours": ours, "harness": harness}[side](model, sets_of(questions, kinds), dtype))
         return
-    from orthogonalize.embedded import planted_model  # here: the harness's processes are to know nothing of us
+    from orthogonalize.models.demo_model import planted_model
 
     # In processes of their own: neither sees the other's settings or caches.
     words = ("--model", model or planted_model(), "--questions", questions, "--dtype", dtype)

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orthogonalize.baking import Bake, bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.embedded import planted_model
-from orthogonalize.hooks import capturing_inputs
-from orthogonalize.interventions import removal
-from orthogonalize.prompts import concept, load_prompts
-from orthogonalize.scopes import map_sites, parse_scope
-from orthogonalize.tensoredits import Rounding
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.checkpoints.tensor_edit import Rounding
+from orthogonalize.core.interventions import removal
+from orthogonalize.data.prompts import concept, load_prompts
+from orthogonalize.edits.bake import Bake, bake
+from orthogonalize.edits.scopes import map_sites, parse_scope
+from orthogonalize.models.demo_model import planted_model
+from orthogonalize.models.hooks import capturing_inputs
 
 PROMPTS = 48  # a side
 

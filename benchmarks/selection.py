@@ -17,18 +17,18 @@ import click
 import torch
 from rich.console import Console
 
-from orthogonalize.activations import all_activations, pad
-from orthogonalize.chat import ChatFormat
-from orthogonalize.directions import Directions
-from orthogonalize.embedded import planted_model
-from orthogonalize.hooks import input_shifted, layer_projected
-from orthogonalize.interventions import shift
-from orthogonalize.leace import leace
-from orthogonalize.models import load_model, load_tokenizer
-from orthogonalize.nullspace import inlp
-from orthogonalize.prompts import load_prompts
-from orthogonalize.scores import behaviour_score, divergence
-from orthogonalize.selection import MULTIPLIERS, Candidate, _Scoring
+from orthogonalize.core.interventions import shift
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.prompts import load_prompts
+from orthogonalize.directions.direction_set import Directions
+from orthogonalize.directions.inlp.nullspace import inlp
+from orthogonalize.directions.leace import leace
+from orthogonalize.models.activations import all_activations, pad
+from orthogonalize.models.demo_model import planted_model
+from orthogonalize.models.hooks import input_shifted, layer_projected
+from orthogonalize.models.loading import load_model, load_tokenizer
+from orthogonalize.selection.candidates import MULTIPLIERS, Candidate, _Scoring
+from orthogonalize.selection.scoring import behaviour_score, divergence
 
 METHODS = ("dim", "inlp", "leace")
 BATCH = 32

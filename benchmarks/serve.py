@@ -62,9 +62,9 @@ def random_work(options: dict[str, int], vocabulary: int) -> dict[str, Any]:
 
 def demo_work(base: Path, options: dict[str, int]) -> dict[str, Any]:
     """The demo's harmless prompts, each to be answered with `new_tokens` at most."""
-    from orthogonalize.chat import ChatFormat
-    from orthogonalize.models import load_tokenizer
-    from orthogonalize.prompts import concept, load_prompts
+    from orthogonalize.data.chat import ChatFormat
+    from orthogonalize.data.prompts import concept, load_prompts
+    from orthogonalize.models.loading import load_tokenizer
 
     prompts = load_prompts(concept("cooking").negative, "negative")[: options["prompts"]]
     ids = ChatFormat(load_tokenizer(base)).encode_all([prompt.text for prompt in prompts])
@@ -251,7 +251,7 @@ def main(shape: str | None, batches: str, rounds: int, out: Path | None, side: s
             config = json.loads((edited / "config.json").read_text()) | {"tie_word_embeddings": False}
             (edited / "config.json").write_text(json.dumps(config))
         else:
-            from orthogonalize.embedded import planted_model
+            from orthogonalize.models.demo_model import planted_model
 
             base = planted_model()
             write_demo(base, edited)

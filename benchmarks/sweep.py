@@ -21,17 +21,18 @@ from typing import Any
 import click
 from sides import hear, show, tell
 
-from orthogonalize import preparation, sweeps
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.embedded import planted_model
-from orthogonalize.journal import Journal
-from orthogonalize.launch import open_engine
-from orthogonalize.models import load_tokenizer
-from orthogonalize.plans import make_plan
-from orthogonalize.run import load_run
-from orthogonalize.suites import Memory
-from orthogonalize.variants import Variant, make_variants
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands import sweep as sweeps
+from orthogonalize.core.journal import Journal
+from orthogonalize.edits.bake import bake
+from orthogonalize.engines.factory import open_engine
+from orthogonalize.evals import setup as preparation
+from orthogonalize.evals.plan import make_plan
+from orthogonalize.evals.suites.base import Memory
+from orthogonalize.models.demo_model import planted_model
+from orthogonalize.models.loading import load_tokenizer
+from orthogonalize.selection.run_folder import load_run
+from orthogonalize.selection.variants import Variant, make_variants
 
 SUITES = ("refusal", "behaviour")
 

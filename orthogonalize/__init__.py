@@ -11,57 +11,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .baking import bake as bake
-    from .choices import Choice as Choice
-    from .demonstration import demo as demo
-    from .directions import Directions as Directions
-    from .directions import load_direction as load_direction
-    from .editing import edit as edit
-    from .errors import OrthogonalizeError as OrthogonalizeError
-    from .evaluation import evaluate as evaluate
-    from .extraction import extract as extract
-    from .hooks import intervened as intervened
-    from .hub import push as push
-    from .interventions import AffineMap as AffineMap
-    from .interventions import Intervention as Intervention
-    from .interventions import Site as Site
-    from .interventions import orthonormal as orthonormal
-    from .interventions import removal as removal
-    from .interventions import shift as shift
-    from .judge_command import judge as judge
-    from .leace import Eraser as Eraser
-    from .leace import Moments as Moments
-    from .leace import leace as leace
-    from .nullspace import Subspace as Subspace
-    from .nullspace import Subspaces as Subspaces
-    from .nullspace import inlp as inlp
-    from .run import load_run as load_run
-    from .selection import Candidate as Candidate
-    from .selection import rank as rank
-    from .settings import Settings as Settings
-    from .sweeps import sweep as sweep
-    from .verification import verify as verify
+    from .commands.demo import demo as demo
+    from .commands.edit import edit as edit
+    from .commands.evaluate import evaluate as evaluate
+    from .commands.extract import extract as extract
+    from .commands.judge import judge as judge
+    from .commands.push import push as push
+    from .commands.sweep import sweep as sweep
+    from .commands.verify import verify as verify
+    from .core.errors import OrthogonalizeError as OrthogonalizeError
+    from .core.interventions import AffineMap as AffineMap
+    from .core.interventions import Intervention as Intervention
+    from .core.interventions import Site as Site
+    from .core.interventions import orthonormal as orthonormal
+    from .core.interventions import removal as removal
+    from .core.interventions import shift as shift
+    from .directions.direction_set import Directions as Directions
+    from .directions.direction_set import load_direction as load_direction
+    from .directions.inlp.nullspace import Subspace as Subspace
+    from .directions.inlp.nullspace import Subspaces as Subspaces
+    from .directions.inlp.nullspace import inlp as inlp
+    from .directions.leace import Eraser as Eraser
+    from .directions.leace import Moments as Moments
+    from .directions.leace import leace as leace
+    from .edits.bake import bake as bake
+    from .edits.config import Choice as Choice
+    from .models.hooks import intervened as intervened
+    from .selection.candidates import Candidate as Candidate
+    from .selection.candidates import rank as rank
+    from .selection.run_folder import load_run as load_run
+    from .selection.settings import Settings as Settings
 
 _HOMES = {
-    "baking": ("bake",),
-    "choices": ("Choice",),
-    "demonstration": ("demo",),
-    "directions": ("Directions", "load_direction"),
-    "editing": ("edit",),
-    "errors": ("OrthogonalizeError",),
-    "evaluation": ("evaluate",),
-    "extraction": ("extract",),
-    "hooks": ("intervened",),
-    "hub": ("push",),
-    "interventions": ("AffineMap", "Intervention", "Site", "orthonormal", "removal", "shift"),
-    "leace": ("Eraser", "Moments", "leace"),
-    "judging": ("judge",),
-    "nullspace": ("Subspace", "Subspaces", "inlp"),
-    "run": ("load_run",),
-    "selection": ("Candidate", "rank"),
-    "settings": ("Settings",),
-    "sweeps": ("sweep",),
-    "verification": ("verify",),
+    "edits.bake": ("bake",),
+    "edits.config": ("Choice",),
+    "commands.demo": ("demo",),
+    "directions.direction_set": ("Directions", "load_direction"),
+    "commands.edit": ("edit",),
+    "core.errors": ("OrthogonalizeError",),
+    "commands.evaluate": ("evaluate",),
+    "commands.extract": ("extract",),
+    "models.hooks": ("intervened",),
+    "commands.push": ("push",),
+    "core.interventions": ("AffineMap", "Intervention", "Site", "orthonormal", "removal", "shift"),
+    "directions.leace": ("Eraser", "Moments", "leace"),
+    "commands.judge": ("judge",),
+    "directions.inlp.nullspace": ("Subspace", "Subspaces", "inlp"),
+    "selection.run_folder": ("load_run",),
+    "selection.candidates": ("Candidate", "rank"),
+    "selection.settings": ("Settings",),
+    "commands.sweep": ("sweep",),
+    "commands.verify": ("verify",),
 }
 
 

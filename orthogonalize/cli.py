@@ -10,10 +10,8 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from . import interruption, progress
-from .display import console, show_audit, show_candidates, show_report, show_run
-from .errors import OrthogonalizeError, ran_out_of_memory
-from .options import (
+from .commands._console import console, show_audit, show_candidates, show_report, show_run
+from .commands._options import (
     choice,
     device_option,
     edit_options,
@@ -32,6 +30,9 @@ from .options import (
     tokens,
     words,
 )
+from .core import interrupts as interruption
+from .core import progress
+from .core.errors import OrthogonalizeError, ran_out_of_memory
 
 
 class Commands(click.Group):
@@ -125,8 +126,8 @@ def extract(
     """
     import torch
 
-    from .extraction import extract as run_extract
-    from .settings import Settings
+    from .commands.extract import extract as run_extract
+    from .selection.settings import Settings
 
     settings = Settings(
         methods=tuple(words(methods)),
@@ -168,8 +169,8 @@ def extract(
 @click.option("--write", is_flag=True, help="Store the new ranks in RUN, for edit to use.")
 def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool) -> None:
     """Filter and rank the directions of RUN again by their stored scores; no model is needed."""
-    from .run import load_run, save_selection
-    from .selection import explain_fallback, rank
+    from .selection.candidates import explain_fallback, rank
+    from .selection.run_folder import load_run, save_selection
 
     found = load_run(run)
     ranked = rank(found.candidates, kl=kl, induce=induce, prune=prune)
@@ -193,7 +194,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
     With --run and nothing else, the best edit that extract tried is made. Naming any setting starts
     from the best single direction instead, over --scope all (one for actadd) at strength 1.
     """
-    from .editing import edit as run_edit
+    from .commands.edit import edit as run_edit
 
     recipe = run_edit(model, out, cache=cache, **options)
     where = f"{cache} in the Hub's cache" if out is None else str(out)
@@ -225,7 +226,7 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, judge: 
     arc, truthfulqa, xstest, orbench and further prompt sets are read from the Hub, or from --data. Any task of
     lm-eval is lm_eval:TASK. A command that was cut off goes on where it stopped.
     """
-    from .evaluation import evaluate
+    from .commands.evaluate import evaluate
 
     engine = engine_options(options)
     report = evaluate(
@@ -242,7 +243,7 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, judge: 
 @click.option("--report", type=path(), metavar="DIR", help="A folder made by eval, for the card.")
 def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -> None:
     """Upload an edited CHECKPOINT with its card to the Hub."""
-    from .hub import push as run_push
+    from .commands.push import push as run_push
 
     click.echo(run_push(checkpoint, repository, public=public, report=report))
 
@@ -262,7 +263,7 @@ def verify(
     Any two checkpoints can be compared: what changed, by what rank, along which directions, and whether
     something was projected out.
     """
-    from .verification import verify as run_verify
+    from .commands.verify import verify as run_verify
 
     audit = run_verify(checkpoint, base, device=device, logits=not no_logits, record=not no_record)
     show_audit(audit)
@@ -282,7 +283,7 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
     Experiments on a small random model of MODEL's class find what writes and reads the residual stream.
     The draft goes into orthogonalize/architectures once its open questions are answered.
     """
-    from .describe_command import describe as describe_model
+    from .commands.describe import describe as describe_model
 
     found = describe_model(model, revision)
     if out is None:
@@ -307,8 +308,8 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
     The engine starts once and each edit's weights are swapped in place, where it takes them; else each edit has an
     engine of its own. A sweep that was cut off goes on where it stopped.
     """
-    from .comparison import sweep_columns, sweep_rows
-    from .sweeps import sweep as run_sweep
+    from .commands.sweep import sweep as run_sweep
+    from .reports.sweep import sweep_columns, sweep_rows
 
     found = run_sweep(
         model,
@@ -341,13 +342,13 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
 @hf_device_option
 def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> None:
     """Score answers made elsewhere: FILE is a JSON list of {prompt, response, category}."""
-    from .judge_command import judge as run_judge
+    from .commands.judge import judge as run_judge
 
     found = run_judge(file, name, engine=engine, options=engine_options(options))
     if as_json:
         click.echo(found.model_dump_json(indent=1, exclude_none=True))
         return
-    from .tables import value
+    from .reports.tables import value
 
     table = Table(title=escape(f"{found.n} answers, judged by {found.model or found.judge}"))
     for column in ("", "share", "n", "unreadable"):
@@ -366,7 +367,7 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
 @click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
 def demo(out: Path, engine: Any, force: bool) -> None:
     """All of it on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""
-    from .demonstration import demo as run_demo
+    from .commands.demo import demo as run_demo
 
     result = run_demo(out, engine=engine, force=force)
     click.echo(f"edit: {result.recipe.choice.describe()}")

@@ -16,9 +16,9 @@ from tiny_models import DoublePrecision
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from orthogonalize.cli import main
-from orthogonalize.editing import edit
-from orthogonalize.extraction import extract
-from orthogonalize.settings import Settings
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.extract import extract
+from orthogonalize.selection.settings import Settings
 
 WIDTH, LAYERS, VOCABULARY = 32, 4, 96
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import load_tiny, logits, store_tiny
 
-from orthogonalize.architectures import architecture_of
-from orthogonalize.baking import Bake, bake
-from orthogonalize.checkpoint import INDEX, Checkpoint, open_checkpoint
-from orthogonalize.hooks import intervened
-from orthogonalize.interventions import AffineMap, Intervention, Site, removal
-from orthogonalize.scopes import map_sites, parse_scope
+from orthogonalize.architectures.schema import architecture_of
+from orthogonalize.checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
+from orthogonalize.core.interventions import AffineMap, Intervention, Site, removal
+from orthogonalize.edits.bake import Bake, bake
+from orthogonalize.edits.scopes import map_sites, parse_scope
+from orthogonalize.models.hooks import intervened
 
 WIDTH, LAYERS, EXACT = 48, 4, 1e-9
 

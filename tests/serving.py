@@ -103,7 +103,7 @@ def served(
     """The TOP tokens' log-probabilities at every position of `prompts`, from vLLM."""
     from vllm import LLM, SamplingParams
 
-    from orthogonalize.vllm_engine import cpu_arguments, let_llvmlite_be_looked_at
+    from orthogonalize.engines.vllm import cpu_arguments, let_llvmlite_be_looked_at
 
     let_llvmlite_be_looked_at()
 
@@ -126,7 +126,7 @@ def served(
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
-    from orthogonalize.models import model_class
+    from orthogonalize.models.loading import model_class
 
     return model_class(folder).from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
 
@@ -177,7 +177,7 @@ def gap(served_top: list[list[dict[int, float]]], reference: torch.Tensor) -> fl
 
 def intervention_for(name: str, architecture: Any) -> Any:
     """As much as the family allows: a removal at every write, and a constant where there is a way for one."""
-    from orthogonalize.interventions import Intervention, Site, removal
+    from orthogonalize.core.interventions import Intervention, Site, removal
 
     width = 192
     rows = torch.randn(RANK, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -193,11 +193,11 @@ def bake_tiny(name: str, folder: Path) -> tuple[Any, str]:
 
     from tiny_models import store_tiny
 
-    from orthogonalize.architectures import architecture_of
-    from orthogonalize.baking import bake
-    from orthogonalize.checkpoint import open_checkpoint
-    from orthogonalize.errors import OrthogonalizeError
-    from orthogonalize.interventions import Intervention, Site, shift
+    from orthogonalize.architectures.schema import architecture_of
+    from orthogonalize.checkpoints.checkpoint import open_checkpoint
+    from orthogonalize.core.errors import OrthogonalizeError
+    from orthogonalize.core.interventions import Intervention, Site, shift
+    from orthogonalize.edits.bake import bake
 
     settings = {"spread": SPREAD} | SERVED.get(name, {})
     source = open_checkpoint(store_tiny(name, folder / "base", torch.bfloat16, 64, **settings))
@@ -224,7 +224,7 @@ def prove(name: str, folder: Path) -> dict[str, Any]:
     model. `NAME@own` is served by its own class even where the edit asks for another: what a wrong choice would do.
     """
     name, _, own = name.partition("@")
-    from orthogonalize.checkpoint import open_checkpoint
+    from orthogonalize.checkpoints.checkpoint import open_checkpoint
 
     started = time.time()
     plan, constant = bake_tiny(name, folder)

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import load_tiny
 from tiny_models import logits as tiny_logits
 
-from orthogonalize.adapters import write_adapter
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import removal
-from orthogonalize.recipe import load_recipe
-from orthogonalize.scopes import map_sites, parse_scope, shift_sites
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.lora import write_adapter
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
 
 
 def logits(model) -> torch.Tensor:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import AffineMap, Site, block_sites, orthonormal, removal, shift
-from orthogonalize.scopes import chosen_layers, map_sites, parse_scope, removal_sites, shift_sites
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import AffineMap, Site, block_sites, orthonormal, removal, shift
+from orthogonalize.edits.scopes import chosen_layers, map_sites, parse_scope, removal_sites, shift_sites
 
 sizes = st.tuples(st.integers(2, 12), st.integers(1, 5), st.integers(0, 10_000))
 

@@ -9,14 +9,14 @@ from harness import ABLATE, BASIS, EXACT, LAYERS, compare, every_read, every_wri
 from safetensors.torch import save_file
 from tiny_models import TINY, store_tiny
 
-from orthogonalize.activations import mean_activations
-from orthogonalize.baking import bake
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.hooks import layer_projected
-from orthogonalize.interventions import AffineMap, Intervention, Site, shift
-from orthogonalize.scores import LocalScorer, first_token_probabilities
-from orthogonalize.verification import verify
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.verify import verify
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import AffineMap, Intervention, Site, shift
+from orthogonalize.edits.bake import bake
+from orthogonalize.models.activations import mean_activations
+from orthogonalize.models.hooks import layer_projected
+from orthogonalize.selection.scoring import LocalScorer, first_token_probabilities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # vLLM takes the embedding for the head, so what needs an untied one is refused.

@@ -10,9 +10,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+from orthogonalize.checkpoints.tensor_diff import difference
 from orthogonalize.cli import main
-from orthogonalize.differences import difference
-from orthogonalize.verification import verify
+from orthogonalize.commands.verify import verify
 
 WIDTH, LAYERS = 256, 3
 

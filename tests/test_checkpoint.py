@@ -15,12 +15,12 @@ import torch
 from conftest import LAYERS, store, tiny_llama
 from safetensors.torch import load_file
 
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import INDEX, open_checkpoint
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import removal
-from orthogonalize.outputs import EDITED, REPORT, RUN, check_free, check_space, complete_folder
-from orthogonalize.scopes import map_sites, parse_scope, shift_sites
+from orthogonalize.checkpoints.checkpoint import INDEX, open_checkpoint
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import removal
+from orthogonalize.core.output_folders import EDITED, REPORT, RUN, check_free, check_space, complete_folder
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
 
 
 def some_edit(basis, scope="layers:1"):
@@ -214,7 +214,8 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_run_never_shows_a_result_and_the_next_one_tidies_up(tmp_path, how):
     code = (
-        "import sys, time; from pathlib import Path; from orthogonalize.outputs import RUN, complete_folder\n"
+        "import sys, time; from pathlib import Path\n"
+        "from orthogonalize.core.output_folders import RUN, complete_folder\n"
         f"with complete_folder(Path({str(tmp_path / 'out')!r}), RUN) as p:\n"
         "    (p / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from orthogonalize.chat import ChatFormat
-from orthogonalize.editing import edit
-from orthogonalize.embedded import base_model
-from orthogonalize.extraction import extract
-from orthogonalize.hooks import intervened
-from orthogonalize.interventions import removal
-from orthogonalize.models import load_model, load_tokenizer
-from orthogonalize.run import Run
-from orthogonalize.scopes import map_sites, parse_scope
-from orthogonalize.scores import behaviour_score, first_token_probabilities
-from orthogonalize.settings import Settings
-from orthogonalize.verification import verify
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.extract import extract
+from orthogonalize.commands.verify import verify
+from orthogonalize.core.interventions import removal
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.edits.scopes import map_sites, parse_scope
+from orthogonalize.models.demo_model import base_model
+from orthogonalize.models.hooks import intervened
+from orthogonalize.models.loading import load_model, load_tokenizer
+from orthogonalize.selection.run_folder import Run
+from orthogonalize.selection.scoring import behaviour_score, first_token_probabilities
+from orthogonalize.selection.settings import Settings
 
 SETTINGS = Settings(train=40, val=12, test=20, scored=1, trials=0)
 
@@ -40,7 +40,7 @@ def folder(base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder) -> Run:
-    from orthogonalize.run import load_run
+    from orthogonalize.selection.run_folder import load_run
 
     return load_run(folder)
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthogonalize.continuations import Contest, Walk, tokens_of, tree_of
+from orthogonalize.engines.choice_search import Contest, Walk, tokens_of, tree_of
 
-following = pytest.importorskip("orthogonalize.following", reason="needs vLLM")
+following = pytest.importorskip("orthogonalize.engines.forced_decoding", reason="needs vLLM")
 VOCABULARY = 300
 TREE = {1: {2: {}, 3: {4: {}}}, 5: {}}
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import LAYERS, store, tiny_llama
 
-from orthogonalize import copying
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.interventions import removal
-from orthogonalize.scopes import map_sites, parse_scope
+from orthogonalize.checkpoints import file_copy as copying
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.core.interventions import removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.scopes import map_sites, parse_scope
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from orthogonalize.demonstration import DemoResult, demo
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.report import load_report
+from orthogonalize.commands.demo import DemoResult, demo
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.reports.schema import load_report
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,17 @@ from harness import BASIS, EXACT, LAYERS, WIDTH, Base, compare, every_read, ever
 from tiny_models import TINY, VISION, dense, load_tiny, randomise, store_tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from orthogonalize import architectures
-from orthogonalize.architectures import Architecture, architecture_of, bias_name, parse
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
+from orthogonalize.architectures import schema as architectures
+from orthogonalize.architectures.schema import Architecture, architecture_of, bias_name, parse
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.cli import main
-from orthogonalize.describing import draft, shrunk
-from orthogonalize.discovery import Findings, discover
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.hooks import Stream
-from orthogonalize.interventions import Intervention, Site, removal
-from orthogonalize.sites import Sites
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Intervention, Site, removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.models.describe.discovery import Findings, discover
+from orthogonalize.models.describe.draft import draft, shrunk
+from orthogonalize.models.hooks import Stream
+from orthogonalize.models.sites import Sites
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,11 +10,11 @@ from conftest import LAYERS, VOCABULARY, WIDTH, load, tiny_llama
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from orthogonalize.activations import all_activations, batches, mean_activations
-from orthogonalize.directions import Directions, load_direction
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.leace import leace
-from orthogonalize.nullspace import Subspace, inlp
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.directions.direction_set import Directions, load_direction
+from orthogonalize.directions.inlp.nullspace import Subspace, inlp
+from orthogonalize.directions.leace import leace
+from orthogonalize.models.activations import all_activations, batches, mean_activations
 
 
 def random_ids(count=20, seed=0):

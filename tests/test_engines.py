@@ -14,15 +14,15 @@ import torch
 from click.testing import CliRunner
 from conftest import store, tiny_llama, tiny_tokenizer
 
-from orthogonalize.checkpoint import open_checkpoint
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.cli import main
-from orthogonalize.engine_group import EngineGroup, _devices, _serve
-from orthogonalize.engines import EngineOptions, check_engine
-from orthogonalize.errors import InPlaceError, OrthogonalizeError
-from orthogonalize.launch import open_engine
-from orthogonalize.swapping import WeightSwap, block_of
-from orthogonalize.transformers_engine import TransformersEngine, single_tokens
-from orthogonalize.vllm_engine import VllmEngine, let_llvmlite_be_looked_at
+from orthogonalize.core.errors import InPlaceError, OrthogonalizeError
+from orthogonalize.engines.base import EngineOptions, check_engine
+from orthogonalize.engines.data_parallel import EngineGroup, _devices, _serve
+from orthogonalize.engines.factory import open_engine
+from orthogonalize.engines.transformers import TransformersEngine, single_tokens
+from orthogonalize.engines.vllm import VllmEngine, let_llvmlite_be_looked_at
+from orthogonalize.engines.weight_swap import WeightSwap, block_of
 
 
 class Dead:
@@ -104,7 +104,7 @@ class Replica:
 
 def group_of(count: int, monkeypatch) -> EngineGroup:
     """A group whose replicas are threads with a replaced engine."""
-    monkeypatch.setattr("orthogonalize.vllm_engine.VllmEngine", Replica)
+    monkeypatch.setattr("orthogonalize.engines.vllm.VllmEngine", Replica)
     group = EngineGroup(Path("nowhere"), 64, EngineOptions(data_parallel_size=count))
     for _ in range(count):
         here, there = Pipe()

@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import LAYERS, WIDTH, load, logits, store, tiny_llama
 
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.choices import Choice, intervention_from_directions
-from orthogonalize.directions import Directions
-from orthogonalize.hooks import intervened
-from orthogonalize.interventions import removal, shift
-from orthogonalize.leace import leace
-from orthogonalize.scopes import map_sites, parse_scope, shift_sites
-from orthogonalize.tensoredits import TensorEdit
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.checkpoints.tensor_edit import TensorEdit
+from orthogonalize.core.interventions import removal, shift
+from orthogonalize.directions.direction_set import Directions
+from orthogonalize.directions.leace import leace
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.config import Choice, intervention_from_directions
+from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
+from orthogonalize.models.hooks import intervened
 
 RANKING = [2, 0, 3, 1]
 WRITE_SCOPES = ["all", "one", "top:50%", "layers:0,2-3", "upto:3"]
@@ -156,7 +156,7 @@ def test_a_projection_of_the_head_alone_only_rescales_the_logits(base, basis, tm
 
 def test_whole_model_ablation_equals_ablating_every_block_input_and_output(base, basis, tmp_path):
     """The identity that makes weight orthogonalisation work (Arditi et al. 2024, section 4.1)."""
-    from orthogonalize.hooks import map_input, map_output
+    from orthogonalize.models.hooks import map_input, map_output
 
     affine = removal(basis)
     model = load(base)

@@ -17,9 +17,9 @@ from harness import (
 )
 from tiny_models import load_tiny, logits
 
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.errors import OrthogonalizeError
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.edits.bake import bake
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

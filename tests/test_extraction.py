@@ -17,19 +17,21 @@ import torch
 from conftest import LAYERS, SMALL, WIDTH, command
 from safetensors.torch import load_file
 
-from orthogonalize import contrast, extraction, recording
-from orthogonalize.activations import all_activations
-from orthogonalize.choices import Choice, intervention_from_directions
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.extraction import extract, read_contrast
-from orthogonalize.interventions import Site
-from orthogonalize.models import load_model
-from orthogonalize.probes import probe_accuracy
-from orthogonalize.prompts import Prompt
-from orthogonalize.recipe import load_recipe
-from orthogonalize.recording import Recording, record
-from orthogonalize.run import load_run
-from orthogonalize.selection import rank
+from orthogonalize.commands import extract as extraction
+from orthogonalize.commands.extract import extract, read_contrast
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Site
+from orthogonalize.data.prompts import Prompt
+from orthogonalize.directions import activation_store as recording
+from orthogonalize.directions import fit as contrast
+from orthogonalize.directions.activation_store import Recording, record
+from orthogonalize.edits.config import Choice, intervention_from_directions
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.models.activations import all_activations
+from orthogonalize.models.loading import load_model
+from orthogonalize.selection.candidates import rank
+from orthogonalize.selection.probes import probe_accuracy
+from orthogonalize.selection.run_folder import load_run
 
 
 def changed(**settings):
@@ -121,8 +123,9 @@ KILLED = """
 import sys
 from pathlib import Path
 from conftest import SMALL
-from orthogonalize import {module} as module
-from orthogonalize.extraction import extract, read_contrast
+from importlib import import_module
+from orthogonalize.commands.extract import extract, read_contrast
+module = import_module('orthogonalize.{module}')
 count = 0
 real = module.{name}
 def stopping(*args, **kwargs):
@@ -141,9 +144,9 @@ extract(sys.argv[1], sys.argv[3], positive=sys.argv[2] + "/positive.txt", negati
 @pytest.mark.parametrize(
     ("module", "name", "calls", "done"),
     [
-        ("recording", "_store", 2, ["prompts"]),
-        ("selection", "behaviour_score", 5, ["prompts", "activations", "directions"]),
-        ("trials", "completion_loss", 3, ["prompts", "activations", "directions"]),
+        ("directions.activation_store", "_store", 2, ["prompts"]),
+        ("selection.candidates", "behaviour_score", 5, ["prompts", "activations", "directions"]),
+        ("selection.trials", "completion_loss", 3, ["prompts", "activations", "directions"]),
     ],
     ids=["activations", "scores", "trials"],
 )
@@ -336,7 +339,7 @@ def test_prompts_of_one_s_own_can_be_marked_sensitive_and_known_sets_are(copy, m
     marked = extract(str(model), copy, **sources, settings=changed(sensitive=True), force=True)
     assert marked.info.sensitive == ["positive", "negative"]
     monkeypatch.setattr(
-        "orthogonalize.extraction.load_prompts",
+        "orthogonalize.commands.extract.load_prompts",
         lambda source, side, *_: [Prompt(f"{source} {i}", side) for i in range(8)],
     )
     assert read_contrast(None, "walledai/AdvBench", "tatsu-lab/alpaca")[2] == ["positive"]

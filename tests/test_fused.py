@@ -13,12 +13,12 @@ from tiny_models import DoublePrecision, load_tiny, logits, store_tiny
 from transformers import AutoModelForCausalLM
 
 from orthogonalize import edit, verify
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import INDEX, open_checkpoint
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.hooks import intervened
-from orthogonalize.interventions import Intervention, Site, shift
-from orthogonalize.serving import base_weights, check_pair, common_folder
+from orthogonalize.checkpoints.checkpoint import INDEX, open_checkpoint
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Intervention, Site, shift
+from orthogonalize.edits.bake import bake
+from orthogonalize.evals.shared_engine import base_weights, check_pair, common_folder
+from orthogonalize.models.hooks import intervened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONSTANT = Intervention({Site("mlp", 1): shift(2 * BASIS[0])})

@@ -15,14 +15,14 @@ from conftest import LAYERS, VOCABULARY, WIDTH, command, load, logits, store, ti
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
 
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.models import load_tokenizer
-from orthogonalize.outputs import EDITED, complete_folder
-from orthogonalize.recipe import load_recipe
-from orthogonalize.resolve_model import cached, find_model
-from orthogonalize.verification import verify
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.verify import verify
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.output_folders import EDITED, complete_folder
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.models.loading import load_tokenizer
+from orthogonalize.models.resolve import cached, find_model
 
 DTYPES = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16, Type.Q8_0: torch.bfloat16}
 NAMES = {

@@ -17,11 +17,11 @@ from hub_server import Hub, Repository, command, python
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
-from orthogonalize.benchmark_sets import MMLU, rows
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.recipe import load_recipe
-from orthogonalize.report import Loss, Losses, Measures, Paired, Rate, Refusals, Report
+from orthogonalize.commands.edit import edit
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.benchmarks import MMLU, rows
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.reports.schema import Loss, Losses, Measures, Paired, Rate, Refusals, Report
 
 TOKEN = "hf_loopbacktokenthatmustnotbeprinted"
 
@@ -166,9 +166,9 @@ def parquet(rows: list[dict]) -> bytes:
 
 READ = """
 import json, sys
-from orthogonalize.benchmark_sets import ALPACA, MMLU, PILE, rows
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.prompts import load_prompts
+from orthogonalize.data.benchmarks import ALPACA, MMLU, PILE, rows
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.prompts import load_prompts
 print(json.dumps([rows(MMLU, None), rows(PILE, None, 3), [p.text for p in load_prompts("some/prompts", "positive")]]))
 for absent in (ALPACA,):
     try:

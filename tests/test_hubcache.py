@@ -18,15 +18,15 @@ from hub_server import command as on_hub
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 from safetensors.torch import save_file
 
-from orthogonalize import copying
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.evaluation import evaluate
-from orthogonalize.hubcache import CachedRepository, blob_name
-from orthogonalize.recipe import load_recipe
-from orthogonalize.resolve_model import HUB_PATTERNS
-from orthogonalize.verification import verify
+from orthogonalize.checkpoints import file_copy as copying
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.verify import verify
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.edits.hub_cache import CachedRepository, blob_name
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.models.resolve import HUB_PATTERNS
 
 TOKEN = "hf_loopbacktoken"
 SCOPE = "layers:1"  # leaves whole weight files as they are
@@ -279,7 +279,8 @@ def test_a_kill_leaves_the_cache_as_it_was_and_the_next_edit_tidies_up(cache):
     edit("some/model", cache="me/edited", direction=cache.direction, scope=SCOPE)
     before = cache.files()
     code = (
-        "import sys, time\nfrom orthogonalize import weightfile\nfrom orthogonalize.editing import edit\n"
+        "import sys, time\nfrom orthogonalize.checkpoints import weight_file as weightfile\n"
+        "from orthogonalize.commands.edit import edit\n"
         "real = weightfile.FileWriter._write\n"
         "def slow(*a):\n    real(*a); print('writing', flush=True); time.sleep(60)\n"
         "weightfile.FileWriter._write = slow\n"

@@ -14,11 +14,11 @@ from conftest import tiny_tokenizer
 from tiny_models import build
 
 from orthogonalize.cli import main
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.judge_command import judge, read_answers
-from orthogonalize.judges import JUDGES, Opinion, find_judge
-from orthogonalize.judging import ready_judges
-from orthogonalize.transformers_engine import TransformersEngine
+from orthogonalize.commands.judge import judge, read_answers
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.evals.judges.catalogue import JUDGES, Opinion, find_judge
+from orthogonalize.evals.judges.runner import ready_judges
 
 PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake today {prompt} 100%"
 
@@ -275,7 +275,7 @@ def test_judging_a_long_file_goes_on_where_it_was_cut_off(answers, tmp_path, mon
     file = tmp_path / "answers.json"
     file.write_bytes(answers.read_bytes())
     whole = judge(file, name, engine="hf")
-    monkeypatch.setattr("orthogonalize.portions.PORTION", 2)
+    monkeypatch.setattr("orthogonalize.evals.resumable.PORTION", 2)
     asked: list[int] = []
     ask = TransformersEngine.answers
 
@@ -296,7 +296,7 @@ def test_judging_a_long_file_goes_on_where_it_was_cut_off(answers, tmp_path, mon
 def test_answers_in_a_folder_that_cannot_be_written_are_judged_all_the_same(answers, tmp_path, monkeypatch):
     name = f"qwen3guard={checkpoint(tmp_path / 'judge', 'qwen3', 'Safety: Unsafe')}"
     notes: list[str] = []
-    monkeypatch.setattr("orthogonalize.journal.note", notes.append)
+    monkeypatch.setattr("orthogonalize.core.journal.note", notes.append)
 
     def locked(*_arguments):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -312,7 +312,9 @@ def run(*words) -> tuple[int, str]:
 
 
 def test_the_prefix_judge_needs_no_engine_and_prints_json(answers, monkeypatch):
-    monkeypatch.setattr("orthogonalize.judging.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setattr(
+        "orthogonalize.evals.judges.runner.open_engine", lambda *a: pytest.fail("an engine was started")
+    )
     status, said = run("judge", answers, "--judge", "prefix", "--json")
     assert status == 0
     found = json.loads(said)

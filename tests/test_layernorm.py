@@ -11,18 +11,18 @@ from conftest import UNTRIED, tiny_tokenizer
 from test_selection import directions_of, plain_probabilities, some_ids
 from tiny_models import store_tiny
 
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.choices import Choice, intervention_from_directions
-from orthogonalize.editing import edit
-from orthogonalize.evaluation import evaluate
-from orthogonalize.hooks import layer_projected
-from orthogonalize.interventions import centred, centred_map
-from orthogonalize.models import model_class
-from orthogonalize.scores import behaviour_score
-from orthogonalize.selection import layer_ranking, score_candidates
-from orthogonalize.sweeps import sweep
-from orthogonalize.trials import Trials
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.sweep import sweep
+from orthogonalize.core.interventions import centred, centred_map
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.config import Choice, intervention_from_directions
+from orthogonalize.models.hooks import layer_projected
+from orthogonalize.models.loading import model_class
+from orthogonalize.selection.candidates import layer_ranking, score_candidates
+from orthogonalize.selection.scoring import behaviour_score
+from orthogonalize.selection.trials import Trials
 
 TOKENS = [5, 9]
 

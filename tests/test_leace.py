@@ -12,8 +12,8 @@ from sklearn.covariance import oas
 from sklearn.linear_model import LogisticRegression
 from test_nullspace import two_sides
 
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.leace import Eraser, Moments, leace, oas_shrinkage
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.directions.leace import Eraser, Moments, leace, oas_shrinkage
 
 SHAPES = {"n > d": (80, 30, 24), "d > n": (25, 40, 150)}
 FORMS = [(False, True), (False, False), (True, False)]

@@ -15,14 +15,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import TaskIndex
 
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.evaluation import evaluate
-from orthogonalize.likelihoods import Completion
-from orthogonalize.models import load_tokenizer
-from orthogonalize.multiple_choice import arc, mmlu, truthfulqa
-from orthogonalize.suites import Memory
-from orthogonalize.tasks import _plain, _series, harness_model, harness_tasks
-from orthogonalize.transformers_engine import TransformersEngine
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.evals.suites.base import Memory
+from orthogonalize.evals.suites.lm_eval import _plain, _series, harness_model, harness_tasks
+from orthogonalize.evals.suites.multiple_choice import arc, mmlu, truthfulqa
+from orthogonalize.models.loading import load_tokenizer
+from orthogonalize.models.logprobs import Completion
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 HARNESS = Path(lm_eval.__file__).parent / "tasks"
@@ -133,7 +133,7 @@ def test_a_task_s_prompts_are_whole_where_the_model_has_room_for_them(model, tmp
     """What they need is known before an engine starts; what the model has no room for is said."""
     asked: list[list[int]] = []
     notes: list[str] = []
-    monkeypatch.setattr("orthogonalize.tasks.note", notes.append)
+    monkeypatch.setattr("orthogonalize.evals.suites.lm_eval.note", notes.append)
 
     class Asked:
         def scores(self, prompts, completions):
@@ -181,7 +181,7 @@ def test_an_answer_read_in_two_ways_is_two_measures(model, edited, run, tmp_path
 def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
     asked, message, model, edited, run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("orthogonalize.preparation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
     folder = tmp_path / "data"
     language_tasks(folder, [{"text": "how do i bake a cake", "reply": "x"}] * 4)
     task = folder / "reply.yaml"
@@ -276,7 +276,7 @@ def test_items_without_a_number_are_left_out_alone_and_other_sums_than_means_are
     model, edited, run, tmp_path, monkeypatch
 ):
     notes: list[str] = []
-    monkeypatch.setattr("orthogonalize.tasks.note", notes.append)
+    monkeypatch.setattr("orthogonalize.evals.suites.lm_eval.note", notes.append)
     folder, rows = tmp_path / "data", harness_rows()
     harness_task(folder, rows)
     (folder / "own.py").write_text(MEASURED_BY_ITEM)

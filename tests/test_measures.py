@@ -14,18 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from orthogonalize.errors import ran_out_of_memory
-from orthogonalize.measures import Divergence, Loss, Paired, Rate, Score, Series, alike, compare, nested, shares
-from orthogonalize.report import Measures, Report, compare_all
-from orthogonalize.statistics import (
+from orthogonalize.core.errors import ran_out_of_memory
+from orthogonalize.evals.intervals import (
     difference_interval,
     mcnemar,
     paired_permutation,
     proportion_interval,
     share_difference_interval,
 )
-from orthogonalize.tables import summary_rows
-from orthogonalize.verdicts import verdicts
+from orthogonalize.evals.metrics import Divergence, Loss, Paired, Rate, Score, Series, alike, compare, nested, shares
+from orthogonalize.reports.findings import verdicts
+from orthogonalize.reports.schema import Measures, Report, compare_all
+from orthogonalize.reports.tables import summary_rows
 
 
 @given(st.integers(1, 200), st.data())

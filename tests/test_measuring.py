@@ -16,18 +16,18 @@ from benchmark_files import (
 )  # fmt: skip
 from conftest import UNTRIED, choosing_tokenizer, command, store_choosing
 
-from orthogonalize.chat import ChatFormat
-from orthogonalize.divergence import kl_bound
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.evaluation import evaluate
-from orthogonalize.likelihoods import Likeliest
-from orthogonalize.losses import alpaca_losses, pile_losses
-from orthogonalize.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
-from orthogonalize.plans import DEFAULT_SUITES
-from orthogonalize.report import load_report
-from orthogonalize.run import load_run
-from orthogonalize.suites import Memory
-from orthogonalize.transformers_engine import TransformersEngine
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.evals.plan import DEFAULT_SUITES
+from orthogonalize.evals.suites.base import Memory
+from orthogonalize.evals.suites.kl import kl_bound
+from orthogonalize.evals.suites.losses import alpaca_losses, pile_losses
+from orthogonalize.evals.suites.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
+from orthogonalize.models.logprobs import Likeliest
+from orthogonalize.reports.schema import load_report
+from orthogonalize.selection.run_folder import load_run
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
@@ -90,7 +90,7 @@ def test_the_behaviour_is_the_first_token_of_the_answer(report, run, model):
 
 
 def test_losses_are_those_of_the_library(report, reference, data):
-    from orthogonalize.benchmark_sets import ALPACA, PILE, rows
+    from orthogonalize.data.benchmarks import ALPACA, PILE, rows
 
     total = count = 0
     for row in rows(PILE, data, 6):
@@ -252,7 +252,7 @@ def test_instructions_without_inputs_may_leave_the_column_empty(tmp_path):
 
 def test_redacting_what_no_set_marks_as_sensitive_is_said(model, edited, run, tmp_path, monkeypatch):
     said: list[str] = []
-    for module in ("plans", "evaluation"):
+    for module in ("evals.plan", "commands.evaluate"):
         monkeypatch.setattr(f"orthogonalize.{module}.note", said.append)
     evaluate(
         edited, str(model), run, tmp_path / "report", suites=["refusal"], engine="hf", max_new_tokens=4, redact=True

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY, store_tiny
 
 from orthogonalize.cli import main
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.evaluation import evaluate
-from orthogonalize.models import check_complete, load_model
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.models.loading import check_complete, load_model
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
@@ -54,7 +54,7 @@ def test_bad_data_is_one_clear_error_before_any_engine_starts(
     suite, damage, message, model, edited, run, tmp_path, monkeypatch
 ):
     folder = refused_data(tmp_path / "data", damage)
-    monkeypatch.setattr("orthogonalize.preparation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
     result = CliRunner().invoke(
         main,
         ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
@@ -68,7 +68,7 @@ def test_bad_data_is_one_clear_error_before_any_engine_starts(
 
 
 def test_what_is_missing_is_said_before_any_engine_starts(model, edited, run, tmp_path, monkeypatch):
-    monkeypatch.setattr("orthogonalize.preparation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     common = ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
               "--engine", "hf"]  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_any_engine_starts(
     tensor, model, edited, run, tmp_path, monkeypatch
 ):
     """As edited checkpoint, as base, as what is swept, and as a judge's model: engines would not say so."""
-    for module in ("preparation", "judging"):
+    for module in ("evals.setup", "evals.judges.runner"):
         monkeypatch.setattr(f"orthogonalize.{module}.open_engine", lambda *a: pytest.fail("an engine was started"))
     base, other = without(model, tensor, tmp_path / "base"), without(edited, tensor, tmp_path / "other")
     common = ["--run", run, "--out", tmp_path / "out"]
@@ -156,7 +156,7 @@ def test_of_every_family_a_tensor_that_is_missing_is_seen_and_none_where_all_are
 
 
 def test_a_gated_set_says_how_to_get_it(monkeypatch):
-    from orthogonalize.benchmark_sets import MMLU, rows
+    from orthogonalize.data.benchmarks import MMLU, rows
 
     def gated(*_arguments, **_keywords):
         raise RuntimeError("Dataset 'cais/mmlu' is a gated dataset on the Hub. Visit the page to ask for access.")

@@ -9,18 +9,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from orthogonalize.activations import mean_activations
-from orthogonalize.chat import ChatFormat
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.editing import edit
-from orthogonalize.embedded import adapter_folder, base_model, planted_model
-from orthogonalize.hooks import intervened
-from orthogonalize.models import load_model, load_tokenizer
-from orthogonalize.prompts import load_prompts
-from orthogonalize.recipe import load_recipe
-from orthogonalize.transformers_engine import TransformersEngine
-from orthogonalize.verification import verify
-from orthogonalize.vllm_engine import VllmEngine
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.verify import verify
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.prompts import load_prompts
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.engines.vllm import VllmEngine
+from orthogonalize.models.activations import mean_activations
+from orthogonalize.models.demo_model import adapter_folder, base_model, planted_model
+from orthogonalize.models.hooks import intervened
+from orthogonalize.models.loading import load_model, load_tokenizer
 
 QUESTIONS = [
     "How does a battery work?", "Write a two-line poem about rain.", "What is 12 times 8?",
@@ -63,7 +63,9 @@ def direction(float32_model, chat, tmp_path_factory) -> Path:
 def test_without_the_package_the_model_comes_from_the_hub(monkeypatch):
     asked = []
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
-    monkeypatch.setattr("orthogonalize.embedded.find_model", lambda model: asked.append(model) or Path("there"))
+    monkeypatch.setattr(
+        "orthogonalize.models.demo_model.find_model", lambda model: asked.append(model) or Path("there")
+    )
     assert base_model() == Path("there")
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
 

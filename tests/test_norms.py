@@ -18,13 +18,13 @@ from harness import (
 from safetensors.torch import save_file
 from tiny_models import load_tiny, logits, store_tiny
 
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.hooks import Stream, capturing_inputs, intervened
-from orthogonalize.interventions import Intervention, Site, conjugated, removal
-from orthogonalize.scopes import map_sites, parse_scope
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Intervention, Site, conjugated, removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.scopes import map_sites, parse_scope
+from orthogonalize.models.hooks import Stream, capturing_inputs, intervened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import orthonormal
-from orthogonalize.logistic import Samples, fit_logistic, fit_together
-from orthogonalize.nullspace import Subspace, inlp, stratified_split
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import orthonormal
+from orthogonalize.directions.inlp.logistic import Samples, fit_logistic, fit_together
+from orthogonalize.directions.inlp.nullspace import Subspace, inlp, stratified_split
 
 
 def two_sides(n=60, d=40, gap=1.5, m=None, seed=0):

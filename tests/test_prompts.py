@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from orthogonalize.chat import ChatFormat
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.prompts import Prompt, check_contrast, concept, load_prompts, split_prompts
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.prompts import Prompt, check_contrast, concept, load_prompts, split_prompts
 
 TEXTS = ["How are you?", "What is 2 + 2?\nShow your work.", "Ça va ?"]
 

@@ -20,10 +20,10 @@ from test_architectures import (
 )
 from tiny_models import TINY
 
-from orthogonalize.baking import bake
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import AffineMap, Intervention, removal
-from orthogonalize.scopes import map_sites, parse_scope, shift_sites
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import AffineMap, Intervention, removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
 
 pytestmark = [pytest.mark.prove, pytest.mark.usefixtures("one_thread")]
 RANKING = [2, 0, 3, 1]

@@ -10,12 +10,12 @@ import torch
 from conftest import LAYERS, store, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import Intervention, Site, removal, shift
-from orthogonalize.scopes import map_sites, parse_scope
-from orthogonalize.serving import edited_weights
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Intervention, Site, removal, shift
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.scopes import map_sites, parse_scope
+from orthogonalize.evals.shared_engine import edited_weights
 
 FP8 = torch.float8_e4m3fn
 WIDTH = 192
@@ -163,8 +163,8 @@ def test_a_format_too_coarse_is_refused_with_the_way_out(original, tmp_path):
 
 @pytest.mark.parametrize("layout", ["small blocks", "channel"])
 def test_the_recipe_of_an_fp8_edit_rebuilds_and_verifies(original, tmp_path, layout):
-    from orthogonalize.editing import edit
-    from orthogonalize.verification import verify
+    from orthogonalize.commands.edit import edit
+    from orthogonalize.commands.verify import verify
 
     source = quantised(original, tmp_path / "fp8", layout)
     save_file({"direction": direction()}, tmp_path / "direction.safetensors")

@@ -13,20 +13,20 @@ import pytest
 import torch
 from conftest import UNTRIED, store_choosing
 
-from orthogonalize import interruption
-from orthogonalize.engines import EngineOptions, engine_state
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.evaluation import evaluate
-from orthogonalize.journal import Journal
-from orthogonalize.likelihoods import Completion
-from orthogonalize.models import load_tokenizer
-from orthogonalize.plans import make_plan
-from orthogonalize.portions import Portions
-from orthogonalize.resolve_model import folder_state
-from orthogonalize.run import load_run
-from orthogonalize.swapping import WeightSwap
-from orthogonalize.transformers_engine import TransformersEngine
-from orthogonalize.verification import verify
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.verify import verify
+from orthogonalize.core import interrupts as interruption
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.journal import Journal
+from orthogonalize.engines.base import EngineOptions, engine_state
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.engines.weight_swap import WeightSwap
+from orthogonalize.evals.plan import make_plan
+from orthogonalize.evals.resumable import Portions
+from orthogonalize.models.loading import load_tokenizer
+from orthogonalize.models.logprobs import Completion
+from orthogonalize.models.resolve import folder_state
+from orthogonalize.selection.run_folder import load_run
 
 RUN_SETTINGS, store_model = UNTRIED, store_choosing
 
@@ -60,9 +60,9 @@ def test_what_an_engine_s_results_depend_on_is_part_of_what_they_are_kept_for(mo
     for change in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
         assert engine_state("vllm", replace(whole, **change)) != engine_state("vllm", whole)
     on_cpu = engine_state("hf", replace(whole, device="cpu"))
-    monkeypatch.setattr("orthogonalize.engines.choose_device", lambda _: torch.device("cuda", 1))
+    monkeypatch.setattr("orthogonalize.engines.base.choose_device", lambda _: torch.device("cuda", 1))
     assert engine_state("hf", replace(whole, device="cuda:1")) != on_cpu
-    monkeypatch.setattr("orthogonalize.engines.version", lambda _: "another")
+    monkeypatch.setattr("orthogonalize.engines.base.version", lambda _: "another")
     assert engine_state("hf", replace(whole, device="cpu"))[1:3] != on_cpu[1:3]
 
 
@@ -122,7 +122,7 @@ def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
 ):
     settings = {"suites": ["refusal", "pile", "mmlu"], "engine": "hf", "max_new_tokens": 4, "data": data}
     whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
-    monkeypatch.setattr("orthogonalize.portions.PORTION", 3)
+    monkeypatch.setattr("orthogonalize.evals.resumable.PORTION", 3)
     asked: list[tuple[str, str, int]] = []
     deaths = {("edited", "answers"), ("model", "scores"), ("edited", "choices")}
 
@@ -239,7 +239,7 @@ def test_the_state_of_a_checkpoint_is_that_of_every_file_that_it_computes_with(m
 def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, edited, run, tmp_path, monkeypatch):
     """vLLM is played by transformers here: one engine in which weights are swapped, and which then differs."""
     monkeypatch.setattr(
-        "orthogonalize.preparation.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
+        "orthogonalize.evals.setup.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
     )
     prints = iter("abcdefgh")
     monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
@@ -282,12 +282,12 @@ def test_a_base_that_was_swapped_into_another_s_engine_is_not_taken_for_one_in_i
         started.append(folder.name)
         return TransformersEngine(folder, tokenizer)
 
-    monkeypatch.setattr("orthogonalize.preparation.open_engine", start)
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", start)
     settings = {"suites": ["refusal"], "max_new_tokens": 4}
     fingerprint = TransformersEngine.fingerprint
     with monkeypatch.context() as patch:
         patch.setattr(WeightSwap, "not_taken", lambda *_: None)
-        patch.setattr("orthogonalize.evaluation.partial", lambda *_: pytest.fail("the second swap"))
+        patch.setattr("orthogonalize.commands.evaluate.partial", lambda *_: pytest.fail("the second swap"))
         with pytest.raises(BaseException, match="the second swap"):
             evaluate(edited, str(model), run, tmp_path / "out", **settings)
     assert TransformersEngine.fingerprint is fingerprint
@@ -305,8 +305,8 @@ def test_where_weights_are_not_taken_over_in_place_each_model_gets_an_engine(mod
         return TransformersEngine(folder, tokenizer)
 
     load = TransformersEngine.load
-    monkeypatch.setattr("orthogonalize.preparation.open_engine", start)
-    monkeypatch.setattr("orthogonalize.evaluation.note", notes.append)
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", start)
+    monkeypatch.setattr("orthogonalize.commands.evaluate.note", notes.append)
     settings = {"suites": ["refusal", "loss"], "max_new_tokens": 4}
     swapped = evaluate(edited, str(model), run, tmp_path / "swapped", **settings)
     assert started == ["edited"]

@@ -12,20 +12,20 @@ from click.testing import CliRunner
 from conftest import LAYERS, SMALL, WIDTH, command, store, tiny_llama, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 
-from orthogonalize.chat import ChatFormat
-from orthogonalize.choices import Choice
 from orthogonalize.cli import main
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.evaluation import evaluate
-from orthogonalize.extraction import extract
-from orthogonalize.models import load_model
-from orthogonalize.prompts import Prompt
-from orthogonalize.recipe import load_recipe
-from orthogonalize.report import Report
-from orthogonalize.resolve_edit import choose
-from orthogonalize.run import load_run, save_prompts
-from orthogonalize.verification import verify
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.extract import extract
+from orthogonalize.commands.verify import verify
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.prompts import Prompt
+from orthogonalize.edits.config import Choice
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.models.loading import load_model
+from orthogonalize.reports.schema import Report
+from orthogonalize.selection.resolve import choose
+from orthogonalize.selection.run_folder import load_run, save_prompts
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -153,7 +153,7 @@ def test_evaluation_counts_what_the_answers_say(run, model, tmp_path):
     # The loss of the base's greedy answers, computed by hand from the library's own loss.
     from transformers import AutoModelForCausalLM
 
-    from orthogonalize.transformers_engine import TransformersEngine
+    from orthogonalize.engines.transformers import TransformersEngine
 
     chat = ChatFormat(tiny_tokenizer())
     prompts = chat.encode_all(load_run(run).texts("negative", "test"))
@@ -262,8 +262,8 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
 
 
 def test_a_constant_without_an_exact_place_is_refused(model, run, tmp_path, monkeypatch):
-    from orthogonalize import baking
-    from orthogonalize.architectures import families
+    from orthogonalize.architectures.schema import families
+    from orthogonalize.edits import bake as baking
 
     llama = families()["llama"]
     part = llama.mlp["dense"].model_copy(update={"bias": None})

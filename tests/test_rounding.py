@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthogonalize.interventions import AffineMap, Site, removal
-from orthogonalize.rounding import Measured, Scales
-from orthogonalize.tensoredits import TensorEdit, to_numbers
+from orthogonalize.checkpoints.rounding.vector_edit import Measured, Scales
+from orthogonalize.checkpoints.tensor_edit import TensorEdit, to_numbers
+from orthogonalize.core.interventions import AffineMap, Site, removal
 
 SITE = Site("mlp", 0)
 FP8 = torch.float8_e4m3fn
@@ -204,7 +204,7 @@ def test_scaled_fp8_keeps_its_scales_and_the_edit(every):
 
 
 def test_a_value_that_the_format_cannot_hold_is_refused():
-    from orthogonalize.errors import OrthogonalizeError
+    from orthogonalize.core.errors import OrthogonalizeError
 
     weight = torch.full((8, 3), 60000.0).to(torch.float16)
     edit = TensorEdit("w", SITE, 0, removal(torch.eye(8, dtype=torch.float64)[:1], 3.0), "matrix")

@@ -11,24 +11,17 @@ from conftest import LAYERS, VOCABULARY, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthogonalize.activations import all_activations
-from orthogonalize.directions import Directions
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.generation import generate
-from orthogonalize.hooks import input_shifted, layer_projected, map_input, map_output
-from orthogonalize.interventions import shift
-from orthogonalize.leace import leace
-from orthogonalize.nullspace import inlp
-from orthogonalize.refusals import refused
-from orthogonalize.run import save_selection
-from orthogonalize.scores import (
-    behaviour_score,
-    completion_loss,
-    divergence,
-    first_token_probabilities,
-    learn_behaviour_tokens,
-)
-from orthogonalize.selection import (
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import shift
+from orthogonalize.core.journal import StageJournal
+from orthogonalize.data.refusals import refused
+from orthogonalize.directions.direction_set import Directions
+from orthogonalize.directions.inlp.nullspace import inlp
+from orthogonalize.directions.leace import leace
+from orthogonalize.models.activations import all_activations
+from orthogonalize.models.generation import generate
+from orthogonalize.models.hooks import input_shifted, layer_projected, map_input, map_output
+from orthogonalize.selection.candidates import (
     Candidate,
     explain_fallback,
     layer_ranking,
@@ -36,8 +29,15 @@ from orthogonalize.selection import (
     rank_correlation,
     score_candidates,
 )
-from orthogonalize.stages import Journal
-from orthogonalize.trials import share_left
+from orthogonalize.selection.run_folder import save_selection
+from orthogonalize.selection.scoring import (
+    behaviour_score,
+    completion_loss,
+    divergence,
+    first_token_probabilities,
+    learn_behaviour_tokens,
+)
+from orthogonalize.selection.trials import share_left
 
 
 def some_ids(count: int, seed: int) -> list[list[int]]:
@@ -115,19 +115,19 @@ def test_scores_that_are_known_are_not_computed_again(base, tmp_path):
     model, tokens = load(base), [5, 9]
     positive, negative = some_ids(6, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
-    journal = Journal(tmp_path / "journal", "inputs")
+    journal = StageJournal(tmp_path / "journal", "inputs")
     scored = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=journal)
     lines = (tmp_path / "journal").read_text().split("\n")
     (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the midst of a line
-    cut = Journal(tmp_path / "journal", "inputs")
+    cut = StageJournal(tmp_path / "journal", "inputs")
     assert len(cut.found) == len(journal.found) - 1
     again = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=cut)
     assert [(c.method, c.layer, c.position) for c in again] == [(c.method, c.layer, c.position) for c in scored]
     assert [c.bypass for c in again] == pytest.approx([c.bypass for c in scored], abs=1e-6)
-    full = Journal(tmp_path / "journal", "inputs")
+    full = StageJournal(tmp_path / "journal", "inputs")
     known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # no model is needed
     assert known == again
-    assert not Journal(tmp_path / "journal", "other inputs").found
+    assert not StageJournal(tmp_path / "journal", "other inputs").found
 
 
 def test_completion_loss_equals_the_library_loss(base):

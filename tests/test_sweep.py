@@ -12,22 +12,22 @@ import torch
 from click.testing import CliRunner
 from conftest import LAYERS, UNTRIED, store, tiny_llama, tiny_tokenizer
 
-from orthogonalize import sweeps
-from orthogonalize.baking import bake
-from orthogonalize.chat import ChatFormat
-from orthogonalize.checkpoint import open_checkpoint
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.cli import main
-from orthogonalize.comparison import Sweep, pareto
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.evaluation import evaluate
-from orthogonalize.generation import generate
-from orthogonalize.run import load_run
-from orthogonalize.serving import Common
-from orthogonalize.swapping import WeightSwap
-from orthogonalize.sweeps import residual_hooks, sweep
-from orthogonalize.transformers_engine import TransformersEngine
-from orthogonalize.variants import make_variants, methods
+from orthogonalize.commands import sweep as sweeps
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.sweep import residual_hooks, sweep
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.edits.bake import bake
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.engines.weight_swap import WeightSwap
+from orthogonalize.evals.shared_engine import Common
+from orthogonalize.models.generation import generate
+from orthogonalize.reports.sweep import Sweep, pareto
+from orthogonalize.selection.run_folder import load_run
+from orthogonalize.selection.variants import make_variants, methods
 
 SWEPT = ("ablate one", "ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all")
 QUICK = {"engine": "hf", "max_new_tokens": 8}
@@ -51,7 +51,7 @@ def swept(model, run, tmp_path_factory) -> Sweep:
     chosen = make_variants(load_run(run))
     kept = [v for v in chosen if v.name in SWEPT]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orthogonalize.sweeps.make_variants", lambda *_: kept)
+        patch.setattr("orthogonalize.commands.sweep.make_variants", lambda *_: kept)
         found = sweep(str(model), run, out, **QUICK)
     assert {p.name for p in out.iterdir()} == {"sweep.json", "pareto.png"}
     assert (out / "pareto.png").stat().st_size > 10_000
@@ -71,7 +71,7 @@ def test_every_method_is_tried_over_every_scope(run):
 
 def test_what_the_run_has_no_directions_for_is_refused_by_name_and_else_left_out_aloud(run, monkeypatch):
     notes: list[str] = []
-    monkeypatch.setattr("orthogonalize.variants.note", notes.append)
+    monkeypatch.setattr("orthogonalize.selection.variants.note", notes.append)
     found = load_run(run)
     bare = replace(found, info=found.info.model_copy(update={"methods": ["dim"]}))
     assert "leace" not in {v.choice.method for v in make_variants(bare)}
@@ -91,7 +91,7 @@ def test_what_the_run_has_no_directions_for_is_refused_by_name_and_else_left_out
 def test_a_run_of_a_model_of_another_shape_is_refused_before_any_engine_starts(
     changed, message, semantics, run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("orthogonalize.preparation.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
     other = store(tiny_llama(tie_word_embeddings=True, **changed), tmp_path / "other", torch.float32)
     tiny_tokenizer().save_pretrained(other)
     with pytest.raises(OrthogonalizeError, match=message):
@@ -109,7 +109,7 @@ def test_edits_that_an_engine_does_not_take_over_in_place_get_engines_of_their_o
         return enter(self)
 
     kept = [v for v in make_variants(load_run(run)) if v.name in SWEPT]
-    monkeypatch.setattr("orthogonalize.sweeps.make_variants", lambda *_: kept)
+    monkeypatch.setattr("orthogonalize.commands.sweep.make_variants", lambda *_: kept)
     monkeypatch.setattr(TransformersEngine, "__enter__", counted)
     monkeypatch.setattr(
         TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "o_proj" not in n})
@@ -331,9 +331,9 @@ def test_residual_semantics_differ_from_weights_only_where_weights_cannot_follow
 
 
 def test_a_judge_that_cannot_be_read_is_no_zero_in_the_table(swept):
-    from orthogonalize.comparison import sweep_columns, sweep_rows
-    from orthogonalize.measures import shares
-    from orthogonalize.report import Judged, Rates
+    from orthogonalize.evals.metrics import shares
+    from orthogonalize.reports.schema import Judged, Rates
+    from orthogonalize.reports.sweep import sweep_columns, sweep_rows
 
     unread = {"guard": Judged(harmful=Rates(target=shares([None, None]).measure()))}
     half = {"guard": Judged(harmful=Rates(target=shares([None, True]).measure()))}

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.tensorfile import header_bytes, open_tensor_file, stored_bytes
+from orthogonalize.checkpoints.safetensors_file import header_bytes, open_tensor_file, stored_bytes
+from orthogonalize.core.errors import OrthogonalizeError
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 quiet = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

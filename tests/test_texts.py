@@ -6,11 +6,11 @@ import pytest
 from conftest import choosing_tokenizer
 from tokenizers import processors
 
-from orthogonalize.chat import ChatFormat
-from orthogonalize.losses import pile_losses
-from orthogonalize.multiple_choice import MultipleChoice, Question
-from orthogonalize.tasks import harness_model
-from orthogonalize.texts import opened
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.tokenization import opened
+from orthogonalize.evals.suites.lm_eval import harness_model
+from orthogonalize.evals.suites.losses import pile_losses
+from orthogonalize.evals.suites.multiple_choice import MultipleChoice, Question
 
 AROUND = {"nothing": ("", 0), "a BOS": ("<s> ", 0), "both": ("<s> ", 1), "an EOS": ("", 1), "two": ("<s> ", 2)}
 

@@ -24,12 +24,12 @@ from harness import (
 from safetensors.torch import load_file
 from tiny_models import DoublePrecision, load_tiny, logits, store_tiny
 
-from orthogonalize.architectures import architecture_of, families
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.hooks import intervened
-from orthogonalize.interventions import Intervention, Site, shift
+from orthogonalize.architectures.schema import architecture_of, families
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Intervention, Site, shift
+from orthogonalize.edits.bake import bake
+from orthogonalize.models.hooks import intervened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

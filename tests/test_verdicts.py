@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-from orthogonalize.measures import Series, compare, shares
-from orthogonalize.report import Answer, Measures, Report, Verdict, compare_all
-from orthogonalize.tables import change, summary_rows
-from orthogonalize.verdicts import verdicts
-from orthogonalize.webpage import write_webpage
+from orthogonalize.evals.metrics import Series, compare, shares
+from orthogonalize.reports.findings import verdicts
+from orthogonalize.reports.html import write_webpage
+from orthogonalize.reports.schema import Answer, Measures, Report, Verdict, compare_all
+from orthogonalize.reports.tables import change, summary_rows
 
 
 def report_of(base: dict[str, Series], edited: dict[str, Series], **more) -> Report:

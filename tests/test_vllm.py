@@ -13,26 +13,26 @@ from benchmark_files import SETS, all_sets, harness_rows, harness_task
 from conftest import UNTRIED, store_choosing, tiny_tokenizer
 from tiny_models import store_tiny
 
-from orthogonalize.baking import bake
-from orthogonalize.chat import ChatFormat
-from orthogonalize.checkpoint import open_checkpoint
-from orthogonalize.divergence import kl_bound
-from orthogonalize.editing import edit
-from orthogonalize.engine_group import EngineGroup
-from orthogonalize.engines import EngineOptions
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.extraction import extract
-from orthogonalize.interventions import removal
-from orthogonalize.plans import DEFAULT_SUITES
-from orthogonalize.recipe import load_recipe
-from orthogonalize.run import load_run
-from orthogonalize.scopes import map_sites, parse_scope
-from orthogonalize.serving import common_folder, edited_weights
-from orthogonalize.swapping import WeightSwap
-from orthogonalize.sweeps import sweep
-from orthogonalize.transformers_engine import TransformersEngine
-from orthogonalize.variants import make_variants
-from orthogonalize.vllm_engine import VllmEngine
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.extract import extract
+from orthogonalize.commands.sweep import sweep
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import removal
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.edits.scopes import map_sites, parse_scope
+from orthogonalize.engines.base import EngineOptions
+from orthogonalize.engines.data_parallel import EngineGroup
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.engines.vllm import VllmEngine
+from orthogonalize.engines.weight_swap import WeightSwap
+from orthogonalize.evals.plan import DEFAULT_SUITES
+from orthogonalize.evals.shared_engine import common_folder, edited_weights
+from orthogonalize.evals.suites.kl import kl_bound
+from orthogonalize.selection.run_folder import load_run
+from orthogonalize.selection.variants import make_variants
 
 ON_CPU = not torch.cuda.is_available()
 # On a GPU vLLM's attention multiplies float32 numbers in TF32, which keeps 10 bits; and several engines share it.
@@ -252,7 +252,7 @@ def test_a_wrapper_for_images_is_started_for_text_and_swapped_as_it_is_stored(tm
 
 
 def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, written, tmp_path, monkeypatch):
-    from orthogonalize.evaluation import evaluate
+    from orthogonalize.commands.evaluate import evaluate
 
     starts: list[Path] = []
     enter = VllmEngine.__enter__
@@ -282,7 +282,7 @@ def test_a_sweep_in_vllm_is_the_sweep_in_transformers(model, run, tmp_path, monk
     """Among its edits are those that no other test here swaps: subspaces, and an eraser with its shift."""
     names = ("nullspace all", "leace top:50%", "actadd inlp +1 one")
     kept = [v for v in make_variants(load_run(run)) if v.name in names]
-    monkeypatch.setattr("orthogonalize.sweeps.make_variants", lambda *_: kept)
+    monkeypatch.setattr("orthogonalize.commands.sweep.make_variants", lambda *_: kept)
     settings = {"max_new_tokens": 12}
     ours = sweep(str(model), run, tmp_path / "ours", options=SMALL, **settings)
     theirs = sweep(str(model), run, tmp_path / "theirs", engine="hf", **settings)

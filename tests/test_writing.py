@@ -19,15 +19,18 @@ from click.testing import CliRunner
 from conftest import LAYERS, WIDTH, store, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from orthogonalize import directstream, pieces, weightfile, writing
-from orthogonalize.baking import bake
-from orthogonalize.checkpoint import INDEX, open_checkpoint
+from orthogonalize.checkpoints import chunks as pieces
+from orthogonalize.checkpoints import direct_io as directstream
+from orthogonalize.checkpoints import weight_file as weightfile
+from orthogonalize.checkpoints import writer as writing
+from orthogonalize.checkpoints.checkpoint import INDEX, open_checkpoint
 from orthogonalize.cli import main
-from orthogonalize.editing import edit
-from orthogonalize.errors import OrthogonalizeError
-from orthogonalize.interventions import removal
-from orthogonalize.recipe import load_recipe
-from orthogonalize.scopes import map_sites, parse_scope
+from orthogonalize.commands.edit import edit
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.edits.scopes import map_sites, parse_scope
 
 
 def weights(folder: Path) -> dict[str, bytes]:
@@ -237,7 +240,8 @@ def test_an_edit_killed_while_it_writes_is_tidied_up_by_the_next(source, directi
     if shard:
         edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
     code = (
-        "import sys, time\nfrom orthogonalize import weightfile\nfrom orthogonalize.editing import edit\n"
+        "import sys, time\nfrom orthogonalize.checkpoints import weight_file as weightfile\n"
+        "from orthogonalize.commands.edit import edit\n"
         "real = weightfile.FileWriter._write\n"
         "def slow(*a):\n    real(*a); print('writing', flush=True); time.sleep(60)\n"
         "weightfile.FileWriter._write = slow\n"
@@ -279,7 +283,7 @@ def test_shares_written_apart_make_the_same_checkpoint(source, direction, tmp_pa
 def test_a_share_needs_room_for_itself_only(source, direction, tmp_path, monkeypatch):
     most = max(file.stat().st_size for file in source.glob("*.safetensors"))
     usage = SimpleNamespace(free=int(1.5 * most))
-    monkeypatch.setattr("orthogonalize.outputs.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("orthogonalize.core.output_folders.shutil.disk_usage", lambda _: usage)
     with pytest.raises(OrthogonalizeError, match="make room"):
         edit(str(source), tmp_path / "out", direction=direction, scope="layers:1")
     for number in (1, 2, 3, 4):

@@ -363,7 +363,7 @@ class DoublePrecision(TorchFunctionMode):
 
 def load_tiny(folder: Path) -> Any:
     """A checkpoint folder as a float64 transformers model that computes in float64 throughout."""
-    from orthogonalize.models import model_class
+    from orthogonalize.models.loading import model_class
 
     model = model_class(folder).from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"

@@ -1,0 +1,223 @@
+"""A checkpoint folder, opened and validated whole before anything is done with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+from ..core.progress import track
+from .safetensors_file import DTYPES, TensorFile, TensorInfo, open_tensor_file
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+RECIPE = "orthogonalize.json"
+CARD = "README.md"
+# Another format's copy of the same weights would ship the behaviour that the edit took out.
+OTHER_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "consolidated*")
+NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes")
+PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder with a `config.json` and safetensors weights, every header validated."""
+
+    path: Path
+    config: dict[str, Any]
+    files: dict[str, TensorFile]
+    indexed: bool
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of the model's weight files."""
+        return {name: info for file in self.files.values() for name, info in file.tensors.items()}
+
+    @property
+    def renamed(self) -> bool:
+        """Whether its tensors are called, or cut, in another way than its files have it."""
+        return any(file.renamed for file in self.files.values())
+
+    def split(self, parts: Mapping[str, Mapping[str, int]]) -> Checkpoint:
+        """The same checkpoint with each tensor of `parts` as several (see `TensorFile.split`)."""
+        return replace(self, files={name: file.split(parts) for name, file in self.files.items()})
+
+    def file_of(self, name: str) -> TensorFile:
+        """The file that holds tensor `name`; KeyError where none does."""
+        for file in self.files.values():
+            if name in file.tensors:
+                return file
+        raise KeyError(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` in its stored dtype."""
+        return self.file_of(name).read(name)
+
+    def home(self, additions: Mapping[str, Addition]) -> str:
+        """The weight file that takes `additions`: the one that holds what they copy, else the first."""
+        copied = [addition.copy_of for addition in additions.values() if addition.copy_of is not None]
+        return next(
+            (name for name, file in sorted(self.files.items()) if file.tensors.keys() & copied), min(self.files)
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(file.path.stat().st_size for file in self.files.values())
+
+    def side_files(self) -> list[Path]:
+        """The files, relative to the folder, that an edit copies byte for byte."""
+        weights = {*self.files, INDEX, "config.json"}
+        return [
+            name
+            for name in _walk(self.path)
+            if str(name) not in weights and not _matches(name, NOT_COPIED) and not self._holds_weights(name)
+        ]
+
+    def left_out(self) -> list[Path]:
+        """Copies of the weights in other formats, which an edit must not carry along."""
+        return [name for name in _walk(self.path) if str(name) not in self.files and self._holds_weights(name)]
+
+    def _holds_weights(self, name: Path) -> bool:
+        """Whether a file holds weights of this model a second time; auxiliary tensors of their own may go along."""
+        if _matches(name, OTHER_WEIGHTS):
+            return True
+        if name.suffix != ".safetensors":
+            return False
+        return bool(open_tensor_file(self.path / name).tensors.keys() & self.tensors.keys())
+
+    def fingerprint(self) -> dict[str, str]:
+        """SHA-256 of every weight file, by name."""
+        with track("fingerprint of the weights", self.weight_bytes, "bytes") as advance:
+            return {name: _sha256(file.path, advance) for name, file in sorted(self.files.items())}
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder)
+
+
+def _matches(name: Path, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name.name, pattern) or fnmatch(str(name), pattern) for pattern in patterns)
+
+
+def _sha256(path: Path, progress: Progress) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**22):
+            digest.update(piece)
+            progress(len(piece))
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise OrthogonalizeError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
+
+
+def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
+    index = folder / INDEX
+    if not index.exists():
+        single = folder / SINGLE
+        if single.exists():
+            return {SINGLE: open_tensor_file(single)}, False
+        if any(folder.glob("*.safetensors")):
+            raise OrthogonalizeError(f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}")
+        if any(_matches(name, PICKLES) for name in _walk(folder)):
+            raise OrthogonalizeError(
+                f"{folder} has pickled weights only, which can run code when loaded; "
+                "convert them to safetensors first (the Hub's safetensors/convert Space does)"
+            )
+        raise OrthogonalizeError(f"{folder} has no weights ({SINGLE} or {INDEX})")
+    if (folder / SINGLE).exists() and SINGLE not in index.read_text("utf-8"):
+        raise OrthogonalizeError(
+            f"{folder} has both {INDEX} and {SINGLE}, and loaders differ in which they read; keep one"
+        )
+    listed = read_json(index)
+    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise OrthogonalizeError(f"{index} names files by something else than text; fetch it again")
+    files: dict[str, TensorFile] = {}
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name:
+            raise OrthogonalizeError(f"{index} points outside its folder ({name!r}); do not trust this checkpoint")
+        if not (folder / name).exists():
+            raise OrthogonalizeError(f"{folder} lacks the shard {name}; download it again")
+        files[name] = open_tensor_file(folder / name)
+    stored: dict[str, str] = {}
+    for name, file in files.items():
+        for tensor in file.tensors:
+            if stored.setdefault(tensor, name) != name:
+                raise OrthogonalizeError(
+                    f"{folder} has {tensor!r} in more than one shard, and loaders differ in which they read; "
+                    "fetch them again"
+                )
+    if stored != weight_map:
+        wrong = sorted(set(stored.items()) ^ set(weight_map.items()))[0][0]
+        raise OrthogonalizeError(f"{index} and the shards disagree about {wrong!r}; fetch them again")
+    return files, True
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Open a checkpoint folder and validate the header of every weight file.
+
+    Raises:
+        OrthogonalizeError: anything missing, truncated, inconsistent or unsafe.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise OrthogonalizeError(f"no such model folder: {folder}")
+    if (folder / "adapter_config.json").exists():
+        raise OrthogonalizeError(
+            f"{folder} holds an adapter, which loaders apply on top; merge it into the model first"
+        )
+    if not (folder / "config.json").exists():
+        raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise OrthogonalizeError(f"{folder / 'config.json'} is not a JSON object")
+    files, indexed = _weight_files(folder)
+    return Checkpoint(folder, config, files, indexed)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A tensor that the edit adds: dtype and shape known beforehand, values made when written.
+
+    `copy_of` names the tensor of the source that it begins as a copy of, where it does.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+    copy_of: str | None = None
+
+    @classmethod
+    def copy(cls, source: Checkpoint, name: str) -> Addition:
+        """A second tensor with the values of tensor `name`."""
+        info = source.tensors[name]
+        return cls(info.dtype, info.shape, lambda: source.read(name), name)
+
+    @classmethod
+    def zeros(cls, dtype: str, shape: tuple[int, ...]) -> Addition:
+        """A tensor of zeros."""
+        return cls(dtype, shape, lambda: torch.zeros(shape, dtype=DTYPES[dtype]))
+
+    @property
+    def size(self) -> int:
+        return DTYPES[self.dtype].itemsize * math.prod(self.shape)

@@ -1,0 +1,200 @@
+"""Everything in which two checkpoints differ, for any two: no recipe and no description of the model is needed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.progress import track
+from .checkpoint import Checkpoint
+from .quantization import real_rows
+from .safetensors_file import DTYPES, row_blocks
+from .tensor_diff import GRAIN, Common, Difference, Directions, common_directions, difference
+
+PROJECTED = 0.05  # of a component may be left where it was projected out and then rounded
+ALIGNED = 0.99  # the cosine from which on two directions are one
+
+
+@dataclass
+class Audit:
+    """Every difference of two checkpoints, by tensor name.
+
+    `changed` is `|W' - W| / |W|` (infinite where shapes differ, 0 for the same numbers in another format),
+    `differences` says more of those whose numbers can be compared. `config` and `side_files` are configuration
+    values (base's, this one's) and other files; `notes` says of a file in what it differs. `common` are
+    directions that the changes share.
+    """
+
+    changed: dict[str, float] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    same: int = 0
+    config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    side_files: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)
+    common: Common | None = None
+
+    def along_common(self, name: str) -> Directions | None:
+        """The change of tensor `name` along the common directions, where it is one."""
+        found = self.differences.get(name)
+        if self.common is None or found is None:
+            return None
+        for d in found.directions:
+            if d.basis.shape[1] == self.common.basis.shape[1]:
+                cosines = torch.linalg.svdvals(d.basis @ self.common.basis.mT)
+                if len(cosines) and float(cosines.min()) >= ALIGNED:
+                    return d
+        return None
+
+    def projected(self) -> dict[str, float]:
+        """What is left of the common directions in each tensor that they were projected out of."""
+        along = {name: self.along_common(name) for name in self.differences}
+        return {name: d.left for name, d in along.items() if d is not None and d.left <= PROJECTED}
+
+    def verdict(self) -> str:
+        """One sentence on what the change looks like."""
+        if not (self.changed or self.added or self.missing):
+            return "the weights are the base's"
+        altered = [name for name, change in self.changed.items() if change != 0]
+        if not (altered or self.added or self.missing):
+            return "the weights are the base's, in another number format"
+        compared = [d for d in self.differences.values() if d.rank is not None]
+        if self.common is None or not compared:
+            low = [d.rank for d in compared if d.rank]
+            if low and len(low) == len(altered):
+                return f"changes of low rank (at most {max(low)}) along no common direction"
+            return "changes of high rank: other training, another model, or another number format"
+        rank, count = len(self.common.basis), self.common.shared_by[0]
+        where = (
+            f"{count} of {self.common.of} changed tensors share {'a direction' if rank == 1 else f'{rank} directions'}"
+        )
+        projected = self.projected()
+        if len(projected) >= count / 2:
+            return (
+                f"an orthogonalisation of rank {rank}: {where}, projected out of {len(projected)} "
+                f"(at most {max(projected.values()):.1e} is left)"
+            )
+        along = [self.along_common(name) for name in self.differences]
+        strengths = sorted(d.strength for d in along if d is not None and math.isfinite(d.strength))
+        middle = strengths[len(strengths) // 2] if strengths else math.nan
+        return f"an edit of rank {rank}: {where} (strength about {middle:.2g}, where 1 projects and 2 mirrors)"
+
+    def as_json(self) -> str:
+        """The whole of it; directions as lists of numbers."""
+        tensors = {
+            name: {
+                "change": _number(change),
+                **(_described(self.differences[name]) if name in self.differences else {}),
+            }
+            for name, change in self.changed.items()
+        }
+        document = {
+            "verdict": self.verdict(), "changed": tensors, "added": self.added, "missing": self.missing,
+            "same": self.same, "config": {key: list(pair) for key, pair in self.config.items()},
+            "files": {name: self.notes.get(name, "differs") for name in self.side_files},
+            "common": None if self.common is None else {
+                "directions": [[round(x, 8) for x in row] for row in self.common.basis.tolist()],
+                "shared_by": list(self.common.shared_by), "of": self.common.of,
+            },
+            "projected": self.projected(),
+        }  # fmt: skip
+        return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _number(x: float) -> float | None:
+    return x if math.isfinite(x) else None
+
+
+def _described(found: Difference) -> dict[str, Any]:
+    return {
+        "rank": found.rank,
+        "energy": _number(found.energy),
+        "axes": [
+            {"axis": d.axis, "rank": len(d.basis), "left": _number(d.left), "strength": _number(d.strength)}
+            for d in found.directions
+        ],
+    }
+
+
+def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
+    """Compare tensors (some rows at a time), configuration and side files of two checkpoints."""
+    result = Audit()
+    mine, theirs = edited.tensors, base.tensors
+    result.added = sorted(mine.keys() - theirs.keys())
+    result.missing = sorted(theirs.keys() - mine.keys())
+    both = sorted(mine.keys() & theirs.keys())
+    with track("comparing tensors", sum(theirs[name].size for name in both), "bytes") as advance:
+        for name in both:
+            if mine[name].shape != theirs[name].shape:
+                result.changed[name] = math.inf
+            elif mine[name].dtype == theirs[name].dtype and _same_bytes(edited, base, name):
+                result.same += 1
+            else:
+                _compare(edited, base, name, result)
+            advance(theirs[name].size)
+    result.common = common_directions(result.differences)
+    for key in sorted(edited.config.keys() | base.config.keys()):
+        pair = (base.config.get(key), edited.config.get(key))
+        if pair[0] != pair[1]:
+            result.config[key] = pair
+    for side in sorted({str(f) for f in base.side_files()} | {str(f) for f in edited.side_files()}):
+        note = _file_note(edited.path / side, base.path / side)
+        if note is not None:
+            result.side_files.append(side)
+            result.notes[side] = note
+    return result
+
+
+def _compare(edited: Checkpoint, base: Checkpoint, name: str, result: Audit) -> None:
+    shape = base.tensors[name].shape
+    kinds = [DTYPES.get(checkpoint.tensors[name].dtype) for checkpoint in (base, edited)]
+    known = [kind for kind in kinds if kind is not None]
+    if len(known) < 2:
+        result.changed[name] = math.nan if kinds[0] == kinds[1] else math.inf
+        return
+    if not (shape and all(kind.is_floating_point for kind in known)):
+        result.changed[name] = _plain_change(edited.read(name), base.read(name))
+        return
+    old, new = real_rows(base, name), real_rows(edited, name)
+
+    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for first, last in row_blocks(shape):
+            yield old(first, last), new(first, last)
+
+    found = difference(shape, max(known, key=lambda kind: GRAIN.get(kind, 0.0)), blocks)
+    result.changed[name] = found.change
+    if found.change != 0:
+        result.differences[name] = found
+
+
+def _plain_change(new: torch.Tensor, old: torch.Tensor) -> float:
+    return float((new.double() - old.double()).norm() / old.double().norm())
+
+
+def _same_bytes(edited: Checkpoint, base: Checkpoint, name: str) -> bool:
+    pairs = zip(edited.file_of(name).chunks(name), base.file_of(name).chunks(name), strict=True)
+    return all(a == b for a, b in pairs)
+
+
+def _file_note(mine: Path, theirs: Path) -> str | None:
+    """In what two files differ, in a few words; None where they are the same."""
+    if not (mine.is_file() and theirs.is_file()):
+        return "only here" if mine.is_file() else "only in the base"
+    ours, other = mine.read_bytes(), theirs.read_bytes()
+    if ours == other:
+        return None
+    try:
+        new, old = json.loads(ours), json.loads(other)
+    except ValueError:
+        return "differs"
+    if not (isinstance(new, dict) and isinstance(old, dict)):
+        return "differs"
+    keys = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
+    return f"differs in {', '.join(keys)}" if keys else "the same values, written in another way"

@@ -1,0 +1,173 @@
+"""Quantised checkpoints: which can be edited as they are stored, and the scales that their numbers have.
+
+FP8 weights (`X.weight` as float8_e4m3fn) come with `X.weight_scale_inv` (blocks, as DeepSeek-V3 and Qwen3 ship
+them) or `X.weight_scale` (compressed-tensors: one, one a row, or blocks), which multiply the stored numbers.
+An edit of such a tensor is computed on the real numbers and rounded to the same layout; a scale changes only
+where the edited numbers would not fit under it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container
+from functools import partial
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+from .checkpoint import Checkpoint
+from .rounding.vector_edit import GRIDS, Scales
+from .safetensors_file import DTYPES, EDITABLE
+from .tensor_edit import TensorEdit
+
+FP8 = "F8_E4M3"
+SCALES = ("_scale_inv", "_scale")  # behind the name of the weight
+VECTORS = 2048  # looked at together
+LARGEST = GRIDS[DTYPES[FP8]].largest
+# A number just above the largest is rounded to it like any other: a scale stays for these.
+FITS = LARGEST * (1 + 2.0**-6)
+# Other formats, by what stands beside or instead of the weight, and the way out.
+PACKED = {
+    "_blocks": "MXFP4", "_packed": "packed integers (compressed-tensors)", "qweight": "GPTQ or AWQ integers",
+    ".absmax": "bitsandbytes integers", ".SCB": "bitsandbytes integers",
+}  # fmt: skip
+WAY_OUT = (
+    "whose grid is too coarse for an exact edit; dequantise it first (transformers loads it with "
+    "quantization_config=...Config(dequantize=True), then save_pretrained in bfloat16) and edit that, "
+    "or edit the model's bfloat16 release and quantise again"
+)
+
+
+def scale_name(source: Checkpoint, name: str) -> str | None:
+    """The tensor that holds the scales of weight `name`, or None."""
+    return next((name + suffix for suffix in SCALES if name + suffix in source.tensors), None)
+
+
+def refuse_packed(tensors: Container[str], name: str) -> None:
+    """Refuse a weight that is there in a packed format only.
+
+    Raises:
+        OrthogonalizeError: among `tensors` is a packed form of `name`.
+    """
+    stem = name.removesuffix(".weight").removesuffix("weight")
+    for suffix, what in PACKED.items():
+        if any(known in tensors for known in (name + suffix, f"{stem}.{suffix}", stem + suffix)):
+            raise OrthogonalizeError(f"{name} is stored as {what}, {WAY_OUT}")
+
+
+def check_editable(source: Checkpoint, name: str) -> None:
+    """Refuse a tensor that an edit cannot be stored in.
+
+    Raises:
+        OrthogonalizeError: `name` is there in a format that cannot be edited, or only in a packed one.
+    """
+    refuse_packed(source.tensors, name)
+    info = source.tensors.get(name)
+    if info is None or info.dtype in EDITABLE:
+        return
+    if info.dtype == FP8 and scale_name(source, name) is not None:
+        scales_of(source, name, 0)
+        return
+    scales = " without scales" if info.dtype == FP8 else ""
+    raise OrthogonalizeError(
+        f"{name} is stored as {info.dtype}{scales}, which cannot be edited; start from a bfloat16 or float32 checkpoint"
+    )
+
+
+def _every(size: int, count: int, block: int | None) -> int | None:
+    """How many entries share a scale, where `size` entries have `count` scales."""
+    if count == 1:
+        return size
+    if count == size:
+        return 1
+    return block if block and math.ceil(size / block) == count else None
+
+
+def scales_of(source: Checkpoint, name: str, axis: int) -> Scales | None:
+    """The scales of weight `name` as the vectors along `axis` meet them; None where it has none.
+
+    Raises:
+        OrthogonalizeError: a layout that is not known.
+    """
+    other = scale_name(source, name) if source.tensors[name].dtype == FP8 else None
+    if other is None:
+        return None
+    weight, info = source.tensors[name], source.tensors[other]
+    if len(weight.shape) != 2 or info.dtype not in EDITABLE:
+        raise OrthogonalizeError(
+            f"{name} {list(weight.shape)} has {info.dtype} scales, a layout that is not known; {WAY_OUT}"
+        )
+    table = source.read(other).float()
+    table = table.reshape(1, 1) if table.numel() == 1 else table.reshape(len(table), -1)
+    settings = source.config.get("quantization_config") or {}
+    blocks = settings.get("weight_block_size") or _group_blocks(settings) or (None, None)
+    every = tuple(_every(size, count, b) for size, count, b in zip(weight.shape, table.shape, blocks, strict=True))
+    if every[0] is None or every[1] is None:
+        raise OrthogonalizeError(
+            f"{other} {list(info.shape)} does not divide {name} {list(weight.shape)} into the blocks that "
+            "config.json names; fetch the checkpoint again"
+        )
+    if axis % 2 == 0:
+        return Scales(table.numpy(), (every[0], every[1]))
+    return Scales(table.mT.contiguous().numpy(), (every[1], every[0]))
+
+
+def real_values(source: Checkpoint, name: str) -> torch.Tensor:
+    """Tensor `name`, and where it is FP8 the numbers that it stands for, in float64."""
+    stored, scales = source.read(name), scales_of(source, name, 0)
+    if scales is None:
+        return stored
+    rows, columns = (torch.arange(n) // every for n, every in zip(stored.shape, scales.every, strict=True))
+    return stored.double() * torch.from_numpy(scales.values).double()[rows][:, columns]
+
+
+def _group_blocks(settings: dict[str, object]) -> tuple[int, int] | None:
+    """The block structure that a compressed-tensors configuration names, where it does."""
+    groups = settings.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        blocks = (group.get("weights") or {}).get("block_structure")
+        if blocks:
+            return tuple(blocks)
+    return None
+
+
+def rescaled(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.Tensor | None] | None:
+    """The scales of a tensor before and after its edit, and the scale tensor to store where it changed.
+
+    None where the tensor has no scales. The weights are read once for it.
+    """
+    scales = scales_of(source, edit.name, edit.axis)
+    if scales is None:
+        return None
+    stored = source.read(edit.name).movedim(edit.axis, 0)
+    former = torch.from_numpy(scales.values)
+    most = torch.zeros_like(former)
+    affine = edit.vectors_map()
+    u, v, s = affine.u.float(), affine.v.float(), affine.s.float().unsqueeze(1)
+    for first in range(0, stored.shape[1], VECTORS):
+        columns = torch.arange(first, min(first + VECTORS, stored.shape[1])) // scales.every[1]
+        rows = torch.arange(len(stored)) // scales.every[0]
+        x = stored[:, first : first + VECTORS].float() * former[rows][:, columns]
+        y = (x - u @ (v.mT @ x) + s).abs()
+        flat = (rows.unsqueeze(1) * most.shape[1] + columns).flatten()
+        most.view(-1).scatter_reduce_(0, flat, y.flatten(), "amax")
+    wanted = most / LARGEST
+    grows = most > former * FITS
+    if not grows.any():
+        return scales, None
+    name = scale_name(source, edit.name)
+    assert name is not None
+    info = source.tensors[name]
+    dtype = DTYPES[info.dtype]
+    # Rounded up to the format of the scales, so that the largest number fits.
+    grown = torch.where(grows, wanted * (1 + 2 * torch.finfo(dtype).eps), former).to(dtype)
+    table = grown if edit.axis % 2 == 0 else grown.mT
+    return scales._replace(edited=grown.float().numpy()), table.reshape(info.shape).contiguous()
+
+
+def real_rows(source: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
+    """Gives rows of tensor `name` from one to another as they are stored; of FP8 the numbers that they stand for."""
+    if source.tensors[name].dtype == FP8 and scale_name(source, name) is not None:
+        values = real_values(source, name)
+        return lambda first, last: values[first:last]
+    return partial(source.file_of(name).rows, name)

@@ -1,0 +1,238 @@
+"""One safetensors file: its header checked before use, its tensors read and written one at a time.
+
+The safetensors library saves a file whole from memory; editing a checkpoint needs it tensor by
+tensor, so header and spans are handled here. The format: 8 bytes of header length (little-endian),
+a JSON header, then the tensors' bytes without gaps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+
+MAX_HEADER = 100_000_000  # bytes; the library's own limit
+CHUNK = 16 * 2**20  # bytes copied at a time
+BLOCK = 2**22  # entries computed with at a time
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+# Every format that the library knows, those without arithmetic here too: their spans are checked and they are copied.
+BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "U16": 16, "U32": 32, "U64": 64, "C64": 64,
+}  # fmt: skip
+EDITABLE = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: `start` and `end` are byte offsets in the data part of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    def split(self, parts: Mapping[str, int]) -> dict[str, TensorInfo]:
+        """Its rows as several tensors: their names, and how many of them each has."""
+        row = self.size // self.shape[0]
+        ends = list(accumulate(parts.values(), initial=0))
+        if ends[-1] != self.shape[0]:
+            raise ValueError(f"{self.name} has {self.shape[0]} rows, and its parts {ends[-1]}")
+        return {
+            name: TensorInfo(
+                name, self.dtype, (rows, *self.shape[1:]), self.start + row * first, self.start + row * last
+            )
+            for (name, rows), (first, last) in zip(parts.items(), pairwise(ends), strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header has been validated against the file's length.
+
+    `renamed` says that `tensors` are called, or cut, in another way than the file's own header has it.
+    """
+
+    path: Path
+    data_start: int
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] = field(default_factory=dict)
+    renamed: bool = False
+
+    def split(self, parts: Mapping[str, Mapping[str, int]]) -> TensorFile:
+        """The same file, in which each tensor of `parts` is several: their names, and how many rows each has.
+
+        Rows lie one after the other, so no byte of the data part moves.
+        """
+        if not parts.keys() & self.tensors.keys():
+            return self
+        tensors: dict[str, TensorInfo] = {}
+        for name, info in self.tensors.items():
+            tensors |= info.split(parts[name]) if name in parts else {name: info}
+        return replace(self, tensors=tensors, renamed=True)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name`, in its stored dtype, in memory of its own."""
+        info = self.tensors[name]
+        buffer = bytearray(info.size)
+        with self.path.open("rb") as file:
+            file.seek(self.data_start + info.start)
+            if file.readinto(buffer) != info.size:
+                raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+        if not info.size:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+    def rows(self, name: str, first: int, last: int) -> torch.Tensor:
+        """The tensor `name` from `first` to `last` along its first axis, in its stored dtype."""
+        info = self.tensors[name]
+        row = info.size // info.shape[0] if info.shape[0] else 0
+        buffer = bytearray((last - first) * row)
+        with self.path.open("rb") as file:
+            file.seek(self.data_start + info.start + first * row)
+            if file.readinto(buffer) != len(buffer):
+                raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+        dtype, shape = DTYPES[info.dtype], (last - first, *info.shape[1:])
+        return torch.frombuffer(buffer, dtype=dtype).reshape(shape) if buffer else torch.empty(shape, dtype=dtype)
+
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The stored bytes of `name`, in pieces."""
+        info = self.tensors[name]
+        with self.path.open("rb") as file:
+            file.seek(self.data_start + info.start)
+            left = info.size
+            while left:
+                piece = file.read(min(left, CHUNK))
+                if not piece:
+                    raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+                left -= len(piece)
+                yield piece
+
+
+def _bad(path: Path, why: str) -> OrthogonalizeError:
+    return OrthogonalizeError(f"{path} is not a sound safetensors file: {why}; fetch it again")
+
+
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _tensor_info(path: Path, name: str, entry: object, data_size: int) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _bad(path, f"entry {name!r} lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, offsets))
+    if not whole or len(offsets) != 2:
+        raise _bad(path, f"entry {name!r} has a shape or offsets that are not whole numbers")
+    start, end = offsets
+    if not start <= end <= data_size:
+        raise _bad(path, f"{name!r} spans bytes {start}-{end} of {data_size}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise _bad(path, f"{name!r} is of an unknown number format {dtype!r}")
+    bits = 0 if 0 in shape else BITS[dtype]
+    for n in shape:
+        bits *= n
+        if bits > 8 * data_size:  # enough to refuse it; the product of a hostile shape need not be known
+            break
+    if bits != 8 * (end - start):
+        raise _bad(path, f"{name!r} claims to be {dtype}{str(shape)[:60]}, but spans {end - start} bytes")
+    return TensorInfo(name, dtype, tuple(shape), start, end)
+
+
+def open_tensor_file(path: Path) -> TensorFile:
+    """Read and validate the header of `path` without touching the data.
+
+    Raises:
+        OrthogonalizeError: truncated, oversized, malformed, overlapping, gapped or lying header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _bad(path, f"it has only {size} bytes")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(size - 8, MAX_HEADER):
+            raise _bad(path, f"its header claims {length} bytes and the file has {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise _bad(path, f"its header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise _bad(path, "its header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _bad(path, "its metadata is not a table of strings")
+    data_size = size - 8 - length
+    tensors = {name: _tensor_info(path, name, entry, data_size) for name, entry in header.items()}
+    end = 0
+    for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
+        if info.start != end:
+            raise _bad(path, f"{info.name!r} starts at byte {info.start}, where {end} was expected")
+        end = info.end
+    if end != data_size:
+        raise _bad(path, f"its tensors end at byte {end} and the file at {data_size}")
+    return TensorFile(path, 8 + length, tensors, metadata)
+
+
+def stored_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of `tensor` as the file format stores them (row-major, little-endian)."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def header_bytes(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
+    """Length and header for `tensors`, which must follow in this order, without gaps."""
+    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    for info in tensors:
+        header[info.name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [info.start, info.end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
+    """Write length and header (see `header_bytes`) into an open file."""
+    file.write(header_bytes(tensors, metadata))
+
+
+def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) along the first axis of a tensor of `shape`, by blocks of `BLOCK` entries."""
+    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for first in range(0, shape[0], rows):
+        yield first, min(first + rows, shape[0])

@@ -1,0 +1,190 @@
+"""Writing an edited checkpoint: its weight files in one pass each, and all else as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+from .checkpoint import INDEX, Addition, Checkpoint, Progress, read_json
+from .chunks import Job
+from .file_copy import copy_file, copy_hashed
+from .rounding.vector_edit import Scales
+from .safetensors_file import DTYPES, TensorFile, TensorInfo, stored_bytes
+from .tensor_edit import Rounding, TensorEdit, TensorRecord
+from .weight_file import FileWriter, StoppedError
+
+
+@dataclass(frozen=True)
+class Written:
+    """SHA-256 by weight file of what was read and of what was written, and what was done to each tensor."""
+
+    source: dict[str, str]
+    result: dict[str, str]
+    records: dict[str, TensorRecord]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What is done to the tensors of a checkpoint, by name, and how to round.
+
+    `scales` are those of edited FP8 tensors, `replaced` tensors that get other values altogether.
+    """
+
+    edits: Mapping[str, TensorEdit]
+    additions: Mapping[str, Addition]
+    scales: Mapping[str, Scales] = field(default_factory=dict)
+    replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    rounding: Rounding = "cancelling"
+
+    @property
+    def names(self) -> set[str]:
+        """Every tensor that changes."""
+        return {*self.edits, *self.replaced}
+
+
+def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Mapping[str, Addition]) -> list[Job]:
+    """The tensors of the new file: the old ones where they were, additions behind."""
+    jobs = [
+        Job(info, file.data_start + info.start, True) for info in sorted(file.tensors.values(), key=lambda t: t.start)
+    ]
+    end = max((info.end for info in file.tensors.values()), default=0)
+    for name, addition in additions.items():
+        info = TensorInfo(name, addition.dtype, addition.shape, end, end + addition.size)
+        jobs.append(Job(info, _addition_bytes(source, file, name, addition), False))
+        end += addition.size
+    for job in jobs:
+        job.edit = changes.edits.get(job.info.name)
+        if job.edit is not None:
+            job.kernel = job.edit.rounded(DTYPES[job.info.dtype], changes.rounding)
+            job.scales = changes.scales.get(job.info.name)
+        if job.info.name in changes.replaced:
+            job.replaced = stored_bytes(changes.replaced[job.info.name])
+    return jobs
+
+
+def _addition_bytes(source: Checkpoint, file: TensorFile, name: str, addition: Addition) -> int | memoryview:
+    """Where an addition's bytes are: in this very file, where they are a copy of a tensor of it, else in memory."""
+    if addition.copy_of is not None and addition.copy_of in file.tensors:
+        return file.data_start + file.tensors[addition.copy_of].start
+    tensor = addition.make()
+    if tensor.shape != addition.shape or tensor.dtype != DTYPES[addition.dtype]:
+        raise AssertionError(f"the addition of {name} has another shape or dtype than it said")
+    return stored_bytes(tensor)
+
+
+def write_weights(
+    source: Checkpoint,
+    target: Path,
+    changes: Changes,
+    progress: Progress | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    workers: int = 1,
+    link: bool = False,
+    expected: Mapping[str, str] | None = None,
+) -> Written:
+    """Write the weight files of `source`, edited, into the empty folder `target`.
+
+    `names` are the files to write (all of them by default), `workers` how many at a time. Files in which
+    nothing is edited are copied, or linked with `link`. `expected` are the SHA-256 that the source must have.
+
+    Raises:
+        OrthogonalizeError: a tensor cannot be edited, or the source is not the one expected.
+    """
+    home = source.home(changes.additions)
+    lock, stop = threading.Lock(), threading.Event()
+    written = Written({}, {}, {})
+
+    def advance(count: int) -> None:
+        if stop.is_set():
+            raise StoppedError
+        if progress:
+            with lock:
+                progress(count)
+
+    def record(entry: TensorRecord) -> None:
+        written.records[entry.name] = entry
+
+    def write(name: str) -> None:
+        try:
+            write_one(name)
+        except BaseException:
+            stop.set()
+            raise
+
+    def write_one(name: str) -> None:
+        file = source.files[name]
+        here = dict(changes.additions) if name == home else {}
+        if here or file.renamed or changes.names & file.tensors.keys():
+            jobs = _jobs(source, file, changes, here)
+            hashes = FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
+        else:
+            hashes = (copy_hashed(file.path, target / name, link, advance),) * 2
+        written.source[name], written.result[name] = hashes
+        if expected is not None and expected.get(name) != hashes[0]:
+            raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: {name} differs")
+
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(workers) as files:
+        futures = [files.submit(write, name) for name in sorted(source.files) if names is None or name in names]
+        try:
+            _wait(futures)
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
+    return written
+
+
+def _wait(futures: Sequence[Future[None]]) -> None:
+    """Wait for all; raise what went wrong first, and not what stopped because of it."""
+    stopped: BaseException | None = None
+    for future in futures:
+        try:
+            future.result()
+        except StoppedError as error:
+            stopped = error
+    if stopped is not None:
+        raise stopped
+
+
+def write_rest(
+    source: Checkpoint,
+    target: Path,
+    additions: Mapping[str, Addition],
+    config_changes: Mapping[str, Any],
+    *,
+    link: bool = False,
+) -> None:
+    """Write all of a checkpoint but its weights: index, configuration and side files, unchanged where they can be.
+
+    What does not change is copied, or linked with `link`.
+    """
+    if source.indexed and (additions or source.renamed):
+        index = read_json(source.path / INDEX)
+        if source.renamed:
+            index["weight_map"] = {tensor: name for name, file in source.files.items() for tensor in file.tensors}
+        index["weight_map"].update(dict.fromkeys(additions, source.home(additions)))
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+            metadata["total_size"] += sum(addition.size for addition in additions.values())
+        (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=False) + "\n", "utf-8")
+    elif source.indexed:
+        copy_file(source.path / INDEX, target / INDEX, link)
+    if config_changes:
+        text = json.dumps({**source.config, **config_changes}, indent=2, ensure_ascii=False)
+        (target / "config.json").write_text(text + "\n", "utf-8")
+    else:
+        copy_file(source.path / "config.json", target / "config.json", link)
+    for side in source.side_files():
+        (target / side).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source.path / side, target / side, link)

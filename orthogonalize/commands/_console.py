@@ -1,0 +1,109 @@
+"""What the command line shows in tables."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console()
+if not console.is_terminal and "COLUMNS" not in os.environ:  # a file or a pipe has no width of its own
+    console = Console(width=400)
+
+
+def show_candidates(candidates: Sequence[Any], most: int = 3) -> None:
+    """The best candidates of every method."""
+    table = Table(title="best directions (edited out at their own layer)")
+    names = ("method", "position", "layer", "bypass", "induce", "KL", "everywhere: bypass", "KL", "filters")
+    everywhere = any(c.global_bypass is not None for c in candidates)
+    for i, name in enumerate(names):
+        if everywhere or i not in (6, 7):
+            table.add_column(name, justify="left" if name in ("method", "filters") else "right")
+    for method in dict.fromkeys(c.method for c in candidates):
+        for c in [c for c in candidates if c.method == method][:most]:
+            numbers = [f"{c.bypass:.2f}", f"{c.induce:.2f}", f"{c.kl:.3f}"]
+            if everywhere:
+                numbers += ["", ""] if c.global_bypass is None else [f"{c.global_bypass:.2f}", f"{c.global_kl:.3f}"]
+            table.add_row(method, str(c.position), str(c.layer), *numbers, ", ".join(c.failed) or "passes")
+    console.print(table)
+
+
+def show_run(run: Any) -> None:
+    """A run's probes and the edits that it tried."""
+    if run.probes:
+        table = Table(title="a fresh linear probe on val prompts")
+        for name in ("method", "rank", "layer", "before", "after", "chance"):
+            table.add_column(name, justify="left" if name == "method" else "right")
+        for p in run.probes:
+            shares = (f"{100 * share:.0f}%" for share in (p.before, p.after, p.chance))
+            table.add_row(p.method, str(p.rank), str(p.layer), *shares)
+        console.print(table)
+    if run.trials:
+        table = Table(title="best edits tried")
+        for name in ("edit", "still shows it", "harm"):
+            table.add_column(name)
+        for trial in run.trials[:4]:
+            left = trial.left if trial.confirmed is None else trial.confirmed
+            table.add_row(trial.choice.describe(), f"{100 * left:.1f}%", f"{100 * trial.harm:+.1f}%")
+        console.print(table)
+
+
+def show_report(report: Any) -> None:
+    """Base against edited."""
+    from ..reports.tables import summary_rows
+
+    table = Table(title=f"base against edited ({report.engine_version})")
+    for name in ("measure", "base", "edited", "change"):
+        table.add_column(name)
+    for row in summary_rows(report):
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def show_differences(audit: Any, most: int = 16) -> None:
+    """How the tensors of two checkpoints differ."""
+    """The changed tensors, by rank and what was taken out of them; a long list is cut."""
+    table = Table(title="changed tensors")
+    for name in ("tensor", "change", "rank", "energy", "left", "strength"):
+        table.add_column(name, justify="left" if name == "tensor" else "right")
+    for name, change in list(audit.changed.items())[:most]:
+        found = audit.differences.get(name)
+        best = audit.along_common(name)
+        rank = "" if found is None else "full" if found.rank is None else str(found.rank)
+        cells = [f"{best.left:.1e}", f"{best.strength:.2f}"] if best else ["", ""]
+        table.add_row(name, f"{change:.2e}", rank, f"{found.energy:.0%}" if found else "", *cells)
+    if len(audit.changed) > most:
+        table.add_row(f"and {len(audit.changed) - most} more", *[""] * 5)
+    console.print(table)
+
+
+def show_audit(audit: Any) -> None:
+    """What verify found."""
+    if audit.changed:
+        show_differences(audit)
+    table = Table(title="against the base", show_header=False)
+    table.add_row("tensors changed", str(len(audit.changed)))
+    table.add_row("tensors added", ", ".join(audit.added[:3]) + (" …" if len(audit.added) > 3 else "") or "none")
+    table.add_row("tensors missing", ", ".join(audit.missing) or "none")
+    table.add_row("tensors byte for byte the same", str(audit.same))
+    table.add_row("configuration", ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in audit.config.items()) or "same")
+    table.add_row(
+        "other files that differ", "; ".join(f"{name} ({audit.notes[name]})" for name in audit.side_files) or "none"
+    )
+    table.add_row("the change looks like", audit.verdict())
+    proof = audit.verification
+    if proof is not None:
+        table.add_section()
+        table.add_row("recipe gives the stored bytes", "yes" if proof.rebuilt else "NO")
+        if proof.hooks_gap is not None:
+            table.add_row("hooks = weights, before rounding", f"largest difference of a logit {proof.hooks_gap:.2e}")
+            table.add_row("hooks against the stored weights", f"{proof.stored_gap:.2e}")
+        if proof.renormalised_gap is not None:
+            table.add_row("hooks that rescale the stream", f"{proof.renormalised_gap:.2e} (a positive factor a token)")
+        table.add_row("not explained by the recipe", ", ".join(proof.unexpected_changes) or "nothing")
+        table.add_row("verdict", "[green]verified[/]" if proof.passed else "[red]NOT verified[/]")
+    console.print(table)

@@ -1,0 +1,63 @@
+"""`demo`: the whole road on the embedded model, whose planted refusal of cooking is taken out again."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.errors import OrthogonalizeError
+from ..core.output_folders import Kind, check_free
+from ..core.progress import note
+from ..edits.recipe import Recipe, Verification, load_recipe
+from ..engines.base import ONE_DEVICE, EngineName, check_engine
+from ..models.demo_model import planted_model
+from ..reports.model_card import write_card
+from ..reports.schema import Report
+from ..selection.settings import Settings
+from .edit import edit
+from .evaluate import evaluate
+from .extract import extract
+from .verify import verify
+
+# Sized so that all of it takes a few minutes on two cores.
+SETTINGS = Settings(methods=("dim",), train=128, val=24, test=100, scored=3, trials=28, answers=14)
+PARTS = ("run", "edited", "report.json", "report.html")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made."""
+
+    recipe: Recipe
+    verification: Verification
+    report: Report
+    page: Path
+
+
+def demo(out: Path | str, *, engine: EngineName = "vllm", force: bool = False) -> DemoResult:
+    """Extract, select, edit, verify and evaluate on the embedded model; everything lands in `out`.
+
+    `out/run` is the run, `out/edited` the checkpoint with its card, `out/report.html` the report.
+
+    Raises:
+        OrthogonalizeError: `out` exists without `force`, or a step cannot work here.
+    """
+    out = Path(out)
+    check_free(out, Kind("run", frozenset({*PARTS, ".report"})), force)
+    check_engine(engine, ONE_DEVICE)
+    base = str(planted_model())
+    note(f"base model: {base}")
+    for part in PARTS[:2]:
+        shutil.rmtree(out / part, ignore_errors=True)
+    extract(base, out / "run", concept="cooking", settings=SETTINGS)
+    recipe = edit(base, out / "edited", run=out / "run")
+    verified = verify(out / "edited", base).verification
+    if verified is None or not verified.passed:
+        raise OrthogonalizeError(f"the edited checkpoint did not verify: {verified}")
+    report = evaluate(out / "edited", base, out / "run", out / ".report", engine=engine, force=True)
+    for name in PARTS[2:]:
+        shutil.move(out / ".report" / name, out / name)
+    shutil.rmtree(out / ".report")
+    write_card(out / "edited", load_recipe(out / "edited"), report=report)
+    return DemoResult(recipe, verified, report, out / "report.html")

@@ -1,0 +1,15 @@
+"""`describe`: draft the description of an architecture that has none."""
+
+from __future__ import annotations
+
+from ..models.describe.draft import Draft, draft
+from ..models.resolve import find_model
+
+
+def describe(model: str, revision: str | None = None) -> Draft:
+    """Draft the description of `model`, a folder or a Hub id, that no file describes yet.
+
+    Raises:
+        OrthogonalizeError: as `draft` does, or there is no such model.
+    """
+    return draft(find_model(model, revision))

@@ -1,0 +1,223 @@
+"""`eval`: base against edited, on the same prompts, in the same engine, with paired statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from ..checkpoints.checkpoint import RECIPE, open_checkpoint
+from ..core.errors import InPlaceError, OrthogonalizeError
+from ..core.journal import Journal
+from ..core.output_folders import REPORT, check_free, complete_folder
+from ..core.progress import note
+from ..data.refusals import LEAST_TOKENS, refused
+from ..edits.hub_cache import edited_folder
+from ..edits.recipe import load_recipe
+from ..engines.base import Engine, EngineName, EngineOptions
+from ..engines.weight_swap import WeightSwap
+from ..evals.judges.opinions import Opinions
+from ..evals.metrics import alike
+from ..evals.plan import DEFAULT_SUITES, Measured, Plan
+from ..evals.setup import Preparation, check_asked, prepare
+from ..evals.shared_engine import Weights, base_weights, check_pair
+from ..evals.suites.base import Memory
+from ..models.loading import check_complete
+from ..models.resolve import find_model, folder_state, public_name
+from ..reports.html import write_webpage
+from ..reports.schema import Answer, Measures, Report, compare_all, verdict
+from ..selection.run_folder import load_run
+
+
+def side_by_side(
+    plan: Plan, base: Measured, edited: Measured, opinions: tuple[Opinions, Opinions], redact: bool
+) -> tuple[list[Answer], int]:
+    """Every prompt with both answers, and how many were left out because their set is sensitive."""
+    answers, left_out = [], 0
+    for each in plan.sets:
+        if each.name not in edited.answers:
+            continue
+        if redact and each.sensitive:
+            left_out += len(each.items)
+            continue
+        for i, item in enumerate(each.items):
+            before, after = base.answers[each.name][i], edited.answers[each.name][i]
+            judged = {
+                name: verdict(opinions[0][name][each.name][i], opinions[1][name][each.name][i]) for name in opinions[0]
+            }
+            answers.append(
+                Answer(
+                    set=each.name,
+                    category=item.category,
+                    prompt=item.text,
+                    base=before,
+                    edited=after,
+                    base_refused=refused(before),
+                    edited_refused=refused(after),
+                    sensitive=each.sensitive,
+                    judges=judged,
+                )
+            )
+    return answers, left_out
+
+
+@contextmanager
+def _engines(
+    ready: Preparation, edited: Path, weights: Weights | None, distrust: Callable[[], None]
+) -> Iterator[tuple[Callable[[], Engine], Callable[[], Engine]]]:
+    """Functions that give an engine with the base, and then one with the edited checkpoint.
+
+    One is started, on the edited checkpoint; the base's `weights` are swapped in and out again, and the engine must
+    then hold what it loaded from disk, bit for bit, or `distrust` is called and nothing given. Without `weights`,
+    and where the engine does not take them over in place, each has an engine of its own.
+    """
+    open_now: list[Engine] = []
+    source = open_checkpoint(edited)
+
+    def close() -> None:
+        while open_now:
+            open_now.pop().__exit__(None, None, None)
+
+    def start(folder: Path) -> Engine:
+        close()
+        open_now.append(ready.start(folder).__enter__())
+        return open_now[0]
+
+    loaded: list[str] = []
+
+    def base() -> Engine:
+        if weights is None:
+            return start(ready.folder)
+        running = start(edited)
+        swap = WeightSwap(running, source)
+        try:
+            lacking = swap.not_taken(weights)
+            if lacking is None:
+                held = running.fingerprint()
+                swap.apply(weights)
+                loaded.append(held)
+                return running
+        except InPlaceError as error:
+            lacking = str(error)
+        note(f"this engine cannot hold other weights in place ({lacking}), so base and edited get one each")
+        return start(ready.folder)
+
+    def edited_again() -> Engine:
+        if not open_now or not loaded:
+            return start(edited)
+        WeightSwap(open_now[0], source).apply({name: partial(source.read, name) for name in source.tensors})
+        if open_now[0].fingerprint() != loaded[0]:
+            distrust()
+            raise OrthogonalizeError(
+                "the engine does not hold the checkpoint's weights again after a swap; use --separate-engines"
+            )
+        return open_now[0]
+
+    try:
+        yield base, edited_again
+    finally:
+        close()
+
+
+def _measure_both(
+    ready: Preparation, checkpoint: Path, separate: bool, journal: Journal
+) -> tuple[Measured, Measured, tuple[Opinions, Opinions]]:
+    """What is measured of base and edited, judges' opinions among it, and these by prompt."""
+    plan, memory = ready.plan, Memory()
+    # vLLM alone can: in transformers two models cost no more than one after the other.
+    weights = None if separate or ready.engine == "hf" else base_weights(checkpoint, ready.folder)
+    state = folder_state(checkpoint)
+    base_label, edited_label = ready.label("base", None if weights is None else state), ready.label("edited", state)
+    base_steps, edited_steps = plan.steps(base_label, is_base=True), plan.steps(edited_label)
+    journal.going_on(base_steps + edited_steps)
+    with journal.kept():
+        with _engines(ready, checkpoint, weights, journal.close) as (base_engine, edited_engine):
+            todo = not journal.has(*base_steps)
+            before = plan.measure(base_engine() if todo else None, memory, journal, base_label, is_base=True)
+            todo = not journal.has(*edited_steps)
+            after = plan.measure(edited_engine() if todo else None, memory, journal, edited_label)
+        opinions = ready.opinions({"base": before, "edited": after}, journal)
+    for key in before.series.keys() & after.series.keys():
+        before.series[key], after.series[key] = alike(before.series[key], after.series[key])
+    return before, after, (opinions["base"], opinions["edited"])
+
+
+def evaluate(
+    checkpoint: Path | str,
+    base: str,
+    run: Path | str,
+    out: Path | str,
+    *,
+    suites: Sequence[str] = DEFAULT_SUITES,
+    engine: EngineName = "vllm",
+    max_new_tokens: int = LEAST_TOKENS,
+    limit: int | None = None,
+    data: Path | str | None = None,
+    judges: Sequence[str] = (),
+    redact: bool = False,
+    separate_engines: bool = False,
+    revision: str | None = None,
+    device: str = "auto",
+    options: EngineOptions | None = None,
+    force: bool = False,
+) -> Report:
+    """Measure `base` and `checkpoint` on the test prompts of `run`; write report.json and report.html to `out`.
+
+    What a run that was cut off had measured is kept beside `out`, and the same call goes on from there.
+
+    Args:
+        suites: names of `plans.SUITES`, or `lm_eval:TASK`.
+        engine: `vllm`, or `hf` for transformers.
+        max_new_tokens: of every answer.
+        limit: the most items of any set.
+        data: a folder with local copies of public sets; else they are read from the Hub.
+        judges: names of `judges.JUDGES`, or `NAME=MODEL`.
+        redact: leave prompts of sensitive sets, and their answers, out of the report.
+        separate_engines: start vLLM for each model, instead of swapping weights in one.
+        options: how the engine is spread over devices; `device` is its short form for `engine="hf"`.
+
+    Raises:
+        OrthogonalizeError: something is missing, or the engine does not start.
+    """
+    called, checkpoint = public_name(str(checkpoint)), edited_folder(checkpoint)
+    out, run = Path(out), Path(run)
+    check_free(out, REPORT, force, [checkpoint, Path(base), run])
+    options = options or EngineOptions(device=device)
+    check_asked(suites, engine, options, data)
+    if separate_engines and engine == "hf":
+        raise OrthogonalizeError("--separate-engines is for vLLM; with --engine hf each model has one anyway")
+    found = load_run(run)
+    folder = find_model(base, revision)
+    check_pair(checkpoint, folder)
+    for each in (folder, checkpoint):
+        check_complete(each)
+    ready = prepare(
+        found, folder,
+        suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
+        options=options,
+    )  # fmt: skip
+    plan = ready.plan
+    if redact and plan.answers_count and not plan.sensitive:
+        note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
+    recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
+    journal = Journal(out)
+    before, after, opinions = _measure_both(ready, checkpoint, separate_engines, journal)
+    answers, left_out = side_by_side(plan, before, after, opinions, redact)
+    report = Report(
+        **ready.described(),
+        base_model=public_name(base),
+        checkpoint=called,
+        edit=recipe.choice.describe() if recipe else None,
+        recipe=recipe.fingerprint() if recipe else None,
+        redacted=left_out,
+        base=Measures.of({key: s for key, s in before.series.items() if key in after.series}),
+        edited=Measures.of(after.series),
+        paired=compare_all(before.series, after.series),
+        answers=answers,
+    )
+    with complete_folder(out, REPORT, force) as done:
+        (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
+        write_webpage(report, sorted((run / "plots").glob("*.png")), done / "report.html")
+    journal.close()
+    return report

@@ -1,0 +1,405 @@
+"""`extract`: from two prompt sets to directions, scored candidates and tried edits, in stages.
+
+Each stage reads what the one before wrote, and writes its own: prompts (prompts.jsonl), activations
+(activations.safetensors), directions (directions.safetensors), selection (candidates.json, run.json, plots).
+One whose inputs are unchanged is kept; one that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ..architectures.schema import architecture_of
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..core.errors import OrthogonalizeError
+from ..core.files import fingerprint, write_whole
+from ..core.journal import StageJournal
+from ..core.output_folders import RUN, check_run_folder
+from ..core.progress import note, track
+from ..data.benchmarks import PROMPT_SETS
+from ..data.chat import ChatFormat
+from ..data.prompts import SIDES, SPLITS, Prompt, Side, Split, check_contrast, concept, load_prompts, split_prompts
+from ..data.refusals import refused
+from ..directions.activation_store import FILE as ACTIVATIONS
+from ..directions.activation_store import Recording, record
+from ..directions.direction_set import Directions
+from ..directions.fit import DirectionSettings, find_directions
+from ..edits.recipe import ProbeResult
+from ..models.generation import generate, stop_tokens
+from ..models.loading import choose_device, load_model, load_tokenizer
+from ..models.resolve import commit_of, find_model
+from ..reports.run_plots import plot_run
+from ..selection.behaviour import keep_expected, measure_behaviour
+from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
+from ..selection.probes import probe_candidate
+from ..selection.run_folder import Run, RunInfo, load_prompt_file, load_run, save_prompts, save_selection
+from ..selection.settings import Settings
+from ..selection.stages import STAGES, Stage, StageBook
+from ..selection.trials import Trial, Trials, confirm
+
+ANSWER_TOKENS = 48  # of the base model's own answers, against which a tried edit's harm is measured
+CONFIRM_TOKENS = 64
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("orthogonalize", "torch", "transformers", "scikit-learn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def read_contrast(
+    concept_name: str | None,
+    positive: str | None,
+    negative: str | None,
+    column: str | None = None,
+    hub_split: str = "train",
+) -> tuple[list[Prompt], list[Prompt], list[Side]]:
+    """Both sides of a contrast, and which of them are sensitive.
+
+    Raises:
+        OrthogonalizeError: neither a concept nor both sources are given, or they cannot be used.
+    """
+    if concept_name and not (positive or negative):
+        named = concept(concept_name)
+        sides = (
+            load_prompts(named.positive, "positive", named.positive_column, named.hub_split),
+            load_prompts(named.negative, "negative", named.negative_column, named.hub_split),
+        )
+        sensitive: list[Side] = ["positive"] if named.sensitive else []
+    elif positive and negative and not concept_name:
+        sides = (
+            load_prompts(positive, "positive", column, hub_split),
+            load_prompts(negative, "negative", column, hub_split),
+        )
+        known = {each.source.repository for each in PROMPT_SETS.values() if each.sensitive}
+        named_by_side: dict[Side, str] = {"positive": positive, "negative": negative}
+        sensitive = [side for side, source in named_by_side.items() if source in known]
+    else:
+        raise OrthogonalizeError("give either --concept, or both --positive and --negative")
+    check_contrast(*sides)
+    return *sides, sensitive
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The model and the contrast that a run is made from."""
+
+    name: str
+    folder: Path
+    checkpoint: Checkpoint
+    revision: str | None
+    prompts: Mapping[Side, list[Prompt]]
+    sensitive: list[Side]
+
+
+class _Extraction:
+    """The stages, each as `inputs_of_…` and `run_…`; what a stage needs of earlier ones it reads from the folder."""
+
+    def __init__(self, source: _Source, settings: Settings, out: Path) -> None:
+        self.source, self.settings, self.out = source, settings, out
+        self.book = StageBook(out)
+        self.weights = source.checkpoint.fingerprint()
+        self.architecture = architecture_of(source.checkpoint.config)
+        self.layer_count = self.architecture.layers(source.checkpoint.config)
+        self.tokenizer = load_tokenizer(source.folder, settings.trust_remote_code)
+        self.chat = ChatFormat(self.tokenizer, settings.system, settings.template_arguments, settings.chat_template)
+        self.positions = tuple(self.chat.positions())
+
+    @cached_property
+    def model(self) -> Any:
+        """The model, loaded when the first stage needs it."""
+        return load_model(
+            self.source.folder, self.settings.device, self.settings.dtype, self.settings.trust_remote_code
+        )
+
+    def inputs(self, stage: Stage) -> dict[str, Any]:
+        """What `stage` depends on, the fingerprint of the stage before included."""
+        s = self.settings
+        before = {}
+        if stage != "prompts":
+            previous = STAGES[STAGES.index(stage) - 1]
+            before = {previous: fingerprint(self.inputs(previous))}
+        match stage:
+            case "prompts":
+                texts = {side: [(p.text, p.category) for p in prompts] for side, prompts in self.source.prompts.items()}
+                own: dict[str, Any] = {
+                    "weights": self.weights,
+                    "tokens": self.chat.encode("Why?"),  # any other template or tokenizer encodes otherwise
+                    **{side: fingerprint(rows) for side, rows in texts.items()},
+                    **{name: getattr(s, name) for name in ("seed", "train", "val", "test", "system")},
+                    "spare": self._spare,
+                    "template_arguments": dict(s.template_arguments),
+                    "chat_template": s.chat_template,
+                    "behaviour_tokens": list(s.behaviour_tokens or []),
+                    "filtered": s.filtered,
+                    "dtype": str(s.dtype),
+                }
+            case "activations":
+                own = {}
+            case "directions":
+                own = asdict(self._direction_settings)
+            case "selection":
+                own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
+                own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
+        return before | own
+
+    @property
+    def _spare(self) -> int:
+        return self.settings.train if self.settings.seeds > 1 else 0
+
+    @property
+    def _direction_settings(self) -> DirectionSettings:
+        s = self.settings
+        return DirectionSettings(tuple(s.methods), s.max_rank, s.solver, s.classifier, s.seed, s.seeds)
+
+    def run(self, stage: Stage) -> None:
+        """Run one stage and record it as done."""
+        inputs = self.inputs(stage)
+        (self.out / "run.json").unlink(missing_ok=True)  # until the selection is made again
+        result = {
+            "prompts": self._run_prompts,
+            "activations": self._run_activations,
+            "directions": self._run_directions,
+            "selection": self._run_selection,
+        }[stage]()
+        self.book.complete(stage, inputs, result)
+
+    # prompts
+
+    def _run_prompts(self) -> dict[str, Any]:
+        """Split the prompts, learn the behaviour tokens, keep prompts on which the model behaves as it should."""
+        s = self.settings
+        counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
+        prompts = [p for side in SIDES for p in split_prompts(self.source.prompts[side], s.seed, **counts)]
+        tokens, prompts = measure_behaviour(self.model, self.tokenizer, self.chat, prompts, s.behaviour_tokens or ())
+        kept, filtered = keep_expected(prompts, s.filtered)
+        words = [self.tokenizer.decode([t]) for t in tokens]
+        note(f"behaviour tokens: {', '.join(map(repr, words))}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_prompts(kept, self.out)
+        return {"behaviour_tokens": tokens, "behaviour_words": words, "filtered": filtered}
+
+    # activations and directions
+
+    def _ids(self, prompts: Sequence[Prompt], side: Side, split: Split) -> list[list[int]]:
+        return self.chat.encode_all([p.text for p in prompts if (p.side, p.split) == (side, split)])
+
+    def _run_activations(self) -> dict[str, Any]:
+        prompts = load_prompt_file(self.out)
+        sets = {
+            f"{side}.{split}": self._ids(prompts, side, split) for side in SIDES for split in SPLITS if split != "test"
+        }
+        inputs = [self.inputs("activations"), str(self.model.dtype)]
+        record(self.model, sets, len(self.positions), self.layer_count + 1, self.out, inputs)
+        return {"dtype": str(self.model.dtype).removeprefix("torch.")}
+
+    def _run_directions(self) -> dict[str, Any]:
+        found = find_directions(
+            Recording(self.out / ACTIVATIONS),
+            self.positions,
+            self.layer_count + 1,
+            self._direction_settings,
+            choose_device(self.settings.device),
+        )
+        found.save(self.out / "directions.safetensors")
+        return {}
+
+    # selection
+
+    def _run_selection(self) -> dict[str, Any]:
+        directions = Directions.load(self.out / "directions.safetensors")
+        prompts, tokens = load_prompt_file(self.out), self.book.result("prompts")["behaviour_tokens"]
+        journal = StageJournal(self.out / ".selection.journal", self.inputs("selection"))
+        if journal.resumed:
+            note("selection: going on where the last run was")
+        candidates = self._score(prompts, directions, tokens, journal)
+        probes = self._probe(directions, candidates)
+        trials = self._try_edits(prompts, directions, candidates, tokens, journal)
+        save_selection(candidates, trials, probes, self.out)
+        info = self._info(prompts, directions)
+        plot_run(Run(info, prompts, directions, candidates, trials, probes), self.out)
+        write_whole(self.out / "run.json", info.model_dump_json(indent=2) + "\n")
+        journal.close()
+        return {}
+
+    def _score(
+        self, prompts: list[Prompt], directions: Directions, tokens: list[int], journal: StageJournal
+    ) -> list[Candidate]:
+        """Scored, filtered and ranked candidates of every method."""
+        positive, negative = (self._ids(prompts, side, "val")[: self.settings.scored] for side in SIDES)
+        everywhere = "global" in self.settings.scoring
+        methods = self.settings.methods
+        ranked = rank(
+            score_candidates(self.model, positive, negative, directions, methods, tokens, everywhere, journal)
+        )
+        for method in methods:
+            fallback = explain_fallback(ranked, method)
+            if fallback:
+                note(fallback)
+            correlation = rank_correlation(ranked, method)
+            if correlation is not None:
+                note(f"{method}: local and global scores rank alike with Spearman's correlation {correlation:.2f}")
+        return ranked
+
+    def _probe(self, directions: Directions, ranked: list[Candidate]) -> list[ProbeResult]:
+        """Whether what each method's best candidate removes can still be read from the stream it was found in."""
+        recording = Recording(self.out / ACTIVATIONS)
+        best = {c.method: c for c in reversed(ranked)}
+        return [p for c in best.values() for p in probe_candidate(recording, directions, c.method, c.position, c.layer)]
+
+    def _try_edits(
+        self,
+        prompts: list[Prompt],
+        directions: Directions,
+        ranked: list[Candidate],
+        tokens: list[int],
+        journal: StageJournal,
+    ) -> list[Trial]:
+        """Search whole edits on val prompts, and confirm the best by what the model then answers."""
+        if not self.settings.trials:
+            return []
+        negative = self._ids(prompts, "negative", "val")[: self.settings.answers]
+        if "answers" not in journal:
+            with track("the model's own answers", len(negative), "prompts") as advance:
+                journal.put({"answers": self._generate(negative, ANSWER_TOKENS, advance)})
+        answers = journal["answers"]
+        kept = [i for i, answer in enumerate(answers) if answer]
+        if not kept:
+            note("the model answers nothing to the negative prompts, so no edit can be tried")
+            return []
+        positive = self._ids(prompts, "positive", "val")
+        trials = Trials(
+            self.model, directions, ranked, tokens, positive, [negative[i] for i in kept], [answers[i] for i in kept],
+            journal,
+        )  # fmt: skip
+        found = trials.search(self.settings.trials)
+        return confirm(trials, found, journal, lambda: self._refusal_rate(positive))
+
+    def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
+        return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)
+
+    def _refusal_rate(self, ids: Sequence[Sequence[int]]) -> float:
+        with track("confirming by answers", len(ids), "prompts") as advance:
+            answers = self._generate([list(row) for row in ids], CONFIRM_TOKENS, advance)
+        return sum(refused(self.tokenizer.decode(a)) for a in answers) / len(answers)
+
+    def _info(self, prompts: list[Prompt], directions: Directions) -> RunInfo:
+        def texts(side: Side, split: Split) -> list[str]:
+            return [p.text for p in prompts if (p.side, p.split) == (side, split)]
+
+        base_score: dict[str, float] = {}
+        for side in SIDES:
+            scores = [p.score for p in prompts if (p.side, p.split) == (side, "val") and p.score is not None]
+            base_score[side] = sum(scores) / len(scores)
+        found = self.book.result("prompts")
+        return RunInfo(
+            model=self.source.name,
+            revision=self.source.revision,
+            architecture=self.architecture.family,
+            weights=self.weights,
+            prompts={f"{side}.{split}": fingerprint(texts(side, split)) for side in SIDES for split in SPLITS},
+            sensitive=self.source.sensitive,
+            system=self.settings.system,
+            template_arguments=dict(self.settings.template_arguments),
+            chat_template=self.settings.chat_template,
+            layer_count=directions.layer_count,
+            width=self.architecture.width(self.source.checkpoint.config),
+            methods=list(self.settings.methods),
+            base_score=base_score,
+            seed=self.settings.seed,
+            versions=_versions(),
+            **found,
+        )
+
+
+def _plan(work: _Extraction, only: Stage | None, force: bool) -> list[Stage]:
+    """The stages to run: those that are not done from the present inputs, and all after the first of them.
+
+    Raises:
+        OrthogonalizeError: a finished stage would have to be done over and nothing said so, or `only`
+            lacks an earlier stage.
+    """
+    stale = [stage for stage in STAGES if not work.book.unchanged(stage, work.inputs(stage))]
+    if only is not None:
+        missing = [stage for stage in STAGES[: STAGES.index(only)] if stage in stale]
+        if missing:
+            raise OrthogonalizeError(
+                f"--stage {only} needs stage {missing[0]!r} of {work.out} first, done with the same inputs; "
+                "run that, or leave --stage out"
+            )
+        return [only] if only in stale or force else []
+    if not stale:
+        return list(STAGES) if force else []
+    changed = work.book.changed_inputs(stale[0], work.inputs(stale[0]))
+    if changed and not force:
+        raise OrthogonalizeError(
+            f"{work.out} exists and its stage {stale[0]!r} was done with another {', '.join(changed)}; "
+            "--force does it over from there, or choose another --out"
+        )
+    return list(STAGES[STAGES.index(stale[0]) :])
+
+
+def extract(
+    model: str,
+    out: Path | str,
+    *,
+    concept: str | None = None,
+    positive: str | None = None,
+    negative: str | None = None,
+    column: str | None = None,
+    hub_split: str = "train",
+    revision: str | None = None,
+    settings: Settings | None = None,
+    stage: Stage | None = None,
+    force: bool = False,
+) -> Run | None:
+    """Find where `model` represents a contrast, and which edit removes it at the least cost.
+
+    Called again with the same arguments it goes on where it was, or finds all done.
+
+    Args:
+        model: a checkpoint folder, a Hub id or a .gguf file.
+        out: the run folder to make or to go on with.
+        concept: a named contrast; or `positive` and `negative`, two prompt sources.
+        column, hub_split: which column and dataset split hold the prompts.
+        settings: everything else.
+        stage: run this one alone; those before it must be done.
+        force: do stages over that were done with other inputs (all of them, if none was).
+
+    Returns:
+        The run, or None where a single stage leaves it unfinished.
+
+    Raises:
+        OrthogonalizeError: anything in model, prompts or output that cannot work.
+    """
+    settings = settings or Settings()
+    settings.check()
+    out = Path(out)
+    check_run_folder(out, RUN)
+    sides = read_contrast(concept, positive, negative, column, hub_split)
+    folder = find_model(model, revision)
+    source = _Source(
+        str(model),
+        folder,
+        open_checkpoint(folder),
+        commit_of(folder) or revision,
+        {"positive": sides[0], "negative": sides[1]},
+        list(SIDES) if settings.sensitive else sides[2],
+    )
+    work = _Extraction(source, settings, out)
+    stages = _plan(work, stage, force)
+    for name in STAGES:
+        if name in stages:
+            work.run(name)
+        elif stage in (None, name):
+            note(f"{name}: done before, unchanged")
+    return load_run(out) if work.book.unchanged("selection", work.inputs("selection")) else None

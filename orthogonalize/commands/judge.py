@@ -1,0 +1,91 @@
+"""`judge`: score answers that were made elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import OrthogonalizeError
+from ..core.journal import Journal
+from ..data.benchmarks import category_of
+from ..data.refusals import refused
+from ..data.tokenization import whole
+from ..engines.base import ONE_DEVICE, EngineName, EngineOptions, check_engine
+from ..evals.judges.catalogue import find_judge
+from ..evals.judges.runner import PREFIX, ready_judges
+from ..evals.metrics import Rate, Record, Series, shares
+
+
+class JudgedFile(Record):
+    """What `judge --json` prints. `refusal` is None for a judge that does not tell, `harmful` likewise."""
+
+    judge: str
+    model: str | None
+    n: int
+    refusal: Rate | None = None
+    harmful: Rate | None = None
+
+
+def read_answers(file: Path) -> list[dict[str, Any]]:
+    """A JSON list of {prompt, response, category}; the category may be missing.
+
+    Raises:
+        OrthogonalizeError: no such file, cut short, empty, or in another form.
+    """
+    if not file.is_file():
+        raise OrthogonalizeError(f"no such file: {file}")
+    try:
+        rows = json.loads(file.read_text("utf-8-sig"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise OrthogonalizeError(f"{file} cannot be read as JSON ({error}); is it cut short?") from error
+    if not isinstance(rows, list) or not rows:
+        raise OrthogonalizeError(f"{file} must hold a list of at least one answer")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "response")):
+            raise OrthogonalizeError(f"{file}: entry {number + 1} needs the texts 'prompt' and 'response'")
+        if not whole("".join(str(row.get(k)) for k in ("prompt", "response", "category"))):
+            raise OrthogonalizeError(f"{file}: entry {number + 1} has half a character; mend or remove it")
+    return rows
+
+
+def judge(
+    file: Path | str,
+    name: str = PREFIX,
+    *,
+    engine: EngineName = "vllm",
+    options: EngineOptions = ONE_DEVICE,
+) -> JudgedFile:
+    """Score answers made elsewhere: `file` is a JSON list of {prompt, response, category}.
+
+    `prefix` counts refusals by their wording and needs no engine; any other judge runs its model. A run over
+    many answers that was cut off goes on from what is kept beside `file`.
+
+    Raises:
+        OrthogonalizeError: the file or the judge is not there, or no such judge.
+    """
+    if name == "none":
+        raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
+    if name != PREFIX:
+        find_judge(name)
+        check_engine(engine, options)
+    rows = read_answers(Path(file))
+    categories = [category_of(row.get("category")) for row in rows]
+    if name == PREFIX:
+        flags = [refused(row["response"]) for row in rows]
+        return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(shares(flags, categories)))
+    (ready,) = ready_judges([name])
+    pairs = [(row["prompt"], row["response"]) for row in rows]
+    journal = Journal(Path(file), needed=False)  # who made the answers may have locked them
+    journal.going_on([ready.step(pairs, engine, options)])
+    with journal.kept():
+        opinions = ready.asked(pairs, engine, options, journal)
+    journal.close()
+    fields = {field: _rate(shares([getattr(o, field) for o in opinions], categories)) for field in ready.judge.says}
+    return JudgedFile(judge=ready.judge.name, model=ready.model, n=len(rows), **fields)
+
+
+def _rate(series: Series) -> Rate:
+    measured = series.measure()
+    assert isinstance(measured, Rate)
+    return measured

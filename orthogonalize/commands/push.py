@@ -1,0 +1,90 @@
+"""`push`: an edited checkpoint to the Hub, private unless asked otherwise."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from ..checkpoints.checkpoint import CARD, RECIPE, open_checkpoint
+from ..core.errors import OrthogonalizeError, first_line
+from ..core.progress import note
+from ..edits.hub_cache import edited_folder
+from ..edits.recipe import load_recipe
+from ..models.resolve import HUB_ID, public_name
+from ..reports.model_card import write_card
+from ..reports.schema import load_report
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+def _stage(folder: Path, report: Path | None, stage: Path) -> None:
+    """Write what describes the checkpoint into `stage` as it is published: no path of this machine in it."""
+    recipe = load_recipe(folder)
+    found = load_report(report) if report is not None else None
+    if found is not None and found.recipe not in (None, recipe.fingerprint()):
+        raise OrthogonalizeError(f"{report} measures another edit than {folder}; run eval on this checkpoint")
+    recipe.base.model = public_name(recipe.base.model)
+    recipe.save(stage)
+    write_card(stage, recipe, base=folder, report=found)
+    for name in ("report.json", "report.html"):
+        if report is not None and (report / name).is_file():
+            shutil.copyfile(report / name, stage / name)
+
+
+def push(checkpoint: Path | str, repository: str, *, public: bool = False, report: Path | str | None = None) -> str:
+    """Upload an edited checkpoint with its recipe, card and, if given, report; return its address.
+
+    The token is huggingface_hub's (`HF_TOKEN`, or `hf auth login`); it is never printed.
+
+    Args:
+        checkpoint: a folder made by `edit`, or the name under which it wrote into the Hub's cache.
+        repository: `owner/name`.
+        public: make the repository public. Otherwise it is created private, and one that exists and
+            is public is refused.
+        report: a folder made by `eval`, for the card and to upload beside it.
+
+    Raises:
+        OrthogonalizeError: not an edited checkpoint, no token, or the Hub refused.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    folder = edited_folder(checkpoint)
+    open_checkpoint(folder)
+    if not (folder / RECIPE).is_file():
+        raise OrthogonalizeError(f"{folder} has no recipe; push only uploads what `orthogonalize edit` made")
+    if not re.fullmatch(HUB_ID, repository):
+        raise OrthogonalizeError(f"repository {repository!r} is not of the form owner/name")
+    token = get_token()
+    if token is None:
+        raise OrthogonalizeError("no Hub token: set HF_TOKEN, or log in with `hf auth login`")
+    with TemporaryDirectory() as stage:
+        _stage(folder, None if report is None else Path(report), Path(stage))
+        try:
+            url = _upload(HfApi(token=token), folder, Path(stage), repository, public)
+        except OrthogonalizeError:
+            raise
+        except Exception as error:  # whatever the network and its libraries raise
+            raise OrthogonalizeError(f"the Hub did not take {repository}: {first_line(error)}") from error
+    return url
+
+
+def _upload(api: HfApi, folder: Path, stage: Path, repository: str, public: bool) -> str:
+    url = api.create_repo(repository, repo_type="model", private=not public, exist_ok=True)
+    private = bool(api.model_info(repository).private)
+    if not public and not private:
+        raise OrthogonalizeError(f"{repository} exists and is public; give --public, or choose another name")
+    if public and private:
+        api.update_repo_settings(repository, private=False)
+    note(f"uploading {folder} to {repository} ({'public' if public else 'private'})")
+    api.upload_folder(
+        repo_id=repository,
+        folder_path=folder,
+        ignore_patterns=[RECIPE, CARD],
+        commit_message="Upload an edited checkpoint",
+    )
+    api.upload_folder(repo_id=repository, folder_path=stage, commit_message="Say what was edited and measured")
+    return str(url)

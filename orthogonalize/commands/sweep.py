@@ -1,0 +1,323 @@
+"""`sweep`: every method over every scope, in one engine: the comparison table of the papers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+from ..architectures.schema import architecture_of
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..core.errors import InPlaceError, NoNumberError, OrthogonalizeError
+from ..core.interventions import centred
+from ..core.journal import Journal, fingerprint_of
+from ..core.output_folders import Kind, check_free, complete_folder
+from ..core.progress import note, track
+from ..data.refusals import LEAST_TOKENS
+from ..edits.bake import Bake, bake
+from ..edits.recipe import store_maps
+from ..engines.base import ONE_DEVICE, Engine, EngineName, EngineOptions
+from ..engines.transformers import TransformersEngine
+from ..engines.weight_swap import WeightSwap
+from ..evals.plan import DEFAULT_SUITES, Measured, Plan
+from ..evals.setup import check_asked, prepare
+from ..evals.shared_engine import Common, check_room, common_folder, edited_weights, own_folder
+from ..evals.suites.base import Memory
+from ..models.hooks import input_shifted, layer_projected
+from ..models.loading import check_complete
+from ..models.resolve import find_model, public_name
+from ..reports.pareto_plot import write_pareto_plot
+from ..reports.schema import Measures, compare_all
+from ..reports.sweep import Semantics, Sweep, Swept, effect_key, harm_key, pareto
+from ..selection.resolve import check_fits
+from ..selection.run_folder import load_run
+from ..selection.variants import SCOPES, Variant, make_variants
+
+SWEEP = Kind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
+
+
+@contextmanager
+def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
+    """The reference's own hooks: the input and both outputs of every block in scope (actadd: inputs only)."""
+    with ExitStack() as stack:
+        for layer in variant.layers:
+            around = input_shifted if variant.choice.method == "actadd" else layer_projected
+            stack.enter_context(around(model, layer, variant.on_stream))
+        yield
+
+
+class _Host:
+    """A sweep's one engine, started when it is first asked for: it holds the base, then one edit after the other.
+
+    `plans` are the edits' weights, to be swapped in place; None: the reference's hooks act instead. Where an engine
+    does not take weights over in place, every edit gets one of its own.
+    """
+
+    def __init__(self, start: Callable[[Path], Engine], source: Checkpoint, plans: Mapping[str, Bake] | None) -> None:
+        self.start, self.source, self.plans = start, source, plans
+        self.stack = ExitStack()
+        self.running: tuple[Engine, WeightSwap, str] | None = None
+        self.held: list[bool] = []
+        self.in_place = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stack.close()
+
+    def get_ready(self) -> None:
+        """Start the engine that edits are swapped into; leave it where it does not take them over."""
+        if self.running is not None or not self.in_place:
+            return
+        self._start()
+        if self.plans is None:
+            return
+        engine, swap, _ = self._running()
+        try:
+            lacking = swap.not_taken({name for plan in self.plans.values() for name in plan.touched})
+            loaded = engine.fingerprint() if lacking is None else ""
+        except InPlaceError as error:
+            lacking, loaded = str(error), ""
+        if lacking is None:
+            self.running = engine, swap, loaded
+            return
+        note(f"this engine cannot hold other weights in place ({lacking}), so every edit gets one of its own")
+        self.in_place = False
+        self._leave()
+        check_room(self.plans.values())
+
+    def _start(self) -> None:
+        folder = self.source.path
+        if self.in_place:  # else no edit is swapped into this one
+            folder = self.stack.enter_context(common_folder(self.source, list((self.plans or {}).values())))
+        engine = self.stack.enter_context(self.start(folder))
+        self.running = engine, WeightSwap(engine, open_checkpoint(folder)), ""
+
+    def _running(self) -> tuple[Engine, WeightSwap, str]:
+        assert self.running is not None
+        return self.running
+
+    def _leave(self) -> None:
+        self.stack.close()
+        self.running = None
+
+    def base(self) -> Engine:
+        """The engine as it started, if no edit has been asked for."""
+        self.get_ready()
+        if self.running is None:
+            self._start()
+        return self._running()[0]
+
+    @contextmanager
+    def edited(self, variant: Variant) -> Iterator[Engine]:
+        """The engine under an edit. Its weights stay until others take their place; hooks end with the context."""
+        self.get_ready()
+        if not self.in_place:
+            self._leave()
+            assert self.plans is not None
+            with own_folder(self.plans[variant.name]) as folder, self.start(folder) as engine:
+                yield engine
+            return
+        engine, swap, _ = self._running()
+        if self.plans is not None:
+            swap.apply(edited_weights(self.plans[variant.name]))
+            yield engine
+        else:
+            assert isinstance(engine, TransformersEngine)
+            with residual_hooks(engine.model, variant):
+                yield engine
+
+    def start_afresh(self) -> bool | None:
+        """Leave the engine for another that starts when it is asked for; returns what `restored` says of the old one.
+
+        A cache that has held NaN spoils what shares a block with it, masked or not: nothing times NaN is NaN.
+        """
+        held = self.restored()
+        if self.plans is not None:
+            self._leave()
+        return held
+
+    def restored(self) -> bool | None:
+        """Swap the base in again: whether every engine so far held it, bit for bit; None where nothing was swapped."""
+        if self.plans is not None and self.running is not None and self.in_place:
+            engine, swap, loaded = self.running
+            swap.restore()
+            self.held.append(engine.fingerprint() == loaded)
+        return all(self.held) if self.held else None
+
+
+class _Runner:
+    """Measures the base, then every edit, each step through the journal."""
+
+    def __init__(self, plan: Plan, journal: Journal, refused: Mapping[str, str], labels: Mapping[str, str]) -> None:
+        self.plan, self.journal, self.memory, self.labels = plan, journal, Memory(), labels
+        self.measured: dict[str, Measured] = {}
+        self.seconds: dict[str, float] = {}
+        self.refused = dict(refused)
+
+    def steps(self) -> list[str]:
+        """The journal's steps for base and edits."""
+        return [step for name, label in self.labels.items() for step in self.plan.steps(label, name == "base")]
+
+    def base(self, host: _Host) -> None:
+        label = self.labels["base"]
+        done = self.journal.has(*self.plan.steps(label, is_base=True))
+        engine = None if done else host.base()
+        self.measured["base"] = self.plan.measure(engine, self.memory, self.journal, label, is_base=True)
+
+    def variant(self, variant: Variant, host: _Host) -> None:
+        """Measure an edit, and time that with its swap; one that leaves no numbers is left out."""
+        name, label = variant.name, self.labels[variant.name]
+        steps = self.plan.steps(label)
+        done, asked = self.journal.has(*steps), fingerprint_of(steps)[:16]
+        if self.journal.has(f"{label}/refused@{asked}"):
+            self.refused[name] = self.journal.step(f"{label}/refused@{asked}", str)
+            return
+        if not done:
+            host.get_ready()  # before the time that an edit takes is counted
+        start = time.perf_counter()
+        try:
+            with nullcontext() if done else host.edited(variant) as engine:
+                self.measured[name] = self.plan.measure(engine, self.memory, self.journal, label)
+        except NoNumberError as error:
+            reason = str(error)
+            note(f"{name} is left out: {reason}")
+            self.trust(host.start_afresh())
+            self.refused[name] = self.journal.step(f"{label}/refused@{asked}", lambda: reason)
+            return
+        self.seconds[name] = float(self.journal.step(f"{label}/seconds@{asked}", lambda: time.perf_counter() - start))
+
+    def trust(self, restored: bool | None) -> None:
+        """Go on only if the engine held the base's weights again: else what was measured may be of others."""
+        if restored is False:
+            self.journal.close()
+            raise OrthogonalizeError("the engine did not hold the base's weights again after its edits")
+
+    def swept(self, variant: Variant) -> Swept:
+        """What is known of an edit at the end."""
+        result = Swept(
+            name=variant.name, choice=variant.choice, direction=variant.direction, layers=list(variant.layers)
+        )
+        if variant.name in self.refused:
+            result.refused = self.refused[variant.name]
+            return result
+        series = self.measured[variant.name].series
+        result.measures = Measures.of(series)
+        result.paired = compare_all(self.measured["base"].series, series)
+        result.seconds = self.seconds[variant.name]
+        return result
+
+
+def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, Bake], dict[str, str]]:
+    """The bake plan of every variant, and why those that have none cannot be baked."""
+    plans, refused = {}, {}
+    for variant in variants:
+        try:
+            plans[variant.name] = bake(source, variant.intervention)
+        except OrthogonalizeError as error:
+            refused[variant.name] = str(error)
+            note(f"{variant.name} is left out: {error}")
+    if not plans:
+        raise OrthogonalizeError(f"none of these edits can be baked into this model: {next(iter(refused.values()))}")
+    return plans, refused
+
+
+def sweep(
+    model: str,
+    run: Path | str,
+    out: Path | str,
+    *,
+    suites: Sequence[str] = DEFAULT_SUITES,
+    methods: Sequence[str] = (),
+    scopes: Sequence[str] = SCOPES,
+    engine: EngineName = "vllm",
+    semantics: Semantics = "weights",
+    max_new_tokens: int = LEAST_TOKENS,
+    limit: int | None = None,
+    data: Path | str | None = None,
+    judges: Sequence[str] = (),
+    revision: str | None = None,
+    options: EngineOptions = ONE_DEVICE,
+    force: bool = False,
+) -> Sweep:
+    """Measure every edit that `run` allows against `model`; write sweep.json and pareto.png to `out`.
+
+    The engine starts once, on the base; each edit's tensors are computed as `edit` computes them, swapped
+    in place, and swapped out again (where the engine does not take them over, each edit has one of its own). A
+    sweep that was cut off goes on where it stopped.
+
+    Args:
+        methods: of `variants.methods()`; all by default.
+        scopes: as `edit` takes them, but for `from:`.
+        semantics: `weights`, or `residual` (with `engine="hf"`): the reference's own hooks on block inputs
+            and outputs, for those who must reproduce its numbers.
+
+    Others as for `evaluate`.
+
+    Raises:
+        OrthogonalizeError: something is missing, or the engine does not start.
+    """
+    out, run = Path(out), Path(run)
+    check_free(out, SWEEP, force, [Path(model), run])
+    if semantics == "residual" and engine != "hf":
+        raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
+    check_asked(suites, engine, options, data)
+    found = load_run(run)
+    variants = make_variants(found, methods, scopes)
+    folder = find_model(model, revision)
+    check_complete(folder)
+    source = open_checkpoint(folder)
+    check_fits(found, source)
+    ready = prepare(
+        found, folder,
+        suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
+        options=options,
+    )  # fmt: skip
+    plans: dict[str, Bake] | None = None
+    refused: dict[str, str] = {}
+    if semantics == "weights":
+        if architecture_of(source.config).norms.kind == "layer":  # as `edit` does
+            variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
+        plans, refused = _plans(source, variants)
+    possible = [v for v in variants if v.name not in refused]
+    journal = Journal(out)
+    common = None if plans is None else Common.of(source, list(plans.values())).state  # what the engine starts on
+    edits = {v.name: [semantics, store_maps(v.intervention)[2], v.layers] for v in possible}
+    labels = {name: ready.label(name, common, edit) for name, edit in ({"base": None} | edits).items()}
+    runner = _Runner(ready.plan, journal, refused, labels)
+    journal.going_on(runner.steps())
+    restored = f"restored@{fingerprint_of(runner.steps())[:16]}"
+    with journal.kept():
+        with _Host(ready.start, source, plans) as host, track("sweep", len(possible) + 1, "edits") as advance:
+            runner.base(host)
+            advance(1)
+            for variant in possible:
+                runner.variant(variant, host)
+                advance(1)
+            held = host.restored()
+            runner.trust(held)
+            if held:
+                journal.step(restored, lambda: True)
+        ready.opinions(runner.measured, journal)
+    result = Sweep(
+        **ready.described(),
+        semantics=semantics,
+        model=public_name(model),
+        effect=None,
+        harm=None,
+        restored=True if journal.has(restored) else None,
+        base=Measures.of(runner.measured["base"].series),
+        variants=[runner.swept(v) for v in variants],
+        pareto=[],
+    )
+    result.effect, result.harm = effect_key(result.base), harm_key(result.base)
+    result.pareto = pareto(result)
+    with complete_folder(out, SWEEP, force) as done:
+        (done / "sweep.json").write_text(result.model_dump_json(indent=1) + "\n", "utf-8")
+        write_pareto_plot(result, done / "pareto.png")
+    journal.close()
+    return result

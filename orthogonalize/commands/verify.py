@@ -1,0 +1,151 @@
+"""`verify`: what differs between a checkpoint and its base, and whether hooks and weights agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
+from ..checkpoints.diff import Audit, audit
+from ..checkpoints.quantization import real_values
+from ..checkpoints.safetensors_file import stored_bytes
+from ..core.errors import OrthogonalizeError
+from ..core.progress import track
+from ..edits.bake import Bake, bake
+from ..edits.hub_cache import edited_folder
+from ..edits.recipe import Recipe, Verification, load_recipe
+from ..models.hooks import intervened
+from ..models.loading import load_model
+from ..models.resolve import find_model
+
+TOLERANCE = 1e-3  # largest difference of a logit that float32 arithmetic explains
+
+
+@dataclass
+class Verified(Audit):
+    """An audit, and with a recipe the proof that hooks and weights agree."""
+
+    verification: Verification | None = None
+
+
+def _rebuilds(edited: Checkpoint, plan: Bake) -> bool:
+    """Whether the recipe's plan gives, tensor by tensor, the bytes that are stored."""
+    names = sorted(plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys())
+    with track("rebuilding from the recipe", len(names), "tensors") as advance:
+        for name in names:
+            if name not in edited.tensors or stored_bytes(plan.edited(name)) != stored_bytes(edited.read(name)):
+                return False
+            advance(1)
+    return True
+
+
+def _probe_ids(model: Any) -> torch.Tensor:
+    """Fixed random token ids, [4, 48]: they reach every row of the embedding alike."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, model.config.get_text_config().vocab_size, (4, 48), generator=generator)
+
+
+@torch.inference_mode()
+def _logits(model: Any) -> torch.Tensor:
+    ids = _probe_ids(model).to(model.device)
+    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float().cpu()
+    if not torch.isfinite(logits).all():
+        raise OrthogonalizeError("the model's logits hold NaN or infinite values; the checkpoint is damaged")
+    return logits
+
+
+def _unrounded(model: Any, edited: Path, plan: Bake) -> Any:
+    """The edited model with the edit before rounding in place of its stored (rounded) weights."""
+    exact: dict[str, torch.Tensor] = {}
+    for name, edit in plan.edits.items():
+        addition = plan.additions.get(name)
+        exact[name] = edit.exact(addition.make() if addition else real_values(plan.source, name))
+    parameters = dict(model.named_parameters())
+    if exact.keys() <= parameters.keys():
+        for name, tensor in exact.items():
+            parameters[name].data.copy_(tensor)
+        return model
+    # Names or layouts differ in memory (fused experts, wrappers), and only the library knows how.
+    checkpoint = open_checkpoint(edited)
+    tensors = {name: exact.get(name, checkpoint.read(name)).to(model.dtype) for name in checkpoint.tensors}
+    options = {"config": model.config, "state_dict": tensors, "dtype": model.dtype}
+    return type(model).from_pretrained(None, **options).to(model.device).eval()
+
+
+def _gaps(edited: Path, base: Path, recipe: Recipe, plan: Bake, device: str) -> dict[str, float | None]:
+    intervention = recipe.intervention()
+    with track("hooks against weights", 3, "models") as advance:
+        model = load_model(base, device, torch.float32)
+        with intervened(model, intervention, renormalise=False):
+            hooked = _logits(model)
+        renormalised = None
+        if intervention.reads or plan.rescales:
+            with intervened(model, intervention):
+                renormalised = _logits(model)
+        advance(1)
+        model = load_model(edited, device, torch.float32)
+        stored = _logits(model)
+        advance(1)
+        exact = _logits(_unrounded(model, edited, plan))
+        advance(1)
+    return {
+        "hooks_gap": (hooked - exact).abs().max().item(),
+        "stored_gap": (hooked - stored).abs().max().item(),
+        "renormalised_gap": None if renormalised is None else (renormalised - exact).abs().max().item(),
+    }
+
+
+def verify(
+    checkpoint: Path | str, base: str | None = None, *, device: str = "auto", logits: bool = True, record: bool = True
+) -> Verified:
+    """Audit the difference of `checkpoint` and `base`; where a recipe is present, prove hooks = weights.
+
+    With a recipe: the edit is recomputed and compared byte for byte, and the logits of the hooked base
+    are compared, in float32, with those of the edit before rounding and of the checkpoint as stored. The
+    result is written into the recipe unless `record` is False; `logits=False` compares bytes only.
+
+    Raises:
+        OrthogonalizeError: not a checkpoint, no base known, or a base that is not the recipe's.
+    """
+    folder = edited_folder(checkpoint)
+    edited = open_checkpoint(folder)
+    recipe = load_recipe(folder) if (folder / RECIPE).is_file() else None
+    if base is None and recipe is None:
+        raise OrthogonalizeError(f"{folder} has no recipe, so its base is not known; give --base")
+    revision = recipe.base.revision if recipe and not base else None
+    source = open_checkpoint(find_model(base or (recipe.base.model if recipe else ""), revision))
+    if recipe is None:
+        return Verified(**vars(audit(edited, source)))
+    if source.fingerprint() != recipe.base.weights:
+        raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
+    plan = bake(source, recipe.intervention())
+    plan.rounding = recipe.rounding
+    result = Verified(**vars(audit(edited, plan.source)))  # which may know tensors by other names than the base
+    expected = plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys()
+    changes = [*result.changed, *result.added, *result.missing]
+    unexpected = sorted({*changes} - expected) + result.side_files
+    wanted = {**source.config, **plan.config_changes}
+    unexpected += [
+        f"config.json: {key}"
+        for key in sorted(wanted.keys() | edited.config.keys())
+        if wanted.get(key) != edited.config.get(key)
+    ]
+    rebuilt = _rebuilds(edited, plan)
+    gaps: dict[str, float | None] = {"hooks_gap": None, "stored_gap": None}
+    if logits and not unexpected:  # another configuration is another model, which need not even load
+        gaps = _gaps(folder, source.path, recipe, plan, device)
+    gap = gaps["hooks_gap"]
+    result.verification = Verification(
+        rebuilt=rebuilt,
+        unexpected_changes=unexpected,
+        tolerance=TOLERANCE,
+        passed=rebuilt and not unexpected and (gap is None or gap <= TOLERANCE),
+        **gaps,
+    )
+    if record:
+        recipe.verification = result.verification
+        recipe.save(folder)
+    return result

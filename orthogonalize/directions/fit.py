@@ -1,0 +1,139 @@
+"""From recorded activations to directions: the `directions` stage, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..core.progress import track
+from .activation_store import Recording
+from .direction_set import Directions
+from .inlp.nullspace import Classifier, Solver, Subspace, Subspaces, inlp
+from .leace import leace
+
+# Activations of so many bytes (in float64) are taken together, as many layers as fit.
+BUDGET = 512 * 2**20
+SEED_SHARE = 0.8  # of the prompts that there are, the most that each further seed draws
+
+
+@dataclass(frozen=True)
+class DirectionSettings:
+    """What the directions depend on besides the activations.
+
+    `seeds`: how many draws of the train prompts; the first is the run's own.
+    """
+
+    methods: tuple[str, ...]
+    max_rank: int | None
+    solver: Solver
+    classifier: Classifier
+    seed: int
+    seeds: int
+
+
+def find_directions(
+    recording: Recording,
+    positions: tuple[int, ...],
+    layers: int,
+    settings: DirectionSettings,
+    device: torch.device,
+) -> Directions:
+    """Diff-in-means and, where asked for, INLP and LEACE at every (position, layer) of the train prompts.
+
+    Diff-in-means alone reads some prompts at a time, so its memory does not grow with their number.
+
+    Args:
+        positions: what the recording's positions are, counted from the prompt's end.
+        layers: streams in the recording (blocks + 1).
+    """
+    diffs, means, readers = [], [], []
+    subspaces: dict[tuple[int, int], Subspace] = {}
+    streamed = settings.methods == ("dim",) and settings.seeds == 1
+    cosines: dict[str, list[torch.Tensor]] = {}
+    with track("directions", layers, "layers") as advance:
+        for group in _groups(recording, positions, layers, streamed):
+            for layer in group:
+                positive, negative = (recording.mean(f"{side}.train", layer) for side in ("positive", "negative"))
+                n, m = (recording.count(f"{side}.train") for side in ("positive", "negative"))
+                diffs.append(positive - negative)
+                means.append((n * positive + m * negative) / (n + m))
+            if not streamed:
+                sides = [_together(recording, f"{side}.train", group, device) for side in ("positive", "negative")]
+                if "inlp" in settings.methods:
+                    found = inlp(
+                        sides[0],
+                        sides[1],
+                        settings.max_rank,
+                        seed=settings.seed,
+                        solver=settings.solver,
+                        classifier=settings.classifier,
+                    )
+                    assert isinstance(found, Subspaces)
+                    subspaces |= {(positions[i], group[j]): one for (i, j), one in found.items()}
+                if "leace" in settings.methods:
+                    readers += list(leace(sides[0], sides[1]).v.cpu().unbind(1))
+                if settings.seeds > 1:
+                    for method, value in _stability(recording, group, settings, device).items():
+                        cosines.setdefault(method, []).append(value)
+            advance(len(group))
+    return Directions(
+        positions,
+        torch.stack(diffs, dim=1),
+        subspaces,
+        torch.stack(means, dim=1),
+        torch.stack(readers, dim=1) if readers else None,
+        {method: torch.cat(parts, dim=-1) for method, parts in cosines.items()},
+    )
+
+
+def _groups(recording: Recording, positions: Sequence[int], layers: int, streamed: bool) -> list[range]:
+    if streamed:
+        return [range(layer, layer + 1) for layer in range(layers)]
+    prompts = sum(
+        recording.count(f"{side}.{split}") for side in ("positive", "negative") for split in ("train", "spare")
+    )
+    width = recording.read("positive.train", 0, slice(0, 1)).shape[-1]
+    size = max(1, BUDGET // (8 * prompts * len(positions) * width))
+    return [range(start, min(start + size, layers)) for start in range(0, layers, size)]
+
+
+def _together(recording: Recording, name: str, layers: range, device: torch.device) -> torch.Tensor:
+    """[prompts, positions, layers, d] of a set."""
+    return torch.stack([recording.read(name, layer) for layer in layers], dim=2).to(device)
+
+
+def _stability(
+    recording: Recording, layers: range, settings: DirectionSettings, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Cosines [seeds, seeds, positions, layers] between the directions of several draws of the prompts.
+
+    The first draw is the train prompts themselves. Each other seed draws as many, but at most four
+    fifths, of the train prompts and the spare ones.
+    """
+    pools, sizes = [], []
+    for side in ("positive", "negative"):
+        train, spare = (_together(recording, f"{side}.{split}", layers, device) for split in ("train", "spare"))
+        pools.append(torch.cat([train, spare]))
+        sizes.append((len(train), min(len(train), int(SEED_SHARE * len(pools[-1])))))
+    firsts: dict[str, list[torch.Tensor]] = {"dim": []}
+    if "inlp" in settings.methods:
+        firsts["inlp"] = []
+    for draw in range(settings.seeds):
+        generator = torch.Generator().manual_seed(settings.seed + draw)
+        sides = []
+        for pool, (own, size) in zip(pools, sizes, strict=True):
+            rows = torch.randperm(len(pool), generator=generator)[:size] if draw else torch.arange(own)
+            sides.append(pool[rows.to(pool.device)])
+        firsts["dim"].append(sides[0].double().mean(0) - sides[1].double().mean(0))
+        if "inlp" in firsts:
+            found = inlp(sides[0], sides[1], 1, min_accuracy=0.0, seed=settings.seed + draw)
+            assert isinstance(found, Subspaces)
+            basis = found.basis  # [positions, layers, 1 or 0, d]
+            firsts["inlp"].append(basis[..., 0, :] if basis.shape[-2] else torch.zeros_like(sides[0][0]).double())
+    result = {}
+    for method, rows_ in firsts.items():
+        unit = torch.stack([torch.nn.functional.normalize(r, dim=-1) for r in rows_]).cpu()
+        result[method] = torch.einsum("apld,bpld->abpl", unit, unit)
+    return result

@@ -1,0 +1,142 @@
+"""A checkpoint as a repository of the Hub's cache, which libraries load by its name.
+
+The layout is huggingface_hub's: `models--OWNER--NAME` holds the files under the hashes of their content (`blobs`),
+a folder of links to them by commit (`snapshots`), and the commit of each branch (`refs`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoints.checkpoint import RECIPE
+from ..core.errors import OrthogonalizeError
+from ..core.output_folders import Kind, check_free, complete_folder
+from ..models.resolve import is_hub_id
+from .recipe import load_recipe
+
+LARGE = 10 * 2**20  # bytes from which on the Hub stores a file outside git
+LARGE_KINDS = (".safetensors", ".model", ".bin")  # and what it stores so whatever the size
+SCRATCH = ".locks"  # the one folder of the cache that no scan of it looks into
+
+
+class _Edited(Kind):
+    """A cached repository every revision of which is an edited checkpoint."""
+
+    def made(self, folder: Path) -> bool:
+        snapshots = list(folder.glob("snapshots/*"))
+        return bool(snapshots) and all((snapshot / self.mark).is_file() for snapshot in snapshots)
+
+
+EDITED = _Edited(RECIPE)
+
+
+@dataclass(frozen=True)
+class CachedRepository:
+    """The repository `name` (`owner/name`) in the Hub's cache of this machine."""
+
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, or would be."""
+        from huggingface_hub import constants
+        from huggingface_hub.file_download import repo_folder_name
+
+        return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model")
+
+    def snapshot(self) -> Path | None:
+        """The folder of its main revision, if that is an edited checkpoint.
+
+        Raises:
+            OrthogonalizeError: the name cannot be one of a repository.
+        """
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            recipe = try_to_load_from_cache(self.name, RECIPE, cache_dir=self.folder.parent)
+        except HFValidationError as error:
+            raise OrthogonalizeError(f"{self.name} is no name of a repository: {error}") from error
+        return Path(recipe).parent if isinstance(recipe, str) else None
+
+    def check_free(self, force: bool = False, inputs: Sequence[Path] = ()) -> None:
+        """Refuse a name that cannot be written to, before any work is done for it.
+
+        Raises:
+            OrthogonalizeError: it is no name of a repository, or is there without `force`, or is no edited
+                checkpoint, or holds one of the `inputs`.
+        """
+        self.snapshot()  # refuses what is no name
+        if self.name.count("/") != 1:
+            raise OrthogonalizeError(f"--cache {self.name} is not of the form owner/name")
+        if self.folder.exists() and not force:
+            raise OrthogonalizeError(
+                f"{self.name} is in the Hub's cache; choose another name, or --force to replace it"
+            )
+        if self.folder.exists() and not EDITED.made(self.folder):
+            raise OrthogonalizeError(
+                f"{self.name} in the Hub's cache is not only what this command made, so --force leaves it; "
+                "choose another name"
+            )
+        check_free(self.folder, EDITED, force, inputs)
+
+    @contextmanager
+    def complete(self, force: bool = False) -> Iterator[Path]:
+        """Give an empty folder to write a checkpoint into; it becomes the repository when the block succeeds.
+
+        As with `complete_folder`, nothing is seen of it before, and nothing is left of it on an error.
+        """
+        scratch = self.folder.parent / SCRATCH
+        with complete_folder(self.folder, EDITED, force, scratch=scratch) as partial:
+            files = partial / "files"
+            files.mkdir()
+            yield files
+            _arrange(files, partial)
+
+
+def _arrange(files: Path, repository: Path) -> None:
+    """Move the checkpoint in `files` into the layout of a `repository` of one revision, and name that `main`."""
+    known = load_recipe(files).weights
+    blobs = repository / "blobs"
+    blobs.mkdir()
+    names = {}
+    for path in sorted(path for path in files.rglob("*") if path.is_file()):
+        name = path.relative_to(files)
+        names[name] = known.get(str(name)) or blob_name(path)
+        path.replace(blobs / names[name])
+    commit = _commit(names)
+    snapshot = repository / "snapshots" / commit
+    for name, blob in names.items():
+        link = snapshot / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / blob, link.parent))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit, "utf-8")
+    for folder in (*sorted((f for f in files.rglob("*")), reverse=True), files):
+        folder.rmdir()
+
+
+def _commit(names: Mapping[Path, str]) -> str:
+    """A name for a revision, in the form of git's, that depends on its files alone."""
+    return hashlib.sha1("".join(f"{blob} {name}\n" for name, blob in sorted(names.items())).encode()).hexdigest()
+
+
+def blob_name(file: Path) -> str:
+    """What the Hub names a file's content: its SHA-256 where it is stored outside git, else git's hash."""
+    from huggingface_hub.utils.sha import git_hash
+
+    if file.stat().st_size <= LARGE and file.suffix not in LARGE_KINDS:
+        return git_hash(file.read_bytes())
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def edited_folder(checkpoint: Path | str) -> Path:
+    """The folder of an edited checkpoint that is given by its path, or by its name in the Hub's cache."""
+    found = CachedRepository(str(checkpoint)).snapshot() if is_hub_id(str(checkpoint)) else None
+    return found or Path(checkpoint)

@@ -1,0 +1,134 @@
+"""The same edit as a LoRA adapter (PEFT's format): `W - u (v^T W)` is `W + B A` with `B = -u`, `A = v^T W`.
+
+Exact and of the edit's rank. Only linear layers can be changed so: an edit that reaches an embedding, a bias, a
+tied head or experts (which transformers holds fused, however they are stored) is refused with the reason. PEFT
+goes by the names of transformers' modules and leaves out in silence what it does not find, so each is looked up.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoints.tensor_edit import TensorEdit
+from ..core.errors import OrthogonalizeError
+from ..models.loading import model_class
+from .bake import Bake
+
+VECTORS = 4096  # of a weight held in float64 at a time
+
+
+def _refuse_unless_linear(plan: Bake) -> None:
+    """An adapter that leaves part of the edit out would be another edit."""
+    for name in plan.additions:
+        raise OrthogonalizeError(
+            f"an adapter cannot add {name}, which this edit needs; write a checkpoint (--format checkpoint), "
+            "or choose a --scope of layers"
+        )
+    for name, edit in plan.edits.items():
+        shape = plan.source.tensors[name].shape
+        what = None
+        if edit.part == "vectors":
+            what = "an embedding" if len(shape) > 1 else "a bias"
+        elif len(shape) != 2:
+            what = "fused experts"
+        elif edit.axis % 2 != (1 if edit.part == "read" else 0):
+            what = "a layer stored transposed"
+        if what or not name.endswith(".weight"):
+            raise OrthogonalizeError(
+                f"{name} is {what or 'no linear layer'}, which an adapter cannot change exactly; write a checkpoint "
+                "(--format checkpoint), or choose a --scope without it (layers:0-3 has no embedding)"
+            )
+    if not plan.edits or plan.config_changes:
+        raise OrthogonalizeError("this edit changes no linear layer, so an adapter cannot hold it; write a checkpoint")
+
+
+def _layers(plan: Bake) -> dict[str, str]:
+    """What transformers calls the linear layer of each edited weight.
+
+    Raises:
+        OrthogonalizeError: a weight is no linear layer there.
+    """
+    from transformers import AutoConfig
+
+    folder = plan.source.path
+    with torch.device("meta"):
+        model = model_class(folder).from_config(AutoConfig.from_pretrained(folder))
+    held = dict(model.named_modules())
+    linear = {name for name, module in held.items() if isinstance(module, torch.nn.Linear)}
+    head = next(name for name in linear if held[name] is model.get_output_embeddings())
+    block = plan.architecture.layer.format(layer=0)
+    decoder = next(name for name in plan.architecture.decoder_modules if f"{name}.{block}" in held)
+    layers = {}
+    for name in plan.edits:
+        stem = name.removesuffix(".weight")
+        layer = head if name == plan.sites.head else f"{decoder}.{stem.removeprefix(plan.sites.decoder)}"
+        if layer not in linear:
+            raise OrthogonalizeError(
+                f"{name} is no linear layer of its own in transformers, where PEFT would look for it (experts are held "
+                "fused there), so an adapter would leave it out in silence; write a checkpoint (--format checkpoint)"
+            )
+        layers[name] = layer
+    return layers
+
+
+def _factors(plan: Bake, edit: TensorEdit) -> tuple[torch.Tensor, torch.Tensor]:
+    """`A` [k, inputs] and `B` [outputs, k] of one weight, in float64."""
+    affine = edit.vectors_map()
+    scales = plan.changes.scales.get(edit.name)
+    vectors = plan.source.read(edit.name).movedim(edit.axis, -1)
+    if not torch.isfinite(vectors.float()).all():
+        raise OrthogonalizeError(f"{edit.name} holds NaN or infinite values; the checkpoint is damaged")
+    parts = []
+    for first in range(0, len(vectors), VECTORS):
+        part = vectors[first : first + VECTORS].double()
+        if scales is not None:
+            rows = torch.arange(first, first + len(part)) // scales.every[1]
+            columns = torch.arange(part.shape[1]) // scales.every[0]
+            part = part * torch.from_numpy(scales.values).double()[columns][:, rows].mT
+        parts.append(part @ affine.v)
+    component = torch.cat(parts)  # [vectors, k]
+    return (component.mT, -affine.u) if edit.part == "matrix" else (affine.u.mT, -component)
+
+
+def write_adapter(plan: Bake, folder: Path, base: str) -> None:
+    """Write the planned edit as an adapter for the model `base` into the empty `folder`.
+
+    Raises:
+        OrthogonalizeError: the edit is not one of linear layers alone.
+    """
+    _refuse_unless_linear(plan)
+    layers = _layers(plan)
+    rank = max(edit.affine.rank for edit in plan.edits.values())
+    tensors = {}
+    for name, edit in plan.edits.items():
+        a, b = _factors(plan, edit)
+        # One rank for all, as servers want it: what is missing is zeros.
+        missing = rank - len(a)
+        a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+        tensors[f"base_model.model.{layers[name]}.lora_A.weight"] = a.float().contiguous()
+        tensors[f"base_model.model.{layers[name]}.lora_B.weight"] = b.float().contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(
+        json.dumps(_config(sorted(layers.values()), rank, base), indent=2) + "\n", "utf-8"
+    )
+
+
+def _config(layers: list[str], rank: int, base: str) -> dict[str, Any]:
+    """PEFT's configuration: the layers by their full names, and a scale of 1."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": layers,
+    }

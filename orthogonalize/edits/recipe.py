@@ -1,0 +1,193 @@
+"""`orthogonalize.json`: the recipe, enough to rebuild an edited checkpoint bit for bit from its base."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..checkpoints.checkpoint import RECIPE
+from ..checkpoints.tensor_edit import Rounding
+from ..core.errors import OrthogonalizeError
+from ..core.interventions import AffineMap, Intervention, Site
+from .config import Choice
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Base(_Record):
+    """The model that was edited; `weights` are SHA-256 by file."""
+
+    model: str
+    revision: str | None
+    architecture: str
+    weights: dict[str, str]
+
+
+class Source(_Record):
+    """Where the direction came from: `run` or `file`, the SHA-256 of the vectors, and of what run."""
+
+    kind: Literal["run", "file"]
+    fingerprint: str
+    prompts: dict[str, str] = {}
+
+
+class Array(_Record):
+    """A float64 array, little-endian, row-major, in base64."""
+
+    shape: list[int]
+    data: str
+
+
+class MapRecord(_Record):
+    """One affine map and the sites it acts on; `u`, `v` and `s` name entries of `arrays`."""
+
+    side: Literal["write", "read"]
+    sites: list[str]
+    u: str
+    v: str
+    s: str
+
+
+class TensorChange(_Record):
+    """One edited tensor (see `tensoredits.TensorRecord`)."""
+
+    name: str
+    site: str
+    leak: float | None
+    change: float
+
+
+class Verification(_Record):
+    """What `verify` measured. Gaps are the largest difference of a logit, float32 arithmetic.
+
+    `hooks_gap`: hooks on the base against the edit before rounding. `stored_gap`: against the
+    checkpoint as stored. `renormalised_gap`: as `hooks_gap`, but with hooks that divide by the scale of
+    the edited stream (read-side edits only). `rebuilt`: whether the recipe gives the stored bytes.
+    """
+
+    rebuilt: bool
+    unexpected_changes: list[str]
+    hooks_gap: float | None
+    stored_gap: float | None
+    renormalised_gap: float | None = None
+    tolerance: float
+    passed: bool
+
+
+class Recipe(_Record):
+    """Everything about an edit; `weights` are the SHA-256 of the edited checkpoint's weight files."""
+
+    format: Literal[2] = 2
+    version: str
+    base: Base
+    choice: Choice
+    source: Source
+    maps: list[MapRecord]
+    arrays: dict[str, Array]
+    rounding: Rounding = "cancelling"
+    tensors: list[TensorChange] = []
+    weights: dict[str, str] = {}
+    added: list[str] = []
+    config_changes: dict[str, Any] = {}
+    left_out: list[str] = []
+    probes: list[ProbeResult] = []
+    verification: Verification | None = None
+
+    def intervention(self) -> Intervention:
+        """The intervention that the recipe stores."""
+        arrays = {key: _decode(array) for key, array in self.arrays.items()}
+        sides: dict[str, dict[Site, AffineMap]] = {"write": {}, "read": {}}
+        try:
+            for record in self.maps:
+                affine = AffineMap(arrays[record.u], arrays[record.v], arrays[record.s])
+                sides[record.side].update({Site.parse(site): affine for site in record.sites})
+        except (KeyError, ValueError) as error:
+            raise OrthogonalizeError(f"the recipe's maps are damaged: {error}") from error
+        return Intervention(sides["write"], sides["read"])
+
+    def save(self, folder: Path) -> None:
+        """Write the recipe into a checkpoint folder, whole or not at all."""
+        partial = folder / f".{RECIPE}.partial"
+        partial.write_text(self.model_dump_json(indent=1) + "\n", "utf-8")
+        partial.replace(folder / RECIPE)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what determines the edited weights: the base's weights, the maps and the rounding."""
+        parts = self.model_dump_json(include={"maps", "arrays", "rounding"}) + repr(sorted(self.base.weights.items()))
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe: the file, or the checkpoint folder that holds it.
+
+    Raises:
+        OrthogonalizeError: there is none, or it is damaged.
+    """
+    file = path / RECIPE if path.is_dir() else path
+    if not file.is_file():
+        raise OrthogonalizeError(f"no recipe at {file}")
+    try:
+        return Recipe.model_validate_json(file.read_text("utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise OrthogonalizeError(f"{file} is not a recipe that this version reads") from error
+
+
+def _encode(tensor: torch.Tensor) -> Array:
+    values = tensor.detach().to(torch.float64).contiguous().numpy().astype("<f8")
+    return Array(shape=list(values.shape), data=base64.b64encode(values.tobytes()).decode())
+
+
+def _decode(array: Array) -> torch.Tensor:
+    try:
+        values = np.frombuffer(base64.b64decode(array.data, validate=True), dtype="<f8").reshape(array.shape)
+    except ValueError as error:
+        raise OrthogonalizeError("the recipe's vectors are damaged") from error
+    return torch.from_numpy(values.astype(np.float64))
+
+
+def store_maps(intervention: Intervention) -> tuple[list[MapRecord], dict[str, Array], str]:
+    """An intervention as records and arrays, each array once, and the SHA-256 of them all."""
+    arrays: dict[str, Array] = {}
+    records: dict[tuple[str, ...], MapRecord] = {}
+    for side, maps in (("write", intervention.writes), ("read", intervention.reads)):
+        for site, affine in maps.items():
+            keys = []
+            for tensor in (affine.u, affine.v, affine.s):
+                array = _encode(tensor)
+                key = hashlib.sha256(repr(array.shape).encode() + array.data.encode()).hexdigest()[:16]
+                arrays[key] = array
+                keys.append(key)
+            record = records.setdefault(
+                (side, *keys),
+                MapRecord(side=side, sites=[], u=keys[0], v=keys[1], s=keys[2]),  # type: ignore[arg-type]
+            )
+            record.sites.append(str(site))
+    digest = hashlib.sha256("".join(sorted(arrays)).encode()).hexdigest()
+    return list(records.values()), arrays, digest
+
+
+class ProbeResult(BaseModel):
+    """A fresh logistic regression on train activations, scored on val activations at one position and layer.
+
+    `before` and `after`: its accuracy without and with the edit's map on both. `chance`: the larger
+    side's share of the val prompts, which says nothing. `n`: how many val prompts there are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: str
+    position: int
+    layer: int
+    rank: int
+    before: float
+    after: float
+    chance: float
+    n: int

@@ -1,0 +1,270 @@
+"""vLLM on a checkpoint as it lies on disk: no hooks, full speed."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from ..checkpoints.checkpoint import open_checkpoint
+from ..core.errors import InPlaceError, OrthogonalizeError
+from ..core.progress import track
+from ..models.logprobs import Completion, Likeliest
+from .base import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, Part, check_engine, fingerprint
+from .choice_search import Contest
+
+SLICE = 256  # prompts between two signs of progress; each slice keeps the engine's batch full
+# Families whose queries reach the rotary embedding as [token, head, dimension]: the CPU kernel of vLLM 0.32 takes
+# the last axis for all heads, and rotates wrongly (not with DeepSeek's YaRN). vLLM's own Python does it right.
+ROTATED_BY_HEAD = ("lfm2", "deepseek_v2", "deepseek_v3")
+SHARD = 2 * 2**30  # bytes of new weights held in memory at a time
+
+
+def set_environment(on_cpu: bool, parallel: bool = False) -> None:
+    """What vLLM reads from the environment, where the user has not said otherwise."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # `apply_model` sends a function of this package to the engine's own processes.
+    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    # `Following` is a logits processor as vLLM's first model runner wants them; its second has an interface of its own.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if on_cpu:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        # Compiling the few lines that rank log-probabilities takes longer than they ever will, without a GPU.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+        torch._dynamo.config.disable = True
+        # A process of its own costs a CPU engine 20 s to start, and frees nothing that a GPU would need.
+        if not parallel:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    else:  # to have asked for a GPU is enough to make a fork of this process useless to CUDA
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def cpu_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM` on a CPU for a model of this config.json."""
+    arguments: dict[str, Any] = {"enforce_eager": True, "block_size": 32}
+    if config.get("model_type") in ROTATED_BY_HEAD:
+        arguments["compilation_config"] = {"custom_ops": ["-rotary_embedding"]}
+    return arguments
+
+
+def let_llvmlite_be_looked_at() -> None:
+    """vLLM's CPU start looks at every object of every module, and llvmlite's library (numba loads it) answers every
+    question about itself, `__dict__` too, with a function of that name. No such name is a symbol of LLVM."""
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    wrapper = type(ffi.lib) if ffi is not None and hasattr(ffi, "lib") else None
+    if wrapper is None or getattr(wrapper, "_keeps_to_symbols", False):
+        return
+    find = wrapper.__getattr__
+
+    def symbol(self: Any, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return find(self, name)
+
+    wrapper.__getattr__, wrapper._keeps_to_symbols = symbol, True
+
+
+class VllmEngine:
+    """One vLLM engine; `Engine` documents its methods."""
+
+    def __init__(self, folder: Path, max_model_len: int, options: EngineOptions = ONE_DEVICE, **extra: Any) -> None:
+        self.folder, self.max_model_len, self.options, self.extra = folder, max_model_len, options, extra
+        self.llm: Any = None
+
+    def __enter__(self) -> Self:
+        check_engine("vllm", self.options)
+        on_cpu = not torch.cuda.is_available()
+        set_environment(on_cpu, self.options.parallel)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own dependencies, at import
+            from vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "dtype": self._stored_dtype(),
+            "max_logprobs": LIKELIEST,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            "logits_processors": ["orthogonalize.engines.forced_decoding:Following"],
+            "tensor_parallel_size": self.options.tensor_parallel_size,
+            "pipeline_parallel_size": self.options.pipeline_parallel_size,
+        }
+        if self.options.distributed_executor_backend:
+            arguments["distributed_executor_backend"] = self.options.distributed_executor_backend
+        config = open_checkpoint(self.folder).config
+        # Only text is asked here: room for images, and their processor, need not be there.
+        if "vision_config" in config:
+            arguments["limit_mm_per_prompt"] = {"image": 0, "video": 0}
+        if on_cpu:
+            arguments |= cpu_arguments(config)
+        else:
+            arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
+        let_llvmlite_be_looked_at()
+        with _named(f"vLLM did not start on {self.folder}"), track("starting vLLM", None), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.llm = LLM(model=str(self.folder), max_model_len=self.max_model_len, **(arguments | self.extra))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.llm is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
+        gc.collect()
+
+    def _stored_dtype(self) -> str:
+        """The dtype of the checkpoint; vLLM by itself would run a float32 one in bfloat16."""
+        config = open_checkpoint(self.folder).config
+        return str(config.get("dtype") or config.get("torch_dtype") or "auto")
+
+    def generate(self, what: str, rows: Sequence[Ids], parameters: Any) -> list[Any]:
+        """vLLM's outputs for prompts given as ids; `parameters` is one for all, or one a prompt.
+
+        Raises:
+            OrthogonalizeError: the engine died.
+        """
+        outputs: list[Any] = []
+        with track(what, len(rows), "prompts") as advance:
+            for start in range(0, len(rows), SLICE):
+                part: list[Any] = [{"prompt_token_ids": list(ids)} for ids in rows[start : start + SLICE]]
+                chosen = parameters[start : start + SLICE] if isinstance(parameters, list) else parameters
+                with _named(f"vLLM failed while {what}"):
+                    outputs += self.llm.generate(part, chosen, use_tqdm=False)
+                advance(len(part))
+        return outputs
+
+    def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
+        results = []
+        for output in self.generate("answering", prompts, parameters):
+            ids = list(output.outputs[0].token_ids)
+            stopped = output.outputs[0].finish_reason == "stop"
+            results.append(ids[:-1] if stopped else ids)
+        return results
+
+    def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        outputs = self.generate("cross-entropy", rows, parameters)
+        return [
+            _completion(output.prompt_logprobs, row, len(prompt))
+            for output, row, prompt in zip(outputs, rows, prompts, strict=True)
+        ]
+
+    def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
+        from .forced_decoding import decide
+
+        contests = [Contest(row) for row in choices]
+        # A CPU's time goes with the tokens, of which walks one by one need the fewest; a GPU's goes with the steps.
+        at_once = None if torch.cuda.is_available() else 1
+        with _named("vLLM failed while multiple choice"), track("multiple choice", len(contests), "questions") as done:
+            decide(self.llm.llm_engine, contexts, contests, at_once, done)
+        return [contest.bounds() for contest in contests]
+
+    def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
+        from vllm import SamplingParams
+
+        count = min(LIKELIEST, self.llm.llm_engine.vllm_config.model_config.get_vocab_size())
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=count, detokenize=False)
+        rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+        result = []
+        for prompt, output in zip(prompts, self.generate("distributions", rows, parameters), strict=True):
+            found = [_ranked(entry, count) for entry in output.prompt_logprobs[len(prompt) :]]
+            result.append(
+                Likeliest(
+                    torch.tensor([[i for i, _ in row] for row in found], dtype=torch.long),
+                    torch.tensor([[v for _, v in row] for row in found], dtype=torch.float64),
+                )
+            )
+        return result
+
+    def load(self, weights: Mapping[str, Callable[[], torch.Tensor]]) -> None:
+        with stored_weights(weights) as folder:
+            self.load_from(folder)
+
+    def load_from(self, folder: Path) -> None:
+        """Take over the tensors in the safetensors files of `folder`."""
+        with _named("vLLM failed while weights were swapped", InPlaceError):
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        # The engine keeps the prefixes that the old weights computed, and would mix them in.
+        if not self.llm.reset_prefix_cache():
+            raise InPlaceError("vLLM did not clear its prefix cache, so edits cannot be swapped in place")
+
+    def fingerprint(self, part: Part = "all") -> str:
+        with _named("vLLM failed while its weights were read", InPlaceError):
+            return "-".join(self.llm.apply_model(partial(fingerprint, part=part)))
+
+
+@contextmanager
+def stored_weights(weights: Mapping[str, Callable[[], torch.Tensor]]) -> Iterator[Path]:
+    """A temporary folder with `weights` as safetensors files, made and held a shard at a time."""
+    with tempfile.TemporaryDirectory(prefix="orthogonalize-") as folder:
+        shard: dict[str, torch.Tensor] = {}
+        number = 0
+        for name, make in weights.items():
+            shard[name] = make().contiguous()
+            if sum(t.nbytes for t in shard.values()) >= SHARD:
+                _keep(shard, Path(folder) / f"{number:05}.safetensors")
+                shard, number = {}, number + 1
+        if shard:
+            _keep(shard, Path(folder) / f"{number:05}.safetensors")
+        yield Path(folder)
+
+
+def _keep(shard: dict[str, torch.Tensor], file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(shard, file)
+    except (SafetensorError, OSError) as error:
+        raise OrthogonalizeError(
+            f"weights to be swapped in do not fit into {file.parent.parent} ({error}); set TMPDIR to a folder with room"
+        ) from error
+
+
+def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Completion:
+    """`ids` from `start` on. vLLM 0.24 leaves cached positions out of `logprobs`, so they are counted from the end."""
+    entries = [logprobs[i - len(ids)][ids[i]] for i in range(start, len(ids))]
+    return Completion(sum(e.logprob for e in entries), all(e.rank == 1 for e in entries))
+
+
+def _ranked(entry: Mapping[int, Any], count: int) -> list[tuple[int, float]]:
+    """The likeliest tokens of one position, best first; the prompt's own token is dropped where it is not one."""
+    best = sorted(entry.items(), key=lambda item: (-item[1].logprob, item[0]))[:count]
+    return [(token, found.logprob) for token, found in best]
+
+
+@contextmanager
+def _named(what: str, kind: type[OrthogonalizeError] = OrthogonalizeError) -> Iterator[None]:
+    """Whatever the engine or its processes die of in here becomes one line that says `what` and the way out."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line for line in str(error).strip().splitlines() if "For further information visit" not in line]
+        reason = lines[-1].strip() if lines else type(error).__name__
+        hint = _memory_hint(not torch.cuda.is_available())
+        raise kind(f"{what}: {reason}; {hint}, or use --engine hf") from error
+
+
+def _memory_hint(on_cpu: bool) -> str:
+    if on_cpu:
+        space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
+        return f"the cache takes VLLM_CPU_KVCACHE_SPACE={space} GiB: raise it if that is too little, else free memory"
+    return (
+        "if memory is short: raise --gpu-memory-utilization where the GPU has room, lower it where others use the GPU, "
+        "or spread the model with --tensor-parallel-size"
+    )

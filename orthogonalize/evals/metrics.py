@@ -1,0 +1,211 @@
+"""Measures: one value for every item, from which intervals, and paired comparisons, are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from .intervals import (
+    difference_interval,
+    increase,
+    increase_interval,
+    loss_interval,
+    mcnemar,
+    paired_permutation,
+    proportion_interval,
+    share_difference_interval,
+)
+
+Kind = Literal["share", "loss", "divergence", "score"]
+
+
+class Record(BaseModel):
+    """What can be stored; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Rate(Record):
+    """A share of items, Wilson's 95% interval, and the same by category where items have one.
+
+    `unparseable` counts items of which no verdict could be read; they are on neither side and not in `n`.
+    With `n` 0 nothing is known, whatever `value` says.
+    """
+
+    value: float
+    n: int
+    ci95: tuple[float, float]
+    unparseable: int = 0
+    by_category: dict[str, Rate] = {}
+
+
+class Loss(Record):
+    """Cross-entropy in nats a token over `n` texts, bootstrap 95% interval; `perplexity` is its exponential."""
+
+    value: float
+    n: int
+    ci95: tuple[float, float] | None
+    tokens: int
+    perplexity: float
+
+
+class Divergence(Record):
+    """KL(base || model) in nats a token over `n` prompts, bootstrap 95% interval; zero for the base itself."""
+
+    value: float
+    n: int
+    ci95: tuple[float, float] | None
+    tokens: int
+
+
+class Score(Record):
+    """The mean of any other number a item (a task's own metric), bootstrap 95% interval."""
+
+    value: float
+    n: int
+    ci95: tuple[float, float] | None
+
+
+Measure = Rate | Loss | Divergence | Score
+
+
+class Paired(Record):
+    """Base against edited on the same `n` items.
+
+    `difference` is edited minus base (for a loss: relative to the base), `ci95` its interval (Tango's for
+    shares, else bootstrap), `p` McNemar's for shares, else of a paired permutation test; None for a
+    divergence, which the base has none of. `by_category` is the same of shares, by category.
+    """
+
+    difference: float
+    n: int
+    ci95: tuple[float, float] | None = None
+    p: float | None = None
+    by_category: dict[str, Paired] = {}
+
+
+class Series(Record):
+    """One measure of one model: `values` by item (None: no verdict could be read).
+
+    `share` holds 0 or 1, `loss` and `divergence` sums over `tokens` tokens, `score` anything.
+    """
+
+    kind: Kind
+    values: list[float | None]
+    tokens: list[int] = []
+    categories: list[str | None] = []
+
+    def known(self) -> list[float]:
+        """The values that could be read."""
+        return [v for v in self.values if v is not None]
+
+    def names(self) -> list[str]:
+        """The categories."""
+        return sorted({c for c in self.categories if c is not None})
+
+    def part(self, category: str) -> Series:
+        """The items of one category."""
+        kept = [v for v, c in zip(self.values, self.categories, strict=True) if c == category]
+        return Series(kind=self.kind, values=kept)
+
+    def measure(self) -> Measure:
+        """The value with its interval."""
+        match self.kind:
+            case "share":
+                return self._rate()
+            case "loss" | "divergence":
+                known = self.known()
+                tokens = [t for v, t in zip(self.values, self.tokens, strict=True) if v is not None]
+                value = sum(known) / sum(tokens)
+                found = Divergence(value=value, n=len(known), ci95=loss_interval(known, tokens), tokens=sum(tokens))
+                if self.kind == "divergence":
+                    return found
+                return Loss(**found.model_dump(), perplexity=perplexity_of(value))
+            case "score":
+                known = self.known()
+                return Score(value=sum(known) / len(known), n=len(known), ci95=loss_interval(known, [1] * len(known)))
+
+    def _rate(self) -> Rate:
+        known = self.known()
+        count, n = round(sum(known)), len(known)
+        return Rate(
+            value=count / n if n else 0.0,
+            n=n,
+            ci95=proportion_interval(count, n) if n else (0.0, 1.0),
+            unparseable=len(self.values) - n,
+            by_category={name: self.part(name)._rate() for name in self.names()},
+        )
+
+
+def perplexity_of(loss: float) -> float:
+    """The exponential of a loss in nats a token, as far as a float goes."""
+    return math.exp(min(loss, 700.0))
+
+
+def shares(flags: Sequence[bool | None], categories: Sequence[str | None] = ()) -> Series:
+    """Yes or no (or neither) for every item."""
+    values = [None if flag is None else float(flag) for flag in flags]
+    return Series(kind="share", values=values, categories=list(categories))
+
+
+def alike(base: Series, edited: Series) -> tuple[Series, Series]:
+    """Both of one kind: what is yes or no for every item of one model only is a score for both."""
+    if base.kind == edited.kind:
+        return base, edited
+    if {base.kind, edited.kind} != {"share", "score"}:
+        raise AssertionError(f"a {base.kind} is compared with a {edited.kind}")
+    return base.model_copy(update={"kind": "score"}), edited.model_copy(update={"kind": "score"})
+
+
+def compare(base: Series, edited: Series) -> Paired:
+    """The paired comparison; items that either model leaves without a value are left out."""
+    base, edited = alike(base, edited)
+    pairs = [(a, b) for a, b in zip(base.values, edited.values, strict=True) if a is not None and b is not None]
+    before, after = [a for a, _ in pairs], [b for _, b in pairs]
+    match base.kind:
+        case _ if not pairs:
+            return Paired(difference=0.0, n=0)
+        case "share":
+            return Paired(
+                difference=(sum(after) - sum(before)) / len(pairs),
+                n=len(pairs),
+                ci95=share_difference_interval([bool(v) for v in before], [bool(v) for v in after]),
+                p=mcnemar([bool(v) for v in before], [bool(v) for v in after]),
+                by_category={name: compare(base.part(name), edited.part(name)) for name in base.names()},
+            )
+        case "loss":
+            return Paired(
+                difference=float(increase(np.asarray(before), np.asarray(after))),
+                n=len(pairs),
+                ci95=increase_interval(before, after),
+                p=paired_permutation(before, after),
+            )
+        case "divergence":
+            return Paired(
+                difference=(sum(after) - sum(before)) / sum(base.tokens),
+                n=len(pairs),
+                ci95=loss_interval([b - a for a, b in pairs], base.tokens),
+            )
+        case _:
+            return Paired(
+                difference=(sum(after) - sum(before)) / len(pairs),
+                n=len(pairs),
+                ci95=difference_interval(before, after),
+                p=paired_permutation(before, after),
+            )
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"loss.pile": x} as {"loss": {"pile": x}}."""
+    result: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, last = key.split(".")
+        place = result
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return result

@@ -1,0 +1,101 @@
+"""What every measurement needs before an engine starts: model, run, data and judges, found and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import OrthogonalizeError
+from ..core.journal import Journal, fingerprint_of
+from ..engines.base import Engine, EngineName, EngineOptions, check_engine, engine_state, engine_version
+from ..engines.factory import open_engine
+from ..models.loading import load_tokenizer
+from ..models.resolve import context_length, folder_state, public_name
+from ..selection.run_folder import Run
+from .judges.opinions import Opinions, add_opinions, ask_judges, judges_for
+from .judges.runner import ReadyJudge
+from .plan import Measured, Plan, check_names, make_plan
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A model that is to be measured, with edits of it."""
+
+    folder: Path
+    tokenizer: Any
+    plan: Plan
+    judges: list[ReadyJudge]
+    engine: EngineName
+    options: EngineOptions
+    suites: list[str]
+    max_new_tokens: int
+    limit: int | None
+
+    def start(self, folder: Path) -> Engine:
+        """An engine on the checkpoint `folder`; use it as a context manager."""
+        return open_engine(self.engine, folder, self.tokenizer, self.plan.max_model_len, self.options)
+
+    @cached_property
+    def state(self) -> str:
+        """A fingerprint of the engine and the model."""
+        return fingerprint_of(engine_state(self.engine, self.options), folder_state(self.folder))
+
+    def label(self, name: str, *of_edit: Any) -> str:
+        """The name of a model in the journal: with it goes all that its measures depend on but for the suites' own."""
+        return f"{name}@{fingerprint_of(self.state, *of_edit)[:16]}"
+
+    def opinions(self, models: dict[str, Measured], journal: Journal) -> dict[str, Opinions]:
+        """What the judges say of every model's answers, by model; it is put among what was measured, too."""
+        found = ask_judges(self.judges, self.plan, models, self.engine, self.options, journal)
+        for label, measured in models.items():
+            add_opinions(self.plan, self.judges, measured, found[label])
+        return found
+
+    def described(self) -> dict[str, Any]:
+        """What a report says of how it was measured."""
+        return {
+            "engine": self.engine,
+            "engine_version": engine_version(self.engine),
+            "suites": self.suites,
+            "max_new_tokens": self.max_new_tokens,
+            "limit": self.limit,
+            "judges": {ready.judge.name: public_name(ready.model) for ready in self.judges},
+            "data": self.plan.data,
+            "sensitive": self.plan.sensitive,
+        }
+
+
+def check_asked(suites: Sequence[str], engine: EngineName, options: EngineOptions, data: Path | str | None) -> None:
+    """Refuse what cannot be measured, before anything is fetched or read for it."""
+    check_names(suites)
+    check_engine(engine, options)
+    if data is not None and not Path(data).is_dir():
+        raise OrthogonalizeError(f"no such folder: {data} (--data)")
+
+
+def prepare(
+    run: Run,
+    folder: Path,
+    *,
+    suites: Sequence[str],
+    engine: EngineName,
+    max_new_tokens: int,
+    limit: int | None,
+    data: Path | str | None,
+    judges: Sequence[str],
+    options: EngineOptions,
+) -> Preparation:
+    """Find and read all that measuring the checkpoint `folder` on the test prompts of `run` needs.
+
+    The arguments are as `evaluation.evaluate` takes them.
+
+    Raises:
+        OrthogonalizeError: something is missing, damaged, or does not go together.
+    """
+    tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
+    plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, context_length(folder))
+    ready = judges_for(plan, judges)
+    return Preparation(folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit)

@@ -1,0 +1,160 @@
+"""One engine start for base and edited model: what both need in the engine, and one swapped for the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..checkpoints.checkpoint import INDEX, RECIPE, Addition, Checkpoint, open_checkpoint
+from ..checkpoints.writer import Changes, write_weights
+from ..core.errors import OrthogonalizeError
+from ..core.output_folders import check_space
+from ..edits.bake import Bake, bake
+from ..edits.recipe import load_recipe
+
+Weights = Mapping[str, Callable[[], torch.Tensor]]
+
+
+def _as_planned(checkpoint: Path, source: Checkpoint) -> tuple[Checkpoint, dict[str, Any], Mapping[str, Addition]]:
+    """What the recipe of `checkpoint`, if there is one, makes of its base before any weight changes.
+
+    The base with its tensors under the names that they have in the checkpoint, the configuration, what is added.
+    """
+    if not (checkpoint / RECIPE).is_file():
+        return source, source.config, {}
+    plan = bake(source, load_recipe(checkpoint).intervention())
+    return plan.source, source.config | plan.config_changes, plan.additions
+
+
+def check_pair(checkpoint: Path, base: Path) -> None:
+    """Refuse a checkpoint that lacks tensors of its base; engines load such ones in silence."""
+    edited, source = open_checkpoint(checkpoint), open_checkpoint(base)
+    kind = source.config.get("model_type")
+    if kind != edited.config.get("model_type"):
+        source, config, _ = _as_planned(checkpoint, source)
+        kind = config.get("model_type")
+    if kind != edited.config.get("model_type"):
+        raise OrthogonalizeError(f"{checkpoint} and {base} are different kinds of model; give its own base")
+    missing = sorted(source.tensors.keys() - edited.tensors.keys())
+    if missing:
+        raise OrthogonalizeError(f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all); it is incomplete")
+    for name, info in source.tensors.items():
+        if edited.tensors[name].shape != info.shape:
+            raise OrthogonalizeError(f"{checkpoint} has another shape of {name} than {base}; give its own base")
+
+
+def base_weights(checkpoint: Path, base: Path) -> Weights | None:
+    """The base's weights for an engine that was started on the edited `checkpoint`; None where unknown.
+
+    An edit may add tensors (a head of its own, biases). What they hold for the base (the embedding's
+    copy, zeros) is known from the recipe.
+    """
+    edited = open_checkpoint(checkpoint)
+    source, config, additions = _as_planned(checkpoint, open_checkpoint(base))
+    weights: dict[str, Callable[[], torch.Tensor]] = {name: addition.make for name, addition in additions.items()}
+    weights |= {name: partial(source.read, name) for name in source.tensors}
+    same_dtypes = all(edited.tensors[n].dtype == info.dtype for n, info in source.tensors.items())
+    return weights if weights.keys() == edited.tensors.keys() and config == edited.config and same_dtypes else None
+
+
+def check_room(plans: Iterable[Bake]) -> None:
+    """Refuse edits whose checkpoints do not fit into the folder for temporary files, one at a time."""
+    home = Path(gettempdir())
+
+    def needed(plan: Bake) -> int:
+        linked = plan.source.path.stat().st_dev == home.stat().st_dev
+        return plan.changed_bytes if linked else plan.output_bytes
+
+    check_space(home, max(map(needed, plans)), "set TMPDIR to a folder with room")
+
+
+@contextmanager
+def own_folder(plan: Bake) -> Iterator[Path]:
+    """The edited checkpoint itself, for an engine of its own, in a temporary folder."""
+    with TemporaryDirectory(prefix="orthogonalize-") as name:
+        plan.write(Path(name), link=True)
+        yield Path(name)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What an engine needs for any of several edits to be swapped into it."""
+
+    source: Checkpoint  # by the names that tensors have in the engine
+    additions: Mapping[str, Addition]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, source: Checkpoint, plans: Sequence[Bake]) -> Common:
+        """For the edits `plans` of `source`.
+
+        Raises:
+            OrthogonalizeError: two edits need different settings.
+        """
+        additions: dict[str, Addition] = {}
+        config = dict(source.config)
+        for plan in plans:
+            additions |= plan.additions
+            for key, value in plan.config_changes.items():
+                if config.get(key, value) != value and config[key] != source.config.get(key):
+                    raise OrthogonalizeError(f"two edits need different values of {key}; sweep them apart")
+                config[key] = value
+        return cls(next((plan.source for plan in plans if plan.source.renamed), source), additions, config)
+
+    @property
+    def state(self) -> list[Any]:
+        """What it makes of a model, as JSON can hold it."""
+        return [self.config, sorted(self.additions), bool(self.source.renamed)]
+
+
+@contextmanager
+def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
+    """A folder that computes what `source` does and has every tensor and setting that any of `plans` adds.
+
+    Biases are zeros and a head of its own is the embedding's copy, so that any of the edits can be swapped
+    into an engine started on it. The weights themselves are linked; only files whose tensors go by other names
+    for an edit are copied.
+
+    Raises:
+        OrthogonalizeError: two edits need different settings.
+    """
+    common = Common.of(source, plans)
+    additions, config = common.additions, common.config
+    if not additions and config == source.config:
+        yield source.path
+        return
+    source = common.source
+    with TemporaryDirectory(prefix="orthogonalize-") as name:
+        folder = Path(name)
+        # A single file goes by another name: loaders would take one of the usual name for the whole model.
+        links = {file: f"weights-{number:05}.safetensors" for number, file in enumerate(source.files)}
+        for file in (*source.files, *map(str, source.side_files())):
+            link = folder / links.get(file, file)
+            if file in source.files and source.files[file].renamed:
+                check_space(folder, source.files[file].path.stat().st_size)
+                write_weights(source, folder, Changes({}, {}), names=[file])
+                (folder / file).rename(link)
+                continue
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((source.path / file).resolve())
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        home = "weights-added.safetensors"
+        save_file({key: addition.make().contiguous() for key, addition in additions.items()}, folder / home)
+        weight_map = {tensor: links[file] for file, held in source.files.items() for tensor in held.tensors}
+        index = {"metadata": {}, "weight_map": weight_map | dict.fromkeys(additions, home)}
+        (folder / INDEX).write_text(json.dumps(index) + "\n", "utf-8")
+        yield folder
+
+
+def edited_weights(plan: Bake) -> Weights:
+    """Every tensor that `plan` changes (scales of quantised ones, too), computed as for a checkpoint on disk."""
+    return {name: partial(plan.edited, name) for name in plan.changes.names}

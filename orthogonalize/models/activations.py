@@ -1,0 +1,110 @@
+"""Reading the residual stream: block inputs at the tokens after the instruction, without the head.
+
+Prompts are padded on the right: under causal attention no token sees the padding behind it, so
+neither mask nor shifted positions are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+from .hooks import Stream, capturing_inputs
+
+TOKENS_PER_BATCH = 4096
+
+Progress = Callable[[int], None]
+
+
+def batches(ids: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
+    """Indices into `ids`, grouped by length so that a padded group has at most `tokens` tokens."""
+    group: list[int] = []
+    for index in sorted(range(len(ids)), key=lambda i: len(ids[i])):
+        if group and len(ids[index]) * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ids` as a right-padded tensor [batch, tokens] and their lengths [batch]."""
+    lengths = torch.tensor([len(row) for row in ids], device=device)
+    padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long, device=device)
+    for row, values in zip(padded, ids, strict=True):
+        row[: len(values)] = torch.tensor(values, device=device)
+    return padded, lengths
+
+
+def last_tokens(hidden: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.Tensor:
+    """The last `count` real tokens of every row: [batch, tokens, d] to [batch, count, d]."""
+    index = lengths[:, None] - count + torch.arange(count, device=hidden.device)
+    return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], index]
+
+
+@torch.inference_mode()
+def capture(
+    model: Any, ids: Sequence[Sequence[int]], positions: int, progress: Progress | None = None
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield (indices, activations [batch, positions, layers + 1, d]) for groups of prompts.
+
+    Layer l is the input of block l; the last is the stream that the head's norm reads. The dtype is
+    the model's.
+
+    Raises:
+        OrthogonalizeError: NaN or infinite activations (naming the layer), or a prompt shorter than
+            `positions`.
+    """
+    short = min(len(row) for row in ids)
+    if short < positions:
+        raise OrthogonalizeError(f"a prompt has {short} tokens, fewer than the {positions} positions to read")
+    decoder = Stream.of(model).decoder
+    for group in batches(ids):
+        padded, lengths = pad([ids[i] for i in group], model.device)
+        taken: list[torch.Tensor] = []
+
+        def take(
+            layer: int, hidden: torch.Tensor, lengths: torch.Tensor = lengths, taken: list[torch.Tensor] = taken
+        ) -> None:
+            here = last_tokens(hidden, lengths, positions)
+            if not torch.isfinite(here).all():
+                raise OrthogonalizeError(
+                    f"the activations at the input of layer {layer} hold NaN or infinite values; "
+                    "try --dtype float32, or check the checkpoint"
+                )
+            taken.append(here)
+
+        with capturing_inputs(model, take):
+            decoder(input_ids=padded, use_cache=False)
+        yield group, torch.stack(taken, dim=2)
+        if progress:
+            progress(len(group))
+
+
+def mean_activations(
+    model: Any, ids: Sequence[Sequence[int]], positions: int, progress: Progress | None = None
+) -> torch.Tensor:
+    """Mean over prompts, [positions, layers + 1, d], summed in float64; memory does not grow with prompts."""
+    total: torch.Tensor | None = None
+    for _, part in capture(model, ids, positions, progress):
+        summed = part.to("cpu", torch.float64).sum(0)
+        total = summed if total is None else total + summed
+    assert total is not None
+    return total / len(ids)
+
+
+def all_activations(
+    model: Any, ids: Sequence[Sequence[int]], positions: int, progress: Progress | None = None
+) -> torch.Tensor:
+    """Every prompt's activations in float32, [prompts, positions, layers + 1, d], in the order of `ids`."""
+    result: torch.Tensor | None = None
+    for group, part in capture(model, ids, positions, progress):
+        if result is None:
+            result = torch.empty(len(ids), *part.shape[1:])
+        result[group] = part.to("cpu", torch.float32)
+    assert result is not None
+    return result

@@ -1,0 +1,286 @@
+"""Finding by experiment where an unknown model writes and reads its residual stream.
+
+On a small random model of the same class: the blocks' additions to the stream are decomposed into
+outputs of their modules (which tells modules, factors and norms behind them), and each tensor axis as
+wide as the stream is tried. If a direction is projected out of every such axis, no block's output has
+it and none reads it; an axis whose omission brings it back is a write, or a read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...architectures.schema import bias_name
+from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ...core.errors import OrthogonalizeError
+from ...core.progress import track
+from ..loading import model_class
+from .block_probe import FoundPart, Probe, block_parts, is_multiple, is_norm, norm_behaviour
+
+SEEN = 1e-3  # relative size from which an effect is one, not float32 rounding
+
+
+@dataclass
+class Findings:
+    """What the experiments showed; the names are those that descriptions use."""
+
+    decoder_module: str
+    decoder: str
+    layer: str
+    parts: dict[str, list[FoundPart]]
+    embed: dict[str, int]
+    embed_factor: float
+    head: str
+    head_norm: str
+    kind: str
+    offset: float
+    parameters: bool
+    inert: list[str]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How the checkpoint's names split: what stands before a block's number, and before the decoder's names."""
+
+    before: str
+    decoder: str
+
+    @classmethod
+    def of(cls, names: Iterable[str], layers: int, beyond: bool = False) -> _Names:
+        """`beyond` allows for layers behind the last, which predict further tokens."""
+        numbers: dict[str, set[int]] = {}
+        for name in names:
+            found = re.match(r"(.*?)\.?\b(\d+)\.", name)
+            if found:
+                numbers.setdefault(found[1], set()).add(int(found[2]))
+        wanted = set(range(layers))
+        fitting = [b for b, seen in numbers.items() if seen == wanted or (beyond and seen > wanted)]
+        if not fitting:
+            raise OrthogonalizeError("the checkpoint's names do not number its blocks")
+        before = max(fitting, key=lambda b: sum(n.startswith(b + ".") for n in names))
+        return cls(before, before.rpartition(".")[0] + "." if "." in before else "")
+
+    def group(self, name: str) -> str:
+        """A tensor's name in descriptions, without the numbers of its layer and expert."""
+        found = re.fullmatch(re.escape(self.before) + r"\.\d+\.(.+)", name)
+        return re.sub(r"\.\d+\.", ".{expert}.", found[1]) if found else name
+
+
+def _projected(tensor: torch.Tensor, axis: int, direction: torch.Tensor) -> torch.Tensor:
+    rows = tensor.double().movedim(axis, -1)
+    return (rows - (rows @ direction).unsqueeze(-1) * direction).movedim(-1, axis).to(tensor.dtype)
+
+
+class Laboratory:
+    """A checkpoint of a small random model, and models made of it with some tensors changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.source: Checkpoint = open_checkpoint(folder)
+        self.tensors = {name: self.source.read(name).float() for name in self.source.tensors}
+        generator = torch.Generator().manual_seed(1)
+        options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
+        model = model_class(folder).from_pretrained(folder, **options).eval()
+
+        def load(tensors: Mapping[str, torch.Tensor]) -> Any:
+            settings = {"config": deepcopy(model.config), "state_dict": dict(tensors)}
+            return type(model).from_pretrained(None, **settings, **options)
+
+        self.load = load
+        self.plain = Probe(model, torch.zeros(1, 1, dtype=torch.long))
+        vocabulary = int(self.plain.model.config.get_text_config().vocab_size)
+        self.ids = torch.randint(3, min(vocabulary, 80), (2, 13), generator=generator)
+        self.plain.ids = self.ids
+        self.direction = torch.randn(self.plain.width, generator=generator, dtype=torch.float64)
+        self.direction /= self.direction.norm()
+        self.amounts = torch.randn(2, 13, 1, generator=generator)
+        self.names = _Names.of(list(self.tensors), len(self.plain.blocks))
+
+    def candidates(self, head: str) -> list[tuple[str, int]]:
+        """Every axis as wide as the stream, by group: of matrices, and of the biases beside them."""
+        weights = {n for n, t in self.tensors.items() if t.dim() > 1 and n.startswith(self.names.decoder) and n != head}
+        biases = {bias_name(n) for n in weights} & self.tensors.keys()
+        found = {
+            (self.names.group(n), axis): None
+            for n in self.tensors
+            if n in weights | biases
+            for axis, size in enumerate(self.tensors[n].shape)
+            if size == self.plain.width
+        }
+        return list(found)
+
+    def projected(self, axes: Iterable[tuple[str, int]]) -> Probe:
+        """The model with the direction projected out of all of `axes`."""
+        by_group: dict[str, list[int]] = {}
+        for group, axis in axes:
+            by_group.setdefault(group, []).append(axis)
+        tensors = dict(self.tensors)
+        for name, tensor in self.tensors.items():
+            for axis in by_group.get(self.names.group(name), []):
+                tensor = _projected(tensor, axis, self.direction)
+            tensors[name] = tensor
+        return Probe(self.load(tensors).eval(), self.ids)
+
+
+@contextmanager
+def _shifted(lab: Laboratory, probe: Probe, parts: Mapping[int, list[FoundPart]]) -> Iterator[None]:
+    """Add multiples of the direction, another for every token, to all that the parts read."""
+    amount = lab.amounts * lab.direction.float()
+
+    def shift_output(_m: Any, _i: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + amount.reshape(output.shape)
+
+    def shift_input(_m: Any, args: Any, kwargs: Any) -> Any:
+        if args:
+            return (args[0] + amount.reshape(args[0].shape), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": kwargs["hidden_states"] + amount}
+
+    with ExitStack() as stack:
+        for layer, found in parts.items():
+            modules = probe.inner(layer)
+            for norm in {part.norm for part in found if part.norm}:
+                stack.callback(modules[norm].register_forward_hook(shift_output).remove)
+            for part in found:
+                if part.norm is None:
+                    stack.callback(modules[part.module].register_forward_pre_hook(shift_input, with_kwargs=True).remove)
+        yield
+
+
+def _measure(
+    lab: Laboratory, probe: Probe, parts: Mapping[int, list[FoundPart]]
+) -> tuple[float, dict[tuple[int, str], float], dict[tuple[int, str], float]]:
+    """The direction's share of the first block's input and of every part's output, and how a shift changes these."""
+    watched = {f"{layer}/{p.module}": probe.inner(layer)[p.module] for layer, found in parts.items() for p in found}
+    ins, outs = probe.observe({"first": probe.blocks[0], **watched})
+    with _shifted(lab, probe, parts):
+        _, moved = probe.observe(watched)
+    r = lab.direction.float()
+
+    def share(h: torch.Tensor) -> float:
+        return float(((h @ r).abs() / h.norm(dim=-1)).max())
+
+    keys = [(layer, p.module) for layer, found in parts.items() for p in found]
+    written = {key: share(outs[f"{key[0]}/{key[1]}"]) for key in keys}
+    change = {}
+    for key in keys:
+        before, after = (o[f"{key[0]}/{key[1]}"] for o in (outs, moved))
+        change[key] = ((after - before).norm() / before.norm()).item()
+    return share(ins["first"]), written, change
+
+
+def _head(lab: Laboratory) -> tuple[str, str, nn.Module]:
+    """The head's name in the checkpoint, and the norm before it by name and as a module."""
+    probe = lab.plain
+    output = probe.model.get_output_embeddings()
+    given: list[torch.Tensor] = []
+    handle = output.register_forward_pre_hook(lambda _m, args: given.append(args[0].reshape(-1, args[0].shape[-1])))
+    base = probe.list_name.rpartition(".")[0]
+    outside = {
+        n: m
+        for n, m in probe.model.named_modules()
+        if is_norm(m) and not n.startswith(probe.list_name + ".") and n.startswith(base)
+    }
+    _, outs = probe.observe(outside)
+    handle.remove()
+    norm = next((n for n, out in outs.items() if is_multiple(given[0], out)), None) or next(iter(outs), None)
+    if norm is None:
+        raise OrthogonalizeError("no norm stands before the head")
+    name = next((n for n, t in lab.tensors.items() if t.equal(output.weight) and "embed_tokens" not in n), None)
+    return name or "lm_head.weight", norm.removeprefix(base + "."), outside[norm]
+
+
+def discover(folder: Path) -> Findings:
+    """Find every write and read of the small random model in `folder`.
+
+    Raises:
+        OrthogonalizeError: its stream passes through a norm, or it is built in no known way.
+    """
+    lab = Laboratory(folder)
+    parts = {layer: block_parts(lab.plain, layer) for layer in range(len(lab.plain.blocks))}
+    head, head_norm, norm = _head(lab)
+    candidates = lab.candidates(head)
+    everything = lab.projected(candidates)
+    first, written, change = _measure(lab, everything, parts)
+    if max(first, *written.values(), *change.values()) > SEEN:
+        raise OrthogonalizeError(
+            "with a direction out of every tensor as wide as the stream, blocks still write or read it "
+            f"(written {max(written.values()):.1e}, read {max(change.values()):.1e}, embedded {first:.1e})"
+        )
+    embed: dict[str, int] = {}
+    inert: list[str] = []
+    with track("trying tensors", len(candidates), "axes") as advance:
+        for group, axis in candidates:
+            probe = lab.projected(c for c in candidates if c != (group, axis))
+            first, written, change = _measure(lab, probe, parts)
+            used = first > SEEN
+            if used:
+                embed[group] = axis
+            for layer, found in parts.items():
+                for part in found:
+                    if written[layer, part.module] > SEEN:
+                        part.writes[group] = axis
+                        used = True
+            # All that runs after a reader sees what it read, so the first that changes is the reader.
+            reader = next((p for layer, ps in parts.items() for p in ps if change[layer, p.module] > SEEN), None)
+            if reader is not None:
+                reader.reads[group] = axis
+                used = True
+            if not used:
+                inert.append(group)
+            advance(1)
+    used_groups = embed.keys() | {g for found in parts.values() for p in found for g in (*p.writes, *p.reads)}
+    kind, offset, parameters = norm_behaviour(lab.plain, norm)
+    ins, _ = lab.plain.observe({"first": lab.plain.blocks[0]})
+    table = lab.plain.model.get_input_embeddings()
+    rows = table.weight[lab.ids].reshape(-1, table.weight.shape[-1]).detach()
+    fits = rows.shape == ins["first"].shape and len(embed) == 1
+    return Findings(
+        decoder_module=lab.plain.list_name.rpartition(".")[0],
+        decoder=lab.names.decoder,
+        layer=lab.plain.list_name.rpartition(".")[2] + ".{layer}",
+        parts=_merge(parts),
+        embed={k.removeprefix(lab.names.decoder): a for k, a in embed.items()},
+        embed_factor=((ins["first"] * rows).sum() / rows.pow(2).sum()).item() if fits else 1.0,
+        head=head,
+        head_norm=head_norm,
+        kind=kind,
+        offset=offset,
+        parameters=parameters,
+        inert=[g for g in dict.fromkeys(inert) if g not in used_groups],
+    )
+
+
+def layout_of(names: Iterable[str], layers: int, findings: Findings) -> tuple[str, str]:
+    """The prefix of the decoder's names and the head's name in a checkpoint of the real model."""
+    listed = list(names)
+    decoder = _Names.of(listed, layers, beyond=True).decoder
+    short = findings.head.rpartition(".")[0].rpartition(".")[2] + ".weight"
+    stored = next((n for n in listed if n == short or n.endswith("." + short)), None)
+    outer = decoder.removesuffix("model.") if decoder.endswith("language_model.model.") else ""
+    return decoder, stored or outer + short
+
+
+def _merge(parts: Mapping[int, list[FoundPart]]) -> dict[str, list[FoundPart]]:
+    """The parts of all layers by block: attention (or a mixer) writes first, the MLP last, where there are two."""
+    merged: dict[str, dict[str, FoundPart]] = {"attn": {}, "mlp": {}}
+    for found in parts.values():
+        for part in found:
+            mixer = (part.norm == found[0].norm and part.norm is not None) or part is found[0]
+            kind = "attn" if (mixer and not _looks_like_mlp(part.module)) else "mlp"
+            mine = merged[kind].setdefault(part.module, part)
+            if mine is not part:
+                mine.writes |= part.writes
+                mine.reads |= part.reads
+    return {kind: list(found.values()) for kind, found in merged.items()}
+
+
+def _looks_like_mlp(module: str) -> bool:
+    return bool(re.search(r"mlp|moe|feed_forward|ffn|fc2", module))

@@ -1,0 +1,266 @@
+"""Hooks: the yardstick. The same interventions, on a running transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures.schema import Architecture, Norms, Part, architecture_of
+from ..core.errors import OrthogonalizeError
+from ..core.interventions import AffineMap, Intervention, Site, conjugated, shift
+
+Handles = Iterator[torch.utils.hooks.RemovableHandle]
+
+
+def _first(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _with_first(output: Any, tensor: torch.Tensor) -> Any:
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
+def _mapped(affine: AffineMap, hidden: torch.Tensor) -> torch.Tensor:
+    """`affine` on `hidden`, also where a batch of maps meets a block (OPT's) that has laid its rows end to end."""
+    if affine.v.dim() == 3 and hidden.dim() == 2:
+        return affine(hidden.reshape(len(affine.v), -1, hidden.shape[-1])).reshape(hidden.shape)
+    return affine(hidden)
+
+
+def map_output(module: nn.Module, affine: AffineMap) -> torch.utils.hooks.RemovableHandle:
+    """Apply `affine` to what `module` returns (the first item of a tuple)."""
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        return _with_first(output, _mapped(affine, _first(output)))
+
+    return module.register_forward_hook(hook)
+
+
+def map_input(module: nn.Module, affine: AffineMap) -> torch.utils.hooks.RemovableHandle:
+    """Apply `affine` to the hidden states that `module` is given first."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (affine(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": affine(kwargs["hidden_states"])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _map_norm(norm: nn.Module, affine: AffineMap, norms: Norms, epsilon: float) -> torch.utils.hooks.RemovableHandle:
+    """Let `norm` read `M x` while it divides by the scale of `x`, as baked readers do."""
+
+    def squares(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if norms.kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        return x.pow(2).mean(-1, keepdim=True) + epsilon
+
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0]
+        mapped = affine(x)
+        result: torch.Tensor = norm.forward(mapped)
+        ratio = (squares(mapped) / squares(x)).sqrt().to(result.dtype)
+        bias = getattr(norm, "bias", None)
+        return result * ratio if bias is None else (result - bias) * ratio + bias
+
+    return norm.register_forward_hook(hook)
+
+
+def _map_before_norm(norm: nn.Module, affine: AffineMap, offset: float) -> torch.utils.hooks.RemovableHandle:
+    """Map what `norm`, behind a block, is given so that what it returns is mapped: as baked writers do."""
+
+    def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
+        before = conjugated(affine, offset + norm.weight.detach().cpu())  # type: ignore[operator]
+        result: torch.Tensor = norm.forward(before(inputs[0]))
+        return result
+
+    return norm.register_forward_hook(hook)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The modules of a transformers model through which the residual stream passes."""
+
+    model: nn.Module
+    architecture: Architecture
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: Any) -> Stream:
+        """The stream of `model`, by the description of its family."""
+        config = model.config.to_dict()
+        return cls(model, architecture_of(config), config)
+
+    @property
+    def decoder_name(self) -> str:
+        """The name of the module that holds the blocks."""
+        for name in self.architecture.decoder_modules:
+            if self._module(f"{name}.{self.architecture.layer.format(layer=0)}") is not None:
+                return name
+        raise OrthogonalizeError(
+            f"{type(self.model).__name__} has no blocks where {self.architecture.family} models have them"
+        )
+
+    def _module(self, name: str) -> nn.Module | None:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:  # absent, or None
+            return None
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.get_submodule(self.decoder_name)
+
+    @property
+    def layer_count(self) -> int:
+        return self.architecture.layers(self.config)
+
+    def block_name(self, layer: int) -> str:
+        return f"{self.decoder_name}.{self.architecture.layer.format(layer=layer)}"
+
+    def block(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.block_name(layer))
+
+    @property
+    def head_norm(self) -> nn.Module:
+        """The norm before the head (and before a projection in between)."""
+        return self.model.get_submodule(f"{self.decoder_name}.{self.architecture.head.norm}")
+
+    def parts(self, site: Site) -> list[Part]:
+        """The parts of a block at `site` that this layer has."""
+        block = self.block_name(int(site.layer or 0))
+        return [
+            part
+            for part in self.architecture.parts(site.kind).values()
+            if self._module(f"{block}.{part.module}") is not None
+        ]
+
+    def inner(self, site: Site, name: str) -> nn.Module:
+        """Module `name` of the block of `site`."""
+        return self.model.get_submodule(f"{self.block_name(int(site.layer or 0))}.{name}")
+
+    def output(self, site: Site, part: Part) -> nn.Module:
+        """The module whose output is added to the stream, a norm behind the block included."""
+        return self.inner(site, part.post_norm or part.module)
+
+    def norm(self, site: Site, part: Part) -> nn.Module | None:
+        """The norm through which `part` reads; None where it reads the stream itself."""
+        block = self.block_name(int(site.layer or 0))
+        found = (self._module(f"{block}.{name}") for name in part.norm)
+        return next((module for module in found if module is not None), None)
+
+
+def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool) -> Handles:
+    if site.kind == "embed":  # everything that was written before the first block
+        yield map_input(stream.block(0), affine)
+        return
+    parts = stream.parts(site)
+    if not parts:  # the family's blocks have no MLP, so a constant goes with what they have
+        site, affine = Site("attn", site.layer), shift(affine.s)
+        parts = stream.parts(site)
+    for number, part in enumerate(parts):
+        module = stream.output(site, part)
+        if part.post_norm is not None and not renormalise:
+            yield _map_before_norm(module, affine, stream.architecture.norms.offset)
+            continue
+        factor = 1.0 if part.scale_inside else stream.architecture.scale(part.scale, stream.config)
+        once = replace(affine, s=affine.s / factor) if number == 0 else affine.unshifted
+        yield map_output(module, once)
+
+
+def _hook_reads(stream: Stream, reads: Mapping[Site, AffineMap], renormalise: bool) -> Handles:
+    norms, epsilon = stream.architecture.norms, stream.architecture.epsilon(stream.config)
+    hooked: dict[nn.Module, AffineMap] = {}
+    for site, affine in reads.items():
+        if site.kind == "head":
+            read: list[tuple[nn.Module, bool]] = [(stream.head_norm, True)]
+        else:
+            pairs = [(stream.norm(site, part), part) for part in stream.parts(site)]
+            read = [(stream.inner(site, p.module) if n is None else n, n is not None) for n, p in pairs]
+        for module, is_norm in read:
+            if module in hooked:  # blocks side by side read through one norm
+                if not all(torch.equal(getattr(hooked[module], k), getattr(affine, k)) for k in ("u", "v")):
+                    raise OrthogonalizeError(f"{site} reads through a norm that another block reads otherwise")
+                continue
+            hooked[module] = affine
+            kept = is_norm and not renormalise
+            yield _map_norm(module, affine, norms, epsilon) if kept else map_input(module, affine)
+
+
+@contextmanager
+def intervened(model: nn.Module, intervention: Intervention, renormalise: bool = True) -> Iterator[nn.Module]:
+    """Run a transformers `model` under `intervention` for the length of the block.
+
+    Write sites are mapped where they are added to the stream, behind a norm where one follows the
+    block. Read sites are mapped before their norm; the norm then divides by the scale of the mapped
+    stream, as if the stream itself had been mapped. Weights cannot see those scales:
+    `renormalise=False` takes the ones that they do see (that of the unmapped stream before readers, that
+    of the mapped block before a norm behind it), which weights reproduce exactly (design: the two
+    differ by a positive factor for every token).
+    """
+    stream = Stream.of(model)
+    with ExitStack() as stack:
+        for site, affine in intervention.writes.items():
+            for handle in _hook_write(stream, site, affine, renormalise):
+                stack.callback(handle.remove)
+        for handle in _hook_reads(stream, intervention.reads, renormalise):
+            stack.callback(handle.remove)
+        yield model
+
+
+@contextmanager
+def layer_projected(model: nn.Module, layer: int, affine: AffineMap) -> Iterator[nn.Module]:
+    """The reference's local intervention: block `layer`'s input and both its outputs are mapped.
+
+    (eliroc98/refusal_direction; Arditi et al. 2024, section 2.4.) The accumulated stream is mapped
+    at the input, which no weight can do, so this serves to score directions and is never baked. A
+    shift belongs to the stream, so the outputs are mapped without it.
+    """
+    stream = Stream.of(model)
+    sites = (Site("attn", layer), Site("mlp", layer))
+    outputs = [stream.output(site, part) for site in sites for part in stream.parts(site)]
+    handles = [map_input(stream.block(layer), affine), *(map_output(output, affine.unshifted) for output in outputs)]
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def input_shifted(model: nn.Module, layer: int, affine: AffineMap) -> Iterator[nn.Module]:
+    """Map the input of block `layer` only (activation addition at the source layer)."""
+    handle = map_input(Stream.of(model).block(layer), affine)
+    try:
+        yield model
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def capturing_inputs(model: nn.Module, take: Callable[[int, torch.Tensor], None]) -> Iterator[nn.Module]:
+    """Call `take(layer, hidden_states)` at the input of every block, and of the head's norm last.
+
+    Hidden states are [batch, tokens, d]; index `layer_count` is the stream that the head reads.
+    """
+    stream = Stream.of(model)
+    modules = [*(stream.block(layer) for layer in range(stream.layer_count)), stream.head_norm]
+    handles = []
+    for layer, module in enumerate(modules):
+
+        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
+            take(layer, args[0] if args else kwargs["hidden_states"])
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()

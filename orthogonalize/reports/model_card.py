@@ -1,0 +1,56 @@
+"""The model card: written from the recipe and, once there is one, the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData, metadata_load
+
+from ..checkpoints.checkpoint import CARD
+from ..edits.recipe import Recipe
+from ..models.resolve import is_hub_id, public_name
+from .schema import Report
+from .tables import summary_rows
+from .templating import templates
+
+
+def _base_metadata(base: Path) -> dict[str, Any]:
+    """The licence and language that the base's own card declares; nothing else is carried over."""
+    file = base / CARD
+    try:
+        metadata = metadata_load(file) or {} if file.is_file() else {}
+    except ValueError:  # a card whose header is not YAML
+        metadata = {}
+    kept = ("license", "license_name", "license_link", "language")
+    return {key: metadata[key] for key in kept if key in metadata}
+
+
+def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None = None) -> str:
+    """The card as Markdown with its YAML header; `inherited` are header fields that the base declares."""
+    if is_hub_id(recipe.base.model):
+        inherited = {**inherited, "base_model": recipe.base.model, "base_model_relation": "finetune"}
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["orthogonalize", recipe.choice.method],
+        **inherited,
+    )
+    leaks = [t.leak for t in recipe.tensors if t.leak is not None]
+    return (
+        templates()
+        .get_template("card.md.j2")
+        .render(
+            header=data.to_yaml(),
+            recipe=recipe,
+            base_name=public_name(recipe.base.model),
+            leak=max(leaks) if leaks else None,
+            rows=summary_rows(report) if report else [],
+            report=report,
+        )
+    )
+
+
+def write_card(folder: Path, recipe: Recipe, base: Path | None = None, report: Report | None = None) -> None:
+    """Write README.md into a checkpoint folder; without `base`, the licence of its present card stays."""
+    (folder / CARD).write_text(card_text(recipe, _base_metadata(base or folder), report), "utf-8")

@@ -1,0 +1,46 @@
+"""The picture of a sweep: how much of the behaviour each edit removes, against the harm it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from .run_plots import COLOURS, MARKERS
+from .sweep import Sweep, outcome
+from .tables import title
+
+
+def pareto_figure(sweep: Sweep) -> Figure:
+    """One point an edit, coloured by method; a line through those that no other beats."""
+    figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    methods = list(dict.fromkeys(s.choice.method for s in sweep.variants))
+    points = {s.name: (p, s) for s in sweep.variants if (p := outcome(sweep, s)) is not None}
+    for i, method in enumerate(methods):
+        mine = [p for p, s in points.values() if s.choice.method == method]
+        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        axis.scatter([100 * g for g, _ in mine], [h for _, h in mine], label=method, s=34, alpha=0.85, **style)
+    best = sorted(points[name][0] for name in sweep.pareto)
+    axis.step([100 * g for g, _ in best], [h for _, h in best], where="pre", color="0.4", linewidth=1, zorder=0)
+    for name in sweep.pareto:
+        (gone, harm), _ = points[name]
+        axis.annotate(name, (100 * gone, harm), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axis.set_yscale("symlog", linthresh=0.1)
+    effect, harm_name = title(sweep.effect or ""), title(sweep.harm or "")
+    relative = "relative increase of " if (sweep.harm or "").startswith("loss") else ""
+    axis.set(xlabel=f"removed: {effect}, points", ylabel=f"harm: {relative}{harm_name}", title=sweep.model)
+    axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.legend(fontsize=8)
+    return figure  # type: ignore[no-any-return]
+
+
+def write_pareto_plot(sweep: Sweep, file: Path) -> None:
+    """Write the picture as a PNG file."""
+    figure = pareto_figure(sweep)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)

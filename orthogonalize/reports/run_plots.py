@@ -1,0 +1,252 @@
+"""Pictures of a run, the same in `run/plots` and in the report; readable in print and by colour-blind readers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..directions.activation_store import FILE as ACTIVATIONS
+from ..directions.activation_store import Recording
+from ..selection.candidates import MAX_KL, MIN_INDUCE, PRUNED_LAYERS
+from ..selection.run_folder import Run
+
+# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey print.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+SIDE_STYLES = {"positive": (COLOURS[1], "^"), "negative": (COLOURS[0], "o")}
+PANELS = 24  # most layers that have a panel of their own
+NAMES = {"dim": "diff-in-means", "inlp": "INLP", "leace": "LEACE"}
+
+
+def _subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
+    figure, axes = plt.subplots(*shape, layout="constrained", **options)
+    return figure, axes
+
+
+def _style(i: int) -> dict[str, object]:
+    return {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 3.5, "linewidth": 1}
+
+
+def candidate_figure(run: Run, method: str) -> Figure:
+    """Bypass, induce and KL of every candidate of `method` by layer, a line a position."""
+    figure, axes = _subplots(1, 3, figsize=(13, 3.8))
+    mine = [c for c in run.candidates if c.method == method]
+    for i, position in enumerate(run.directions.positions):
+        row = sorted((c for c in mine if c.position == position), key=lambda c: c.layer)
+        for axis, name in zip(axes, ("bypass", "induce", "kl"), strict=True):
+            axis.plot([c.layer for c in row], [getattr(c, name) for c in row], label=str(position), **_style(i))
+    axes[0].axhline(run.info.base_score["positive"], color="grey", linestyle="--", label="unedited")
+    axes[1].axhline(run.info.base_score["negative"], color="grey", linestyle="--", label="unedited")
+    axes[1].axhline(MIN_INDUCE, color="black", linestyle=":", label="filter")
+    axes[2].axhline(MAX_KL, color="black", linestyle=":", label="filter")
+    axes[2].set_yscale("symlog", linthresh=1e-3)
+    axes[2].set_ylim(bottom=0)
+    titles = ("edited out: behaviour score", "added: behaviour score", "edited out: KL on the other side, nats")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.axvline(run.info.layer_count * (1 - PRUNED_LAYERS) - 0.5, color="black", linestyle=":", linewidth=0.8)
+        axis.set(title=title, xlabel="layer")
+    axes[0].legend(title="position", fontsize=7)
+    figure.suptitle(f"{NAMES[method]}: scores by layer and position (right of the dotted line: layers left out)")
+    return figure
+
+
+def _best(run: Run, method: str) -> tuple[int, int]:
+    """Position and layer of the best candidate of `method`, else of any."""
+    best = next((c for c in run.candidates if c.method == method), run.candidates[0])
+    return best.position, best.layer
+
+
+def _directions_at(run: Run, position: int, layer: int) -> dict[str, torch.Tensor]:
+    """One unit direction a method: the mean difference, INLP's first, and the one that LEACE reads."""
+    found: dict[str, torch.Tensor] = {}
+    for method in ("dim", "inlp"):
+        basis = run.directions.basis(method, position, layer)
+        if basis is not None:
+            found[method] = basis[0]
+    eraser = run.directions.eraser(position, layer)
+    if eraser is not None:
+        found["leace"] = eraser.v / eraser.v.norm()
+    return found
+
+
+def cosine_figure(run: Run) -> Figure | None:
+    """Cosines across layers between the methods' directions, and between draws of the prompts; None without either."""
+    if len(run.info.methods) < 2 and not run.directions.stability:
+        return None
+    position, _ = _best(run, "dim")
+    layers = range(run.directions.layer_count + 1)
+    at = {layer: _directions_at(run, position, layer) for layer in layers}
+    figure, axis = _subplots(figsize=(8, 4))
+    for i, (a, b) in enumerate((("dim", "inlp"), ("dim", "leace"), ("inlp", "leace"))):
+        both = [layer for layer in layers if a in at[layer] and b in at[layer]]
+        if both:
+            cosines = [(at[layer][a] @ at[layer][b]).item() for layer in both]
+            axis.plot(both, cosines, label=f"{NAMES[a]} and {NAMES[b]}", **_style(i))
+    for i, (method, between_seeds) in enumerate(run.directions.stability.items()):
+        here = between_seeds[:, :, run.directions.positions.index(position)]
+        pairs = torch.triu_indices(len(here), len(here), 1)
+        between = here[pairs[0], pairs[1]]
+        axis.plot(layers, between.mean(0), linestyle="--", label=f"{NAMES[method]}, between seeds", **_style(i + 3))
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.set(
+        xlabel="layer", ylabel="cosine", title=f"directions against each other, position {position}", ylim=(-1.05, 1.05)
+    )
+    axis.legend(fontsize=8)
+    return figure
+
+
+def accuracy_figure(run: Run) -> Figure:
+    """Held-out accuracy of every INLP classifier, against its number, a line a layer at the best position."""
+    position, chosen = _best(run, "inlp")
+    figure, axis = _subplots(figsize=(8, 4))
+    shades = plt.get_cmap("cividis")
+    count = run.directions.layer_count
+    for layer in range(count + 1):
+        found = run.directions.subspaces.get((position, layer))
+        if found is None or not found.rank:
+            continue
+        curve = [*found.accuracies, *([found.stopped_at] if found.stopped_at is not None else [])]
+        width = 2.2 if layer == chosen else 0.8
+        axis.plot(
+            range(1, len(curve) + 1), curve, color=shades(layer / count), linewidth=width, marker=".", markersize=4
+        )
+    axis.axhline(0.55, color="black", linestyle=":", linewidth=0.8, label="stops under this")
+    scale = plt.cm.ScalarMappable(cmap=shades, norm=plt.Normalize(0, count))
+    figure.colorbar(scale, ax=axis, label="layer")
+    axis.set(
+        xlabel="classifier", ylabel="held-out accuracy",
+        title=f"INLP at position {position} (thick: layer {chosen}; a last point under the line is not kept)",
+    )  # fmt: skip
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _projected(run: Run, recording: Recording, position: int, layer: int, rows: torch.Tensor) -> dict[str, np.ndarray]:
+    """Val (else train) activations of both sides along `rows` [k, d], centred between the sides: [prompts, k]."""
+    index = run.directions.positions.index(position)
+    found = {}
+    for side in SIDE_STYLES:
+        split = "val" if recording.count(f"{side}.val") else "train"
+        found[side] = (recording.read(f"{side}.{split}", layer)[:, index].double() @ rows.double().mT).numpy()
+    middle = (found["positive"].mean(0) + found["negative"].mean(0)) / 2
+    spread = np.concatenate([side - middle for side in found.values()]).std(0)
+    return {side: (values - middle) / np.where(spread > 0, spread, 1.0) for side, values in found.items()}
+
+
+def projection_figure(run: Run, recording: Recording) -> Figure:
+    """Both sides' val prompts along each layer's own mean difference at the chosen position, layer by layer."""
+    position, chosen = _best(run, "dim")
+    figure, axis = _subplots(figsize=(13, 4))
+    for layer in range(run.directions.layer_count + 1):
+        basis = run.directions.basis("dim", position, layer)
+        if basis is None:
+            continue
+        for offset, (side, values) in zip(
+            (-0.15, 0.15), _projected(run, recording, position, layer, basis).items(), strict=True
+        ):
+            colour, marker = SIDE_STYLES[side]
+            places = np.full(len(values), layer + offset)
+            axis.scatter(places, values[:, 0], s=9, color=colour, marker=marker, alpha=0.6, linewidth=0)
+    _side_legend(axis)
+    axis.axvline(chosen, color="black", linestyle=":", linewidth=0.8)
+    axis.set(
+        xlabel="layer", ylabel="standard deviations", xlim=(-0.6, run.directions.layer_count + 0.6),
+        title=f"both sides along each layer's mean difference, position {position} (dotted: layer {chosen}, the best)",
+    )  # fmt: skip
+    return figure
+
+
+def _side_legend(axis: Axes) -> None:
+    for side, (colour, marker) in SIDE_STYLES.items():
+        axis.scatter([], [], color=colour, marker=marker, label=side)
+    axis.legend(fontsize=8)
+
+
+def plane_figure(run: Run, recording: Recording) -> Figure | None:
+    """Both sides' val prompts on INLP's first two directions, a panel a layer; None without two."""
+    position, chosen = _best(run, "inlp")
+    found = {layer: run.directions.subspaces.get((position, layer)) for layer in range(run.directions.layer_count + 1)}
+    layers = [layer for layer, subspace in found.items() if subspace is not None and subspace.rank >= 2]
+    if not layers:
+        return None
+    picked = sorted({layers[i] for i in np.linspace(0, len(layers) - 1, min(PANELS, len(layers))).round().astype(int)})
+    columns = min(8, len(picked))
+    rows = -(-len(picked) // columns)
+    figure, axes = _subplots(rows, columns, figsize=(1.6 * columns, 1.75 * rows + 0.5), squeeze=False)
+    for axis in axes.flat[len(picked) :]:
+        axis.set_visible(False)
+    for axis, layer in zip(axes.flat, picked, strict=False):
+        subspace = found[layer]
+        assert subspace is not None
+        for side, values in _projected(run, recording, position, layer, subspace.basis[:2]).items():
+            colour, marker = SIDE_STYLES[side]
+            axis.scatter(
+                values[:, 0], values[:, 1], s=7, color=colour, marker=marker, alpha=0.6, linewidth=0, label=side
+            )
+        axis.set_title(f"layer {layer}", fontsize=8, fontweight="bold" if layer == chosen else "normal")
+        axis.set_xticks([])
+        axis.set_yticks([])
+    axes[0, 0].legend(fontsize=6)
+    figure.suptitle(f"both sides on INLP's first (across) and second (up) direction, position {position}", fontsize=10)
+    return figure
+
+
+def probe_figure(run: Run) -> Figure | None:
+    """What a fresh probe reads from the stream before and after each method's best edit there; None without probes."""
+    if not run.probes:
+        return None
+    figure, axis = _subplots(figsize=(8, 0.45 * len(run.probes) + 1.6))
+    for i, found in enumerate(reversed(run.probes)):
+        axis.plot([found.after, found.before], [i, i], color="grey", linewidth=1)
+        axis.scatter(found.before, i, color=COLOURS[0], marker="o", label="before" if not i else None)
+        axis.scatter(found.after, i, color=COLOURS[1], marker="^", label="after" if not i else None)
+        axis.plot(
+            [found.chance] * 2, [i - 0.3, i + 0.3], color="black", linestyle=":", label="chance" if not i else None
+        )
+    names = [f"{NAMES[p.method]}, rank {p.rank} (layer {p.layer})" for p in reversed(run.probes)]
+    axis.set_yticks(range(len(names)), names)
+    axis.set(
+        xlabel=f"accuracy on {run.probes[0].n} val prompts",
+        title="a fresh linear probe, before and after removal",
+        xlim=(0.3, 1.03),
+    )
+    axis.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def figures(run: Run, recording: Recording) -> Iterator[tuple[str, Figure]]:
+    """Every picture of a run by its name."""
+    for method in run.info.methods:
+        yield f"candidates-{method}", candidate_figure(run, method)
+    if run.directions.subspaces:
+        yield "inlp-accuracy", accuracy_figure(run)
+    yield "projections-dim", projection_figure(run, recording)
+    where_there_is_any = {
+        "cosines": cosine_figure(run),
+        "projections-inlp": plane_figure(run, recording),
+        "probes": probe_figure(run),
+    }
+    for name, figure in where_there_is_any.items():
+        if figure is not None:
+            yield name, figure
+
+
+def plot_run(run: Run, folder: Path) -> None:
+    """Write a run's pictures into `plots` of its folder; the run's activations are read from there too."""
+    plots = folder / "plots"
+    plots.mkdir(parents=True, exist_ok=True)
+    for former in plots.glob("*.png"):
+        former.unlink()
+    for name, figure in figures(run, Recording(folder / ACTIVATIONS)):
+        figure.savefig(plots / f"{name}.png", dpi=130)
+        plt.close(figure)

@@ -1,0 +1,134 @@
+"""What a sweep found: the record of every edit beside the base, and which edits no other beats."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ..edits.config import Choice
+from ..engines.base import EngineName
+from ..evals.metrics import Loss, Paired, Rate, Record
+from .schema import Measures
+from .tables import title
+
+Semantics = Literal["weights", "residual"]
+
+
+class Swept(Record):
+    """One edit's measures and their comparison with the base; `refused` says why it cannot be baked or measured."""
+
+    name: str
+    choice: Choice
+    direction: str
+    layers: list[int]
+    seconds: float = 0.0
+    refused: str | None = None
+    measures: Measures | None = None
+    paired: dict[str, Paired] = Field(default_factory=dict)
+
+
+class Sweep(Record):
+    """`sweep.json`: the base, every edit, and the names of those that no other beats at both ends.
+
+    `effect` and `harm` are the dotted keys that the comparison is about: how much of the behaviour is
+    gone, and how much worse the base's own answers (or its next words) have become. `restored` says that the
+    engine held the base's weights again, bit for bit, at the end (None for hooks, and where that was not seen).
+    """
+
+    format: Literal[1] = 1
+    engine: EngineName
+    engine_version: str
+    semantics: Semantics
+    model: str
+    suites: list[str]
+    judges: dict[str, str] = Field(default_factory=dict)
+    data: dict[str, str]
+    max_new_tokens: int
+    limit: int | None = None
+    sensitive: bool
+    effect: str | None
+    harm: str | None
+    restored: bool | None
+    base: Measures
+    variants: list[Swept]
+    pareto: list[str]
+
+
+def effect_key(base: Measures) -> str | None:
+    """Refusal where the base refuses its target prompts, else the behaviour's first token."""
+    found = base.flat()
+    for key in ("refusal.target", "behaviour.target"):
+        rate = found.get(key)
+        if isinstance(rate, Rate) and rate.value >= 0.05:
+            return key
+    return next((key for key in ("refusal.target", "behaviour.target") if key in found), None)
+
+
+def harm_key(base: Measures) -> str | None:
+    return next((k for k in ("loss.own_completions", "kl.completions", "loss.pile") if k in base.flat()), None)
+
+
+def outcome(sweep: Sweep, swept: Swept) -> tuple[float, float] | None:
+    """(how much of the behaviour is gone, harm), both as shares; None where either is not known.
+
+    Harm is the relative increase of the loss, or the KL in nats a token.
+    """
+    if swept.measures is None or sweep.effect is None or sweep.harm is None:
+        return None
+    effect, harm = swept.paired.get(sweep.effect), swept.paired.get(sweep.harm)
+    return None if effect is None or harm is None else (-effect.difference, harm.difference)
+
+
+def pareto(sweep: Sweep) -> list[str]:
+    """The names of the edits that no other beats: none removes as much at less harm, or more at as little."""
+    points = {s.name: p for s in sweep.variants if (p := outcome(sweep, s)) is not None}
+    return [
+        name
+        for name, (gone, harm) in points.items()
+        if not any(g >= gone and h <= harm and (g, h) != (gone, harm) for g, h in points.values())
+    ]
+
+
+def _columns(sweep: Sweep) -> list[str]:
+    """The measures of the table: the effect, on harmless prompts too, the harm, then what else was asked for."""
+    first = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
+    asked = ("refusal.sets.", "judges.", "loss.", "kl.completions", "choices.", "tasks.")
+    return first + [
+        k for k in sweep.base.flat() if k.startswith(asked) and not k.endswith(".harmless") and k not in first
+    ]
+
+
+def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
+    """(edit, each of `_columns`, note) as text; the base first."""
+    rows = []
+    keys = _columns(sweep)
+
+    def cells(measures: Measures, paired: dict[str, Paired]) -> tuple[str, ...]:
+        found = measures.flat()
+        texts = []
+        for key in keys:
+            measure = found.get(key)
+            if isinstance(measure, Rate):
+                unread = f" ({measure.unparseable} unreadable)" if measure.unparseable else ""
+                texts.append((f"{100 * measure.value:.1f}%" if measure.n else "-") + unread)
+            elif isinstance(measure, Loss):
+                texts.append(f"{measure.value:.3f}" + (f" ({100 * paired[key].difference:+.1f}%)" if paired else ""))
+            else:
+                texts.append("-" if measure is None else f"{measure.value:.3f}")
+        return tuple(texts)
+
+    rows.append(("base", *cells(sweep.base, {}), ""))
+    for swept in sweep.variants:
+        if swept.measures is None:
+            rows.append((swept.name, *("-" for _ in keys), f"not possible: {swept.refused}"))
+        else:
+            mark = "best trade-off" if swept.name in sweep.pareto else ""
+            rows.append((swept.name, *cells(swept.measures, swept.paired), mark))
+    return rows
+
+
+def sweep_columns(sweep: Sweep) -> list[str]:
+    """The headings of `sweep_rows`."""
+    keys = _columns(sweep)
+    return ["edit", *(title(k) for k in keys), ""]

@@ -1,0 +1,72 @@
+"""A contrast's behaviour: its first tokens, each prompt's score, and which prompts show or lack it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+from ..core.progress import track
+from ..data.chat import ChatFormat
+from ..data.prompts import MINIMUM_TRAIN, SIDES, Prompt
+from ..models.activations import mean_activations
+from .scoring import behaviour_score, first_token_probabilities, learn_behaviour_tokens
+
+
+def measure_behaviour(
+    model: Any, tokenizer: Any, chat: ChatFormat, prompts: list[Prompt], given: Sequence[int | str]
+) -> tuple[list[int], list[Prompt]]:
+    """Behaviour tokens, learnt on train and val prompts or given; every prompt but the test ones gets its score."""
+    used = [i for i, p in enumerate(prompts) if p.split != "test"]
+    ids = chat.encode_all([prompts[i].text for i in used])
+    with track("scoring prompts", len(used), "prompts") as advance:
+        probabilities = first_token_probabilities(model, ids)
+        advance(len(used))
+    if not torch.isfinite(probabilities).all():
+        mean_activations(model, ids, 1)  # names the layer, where it is one
+        raise OrthogonalizeError("the model's outputs hold NaN or infinite values; the checkpoint is damaged")
+    if given:
+        tokens = [_token(model, tokenizer, t) for t in given]
+    else:
+        rows = {side: [n for n, i in enumerate(used) if prompts[i].side == side and prompts[i].split != "spare"]
+                for side in SIDES}  # fmt: skip
+        tokens = learn_behaviour_tokens(probabilities[rows["positive"]], probabilities[rows["negative"]])
+    scored = list(prompts)
+    for i, score in zip(used, behaviour_score(probabilities, tokens).tolist(), strict=True):
+        scored[i] = replace(prompts[i], score=score)
+    return tokens, scored
+
+
+def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], dict[str, dict[str, int]]]:
+    """Keep train and val prompts on which the model behaves as their side says (design, section 5)."""
+    kept = prompts
+    if filtered:
+        kept = [p for p in prompts if p.score is None or (p.score > 0) == (p.side == "positive")]
+    counts: dict[str, dict[str, int]] = {}
+    for side in SIDES:
+        for split in ("train", "val"):
+            left = sum((p.side, p.split) == (side, split) for p in kept)
+            given = sum((p.side, p.split) == (side, split) for p in prompts)
+            counts.setdefault(side, {})[split] = left
+            needed = MINIMUM_TRAIN if split == "train" else 1
+            if left < needed:
+                verb = "shows" if side == "positive" else "lacks"
+                raise OrthogonalizeError(
+                    f"of {given} {side} {split} prompts the model {verb} the behaviour on {left}, and at least "
+                    f"{needed} are needed; give other prompts, --behaviour-tokens or --no-filter"
+                )
+    return kept, counts
+
+
+def _token(model: Any, tokenizer: Any, token: int | str) -> int:
+    if isinstance(token, int):
+        if not 0 <= token < model.config.vocab_size:
+            raise OrthogonalizeError(f"behaviour token {token} is no id of this model's vocabulary")
+        return token
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise OrthogonalizeError(f"behaviour token {token!r} is {len(ids)} tokens for this model; it must be one")
+    return int(ids[0])

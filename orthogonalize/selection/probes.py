@@ -1,0 +1,89 @@
+"""Probes: whether an edit erased a concept from the stream, tested on prompts that no fit has seen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from ..core.interventions import AffineMap, removal
+from ..data.prompts import SIDES, Side
+from ..directions.activation_store import Recording
+from ..directions.direction_set import Directions
+from ..edits.config import RANK_BY_ACCURACY, Choice
+from ..edits.recipe import ProbeResult
+
+
+def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.Tensor]) -> float:
+    """Share of `val` that scikit-learn's logistic regression, fitted to `train`, puts on its side.
+
+    Both map `positive` and `negative` to activations [n, d]. The fit is done in coordinates of the train
+    samples' span, in which the regularised solution lies.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    fitted, held = (torch.cat([part[side].to(torch.float64) for side in SIDES]) for part in (train, val))
+    labels, truth = (np.repeat([1, 0], [len(part[side]) for side in SIDES]) for part in (train, val))
+    centre = fitted.mean(0)
+    _, singular, frame = torch.linalg.svd(fitted - centre, full_matrices=False)
+    frame = frame[singular > 1e-10 * singular[:1]]
+    scale = singular[0].item() / len(fitted) ** 0.5 or 1.0  # whatever the stream's unit, the penalty means the same
+    classifier = LogisticRegression(C=1.0, max_iter=1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        classifier.fit(((fitted - centre) @ frame.mT / scale).numpy(), labels)
+    return float(classifier.score(((held - centre) @ frame.mT / scale).numpy(), truth))
+
+
+def probe(
+    recording: Recording, directions: Directions, method: str, position: int, layer: int, edit: AffineMap
+) -> ProbeResult:
+    """Probe the stream at (position, layer) without and with the map `edit`."""
+    index = directions.positions.index(position)
+    sets = {
+        split: {side: recording.read(f"{side}.{split}", layer)[:, index].to(torch.float64) for side in SIDES}
+        for split in ("train", "val")
+    }
+    edited = {split: {side: edit(x) for side, x in part.items()} for split, part in sets.items()}
+    counts = [len(x) for x in sets["val"].values()]
+    return ProbeResult(
+        method=method,
+        position=position,
+        layer=layer,
+        rank=edit.rank,
+        before=probe_accuracy(sets["train"], sets["val"]),
+        after=probe_accuracy(edited["train"], edited["val"]),
+        chance=max(counts) / sum(counts),
+        n=sum(counts),
+    )
+
+
+def probe_candidate(
+    recording: Recording, directions: Directions, method: str, position: int, layer: int
+) -> list[ProbeResult]:
+    """Probes of what `method` found there: the direction, the eraser, or INLP's basis at its usual ranks."""
+    if method != "inlp":
+        whole = directions.removal(method, position, layer)
+        return [] if whole is None else [probe(recording, directions, method, position, layer, whole)]
+    subspace = directions.subspaces.get((position, layer))
+    if subspace is None or not subspace.rank:
+        return []
+    ranks = {1, subspace.rank, *(subspace.leading(a) for a in RANK_BY_ACCURACY.values())}
+    return [
+        probe(recording, directions, method, position, layer, removal(subspace.basis[:rank])) for rank in sorted(ranks)
+    ]
+
+
+def probe_choice(
+    recording: Recording, directions: Directions, choice: Choice, maps: Mapping[int, AffineMap]
+) -> list[ProbeResult]:
+    """Probes of an edit's own maps, by the stream (layer) that each was taken from."""
+    assert choice.position is not None
+    return [
+        probe(recording, directions, choice.method, choice.position, layer, edit)
+        for layer, edit in sorted(maps.items())
+        if edit.rank
+    ]

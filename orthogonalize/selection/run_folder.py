@@ -1,0 +1,111 @@
+"""A run: what `extract` found, on disk, enough to redo a choice without the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..core.errors import OrthogonalizeError
+from ..core.files import write_whole
+from ..data.prompts import Prompt, Side, Split
+from ..directions.direction_set import Directions
+from ..edits.recipe import ProbeResult
+from .candidates import Candidate, rank_correlation
+from .stages import BOOK
+from .trials import Trial
+
+
+class RunInfo(BaseModel):
+    """`run.json`: where the run came from and with which settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    revision: str | None
+    architecture: str
+    weights: dict[str, str]
+    prompts: dict[str, str]
+    sensitive: list[Side]
+    system: str | None
+    template_arguments: dict[str, Any]
+    chat_template: bool
+    layer_count: int
+    width: int
+    methods: list[str]
+    behaviour_tokens: list[int]
+    behaviour_words: list[str]
+    base_score: dict[str, float]
+    filtered: dict[str, dict[str, int]]
+    seed: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run folder."""
+
+    info: RunInfo
+    prompts: list[Prompt]
+    directions: Directions
+    candidates: list[Candidate]
+    trials: list[Trial]
+    probes: list[ProbeResult] = field(default_factory=list)
+
+    def texts(self, side: Side, split: Split) -> list[str]:
+        """The prompts of one side and split."""
+        return [p.text for p in self.prompts if p.side == side and p.split == split]
+
+
+def save_prompts(prompts: Sequence[Prompt], folder: Path) -> None:
+    """Write prompts.jsonl."""
+    rows = [json.dumps(asdict(prompt), ensure_ascii=False) for prompt in prompts]
+    write_whole(folder / "prompts.jsonl", "\n".join(rows) + "\n")
+
+
+def load_prompt_file(folder: Path) -> list[Prompt]:
+    """Read prompts.jsonl."""
+    lines = (folder / "prompts.jsonl").read_text("utf-8").split("\n")
+    return [Prompt(**json.loads(line)) for line in lines if line]
+
+
+def save_selection(
+    candidates: Sequence[Candidate], trials: Sequence[Trial], probes: Sequence[ProbeResult], folder: Path
+) -> None:
+    """Write candidates.json: the scores with filters and ranks, tried edits, probes, and how well local scores rank."""
+    methods = dict.fromkeys(c.method for c in candidates)
+    found = {
+        "spearman": {method: rank_correlation(candidates, method) for method in methods},
+        "candidates": [asdict(c) for c in candidates],
+        "trials": [t.model_dump() for t in trials],
+        "probes": [p.model_dump() for p in probes],
+    }
+    write_whole(folder / "candidates.json", json.dumps(found, indent=1) + "\n")
+
+
+def load_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        OrthogonalizeError: it is none, or a part is missing or damaged.
+    """
+    if not (folder / "run.json").is_file() and (folder / BOOK).is_file():
+        raise OrthogonalizeError(f"run folder {folder} is not finished; run the same extract again to go on")
+    if not (folder / "run.json").is_file():
+        raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); make one with extract")
+    try:
+        info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))
+        prompts = load_prompt_file(folder)
+        scores = json.loads((folder / "candidates.json").read_text("utf-8"))
+        candidates = [Candidate.from_row(row) for row in scores["candidates"]]
+        trials = [Trial.model_validate(row) for row in scores["trials"]]
+        probes = [ProbeResult.model_validate(row) for row in scores["probes"]]
+        directions = Directions.load(folder / "directions.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise OrthogonalizeError(f"run folder {folder} is damaged ({reason}); extract it again") from error
+    return Run(info, prompts, directions, candidates, trials, probes)

@@ -1,0 +1,184 @@
+"""Scoring: how strongly a model is about to show a behaviour, and how far an edit moves its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+from ..core.interventions import AffineMap, Intervention, Site, block_sites
+from ..models.activations import batches, pad
+from ..models.hooks import Stream, capturing_inputs, input_shifted, intervened, layer_projected
+from ..models.logprobs import completion_scores
+
+SMOOTHING = 1e-6  # added to probabilities before a KL, as in eliroc98/refusal_direction
+
+
+def _last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Logits [batch, vocabulary] at each row's last real token; the head sees no other token."""
+    ends, row_end = torch.unique(lengths - 1, return_inverse=True)
+    logits = model(input_ids=padded, use_cache=False, logits_to_keep=ends).logits
+    return logits[torch.arange(len(padded), device=logits.device), row_end].float()  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def first_token_probabilities(model: Any, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Probabilities [prompts, vocabulary] of the first token of the answer, on the CPU."""
+    result: torch.Tensor | None = None
+    for group in batches(ids):
+        padded, lengths = pad([ids[i] for i in group], model.device)
+        part = _last_logits(model, padded, lengths).softmax(-1).cpu()
+        if result is None:
+            result = torch.empty(len(ids), part.shape[-1])
+        result[group] = part
+    assert result is not None
+    return result
+
+
+def behaviour_score(probabilities: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """`log p - log(1 - p)` of the behaviour tokens' total probability p (Arditi et al. 2024, section 2.3).
+
+    Probabilities [..., vocabulary] in, log-odds [...] out; p is kept 1e-8 away from 0 and 1.
+    """
+    p = probabilities[..., list(tokens)].sum(-1).double().clamp(1e-8, 1 - 1e-8)
+    return p.log() - (1 - p).log()
+
+
+def divergence(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """KL(base || edited) in nats over the last axis, each probability smoothed by 1e-6."""
+    p, q = base.double() + SMOOTHING, edited.double() + SMOOTHING
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most: int = 8) -> list[int]:
+    """The first tokens by which the model's answers to the two sides differ.
+
+    Takes [prompts, vocabulary] first-token probabilities of each side. Tokens are taken in order of
+    how much likelier they are on the positive side, until nine tenths of that difference is covered.
+
+    Raises:
+        OrthogonalizeError: the answers' first tokens hardly differ.
+    """
+    gain = positive.double().mean(0) - negative.double().mean(0)
+    total = gain.clamp(min=0).sum()
+    if total < 0.05:
+        raise OrthogonalizeError(
+            "the model begins its answers to both sides alike, so no behaviour tokens can be learnt; "
+            "name them with --behaviour-tokens"
+        )
+    values, order = gain.topk(most)
+    tokens: list[int] = []
+    covered = 0.0
+    for value, token in zip(values.tolist(), order.tolist(), strict=True):
+        if tokens and (covered >= 0.9 * total or value < 0.02):
+            break
+        tokens.append(token)
+        covered += value
+    return tokens
+
+
+def _passed_through(wrapped: bool) -> Any:
+    """A block's forward that returns its input, as the class's own returns its output."""
+    return lambda hidden_states, *_args, **_kwargs: (hidden_states,) if wrapped else hidden_states
+
+
+@contextmanager
+def _resumed(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Iterator[None]:
+    """Run `model` from block `layer` on, its input replaced by `hidden`; the blocks before do nothing.
+
+    `wrapped` says that blocks return tuples.
+    """
+    stream = Stream.of(model)
+    skipped = [stream.block(i) for i in range(layer)]
+
+    def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+    handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
+    for block in skipped:
+        block.forward = _passed_through(wrapped)
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in skipped:
+            del block.forward
+
+
+class LocalScorer:
+    """First-token probabilities under edits at one layer, for one fixed set of prompts.
+
+    An edit at layer l leaves the blocks before l as they are, so their outputs are computed once and
+    every run starts at l. Several maps (one a position) share a batch, each row with its own.
+    """
+
+    def __init__(self, model: Any, ids: Sequence[Sequence[int]]) -> None:
+        self.model = model
+        self.groups = [[ids[i] for i in group] for group in batches(ids, tokens=1024)]
+        self.order = [i for group in batches(ids, tokens=1024) for i in group]
+        self.inputs: list[list[torch.Tensor]] = []
+        self.wrapped = False
+
+        def look(_module: Any, _inputs: Any, output: Any) -> None:
+            self.wrapped = isinstance(output, tuple)
+
+        watch = Stream.of(model).block(0).register_forward_hook(look)
+        for group in self.groups:
+            stream: list[torch.Tensor] = []
+            padded, _ = pad(group, model.device)
+            with torch.inference_mode(), capturing_inputs(model, lambda _l, h, s=stream: s.append(h.clone())):  # type: ignore[misc]
+                model(input_ids=padded, use_cache=False, logits_to_keep=1)
+            self.inputs.append(stream)
+        watch.remove()
+
+    @torch.inference_mode()
+    def probabilities(self, layer: int, maps: AffineMap, projected: bool) -> torch.Tensor:
+        """[maps, prompts, vocabulary] with each of the batched `maps` at `layer`.
+
+        `projected` maps the block's input and both its outputs; otherwise only the input.
+        """
+        count = len(maps.s)
+        parts = []
+        for group, stream in zip(self.groups, self.inputs, strict=True):
+            padded, lengths = pad(group, self.model.device)
+            rows = maps.to(self.model.device, torch.float32)
+            rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
+            edit = layer_projected if projected else input_shifted
+            resumed = _resumed(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
+            with resumed, edit(self.model, layer, rows):
+                logits = _last_logits(self.model, padded.repeat(count, 1), lengths.repeat(count))
+            parts.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
+        result = torch.cat(parts, dim=1)
+        return result[:, torch.tensor(self.order).argsort()]
+
+
+@torch.inference_mode()
+def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineMap, layers: int) -> torch.Tensor:
+    """First-token probabilities [maps, prompts, vocabulary] with each of the batched `maps` on every write.
+
+    For a projection this is what the reference's hooks on every block input and output do; a shift
+    is added once, with the embedding.
+    """
+    count = len(maps.s)
+    result: torch.Tensor | None = None
+    for group in batches(ids, tokens=1024):
+        rows = maps.to(model.device, torch.float32)
+        rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
+        writes = {Site("embed"): rows} | dict.fromkeys(block_sites(range(layers)), rows.unshifted)
+        padded, lengths = pad([ids[i] for i in group], model.device)
+        with intervened(model, Intervention(writes=writes)):
+            logits = _last_logits(model, padded.repeat(count, 1), lengths.repeat(count))
+        part = logits.softmax(-1).reshape(count, len(group), -1).cpu()
+        if result is None:
+            result = torch.empty(count, len(ids), part.shape[-1])
+        result[:, group] = part
+    assert result is not None
+    return result
+
+
+def completion_loss(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
+    """Mean cross-entropy of `completions` after `prompts`, in nats a token."""
+    return -sum(c.logprob for c in completion_scores(model, prompts, completions)) / sum(map(len, completions))

@@ -1,0 +1,66 @@
+"""Stages of an extraction: which are done, from which inputs, and how far the one under way has come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..core.errors import OrthogonalizeError
+from ..core.files import fingerprint, write_whole
+
+Stage = Literal["prompts", "activations", "directions", "selection"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+BOOK = "stages.json"
+
+
+class StageBook:
+    """`stages.json` of a run folder: for every stage that is done its inputs and what it recorded.
+
+    A stage's inputs include the fingerprint of the stage before, so a change runs on to all later ones.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / BOOK
+        self.entries: dict[str, dict[str, Any]] = {}
+        if self.file.is_file():
+            try:
+                self.entries = dict(json.loads(self.file.read_text("utf-8")))
+            except ValueError as error:
+                raise OrthogonalizeError(f"{self.file} is damaged; --force extracts again") from error
+
+    def result(self, stage: Stage) -> dict[str, Any]:
+        """What a stage that is done recorded.
+
+        Raises:
+            OrthogonalizeError: it is not done.
+        """
+        if stage not in self.entries:
+            raise OrthogonalizeError(f"{self.file.parent} lacks stage {stage!r}; run extract with --stage {stage}")
+        return dict(self.entries[stage]["result"])
+
+    def unchanged(self, stage: Stage, inputs: Mapping[str, Any]) -> bool:
+        """Whether `stage` was done from these `inputs`."""
+        entry = self.entries.get(stage)
+        return entry is not None and entry["fingerprint"] == fingerprint(inputs)
+
+    def changed_inputs(self, stage: Stage, inputs: Mapping[str, Any]) -> list[str]:
+        """The names of inputs that differ from those a finished `stage` had; none where it is not done."""
+        entry = self.entries.get(stage)
+        if entry is None:
+            return []
+        before = entry["inputs"]
+        return [key for key in sorted(before.keys() | inputs.keys()) if before.get(key) != _plain(inputs.get(key))]
+
+    def complete(self, stage: Stage, inputs: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Record that `stage` is done; later stages were done from something else, and are forgotten."""
+        kept = STAGES[: STAGES.index(stage)]
+        self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
+        self.entries[stage] = {"fingerprint": fingerprint(inputs), "inputs": _plain(inputs), "result": dict(result)}
+        write_whole(self.file, json.dumps(self.entries, indent=1, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it comes back from JSON (tuples as lists)."""
+    return json.loads(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,216 @@
+"""Trying whole edits with hooks: how much of the behaviour is left, and what the edit costs.
+
+Scores at one layer rank directions; they do not say which scope and strength remove a behaviour at
+the least cost. So edits are tried on val prompts and refined from the best, one setting at a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ..core.interventions import Method, centred
+from ..core.journal import StageJournal
+from ..core.progress import track
+from ..directions.direction_set import Directions
+from ..edits.config import Choice, intervention_from_directions
+from ..edits.scopes import parse_scope
+from ..models.hooks import Stream, intervened
+from .candidates import Candidate, Scored, layer_ranking
+from .scoring import behaviour_score, completion_loss, first_token_probabilities
+
+# A trial removes the behaviour if at most this share of positive prompts still begins with it. Real scores
+# have heavier tails than the normal distribution by which a few prompts stand for many, so it is small.
+LEFT = 0.01
+CONFIRMED = 0.05  # the most answers of a confirmed edit that may still refuse
+
+
+class Trial(BaseModel):
+    """One edit tried on val prompts.
+
+    `left`: share of positive prompts that still show the behaviour (see `share_left`). `score`: their mean
+    behaviour score (log-odds). `harm`: relative increase of the cross-entropy of the base model's
+    own answers to negative prompts (0.1 is 10%). `confirmed`: share of positive prompts whose
+    generated answer still shows the behaviour, where that was checked.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    choice: Choice
+    left: float
+    score: float
+    harm: float
+    confirmed: float | None = None
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Sorts the best first: enough removed, then least harm; else least left."""
+        return (0.0, self.harm) if self.left <= LEFT else (self.left, self.score)
+
+
+def share_left(scores: torch.Tensor) -> float:
+    """The share of prompts whose behaviour score (log-odds) is above 0: as observed, or as a normal
+    distribution with the scores' mean and deviation predicts, whichever is more.
+
+    A few val prompts that all just miss 0 do not show that a hundred others will.
+    """
+    observed = (scores > 0).double().mean().item()
+    deviation = scores.double().std(correction=0).item() or 1e-9
+    return max(observed, 0.5 * math.erfc(-scores.mean().item() / deviation / math.sqrt(2)))
+
+
+@dataclass
+class Trials:
+    """What edits are tried on: val prompts as token ids, and the base's answers to the negative ones."""
+
+    model: Any
+    directions: Directions
+    ranked: Sequence[Candidate]
+    tokens: Sequence[int]
+    positive: Sequence[Sequence[int]]
+    negative: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+    known: Scored | None = None  # trials of a run that was killed
+
+    def __post_init__(self) -> None:
+        self.base_loss = completion_loss(self.model, self.negative, self.answers)
+        self.tried: dict[Choice, Trial] = {}
+
+    def edited(self, choice: Choice) -> AbstractContextManager[Any]:
+        """The model under an edit, reading the stream as the baked weights will."""
+        ranking = layer_ranking(self.ranked, "dim")
+        intervention = intervention_from_directions(choice, self.directions, ranking)
+        if Stream.of(self.model).architecture.norms.kind == "layer":
+            intervention = centred(intervention)  # as `edit` does
+        return intervened(self.model, intervention, renormalise=False)
+
+    def run(self, choice: Choice) -> Trial:
+        """Try one edit (once)."""
+        if choice in self.tried:
+            return self.tried[choice]
+        key = f"trial:{choice.model_dump_json()}"
+        if self.known is not None and key in self.known:
+            self.tried[choice] = Trial.model_validate(self.known[key])
+            return self.tried[choice]
+        with self.edited(choice):
+            probabilities = first_token_probabilities(self.model, self.positive)
+            loss = completion_loss(self.model, self.negative, self.answers)
+        scores = behaviour_score(probabilities, self.tokens)
+        self.tried[choice] = Trial(
+            choice=choice,
+            left=share_left(scores),
+            score=scores.mean().item(),
+            harm=loss / self.base_loss - 1,
+        )
+        if self.known is not None:
+            self.known.put({key: self.tried[choice].model_dump()})
+        return self.tried[choice]
+
+    def search(self, budget: int, methods: Iterable[Method] = ("ablate",)) -> list[Trial]:
+        """Try up to `budget` edits and return all of them, best first."""
+        starts = [choice for method in methods for choice in self._starts(method)][: max(1, budget // 2)]
+        with track("trying edits", budget, "edits") as advance:
+            for choice in starts:
+                self.run(choice)
+                advance(1)
+            self._refine(budget, advance)
+        return sorted(self.tried.values(), key=lambda t: t.order)
+
+    def _starts(self, method: Method) -> list[Choice]:
+        """Shared and per-layer directions of the best candidates, on both sides, over several spans."""
+        count = self.directions.layer_count
+        good = [c for c in self.ranked if c.method == "dim" and not c.failed]
+        good = good or [c for c in self.ranked if c.method == "dim"]
+        position = good[0].position
+        shared = list({c.layer: c for c in reversed(good[:10])}.values())[-2:]
+        spans = [f"from:{count * share // 10}" for share in (9, 8, 7)]
+        spans += [f"layers:{count // 2}-{count - 1}", f"layers:{count // 3}-{count * 4 // 5}"]
+        choices: list[Choice] = []
+        for scope in spans:
+            choices.append(Choice(method=method, scope=scope, position=position, per_layer=True))
+            choices += [Choice(method=method, scope=scope, position=c.position, layer=c.layer) for c in shared]
+        return choices
+
+    def _refine(self, budget: int, advance: Callable[[int], None]) -> None:
+        """Coordinate descent from the best trials, over span, strength, position and source layer."""
+        step = max(1, self.directions.layer_count // 6)
+        while len(self.tried) < budget:
+            best = min(self.tried.values(), key=lambda t: t.order)
+            fresh = [c for c in self._neighbours(best.choice, step) if c not in self.tried]
+            if not fresh and step == 1:
+                runner_up = sorted(self.tried.values(), key=lambda t: t.order)[1:4]
+                fresh = [c for t in runner_up for c in self._neighbours(t.choice, step) if c not in self.tried]
+                if not fresh:
+                    return
+            if not fresh:
+                step = max(1, step // 2)
+                continue
+            for choice in fresh:
+                if len(self.tried) >= budget:
+                    return
+                trial = self.run(choice)
+                advance(1)
+                if trial.order < best.order:
+                    break  # go on from there
+
+    def _neighbours(self, choice: Choice, step: int) -> list[Choice]:
+        count = self.directions.layer_count
+        near: list[Choice] = []
+        scope = parse_scope(choice.scope)
+        if scope.kind == "layers":
+            first, last = scope.layers[0], scope.layers[-1]
+            spans = [(first + step, last), (first, last - step), (first - step, last), (first, last + step)]
+            near += [
+                choice.model_copy(update={"scope": f"layers:{a}-{b}" if a < b else f"layers:{a}"})
+                for a, b in spans
+                if 0 <= a <= b < count
+            ]
+        if scope.kind == "from":
+            starts = (scope.layers[0] + step, scope.layers[0] - step)
+            near += [choice.model_copy(update={"scope": f"from:{start}"}) for start in starts if 0 < start <= count]
+        near += [
+            choice.model_copy(update={"strength": round(choice.strength + change, 2)})
+            for change in (-0.2, 0.2, -0.1, 0.1)
+            if 0.2 <= choice.strength + change <= 1.6
+        ]
+        positions = self.directions.positions
+        near += [choice.model_copy(update={"position": p}) for p in positions if abs(p - (choice.position or 0)) == 1]
+        if choice.layer is not None and not choice.per_layer:
+            near += [
+                choice.model_copy(update={"layer": choice.layer + change})
+                for change in (-1, 1)
+                if 1 <= choice.layer + change < count
+            ]
+        return near
+
+
+def confirm(
+    trials: Trials, found: list[Trial], journal: StageJournal, refusal_rate: Callable[[], float], most: int = 4
+) -> list[Trial]:
+    """Let the best trials answer; the first whose answers do not refuse goes to the front.
+
+    `refusal_rate` is the share of the model's answers to the positive val prompts that refuse, as it is then.
+    Only where the unedited model's answers are refusals by wording can this be told.
+    """
+    if "refuses" not in journal:
+        journal.put({"refuses": refusal_rate()})
+    if journal["refuses"] < 0.5:
+        return found
+    confirmed: list[Trial] = []
+    for trial in found[:most]:
+        key = f"confirmed:{trial.choice.model_dump_json()}"
+        if key not in journal:
+            with trials.edited(trial.choice):
+                journal.put({key: refusal_rate()})
+        confirmed.append(trial.model_copy(update={"confirmed": journal[key]}))
+        if journal[key] <= CONFIRMED:
+            break
+    # Only the last can have passed; where none did, the one that leaves least comes first.
+    confirmed.sort(key=lambda t: t.confirmed or 0.0)
+    return [*confirmed, *found[len(confirmed) :]]
