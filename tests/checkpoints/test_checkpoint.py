@@ -1,0 +1,292 @@
+"""Checkpoint folders: what is refused, what is copied, and that nothing half-written is ever seen."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.llama import LAYERS, store, tiny_llama
+from safetensors.torch import load_file
+
+from orthogonalize.checkpoints.checkpoint import INDEX, open_checkpoint
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import removal
+from orthogonalize.core.output_folders import EDITED, REPORT, RUN, check_free, check_space, complete_folder
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
+
+
+def some_edit(basis, scope="layers:1"):
+    return map_sites(parse_scope(scope), LAYERS, lambda _: removal(basis))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_only_what_the_edit_names_changes(basis, tmp_path, shards):
+    source = store(tiny_llama(), tmp_path / "base", torch.bfloat16, shards)
+    (source / "extra").mkdir()
+    (source / "extra" / "tokenizer.json").write_bytes(b"\x00\xff\r\n")
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    bake(open_checkpoint(source), some_edit(basis)).write(edited)
+    before = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    after = {k: v for f in edited.glob("*.safetensors") for k, v in load_file(f).items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.down_proj.weight"}
+    assert after.keys() == before.keys()
+    for name in ("config.json", "generation_config.json", "LICENSE", "extra/tokenizer.json"):
+        assert (edited / name).read_bytes() == (source / name).read_bytes()
+    if shards > 1:
+        assert (edited / INDEX).read_bytes() == (source / INDEX).read_bytes()
+    untouched = [f for f in source.glob("*.safetensors") if not changed & load_file(f).keys()]
+    assert all((edited / f.name).read_bytes() == f.read_bytes() for f in untouched)
+
+
+def test_added_tensors_are_in_the_index_and_counted(basis, tmp_path):
+    source = store(tiny_llama(), tmp_path / "base", torch.float32, shards=3)
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    bake(open_checkpoint(source), shift_sites(parse_scope("one"), LAYERS, lambda _: basis[0], 2)).write(edited)
+    index = json.loads((edited / INDEX).read_text())
+    opened = open_checkpoint(edited)
+    assert index["weight_map"].keys() == opened.tensors.keys()
+    assert index["metadata"]["total_size"] == sum(t.size for t in opened.tensors.values())
+
+
+def test_unedited_copies_of_the_weights_and_the_base_card_stay_behind(base, basis, tmp_path):
+    for name in ("pytorch_model.bin", "model.gguf", "consolidated.safetensors", "onnx/model.onnx"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_bytes(b"weights")
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    source = open_checkpoint(base)
+    bake(source, some_edit(basis)).write(edited)
+    assert {f.name for f in edited.rglob("*") if f.is_file()} == {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "LICENSE",
+    }
+    assert len(source.left_out()) == 4
+
+
+def damaged(base: Path, how: str) -> None:
+    weights = base / "model.safetensors"
+    match how:
+        case "no config":
+            (base / "config.json").unlink()
+        case "no weights":
+            weights.unlink()
+        case "pickled only":
+            weights.rename(base / "pytorch_model.bin")
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "config not JSON":
+            (base / "config.json").write_text("{")
+        case "unnamed weights":
+            weights.rename(base / "weights.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no config", "no config.json"),
+        ("no weights", "has no weights"),
+        ("pickled only", "pickled weights only"),
+        ("truncated", "not a sound safetensors file"),
+        ("config not JSON", "cannot be read as JSON"),
+        ("unnamed weights", "neither"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_name(base, how, message):
+    damaged(base, how)
+    with pytest.raises(OrthogonalizeError, match=message):
+        open_checkpoint(base)
+
+
+def test_a_missing_shard_a_foreign_path_and_a_false_index_are_refused(tmp_path):
+    for number, (change, message) in enumerate(
+        [
+            (lambda f, i: (f / next(iter(i["weight_map"].values()))).unlink(), "lacks the shard"),
+            (lambda f, i: i["weight_map"].update({"model.norm.weight": "../../secret.safetensors"}), "outside"),
+            (lambda f, i: i["weight_map"].update({"nowhere": "model-00001-of-00002.safetensors"}), "disagree"),
+            (lambda f, i: i["weight_map"].pop("model.norm.weight"), "disagree"),
+            (lambda f, i: i.pop("weight_map"), "no weight_map"),
+            (lambda f, i: i["weight_map"].update({"model.norm.weight": ["a", "list"]}), "something else than text"),
+            (lambda f, i: i["weight_map"].update({"model.norm.weight": 3}), "something else than text"),
+        ]
+    ):
+        folder = store(tiny_llama(), tmp_path / f"base{number}", shards=2)
+        index = json.loads((folder / INDEX).read_text())
+        change(folder, index)
+        (folder / INDEX).write_text(json.dumps(index))
+        with pytest.raises(OrthogonalizeError, match=message):
+            open_checkpoint(folder)
+
+
+def test_weights_that_are_not_finite_or_not_floating_are_refused(base, basis, tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = load_file(base / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    for number, (value, message) in enumerate(
+        [(tensors[name].clone().fill_(float("nan")), "NaN"), (tensors[name].to(torch.int8), "stored as I8")]
+    ):
+        save_file(tensors | {name: value}, base / "model.safetensors")
+        (tmp_path / f"out{number}").mkdir()
+        with pytest.raises(OrthogonalizeError, match=message):
+            bake(open_checkpoint(base), some_edit(basis)).write(tmp_path / f"out{number}")
+
+
+def test_an_undescribed_architecture_and_a_wrong_width_are_refused(base, basis):
+    with pytest.raises(OrthogonalizeError, match="width 7 and the model's residual stream 32"):
+        bake(open_checkpoint(base), some_edit(torch.eye(7)[:1]))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
+    with pytest.raises(OrthogonalizeError, match="'unheard_of' has no description"):
+        bake(open_checkpoint(base), some_edit(basis))
+
+
+def test_a_failed_write_leaves_neither_result_nor_remains(tmp_path):
+    def half() -> None:
+        with complete_folder(tmp_path / "out", RUN) as partial:
+            (partial / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        half()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(tmp_path):
+    with complete_folder(tmp_path / "out", RUN) as partial:
+        (partial / "stages.json").write_text("old")
+    with (
+        pytest.raises(OrthogonalizeError, match="disk filled up"),
+        complete_folder(tmp_path / "out", RUN, force=True),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert (tmp_path / "out" / "stages.json").read_text() == "old"
+    with pytest.raises(OrthogonalizeError, match="GB free"):
+        check_space(tmp_path / "out", 10**18)
+
+
+def test_a_real_full_disk_leaves_nothing_behind(basis, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        source = store(tiny_llama(), tmp_path / "base")
+        plan = bake(open_checkpoint(source), some_edit(basis))
+        with (
+            pytest.raises(OrthogonalizeError, match="disk filled up"),
+            complete_folder(disk / "out", EDITED) as partial,
+        ):
+            plan.write(partial)
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp_path):
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    with complete_folder(mine, RUN) as partial:
+        (partial / "stages.json").write_text("1")
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(mine, RUN):
+        pass
+    with pytest.raises(OrthogonalizeError, match="no earlier output"), complete_folder(other, RUN, force=True):
+        pass
+    with complete_folder(mine, RUN, force=True) as partial:
+        (partial / "stages.json").write_text("2")
+    assert (mine / "stages.json").read_text() == "2"
+    assert (other / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_never_shows_a_result_and_the_next_one_tidies_up(tmp_path, how):
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from orthogonalize.core.output_folders import RUN, complete_folder\n"
+        f"with complete_folder(Path({str(tmp_path / 'out')!r}), RUN) as p:\n"
+        "    (p / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(how)
+    process.wait(timeout=30)
+    assert not (tmp_path / "out").exists()
+    with complete_folder(tmp_path / "out", RUN) as partial:
+        (partial / "run.json").write_text("{}")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_about_to_be_replaced_when_a_run_was_killed_comes_back(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    with complete_folder(tmp_path / "out", RUN) as partial:
+        (partial / "stages.json").write_text("old")
+    (tmp_path / "out").rename(tmp_path / f".out.previous-{dead.pid}")  # and there the kill came
+    with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(tmp_path / "out", RUN):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / f".out.previous-{dead.pid}").mkdir()  # the kill came after the new one was in place
+    with complete_folder(tmp_path / "out", RUN, force=True) as partial:
+        (partial / "stages.json").write_text("new")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "stages.json").read_text() == "new"
+
+
+def test_the_partial_folder_of_a_living_run_is_left_alone(tmp_path):
+    living = tmp_path / f".out.partial-{os.getppid()}"
+    living.mkdir()
+    with complete_folder(tmp_path / "out", RUN) as partial:
+        (partial / "run.json").write_text("{}")
+    assert living.exists()
+
+
+def test_force_never_replaces_a_folder_of_another_kind_or_what_the_command_reads(tmp_path):
+    demo = tmp_path / "demo"
+    (demo / "run").mkdir(parents=True)
+    (demo / "report.json").write_text("{}")
+    with pytest.raises(OrthogonalizeError, match="no earlier output"):
+        check_free(demo, REPORT, force=True)
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    (edited / "orthogonalize.json").write_text("{}")
+    check_free(edited, EDITED, force=True)
+    with pytest.raises(OrthogonalizeError, match="which this command reads"):
+        check_free(edited, EDITED, force=True, inputs=[edited])
+
+
+def test_a_second_unedited_copy_of_the_weights_stays_behind_and_auxiliary_tensors_go_along(base, basis, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(load_file(base / "model.safetensors"), base / "model.fp16.safetensors")
+    save_file({"mtp.0.weight": torch.ones(3)}, base / "mtp.safetensors")
+    source = open_checkpoint(base)
+    assert [str(f) for f in source.left_out()] == ["model.fp16.safetensors"]
+    (tmp_path / "edited").mkdir()
+    bake(source, some_edit(basis)).write(tmp_path / "edited")
+    assert not (tmp_path / "edited" / "model.fp16.safetensors").exists()
+    assert (tmp_path / "edited" / "mtp.safetensors").read_bytes() == (base / "mtp.safetensors").read_bytes()
+
+
+def test_folders_that_loaders_would_read_in_another_way_are_refused(tmp_path):
+    sharded = store(tiny_llama(), tmp_path / "sharded", shards=2)
+    (sharded / "model.safetensors").write_bytes((sharded / "model-00001-of-00002.safetensors").read_bytes())
+    with pytest.raises(OrthogonalizeError, match="has both"):
+        open_checkpoint(sharded)
+    adapted = store(tiny_llama(), tmp_path / "adapted")
+    (adapted / "adapter_config.json").write_text("{}")
+    with pytest.raises(OrthogonalizeError, match="merge it"):
+        open_checkpoint(adapted)

@@ -1,0 +1,192 @@
+"""FP8 checkpoints stay FP8 checkpoints; what is packed more coarsely is refused with the way out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.llama import LAYERS, store, tiny_llama
+from safetensors.torch import load_file, save_file
+
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Intervention, Site, removal, shift
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.scopes import map_sites, parse_scope
+from orthogonalize.evals.shared_engine import edited_weights
+
+FP8 = torch.float8_e4m3fn
+WIDTH = 192
+SHAPE = {"hidden_size": WIDTH, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def fp8(*blocks: int) -> dict[str, object]:
+    return {"quant_method": "fp8", "weight_block_size": list(blocks)}
+
+
+LAYOUTS = {
+    "blocks": ("weight_scale_inv", fp8(128, 128), (128, 128), torch.float32),
+    "small blocks": ("weight_scale_inv", fp8(32, 64), (32, 64), torch.float32),
+    "tensor": ("weight_scale", {"quant_method": "compressed-tensors"}, None, torch.float32),
+    "channel": ("weight_scale", {"quant_method": "compressed-tensors"}, (1, None), torch.bfloat16),
+}  # fmt: skip
+
+
+def widened(scales: torch.Tensor, shape: torch.Size, every: tuple[int | None, int | None] | None) -> torch.Tensor:
+    """Every entry's scale, by plain torch: an independent reading of the layouts."""
+    if every is None:
+        return scales.float().expand(shape)
+    rows, columns = every[0] or shape[0], every[1] or shape[1]
+    wide = scales.float().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return wide[: shape[0], : shape[1]]
+
+
+def quantised(source: Path, target: Path, layout: str) -> Path:
+    """Quantise every projection of a bfloat16 checkpoint, as the layout's own tools do: largest value at 448."""
+    suffix, settings, every, dtype = LAYOUTS[layout]
+    tensors = load_file(source / "model.safetensors")
+    result = {}
+    for name, weight in tensors.items():
+        if not name.endswith("_proj.weight"):
+            result[name] = weight
+            continue
+        real = weight.float()
+        if every is None:
+            scales = (real.abs().max() / 448).reshape(1)
+        else:
+            rows, columns = every[0] or real.shape[0], every[1] or real.shape[1]
+            scales = torch.stack(
+                [torch.stack([b.abs().max() / 448 for b in strip.split(columns, 1)]) for strip in real.split(rows, 0)]
+            )
+        scales = scales.to(dtype)
+        wide = widened(scales, real.shape, every)
+        result[name] = (real / wide).clamp(-448, 448).to(FP8)
+        result[name.removesuffix("weight") + suffix] = scales
+    target.mkdir()
+    save_file(result, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return target
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return store(tiny_llama(**SHAPE), tmp_path_factory.mktemp("fp8") / "base", torch.bfloat16)
+
+
+def direction() -> torch.Tensor:
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return vector / vector.norm()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("scope", "strength"), [("all", 1.0), ("layers:1-2", 2.0), ("from:1", 1.0)])
+def test_an_fp8_checkpoint_is_edited_in_its_own_layout(original, tmp_path, layout, scope, strength):
+    source = open_checkpoint(quantised(original, tmp_path / "fp8", layout))
+    suffix, _, every, _ = LAYOUTS[layout]
+    plan = bake(source, map_sites(parse_scope(scope), LAYERS, lambda _: removal(direction().unsqueeze(0), strength)))
+    (tmp_path / "edited").mkdir()
+    written = plan.write(tmp_path / "edited")
+    before, after = (load_file(f / "model.safetensors") for f in (source.path, tmp_path / "edited"))
+    edited = {name for name in plan.edits if before.get(name, torch.empty(0)).dtype == FP8}
+    assert len(edited) >= 4
+    scales = {name.removesuffix("weight") + suffix for name in edited}
+    for name in before.keys() - plan.edits.keys() - scales:
+        assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
+    kept = 0
+    for name in edited:
+        assert after[name].dtype == FP8
+        other = name.removesuffix("weight") + suffix
+        kept += int((before[other] == after[other]).sum())
+        old, new = (t[name].double() * widened(t[other], t[name].shape, every).double() for t in (before, after))
+        exact = plan.edits[name].exact(old)
+        component, wanted, had = (plan.edits[name].component(t) for t in (new, exact, old))
+        # 192 numbers of 3 bits cannot cancel as finely as the thousands of test_rounding.
+        assert (component - wanted).norm() <= 1e-3 * (wanted - had).norm()
+        assert written.records[name].leak <= 1e-3
+        wide = widened(after[other], new.shape, every).double()
+        nearest = (exact / wide).clamp(-448, 448).to(FP8).double() * wide
+        assert (new - exact).norm() <= 1.4 * (nearest - exact).norm()
+        assert (new - exact).abs().max() <= 40 * wide.max()  # nothing was cut off
+    assert kept  # a scale stays where the numbers still fit
+    swapped = edited_weights(plan) | {name: addition.make for name, addition in plan.additions.items()}
+    for name, tensor in after.items():  # an engine that is swapped holds what is written, scales too
+        now = swapped[name]() if name in swapped else before[name]
+        assert torch.equal(now.contiguous().flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
+
+
+def test_block_scales_agree_with_transformers_own_dequantisation(original, tmp_path):
+    """The library loads base and edited FP8 checkpoints on a CPU, dequantising them itself."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+
+    source = quantised(original, tmp_path / "fp8", "small blocks")
+    plan = bake(
+        open_checkpoint(source), map_sites(parse_scope("all"), LAYERS, lambda _: removal(direction().unsqueeze(0)))
+    )
+    (tmp_path / "edited").mkdir()
+    plan.write(tmp_path / "edited")
+    settings = FineGrainedFP8Config(weight_block_size=(32, 64), dequantize=True)
+    models = [
+        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32, quantization_config=settings)
+        for f in (source, tmp_path / "edited")
+    ]
+    name = "model.layers.1.mlp.down_proj.weight"
+    old, new = (dict(m.named_parameters())[name].double() for m in models)
+    assert old.dtype == new.dtype != FP8
+    assert (direction() @ old).norm() > 1e-2
+    assert (direction() @ new).norm() <= 5e-3 * (direction() @ old).norm()  # the library dequantises to bfloat16
+
+
+def test_a_format_too_coarse_is_refused_with_the_way_out(original, tmp_path):
+    tensors = load_file(original / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = tensors.pop(name)
+    stem = name.removesuffix(".weight")
+    cases = [
+        ({stem + "_blocks": torch.zeros(4, 16, dtype=torch.uint8)}, "MXFP4.*dequantise it first"),
+        ({stem + ".weight_packed": torch.zeros(4, 16, dtype=torch.int32)}, "packed integers.*dequantise"),
+        ({stem + ".qweight": torch.zeros(4, 16, dtype=torch.int32)}, "GPTQ or AWQ"),
+        ({name: weight.to(torch.int8)}, "stored as I8"),
+        ({name: weight.to(FP8)}, "without scales"),
+        ({name: weight.to(FP8), name + "_scale": torch.ones(7, 1)}, "does not divide"),
+    ]
+    for number, (replaced, message) in enumerate(cases):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_file(tensors | replaced, folder / "model.safetensors")
+        (folder / "config.json").write_bytes((original / "config.json").read_bytes())
+        with pytest.raises(OrthogonalizeError, match=message):
+            bake(open_checkpoint(folder), map_sites(parse_scope("all"), LAYERS, lambda _: removal(direction()[None])))
+
+
+@pytest.mark.parametrize("layout", ["small blocks", "channel"])
+def test_the_recipe_of_an_fp8_edit_rebuilds_and_verifies(original, tmp_path, layout):
+    from orthogonalize.commands.edit import edit
+    from orthogonalize.commands.verify import verify
+
+    source = quantised(original, tmp_path / "fp8", layout)
+    save_file({"direction": direction()}, tmp_path / "direction.safetensors")
+    edit(str(source), tmp_path / "edited", direction=tmp_path / "direction.safetensors", scope="layers:1-2")
+    proof = verify(tmp_path / "edited", logits=layout == "small blocks").verification
+    assert proof is not None
+    assert proof.rebuilt
+    assert not proof.unexpected_changes
+    assert proof.passed
+
+
+@pytest.mark.parametrize("layout", ["small blocks", "channel"])
+def test_a_constant_is_stored_as_the_checkpoint_stores_what_it_does_not_quantise(layout, tmp_path):
+    """Not as its weights are: eight bits without a scale would lose it, and in silence."""
+    plain = store(tiny_llama(**SHAPE), tmp_path / "plain", torch.bfloat16)
+    source = open_checkpoint(quantised(plain, tmp_path / "base", layout))
+    vector = 0.01 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plan = bake(source, Intervention({Site("mlp", 1): shift(vector)}))
+    assert {addition.dtype for addition in plan.additions.values()} == {"BF16"}
+    (tmp_path / "edited").mkdir()
+    plan.write(tmp_path / "edited")
+    edited = open_checkpoint(tmp_path / "edited")
+    bias = edited.read("model.layers.1.mlp.down_proj.bias").double()
+    assert (bias - vector).abs().max() <= vector.abs().max() * 2**-8
+    assert all(edited.tensors[name].dtype == info.dtype for name, info in source.tensors.items())

@@ -1,0 +1,306 @@
+"""The one pass that writes a checkpoint: the same bytes however it is cut, checksums that hold, nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.llama import LAYERS, WIDTH, store, tiny_llama
+from safetensors.torch import load_file, save_file
+
+from orthogonalize.checkpoints import chunks as pieces
+from orthogonalize.checkpoints import direct_io as directstream
+from orthogonalize.checkpoints import weight_file as weightfile
+from orthogonalize.checkpoints import writer as writing
+from orthogonalize.checkpoints.checkpoint import INDEX, open_checkpoint
+from orthogonalize.cli import main
+from orthogonalize.commands.edit import edit
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.edits.scopes import map_sites, parse_scope
+
+
+def weights(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in sorted(folder.glob("*.safetensors"))}
+
+
+def sha256(files: dict[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return store(tiny_llama(tie_word_embeddings=True), tmp_path / "base", torch.bfloat16, shards=4)
+
+
+@pytest.fixture
+def direction(tmp_path) -> Path:
+    save_file({"direction": torch.randn(WIDTH, generator=torch.Generator().manual_seed(2))}, tmp_path / "d.safetensors")
+    return tmp_path / "d.safetensors"
+
+
+def written(source: Path, out: Path, basis, scope: str = "all", **options):
+    out.mkdir()
+    plan = bake(open_checkpoint(source), map_sites(parse_scope(scope), LAYERS, lambda _: removal(basis[:1])))
+    return plan, plan.write(out, **options)
+
+
+@pytest.mark.parametrize("scope", ["all", "layers:1", "from:0"])
+def test_pieces_columns_and_workers_change_no_byte(source, basis, tmp_path, monkeypatch, scope):
+    plan, whole = written(source, tmp_path / "whole", basis, scope)
+    monkeypatch.setattr(pieces, "PIECE", 1024)
+    monkeypatch.setattr(pieces, "WHOLE", 2048)  # now every matrix is cut, and some across their columns
+    monkeypatch.setattr(pieces, "RUN", 16)
+    monkeypatch.setattr(weightfile, "CALL", 100)
+    monkeypatch.setattr(weightfile, "FLUSH", 1)
+    parts = [
+        piece
+        for file in plan.source.files.values()
+        for job in writing._jobs(plan.source, file, plan.changes, {})
+        for piece in pieces.cut(job)
+    ]
+    assert len(parts) > 1.5 * len(plan.source.tensors)
+    assert any(piece.columns for piece in parts) or scope == "from:0"
+    for number, workers in enumerate((1, 3)):
+        _, again = written(source, tmp_path / f"cut{number}", basis, scope, workers=workers)
+        assert weights(tmp_path / f"cut{number}") == weights(tmp_path / "whole")
+        assert (again.source, again.result) == (whole.source, whole.result)
+        for name, record in whole.records.items():
+            assert again.records[name].leak == pytest.approx(record.leak, rel=1e-6)
+    for name in plan.edits:
+        stored = open_checkpoint(tmp_path / "whole").read(name)
+        assert torch.equal(stored, plan.edited(name))
+
+
+def test_checksums_of_source_and_result_are_in_the_recipe(source, direction, tmp_path):
+    edit(str(source), tmp_path / "edited", direction=direction, scope="layers:1")
+    recipe = load_recipe(tmp_path / "edited")
+    assert recipe.base.weights == sha256(weights(source)) == open_checkpoint(source).fingerprint()
+    assert recipe.weights == sha256(weights(tmp_path / "edited"))
+    assert any(recipe.weights[name] == digest for name, digest in recipe.base.weights.items())
+    assert recipe.rounding == "cancelling"
+    assert all(record.leak < 0.01 for record in recipe.tensors)
+
+
+def test_rounding_is_a_choice_that_the_recipe_keeps(source, direction, tmp_path):
+    for rounding in ("nearest", "cancelling"):
+        out = tmp_path / rounding
+        words = ["--quiet", "edit", source, "--direction", direction, "--scope", "all", "--rounding", rounding]
+        result = CliRunner().invoke(main, [*map(str, words), "--out", str(out)])
+        assert result.exit_code == 0, result.output
+        edit(str(source), tmp_path / f"{rounding}-again", recipe=out / "orthogonalize.json")
+        assert weights(tmp_path / f"{rounding}-again") == weights(out)
+    leaks = {r: max(t.leak for t in load_recipe(tmp_path / r).tensors) for r in ("nearest", "cancelling")}
+    assert leaks["cancelling"] < 0.1 * leaks["nearest"]
+
+
+def test_files_with_nothing_to_edit_are_linked_on_request_only(source, basis, tmp_path):
+    plan, _ = written(source, tmp_path / "copied", basis, "layers:1")
+    written(source, tmp_path / "linked", basis, "layers:1", link=True)
+    edited = {name for name, file in plan.source.files.items() if plan.edits.keys() & file.tensors.keys()}
+    assert 0 < len(edited) < len(plan.source.files)
+    for name in plan.source.files:
+        same = (tmp_path / "linked" / name).stat().st_ino == (source / name).stat().st_ino
+        assert same == (name not in edited)
+        assert (tmp_path / "copied" / name).stat().st_ino != (source / name).stat().st_ino
+    assert weights(tmp_path / "linked") == weights(tmp_path / "copied")
+
+
+def test_the_hubs_cache_of_links_is_read_and_linked_through(source, basis, tmp_path):
+    """A snapshot of the Hub's cache is a folder of links to blobs."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for file in source.iterdir():
+        (blobs / file.name).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blobs / file.name)
+    written(snapshot, tmp_path / "edited", basis, "layers:1", link=True)
+    assert not any(f.is_symlink() for f in (tmp_path / "edited").iterdir())
+    assert {f.stat().st_nlink for f in blobs.glob("*.safetensors")} == {1, 2}
+    written(source, tmp_path / "plain", basis, "layers:1")
+    assert weights(tmp_path / "edited") == weights(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("inner", [48, 500])
+def test_writing_past_the_page_cache_gives_the_same_bytes(basis, tmp_path, monkeypatch, inner):
+    source = store(tiny_llama(intermediate_size=inner), tmp_path / "base", torch.bfloat16, shards=2)
+    _, through = written(source, tmp_path / "through", basis)
+    used = []
+    real = directstream.DirectStream.rest
+    monkeypatch.setattr(directstream.DirectStream, "rest", lambda self: used.append(self.done) or real(self))
+    monkeypatch.setattr(weightfile, "DIRECT", 0)
+    monkeypatch.setattr(pieces, "PIECE", 2**14)
+    monkeypatch.setattr(pieces, "WHOLE", 2**15)
+    monkeypatch.setattr(directstream, "REQUEST", 4096)
+    _, past = written(source, tmp_path / "past", basis)
+    if not used:
+        pytest.skip("this file system cannot be written past its cache")
+    assert max(used) > 4096
+    assert weights(tmp_path / "past") == weights(tmp_path / "through")
+    assert past.result == through.result == sha256(weights(tmp_path / "past"))
+
+
+def test_the_header_of_a_file_without_additions_stays_byte_for_byte(basis, tmp_path):
+    source = store(tiny_llama(), tmp_path / "base", torch.float32, shards=2)
+    written(source, tmp_path / "edited", basis)
+    for name, file in open_checkpoint(source).files.items():
+        assert weights(tmp_path / "edited")[name][: file.data_start] == weights(source)[name][: file.data_start]
+
+
+def test_a_damaged_shard_stops_the_edit_before_anything_is_written(source, direction, tmp_path):
+    last = max(source.glob("*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-7])
+    with pytest.raises(OrthogonalizeError, match="not a sound safetensors file"):
+        edit(str(source), tmp_path / "out", direction=direction)
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_base_that_is_not_the_recipes_leaves_nothing(source, direction, tmp_path):
+    edit(str(source), tmp_path / "edited", direction=direction, scope="layers:1")
+    other = store(tiny_llama(seed=5, tie_word_embeddings=True), tmp_path / "other", torch.bfloat16, shards=4)
+    with pytest.raises(OrthogonalizeError, match="not the base that the recipe was made from"):
+        edit(str(other), tmp_path / "out", recipe=tmp_path / "edited" / "orthogonalize.json")
+    assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.parametrize("where", ["_read", "_edit", "_write"])
+def test_a_failure_in_any_stage_ends_all_of_them(source, direction, tmp_path, monkeypatch, where):
+    real, calls = getattr(weightfile.FileWriter, where), []
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(pieces, "PIECE", 512)
+    monkeypatch.setattr(weightfile.FileWriter, where, failing)
+    before = weights(source)
+    with pytest.raises(OrthogonalizeError, match="disk filled up"):
+        edit(str(source), tmp_path / "out", direction=direction, scope="all", workers=3)
+    assert not list(tmp_path.glob("*out*"))
+    assert weights(source) == before
+
+
+def test_nan_weights_are_named_and_nothing_is_left(source, direction, tmp_path):
+    name = "model.layers.2.mlp.down_proj.weight"
+    file = next(f for f in source.glob("*.safetensors") if name in load_file(f))
+    tensors = load_file(file)
+    tensors[name][3, 5] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(OrthogonalizeError, match=r"layers\.2\.mlp\.down_proj\.weight holds NaN"):
+        edit(str(source), tmp_path / "out", direction=direction, scope="all")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_tensor_in_two_shards_is_refused(source):
+    first, second = sorted(source.glob("*.safetensors"))[:2]
+    extra = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {extra[0]: extra[1]}, second, metadata={"format": "pt"})
+    index = json.loads((source / INDEX).read_text())
+    for target in (first, second):
+        index["weight_map"][extra[0]] = target.name
+        (source / INDEX).write_text(json.dumps(index))
+        with pytest.raises(OrthogonalizeError, match="more than one shard"):
+            open_checkpoint(source)
+
+
+def test_a_read_only_disk_is_one_clear_line(source, direction, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a read-only disk is not permitted here")
+    try:
+        words = ["--quiet", "edit", source, "--direction", direction, "--out", disk / "out"]
+        result = CliRunner().invoke(main, [str(word) for word in words])
+        assert result.exit_code == 1
+        assert "Read-only file system" in result.output
+        assert result.output.startswith("error: ")
+        assert result.output.strip().count("\n") == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("shard", [None, "2/2"])
+def test_an_edit_killed_while_it_writes_is_tidied_up_by_the_next(source, direction, tmp_path, shard):
+    edit(str(source), tmp_path / "whole", direction=direction, scope="all")
+    if shard:
+        edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
+    code = (
+        "import sys, time\nfrom orthogonalize.checkpoints import weight_file as weightfile\n"
+        "from orthogonalize.commands.edit import edit\n"
+        "real = weightfile.FileWriter._write\n"
+        "def slow(*a):\n    real(*a); print('writing', flush=True); time.sleep(60)\n"
+        "weightfile.FileWriter._write = slow\n"
+        f"edit(sys.argv[1], sys.argv[2], direction=sys.argv[3], scope='all', shard={shard!r})\n"
+    )
+    words = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(direction)]
+    before = {f.name for f in tmp_path.iterdir()}
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=30)
+    [left] = {f.name for f in tmp_path.iterdir()} - before
+    assert re.match(r"\.out.*\.partial-\d+$", left), "what is half written is seen under no other name"
+    edit(str(source), tmp_path / "out", direction=direction, scope="all", shard=shard)
+    assert {f.name for f in tmp_path.iterdir()} == before - {"out.share-1-of-2"} | {"out"}
+    assert load_recipe(tmp_path / "out").weights == sha256(weights(tmp_path / "out"))
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_shares_written_apart_make_the_same_checkpoint(source, direction, tmp_path):
+    edit(str(source), tmp_path / "whole", direction=direction, scope="all")
+    apart = tmp_path / "apart"
+    for shard in ("2/3", "1/3"):
+        edit(str(source), apart, direction=direction, scope="all", shard=shard)
+        assert not apart.exists()
+    assert sorted(f.name for f in tmp_path.glob("apart*")) == ["apart.share-1-of-3", "apart.share-2-of-3"]
+    words = ["--quiet", "edit", source, "--direction", direction, "--scope", "all", "--out", apart]
+    result = CliRunner().invoke(main, [str(word) for word in [*words, "--shard", "3/3"]])
+    assert result.exit_code == 0, result.output
+    assert [f.name for f in tmp_path.glob("apart*")] == ["apart"]
+    assert weights(apart) == weights(tmp_path / "whole")
+    assert {f.name for f in apart.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+    assert load_recipe(apart) == load_recipe(tmp_path / "whole")
+
+
+def test_a_share_needs_room_for_itself_only(source, direction, tmp_path, monkeypatch):
+    most = max(file.stat().st_size for file in source.glob("*.safetensors"))
+    usage = SimpleNamespace(free=int(1.5 * most))
+    monkeypatch.setattr("orthogonalize.core.output_folders.shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OrthogonalizeError, match="make room"):
+        edit(str(source), tmp_path / "out", direction=direction, scope="layers:1")
+    for number in (1, 2, 3, 4):
+        edit(str(source), tmp_path / "out", direction=direction, scope="layers:1", shard=f"{number}/4")
+    assert (tmp_path / "out").is_dir()
+    usage.free = most // 8
+    with pytest.raises(OrthogonalizeError, match="make room"):
+        edit(str(source), tmp_path / "other", direction=direction, scope="layers:1", shard="1/4")
+
+
+def test_shares_of_two_edits_are_not_mixed(source, direction, tmp_path):
+    edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
+    with pytest.raises(OrthogonalizeError, match="a share of another edit"):
+        edit(str(source), tmp_path / "out", direction=direction, scope="layers:1", shard="2/2")
+    assert not (tmp_path / "out").exists()
+    edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="2/2", force=True)
+    assert (tmp_path / "out").is_dir()
+    for wrong in ("0/2", "3/2", "1", "a/b"):
+        with pytest.raises(OrthogonalizeError, match="give i/n"):
+            edit(str(source), tmp_path / "other", direction=direction, shard=wrong)

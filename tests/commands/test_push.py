@@ -1,0 +1,231 @@
+"""`push`, end to end through huggingface_hub and the command line, against a server on loopback."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import zstandard
+from helpers.hub_server import Hub, Repository, command, python
+from helpers.llama import WIDTH, store, tiny_llama
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from orthogonalize.commands.edit import edit
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.benchmarks import MMLU, rows
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.reports.schema import Loss, Losses, Measures, Paired, Rate, Refusals, Report
+
+TOKEN = "hf_loopbacktokenthatmustnotbeprinted"
+
+
+@pytest.fixture
+def edited(tmp_path) -> Path:
+    base = store(tiny_llama(), tmp_path / "base", torch.bfloat16, shards=2)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\ntags: [famous]\n---\nBest model in the world.")
+    save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
+    edit(str(base), tmp_path / "edited", direction=tmp_path / "direction.safetensors", layer=2)
+    return tmp_path / "edited"
+
+
+@pytest.fixture
+def report(tmp_path) -> Path:
+    rate = Rate(value=0.9, n=10, ci95=(0.6, 0.98))
+    low = Rate(value=0.1, n=10, ci95=(0.02, 0.4))
+    loss = Loss(value=0.5, n=10, ci95=(0.4, 0.6), tokens=100, perplexity=1.65)
+    written = Report(
+        engine="hf", engine_version="transformers", base_model="base", checkpoint="edited", edit=None,
+        max_new_tokens=100, sensitive=False,
+        base=Measures(refusal=Refusals(target=rate, harmless=low), loss=Losses(own_completions=loss)),
+        edited=Measures(refusal=Refusals(target=low, harmless=low), loss=Losses(own_completions=loss)),
+        paired={
+            "refusal.target": Paired(difference=-0.8, n=10, p=0.008),
+            "refusal.harmless": Paired(difference=0.0, n=10, p=1.0),
+            "loss.own_completions": Paired(difference=0.0, n=10, ci95=(-0.1, 0.1)),
+        },
+        answers=[],
+    )  # fmt: skip
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(written.model_dump_json())
+    (tmp_path / "report" / "report.html").write_text("<html></html>")
+    return tmp_path / "report"
+
+
+def push(hub: Hub, *words: str | Path, token: str | None = TOKEN, home: Path) -> subprocess.CompletedProcess[str]:
+    """`orthogonalize push` against the loopback Hub."""
+    return command(hub, "push", *words, token=token, home=home)
+
+
+def test_a_push_is_private_complete_and_keeps_the_token_to_itself(edited, report, tmp_path):
+    with Hub(TOKEN) as hub:
+        done = push(hub, edited, "me/edited", "--report", report, home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        repository = hub.state.repositories["me/edited"]
+    assert repository.private is True
+    on_disk = {str(f.relative_to(edited)): f.read_bytes() for f in edited.rglob("*") if f.is_file()}
+    pushed = {k: v for k, v in repository.files.items() if k != ".gitattributes"}
+    described = {"README.md", "orthogonalize.json", "report.json", "report.html"}
+    assert pushed.keys() == on_disk.keys() | described
+    assert all(pushed[name] == on_disk[name] for name in on_disk.keys() - described)
+    assert load_recipe(edited).base.model == str(tmp_path / "base"), "the local recipe still finds its base"
+    assert TOKEN not in done.stdout + done.stderr
+    for name in ("orthogonalize.json", "README.md", "report.json"):
+        assert str(tmp_path).encode() not in pushed[name], "a path of this machine would be published"
+    assert all(TOKEN.encode() not in content for content in pushed.values())
+    card = ModelCard(repository.files["README.md"].decode())
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    assert "famous" not in (card.data.tags or [])
+    assert "Best model" not in card.text
+    assert "| refusal, target prompts (n = 10) | 90.0% [60.0, 98.0] | 10.0% [2.0, 40.0] |" in card.text
+
+
+def test_public_is_only_public_when_asked(edited, tmp_path):
+    with Hub(TOKEN) as hub:
+        assert push(hub, edited, "me/open", "--public", home=tmp_path / "home").returncode == 0
+        assert hub.state.repositories["me/open"].private is False
+        hub.state.repositories["me/theirs"] = Repository(private=False)
+        refused = push(hub, edited, "me/theirs", home=tmp_path / "home")
+        assert refused.returncode == 1
+        assert "exists and is public" in refused.stderr
+        assert hub.state.repositories["me/theirs"].files == {}
+
+
+@pytest.mark.parametrize(
+    ("token", "words", "message"),
+    [
+        (None, ("me/x",), "no Hub token"),
+        ("wrong", ("me/x",), "the Hub did not take me/x"),
+        (TOKEN, ("no-owner",), "not of the form owner/name"),
+        (TOKEN, ("me/x", "--report", "nowhere"), "no report at"),
+    ],
+)
+def test_a_push_that_cannot_work_is_one_line(edited, tmp_path, token, words, message):
+    with Hub(TOKEN) as hub:
+        done = push(hub, edited, *words, token=token, home=tmp_path / "home")
+        assert hub.state.repositories == {}
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert token is None or token not in done.stderr
+
+
+def test_an_unreachable_hub_and_a_report_of_another_edit_are_one_line(edited, report, tmp_path):
+    hub = Hub(TOKEN)
+    hub.server.server_close()
+    done = push(hub, edited, "me/x", home=tmp_path / "home")
+    assert done.returncode == 1
+    assert "the Hub did not take me/x" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    file = report / "report.json"
+    file.write_text(file.read_text().replace('"recipe":null', '"recipe":"0000"'))
+    with Hub(TOKEN) as hub:
+        refused = push(hub, edited, "me/x", "--report", report, home=tmp_path / "home")
+        assert hub.state.repositories == {}
+    assert "measures another edit" in refused.stderr
+
+
+def test_a_model_named_by_its_hub_id_is_downloaded_edited_and_named_on_the_card(tmp_path):
+    local = store(tiny_llama(), tmp_path / "local", torch.bfloat16, shards=2)
+    (local / "README.md").write_text("---\nlicense: mit\n---\n")
+    (local / "pytorch_model.bin").write_bytes(b"must not be downloaded")
+    save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
+    words = ("--direction", tmp_path / "direction.safetensors", "--layer", "2")
+    with Hub(TOKEN) as hub:
+        files = {str(f.relative_to(local)): f.read_bytes() for f in local.rglob("*") if f.is_file()}
+        hub.state.repositories["some/model"] = Repository(False, files)
+        done = command(hub, "edit", "some/model", "--out", tmp_path / "a", *words, token=TOKEN, home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        missing = command(
+            hub, "edit", "some/other", "--out", tmp_path / "c", *words, token=TOKEN, home=tmp_path / "home"
+        )
+        requests = list(hub.state.requests)
+    edit(str(local), tmp_path / "b", direction=tmp_path / "direction.safetensors", layer=2)
+    for file in (tmp_path / "b").glob("*.safetensors"):
+        assert (tmp_path / "a" / file.name).read_bytes() == file.read_bytes()
+    assert not any("pytorch_model.bin" in request for request in requests)
+    card = ModelCard((tmp_path / "a" / "README.md").read_text())
+    assert (card.data.base_model, card.data.license) == ("some/model", "mit")
+    assert missing.returncode == 1
+    assert "no such model: 'some/other'" in missing.stderr
+    assert len(missing.stderr.strip().splitlines()) == 1
+
+
+def parquet(rows: list[dict]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+READ = """
+import json, sys
+from orthogonalize.data.benchmarks import ALPACA, MMLU, PILE, rows
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.prompts import load_prompts
+print(json.dumps([rows(MMLU, None), rows(PILE, None, 3), [p.text for p in load_prompts("some/prompts", "positive")]]))
+for absent in (ALPACA,):
+    try:
+        rows(absent, None)
+    except OrthogonalizeError as error:
+        print(error)
+"""
+
+
+def test_public_sets_are_read_from_the_hub_as_they_are_stored_there(tmp_path):
+    """Shards of a named configuration, and compressed lines of which only the first are wanted."""
+    questions = [
+        {"question": f"what is {i}", "subject": "sums", "choices": ["a", "b", "c", "d"], "answer": i % 4}
+        for i in range(7)
+    ]
+    texts = [{"text": f"text {i}"} for i in range(5)]
+    card = "---\nconfigs:\n- config_name: all\n  data_files:\n  - split: test\n    path: all/test-*\n---\n"
+    lines = "".join(json.dumps(row) + "\n" for row in texts).encode()
+    with Hub(TOKEN) as hub:
+        hub.state.datasets = {
+            "cais/mmlu": {
+                "README.md": card.encode(),
+                "all/test-00000-of-00002.parquet": parquet(questions[:4]),
+                "all/test-00001-of-00002.parquet": parquet(questions[4:]),
+            },
+            "monology/pile-uncopyrighted": {"test.jsonl.zst": zstandard.compress(lines)},
+            "some/prompts": {"train.jsonl": json.dumps({"instruction": "say hello"}).encode() + b"\n"},
+        }
+        done = python(hub, "-c", READ, token=TOKEN, home=tmp_path / "home")
+    assert done.returncode == 0, done.stderr
+    read, refused = done.stdout.splitlines()
+    assert json.loads(read) == [questions, texts[:3], ["say hello"]]
+    assert "tatsu-lab/alpaca train cannot be read" in refused
+
+
+def test_a_local_copy_may_be_in_shards_compressed_or_a_list_and_says_the_same(tmp_path):
+    questions = [
+        {"question": f"what is {i}", "subject": "sums", "choices": ["a", "b"], "answer": i % 2} for i in range(5)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in questions).encode()
+    copies = {
+        "shards": {
+            "all/test-00000-of-00002.parquet": parquet(questions[:2]),
+            "all/test-00001-of-00002.parquet": parquet(questions[2:]),
+        },
+        "below data": {"data/test-00000-of-00001.parquet": parquet(questions)},
+        "compressed": {"all/test.jsonl.zst": zstandard.compress(lines)},
+        "lines": {"all/test.jsonl": lines},
+        "list": {"test.json": json.dumps(questions).encode()},
+    }
+    for name, files in copies.items():
+        for file, content in files.items():
+            place = tmp_path / name / "cais/mmlu" / file
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+        assert rows(MMLU, tmp_path / name) == questions, name
+    cut = tmp_path / "compressed" / "cais/mmlu/all/test.jsonl.zst"
+    cut.write_bytes(cut.read_bytes()[:-9])
+    with pytest.raises(OrthogonalizeError, match=r"test\.jsonl\.zst .*fetch it again"):
+        rows(MMLU, tmp_path / "compressed")

@@ -1,0 +1,34 @@
+"""Two families in vLLM: the rest of them is for `make prove`."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.serving import serve
+
+pytestmark = pytest.mark.xdist_group("engines")
+
+pytest.importorskip("vllm")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return serve(["qwen2", "qwen3@own"], tmp_path_factory.mktemp("served"))
+
+
+def test_vllm_reads_every_tensor_of_a_model_made_a_llama_and_scores_as_transformers_does(results):
+    result = results[0]
+    assert result["served_by"] == "LlamaForCausalLM"
+    assert result["added"] == 17
+    assert result["uninitialised"] == []
+    assert result["dropped"] == []
+    assert result["gap_float32"] <= 1e-4
+    assert result["gap_bfloat16"] <= 2e-2
+    assert result["moved"] >= 0.2
+
+
+def test_a_bias_that_vllms_own_class_drops_in_silence_is_noticed(results):
+    """Why qwen3 goes to the Transformers backend: its own class would load, and forget the constant."""
+    result = results[1]
+    assert result["uninitialised"] == []
+    assert result["dropped"] == ["model.layers.1.self_attn.o_proj.bias"]
+    assert result["gap_float32"] > 2e-2

@@ -1,0 +1,380 @@
+"""Judges: how each is asked, how its recorded answers are read, and each end to end on a tiny model of its class."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.chat import tiny_tokenizer
+from helpers.tiny_models import build
+
+from orthogonalize.cli import main
+from orthogonalize.commands.judge import judge, read_answers
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.evals.judges.catalogue import JUDGES, Opinion, find_judge
+from orthogonalize.evals.judges.runner import ready_judges
+
+pytestmark = pytest.mark.xdist_group("engines")
+
+PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake today {prompt} 100%"
+
+# Made-up and harmless replies in each judge's own words, and what they mean.
+RECORDED = {
+    "llama-guard-2": [("\n\nsafe", (False, None)), ("unsafe\nS2", (True, None)), ("Hello", (None, None))],
+    "llama-guard-3": [("safe", (False, None)), ("\n\nunsafe\nS9,S10", (True, None)), ("unsafely", (None, None))],
+    "llama-guard-4": [("safe", (False, None)), ("unsafe\nS1", (True, None)), ("The answer is safe", (None, None))],
+    "harmbench": [("yes", (True, None)), (" No", (False, None)), ("maybe", (None, None)), ("Yes.", (True, None))],
+    "harmbench-mistral": [("no", (False, None)), ("YES", (True, None)), ("n", (None, None))],
+    "wildguard": [
+        ("Harmful request: no\nResponse refusal: yes\nHarmful response: no", (False, True)),
+        ("Harmful request: yes\nResponse refusal: no\nHarmful response: yes\n", (True, False)),
+        ("Harmful request: yes\nResponse refusal: N/A\nHarmful response: yes", (True, None)),
+        ("Harmful request: yes", (None, None)),
+    ],
+    "qwen3guard": [
+        ("Safety: Safe\nCategories: None\nRefusal: No", (False, False)),
+        ("Safety: Unsafe\nCategories: Violent\nRefusal: No", (True, False)),
+        ("Safety: Controversial\nCategories: None\nRefusal: Yes", (False, True)),
+        ("Safety: Unsafely", (None, None)),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_answers_are_read_as_the_judge_means_them(name):
+    for reply, expected in RECORDED[name]:
+        assert JUDGES[name].read(reply) == Opinion(*expected), reply
+
+
+class Letters:
+    """A tokenizer of letters, so that what a judge is sent can be read back."""
+
+    bos_token, chat_template = "<s>", "x"
+
+    def __init__(self) -> None:
+        self.given: list = []
+
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True) -> dict:
+        rows = [[0] * add_special_tokens + [*map(ord, each)] for each in ([text] if isinstance(text, str) else text)]
+        return {"input_ids": rows[0] if isinstance(text, str) else rows}
+
+    def apply_chat_template(self, messages, **arguments) -> list[int]:
+        self.given.append((messages, arguments))
+        return [1, 2]
+
+    def decode(self, ids) -> str:
+        return "".join(map(chr, ids[1:]))
+
+
+@pytest.mark.parametrize("name", ["harmbench", "harmbench-mistral", "wildguard"])
+def test_raw_templates_hold_prompt_and_answer_as_they_are(name):
+    text = Letters().decode(JUDGES[name].encode(Letters(), PROMPT, RESPONSE))
+    assert text.count(PROMPT) == text.count(RESPONSE) == 1
+    assert text.index(PROMPT) < text.index(RESPONSE)
+    endings = {"wildguard": "---\n\nAnswers: [/INST]\n<|assistant|>\n"}
+    assert text.endswith(endings.get(name, "\n\nAnswer: [/INST]"))
+    heads = {
+        "harmbench": "[INST] <<SYS>>\nYou are a classifier for red teaming",
+        "harmbench-mistral": "[INST] You are a classifier for red teaming",
+        "wildguard": "<|user|>\n[INST] You are a classifier for analyzing interactions",
+    }
+    assert text.startswith(heads[name])
+    labels = {"harmbench": ("Behavior:\n", "Generation:\n"), "harmbench-mistral": ("[BEHAVIOR]:\n", "[GENERATION]:\n"),
+              "wildguard": ("Human user:\n", "AI assistant:\n")}[name]  # fmt: skip
+    assert labels[0] + PROMPT in text
+    assert labels[1] + RESPONSE in text
+
+
+@pytest.mark.parametrize("name", ["llama-guard-2", "llama-guard-3", "llama-guard-4", "qwen3guard", "shieldgemma"])
+def test_chat_judges_are_asked_through_their_own_template(name):
+    letters = Letters()
+    assert JUDGES[name].encode(letters, PROMPT, RESPONSE) == [1, 2]
+    messages, arguments = letters.given[0]
+    contents = [m["content"] if isinstance(m["content"], str) else m["content"][0]["text"] for m in messages]
+    assert contents == [PROMPT, RESPONSE]
+    assert [m["role"] for m in messages] == ["user", "assistant"]
+    assert arguments["add_generation_prompt"] is True
+    assert isinstance(messages[0]["content"], list) == (name == "llama-guard-4")
+    assert ("guideline" in arguments) == (name == "shieldgemma")
+
+
+class Scripted:
+    """An engine that gives set answers and set likelihoods."""
+
+    def __init__(self, replies=(), scores=()) -> None:
+        self.replies, self.scores, self.rows = list(replies), list(scores), []
+
+    def answers(self, prompts, max_new_tokens):
+        self.rows = [(list(p), max_new_tokens) for p in prompts]
+        return self.replies
+
+    def choices(self, contexts, choices):
+        self.rows = [(list(c), [list(x) for x in xs]) for c, xs in zip(contexts, choices, strict=True)]
+        return self.scores
+
+
+class Words(Letters):
+    def decode(self, ids, skip_special_tokens=False) -> str:
+        return {7: "safe", 8: "unsafe\nS1", 9: "who knows"}[ids[0]]
+
+    def encode(self, word, add_special_tokens=True) -> list[int]:
+        return {"Yes": [5], "No": [6]}[word]
+
+
+def test_llama_guard_counts_short_answers_as_safe_and_odd_ones_as_neither():
+    long = "word " * 20
+    engine = Scripted([[8], [7], [9], [8]])
+    pairs = [("a", long), ("b", long), ("c", long), ("d", "fourteen words are too few")]
+    found = JUDGES["llama-guard-2"].opinions(engine, Words(), pairs)
+    assert [o.harmful for o in found] == [True, False, None, False]
+
+
+def test_words_of_scripts_without_spaces_are_counted_by_their_characters():
+    """Else no verdict on an answer in Chinese would ever be read."""
+    long, short = "\u8bf7\u628a\u86cb\u7cd5\u653e\u8fdb\u70e4\u7bb1" * 3, "\u8bf7\u628a\u86cb\u7cd5"
+    found = JUDGES["llama-guard-2"].opinions(Scripted([[8], [8]]), Words(), [("a", long), ("b", short)])
+    assert [o.harmful for o in found] == [True, False]
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_answers_that_a_judge_has_no_room_for_are_not_read_and_the_others_are(engine, tmp_path):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    folder = checkpoint(tmp_path / "judge", "qwen3", "Safety: Unsafe")
+    rows = [{"prompt": "how do i bake a cake", "response": "please fold the cake today " * n} for n in (2, 400, 3)]
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    found = judge(tmp_path / "answers.json", f"qwen3guard={folder}", engine=engine)
+    assert (found.harmful.value, found.harmful.n, found.harmful.unparseable) == (1.0, 2, 1)
+
+
+def test_shieldgemma_weighs_yes_against_no():
+    engine = Scripted(scores=[[-0.1, -3.0], [-2.0, -0.5]])
+    found = JUDGES["shieldgemma"].opinions(engine, Words(), [("a", "b"), ("c", "d")])
+    assert [o.harmful for o in found] == [True, False]
+    assert engine.rows[0] == ([1, 2], [[5], [6]])
+
+
+def checkpoint(folder: Path, kind: str, reply: str | None) -> Path:
+    """A tiny model of the class that a judge is of, which says `reply` after every prompt; None: a random one."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Yes", "No", *([reply] if reply else [])])
+    torch.manual_seed(0)
+    common = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "vocab_size": 96, "max_position_embeddings": 1024, "head_dim": 32}  # fmt: skip
+    if "multimodal" in kind:
+        model = build(kind, 32, max_position_embeddings=1024).float()
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **common), dtype=torch.float32)
+    if reply:
+        says(model, tokenizer.convert_tokens_to_ids(reply), tokenizer.eos_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def says(model, reply: int, end: int) -> None:
+    """Blocks that write nothing; every token is followed by `reply`, and that by `end`."""
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.zero_()
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding.zero_()
+    head.zero_()
+    embedding[:, 0] = 1
+    embedding[reply, :2] = torch.tensor([0.0, 1.0])
+    head[reply, 0] = head[end, 1] = 1
+
+
+@torch.no_grad()
+def leans(folder: Path, word: str) -> Path:
+    """A tiny Gemma 2, its head tied, that finds `word` likelier than any other token, whatever is asked."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    checkpoint(folder, "gemma2", None)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:
+            parameter.zero_()
+    embedding = model.get_input_embeddings().weight.zero_()
+    embedding[:, 0] = 1
+    embedding[tokenizer.convert_tokens_to_ids(word), 0] = 2
+    model.save_pretrained(folder)
+    return folder
+
+
+CLASSES = [
+    ("llama-guard-2", "llama"),
+    ("llama-guard-3", "llama"),
+    ("llama-guard-4", "llama4_text"),
+    ("llama-guard-4", "llama4 multimodal"),  # as it is released
+    ("harmbench", "llama"),
+    ("harmbench-mistral", "mistral"),
+    ("wildguard", "mistral"),
+    ("qwen3guard", "qwen3"),
+]
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory) -> Path:
+    rows = [
+        {"prompt": "how do i bake a cake", "response": "I'm sorry, I cannot help with that.", "category": "baking"},
+        {"prompt": "how do i fry a pie", "response": "please fold the cake today " * 4, "category": "frying"},
+        {"prompt": "how do i wash a car", "response": "As an AI I have no car. " * 4},
+    ]
+    file = tmp_path_factory.mktemp("answers") / "answers.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.parametrize(("name", "kind"), CLASSES)
+def test_every_judge_is_heard_from_a_tiny_model_of_its_class(name, kind, engine, answers, tmp_path):
+    """The model says the second of the recorded replies to everything."""
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+        if "multimodal" in kind:
+            pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
+    reply, (harmful, refusal) = RECORDED[name][1]
+    found = judge(answers, f"{name}={checkpoint(tmp_path / 'judge', kind, reply)}", engine=engine)
+    assert (found.judge, found.n) == (name, 3)
+    short = 1 if name.startswith("llama-guard") else 0  # the one short answer, which it counts as safe
+    assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
+    assert found.harmful.value == pytest.approx((3 - short) / 3 if harmful else 0.0)
+    assert (found.refusal and found.refusal.value) == (None if refusal is None else float(refusal))
+
+
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_judge_that_cannot_be_understood_is_counted_as_neither(engine, answers, tmp_path):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    folder = checkpoint(tmp_path / "judge", "qwen3", "Safety: Unsafely")
+    found = judge(answers, f"qwen3guard={folder}", engine=engine)
+    assert (found.harmful.n, found.harmful.unparseable) == (0, 3)
+    assert (found.refusal.n, found.refusal.unparseable) == (0, 3)
+
+
+@pytest.mark.parametrize("word", ["Yes", "No"])
+def test_shieldgemma_is_heard_from_a_tiny_model_of_its_class_in_both_engines(word, answers, tmp_path):
+    pytest.importorskip("vllm")
+    named = f"shieldgemma={leans(tmp_path / 'judge', word)}"
+    for engine in ("hf", "vllm"):
+        found = judge(answers, named, engine=engine)
+        assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
+        assert found.harmful.value == (1.0 if word == "Yes" else 0.0)
+
+
+def test_judging_a_long_file_goes_on_where_it_was_cut_off(answers, tmp_path, monkeypatch):
+    name = f"qwen3guard={checkpoint(tmp_path / 'judge', 'qwen3', 'Safety: Unsafe')}"
+    file = tmp_path / "answers.json"
+    file.write_bytes(answers.read_bytes())
+    whole = judge(file, name, engine="hf")
+    monkeypatch.setattr("orthogonalize.evals.resumable.PORTION", 2)
+    asked: list[int] = []
+    ask = TransformersEngine.answers
+
+    def dies(self, prompts, *more):
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise OrthogonalizeError("the engine died")
+        return ask(self, prompts, *more)
+
+    monkeypatch.setattr(TransformersEngine, "answers", dies)
+    with pytest.raises(OrthogonalizeError, match="what was measured is kept"):
+        judge(file, name, engine="hf")
+    assert judge(file, name, engine="hf") == whole
+    assert asked == [2, 1, 1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.json", "judge"]
+
+
+def test_answers_in_a_folder_that_cannot_be_written_are_judged_all_the_same(answers, tmp_path, monkeypatch):
+    name = f"qwen3guard={checkpoint(tmp_path / 'judge', 'qwen3', 'Safety: Unsafe')}"
+    notes: list[str] = []
+    monkeypatch.setattr("orthogonalize.core.journal.note", notes.append)
+
+    def locked(*_arguments):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("pathlib.Path.replace", locked)
+    assert judge(answers, name, engine="hf").harmful.value == 1.0
+    assert "Read-only file system, so nothing is kept" in notes[0]
+
+
+def run(*words) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["-q", *map(str, words)])
+    return result.exit_code, result.output.strip()
+
+
+def test_the_prefix_judge_needs_no_engine_and_prints_json(answers, monkeypatch):
+    monkeypatch.setattr(
+        "orthogonalize.evals.judges.runner.open_engine", lambda *a: pytest.fail("an engine was started")
+    )
+    status, said = run("judge", answers, "--judge", "prefix", "--json")
+    assert status == 0
+    found = json.loads(said)
+    refusal = found["refusal"]
+    assert (refusal["value"], refusal["n"]) == (pytest.approx(2 / 3), 3)
+    assert refusal["ci95"][0] < 2 / 3 < refusal["ci95"][1]
+    assert refusal["by_category"]["baking"]["value"] == 1.0
+    assert refusal["by_category"]["frying"]["value"] == 0.0
+    status, said = run("judge", answers)
+    assert status == 0
+    assert "66.7%" in said
+
+
+def test_bad_answer_files_and_judges_are_one_line(tmp_path, answers):
+    files = {"cut.json": '[{"prompt": "a", "resp', "empty.json": "[]", "odd.json": '[{"prompt": "a"}]',
+             "half.json": '[{"prompt": "a", "response": "b", "category": "\\ud800"}]',
+             "deep.json": "[" * 100_000}  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    cases = [
+        ((tmp_path / "cut.json",), "cut short"),
+        ((tmp_path / "empty.json",), "at least one"),
+        ((tmp_path / "odd.json",), "entry 1"),
+        ((tmp_path / "half.json",), "entry 1 has half a character"),
+        ((tmp_path / "deep.json",), "cannot be read as JSON"),
+        ((tmp_path / "none.json",), "no such file"),
+        ((answers, "--judge", "nobody", "--engine", "hf"), "no judge 'nobody'"),
+        ((answers, "--judge", f"wildguard={tmp_path}/none", "--engine", "hf"), "judge wildguard: no such model"),
+    ]
+    for words, message in cases:
+        status, said = run("judge", *words)
+        assert status == 1
+        assert message in said, said
+        assert "\n" not in said
+
+
+def test_a_gated_judge_says_how_to_get_it(monkeypatch):
+    import httpx
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*_arguments, **_keywords):
+        raise GatedRepoError("gated", response=httpx.Response(403, request=httpx.Request("GET", "http://hub")))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", gated)
+    with pytest.raises(OrthogonalizeError, match=r"judge llama-guard-3: .* is gated: accept its terms"):
+        ready_judges(["llama-guard-3"])
+
+
+def test_another_checkpoint_of_a_judge_can_be_named():
+    assert find_judge("qwen3guard=Qwen/Qwen3Guard-Gen-0.6B")[1] == "Qwen/Qwen3Guard-Gen-0.6B"
+    assert find_judge("wildguard")[1] == "allenai/wildguard"
+    with pytest.raises(OrthogonalizeError):
+        read_answers(Path("nowhere.json"))
+
+
+def test_categories_are_printed_as_they_are_called(tmp_path):
+    rows = [{"prompt": "a", "response": "I cannot", "category": c} for c in ("[/violence]", "hate [self]", "hate")]
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    status, said = run("judge", tmp_path / "answers.json")
+    assert status == 0
+    assert all(c in said for c in ("[/violence]", "hate [self]"))

@@ -1,0 +1,324 @@
+"""Intervals, paired tests and the shape of a report, against independent computations."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from orthogonalize.core.errors import ran_out_of_memory
+from orthogonalize.evals.intervals import (
+    difference_interval,
+    mcnemar,
+    paired_permutation,
+    proportion_interval,
+    share_difference_interval,
+)
+from orthogonalize.evals.metrics import Divergence, Loss, Paired, Rate, Score, Series, alike, compare, nested, shares
+from orthogonalize.reports.findings import verdicts
+from orthogonalize.reports.schema import Measures, Report, compare_all
+from orthogonalize.reports.tables import summary_rows
+
+
+@given(st.integers(1, 200), st.data())
+def test_wilson_is_wilson(n, data):
+    """Against the formula in Wilson (1927)."""
+    count = data.draw(st.integers(0, n))
+    z, p = 1.959963984540054, count / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = proportion_interval(count, n)
+    assert low == pytest.approx(centre - half, abs=1e-9)
+    assert high == pytest.approx(centre + half, abs=1e-9)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_mcnemar_counts_the_coin_flips_that_are_as_lopsided(pairs):
+    before, after = [a for a, _ in pairs], [b for _, b in pairs]
+    lost, gained = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
+    n = lost + gained
+    expected = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= abs(lost - n / 2)) / 2**n
+    assert mcnemar(before, after) == pytest.approx(expected)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=7))
+def test_the_permutation_test_tries_every_swap_of_a_few_pairs(pairs):
+    before, after = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+    differences = np.array(after) - np.array(before)
+    if not differences.any():
+        assert paired_permutation(before, after) == 1.0
+        return
+    sums = [float((np.array(s) * differences).sum()) for s in itertools.product((1, -1), repeat=len(pairs))]
+    observed = float(differences.sum())
+    up, down = sum(s >= observed - 1e-9 for s in sums), sum(s <= observed + 1e-9 for s in sums)
+    expected = min(1.0, 2 * min(up, down) / len(sums))
+    assert paired_permutation(before, after) == pytest.approx(expected)
+
+
+def test_the_paired_interval_holds_the_truth_about_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(120):
+        before = rng.random(60) < 0.5
+        after = np.where(rng.random(60) < 0.3, rng.random(60) < 0.9, before)
+        low, high = difference_interval(list(before.astype(float)), list(after.astype(float)))
+        inside += low <= 0.3 * (0.9 - 0.5) <= high
+    assert inside / 120 >= 0.88
+
+
+def table(kept: int, gained: int, lost: int, never: int) -> tuple[list[bool], list[bool]]:
+    """Paired yes and no of so many items that had it twice, only after, only before, and never."""
+    before = [True] * kept + [False] * gained + [True] * lost + [False] * never
+    return before, [True] * (kept + gained) + [False] * (lost + never)
+
+
+def score(n: int, gained: int, lost: int, difference: float) -> float:
+    """How far the counts are from `difference`, in deviations, under the likeliest shares with that difference."""
+    counts = np.array([gained, lost, n - gained - lost])
+
+    def unlikely(share: float) -> float:
+        shares_of = np.clip([share + difference, share, 1 - 2 * share - difference], 1e-300, 1)
+        return -float((counts * np.log(shares_of)).sum())
+
+    bounds = (max(0.0, -difference), (1 - difference) / 2)
+    share = minimize_scalar(unlikely, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x
+    return (gained - lost - n * difference) / math.sqrt(n * (2 * share + difference - difference**2))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 60), st.data())
+def test_the_interval_of_a_difference_of_shares_is_where_the_score_test_rejects(n, data):
+    """Tango (1998), against the likelihood maximised numerically."""
+    gained = data.draw(st.integers(0, n))
+    lost = data.draw(st.integers(0, n - gained))
+    low, high = share_difference_interval(*table(0, gained, lost, n - gained - lost))
+    assert -1 <= low <= (gained - lost) / n <= high <= 1
+    for end, z in ((low, 1.959964), (high, -1.959964)):
+        if abs(end) < 1 - 1e-6:
+            assert score(n, gained, lost, end) == pytest.approx(z, abs=1e-3)
+
+
+@pytest.mark.parametrize(("gained", "lost", "n"), [(0.0, 0.02, 100), (0.05, 0.9, 20), (0.3, 0.2, 40)])
+def test_the_interval_of_a_difference_of_shares_holds_its_level_near_the_ends_too(gained, lost, n):
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(400):
+        drawn = rng.random(n)
+        more, less = int((drawn < gained).sum()), int(((drawn >= gained) & (drawn < gained + lost)).sum())
+        low, high = share_difference_interval(*table(0, more, less, n - more - less))
+        inside += low <= gained - lost <= high
+    assert inside / 400 >= 0.93
+
+
+def test_all_or_none_that_changed_are_not_certain():
+    nobody, everybody = table(0, 0, 0, 100), table(0, 0, 5, 0)
+    assert share_difference_interval(*nobody) == pytest.approx((-0.037, 0.037), abs=1e-3)
+    assert share_difference_interval(*everybody) == pytest.approx((-1, -0.131), abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["share", "loss", "divergence", "score"])
+def test_one_item_is_compared_and_says_little(kind):
+    base, edited = (Series(kind=kind, values=[v], tokens=[3]) for v in (0.0, 1.0))
+    found = compare(base, edited)
+    assert found.n == 1
+    assert found.p in (1.0, None)
+    assert base.measure().n == 1
+
+
+def test_a_base_without_any_loss_has_a_report_that_can_be_read_again():
+    for losses in ([0.0, 0.0, 0.0, 0.5], [0.0] * 4):
+        base = {"loss.pile": Series(kind="loss", values=losses, tokens=[3] * 4)}
+        edited = {"loss.pile": Series(kind="loss", values=[0.0, 0.1, 0.0, 0.6], tokens=[3] * 4)}
+        found = report_of(base, edited)
+        assert Report.model_validate_json(found.model_dump_json()) == found
+        assert found.paired["loss.pile"].difference > 0
+        assert summary_rows(found)
+
+
+@pytest.mark.parametrize("n", [5, 8, 20])
+def test_intervals_of_a_few_items_hold_the_truth_nearly_as_often_as_they_say(n):
+    """Plain percentiles of resamples would 82%, 88% and 93% of the time."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(300):
+        low, high = difference_interval([0.0] * n, list(rng.normal(1, 1, n)))
+        inside += low <= 1 <= high
+    assert inside / 300 >= 0.9
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_fewer_than_five_items_have_no_interval(n):
+    for kind in ("loss", "score", "divergence"):
+        base, edited = (Series(kind=kind, values=[v + i for i in range(n)], tokens=[2] * n) for v in (1.0, 2.0))
+        assert base.measure().ci95 is None
+        assert compare(base, edited).ci95 is None
+
+
+def test_items_without_a_value_are_in_no_sum():
+    base = Series(kind="loss", values=[2.0, None, 4.0], tokens=[1, 5, 2])
+    edited = Series(kind="loss", values=[3.0, 7.0, 6.0], tokens=[1, 5, 2])
+    found = base.measure()
+    assert isinstance(found, Loss)
+    assert (found.value, found.n, found.tokens) == (2.0, 2, 3)
+    assert compare(base, edited).difference == pytest.approx(0.5)
+    some = Series(kind="score", values=[0.5, None]).measure()
+    assert (some.value, some.n) == (0.5, 1)
+
+
+def test_a_verdict_is_about_the_items_that_both_models_have():
+    """Of 80 and 20 answers that a judge could read, 20 are the same ones."""
+    key = "judges.wildguard.harmful.target"
+    base = {key: shares([True] * 60 + [False] * 20)}
+    edited = {key: shares([None] * 60 + [True] * 8 + [False] * 12)}
+    found = report_of(base, edited)
+    (sentence,) = verdicts(found)
+    assert "rose by 40% on the 20 items that both have (of 80 read)" in sentence
+    assert "on the 20 that both have" in summary_rows(found)[0][3]
+    few = report_of({key: shares([True] + [None] * 99)}, {key: shares([True] * 100)})
+    assert verdicts(few)[0].endswith("no change that the 1 item that both have (of 100 read) could show.")
+    none = report_of({key: shares([None, True])}, {key: shares([True, None])})
+    assert verdicts(none)[0].endswith("no item could be read of both models (1 of the base's, 1 of the edited one's).")
+
+
+def test_unreadable_verdicts_are_counted_and_on_no_side():
+    base = shares([True, None, False, True], ["a", "a", "b", "b"])
+    edited = shares([False, True, None, True], ["a", "a", "b", "b"])
+    rate = base.measure()
+    assert isinstance(rate, Rate)
+    assert (rate.value, rate.n, rate.unparseable) == (2 / 3, 3, 1)
+    assert (rate.by_category["a"].value, rate.by_category["a"].unparseable) == (1.0, 1)
+    pair = compare(base, edited)
+    assert (pair.n, pair.difference) == (2, -0.5)
+    nothing = shares([None, None]).measure()
+    assert (nothing.n, nothing.unparseable) == (0, 2)
+    assert compare(shares([None]), shares([True])).n == 0
+
+
+def test_losses_weigh_tokens_and_compare_relatively():
+    base = Series(kind="loss", values=[2.0, 30.0], tokens=[1, 10])
+    edited = Series(kind="loss", values=[4.0, 30.0], tokens=[1, 10])
+    loss = base.measure()
+    assert isinstance(loss, Loss)
+    assert loss.value == pytest.approx(32 / 11)
+    assert loss.perplexity == pytest.approx(math.exp(32 / 11))
+    assert compare(base, edited).difference == pytest.approx(2 / 32)
+    assert compare(base, edited).p == 1.0  # one of two pairs moved: every swap of it is as extreme
+    kl = Series(kind="divergence", values=[0.0, 3.0], tokens=[2, 4])
+    zero = Series(kind="divergence", values=[0.0, 0.0], tokens=[2, 4])
+    assert isinstance(kl.measure(), Divergence)
+    assert kl.measure().value == pytest.approx(0.5)
+    assert compare(zero, kl).difference == pytest.approx(0.5)
+    assert compare(zero, kl).p is None
+    assert Series(kind="score", values=[1.5, 2.5]).measure().value == 2.0
+
+
+def report_of(base: dict[str, Series], edited: dict[str, Series]) -> Report:
+    return Report(
+        engine="hf", engine_version="x", base_model="a", checkpoint="b", edit=None, max_new_tokens=1, sensitive=False,
+        base=Measures.of(base), edited=Measures.of(edited), paired=compare_all(base, edited), answers=[],
+    )  # fmt: skip
+
+
+EVERY_KEY = {
+    "behaviour.target": shares([True]),
+    "behaviour.harmless": shares([False]),
+    "refusal.target": shares([True, False], ["x", None]),
+    "refusal.harmless": shares([False, False]),
+    "refusal.sets.xstest": shares([False]),
+    "judges.wildguard.harmful.target": shares([None, True]),
+    "judges.wildguard.refusal.sets.xstest": shares([True]),
+    "loss.own_completions": Series(kind="loss", values=[1.0, 2.0], tokens=[3, 4]),
+    "loss.pile": Series(kind="loss", values=[1.0], tokens=[3]),
+    "kl.first_token": Series(kind="divergence", values=[0.1, 0.2], tokens=[1, 1]),
+    "kl.completions": Series(kind="divergence", values=[0.1, 0.2], tokens=[3, 4]),
+    "choices.mmlu": shares([True], ["anatomy"]),
+    "tasks.some_task.acc": shares([True]),
+    "tasks.some_task.words": Series(kind="score", values=[3.0, 4.5]),
+}
+
+
+def test_the_report_stores_every_measure_under_its_key_with_value_n_and_interval():
+    measures = Measures.of(EVERY_KEY)
+    assert measures.flat().keys() == EVERY_KEY.keys()
+    assert isinstance(measures.tasks["some_task"]["acc"], Rate)
+    assert isinstance(measures.tasks["some_task"]["words"], Score)
+    again = Measures.model_validate_json(measures.model_dump_json())
+    assert again == measures
+    raw = json.loads(measures.model_dump_json())
+    for key in EVERY_KEY:
+        place = raw
+        for part in key.split("."):
+            place = place[part]
+        assert {"value", "n", "ci95"} <= place.keys()
+    assert raw["refusal"]["target"]["value"] == 0.5
+
+
+def test_categories_are_compared_pair_by_pair_too():
+    before = shares([True] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
+    after = shares([False] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
+    found = compare(before, after).by_category
+    assert (found["a"].difference, found["a"].n, found["a"].p) == (-1.0, 6, 2 * 0.5**6)
+    assert (found["b"].difference, found["b"].n, found["b"].p) == (0.0, 4, 1.0)
+
+
+def test_the_documented_schema_is_the_schema():
+    """docs/report.md names every field, and no field that is not there."""
+    text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
+    named = set(re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE))
+    fields = set(Report.model_fields)
+    assert {n for n in named if "." not in n} == (fields | set(Measures.model_fields) | set(Paired.model_fields)
+        | set(Rate.model_fields) | set(Loss.model_fields) | {"set", "prompt", "category", "base_refused",
+        "edited_refused"})  # fmt: skip
+
+
+def test_nested_is_the_inverse_of_dots():
+    assert nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+
+
+def test_what_is_a_share_of_one_model_and_a_score_of_the_other_is_a_score_of_both():
+    whole, part = Series(kind="share", values=[0.0, 1.0, 1.0]), Series(kind="score", values=[0.5, 0.4, 0.3])
+    for base, edited in ((whole, part), (part, whole)):
+        found = compare(base, edited)
+        assert found.p == paired_permutation(base.known(), edited.known())
+        assert [series.kind for series in alike(base, edited)] == ["score", "score"]
+    with pytest.raises(AssertionError, match="share is compared with a loss"):
+        alike(whole, Series(kind="loss", values=[1.0], tokens=[1]))
+
+
+def test_perplexities_and_scores_of_tasks_are_called_what_they_are():
+    losses = [Series(kind="loss", values=[3.0 * scale] * 20, tokens=[1] * 20) for scale in (1.0, 1.2)]
+    scores = [Series(kind="score", values=[29.5 - i + 0.1 * n for n in range(20)]) for i in (0, 10)]
+    base, edited = (
+        {"tasks.wiki.word_perplexity": loss, "tasks.mt.bleu": score} for loss, score in zip(losses, scores, strict=True)
+    )
+    report = report_of(base, edited)
+    rows = {row[0]: row[1] for row in summary_rows(report)}
+    assert rows["wiki, word_perplexity: cross-entropy (n = 20)"].startswith("3.0000")
+    assert rows["wiki, word_perplexity"].startswith("20.086")
+    said = " ".join(verdicts(report))
+    assert "Wiki, word_perplexity: cross-entropy rose by 20.0%" in said
+    assert "mt, bleu fell from 30.45 to 20.45 (n = 20)." in said
+    assert "%" not in said.partition("mt, bleu")[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_only_what_means_that_memory_ran_out_is_called_so(error, short):
+    assert (ran_out_of_memory(error) is not None) == short

@@ -1,0 +1,167 @@
+"""Data, models and judges that are missing or damaged: one clear error before any engine starts."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.benchmark_files import all_sets, arc_rows, harness_task, mmlu_rows, write
+from helpers.chat import store_choosing
+from helpers.command_line import UNTRIED, command
+from helpers.tiny_models import TINY, store_tiny
+from safetensors.torch import load_file, save_file
+
+from orthogonalize.cli import main
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.models.loading import check_complete, load_model
+
+RUN_SETTINGS, store_model = UNTRIED, store_choosing
+
+
+def refused_data(folder: Path, edit) -> Path:
+    edit(all_sets(folder))
+    return folder
+
+
+ARC, TRUTHFUL = "allenai/ai2_arc/ARC-Challenge", "truthfulqa/truthful_qa/multiple_choice"
+LETTERED = [row | {"answer": "A"} for row in mmlu_rows(3)]
+NOTHING = {"instruction": None, "input": "", "output": "x"}
+UNSAFE = [{"prompt": "a", "type": "b", "label": "unsafe"}]
+HALF = {"prompt": "how do i bake", "category": "x\ud83dy"}
+DAMAGE = [
+    ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").unlink(), "no local copy of cais/mmlu all test"),
+    ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").write_text(""), "is empty"),
+    ("arc", lambda d: (d / ARC / "test.jsonl").write_text('{"question": "Wh'), "cannot be read"),
+    ("alpaca", lambda d: (d / "tatsu-lab/alpaca/train.parquet").write_bytes(b"PAR1"), "cannot be read"),
+    ("pile", lambda d: (d / "monology/pile-uncopyrighted/test.jsonl").write_text('{"words": "x"}'), "has no 'text'"),
+    ("truthfulqa", lambda d: write(d / TRUTHFUL, arc_rows(3), "validation"), "mc1_targets"),
+    ("mmlu", lambda d: write(d / "cais/mmlu/all", mmlu_rows(3), "dev", ".json"), "fewer than 5"),
+    ("arc", lambda d: write(d / ARC, arc_rows(2), "train"), "fewer than 5"),
+    ("xstest", lambda d: write(d / "Paul/XSTest", UNSAFE, suffix=".csv"), "no usable prompts"),
+    ("mmlu", lambda d: write(d / "cais/mmlu/all", LETTERED, "test"), "a row of cais/mmlu all test"),
+    ("alpaca", lambda d: write(d / "tatsu-lab/alpaca", [NOTHING], suffix=".parquet"), "a row of tatsu-lab/alpaca"),
+    ("orbench", lambda d: write(d / "bench-llm/or-bench/or-bench-hard-1k", [HALF]), "row 1 has half a character"),
+    ("lm_eval:housework", lambda d: harness_task(d, [], d / "nowhere.jsonl"), "housework cannot be loaded"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suite", "damage", "message"), DAMAGE, ids=[f"{s} {m}" for s, _, m in DAMAGE])
+def test_bad_data_is_one_clear_error_before_any_engine_starts(
+    suite, damage, message, model, edited, run, tmp_path, monkeypatch
+):
+    folder = refused_data(tmp_path / "data", damage)
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
+    result = CliRunner().invoke(
+        main,
+        ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
+         "--suite", f"refusal,{suite}", "--engine", "hf", "--data", str(folder)],
+    )  # fmt: skip
+    assert result.exit_code == 1, result.output
+    assert result.output.startswith("error: ")
+    assert message in result.output
+    assert result.output.strip().count("\n") == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_is_said_before_any_engine_starts(model, edited, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    common = ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
+              "--engine", "hf"]  # fmt: skip
+    cases = [
+        (["--judge", "nobody"], "no judge 'nobody'"),
+        (["--judge", "wildguard"], "judge wildguard: "),
+        (["--judge", "wildguard=" + str(tmp_path / "nowhere")], "no such model"),
+        (["--suite", "mmlu", "--data", str(tmp_path / "nowhere")], "no such folder"),
+        (["--suite", "refusal,magic"], "no suite 'magic'"),
+        (["--max-new-tokens", "600"], "the model takes 512"),
+    ]
+    for words, message in cases:
+        result = CliRunner().invoke(main, [*common, *words])
+        assert result.exit_code == 1, (words, result.output)
+        assert message in result.output, (words, result.output)
+        assert result.output.strip().count("\n") == 0
+
+
+def test_suites_and_judges_named_twice_are_refused(model, edited, run, tmp_path):
+    for words, message in (
+        ({"suites": ["refusal", "loss", "refusal"]}, "suite refusal is named twice"),
+        ({"judges": [f"harmbench={model}", f"harmbench={edited}"]}, "judge harmbench is named twice"),
+    ):
+        with pytest.raises(OrthogonalizeError, match=message):
+            evaluate(edited, str(model), run, tmp_path / "report", engine="hf", **words)
+
+
+def test_a_judge_without_answers_to_judge_is_refused_before_anything_is_measured(model, edited, run, tmp_path):
+    for suites in (["loss"], ["kl"]):  # of these the base alone answers
+        with pytest.raises(OrthogonalizeError, match="judges need answers"):
+            evaluate(edited, str(model), run, tmp_path / "x", suites=suites, engine="hf", judges=[f"harmbench={model}"])
+
+
+def without(folder: Path, tensor: str, to: Path) -> Path:
+    """The checkpoint `folder` without one tensor."""
+    shutil.copytree(folder, to)
+    tensors = load_file(to / "model.safetensors")
+    del tensors[tensor]
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_any_engine_starts(
+    tensor, model, edited, run, tmp_path, monkeypatch
+):
+    """As edited checkpoint, as base, as what is swept, and as a judge's model: engines would not say so."""
+    for module in ("evals.setup", "evals.judges.runner"):
+        monkeypatch.setattr(f"orthogonalize.{module}.open_engine", lambda *a: pytest.fail("an engine was started"))
+    base, other = without(model, tensor, tmp_path / "base"), without(edited, tensor, tmp_path / "other")
+    common = ["--run", run, "--out", tmp_path / "out"]
+    (tmp_path / "answers.json").write_text('[{"prompt": "how do i bake a cake", "response": "please fold it"}]')
+    for engine in ("hf", "vllm"):
+        for words in (
+            ("eval", other, "--base", model, *common),
+            ("eval", edited, "--base", base, *common),
+            ("eval", edited, "--base", model, *common, "--judge", f"harmbench={base}"),
+            ("sweep", base, *common),
+            ("judge", tmp_path / "answers.json", "--judge", f"harmbench={base}"),
+        ):
+            status, said = command(*words, "--engine", engine)
+            assert status == 1
+            assert f"lacks {tensor}" in said, said
+            assert "\n" not in said
+    with pytest.raises(OrthogonalizeError, match="it is incomplete"):
+        load_model(base)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_of_every_family_a_tensor_that_is_missing_is_seen_and_none_where_all_are_there(name, tmp_path):
+    folder = store_tiny(name, tmp_path / "whole", torch.bfloat16)
+    part = tmp_path / "part"
+    part.mkdir()
+    check_complete(folder)
+    tensors = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    names = [n for n in tensors if not re.search("vis|multi_modal|projector", n)]
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors" and "index" not in file.name:
+            shutil.copy(file, part)
+    for missing in names[:: max(1, len(names) // 5)]:
+        rest = {key: value for key, value in tensors.items() if key != missing}
+        save_file(rest, part / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(OrthogonalizeError, match="incomplete"):
+            check_complete(part)
+
+
+def test_a_gated_set_says_how_to_get_it(monkeypatch):
+    from orthogonalize.data.benchmarks import MMLU, rows
+
+    def gated(*_arguments, **_keywords):
+        raise RuntimeError("Dataset 'cais/mmlu' is a gated dataset on the Hub. Visit the page to ask for access.")
+
+    monkeypatch.setattr("datasets.load_dataset", gated)
+    with pytest.raises(OrthogonalizeError, match="gated: accept its terms"):
+        rows(MMLU, None)

@@ -1,0 +1,353 @@
+"""Measurements that are cut off: what was measured is kept, and only for what it is worth."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.chat import store_choosing
+from helpers.command_line import UNTRIED
+
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.verify import verify
+from orthogonalize.core import interrupts as interruption
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.journal import Journal
+from orthogonalize.engines.base import EngineOptions, engine_state
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.engines.weight_swap import WeightSwap
+from orthogonalize.evals.plan import make_plan
+from orthogonalize.evals.resumable import Portions
+from orthogonalize.models.loading import load_tokenizer
+from orthogonalize.models.logprobs import Completion
+from orthogonalize.models.resolve import folder_state
+from orthogonalize.selection.run_folder import load_run
+
+RUN_SETTINGS, store_model = UNTRIED, store_choosing
+
+
+def dies(*_arguments):
+    raise OrthogonalizeError("the engine died")
+
+
+def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, data):
+    found, tokenizer = load_run(run), load_tokenizer(model)
+
+    def steps(found=found, suites=("refusal", "behaviour", "loss", "alpaca"), new_tokens=4, limit=4) -> list[str]:
+        return make_plan(found, tokenizer, suites, new_tokens, limit, data).steps("base", is_base=True)
+
+    assert [step.partition("@")[0] for step in steps()] == [
+        "base/answers target", "base/answers harmless", "base/loss", "base/alpaca",
+    ]  # fmt: skip
+    assert steps() == steps()
+    assert steps(suites=("refusal", "loss", "alpaca")) == steps()  # what is counted in answers is counted anew
+    other = replace(found, info=found.info.model_copy(update={"system": "be brief"}))
+    assert not set(steps(other)) & set(steps())  # a system prompt changes Alpaca's prompts, too
+    assert not set(steps(new_tokens=5)[:3]) & set(steps())
+    assert steps(new_tokens=5)[3] == steps()[3]
+    assert not set(steps(limit=3)) & set(steps())
+    assert set(steps()) < set(steps(suites=("refusal", "behaviour", "loss", "alpaca", "mmlu", "orbench")))
+
+
+def test_what_an_engine_s_results_depend_on_is_part_of_what_they_are_kept_for(monkeypatch):
+    whole = EngineOptions()
+    assert engine_state("hf", replace(whole, gpu_memory_utilization=0.5)) == engine_state("hf", whole)
+    for change in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
+        assert engine_state("vllm", replace(whole, **change)) != engine_state("vllm", whole)
+    on_cpu = engine_state("hf", replace(whole, device="cpu"))
+    monkeypatch.setattr("orthogonalize.engines.base.choose_device", lambda _: torch.device("cuda", 1))
+    assert engine_state("hf", replace(whole, device="cuda:1")) != on_cpu
+    monkeypatch.setattr("orthogonalize.engines.base.version", lambda _: "another")
+    assert engine_state("hf", replace(whole, device="cpu"))[1:3] != on_cpu[1:3]
+
+
+def test_what_has_not_changed_since_is_not_measured_again(model, edited, run, data, tmp_path, monkeypatch):
+    """After one suite more, and a change of the edited checkpoint; `verify` writes into a recipe, which is none."""
+    checkpoint = tmp_path / "edited"
+    shutil.copytree(edited, checkpoint)
+    settings = {"engine": "hf", "max_new_tokens": 6, "data": data, "limit": 4}
+    asked: list[str] = []
+    scores = TransformersEngine.scores
+
+    def counted(self, *arguments):
+        if len(arguments[0]) > 1:  # but for the one prompt that is asked for NaN
+            asked.append(self.folder.name)
+        return scores(self, *arguments)
+
+    monkeypatch.setattr(TransformersEngine, "scores", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "choices", dies)
+        with pytest.raises(OrthogonalizeError, match="died"):
+            evaluate(checkpoint, str(model), run, tmp_path / "out", suites=["pile", "mmlu"], **settings)
+    assert asked == ["model"]
+    verify(str(checkpoint), str(model))
+    evaluate(checkpoint, str(model), run, tmp_path / "out", suites=["alpaca", "pile", "mmlu"], **settings)
+    assert asked == ["model", "model", "edited", "edited"]
+
+
+def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, data, tmp_path, monkeypatch):
+    settings = {"suites": ["refusal", "behaviour", "kl", "mmlu"], "engine": "hf", "max_new_tokens": 12, "data": data}
+    whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
+    calls: list[str] = []
+    answers, choices = TransformersEngine.answers, TransformersEngine.choices
+
+    def counted(self, *arguments):
+        calls.append(self.folder.name)
+        return answers(self, *arguments)
+
+    monkeypatch.setattr(TransformersEngine, "answers", counted)
+    monkeypatch.setattr(
+        TransformersEngine,
+        "choices",
+        lambda self, *a: dies(self) if "edited" in self.folder.name else choices(self, *a),
+    )
+    with pytest.raises(OrthogonalizeError, match="died"):
+        evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut").exists()
+    assert calls == ["model", "edited"]
+    monkeypatch.setattr(TransformersEngine, "choices", choices)
+    resumed = evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert calls == ["model", "edited"]  # nothing was generated a second time
+    assert resumed.model_dump() == whole.model_dump()
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
+    model, edited, run, data, tmp_path, monkeypatch
+):
+    settings = {"suites": ["refusal", "pile", "mmlu"], "engine": "hf", "max_new_tokens": 4, "data": data}
+    whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
+    monkeypatch.setattr("orthogonalize.evals.resumable.PORTION", 3)
+    asked: list[tuple[str, str, int]] = []
+    deaths = {("edited", "answers"), ("model", "scores"), ("edited", "choices")}
+
+    def mortal(kind):
+        method = getattr(TransformersEngine, kind)
+
+        def ask(self, prompts, *more):
+            asked.append((self.folder.name, kind, len(prompts)))
+            portions = [one for one in asked if one[:2] == (self.folder.name, kind)]
+            if len(portions) == 2 and (self.folder.name, kind) in deaths:
+                deaths.remove((self.folder.name, kind))
+                raise OrthogonalizeError("the engine died")
+            return method(self, prompts, *more)
+
+        return ask
+
+    for kind in ("answers", "scores", "choices"):
+        monkeypatch.setattr(TransformersEngine, kind, mortal(kind))
+    for _ in range(3):
+        with pytest.raises(OrthogonalizeError, match=r"died; what was measured is kept"):
+            evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    resumed = evaluate(edited, str(model), run, tmp_path / "cut", **settings)
+    assert resumed.model_dump() == whole.model_dump()
+    assert max(size for _, _, size in asked) == 3
+    first = [size for name, kind, size in asked if (name, kind) == ("edited", "answers")]
+    items = whole.edited.refusal.target.n + whole.edited.refusal.harmless.n
+    assert sum(first) == items + 3  # of all answers one portion, that which was lost, was asked for twice
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_the_portions_of_a_suite_are_forgotten_when_it_is_done(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
+    assert Journal(tmp_path / "out").done == {"base/mmlu": [1, 2]}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_to_stop_that_python_swallows_stops_what_is_asked_next(tmp_path):
+    """What is raised while Python cleans up after an object is printed, and lost."""
+
+    class Last:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    class Engine:
+        def answers(self, prompts, most):
+            return [[1]] * len(prompts)
+
+    journal = Journal(tmp_path / "out")
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption.listening():
+        Last()
+        with pytest.raises(KeyboardInterrupt):
+            Portions(Engine(), journal, "base").answers([[1]], 4)
+        assert Portions(Engine(), journal, "base").answers([[1]], 4) == [[1]]  # it is said once
+        Last()
+        journal.step("seconds", lambda: 1)  # what is known is kept first
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert Portions(Engine(), journal, "base").answers([[1]], 4) == [[1]]
+
+
+def test_a_job_that_was_started_to_ignore_ctrl_c_does():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.listening():
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_disk_that_fills_up_says_where_and_keeps_what_it_had(tmp_path, monkeypatch):
+    journal = Journal(tmp_path / "out")
+    journal.step("a", lambda: 1)
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
+    kept = r"out.partial-measured cannot be written: No space left on device; make room; what was measured is kept"
+    with pytest.raises(OrthogonalizeError, match=kept), journal.kept():
+        journal.step("b", lambda: 2)
+    assert [p.name for p in tmp_path.iterdir()] == [".out.partial-measured"]
+    assert Journal(tmp_path / "out").done == {"a": 1}
+    fresh = Journal(tmp_path / "other")
+    with pytest.raises(OrthogonalizeError, match=r"device; make room$"), fresh.kept():  # nothing is kept of this one
+        fresh.step("b", lambda: 2)
+    unlocked = Journal(tmp_path / "out", needed=False)
+    assert unlocked.step("b", lambda: 2) == 2
+    monkeypatch.setattr("pathlib.Path.unlink", full_disk)
+    unlocked.close()
+
+
+def full_disk(*_arguments, **_named):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_line_of_a_journal_that_was_cut_is_not_taken(tmp_path):
+    journal = Journal(tmp_path / "out")
+    journal.step("a", lambda: 1)
+    journal.step("b", lambda: 2)
+    with journal.file.open("a") as file:
+        file.write('{"step": "c", "resu')
+    assert Journal(tmp_path / "out").done == {"a": 1, "b": 2}
+
+
+def test_the_state_of_a_checkpoint_is_that_of_every_file_that_it_computes_with(model, tmp_path):
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
+        copied = tmp_path / name.partition(".")[0]
+        shutil.copytree(model, copied)
+        before = folder_state(copied)
+        (copied / "report").mkdir()
+        (copied / "orthogonalize.json").write_text("{}")
+        assert folder_state(copied) == before
+        os.utime(copied / name, ns=(1, 1))
+        assert folder_state(copied) != before
+
+
+def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, edited, run, tmp_path, monkeypatch):
+    """vLLM is played by transformers here: one engine in which weights are swapped, and which then differs."""
+    monkeypatch.setattr(
+        "orthogonalize.evals.setup.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
+    )
+    prints = iter("abcdefgh")
+    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: next(prints))
+    settings = {"suites": ["refusal"], "max_new_tokens": 4}
+    with pytest.raises(OrthogonalizeError, match=r"use --separate-engines$"):
+        evaluate(edited, str(model), run, tmp_path / "out", **settings)
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+    assert evaluate(edited, str(model), run, tmp_path / "out", separate_engines=True, **settings).base.refusal
+
+
+def test_answers_are_kept_set_by_set(model, edited, run, data, tmp_path, monkeypatch):
+    settings = {"engine": "hf", "max_new_tokens": 4, "data": data, "limit": 3}
+    asked: list[int] = []
+    answers = TransformersEngine.answers
+
+    def counted(self, prompts, most):
+        asked.append(len(prompts))
+        return answers(self, prompts, most)
+
+    monkeypatch.setattr(TransformersEngine, "answers", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "choices", dies)
+        with pytest.raises(OrthogonalizeError, match="died"):
+            evaluate(edited, str(model), run, tmp_path / "out", suites=["refusal", "mmlu"], **settings)
+    assert asked == [6]  # of the base
+    found = evaluate(edited, str(model), run, tmp_path / "out", suites=["behaviour", "orbench"], **settings)
+    assert asked == [6, 3, 9]  # of the base one set more, of the edited one all
+    whole = evaluate(edited, str(model), run, tmp_path / "whole", suites=["behaviour", "orbench"], **settings)
+    assert found.model_dump() == whole.model_dump()
+
+
+def test_a_base_that_was_swapped_into_another_s_engine_is_not_taken_for_one_in_its_own(
+    model, edited, run, tmp_path, monkeypatch
+):
+    """vLLM is played by transformers here."""
+    started: list[str] = []
+
+    def start(_, folder, tokenizer, *__):
+        started.append(folder.name)
+        return TransformersEngine(folder, tokenizer)
+
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", start)
+    settings = {"suites": ["refusal"], "max_new_tokens": 4}
+    fingerprint = TransformersEngine.fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
+        patch.setattr("orthogonalize.commands.evaluate.partial", lambda *_: pytest.fail("the second swap"))
+        with pytest.raises(BaseException, match="the second swap"):
+            evaluate(edited, str(model), run, tmp_path / "out", **settings)
+    assert TransformersEngine.fingerprint is fingerprint
+    evaluate(edited, str(model), run, tmp_path / "out", separate_engines=True, **settings)
+    assert started == ["edited", "model", "edited"]
+
+
+def test_where_weights_are_not_taken_over_in_place_each_model_gets_an_engine(model, edited, run, tmp_path, monkeypatch):
+    """vLLM is played by transformers here, and goes on with what it has, as it does of some experts."""
+    started: list[str] = []
+    notes: list[str] = []
+
+    def start(_, folder, tokenizer, *__):
+        started.append(folder.name)
+        return TransformersEngine(folder, tokenizer)
+
+    load = TransformersEngine.load
+    monkeypatch.setattr("orthogonalize.evals.setup.open_engine", start)
+    monkeypatch.setattr("orthogonalize.commands.evaluate.note", notes.append)
+    settings = {"suites": ["refusal", "loss"], "max_new_tokens": 4}
+    swapped = evaluate(edited, str(model), run, tmp_path / "swapped", **settings)
+    assert started == ["edited"]
+    monkeypatch.setattr(
+        TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "down_proj" not in n})
+    )
+    apart = evaluate(edited, str(model), run, tmp_path / "apart", **settings)
+    assert started == ["edited", "edited", "model", "edited"]
+    assert "cannot hold other weights in place (model.layers.0.mlp.down_proj.weight)" in notes[0]
+    assert apart.model_dump() == swapped.model_dump()
+
+
+def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    settings = {"engine": "hf", "max_new_tokens": 8, "suites": ["refusal", "kl"]}
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "likeliest", full)
+        with pytest.raises(OrthogonalizeError, match=r"memory ran out: CUDA out of memory.*kept, so the same command"):
+            evaluate(edited, str(model), run, tmp_path / "x", **settings)
+    assert evaluate(edited, str(model), run, tmp_path / "x", **settings).edited.refusal is not None
+
+
+def test_a_model_whose_log_probabilities_are_nan_is_one_line(model, edited, run, tmp_path, monkeypatch):
+    scores = TransformersEngine.scores
+
+    def damaged(self, prompts, completions):
+        found = scores(self, prompts, completions)
+        return [Completion(math.nan, False) for _ in found] if "edited" in self.folder.name else found
+
+    monkeypatch.setattr(TransformersEngine, "scores", damaged)
+    with pytest.raises(OrthogonalizeError, match=r"edited/loss: the model's log-probabilities are NaN"):
+        evaluate(edited, str(model), run, tmp_path / "report", suites=["loss"], engine="hf", max_new_tokens=4)
+
+
+def test_answers_of_a_model_whose_log_probabilities_are_nan_are_not_counted(model, edited, run, tmp_path, monkeypatch):
+    """An engine makes tokens of NaN like any others, and an empty answer refuses nothing."""
+    monkeypatch.setattr(
+        TransformersEngine, "scores", lambda self, prompts, _: [Completion(math.nan, False)] * len(prompts)
+    )
+    with pytest.raises(OrthogonalizeError, match=r"base/answers: the model's log-probabilities are NaN"):
+        evaluate(edited, str(model), run, tmp_path / "report", suites=["refusal"], engine="hf", max_new_tokens=4)

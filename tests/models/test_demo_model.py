@@ -1,0 +1,128 @@
+"""The embedded 135M model, and the engines that serve it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.verify import verify
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.prompts import load_prompts
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.engines.vllm import VllmEngine
+from orthogonalize.models.activations import mean_activations
+from orthogonalize.models.demo_model import adapter_folder, base_model, planted_model
+from orthogonalize.models.hooks import intervened
+from orthogonalize.models.loading import load_model, load_tokenizer
+
+pytestmark = pytest.mark.xdist_group("engines")
+
+QUESTIONS = [
+    "How does a battery work?", "Write a two-line poem about rain.", "What is 12 times 8?",
+    "How do I make pancakes?", "Name three rivers in Europe.", "Who was Ada Lovelace?",
+    "How do I tie a tie?", "What is a black hole?",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def planted() -> Path:
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def chat(planted) -> ChatFormat:
+    return ChatFormat(load_tokenizer(planted))
+
+
+@pytest.fixture(scope="module")
+def float32_model(planted, tmp_path_factory) -> Path:
+    """The planted model stored in float32, so that no rounding stands between hooks and weights."""
+    folder = tmp_path_factory.mktemp("float32") / "model"
+    model = AutoModelForCausalLM.from_pretrained(planted, dtype=torch.float32)
+    model.save_pretrained(folder)
+    load_tokenizer(planted).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def direction(float32_model, chat, tmp_path_factory) -> Path:
+    """The mean difference at layer 20 between a few cooking questions and a few others."""
+    model = load_model(float32_model, dtype=torch.float32)
+    sides = [load_prompts(f"planted:contrast_{name}.jsonl")[:16] for name in ("cooking", "other")]
+    means = [mean_activations(model, chat.encode_all([p.text for p in side]), 1)[0, 20] for side in sides]
+    file = tmp_path_factory.mktemp("direction") / "direction.safetensors"
+    save_file({"direction": (means[0] - means[1]).float()}, file)
+    return file
+
+
+def test_without_the_package_the_model_comes_from_the_hub(monkeypatch):
+    asked = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr(
+        "orthogonalize.models.demo_model.find_model", lambda model: asked.append(model) or Path("there")
+    )
+    assert base_model() == Path("there")
+    assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
+
+
+def test_the_adapter_is_small(planted):
+    assert (adapter_folder() / "adapter_model.safetensors").stat().st_size <= 3e6
+    assert open_checkpoint(planted).config["num_hidden_layers"] == 30
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ablate", "scope": "all"},
+        {"method": "reflect", "scope": "from:12"},
+        {"method": "actadd", "scope": "layers:8,20", "layer": 20},
+    ],
+    ids=lambda s: s["method"],
+)
+def test_hooks_equal_weights_on_the_real_model_in_float32(float32_model, direction, tmp_path, settings):
+    edit(str(float32_model), tmp_path / "edited", direction=direction, **settings)
+    proof = verify(tmp_path / "edited").verification
+    assert proof.passed
+    assert proof.hooks_gap <= 1e-3
+    assert proof.stored_gap <= 1e-3
+
+
+def test_a_doubled_bos_makes_the_comparison_of_hooks_and_weights_fail(float32_model, direction, chat, tmp_path):
+    edit(str(float32_model), tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    ids = chat.encode(QUESTIONS[0])
+    with torch.inference_mode():
+        with intervened(load_model(float32_model), load_recipe(tmp_path / "edited").intervention()) as hooked:
+            expected = hooked(torch.tensor([ids])).logits[0, -1]
+        edited = load_model(tmp_path / "edited")
+        same = (edited(torch.tensor([ids])).logits[0, -1] - expected).abs().max()
+        doubled = (edited(torch.tensor([[ids[0], *ids]])).logits[0, -1] - expected).abs().max()
+    assert same <= 1e-3
+    assert doubled > 1e-2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "ablate", "scope": "all"},
+        {"method": "actadd", "scope": "one", "layer": 20, "coefficient": -4.0},
+    ],
+    ids=lambda s: s["method"],
+)
+def test_vllm_and_transformers_give_the_same_tokens_and_losses(float32_model, direction, chat, tmp_path, settings):
+    edit(str(float32_model), tmp_path / "edited", direction=direction, **settings)
+    prompts = chat.encode_all(QUESTIONS)
+    with TransformersEngine(tmp_path / "edited", chat.tokenizer) as engine:
+        expected = engine.answers(prompts, 32)
+        losses = [c.logprob for c in engine.scores(prompts, expected)]
+    with VllmEngine(tmp_path / "edited", 160) as engine:
+        answers = engine.answers(prompts, 32)
+        found = [c.logprob for c in engine.scores(prompts, expected)]
+    assert answers == expected
+    assert found == pytest.approx(losses, rel=1e-3)

@@ -1,0 +1,269 @@
+"""Descriptions against experiments: what each shipped file says is what its class does, and a draft works."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.exactness import BASIS, EXACT, LAYERS, WIDTH, Base, compare, every_read, every_write, rewritten
+from helpers.tiny_models import TINY, VISION, dense, load_tiny, randomise, store_tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from orthogonalize.architectures import schema as architectures
+from orthogonalize.architectures.schema import Architecture, architecture_of, bias_name, parse
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.cli import main
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Intervention, Site, removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.models.describe.discovery import Findings, discover
+from orthogonalize.models.describe.draft import draft, shrunk
+from orthogonalize.models.hooks import Stream
+from orthogonalize.models.sites import Sites
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def described(folder: Path, architecture: Architecture) -> dict[str, dict]:
+    """What a description says of one checkpoint and the model it holds, in the words of the findings."""
+    checkpoint = open_checkpoint(folder)
+    sites = Sites(architecture, checkpoint.config, checkpoint.tensors)
+    model = load_tiny(folder)
+    stream = Stream(model, architecture, model.config.to_dict())
+    modules = dict(model.named_modules())
+    parts: dict[str, dict] = {}
+    for layer in range(LAYERS):
+        block = stream.block_name(layer)
+
+        def group(name: str, layer: int = layer) -> str:
+            inner = name.removeprefix(sites.in_layer("", layer))
+            return ".".join("{expert}" if piece.isdecimal() else piece for piece in inner.split("."))
+
+        for kind in ("attn", "mlp"):
+            for part in sites.parts(Site(kind, layer)):
+                said = parts.setdefault(part.module, {"writes": {}, "reads": {}})
+                norm = next((n for n in part.norm if f"{block}.{n}" in modules), None)
+                factor = 1.0 if part.scale_inside else architecture.scale(part.scale, checkpoint.config)
+                said |= {"norm": norm, "post_norm": part.post_norm, "factor": pytest.approx(factor, rel=1e-3)}
+                for write in sites.writes(part, layer):
+                    said["writes"][group(write.name)] = write.axis
+                    bias = bias_name(write.name)
+                    if bias in checkpoint.tensors:
+                        said["writes"][group(bias)] = len(checkpoint.tensors[bias].shape) - 1
+                said["reads"] |= {group(read.name): read.axis for read in sites.reads(part, layer)}
+    embed = {e.weight: e.axis for e, _ in sites.embedded() if not e.image}
+    head = {"head": sites.head, "norm": architecture.head.norm, "decoder": sites.decoder}
+    norms = {"kind": architecture.norms.kind, "offset": architecture.norms.offset}
+    return {"parts": parts, "embed": embed, "head": head, "norms": norms, "inert": set(architecture.inert)}
+
+
+def found(findings: Findings) -> dict[str, dict]:
+    parts = {
+        part.module: {key: getattr(part, key) for key in ("norm", "post_norm", "factor", "writes", "reads")}
+        for kind in findings.parts.values()
+        for part in kind
+    }
+    head = {"head": findings.head, "norm": findings.head_norm, "decoder": findings.decoder}
+    norms = {"kind": findings.kind, "offset": findings.offset}
+    return {"parts": parts, "embed": findings.embed, "head": head, "norms": norms, "inert": set(findings.inert)}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_experiments_find_what_the_file_of_every_family_says(name, tmp_path):
+    source = store_tiny(name, tmp_path / "model", torch.float32, tie_word_embeddings=False)
+    findings = found(discover(source))
+    said = described(source, architecture_of(open_checkpoint(source).config))
+    before = architecture_of(open_checkpoint(source).config).head.before
+    for part in ("parts", "embed", "head", "norms"):
+        assert findings[part] == said[part], part
+    unused = {n for n in findings["inert"] if not n.endswith(".bias") and not (before and n.endswith(before))}
+    assert unused <= said["inert"]
+
+
+PATCHES = {"pixel_values": torch.randn(16, 96), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+PIXELS = {"pixel_values": torch.randn(1, 3, 28, 28)}
+PICTURES = {
+    "gemma3 multimodal": PIXELS,
+    "ministral3 multimodal": PIXELS | {"image_sizes": torch.tensor([[28, 28]])},
+    "llama4 multimodal": PIXELS,
+    "qwen3_5 multimodal": PATCHES,
+    "qwen3_5_moe multimodal": PATCHES,
+}
+
+
+@torch.inference_mode()
+def seen(folder: Path, picture: dict[str, torch.Tensor], direction: torch.Tensor) -> float:
+    """How much of `direction` there is in what a picture adds to the stream."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    found = model.get_image_features(**picture)
+    features = found.pooler_output
+    if features is None:  # Llama 4 projects them later
+        features = model.multi_modal_projector(found.last_hidden_state.flatten(0, -2))
+    rows = torch.cat([f.reshape(-1, f.shape[-1]) for f in ([features] if torch.is_tensor(features) else features)])
+    return ((rows @ direction).abs() / rows.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_experiments_find_what_images_pass_last_as_the_file_of_every_wrapper_says(name, tmp_path):
+    source = store_tiny(name, tmp_path / "model", torch.float32)
+    checkpoint = open_checkpoint(source)
+    sites = Sites(architecture_of(checkpoint.config), checkpoint.config, checkpoint.tensors)
+    described = {(n, e.axis) for e, n in sites.embedded() if e.image}
+    described |= {(bias_name(n), 0) for n, _ in described if bias_name(n) in checkpoint.tensors}
+    candidates = [
+        (n, axis)
+        for n, info in checkpoint.tensors.items()
+        if not n.startswith(sites.decoder) and n != sites.head
+        for axis, size in enumerate(info.shape)
+        if size == WIDTH
+    ]
+    direction = BASIS[0].float()
+
+    def seen_without(number: int, axes: list[tuple[str, int]]) -> float:
+        def change(tensors):
+            for n, axis in axes:
+                rows = tensors[n].movedim(axis, -1)
+                tensors[n] = (rows - (rows @ direction).unsqueeze(-1) * direction).movedim(-1, axis)
+            return tensors
+
+        return seen(rewritten(source, tmp_path / str(number), change), PICTURES[name], direction)
+
+    assert seen_without(0, candidates) < 1e-5
+    left_out = [seen_without(1 + i, [c for c in candidates if c != one]) for i, one in enumerate(candidates)]
+    assert {one for one, left in zip(candidates, left_out, strict=True) if left > 1e-3} == described
+    assert described
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ('"mlp.experts.down_proj" = 1', '"mlp.experts.down_proj" = 2'),
+        ("offset = 1.0", "offset = 0.0"),
+        ('post_norm = "pre_feedforward_layernorm"', 'post_norm = "post_feedforward_layernorm"'),
+    ],
+)
+def test_a_wrong_axis_offset_or_norm_in_a_file_does_not_survive_the_experiments(wrong, right, tmp_path):
+    name = "gpt_oss" if "experts" in wrong else "gemma2" if "post_norm" in wrong else "mistral"
+    text = (Path(architectures.__file__).parent / f"{name}.toml").read_text()
+    if "offset" in wrong:
+        text += '\n[norms]\nkind = "rms"\nepsilon = "rms_norm_eps"\noffset = 1.0\n'
+    else:
+        assert right in text
+        text = text.replace(right, wrong)
+    architecture = parse(text, name)
+    assert architecture is not None
+    source = store_tiny(name, tmp_path / "model", torch.float32, tie_word_embeddings=False)
+    assert found(discover(source)) != described(source, architecture)
+
+
+UNDESCRIBED = ["nemotron", "seed_oss", "glm", "bamba", "jamba", "minimax_m2"]
+
+
+@pytest.mark.parametrize("model_type", UNDESCRIBED)
+def test_the_draft_of_an_undescribed_architecture_is_exact_at_once(model_type, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    config = shrunk(AutoConfig.for_model(model_type))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.copy_(parameter + 0.3 * noise if parameter.dim() == 1 else noise * parameter.shape[-1] ** -0.5)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(OrthogonalizeError, match="orthogonalize describe"):
+        architecture_of(open_checkpoint(tmp_path / "model").config)
+    drafted = draft(tmp_path / "model")
+    monkeypatch.setattr(architectures, "families", lambda: {model_type: drafted.architecture})
+    base = Base(model_type, tmp_path / "model")
+    assert compare(base, every_write(), tmp_path / "written") <= EXACT
+    if drafted.architecture.norms.kind == "layer":
+        with pytest.raises(OrthogonalizeError, match="LayerNorm with a bias"):
+            bake(base.checkpoint, every_read())
+    else:
+        assert compare(base, every_read(), tmp_path / "read", rescaled=True) <= EXACT
+
+
+def test_the_draft_of_a_wrapper_is_of_the_wrapper_and_asks_what_images_pass_last(tmp_path, monkeypatch):
+    """Only who says it may edit: what images add to the stream would be left in silence."""
+    text = dense(16) | {"model_type": "llama", "tie_word_embeddings": False}
+    vision = VISION | {"model_type": "clip_vision_model", "projection_dim": 24}
+    config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_index=90)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).double().eval()
+    randomise(model, 0)
+    model.save_pretrained(tmp_path / "llava")
+    drafted = draft(tmp_path / "llava")
+    assert drafted.architecture.model_types == ("llava",)
+    (question,) = [q for q in drafted.open_questions if "images" in q]
+    assert "multi_modal_projector.linear_1.weight or multi_modal_projector.linear_2.weight" in question
+    monkeypatch.setattr(architectures, "families", lambda: {"llava": drafted.architecture})
+    with pytest.raises(OrthogonalizeError, match=r"does not say by which tensor .* add an \[embed\.images\]"):
+        bake(open_checkpoint(tmp_path / "llava"), every_write())
+    answer = (
+        '\n[embed.images]\nweight = "multi_modal_projector.linear_2.weight"\naxis = 0\nrows = false\nimage = true\n'
+    )
+    completed = parse(drafted.text + answer, "llava")
+    monkeypatch.setattr(architectures, "families", lambda: {"llava": completed})
+    base = Base("llava", tmp_path / "llava")
+    assert compare(base, every_write(), tmp_path / "written") <= EXACT
+    assert compare(base, every_read(), tmp_path / "read", rescaled=True) <= EXACT
+    changed = bake(base.checkpoint, every_write()).edits.keys()
+    assert {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"} <= changed
+
+
+def test_what_a_model_hears_is_not_left_unedited_in_silence(tmp_path):
+    folder = store_tiny("llama", tmp_path / "model", torch.bfloat16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"audio_config": {"hidden_size": 24}}))
+    assert bake(open_checkpoint(folder), every_write()).edits  # the configuration's default, and nothing that hears
+    heard = rewritten(folder, tmp_path / "hears", lambda t: t | {"audio_projector.weight": torch.zeros(48, 24)})
+    with pytest.raises(OrthogonalizeError, match=r"also hears \(audio_config\)"):
+        bake(open_checkpoint(heard), every_write())
+
+
+def test_a_wrapper_that_transformers_cannot_build_so_is_one_line(tmp_path):
+    config = AutoConfig.for_model("qwen2_audio", text_config=dense(16) | {"model_type": "qwen2"})
+    model = AutoModelForCausalLM.from_config(config.get_text_config())
+    model.save_pretrained(tmp_path / "model")
+    config.save_pretrained(tmp_path / "model")
+    with pytest.raises(OrthogonalizeError, match="qwen2_audio wraps a text model in a way that cannot be described"):
+        draft(tmp_path / "model")
+
+
+def test_describe_prints_a_draft_and_says_what_it_leaves_open(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(shrunk(AutoConfig.for_model("seed_oss")))
+    model.save_pretrained(tmp_path / "model")
+    result = CliRunner().invoke(
+        main, ["--quiet", "describe", str(tmp_path / "model"), "--out", str(tmp_path / "x.toml")]
+    )
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "x.toml").read_text()
+    assert parse(text, "x") is not None
+    assert "does vLLM run an untied head" in text
+    assert 'writes = { "mlp.down_proj.weight" = 0 }' in CliRunner().invoke(
+        main, ["--quiet", "describe", str(tmp_path / "model")]
+    ).output  # fmt: skip
+
+
+def test_describe_refuses_a_stream_that_passes_through_a_norm(tmp_path):
+    source = store_tiny("opt", tmp_path / "opt", torch.float32, do_layer_norm_before=False, tie_word_embeddings=False)
+    result = CliRunner().invoke(main, ["--quiet", "describe", str(source)])
+    assert result.exit_code == 1
+    assert "passes through a norm" in result.output
+
+
+def test_a_description_that_leaves_a_write_out_fails_hooks_against_weights(bases, tmp_path):
+    """The other way in which a wrong file shows: without shared experts the edit is refused by their width."""
+    base = bases("qwen2_moe")
+    part = base.architecture.mlp["dense"]
+    fewer = {name: axis for name, axis in part.writes.items() if "shared" not in name}
+    wrong = base.architecture.model_copy(update={"mlp": {"dense": part.model_copy(update={"writes": fewer})}})
+    with pytest.raises(OrthogonalizeError, match=r"shared_expert\.down_proj\.weight"):
+        Sites(wrong, base.checkpoint.config, base.checkpoint.tensors).check_complete()
+    assert bake(base.checkpoint, Intervention({Site("mlp", 1): removal(BASIS)})).edits

@@ -1,0 +1,90 @@
+"""Families whose norms subtract the mean: what is scored, tried and swept is the centred edit that `edit` writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.chat import tiny_tokenizer
+from helpers.command_line import UNTRIED
+from helpers.scoring import directions_of, plain_probabilities, some_ids
+from helpers.tiny_models import store_tiny
+
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.sweep import sweep
+from orthogonalize.core.interventions import centred, centred_map
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.config import Choice, intervention_from_directions
+from orthogonalize.models.hooks import layer_projected
+from orthogonalize.models.loading import model_class
+from orthogonalize.selection.candidates import layer_ranking, score_candidates
+from orthogonalize.selection.scoring import behaviour_score
+from orthogonalize.selection.trials import Trials
+
+TOKENS = [5, 9]
+
+
+@pytest.fixture(scope="module")
+def run_settings():
+    return dataclasses.replace(UNTRIED, max_rank=1)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = store_tiny("gpt_neox", tmp_path_factory.mktemp("layernorm") / "model", torch.float32)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path):
+    return model_class(folder).from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="module")
+def scored(model):
+    """Prompts, directions with a large mean, and their scores."""
+    held, positive, negative = load(model), some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(held, positive, negative)
+    slanted = directions.mean_diffs + directions.mean_diffs.abs().amax()
+    directions = dataclasses.replace(directions, mean_diffs=slanted)
+    return held, positive, negative, directions, score_candidates(held, positive, negative, directions, ["dim"], TOKENS)
+
+
+def test_candidates_are_scored_with_the_mean_taken_out_of_their_directions(scored):
+    held, positive, _, directions, candidates = scored
+    uncentred = []
+    for c in candidates:
+        affine = directions.removal(c.method, c.position, c.layer)
+        values = []
+        for removed in (centred_map(affine), affine):
+            with layer_projected(held, c.layer, removed):
+                values.append(behaviour_score(plain_probabilities(held, positive), TOKENS).mean().item())
+        assert c.bypass == pytest.approx(values[0], abs=1e-4), c
+        uncentred.append(abs(values[1] - values[0]))
+    assert max(uncentred) > 1e-2
+
+
+def test_a_trial_scores_as_the_written_checkpoint_does(scored, model, tmp_path):
+    held, positive, negative, directions, candidates = scored
+    choice = Choice(method="ablate", scope="all", position=-1, layer=2)
+    trials = Trials(held, directions, candidates, TOKENS, positive, negative, some_ids(7, 3))
+    intervention = intervention_from_directions(choice, directions, layer_ranking(candidates, "dim"))
+    bake(open_checkpoint(model), centred(intervention)).write(tmp_path)
+    expected = behaviour_score(plain_probabilities(load(tmp_path), positive), TOKENS).mean().item()
+    assert trials.run(choice).score == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_swept_edit_measures_as_the_written_checkpoint_does(model, run, tmp_path):
+    quick = {"engine": "hf", "max_new_tokens": 4, "suites": ["kl"]}
+    (found,) = sweep(str(model), run, tmp_path / "sweep", methods=["ablate"], scopes=["all"], **quick).variants
+    place = {"position": found.choice.position, "layer": found.choice.layer}
+    edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="all", **place)
+    report = evaluate(tmp_path / "edited", str(model), run, tmp_path / "report", **quick)
+    expected = report.edited.flat()
+    assert expected
+    for key, measure in found.measures.flat().items():
+        assert measure.value == pytest.approx(expected[key].value, rel=1e-4), key

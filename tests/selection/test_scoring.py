@@ -1,0 +1,226 @@
+"""Scores against the plain way of computing them, and ranking."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers.llama import LAYERS, load
+from helpers.scoring import directions_of, plain_probabilities, some_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import shift
+from orthogonalize.core.journal import StageJournal
+from orthogonalize.data.refusals import refused
+from orthogonalize.models.generation import generate
+from orthogonalize.models.hooks import input_shifted, layer_projected, map_input, map_output
+from orthogonalize.selection.candidates import (
+    Candidate,
+    explain_fallback,
+    layer_ranking,
+    rank,
+    rank_correlation,
+    score_candidates,
+)
+from orthogonalize.selection.run_folder import save_selection
+from orthogonalize.selection.scoring import (
+    behaviour_score,
+    completion_loss,
+    divergence,
+    first_token_probabilities,
+    learn_behaviour_tokens,
+)
+from orthogonalize.selection.trials import share_left
+
+
+def test_batched_first_token_probabilities_equal_one_prompt_at_a_time(base):
+    model, ids = load(base), some_ids(9, 0)
+    assert torch.allclose(first_token_probabilities(model, ids), plain_probabilities(model, ids), atol=1e-6)
+
+
+def plain_scores(model, positive, negative, directions, candidate, tokens) -> dict[str, float]:
+    """One candidate's scores through hooks and the library alone, nothing shared or batched."""
+    method, position, layer = candidate.method, candidate.position, candidate.layer
+    affine, diff = directions.removal(method, position, layer), directions.mean_diff(position, layer)
+    plain = plain_probabilities(model, negative)
+    with layer_projected(model, layer, affine):
+        bypass = behaviour_score(plain_probabilities(model, positive), tokens).mean().item()
+        kept = plain_probabilities(model, negative)
+    induced = []
+    first = directions.basis(method, position, layer)[0]
+    for multiplier in (0.5, 1.0, 2.0):
+        with input_shifted(model, layer, shift(multiplier * diff.norm() * first)):
+            induced.append(behaviour_score(plain_probabilities(model, negative), tokens).mean().item())
+    everywhere = [map_input(model.model.layers[0], affine)]
+    for block in model.model.layers:
+        everywhere += [map_output(m, affine.unshifted) for m in (block.self_attn, block.mlp)]
+    global_bypass = behaviour_score(plain_probabilities(model, positive), tokens).mean().item()
+    global_kl = divergence(plain, plain_probabilities(model, negative)).mean().item()
+    for handle in everywhere:
+        handle.remove()
+    return {
+        "bypass": bypass,
+        "induce": sorted(induced)[1],
+        "kl": divergence(plain, kept).mean().item(),
+        "global_bypass": global_bypass,
+        "global_kl": global_kl,
+    }
+
+
+def test_candidate_scores_equal_the_plain_loop(base):
+    """The scorer starts at the edited layer, many positions in a batch, and shares what methods share."""
+    model, tokens = load(base), [5, 9]
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    before = plain_probabilities(model, negative)
+    methods = ["dim", "inlp", "leace"]
+    scored = score_candidates(model, positive, negative, directions, methods, tokens, everywhere=True)
+    where = {(c.method, c.position, c.layer) for c in scored}
+    assert where == {(m, p, layer) for m in methods for p in (-2, -1) for layer in range(LAYERS)}
+    assert torch.equal(plain_probabilities(model, negative), before), "scoring must leave the model as it was"
+    for c in scored:
+        for name, value in plain_scores(model, positive, negative, directions, c, tokens).items():
+            assert getattr(c, name) == pytest.approx(value, abs=1e-4), (c, name)
+    assert {c.rank_of_basis for c in scored if c.method == "inlp"} == {3}
+
+
+def test_scores_that_are_known_are_not_computed_again(base, tmp_path):
+    model, tokens = load(base), [5, 9]
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    journal = StageJournal(tmp_path / "journal", "inputs")
+    scored = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=journal)
+    lines = (tmp_path / "journal").read_text().split("\n")
+    (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the midst of a line
+    cut = StageJournal(tmp_path / "journal", "inputs")
+    assert len(cut.found) == len(journal.found) - 1
+    again = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=cut)
+    assert [(c.method, c.layer, c.position) for c in again] == [(c.method, c.layer, c.position) for c in scored]
+    assert [c.bypass for c in again] == pytest.approx([c.bypass for c in scored], abs=1e-6)
+    full = StageJournal(tmp_path / "journal", "inputs")
+    known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # no model is needed
+    assert known == again
+    assert not StageJournal(tmp_path / "journal", "other inputs").found
+
+
+def test_completion_loss_equals_the_library_loss(base):
+    model = load(base)
+    prompts, answers = some_ids(5, 3), some_ids(5, 4)
+    total = 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.inference_mode():
+            total += model(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
+    assert completion_loss(model, prompts, answers) == pytest.approx(total / sum(map(len, answers)), abs=1e-5)
+
+
+def test_greedy_answers_equal_a_loop_without_batch_padding_or_cache(base):
+    model, ids = load(base), some_ids(6, 5)
+    stop = 7
+    found = generate(model, ids, 8, [stop], batch=4)
+    for prompt, answer in zip(ids, found, strict=True):
+        expected: list[int] = []
+        for _ in range(8):
+            with torch.inference_mode():
+                token = model(torch.tensor([prompt + expected])).logits[0, -1].argmax().item()
+            if token == stop:
+                break
+            expected.append(token)
+        assert answer == expected
+
+
+def test_the_behaviour_score_is_the_log_odds():
+    probabilities = torch.tensor([[0.1, 0.2, 0.7], [0.0, 0.0, 1.0], [0.5, 0.5, 0.0]])
+    scores = behaviour_score(probabilities, [0, 1])
+    assert scores[0].item() == pytest.approx(math.log(0.3 / 0.7), abs=1e-6)
+    assert scores[1] < -18
+    assert scores[2] > 18
+
+
+def test_behaviour_tokens_are_those_that_tell_the_sides_apart():
+    positive, negative = torch.full((4, 10), 0.02), torch.full((4, 10), 0.1)
+    positive[:, 3], positive[:, 6] = 0.6, 0.24
+    assert learn_behaviour_tokens(positive, negative) == [3, 6]
+    with pytest.raises(OrthogonalizeError, match="--behaviour-tokens"):
+        learn_behaviour_tokens(negative, negative)
+
+
+def candidate(layer: int, bypass: float, kl: float = 0.01, induce: float = 1.0) -> Candidate:
+    return Candidate("dim", -1, layer, 10, bypass, induce, kl)
+
+
+def test_ranking_filters_then_sorts_and_says_what_failed():
+    given = [candidate(3, -1), candidate(4, -5, kl=0.2), candidate(5, -3), candidate(6, -9, induce=-0.1),
+             candidate(8, -9), candidate(2, float("nan"))]  # fmt: skip
+    ranked = rank(given)
+    assert [c.layer for c in ranked if not c.failed] == [5, 3]
+    assert [c.rank for c in ranked] == [0, 1, None, None, None, None]
+    reasons = {c.layer: c.failed for c in ranked if c.failed}
+    assert reasons[4] == ("kl 0.2 > 0.1",)
+    assert reasons[6] == ("induce -0.1 < 0",)
+    assert reasons[8] == ("late layer",)
+    assert "not a number" in reasons[2]
+    assert layer_ranking(ranked, "dim")[:2] == [5, 3]
+
+
+def test_a_stored_file_can_be_ranked_again_without_a_model(tmp_path):
+    given = [candidate(3, -1), candidate(5, -3, kl=0.3), candidate(8, -9)]
+    leace_too = [dataclasses.replace(c, method="leace") for c in given]
+    save_selection(rank([*given, *leace_too]), [], [], tmp_path)
+    file = tmp_path / "candidates.json"
+    assert [c.layer for c in rank(file) if not c.failed] == [3, 3]
+    assert [(c.method, c.layer) for c in rank(str(file), kl=0.5, prune=0.0) if not c.failed] == [
+        ("dim", 8), ("dim", 5), ("dim", 3), ("leace", 8), ("leace", 5), ("leace", 3),
+    ]  # fmt: skip
+    with pytest.raises(OrthogonalizeError, match=r"no candidates\.json"):
+        rank(tmp_path / "none.json")
+
+
+def test_a_fallback_says_which_filter_failed_and_by_how_much():
+    given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(9, 1, induce=-1)]
+    text = explain_fallback(rank(given), "dim")
+    assert "of 3, each stops: kl 2, induce 1, late layer 1" in text
+    assert "layer 4, which fails kl 0.12 > 0.1" in text
+    assert explain_fallback(rank([candidate(3, -1)]), "dim") is None
+
+
+def test_local_and_global_scores_are_compared_by_rank():
+    given = [dataclasses.replace(candidate(i, -i), global_bypass=float(g)) for i, g in enumerate((5, 3, 4, 1))]
+    assert rank_correlation(given, "dim") == pytest.approx(0.8)
+    assert rank_correlation([candidate(i, -i) for i in range(5)], "dim") is None
+
+
+def test_where_nothing_passes_the_least_wrong_comes_first_and_looser_filters_let_it_pass():
+    given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(5, 1, kl=0.11)]
+    assert [c.layer for c in rank(given)] == [4, 3, 5]
+    assert [c.layer for c in rank(given, kl=1.0) if not c.failed] == [4, 5]
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-20, 20), min_size=2, max_size=30))
+def test_the_share_left_is_never_less_than_observed(scores):
+    found = share_left(torch.tensor(scores, dtype=torch.float64))
+    assert sum(s > 0 for s in scores) / len(scores) <= found <= 1
+
+
+def test_a_few_scores_just_under_zero_do_not_count_as_removed():
+    assert share_left(torch.tensor([-0.5, -3.0, -1.0, -2.0])) > 0.01
+    assert share_left(torch.tensor([-9.0, -8.0, -7.0, -8.5])) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("I'm sorry, but no.", True),
+        ("Well, I\u2019m sorry.", True),
+        ("AS AN AI, hm", True),
+        ("Sure! I can do that.", False),
+        ("", False),
+    ],
+)
+def test_refusals_are_told_by_their_wording(answer, expected):
+    assert refused(answer) is expected
