@@ -22,7 +22,7 @@ from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.checkpoints.tensor_edit import Rounding
 from orthogonalize.core.interventions import removal
 from orthogonalize.data.prompts import concept, load_prompts
-from orthogonalize.edits.bake import Bake, bake
+from orthogonalize.edits.bake import EditPlan, bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.hooks import capturing_inputs
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def report(
-    plan: Bake,
+    plan: EditPlan,
     rounding: Rounding,
     prompts: list[torch.Tensor],
     wanted: torch.Tensor,

@@ -28,7 +28,7 @@ from orthogonalize.edits.bake import bake
 from orthogonalize.engines.factory import open_engine
 from orthogonalize.evals import setup as preparation
 from orthogonalize.evals.plan import make_plan
-from orthogonalize.evals.suites.base import Memory
+from orthogonalize.evals.suites.base import BaseOutputs
 from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.loading import load_tokenizer
 from orthogonalize.selection.run_folder import load_run
@@ -109,7 +109,7 @@ def own_engine(run: Path, edits: int, limit: int, new_tokens: int, number: int) 
         target.mkdir()
         bake(open_checkpoint(folder), chosen(run, edits)[number].intervention).write(target)
         with Recorded("vllm", target, tokenizer, plan.max_model_len) as engine:
-            plan.measure(engine, Memory(), Journal(Path(scratch) / "none"), "own")
+            plan.measure(engine, BaseOutputs(), Journal(Path(scratch) / "none"), "own")
             return {"engine_start_s": engine.started, "answers": engine.answered[0]}
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .directions.leace import Moments as Moments
     from .directions.leace import leace as leace
     from .edits.bake import bake as bake
-    from .edits.config import Choice as Choice
+    from .edits.config import EditConfig as EditConfig
     from .models.hooks import intervened as intervened
     from .selection.candidates import Candidate as Candidate
     from .selection.candidates import rank as rank

@@ -30,8 +30,7 @@ from .commands._options import (
     tokens,
     words,
 )
-from .core import interrupts as interruption
-from .core import progress
+from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory
 
 
@@ -40,7 +39,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with interruption.listening():
+            with interrupts.signals_handled():
                 return super().invoke(ctx)
         except OrthogonalizeError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)

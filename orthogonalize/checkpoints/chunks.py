@@ -7,9 +7,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .rounding.vector_edit import Measured, Scales, VectorEdit
+from .rounding.vector_edit import EditStats, Scales, VectorEdit
 from .safetensors_file import DTYPES, TensorInfo
-from .tensor_edit import Layout, TensorEdit
+from .tensor_edit import TensorEdit, VectorLayout
 
 PIECE = 32 * 2**20  # bytes read, edited and written at a time
 WHOLE = 2 * PIECE  # a matrix up to this size is one piece; a larger one is cut across its columns
@@ -27,10 +27,10 @@ class Job:
     kernel: VectorEdit | None = None
     scales: Scales | None = None
     replaced: memoryview | None = None
-    measured: Measured = field(default_factory=Measured)
+    measured: EditStats = field(default_factory=EditStats)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> VectorLayout:
         assert self.edit is not None
         return self.edit.layout(self.info.shape)
 
@@ -72,7 +72,7 @@ def cut(job: Job) -> Iterator[Piece]:
         yield Piece(job, start, count, first=start == 0, last=start + count == size)
 
 
-def _cut_columns(job: Job, layout: Layout, matrix: int, columns: int) -> Iterator[Piece]:
+def _cut_columns(job: Job, layout: VectorLayout, matrix: int, columns: int) -> Iterator[Piece]:
     for start in range(0, job.info.size, matrix):
         for column in range(0, layout.after, columns):
             count = min(columns, layout.after - column)

@@ -15,7 +15,7 @@ from ..core.progress import track
 from .checkpoint import Checkpoint
 from .quantization import real_rows
 from .safetensors_file import DTYPES, row_blocks
-from .tensor_diff import GRAIN, Common, Difference, Directions, common_directions, difference
+from .tensor_diff import GRAIN, ChangeDirections, Difference, SharedDirections, common_directions, difference
 
 PROJECTED = 0.05  # of a component may be left where it was projected out and then rounded
 ALIGNED = 0.99  # the cosine from which on two directions are one
@@ -39,9 +39,9 @@ class Audit:
     side_files: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
-    common: Common | None = None
+    common: SharedDirections | None = None
 
-    def along_common(self, name: str) -> Directions | None:
+    def along_common(self, name: str) -> ChangeDirections | None:
         """The change of tensor `name` along the common directions, where it is one."""
         found = self.differences.get(name)
         if self.common is None or found is None:

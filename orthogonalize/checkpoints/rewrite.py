@@ -18,7 +18,7 @@ from .writer import Changes, Written, write_rest, write_weights
 
 
 @dataclass
-class Rewrite:
+class CheckpointPlan:
     """What an edit does to a checkpoint: tensors to change, tensors to add, configuration to set."""
 
     source: Checkpoint

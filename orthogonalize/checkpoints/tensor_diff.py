@@ -19,7 +19,7 @@ Blocks = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
-class Directions:
+class ChangeDirections:
     """The leading directions of a difference along one axis of a tensor.
 
     `basis` is [k, width], orthonormal rows in float64. `left` is the share of the base's component along
@@ -43,7 +43,7 @@ class Difference:
     change: float
     rank: int | None
     energy: float
-    directions: tuple[Directions, ...] = ()
+    directions: tuple[ChangeDirections, ...] = ()
 
 
 def _unfolded(block: torch.Tensor, axis: int) -> torch.Tensor:
@@ -129,7 +129,7 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
         if len(shape) == 1 and change and math.isfinite(change):
             basis = torch.cat([new.double() - old.double() for old, new in blocks()])
             basis = (basis / basis.norm()).unsqueeze(0)
-        directions = () if basis is None else (Directions(0, basis, math.nan, math.nan),)
+        directions = () if basis is None else (ChangeDirections(0, basis, math.nan, math.nan),)
         return Difference(share, 1 if directions else None, 1.0 if directions else math.nan, directions)
     found, ranks = [], []
     entries = math.prod(shape)
@@ -150,9 +150,9 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
         rank = int((values > max(edge, 1e-6 * values[0].item())).sum())
         ranks.append((rank, values.square()))
         if 0 < rank < len(values):
-            found.append(Directions(axis, basis[:rank], *_taken_out(blocks, axis, basis[:rank], matrix)))
+            found.append(ChangeDirections(axis, basis[:rank], *_taken_out(blocks, axis, basis[:rank], matrix)))
         elif rank == len(values) == width:
-            found.append(Directions(axis, basis, *_taken_out(blocks, axis, basis, matrix)))
+            found.append(ChangeDirections(axis, basis, *_taken_out(blocks, axis, basis, matrix)))
     found.sort(key=lambda directions: directions.axis)
     if not ranks:
         return Difference(share, None, math.nan)
@@ -163,7 +163,7 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
 
 
 @dataclass(frozen=True)
-class Common:
+class SharedDirections:
     """Directions that many differences share: `basis` [k, width], how many have each, and of how many."""
 
     basis: torch.Tensor
@@ -171,9 +171,9 @@ class Common:
     of: int
 
 
-def common_directions(differences: dict[str, Difference]) -> Common | None:
+def common_directions(differences: dict[str, Difference]) -> SharedDirections | None:
     """The directions along which at least half of the tensors of one width, and two or more, were changed."""
-    best: Common | None = None
+    best: SharedDirections | None = None
     widths = {d.basis.shape[1] for found in differences.values() for d in found.directions}
     for width in widths:
         bases = [[d.basis for d in found.directions if d.basis.shape[1] == width] for found in differences.values()]
@@ -183,7 +183,7 @@ def common_directions(differences: dict[str, Difference]) -> Common | None:
         shared = [(round(v.item() ** 2), vector) for v, vector in zip(values, vectors, strict=True)]
         shared = [(count, vector) for count, vector in shared if count >= max(2, len(bases) / 2)]
         if shared and (best is None or shared[0][0] > best.shared_by[0]):
-            best = Common(
+            best = SharedDirections(
                 torch.stack([vector for _, vector in shared]),
                 tuple(min(count, len(bases)) for count, _ in shared),
                 len(bases),

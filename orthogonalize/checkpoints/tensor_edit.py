@@ -18,7 +18,7 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Site
-from .rounding.vector_edit import GRIDS, Measured, Scales, VectorEdit
+from .rounding.vector_edit import GRIDS, EditStats, Scales, VectorEdit
 
 Rounding = Literal["cancelling", "nearest"]
 
@@ -104,10 +104,10 @@ class TensorEdit:
         """The part of `weight` that the map looks at, [..., k] with the stream axis taken out, in float64."""
         return weight.to(torch.float64).movedim(self.axis, -1) @ self.vectors_map().v
 
-    def layout(self, shape: Sequence[int]) -> Layout:
+    def layout(self, shape: Sequence[int]) -> VectorLayout:
         """How a tensor of `shape` lies in memory as vectors of the stream."""
         axis = self.axis % len(shape)
-        return Layout(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+        return VectorLayout(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 
     def rounded(self, dtype: torch.dtype, rounding: Rounding) -> VectorEdit:
         """The edit with its rounding, to be applied piece by piece to a tensor of `dtype`."""
@@ -115,7 +115,7 @@ class TensorEdit:
         affine = self.vectors_map()
         return VectorEdit(affine.u, affine.v, affine.s, GRIDS.get(dtype), rounding == "cancelling", wide)
 
-    def record(self, measured: Measured, dtype: torch.dtype) -> TensorRecord:
+    def record(self, measured: EditStats, dtype: torch.dtype) -> TensorRecord:
         """What was measured over the whole tensor, for the recipe.
 
         Raises:
@@ -139,7 +139,7 @@ class TensorEdit:
         """
         edited = weight.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         layout, edit = self.layout(weight.shape), self.rounded(weight.dtype, rounding)
-        measured = Measured()
+        measured = EditStats()
         for matrix in edited.reshape(layout.matrices, *layout.matrix):
             numbers = to_numbers(matrix)
             measured = measured.plus(edit(numbers, layout.by_rows, 0, layout.count, scales))
@@ -148,7 +148,7 @@ class TensorEdit:
 
 
 @dataclass(frozen=True)
-class Layout:
+class VectorLayout:
     """A tensor as `before` x `width` x `after` numbers, of which the middle axis is the stream."""
 
     before: int

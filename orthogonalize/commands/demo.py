@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import OrthogonalizeError
-from ..core.output_folders import Kind, check_free
+from ..core.output_folders import FolderKind, check_free
 from ..core.progress import note
 from ..edits.recipe import Recipe, Verification, load_recipe
 from ..engines.base import ONE_DEVICE, EngineName, check_engine
@@ -44,7 +44,7 @@ def demo(out: Path | str, *, engine: EngineName = "vllm", force: bool = False) -
         OrthogonalizeError: `out` exists without `force`, or a step cannot work here.
     """
     out = Path(out)
-    check_free(out, Kind("run", frozenset({*PARTS, ".report"})), force)
+    check_free(out, FolderKind("run", frozenset({*PARTS, ".report"})), force)
     check_engine(engine, ONE_DEVICE)
     base = str(planted_model())
     note(f"base model: {base}")

@@ -15,7 +15,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.interventions import centred
 from ..core.output_folders import EDITED, OutputFolder, check_space, complete_folder
 from ..core.progress import note, track
-from ..edits.bake import Bake, bake
+from ..edits.bake import EditPlan, bake
 from ..edits.hub_cache import CachedRepository
 from ..edits.lora import write_adapter
 from ..edits.recipe import Base, ProbeResult, Recipe, Source, TensorChange, load_recipe, store_maps
@@ -65,7 +65,7 @@ def edit(
     It goes to the folder `out`, or into the Hub's cache under the name `cache` (`owner/name`), where libraries
     find it by that name; what does not change of a model of the Hub is then a hard link to its own files.
     Exactly one of `run` (a folder made by `extract`), `direction` (a file) and `recipe` (a former
-    edit, rebuilt bit for bit) says what to edit. The other arguments are those of `Choice`; what is
+    edit, rebuilt bit for bit) says what to edit. The other arguments are those of `EditConfig`; what is
     not given comes from the run (see `choose`). `rounding` is `cancelling` (default: the rounding of the
     stored weights keeps the edit) or `nearest`; `workers` is how many files are written at a time; with
     `link`, files in which nothing changes become hard links to the source's. The `format` `lora` writes
@@ -165,12 +165,12 @@ def edit(
     return written
 
 
-def _write(plan: Bake, folder: Path, workers: int, link: bool, expected: dict[str, str] | None) -> Written:
+def _write(plan: EditPlan, folder: Path, workers: int, link: bool, expected: dict[str, str] | None) -> Written:
     with track("writing the checkpoint", plan.output_bytes, "bytes") as advance:
         return plan.write(folder, advance, workers=workers, link=link, expected=expected)
 
 
-def _write_share(plan: Bake, out: Path, share: Share, recipe: Recipe, *, force: bool, **how: Any) -> Recipe:
+def _write_share(plan: EditPlan, out: Path, share: Share, recipe: Recipe, *, force: bool, **how: Any) -> Recipe:
     """Write one share, and the checkpoint where that was the last."""
     with track(f"writing share {share.number} of {share.of}", share_bytes(plan, share, link=False), "bytes") as advance:
         write_share(plan, out, share, recipe, force=force, progress=advance, **how)

@@ -18,11 +18,11 @@ from ..edits.recipe import load_recipe
 from ..engines.base import Engine, EngineName, EngineOptions
 from ..engines.weight_swap import WeightSwap
 from ..evals.judges.opinions import Opinions
-from ..evals.metrics import alike
-from ..evals.plan import DEFAULT_SUITES, Measured, Plan
-from ..evals.setup import Preparation, check_asked, prepare
+from ..evals.metrics import same_kind
+from ..evals.plan import DEFAULT_SUITES, EvalPlan, Measurements
+from ..evals.setup import EvalSetup, check_asked, prepare
 from ..evals.shared_engine import Weights, base_weights, check_pair
-from ..evals.suites.base import Memory
+from ..evals.suites.base import BaseOutputs
 from ..models.loading import check_complete
 from ..models.resolve import find_model, folder_state, public_name
 from ..reports.html import write_webpage
@@ -31,7 +31,7 @@ from ..selection.run_folder import load_run
 
 
 def side_by_side(
-    plan: Plan, base: Measured, edited: Measured, opinions: tuple[Opinions, Opinions], redact: bool
+    plan: EvalPlan, base: Measurements, edited: Measurements, opinions: tuple[Opinions, Opinions], redact: bool
 ) -> tuple[list[Answer], int]:
     """Every prompt with both answers, and how many were left out because their set is sensitive."""
     answers, left_out = [], 0
@@ -64,7 +64,7 @@ def side_by_side(
 
 @contextmanager
 def _engines(
-    ready: Preparation, edited: Path, weights: Weights | None, distrust: Callable[[], None]
+    ready: EvalSetup, edited: Path, weights: Weights | None, distrust: Callable[[], None]
 ) -> Iterator[tuple[Callable[[], Engine], Callable[[], Engine]]]:
     """Functions that give an engine with the base, and then one with the edited checkpoint.
 
@@ -92,7 +92,7 @@ def _engines(
         running = start(edited)
         swap = WeightSwap(running, source)
         try:
-            lacking = swap.not_taken(weights)
+            lacking = swap.first_unswappable(weights)
             if lacking is None:
                 held = running.fingerprint()
                 swap.apply(weights)
@@ -121,16 +121,16 @@ def _engines(
 
 
 def _measure_both(
-    ready: Preparation, checkpoint: Path, separate: bool, journal: Journal
-) -> tuple[Measured, Measured, tuple[Opinions, Opinions]]:
+    ready: EvalSetup, checkpoint: Path, separate: bool, journal: Journal
+) -> tuple[Measurements, Measurements, tuple[Opinions, Opinions]]:
     """What is measured of base and edited, judges' opinions among it, and these by prompt."""
-    plan, memory = ready.plan, Memory()
+    plan, memory = ready.plan, BaseOutputs()
     # vLLM alone can: in transformers two models cost no more than one after the other.
     weights = None if separate or ready.engine == "hf" else base_weights(checkpoint, ready.folder)
     state = folder_state(checkpoint)
     base_label, edited_label = ready.label("base", None if weights is None else state), ready.label("edited", state)
     base_steps, edited_steps = plan.steps(base_label, is_base=True), plan.steps(edited_label)
-    journal.going_on(base_steps + edited_steps)
+    journal.announce_resume(base_steps + edited_steps)
     with journal.kept():
         with _engines(ready, checkpoint, weights, journal.close) as (base_engine, edited_engine):
             todo = not journal.has(*base_steps)
@@ -139,7 +139,7 @@ def _measure_both(
             after = plan.measure(edited_engine() if todo else None, memory, journal, edited_label)
         opinions = ready.opinions({"base": before, "edited": after}, journal)
     for key in before.series.keys() & after.series.keys():
-        before.series[key], after.series[key] = alike(before.series[key], after.series[key])
+        before.series[key], after.series[key] = same_kind(before.series[key], after.series[key])
     return before, after, (opinions["base"], opinions["edited"])
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError
-from ..core.files import fingerprint, write_whole
+from ..core.files import fingerprint, write_atomically
 from ..core.journal import StageJournal
 from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
@@ -40,7 +40,7 @@ from ..selection.probes import probe_candidate
 from ..selection.run_folder import Run, RunInfo, load_prompt_file, load_run, save_prompts, save_selection
 from ..selection.settings import Settings
 from ..selection.stages import STAGES, Stage, StageBook
-from ..selection.trials import Trial, Trials, confirm
+from ..selection.trials import EditSearch, Trial, confirm
 
 ANSWER_TOKENS = 48  # of the base model's own answers, against which a tried edit's harm is measured
 CONFIRM_TOKENS = 64
@@ -227,7 +227,7 @@ class _Extraction:
         save_selection(candidates, trials, probes, self.out)
         info = self._info(prompts, directions)
         plot_run(Run(info, prompts, directions, candidates, trials, probes), self.out)
-        write_whole(self.out / "run.json", info.model_dump_json(indent=2) + "\n")
+        write_atomically(self.out / "run.json", info.model_dump_json(indent=2) + "\n")
         journal.close()
         return {}
 
@@ -277,7 +277,7 @@ class _Extraction:
             note("the model answers nothing to the negative prompts, so no edit can be tried")
             return []
         positive = self._ids(prompts, "positive", "val")
-        trials = Trials(
+        trials = EditSearch(
             self.model, directions, ranked, tokens, positive, [negative[i] for i in kept], [answers[i] for i in kept],
             journal,
         )  # fmt: skip

@@ -10,11 +10,11 @@ from ..core.errors import OrthogonalizeError
 from ..core.journal import Journal
 from ..data.benchmarks import category_of
 from ..data.refusals import refused
-from ..data.tokenization import whole
+from ..data.tokenization import is_valid_unicode
 from ..engines.base import ONE_DEVICE, EngineName, EngineOptions, check_engine
 from ..evals.judges.catalogue import find_judge
 from ..evals.judges.runner import PREFIX, ready_judges
-from ..evals.metrics import Rate, Record, Series, shares
+from ..evals.metrics import Rate, Record, Series, yes_no_series
 
 
 class JudgedFile(Record):
@@ -44,7 +44,7 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "response")):
             raise OrthogonalizeError(f"{file}: entry {number + 1} needs the texts 'prompt' and 'response'")
-        if not whole("".join(str(row.get(k)) for k in ("prompt", "response", "category"))):
+        if not is_valid_unicode("".join(str(row.get(k)) for k in ("prompt", "response", "category"))):
             raise OrthogonalizeError(f"{file}: entry {number + 1} has half a character; mend or remove it")
     return rows
 
@@ -73,15 +73,17 @@ def judge(
     categories = [category_of(row.get("category")) for row in rows]
     if name == PREFIX:
         flags = [refused(row["response"]) for row in rows]
-        return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(shares(flags, categories)))
+        return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(yes_no_series(flags, categories)))
     (ready,) = ready_judges([name])
     pairs = [(row["prompt"], row["response"]) for row in rows]
     journal = Journal(Path(file), needed=False)  # who made the answers may have locked them
-    journal.going_on([ready.step(pairs, engine, options)])
+    journal.announce_resume([ready.step(pairs, engine, options)])
     with journal.kept():
-        opinions = ready.asked(pairs, engine, options, journal)
+        opinions = ready.ask(pairs, engine, options, journal)
     journal.close()
-    fields = {field: _rate(shares([getattr(o, field) for o in opinions], categories)) for field in ready.judge.says}
+    fields = {
+        field: _rate(yes_no_series([getattr(o, field) for o in opinions], categories)) for field in ready.judge.says
+    }
     return JudgedFile(judge=ready.judge.name, model=ready.model, n=len(rows), **fields)
 
 

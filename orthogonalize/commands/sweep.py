@@ -14,29 +14,29 @@ from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import InPlaceError, NoNumberError, OrthogonalizeError
 from ..core.interventions import centred
 from ..core.journal import Journal, fingerprint_of
-from ..core.output_folders import Kind, check_free, complete_folder
+from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..core.progress import note, track
 from ..data.refusals import LEAST_TOKENS
-from ..edits.bake import Bake, bake
+from ..edits.bake import EditPlan, bake
 from ..edits.recipe import store_maps
 from ..engines.base import ONE_DEVICE, Engine, EngineName, EngineOptions
 from ..engines.transformers import TransformersEngine
 from ..engines.weight_swap import WeightSwap
-from ..evals.plan import DEFAULT_SUITES, Measured, Plan
+from ..evals.plan import DEFAULT_SUITES, EvalPlan, Measurements
 from ..evals.setup import check_asked, prepare
-from ..evals.shared_engine import Common, check_room, common_folder, edited_weights, own_folder
-from ..evals.suites.base import Memory
+from ..evals.shared_engine import SharedBase, check_room, common_folder, edited_weights, own_folder
+from ..evals.suites.base import BaseOutputs
 from ..models.hooks import input_shifted, layer_projected
 from ..models.loading import check_complete
 from ..models.resolve import find_model, public_name
 from ..reports.pareto_plot import write_pareto_plot
 from ..reports.schema import Measures, compare_all
-from ..reports.sweep import Semantics, Sweep, Swept, effect_key, harm_key, pareto
+from ..reports.sweep import Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
 from ..selection.resolve import check_fits
 from ..selection.run_folder import load_run
 from ..selection.variants import SCOPES, Variant, make_variants
 
-SWEEP = Kind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
+SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
 
 
 @contextmanager
@@ -56,7 +56,9 @@ class _Host:
     does not take weights over in place, every edit gets one of its own.
     """
 
-    def __init__(self, start: Callable[[Path], Engine], source: Checkpoint, plans: Mapping[str, Bake] | None) -> None:
+    def __init__(
+        self, start: Callable[[Path], Engine], source: Checkpoint, plans: Mapping[str, EditPlan] | None
+    ) -> None:
         self.start, self.source, self.plans = start, source, plans
         self.stack = ExitStack()
         self.running: tuple[Engine, WeightSwap, str] | None = None
@@ -78,7 +80,7 @@ class _Host:
             return
         engine, swap, _ = self._running()
         try:
-            lacking = swap.not_taken({name for plan in self.plans.values() for name in plan.touched})
+            lacking = swap.first_unswappable({name for plan in self.plans.values() for name in plan.touched})
             loaded = engine.fingerprint() if lacking is None else ""
         except InPlaceError as error:
             lacking, loaded = str(error), ""
@@ -153,9 +155,9 @@ class _Host:
 class _Runner:
     """Measures the base, then every edit, each step through the journal."""
 
-    def __init__(self, plan: Plan, journal: Journal, refused: Mapping[str, str], labels: Mapping[str, str]) -> None:
-        self.plan, self.journal, self.memory, self.labels = plan, journal, Memory(), labels
-        self.measured: dict[str, Measured] = {}
+    def __init__(self, plan: EvalPlan, journal: Journal, refused: Mapping[str, str], labels: Mapping[str, str]) -> None:
+        self.plan, self.journal, self.memory, self.labels = plan, journal, BaseOutputs(), labels
+        self.measured: dict[str, Measurements] = {}
         self.seconds: dict[str, float] = {}
         self.refused = dict(refused)
 
@@ -197,9 +199,9 @@ class _Runner:
             self.journal.close()
             raise OrthogonalizeError("the engine did not hold the base's weights again after its edits")
 
-    def swept(self, variant: Variant) -> Swept:
+    def swept(self, variant: Variant) -> SweepRow:
         """What is known of an edit at the end."""
-        result = Swept(
+        result = SweepRow(
             name=variant.name, choice=variant.choice, direction=variant.direction, layers=list(variant.layers)
         )
         if variant.name in self.refused:
@@ -212,7 +214,7 @@ class _Runner:
         return result
 
 
-def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, Bake], dict[str, str]]:
+def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, EditPlan], dict[str, str]]:
     """The bake plan of every variant, and why those that have none cannot be baked."""
     plans, refused = {}, {}
     for variant in variants:
@@ -277,7 +279,7 @@ def sweep(
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
         options=options,
     )  # fmt: skip
-    plans: dict[str, Bake] | None = None
+    plans: dict[str, EditPlan] | None = None
     refused: dict[str, str] = {}
     if semantics == "weights":
         if architecture_of(source.config).norms.kind == "layer":  # as `edit` does
@@ -285,11 +287,11 @@ def sweep(
         plans, refused = _plans(source, variants)
     possible = [v for v in variants if v.name not in refused]
     journal = Journal(out)
-    common = None if plans is None else Common.of(source, list(plans.values())).state  # what the engine starts on
+    common = None if plans is None else SharedBase.of(source, list(plans.values())).state  # what the engine starts on
     edits = {v.name: [semantics, store_maps(v.intervention)[2], v.layers] for v in possible}
     labels = {name: ready.label(name, common, edit) for name, edit in ({"base": None} | edits).items()}
     runner = _Runner(ready.plan, journal, refused, labels)
-    journal.going_on(runner.steps())
+    journal.announce_resume(runner.steps())
     restored = f"restored@{fingerprint_of(runner.steps())[:16]}"
     with journal.kept():
         with _Host(ready.start, source, plans) as host, track("sweep", len(possible) + 1, "edits") as advance:

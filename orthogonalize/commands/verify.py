@@ -14,7 +14,7 @@ from ..checkpoints.quantization import real_values
 from ..checkpoints.safetensors_file import stored_bytes
 from ..core.errors import OrthogonalizeError
 from ..core.progress import track
-from ..edits.bake import Bake, bake
+from ..edits.bake import EditPlan, bake
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import Recipe, Verification, load_recipe
 from ..models.hooks import intervened
@@ -31,7 +31,7 @@ class Verified(Audit):
     verification: Verification | None = None
 
 
-def _rebuilds(edited: Checkpoint, plan: Bake) -> bool:
+def _rebuilds(edited: Checkpoint, plan: EditPlan) -> bool:
     """Whether the recipe's plan gives, tensor by tensor, the bytes that are stored."""
     names = sorted(plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys())
     with track("rebuilding from the recipe", len(names), "tensors") as advance:
@@ -57,7 +57,7 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def _unrounded(model: Any, edited: Path, plan: Bake) -> Any:
+def _unrounded(model: Any, edited: Path, plan: EditPlan) -> Any:
     """The edited model with the edit before rounding in place of its stored (rounded) weights."""
     exact: dict[str, torch.Tensor] = {}
     for name, edit in plan.edits.items():
@@ -75,7 +75,7 @@ def _unrounded(model: Any, edited: Path, plan: Bake) -> Any:
     return type(model).from_pretrained(None, **options).to(model.device).eval()
 
 
-def _gaps(edited: Path, base: Path, recipe: Recipe, plan: Bake, device: str) -> dict[str, float | None]:
+def _gaps(edited: Path, base: Path, recipe: Recipe, plan: EditPlan, device: str) -> dict[str, float | None]:
     intervention = recipe.intervention()
     with track("hooks against weights", 3, "models") as advance:
         model = load_model(base, device, torch.float32)

@@ -14,7 +14,7 @@ def fingerprint(inputs: Any) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
     """Write `text` so that `file` is either as it was or complete."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_text(text, "utf-8")

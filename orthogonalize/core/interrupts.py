@@ -18,7 +18,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def listening() -> Iterator[None]:
+def signals_handled() -> Iterator[None]:
     """In here a signal to stop raises KeyboardInterrupt, and `check` does so again where that was swallowed.
 
     Python drops what is raised while it cleans up after an object; the work would go on as if nothing were said.

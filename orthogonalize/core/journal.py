@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OrthogonalizeError, ran_out_of_memory
-from .files import fingerprint, write_whole
+from .files import fingerprint, write_atomically
 from .interrupts import check
 from .progress import note
 
@@ -47,7 +47,7 @@ class Journal:
                 break
         return done
 
-    def going_on(self, steps: Iterable[str]) -> None:
+    def announce_resume(self, steps: Iterable[str]) -> None:
         """Say how many of `steps` are taken up from before, begun ones too."""
         wanted = list(steps)
         begun = [w for w in wanted if any(done == w or done.startswith(f"{w}/") for done in self.done)]
@@ -127,7 +127,7 @@ class StageJournal:
         else:
             text = head + "\n"
         self.resumed = bool(self.found)
-        write_whole(file, text)
+        write_atomically(file, text)
 
     def __contains__(self, key: str) -> bool:
         return key in self.found

@@ -20,7 +20,7 @@ UNFINISHED = re.compile(r"\..*\.(partial|journal)(-\d+)?$")
 
 
 @dataclass(frozen=True)
-class Kind:
+class FolderKind:
     """What a command's output folder looks like: only such a folder does `--force` replace.
 
     `mark` must be in it; nothing but `parts` may be, unless `parts` is None.
@@ -35,7 +35,7 @@ class Kind:
         return not names or (self.mark in names and (self.parts is None or names <= self.parts))
 
 
-RUN = Kind(
+RUN = FolderKind(
     "stages.json",
     frozenset(
         {
@@ -44,11 +44,11 @@ RUN = Kind(
         }
     ),
 )
-EDITED = Kind("orthogonalize.json")
-REPORT = Kind("report.json", frozenset({"report.json", "report.html"}))
+EDITED = FolderKind("orthogonalize.json")
+REPORT = FolderKind("report.json", frozenset({"report.json", "report.html"}))
 
 
-def check_free(out: Path, kind: Kind, force: bool = False, inputs: Sequence[Path] = ()) -> None:
+def check_free(out: Path, kind: FolderKind, force: bool = False, inputs: Sequence[Path] = ()) -> None:
     """Refuse an output path that cannot be used, before any work is done for it.
 
     Raises:
@@ -75,7 +75,7 @@ def check_free(out: Path, kind: Kind, force: bool = False, inputs: Sequence[Path
             raise OrthogonalizeError(f"{out} holds {path}, which this command reads; choose another --out")
 
 
-def check_run_folder(out: Path, kind: Kind) -> None:
+def check_run_folder(out: Path, kind: FolderKind) -> None:
     """Refuse an output path that is neither free nor an earlier output of this `kind`, which can be gone on with.
 
     Raises:
@@ -119,7 +119,7 @@ def _tidy(out: Path, scratch: Path) -> None:
 
 
 @contextmanager
-def complete_folder(out: Path, kind: Kind, force: bool = False, scratch: Path | None = None) -> Iterator[Path]:
+def complete_folder(out: Path, kind: FolderKind, force: bool = False, scratch: Path | None = None) -> Iterator[Path]:
     """Give an empty folder beside `out` to write into; move it to `out` when the block succeeds.
 
     On any error, Ctrl-C included, the half-written folder is removed and what stood at `out` stays.
@@ -161,7 +161,7 @@ class OutputFolder:
     """A folder that a command makes, of a `kind`."""
 
     folder: Path
-    kind: Kind
+    kind: FolderKind
 
     def check_free(self, force: bool = False, inputs: Sequence[Path] = ()) -> None:
         """See `check_free`."""

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ..core.errors import OrthogonalizeError
 from ..core.progress import note
-from .tokenization import whole
+from .tokenization import is_valid_unicode
 
 T = TypeVar("T")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.zst")
@@ -185,7 +185,7 @@ def rows(source: BenchmarkSet, data: Path | None, limit: int | None = None) -> l
         missing = [c for c in source.columns if not isinstance(row, dict) or c not in row]
         if missing:
             raise OrthogonalizeError(f"{where}: row {number + 1} has no {missing[0]!r}; it is not {source}")
-        if not all(whole(value) for value in row.values() if isinstance(value, str)):
+        if not all(is_valid_unicode(value) for value in row.values() if isinstance(value, str)):
             raise OrthogonalizeError(f"{where}: row {number + 1} has half a character; mend or remove it")
     return taken
 

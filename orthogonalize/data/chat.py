@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from ..core.errors import OrthogonalizeError
-from .tokenization import opened
+from .tokenization import encode_open_ended
 
 # What templates that write the current date are told it is: prompts, and what was measured of them, would change at
 # midnight. It is the date that Llama 3's own template falls back to.
@@ -20,7 +20,7 @@ TODAY = datetime(2024, 7, 26)
 _PROBES = ("Name a colour", "7 + 5 =", "Why?", "translate: bonjour\nto English")
 
 
-def dated(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def with_fixed_date(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """`arguments` of the chat template of `tokenizer`, and a date that stays where it writes one."""
     writes = "strftime_now" in str(tokenizer.chat_template)
     return ({"strftime_now": TODAY.strftime} if writes else {}) | dict(arguments)
@@ -50,7 +50,7 @@ class ChatFormat:
         template writes is never doubled.
         """
         if not self.templated:
-            return opened(self.tokenizer, [instruction])[0]
+            return encode_open_ended(self.tokenizer, [instruction])[0]
         messages = [{"role": "user", "content": instruction}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
@@ -60,7 +60,7 @@ class ChatFormat:
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
-                **dated(self.tokenizer, self.arguments),
+                **with_fixed_date(self.tokenizer, self.arguments),
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise OrthogonalizeError(f"the chat template does not take this prompt: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..core.errors import OrthogonalizeError
 from .benchmarks import category_of
-from .tokenization import whole
+from .tokenization import is_valid_unicode
 
 Side = Literal["positive", "negative"]
 # Spare prompts are drawn by further seeds only.
@@ -152,7 +152,7 @@ def load_prompts(source: str, side: Side = "positive", column: str | None = None
     seen: dict[str, Prompt] = {}
     for row in rows:
         text, category = _text(row, column, source)
-        if not whole(text + (category or "")):
+        if not is_valid_unicode(text + (category or "")):
             raise OrthogonalizeError(f"{source}: a prompt or its category has half a character; mend or remove it")
         if text.strip():
             seen.setdefault(text.strip(), Prompt(text.strip(), side, category=category))

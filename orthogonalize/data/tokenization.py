@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def opened(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
+def encode_open_ended(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> list[list[int]]:
     """Ids of every text, at most `most` of each."""
     after = _after(tokenizer)
     length: dict[str, Any] = {} if most is None else {"truncation": True, "max_length": most + after}
@@ -14,7 +14,7 @@ def opened(tokenizer: Any, texts: Sequence[str], most: int | None = None) -> lis
     return [list(ids[: len(ids) - after]) for ids in rows]
 
 
-def whole(text: str) -> bool:
+def is_valid_unicode(text: str) -> bool:
     """Whether `text` can be written down: JSON can hold half a character, and no file can."""
     try:
         text.encode()

@@ -21,7 +21,7 @@ CENTRED = 1e-6  # largest sum of a unit vector's entries that counts as none
 
 
 @dataclass
-class Bake(SitePlan):
+class EditPlan(SitePlan):
     """The plan of an edit, made site by site."""
 
     def plan_write(self, site: Site, affine: AffineMap) -> None:
@@ -159,14 +159,14 @@ class Bake(SitePlan):
             self.config_changes[flag] = False
 
 
-def bake(source: Checkpoint, intervention: Intervention) -> Bake:
+def bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
     """Plan the edit that realises `intervention` in the weights of `source`; nothing is written.
 
     Raises:
         OrthogonalizeError: the architecture is not described, or not all of this checkpoint; the widths
             differ, a tensor is missing or not editable, or a constant has no exact place.
     """
-    plan = Bake(source, architecture=architecture_of(source.config))
+    plan = EditPlan(source, architecture=architecture_of(source.config))
     width = plan.architecture.width(source.config)
     if intervention.width not in (None, width):
         raise OrthogonalizeError(

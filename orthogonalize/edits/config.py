@@ -27,7 +27,7 @@ def direction_kind(method: Method, directions: Directions) -> str:
     return "dim"
 
 
-class Choice(BaseModel):
+class EditConfig(BaseModel):
     """Everything that determines an edit besides the directions themselves.
 
     `coefficient` is the length that `actadd` adds along the unit direction, in units of the stream;
@@ -82,7 +82,7 @@ class Choice(BaseModel):
 
 
 def intervention_from_basis(
-    choice: Choice, basis: torch.Tensor, norm: float, layer_count: int, ranking: Sequence[int] | None = None
+    choice: EditConfig, basis: torch.Tensor, norm: float, layer_count: int, ranking: Sequence[int] | None = None
 ) -> Intervention:
     """The intervention of `choice` along one shared orthonormal `basis` [k, d].
 
@@ -109,7 +109,7 @@ def intervention_from_basis(
 
 
 def intervention_from_directions(
-    choice: Choice, directions: Directions, ranking: Sequence[int] | None = None
+    choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None
 ) -> Intervention:
     """The intervention of `choice` along extracted directions, shared or each layer's own.
 
@@ -170,7 +170,7 @@ def _no_direction(wanted: str, position: int, layer: int, methods: str) -> Ortho
     )
 
 
-def _erasure(choice: Choice, directions: Directions, position: int, ranking: Sequence[int] | None) -> Intervention:
+def _erasure(choice: EditConfig, directions: Directions, position: int, ranking: Sequence[int] | None) -> Intervention:
     """LEACE on the write sites of a scope: the linear part at each, and the shift that restores the mean once.
 
     What a set of writes adds to the stream has a mean, of which the linear part removes `u v^T mean`. With

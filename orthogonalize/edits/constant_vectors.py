@@ -97,7 +97,7 @@ def _switch_on(plan: SitePlan, weights: tuple[str, ...], flags: dict[str, Any]) 
     """Set the flags that give `weights` biases, and store all of these in all layers, as zeros."""
     for flag, value in flags.items():
         plan.configure(flag, value)
-    plan.leave_remote_code()
+    plan.disable_remote_code()
     for layer in range(plan.architecture.layers(plan.source.config)):
         for weight in weights:
             name = plan.sites.in_layer(weight, layer)
@@ -167,7 +167,7 @@ def _become_llama(plan: SitePlan) -> None:
     changes |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     plan.config_changes |= changes
     llama = families()["llama"]
-    plan.become(llama, plan.source.split(parts))
+    plan.convert_to(llama, plan.source.split(parts))
     for part in (*llama.attn.values(), *llama.mlp.values()):
         assert part.bias is not None
         _switch_on(plan, (*part.writes, *part.bias.zeros), part.bias.flags)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import RECIPE
 from ..core.errors import OrthogonalizeError
-from ..core.output_folders import Kind, check_free, complete_folder
+from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..models.resolve import is_hub_id
 from .recipe import load_recipe
 
@@ -24,7 +24,7 @@ LARGE_KINDS = (".safetensors", ".model", ".bin")  # and what it stores so whatev
 SCRATCH = ".locks"  # the one folder of the cache that no scan of it looks into
 
 
-class _Edited(Kind):
+class _Edited(FolderKind):
     """A cached repository every revision of which is an edited checkpoint."""
 
     def made(self, folder: Path) -> bool:

@@ -17,12 +17,12 @@ from safetensors.torch import save_file
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
 from ..models.loading import model_class
-from .bake import Bake
+from .bake import EditPlan
 
 VECTORS = 4096  # of a weight held in float64 at a time
 
 
-def _refuse_unless_linear(plan: Bake) -> None:
+def _refuse_unless_linear(plan: EditPlan) -> None:
     """An adapter that leaves part of the edit out would be another edit."""
     for name in plan.additions:
         raise OrthogonalizeError(
@@ -47,7 +47,7 @@ def _refuse_unless_linear(plan: Bake) -> None:
         raise OrthogonalizeError("this edit changes no linear layer, so an adapter cannot hold it; write a checkpoint")
 
 
-def _layers(plan: Bake) -> dict[str, str]:
+def _layers(plan: EditPlan) -> dict[str, str]:
     """What transformers calls the linear layer of each edited weight.
 
     Raises:
@@ -76,7 +76,7 @@ def _layers(plan: Bake) -> dict[str, str]:
     return layers
 
 
-def _factors(plan: Bake, edit: TensorEdit) -> tuple[torch.Tensor, torch.Tensor]:
+def _factors(plan: EditPlan, edit: TensorEdit) -> tuple[torch.Tensor, torch.Tensor]:
     """`A` [k, inputs] and `B` [outputs, k] of one weight, in float64."""
     affine = edit.vectors_map()
     scales = plan.changes.scales.get(edit.name)
@@ -95,7 +95,7 @@ def _factors(plan: Bake, edit: TensorEdit) -> tuple[torch.Tensor, torch.Tensor]:
     return (component.mT, -affine.u) if edit.part == "matrix" else (affine.u.mT, -component)
 
 
-def write_adapter(plan: Bake, folder: Path, base: str) -> None:
+def write_adapter(plan: EditPlan, folder: Path, base: str) -> None:
     """Write the planned edit as an adapter for the model `base` into the empty `folder`.
 
     Raises:

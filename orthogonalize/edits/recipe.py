@@ -15,7 +15,7 @@ from ..checkpoints.checkpoint import RECIPE
 from ..checkpoints.tensor_edit import Rounding
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site
-from .config import Choice
+from .config import EditConfig
 
 
 class _Record(BaseModel):
@@ -88,7 +88,7 @@ class Recipe(_Record):
     format: Literal[2] = 2
     version: str
     base: Base
-    choice: Choice
+    choice: EditConfig
     source: Source
     maps: list[MapRecord]
     arrays: dict[str, Array]

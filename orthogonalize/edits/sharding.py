@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.checkpoint import Progress
-from ..checkpoints.rewrite import Rewrite
+from ..checkpoints.rewrite import CheckpointPlan
 from ..checkpoints.writer import write_rest, write_weights
 from ..core.errors import OrthogonalizeError
-from ..core.output_folders import Kind, complete_folder
+from ..core.output_folders import FolderKind, complete_folder
 from .recipe import Recipe, TensorChange, load_recipe
 
 RECORD = "share.json"
-SHARE = Kind(RECORD)
+SHARE = FolderKind(RECORD)
 
 
 class Share(NamedTuple):
@@ -53,19 +53,19 @@ class Share(NamedTuple):
         return [Share(number, self.of) for number in range(1, self.of + 1)]
 
 
-def share_files(plan: Rewrite, share: Share) -> list[str]:
+def share_files(plan: CheckpointPlan, share: Share) -> list[str]:
     """The weight files of `share`."""
     return sorted(plan.source.files)[share.number - 1 :: share.of]
 
 
-def share_bytes(plan: Rewrite, share: Share, link: bool) -> int:
+def share_bytes(plan: CheckpointPlan, share: Share, link: bool) -> int:
     """Bytes that the weight files of `share` take; with `link` those that are not the source's."""
     kept = plan.changed_files if link else plan.source.files.keys()
     return plan.bytes_of(name for name in share_files(plan, share) if name in kept)
 
 
 def write_share(
-    plan: Rewrite,
+    plan: CheckpointPlan,
     out: Path,
     share: Share,
     recipe: Recipe,
@@ -87,7 +87,7 @@ def write_share(
         (partial / RECORD).write_text(recipe.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def put_together(plan: Rewrite, share: Share, out: Path, partial: Path, link: bool = False) -> Recipe:
+def put_together(plan: CheckpointPlan, share: Share, out: Path, partial: Path, link: bool = False) -> Recipe:
     """Fill the folder `partial` with all shares of `out`, the index and the rest; returns the whole recipe.
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from ..architectures.schema import Architecture
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.quantization import check_editable
-from ..checkpoints.rewrite import Rewrite
+from ..checkpoints.rewrite import CheckpointPlan
 from ..checkpoints.safetensors_file import EDITABLE
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
@@ -20,7 +20,7 @@ from ..models.sites import Sites
 
 
 @dataclass
-class SitePlan(Rewrite):
+class SitePlan(CheckpointPlan):
     """What an edit does to a checkpoint, told by site and tensor."""
 
     architecture: Architecture = field(kw_only=True)
@@ -36,7 +36,7 @@ class SitePlan(Rewrite):
         parts = (*self.architecture.attn.values(), *self.architecture.mlp.values())
         return any(part.post_norm for part in parts)
 
-    def become(self, architecture: Architecture, source: Checkpoint) -> None:
+    def convert_to(self, architecture: Architecture, source: Checkpoint) -> None:
         """Go on with the same model as another family's, whose tensors `source` has."""
         self.architecture, self.source = architecture, source
         self.__dict__.pop("sites", None)
@@ -85,12 +85,12 @@ class SitePlan(Rewrite):
         else:
             self.config_changes[key] = value
 
-    def leave_remote_code(self) -> None:
+    def disable_remote_code(self) -> None:
         """Have nobody run code that came with the model: it does not know what the edit adds."""
         if self.source.config.get("auto_map"):
             self.config_changes["auto_map"] = {}
 
     def serve_by_transformers(self) -> None:
         """Have vLLM run the model by its Transformers backend; transformers itself ignores this key."""
-        self.leave_remote_code()
+        self.disable_remote_code()
         self.config_changes["architectures"] = [self.architecture.transformers_class]

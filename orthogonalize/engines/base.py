@@ -50,7 +50,7 @@ class EngineOptions:
 ONE_DEVICE = EngineOptions()
 
 
-class Respondent(Protocol):
+class Responder(Protocol):
     """What measuring asks of an engine. Prompts and completions are token ids."""
 
     def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
@@ -69,7 +69,7 @@ class Respondent(Protocol):
         """The `LIKELIEST` likeliest tokens at every position of each completion."""
 
 
-class Engine(Respondent, Protocol):
+class Engine(Responder, Protocol):
     """A model that runs, and whose weights can be replaced."""
 
     def __enter__(self) -> Self: ...

@@ -35,7 +35,7 @@ def tokens_of(tree: Tree) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Walk:
+class Branch:
     """What may be followed behind `start`, and how unlikely (in nats) it may become before it is given up."""
 
     start: tuple[int, ...]
@@ -43,7 +43,7 @@ class Walk:
     floor: float
 
 
-class Contest:
+class ChoiceSearch:
     """The choices of one question, and what is known of them.
 
     `known` holds, for a beginning, the log-probability in nats of its last token after those before it.
@@ -67,7 +67,7 @@ class Contest:
         """What no choice is likelier than; exact for the likeliest as soon as no walk is left."""
         return [self._beginning(choice)[0] for choice in self.choices]
 
-    def walks(self) -> list[Walk]:
+    def walks(self) -> list[Branch]:
         """The walks behind beginnings that could still become the likeliest choice, the likeliest beginning first.
 
         Each is for all choices that go on from its start. None is left when the likeliest is known to its end.
@@ -81,11 +81,11 @@ class Contest:
                 open_.setdefault(choice[:known], []).append(choice[known:])
                 totals[choice[:known]] = total
         return [
-            Walk(start, tuple(dict.fromkeys(open_[start])), best - totals[start])
+            Branch(start, tuple(dict.fromkeys(open_[start])), best - totals[start])
             for start in sorted(open_, key=totals.__getitem__, reverse=True)
         ]
 
-    def learn(self, walk: Walk, steps: Iterable[tuple[int, Mapping[int, float]]]) -> None:
+    def learn(self, walk: Branch, steps: Iterable[tuple[int, Mapping[int, float]]]) -> None:
         """Enter what a walk found: the token of every step, and the log-probabilities of tokens that it might be."""
         node, path = tree_of(walk.continuations), walk.start
         for token, found in steps:

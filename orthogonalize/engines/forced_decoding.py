@@ -17,13 +17,13 @@ import torch
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_updates
 
-from .choice_search import Contest, Tree, Walk, tokens_of, tree_of
+from .choice_search import Branch, ChoiceSearch, Tree, tokens_of, tree_of
 
 LISTED = 128  # the most tokens whose log-probabilities vLLM tells of at every step, beside the one it takes
 KEY = "orthogonalize_walk"
 
 
-def following(walk: Walk) -> SamplingParams:
+def following(walk: Branch) -> SamplingParams:
     """Parameters of a request for `walk`, whose prompt ends with its start.
 
     It stops with a token that no continuation has, in place of one that ends the walk.
@@ -47,7 +47,7 @@ def following(walk: Walk) -> SamplingParams:
 def decide(
     engine: Any,
     contexts: Sequence[Sequence[int]],
-    contests: Sequence[Contest],
+    contests: Sequence[ChoiceSearch],
     at_once: int | None,
     advance: Callable[[int], object],
 ) -> None:
@@ -55,7 +55,7 @@ def decide(
 
     Every contest goes its own pace, `at_once` walks at a time (or all), each a request behind the cached context.
     """
-    under_way: dict[str, tuple[int, Walk]] = {}
+    under_way: dict[str, tuple[int, Branch]] = {}
     open_walks = [0] * len(contests)
     numbers = count()
 
@@ -95,7 +95,7 @@ def _steps(output: Any) -> Iterator[tuple[int, dict[int, float]]]:
 
 
 @dataclass
-class Follower:
+class ForcedSequence:
     """One request's way through its continuations, from the tokens that it has taken on."""
 
     taken: list[int]  # vLLM's own list, which grows
@@ -106,7 +106,7 @@ class Follower:
     total: float = field(default=0.0)
 
     @classmethod
-    def of(cls, parameters: SamplingParams, _: list[int] | None, taken: list[int]) -> Follower | None:
+    def of(cls, parameters: SamplingParams, _: list[int] | None, taken: list[int]) -> ForcedSequence | None:
         told = (parameters.extra_args or {}).get(KEY)
         if told is None:
             return None
@@ -129,17 +129,17 @@ class Follower:
         return self.stop if ends and token in self.listed else token
 
 
-class Following(LogitsProcessor):  # type: ignore[misc]
-    """Makes the token that a request's `Follower` takes the likeliest of all."""
+class ForcedDecoding(LogitsProcessor):  # type: ignore[misc]
+    """Makes the token that a request's `ForcedSequence` takes the likeliest of all."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.followers: dict[int, Follower] = {}
+        self.followers: dict[int, ForcedSequence] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: Any) -> None:
-        process_dict_updates(self.followers, batch_update, Follower.of)
+        process_dict_updates(self.followers, batch_update, ForcedSequence.of)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         if self.followers:

@@ -20,7 +20,7 @@ from ..core.errors import InPlaceError, OrthogonalizeError
 from ..core.progress import track
 from ..models.logprobs import Completion, Likeliest
 from .base import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, Part, check_engine, fingerprint
-from .choice_search import Contest
+from .choice_search import ChoiceSearch
 
 SLICE = 256  # prompts between two signs of progress; each slice keeps the engine's batch full
 # Families whose queries reach the rotary embedding as [token, head, dimension]: the CPU kernel of vLLM 0.32 takes
@@ -35,7 +35,7 @@ def set_environment(on_cpu: bool, parallel: bool = False) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # `apply_model` sends a function of this package to the engine's own processes.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    # `Following` is a logits processor as vLLM's first model runner wants them; its second has an interface of its own.
+    # `ForcedDecoding` is a logits processor for vLLM's first model runner; the second has another interface.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -58,7 +58,7 @@ def cpu_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def let_llvmlite_be_looked_at() -> None:
+def patch_llvmlite_introspection() -> None:
     """vLLM's CPU start looks at every object of every module, and llvmlite's library (numba loads it) answers every
     question about itself, `__dict__` too, with a function of that name. No such name is a symbol of LLVM."""
     ffi = sys.modules.get("llvmlite.binding.ffi")
@@ -95,7 +95,7 @@ class VllmEngine:
             "max_logprobs": LIKELIEST,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
-            "logits_processors": ["orthogonalize.engines.forced_decoding:Following"],
+            "logits_processors": ["orthogonalize.engines.forced_decoding:ForcedDecoding"],
             "tensor_parallel_size": self.options.tensor_parallel_size,
             "pipeline_parallel_size": self.options.pipeline_parallel_size,
         }
@@ -109,7 +109,7 @@ class VllmEngine:
             arguments |= cpu_arguments(config)
         else:
             arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
-        let_llvmlite_be_looked_at()
+        patch_llvmlite_introspection()
         with _named(f"vLLM did not start on {self.folder}"), track("starting vLLM", None), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.llm = LLM(model=str(self.folder), max_model_len=self.max_model_len, **(arguments | self.extra))
@@ -167,7 +167,7 @@ class VllmEngine:
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
         from .forced_decoding import decide
 
-        contests = [Contest(row) for row in choices]
+        contests = [ChoiceSearch(row) for row in choices]
         # A CPU's time goes with the tokens, of which walks one by one need the fewest; a GPU's goes with the steps.
         at_once = None if torch.cuda.is_available() else 1
         with _named("vLLM failed while multiple choice"), track("multiple choice", len(contests), "questions") as done:

@@ -45,7 +45,7 @@ class WeightSwap:
         """The source again."""
         self.apply({})
 
-    def not_taken(self, names: Iterable[str]) -> str | None:
+    def first_unswappable(self, names: Iterable[str]) -> str | None:
         """One of the tensors `names` whose like the engine does not take over in place; None where it takes all.
 
         An engine may refuse, or go on with what it had and say nothing. So of every kind of tensor (of names that

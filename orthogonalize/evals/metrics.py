@@ -146,13 +146,13 @@ def perplexity_of(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def shares(flags: Sequence[bool | None], categories: Sequence[str | None] = ()) -> Series:
+def yes_no_series(flags: Sequence[bool | None], categories: Sequence[str | None] = ()) -> Series:
     """Yes or no (or neither) for every item."""
     values = [None if flag is None else float(flag) for flag in flags]
     return Series(kind="share", values=values, categories=list(categories))
 
 
-def alike(base: Series, edited: Series) -> tuple[Series, Series]:
+def same_kind(base: Series, edited: Series) -> tuple[Series, Series]:
     """Both of one kind: what is yes or no for every item of one model only is a score for both."""
     if base.kind == edited.kind:
         return base, edited
@@ -163,7 +163,7 @@ def alike(base: Series, edited: Series) -> tuple[Series, Series]:
 
 def compare(base: Series, edited: Series) -> Paired:
     """The paired comparison; items that either model leaves without a value are left out."""
-    base, edited = alike(base, edited)
+    base, edited = same_kind(base, edited)
     pairs = [(a, b) for a, b in zip(base.values, edited.values, strict=True) if a is not None and b is not None]
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
     match base.kind:

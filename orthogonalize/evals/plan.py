@@ -28,9 +28,9 @@ from ..data.refusals import LEAST_TOKENS
 from ..engines.base import Engine
 from ..selection.run_folder import Run
 from .metrics import Record, Series
-from .resumable import Portions
+from .resumable import ResumableEngine
 from .suites.answers import Answering, AnswerSet, Item
-from .suites.base import Memory, Suite
+from .suites.base import BaseOutputs, Suite
 from .suites.kl import Divergences
 from .suites.lm_eval import PREFIX, harness_tasks
 from .suites.losses import OwnLosses, alpaca_losses, pile_losses
@@ -44,7 +44,7 @@ SUITES = (*DEFAULT_SUITES, *TEXTS, *CHOICES, *PROMPT_SETS)
 TEXT_COUNT = 100  # texts of a set that have no limit given
 
 
-class Measured(Record):
+class Measurements(Record):
     """One model's series by dotted key, and its answers as text by prompt set."""
 
     series: dict[str, Series] = Field(default_factory=dict)
@@ -52,7 +52,7 @@ class Measured(Record):
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """What is measured of every model: `answering` first, if anything is answered, then `suites`."""
 
     suites: list[Suite]
@@ -91,21 +91,21 @@ class Plan:
         return [*self._answer_steps(label, is_base).values(), *(_step(label, suite) for suite in self.suites)]
 
     def measure(
-        self, engine: Engine | None, memory: Memory, journal: Journal, label: str, is_base: bool = False
-    ) -> Measured:
+        self, engine: Engine | None, memory: BaseOutputs, journal: Journal, label: str, is_base: bool = False
+    ) -> Measurements:
         """Measure the model that `engine` holds; what `journal` has already is not measured again.
 
         The base comes first and leaves in `memory` what the others are compared with. `engine` may be
         None where the journal has every step.
         """
-        result = Measured()
+        result = Measurements()
         if steps := self._answer_steps(label, is_base):
             self._take_answers(self._answers(engine, journal, label, steps), memory, result, is_base)
         for suite in self.suites:
 
             def work(suite: Suite = suite) -> dict[str, Any]:
                 assert engine is not None
-                series = suite.measure(Portions(engine, journal, _step(label, suite)), memory)
+                series = suite.measure(ResumableEngine(engine, journal, _step(label, suite)), memory)
                 made: dict[str, Any] = {"series": {key: s.model_dump() for key, s in series.items()}}
                 if is_base and suite.name == "kl":
                     made["distributions"] = [d.rows() for d in memory.distributions]
@@ -126,12 +126,12 @@ class Plan:
         if lacking:
             assert engine is not None
             together = f"{label}/answers@{fingerprint_of([steps[name] for name in lacking])[:16]}"
-            found = self.answering.answers(Portions(engine, journal, together), lacking)
+            found = self.answering.answers(ResumableEngine(engine, journal, together), lacking)
             journal.put({steps[name]: found[name] for name in lacking}, instead=together)
         return {name: journal.done[step] for name, step in steps.items()}
 
     def _take_answers(
-        self, answers: dict[str, list[list[int]]], memory: Memory, result: Measured, is_base: bool
+        self, answers: dict[str, list[list[int]]], memory: BaseOutputs, result: Measurements, is_base: bool
     ) -> None:
         assert self.answering is not None
         result.answers = {name: [self.answering.text(ids) for ids in rows] for name, rows in answers.items()}
@@ -188,7 +188,7 @@ def make_plan(
     limit: int | None = None,
     data: Path | None = None,
     positions: int | None = None,
-) -> Plan:
+) -> EvalPlan:
     """Read all data that the suites `names` need and encode it for the model of `tokenizer`.
 
     `limit` is the most items of any set; `data` a folder with local copies of public sets (else the
@@ -239,13 +239,13 @@ def make_plan(
     copy = "" if data is None else " (a local copy)"
     sources = {name: f"{found}{copy}" for name, found in sets_of.items() if name in names}
     sources |= {task.name: task.source for task in harness}
-    plan = Plan(suites, answering, sources)
+    plan = EvalPlan(suites, answering, sources)
     if positions is not None and plan.max_model_len > positions:
         raise OrthogonalizeError(f"{_too_long(plan)}, and the model takes {positions} tokens")
     return plan
 
 
-def _too_long(plan: Plan) -> str:
+def _too_long(plan: EvalPlan) -> str:
     """What needs the most room, and what would help."""
     longest = max(plan.suites, key=lambda s: s.longest, default=None)
     if longest is not None and (plan.answering is None or longest.longest > plan.answering.longest):

@@ -11,16 +11,16 @@ from typing import Any
 from ..core.errors import NoNumberError
 from ..core.interrupts import check
 from ..core.journal import Journal
-from ..engines.base import Ids, Respondent
+from ..engines.base import Ids, Responder
 from ..models.logprobs import Completion, Likeliest
 
 PORTION = 1024  # prompts asked together: enough to keep an engine busy
 
 
-class Portions:
+class ResumableEngine:
     """What `engine` says, asked in portions that `journal` keeps below `step` until that itself is done."""
 
-    def __init__(self, engine: Respondent, journal: Journal, step: str) -> None:
+    def __init__(self, engine: Responder, journal: Journal, step: str) -> None:
         self.engine, self.journal, self.step, self.size = engine, journal, step, PORTION
         self.calls = 0
 

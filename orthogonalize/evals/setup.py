@@ -17,16 +17,16 @@ from ..models.resolve import context_length, folder_state, public_name
 from ..selection.run_folder import Run
 from .judges.opinions import Opinions, add_opinions, ask_judges, judges_for
 from .judges.runner import ReadyJudge
-from .plan import Measured, Plan, check_names, make_plan
+from .plan import EvalPlan, Measurements, check_names, make_plan
 
 
 @dataclass(frozen=True)
-class Preparation:
+class EvalSetup:
     """A model that is to be measured, with edits of it."""
 
     folder: Path
     tokenizer: Any
-    plan: Plan
+    plan: EvalPlan
     judges: list[ReadyJudge]
     engine: EngineName
     options: EngineOptions
@@ -47,7 +47,7 @@ class Preparation:
         """The name of a model in the journal: with it goes all that its measures depend on but for the suites' own."""
         return f"{name}@{fingerprint_of(self.state, *of_edit)[:16]}"
 
-    def opinions(self, models: dict[str, Measured], journal: Journal) -> dict[str, Opinions]:
+    def opinions(self, models: dict[str, Measurements], journal: Journal) -> dict[str, Opinions]:
         """What the judges say of every model's answers, by model; it is put among what was measured, too."""
         found = ask_judges(self.judges, self.plan, models, self.engine, self.options, journal)
         for label, measured in models.items():
@@ -87,7 +87,7 @@ def prepare(
     data: Path | str | None,
     judges: Sequence[str],
     options: EngineOptions,
-) -> Preparation:
+) -> EvalSetup:
     """Find and read all that measuring the checkpoint `folder` on the test prompts of `run` needs.
 
     The arguments are as `evaluation.evaluate` takes them.
@@ -98,4 +98,4 @@ def prepare(
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
     plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, context_length(folder))
     ready = judges_for(plan, judges)
-    return Preparation(folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit)
+    return EvalSetup(folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit)

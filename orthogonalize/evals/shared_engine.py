@@ -18,7 +18,7 @@ from ..checkpoints.checkpoint import INDEX, RECIPE, Addition, Checkpoint, open_c
 from ..checkpoints.writer import Changes, write_weights
 from ..core.errors import OrthogonalizeError
 from ..core.output_folders import check_space
-from ..edits.bake import Bake, bake
+from ..edits.bake import EditPlan, bake
 from ..edits.recipe import load_recipe
 
 Weights = Mapping[str, Callable[[], torch.Tensor]]
@@ -66,11 +66,11 @@ def base_weights(checkpoint: Path, base: Path) -> Weights | None:
     return weights if weights.keys() == edited.tensors.keys() and config == edited.config and same_dtypes else None
 
 
-def check_room(plans: Iterable[Bake]) -> None:
+def check_room(plans: Iterable[EditPlan]) -> None:
     """Refuse edits whose checkpoints do not fit into the folder for temporary files, one at a time."""
     home = Path(gettempdir())
 
-    def needed(plan: Bake) -> int:
+    def needed(plan: EditPlan) -> int:
         linked = plan.source.path.stat().st_dev == home.stat().st_dev
         return plan.changed_bytes if linked else plan.output_bytes
 
@@ -78,7 +78,7 @@ def check_room(plans: Iterable[Bake]) -> None:
 
 
 @contextmanager
-def own_folder(plan: Bake) -> Iterator[Path]:
+def own_folder(plan: EditPlan) -> Iterator[Path]:
     """The edited checkpoint itself, for an engine of its own, in a temporary folder."""
     with TemporaryDirectory(prefix="orthogonalize-") as name:
         plan.write(Path(name), link=True)
@@ -86,7 +86,7 @@ def own_folder(plan: Bake) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class Common:
+class SharedBase:
     """What an engine needs for any of several edits to be swapped into it."""
 
     source: Checkpoint  # by the names that tensors have in the engine
@@ -94,7 +94,7 @@ class Common:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, source: Checkpoint, plans: Sequence[Bake]) -> Common:
+    def of(cls, source: Checkpoint, plans: Sequence[EditPlan]) -> SharedBase:
         """For the edits `plans` of `source`.
 
         Raises:
@@ -117,7 +117,7 @@ class Common:
 
 
 @contextmanager
-def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
+def common_folder(source: Checkpoint, plans: Sequence[EditPlan]) -> Iterator[Path]:
     """A folder that computes what `source` does and has every tensor and setting that any of `plans` adds.
 
     Biases are zeros and a head of its own is the embedding's copy, so that any of the edits can be swapped
@@ -127,7 +127,7 @@ def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
     Raises:
         OrthogonalizeError: two edits need different settings.
     """
-    common = Common.of(source, plans)
+    common = SharedBase.of(source, plans)
     additions, config = common.additions, common.config
     if not additions and config == source.config:
         yield source.path
@@ -155,6 +155,6 @@ def common_folder(source: Checkpoint, plans: Sequence[Bake]) -> Iterator[Path]:
         yield folder
 
 
-def edited_weights(plan: Bake) -> Weights:
+def edited_weights(plan: EditPlan) -> Weights:
     """Every tensor that `plan` changes (scales of quantised ones, too), computed as for a checkpoint on disk."""
     return {name: partial(plan.edited, name) for name in plan.changes.names}

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ..core.errors import OrthogonalizeError
 from ..engines.base import EngineName
-from ..evals.judges.catalogue import Opinion
+from ..evals.judges.catalogue import Judgement
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, Record, Score, Series, compare, nested
 
 
@@ -162,7 +162,7 @@ def load_report(folder: Path) -> Report:
         raise OrthogonalizeError(f"{file} is not a report that this version reads") from error
 
 
-def verdict(base: Opinion, edited: Opinion) -> Verdict:
+def verdict(base: Judgement, edited: Judgement) -> Verdict:
     """What a judge says of both answers to one prompt."""
     return Verdict(
         base_harmful=base.harmful,

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..edits.config import Choice
+from ..edits.config import EditConfig
 from ..engines.base import EngineName
 from ..evals.metrics import Loss, Paired, Rate, Record
 from .schema import Measures
@@ -15,11 +15,11 @@ from .tables import title
 Semantics = Literal["weights", "residual"]
 
 
-class Swept(Record):
+class SweepRow(Record):
     """One edit's measures and their comparison with the base; `refused` says why it cannot be baked or measured."""
 
     name: str
-    choice: Choice
+    choice: EditConfig
     direction: str
     layers: list[int]
     seconds: float = 0.0
@@ -51,7 +51,7 @@ class Sweep(Record):
     harm: str | None
     restored: bool | None
     base: Measures
-    variants: list[Swept]
+    variants: list[SweepRow]
     pareto: list[str]
 
 
@@ -69,7 +69,7 @@ def harm_key(base: Measures) -> str | None:
     return next((k for k in ("loss.own_completions", "kl.completions", "loss.pile") if k in base.flat()), None)
 
 
-def outcome(sweep: Sweep, swept: Swept) -> tuple[float, float] | None:
+def outcome(sweep: Sweep, swept: SweepRow) -> tuple[float, float] | None:
     """(how much of the behaviour is gone, harm), both as shares; None where either is not known.
 
     Harm is the relative increase of the loss, or the KL in nats a token.

@@ -12,7 +12,7 @@ from ..core.interventions import AffineMap, removal
 from ..data.prompts import SIDES, Side
 from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
-from ..edits.config import RANK_BY_ACCURACY, Choice
+from ..edits.config import RANK_BY_ACCURACY, EditConfig
 from ..edits.recipe import ProbeResult
 
 
@@ -78,7 +78,7 @@ def probe_candidate(
 
 
 def probe_choice(
-    recording: Recording, directions: Directions, choice: Choice, maps: Mapping[int, AffineMap]
+    recording: Recording, directions: Directions, choice: EditConfig, maps: Mapping[int, AffineMap]
 ) -> list[ProbeResult]:
     """Probes of an edit's own maps, by the stream (layer) that each was taken from."""
     assert choice.position is not None

@@ -15,7 +15,7 @@ from ..core.progress import track
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.direction_set import load_direction
-from ..edits.config import Choice, direction_kind, intervention_from_basis, intervention_from_directions
+from ..edits.config import EditConfig, direction_kind, intervention_from_basis, intervention_from_directions
 from ..edits.recipe import ProbeResult
 from ..edits.scopes import written_stream
 from .candidates import layer_ranking
@@ -23,8 +23,8 @@ from .probes import probe_choice
 from .run_folder import Run
 
 
-def choose(run: Run, **given: Any) -> Choice:
-    """Complete what was `given` (fields of `Choice`; None is not given) from a run.
+def choose(run: Run, **given: Any) -> EditConfig:
+    """Complete what was `given` (fields of `EditConfig`; None is not given) from a run.
 
     With nothing but perhaps the method given, the best edit that the run tried is taken, if it tried
     that method. Otherwise position and layer are those of the best candidate, the scope is `all` (`one`
@@ -60,7 +60,7 @@ def choose(run: Run, **given: Any) -> Choice:
     return _choice(named)
 
 
-def _choice(named: dict[str, Any]) -> Choice:
+def _choice(named: dict[str, Any]) -> EditConfig:
     """A choice, with settings that its method does not have refused rather than recorded."""
     for setting, methods in (
         ("coefficient", ("actadd",)),
@@ -71,13 +71,13 @@ def _choice(named: dict[str, Any]) -> Choice:
         if setting in named and named["method"] not in methods:
             raise OrthogonalizeError(f"--{setting} belongs to {' and '.join(methods)}, not to {named['method']}")
     try:
-        return Choice(**named)
+        return EditConfig(**named)
     except ValidationError as error:
         problem = error.errors()[0]
         raise OrthogonalizeError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}") from error
 
 
-def _refuse_nothing(choice: Choice, intervention: Intervention) -> None:
+def _refuse_nothing(choice: EditConfig, intervention: Intervention) -> None:
     """An edit that would write a copy of the base is a mistake."""
     maps = (*intervention.writes.values(), *intervention.reads.values())
     if not any(m.u.any() or m.s.any() for m in maps):
@@ -86,7 +86,7 @@ def _refuse_nothing(choice: Choice, intervention: Intervention) -> None:
         )
 
 
-def _probes(folder: Path, run: Run, choice: Choice, intervention: Intervention) -> list[ProbeResult]:
+def _probes(folder: Path, run: Run, choice: EditConfig, intervention: Intervention) -> list[ProbeResult]:
     """What a fresh probe reads, before and after, from the streams that the edit's maps came from."""
     if choice.method == "actadd" or not (folder / ACTIVATIONS).is_file():
         return []
@@ -120,7 +120,7 @@ def check_fits(run: Run, source: Checkpoint) -> None:
 
 def _from_run(
     folder: Path, run: Run, source: Checkpoint, given: dict[str, Any]
-) -> tuple[Choice, Intervention, dict[str, str], list[ProbeResult]]:
+) -> tuple[EditConfig, Intervention, dict[str, str], list[ProbeResult]]:
     check_fits(run, source)
     choice = choose(run, **given)
     ranking = layer_ranking(run.candidates, direction_kind(choice.method, run.directions))
@@ -128,7 +128,7 @@ def _from_run(
     return choice, intervention, run.info.prompts, _probes(folder, run, choice, intervention)
 
 
-def _from_file(file: Path, layer_count: int, given: dict[str, Any]) -> tuple[Choice, Intervention]:
+def _from_file(file: Path, layer_count: int, given: dict[str, Any]) -> tuple[EditConfig, Intervention]:
     if given.get("per_layer"):
         raise OrthogonalizeError("--per-layer needs each layer's own direction; use --run")
     direction = load_direction(file)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import OrthogonalizeError
-from ..core.files import write_whole
+from ..core.files import write_atomically
 from ..data.prompts import Prompt, Side, Split
 from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
@@ -64,7 +64,7 @@ class Run:
 def save_prompts(prompts: Sequence[Prompt], folder: Path) -> None:
     """Write prompts.jsonl."""
     rows = [json.dumps(asdict(prompt), ensure_ascii=False) for prompt in prompts]
-    write_whole(folder / "prompts.jsonl", "\n".join(rows) + "\n")
+    write_atomically(folder / "prompts.jsonl", "\n".join(rows) + "\n")
 
 
 def load_prompt_file(folder: Path) -> list[Prompt]:
@@ -84,7 +84,7 @@ def save_selection(
         "trials": [t.model_dump() for t in trials],
         "probes": [p.model_dump() for p in probes],
     }
-    write_whole(folder / "candidates.json", json.dumps(found, indent=1) + "\n")
+    write_atomically(folder / "candidates.json", json.dumps(found, indent=1) + "\n")
 
 
 def load_run(folder: Path) -> Run:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..core.errors import OrthogonalizeError
-from ..core.files import fingerprint, write_whole
+from ..core.files import fingerprint, write_atomically
 
 Stage = Literal["prompts", "activations", "directions", "selection"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -58,7 +58,7 @@ class StageBook:
         kept = STAGES[: STAGES.index(stage)]
         self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
         self.entries[stage] = {"fingerprint": fingerprint(inputs), "inputs": _plain(inputs), "result": dict(result)}
-        write_whole(self.file, json.dumps(self.entries, indent=1, ensure_ascii=False) + "\n")
+        write_atomically(self.file, json.dumps(self.entries, indent=1, ensure_ascii=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -19,7 +19,7 @@ from ..core.interventions import Method, centred
 from ..core.journal import StageJournal
 from ..core.progress import track
 from ..directions.direction_set import Directions
-from ..edits.config import Choice, intervention_from_directions
+from ..edits.config import EditConfig, intervention_from_directions
 from ..edits.scopes import parse_scope
 from ..models.hooks import Stream, intervened
 from .candidates import Candidate, Scored, layer_ranking
@@ -42,7 +42,7 @@ class Trial(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    choice: Choice
+    choice: EditConfig
     left: float
     score: float
     harm: float
@@ -66,7 +66,7 @@ def share_left(scores: torch.Tensor) -> float:
 
 
 @dataclass
-class Trials:
+class EditSearch:
     """What edits are tried on: val prompts as token ids, and the base's answers to the negative ones."""
 
     model: Any
@@ -80,9 +80,9 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.base_loss = completion_loss(self.model, self.negative, self.answers)
-        self.tried: dict[Choice, Trial] = {}
+        self.tried: dict[EditConfig, Trial] = {}
 
-    def edited(self, choice: Choice) -> AbstractContextManager[Any]:
+    def edited(self, choice: EditConfig) -> AbstractContextManager[Any]:
         """The model under an edit, reading the stream as the baked weights will."""
         ranking = layer_ranking(self.ranked, "dim")
         intervention = intervention_from_directions(choice, self.directions, ranking)
@@ -90,7 +90,7 @@ class Trials:
             intervention = centred(intervention)  # as `edit` does
         return intervened(self.model, intervention, renormalise=False)
 
-    def run(self, choice: Choice) -> Trial:
+    def run(self, choice: EditConfig) -> Trial:
         """Try one edit (once)."""
         if choice in self.tried:
             return self.tried[choice]
@@ -122,7 +122,7 @@ class Trials:
             self._refine(budget, advance)
         return sorted(self.tried.values(), key=lambda t: t.order)
 
-    def _starts(self, method: Method) -> list[Choice]:
+    def _starts(self, method: Method) -> list[EditConfig]:
         """Shared and per-layer directions of the best candidates, on both sides, over several spans."""
         count = self.directions.layer_count
         good = [c for c in self.ranked if c.method == "dim" and not c.failed]
@@ -131,10 +131,10 @@ class Trials:
         shared = list({c.layer: c for c in reversed(good[:10])}.values())[-2:]
         spans = [f"from:{count * share // 10}" for share in (9, 8, 7)]
         spans += [f"layers:{count // 2}-{count - 1}", f"layers:{count // 3}-{count * 4 // 5}"]
-        choices: list[Choice] = []
+        choices: list[EditConfig] = []
         for scope in spans:
-            choices.append(Choice(method=method, scope=scope, position=position, per_layer=True))
-            choices += [Choice(method=method, scope=scope, position=c.position, layer=c.layer) for c in shared]
+            choices.append(EditConfig(method=method, scope=scope, position=position, per_layer=True))
+            choices += [EditConfig(method=method, scope=scope, position=c.position, layer=c.layer) for c in shared]
         return choices
 
     def _refine(self, budget: int, advance: Callable[[int], None]) -> None:
@@ -159,9 +159,9 @@ class Trials:
                 if trial.order < best.order:
                     break  # go on from there
 
-    def _neighbours(self, choice: Choice, step: int) -> list[Choice]:
+    def _neighbours(self, choice: EditConfig, step: int) -> list[EditConfig]:
         count = self.directions.layer_count
-        near: list[Choice] = []
+        near: list[EditConfig] = []
         scope = parse_scope(choice.scope)
         if scope.kind == "layers":
             first, last = scope.layers[0], scope.layers[-1]
@@ -191,7 +191,7 @@ class Trials:
 
 
 def confirm(
-    trials: Trials, found: list[Trial], journal: StageJournal, refusal_rate: Callable[[], float], most: int = 4
+    trials: EditSearch, found: list[Trial], journal: StageJournal, refusal_rate: Callable[[], float], most: int = 4
 ) -> list[Trial]:
     """Let the best trials answer; the first whose answers do not refuse goes to the front.
 

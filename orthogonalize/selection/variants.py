@@ -11,7 +11,7 @@ from ..core import interventions
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention
 from ..core.progress import note
-from ..edits.config import Choice, direction_kind, intervention_from_basis, intervention_from_directions
+from ..edits.config import EditConfig, direction_kind, intervention_from_basis, intervention_from_directions
 from ..edits.scopes import chosen_layers, parse_scope
 from .candidates import layer_ranking
 from .resolve import choose
@@ -36,14 +36,14 @@ class Variant:
     """
 
     name: str
-    choice: Choice
+    choice: EditConfig
     direction: str
     intervention: Intervention
     layers: tuple[int, ...]
     on_stream: AffineMap
 
 
-def _first_inlp(run: Run, choice: Choice) -> torch.Tensor:
+def _first_inlp(run: Run, choice: EditConfig) -> torch.Tensor:
     """INLP's first direction [1, d] where `choice` says, pointing to the positive side."""
     assert choice.position is not None
     assert choice.layer is not None

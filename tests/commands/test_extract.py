@@ -26,7 +26,7 @@ from orthogonalize.data.prompts import Prompt
 from orthogonalize.directions import activation_store as recording
 from orthogonalize.directions import fit as contrast
 from orthogonalize.directions.activation_store import Recording, record
-from orthogonalize.edits.config import Choice, intervention_from_directions
+from orthogonalize.edits.config import EditConfig, intervention_from_directions
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.activations import all_activations
 from orthogonalize.models.loading import load_model
@@ -293,7 +293,7 @@ def test_a_probe_tells_erased_from_not_erased():
 @pytest.mark.parametrize("scope", ["all", "upto:3", "layers:1-2", "one"])
 def test_leace_restores_once_the_mean_that_it_removes(run, scope):
     directions = load_run(run).directions
-    choice = Choice(method="leace", scope=scope, position=-1, layer=2)
+    choice = EditConfig(method="leace", scope=scope, position=-1, layer=2)
     writes = intervention_from_directions(choice, directions).writes
     eraser = directions.eraser(-1, 2)
     shifted = [site for site, m in writes.items() if m.shifts]

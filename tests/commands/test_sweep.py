@@ -25,7 +25,7 @@ from orthogonalize.data.chat import ChatFormat
 from orthogonalize.edits.bake import bake
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.weight_swap import WeightSwap
-from orthogonalize.evals.shared_engine import Common
+from orthogonalize.evals.shared_engine import SharedBase
 from orthogonalize.models.generation import generate
 from orthogonalize.reports.sweep import Sweep, pareto
 from orthogonalize.selection.run_folder import load_run
@@ -189,9 +189,9 @@ def test_edits_that_need_another_engine_are_not_taken_up_from_one_without(model,
     """What one edit adds to the engine, all of them and the base are measured with."""
     source, found = open_checkpoint(model), load_run(run)
     plans = {v.name: bake(source, v.intervention) for v in make_variants(found, ["ablate", "actadd"], ["one"])}
-    plain = Common.of(source, [plans["ablate one"]]).state
-    assert Common.of(source, [plans["ablate one"]]).state == plain
-    assert Common.of(source, list(plans.values())).state != plain
+    plain = SharedBase.of(source, [plans["ablate one"]]).state
+    assert SharedBase.of(source, [plans["ablate one"]]).state == plain
+    assert SharedBase.of(source, list(plans.values())).state != plain
 
 
 def test_the_table_has_every_measure_of_every_edit(swept):
@@ -333,12 +333,12 @@ def test_residual_semantics_differ_from_weights_only_where_weights_cannot_follow
 
 
 def test_a_judge_that_cannot_be_read_is_no_zero_in_the_table(swept):
-    from orthogonalize.evals.metrics import shares
+    from orthogonalize.evals.metrics import yes_no_series
     from orthogonalize.reports.schema import Judged, Rates
     from orthogonalize.reports.sweep import sweep_columns, sweep_rows
 
-    unread = {"guard": Judged(harmful=Rates(target=shares([None, None]).measure()))}
-    half = {"guard": Judged(harmful=Rates(target=shares([None, True]).measure()))}
+    unread = {"guard": Judged(harmful=Rates(target=yes_no_series([None, None]).measure()))}
+    half = {"guard": Judged(harmful=Rates(target=yes_no_series([None, True]).measure()))}
     first = swept.variants[0]
     judged = swept.model_copy(update={
         "base": swept.base.model_copy(update={"judges": half}),

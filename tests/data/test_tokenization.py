@@ -7,7 +7,7 @@ from helpers.chat import choosing_tokenizer
 from tokenizers import processors
 
 from orthogonalize.data.chat import ChatFormat
-from orthogonalize.data.tokenization import opened
+from orthogonalize.data.tokenization import encode_open_ended
 from orthogonalize.evals.suites.lm_eval import harness_model
 from orthogonalize.evals.suites.losses import pile_losses
 from orthogonalize.evals.suites.multiple_choice import MultipleChoice, Question
@@ -30,7 +30,7 @@ def test_a_vocabulary_without_the_letters_that_are_tried_loses_no_token():
             rows = [[0] * add_special_tokens + [int(c) for c in t if c in "23"] for t in [*texts]]
             return {"input_ids": rows if isinstance(texts, list) else [i for row in rows for i in row]}
 
-    assert opened(Digits(), ["23", "3"]) == [[0, 2, 3], [0, 3]]
+    assert encode_open_ended(Digits(), ["23", "3"]) == [[0, 2, 3], [0, 3]]
 
 
 @pytest.mark.parametrize("around", AROUND)
@@ -38,9 +38,9 @@ def test_a_text_keeps_what_stands_before_it_and_nothing_that_stands_after(around
     tokenizer = ending(around)
     bare = tokenizer("how do i bake", add_special_tokens=False)["input_ids"]
     start = [1] if AROUND[around][0] else []
-    assert opened(tokenizer, ["how do i bake", "how"]) == [[*start, *bare], [*start, bare[0]]]
-    assert opened(tokenizer, ["how do i bake"], 3) == [[*start, *bare][:3]]
-    assert opened(tokenizer, []) == []
+    assert encode_open_ended(tokenizer, ["how do i bake", "how"]) == [[*start, *bare], [*start, bare[0]]]
+    assert encode_open_ended(tokenizer, ["how do i bake"], 3) == [[*start, *bare][:3]]
+    assert encode_open_ended(tokenizer, []) == []
     assert ChatFormat(tokenizer, templated=False).encode("how do i bake") == [*start, *bare]
     found = MultipleChoice.of("mmlu", [Question("how do i", (" bake", " fold a"), 0)], tokenizer)
     assert found.choices == [[tokenizer(t, add_special_tokens=False)["input_ids"] for t in ("bake", "fold a")]]

@@ -15,7 +15,7 @@ from orthogonalize.core.interventions import removal, shift
 from orthogonalize.directions.direction_set import Directions
 from orthogonalize.directions.leace import leace
 from orthogonalize.edits.bake import bake
-from orthogonalize.edits.config import Choice, intervention_from_directions
+from orthogonalize.edits.config import EditConfig, intervention_from_directions
 from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
 from orthogonalize.models.hooks import intervened
 
@@ -85,7 +85,7 @@ def test_baked_erasers_equal_hooks(scope, per_layer, strength, tied, tmp_path):
     diffs[:, 0] = 0  # at a template's token the sides have one embedding
     directions = Directions((-1,), diffs, {}, means, readers)
     source = store(tiny_llama(tie_word_embeddings=tied), tmp_path / "base")
-    choice = Choice(method="leace", scope=scope, position=-1, layer=2, per_layer=per_layer, strength=strength)
+    choice = EditConfig(method="leace", scope=scope, position=-1, layer=2, per_layer=per_layer, strength=strength)
     intervention = intervention_from_directions(choice, directions, RANKING)
     assert any(m.shifts for m in intervention.writes.values())
     assert gap(source, baked(source, intervention, tmp_path / "edited"), intervention) <= 1e-9
@@ -98,7 +98,7 @@ def test_an_eraser_over_the_whole_model_erases_the_stream_where_it_was_fitted(ba
     eraser = leace(*sides)
     directions = Directions((-1,), eraser.u, {}, eraser.mean, eraser.v)
     source = store(tiny_llama(), tmp_path / "base")
-    choice = Choice(method="leace", scope="all", position=-1, layer=1)
+    choice = EditConfig(method="leace", scope="all", position=-1, layer=1)
     edited = load(baked(source, intervention_from_directions(choice, directions), tmp_path / "edited"))
     at_one = directions.eraser(-1, 1)
     ids = torch.randint(3, 90, (2, 9), generator=generator)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthogonalize.engines.choice_search import Contest, Walk, tokens_of, tree_of
+from orthogonalize.engines.choice_search import Branch, ChoiceSearch, tokens_of, tree_of
 
 following = pytest.importorskip("orthogonalize.engines.forced_decoding", reason="needs vLLM")
 VOCABULARY = 300
@@ -56,7 +56,7 @@ class Model:
 
 def settle(model: Model, choices: Sequence[Sequence[int]], at_once: int | None = 1) -> tuple[list[float], int]:
     """The scores, and how many tokens were computed."""
-    contest, steps = Contest(choices), 0
+    contest, steps = ChoiceSearch(choices), 0
     while walks := contest.walks()[:at_once]:
         before = len(contest.known)
         for walk in walks:
@@ -106,7 +106,7 @@ class Engine:
 @given(st.lists(questions, min_size=1, max_size=4), st.integers(0, 2**32), st.sampled_from([1, 2, None]))
 def test_contests_go_their_own_pace_to_what_each_alone_would_find(rows, seed, at_once):
     model, contexts = Model(seed), [[100 + i, 7] for i in range(len(rows))]
-    contests, advanced = [Contest(row) for row in rows], []
+    contests, advanced = [ChoiceSearch(row) for row in rows], []
     following.decide(Engine(model), contexts, contests, at_once, advanced.append)
     assert sum(advanced) == len(rows)
     for contest, context, row in zip(contests, contexts, rows, strict=True):
@@ -122,7 +122,7 @@ def test_what_an_engine_dies_of_is_told_and_its_open_requests_are_dropped():
 
     engine = Dying(Model(0))
     with pytest.raises(MemoryError, match="no room"):
-        following.decide(engine, [[1], [2]], [Contest([[3, 4]]), Contest([[5, 6]])], 1, lambda _: None)
+        following.decide(engine, [[1], [2]], [ChoiceSearch([[3, 4]]), ChoiceSearch([[5, 6]])], 1, lambda _: None)
     assert engine.aborted == ["walk-0", "walk-1"]
 
 
@@ -132,7 +132,7 @@ def test_a_request_that_ends_with_nothing_is_not_asked_for_ever():
             return []
 
     with pytest.raises(RuntimeError, match="a request ended with nothing"):
-        following.decide(Engine(Silent(0)), [[1]], [Contest([[3, 4]])], 1, lambda _: None)
+        following.decide(Engine(Silent(0)), [[1]], [ChoiceSearch([[3, 4]])], 1, lambda _: None)
 
 
 def test_more_tokens_than_vllm_lists_are_looked_at_in_several_walks():
@@ -143,7 +143,7 @@ def test_more_tokens_than_vllm_lists_are_looked_at_in_several_walks():
 
 
 def test_single_tokens_are_looked_at_in_one_step_without_following_any():
-    (walk,) = Contest([[7], [8], [9]]).walks()
+    (walk,) = ChoiceSearch([[7], [8], [9]]).walks()
     parameters = following.following(walk)
     assert (parameters.max_tokens, parameters.extra_args, parameters.logprob_token_ids) == (1, None, [7, 8, 9])
     assert settle(Model(seed=1), [[7], [8], [9]])[1] == 1
@@ -165,7 +165,7 @@ def test_a_walk_ends_where_a_known_choice_is_likelier():
     found, steps = settle(Told(0), choices)
     assert found.index(max(found)) == 1
     assert steps == 4 + 3 + 1
-    assert Contest(choices).walks() == [Walk((), tuple(map(tuple, choices)), -math.inf)]
+    assert ChoiceSearch(choices).walks() == [Branch((), tuple(map(tuple, choices)), -math.inf)]
 
 
 def test_trees_list_their_tokens_level_by_level():

@@ -22,7 +22,7 @@ from orthogonalize.engines.base import EngineOptions, check_engine
 from orthogonalize.engines.data_parallel import EngineGroup, _devices, _serve
 from orthogonalize.engines.factory import open_engine
 from orthogonalize.engines.transformers import TransformersEngine, single_tokens
-from orthogonalize.engines.vllm import VllmEngine, let_llvmlite_be_looked_at
+from orthogonalize.engines.vllm import VllmEngine, patch_llvmlite_introspection
 from orthogonalize.engines.weight_swap import WeightSwap, block_of
 
 
@@ -230,7 +230,7 @@ def test_what_an_engine_does_not_take_over_in_place_is_found_before_it_is_truste
     source = open_checkpoint(folder)
     with Picky(folder, fault, kind) as engine:
         before = engine.fingerprint()
-        found = WeightSwap(engine, source).not_taken(source.tensors)
+        found = WeightSwap(engine, source).first_unswappable(source.tensors)
         if fault == "none":
             assert found is None
             assert engine.fingerprint() == before
@@ -238,7 +238,7 @@ def test_what_an_engine_does_not_take_over_in_place_is_found_before_it_is_truste
             assert found is not None
             assert kind in found or fault != "keeps"
         others = [name for name in source.tensors if kind not in name and not name.startswith("model.layers")]
-        assert fault == "spoils" or WeightSwap(engine, source).not_taken(others) is None
+        assert fault == "spoils" or WeightSwap(engine, source).first_unswappable(others) is None
 
 
 def test_a_disk_without_room_is_not_taken_for_an_engine_that_takes_nothing(folder):
@@ -248,7 +248,7 @@ def test_a_disk_without_room_is_not_taken_for_an_engine_that_takes_nothing(folde
 
     source = open_checkpoint(folder)
     with Full(folder, None, "cpu") as engine, pytest.raises(OrthogonalizeError, match="TMPDIR"):
-        WeightSwap(engine, source).not_taken(source.tensors)
+        WeightSwap(engine, source).first_unswappable(source.tensors)
 
 
 def test_a_swap_gives_whole_blocks_and_takes_back_what_the_last_one_changed(folder):
@@ -288,7 +288,7 @@ def test_vllms_look_at_every_module_does_not_stumble_over_llvmlite():
     import llvmlite.binding  # noqa: F401
     import numba
 
-    let_llvmlite_be_looked_at()
-    let_llvmlite_be_looked_at()
+    patch_llvmlite_introspection()
+    patch_llvmlite_introspection()
     assert not hasattr(sys.modules["llvmlite.binding.ffi"].lib, "__dict__")
     assert numba.njit(lambda x: x + 1)(2) == 3

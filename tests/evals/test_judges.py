@@ -17,7 +17,7 @@ from orthogonalize.cli import main
 from orthogonalize.commands.judge import judge, read_answers
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.engines.transformers import TransformersEngine
-from orthogonalize.evals.judges.catalogue import JUDGES, Opinion, find_judge
+from orthogonalize.evals.judges.catalogue import JUDGES, Judgement, find_judge
 from orthogonalize.evals.judges.runner import ready_judges
 
 pytestmark = pytest.mark.xdist_group("engines")
@@ -49,7 +49,7 @@ RECORDED = {
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_answers_are_read_as_the_judge_means_them(name):
     for reply, expected in RECORDED[name]:
-        assert JUDGES[name].read(reply) == Opinion(*expected), reply
+        assert JUDGES[name].read(reply) == Judgement(*expected), reply
 
 
 class Letters:

@@ -19,7 +19,7 @@ from lm_eval.tasks._index import TaskIndex
 from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.engines.transformers import TransformersEngine
-from orthogonalize.evals.suites.base import Memory
+from orthogonalize.evals.suites.base import BaseOutputs
 from orthogonalize.evals.suites.lm_eval import _plain, _series, harness_model, harness_tasks
 from orthogonalize.evals.suites.multiple_choice import arc, mmlu, truthfulqa
 from orthogonalize.models.loading import load_tokenizer
@@ -151,7 +151,7 @@ def test_a_task_s_prompts_are_whole_where_the_model_has_room_for_them(model, tmp
             [] if whole else [" 2 of 2 prompts lose their beginning: the model takes 512 tokens"]
         )
         asked.clear()
-        task.measure(Asked(), Memory())
+        task.measure(Asked(), BaseOutputs())
         assert {len(ids) for ids in asked} == {len(tokenizer(words + " now")["input_ids"]) if whole else 510}
 
 
@@ -258,7 +258,7 @@ def test_every_name_that_lm_eval_has_for_an_answer_s_length_is_understood(name, 
     task = tmp_path / "reply.yaml"
     task.write_text(task.read_text().replace("max_gen_toks", name))
     (found,) = loaded(tmp_path, model, "reply")
-    found.measure(Asked(), Memory())
+    found.measure(Asked(), BaseOutputs())
     assert asked == [6]
     assert found.longest == len(load_tokenizer(model)("how do i bake a cake")["input_ids"]) + 7
 

@@ -22,7 +22,18 @@ from orthogonalize.evals.intervals import (
     proportion_interval,
     share_difference_interval,
 )
-from orthogonalize.evals.metrics import Divergence, Loss, Paired, Rate, Score, Series, alike, compare, nested, shares
+from orthogonalize.evals.metrics import (
+    Divergence,
+    Loss,
+    Paired,
+    Rate,
+    Score,
+    Series,
+    compare,
+    nested,
+    same_kind,
+    yes_no_series,
+)
 from orthogonalize.reports.findings import verdicts
 from orthogonalize.reports.schema import Measures, Report, compare_all
 from orthogonalize.reports.tables import summary_rows
@@ -177,30 +188,30 @@ def test_items_without_a_value_are_in_no_sum():
 def test_a_verdict_is_about_the_items_that_both_models_have():
     """Of 80 and 20 answers that a judge could read, 20 are the same ones."""
     key = "judges.wildguard.harmful.target"
-    base = {key: shares([True] * 60 + [False] * 20)}
-    edited = {key: shares([None] * 60 + [True] * 8 + [False] * 12)}
+    base = {key: yes_no_series([True] * 60 + [False] * 20)}
+    edited = {key: yes_no_series([None] * 60 + [True] * 8 + [False] * 12)}
     found = report_of(base, edited)
     (sentence,) = verdicts(found)
     assert "rose by 40% on the 20 items that both have (of 80 read)" in sentence
     assert "on the 20 that both have" in summary_rows(found)[0][3]
-    few = report_of({key: shares([True] + [None] * 99)}, {key: shares([True] * 100)})
+    few = report_of({key: yes_no_series([True] + [None] * 99)}, {key: yes_no_series([True] * 100)})
     assert verdicts(few)[0].endswith("no change that the 1 item that both have (of 100 read) could show.")
-    none = report_of({key: shares([None, True])}, {key: shares([True, None])})
+    none = report_of({key: yes_no_series([None, True])}, {key: yes_no_series([True, None])})
     assert verdicts(none)[0].endswith("no item could be read of both models (1 of the base's, 1 of the edited one's).")
 
 
 def test_unreadable_verdicts_are_counted_and_on_no_side():
-    base = shares([True, None, False, True], ["a", "a", "b", "b"])
-    edited = shares([False, True, None, True], ["a", "a", "b", "b"])
+    base = yes_no_series([True, None, False, True], ["a", "a", "b", "b"])
+    edited = yes_no_series([False, True, None, True], ["a", "a", "b", "b"])
     rate = base.measure()
     assert isinstance(rate, Rate)
     assert (rate.value, rate.n, rate.unparseable) == (2 / 3, 3, 1)
     assert (rate.by_category["a"].value, rate.by_category["a"].unparseable) == (1.0, 1)
     pair = compare(base, edited)
     assert (pair.n, pair.difference) == (2, -0.5)
-    nothing = shares([None, None]).measure()
+    nothing = yes_no_series([None, None]).measure()
     assert (nothing.n, nothing.unparseable) == (0, 2)
-    assert compare(shares([None]), shares([True])).n == 0
+    assert compare(yes_no_series([None]), yes_no_series([True])).n == 0
 
 
 def test_losses_weigh_tokens_and_compare_relatively():
@@ -229,19 +240,19 @@ def report_of(base: dict[str, Series], edited: dict[str, Series]) -> Report:
 
 
 EVERY_KEY = {
-    "behaviour.target": shares([True]),
-    "behaviour.harmless": shares([False]),
-    "refusal.target": shares([True, False], ["x", None]),
-    "refusal.harmless": shares([False, False]),
-    "refusal.sets.xstest": shares([False]),
-    "judges.wildguard.harmful.target": shares([None, True]),
-    "judges.wildguard.refusal.sets.xstest": shares([True]),
+    "behaviour.target": yes_no_series([True]),
+    "behaviour.harmless": yes_no_series([False]),
+    "refusal.target": yes_no_series([True, False], ["x", None]),
+    "refusal.harmless": yes_no_series([False, False]),
+    "refusal.sets.xstest": yes_no_series([False]),
+    "judges.wildguard.harmful.target": yes_no_series([None, True]),
+    "judges.wildguard.refusal.sets.xstest": yes_no_series([True]),
     "loss.own_completions": Series(kind="loss", values=[1.0, 2.0], tokens=[3, 4]),
     "loss.pile": Series(kind="loss", values=[1.0], tokens=[3]),
     "kl.first_token": Series(kind="divergence", values=[0.1, 0.2], tokens=[1, 1]),
     "kl.completions": Series(kind="divergence", values=[0.1, 0.2], tokens=[3, 4]),
-    "choices.mmlu": shares([True], ["anatomy"]),
-    "tasks.some_task.acc": shares([True]),
+    "choices.mmlu": yes_no_series([True], ["anatomy"]),
+    "tasks.some_task.acc": yes_no_series([True]),
     "tasks.some_task.words": Series(kind="score", values=[3.0, 4.5]),
 }
 
@@ -263,8 +274,8 @@ def test_the_report_stores_every_measure_under_its_key_with_value_n_and_interval
 
 
 def test_categories_are_compared_pair_by_pair_too():
-    before = shares([True] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
-    after = shares([False] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
+    before = yes_no_series([True] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
+    after = yes_no_series([False] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
     found = compare(before, after).by_category
     assert (found["a"].difference, found["a"].n, found["a"].p) == (-1.0, 6, 2 * 0.5**6)
     assert (found["b"].difference, found["b"].n, found["b"].p) == (0.0, 4, 1.0)
@@ -289,9 +300,9 @@ def test_what_is_a_share_of_one_model_and_a_score_of_the_other_is_a_score_of_bot
     for base, edited in ((whole, part), (part, whole)):
         found = compare(base, edited)
         assert found.p == paired_permutation(base.known(), edited.known())
-        assert [series.kind for series in alike(base, edited)] == ["score", "score"]
+        assert [series.kind for series in same_kind(base, edited)] == ["score", "score"]
     with pytest.raises(AssertionError, match="share is compared with a loss"):
-        alike(whole, Series(kind="loss", values=[1.0], tokens=[1]))
+        same_kind(whole, Series(kind="loss", values=[1.0], tokens=[1]))
 
 
 def test_perplexities_and_scores_of_tasks_are_called_what_they_are():

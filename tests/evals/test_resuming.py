@@ -23,7 +23,7 @@ from orthogonalize.engines.base import EngineOptions, engine_state
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.weight_swap import WeightSwap
 from orthogonalize.evals.plan import make_plan
-from orthogonalize.evals.resumable import Portions
+from orthogonalize.evals.resumable import ResumableEngine
 from orthogonalize.models.loading import load_tokenizer
 from orthogonalize.models.logprobs import Completion
 from orthogonalize.models.resolve import folder_state
@@ -174,21 +174,21 @@ def test_a_signal_to_stop_that_python_swallows_stops_what_is_asked_next(tmp_path
 
     journal = Journal(tmp_path / "out")
     before = signal.getsignal(signal.SIGTERM)
-    with interruption.listening():
+    with interruption.signals_handled():
         Last()
         with pytest.raises(KeyboardInterrupt):
-            Portions(Engine(), journal, "base").answers([[1]], 4)
-        assert Portions(Engine(), journal, "base").answers([[1]], 4) == [[1]]  # it is said once
+            ResumableEngine(Engine(), journal, "base").answers([[1]], 4)
+        assert ResumableEngine(Engine(), journal, "base").answers([[1]], 4) == [[1]]  # it is said once
         Last()
         journal.step("seconds", lambda: 1)  # what is known is kept first
     assert signal.getsignal(signal.SIGTERM) is before
-    assert Portions(Engine(), journal, "base").answers([[1]], 4) == [[1]]
+    assert ResumableEngine(Engine(), journal, "base").answers([[1]], 4) == [[1]]
 
 
 def test_a_job_that_was_started_to_ignore_ctrl_c_does():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with interruption.listening():
+        with interruption.signals_handled():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -22,7 +22,7 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.evals.plan import DEFAULT_SUITES
-from orthogonalize.evals.suites.base import Memory
+from orthogonalize.evals.suites.base import BaseOutputs
 from orthogonalize.evals.suites.kl import kl_bound
 from orthogonalize.evals.suites.losses import alpaca_losses, pile_losses
 from orthogonalize.evals.suites.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
@@ -178,7 +178,7 @@ def test_predictions_are_those_of_scoring_every_choice_alone(model, reference, d
             found = MultipleChoice.of(name, questions, choosing_tokenizer())
             assert found.predictions(engine) == expected
             right = sum(p == q.answer for p, q in zip(expected, questions, strict=True))
-            assert found.measure(engine, Memory())[f"choices.{name}"].measure().value == right / len(questions)
+            assert found.measure(engine, BaseOutputs())[f"choices.{name}"].measure().value == right / len(questions)
 
 
 def test_sensitive_answers_are_folded_and_can_be_left_out(model, edited, run, tmp_path):

@@ -12,7 +12,7 @@ from helpers.tiny_models import load_tiny, logits, store_tiny
 from orthogonalize.architectures.schema import architecture_of
 from orthogonalize.checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
 from orthogonalize.core.interventions import AffineMap, Intervention, Site, removal
-from orthogonalize.edits.bake import Bake, bake
+from orthogonalize.edits.bake import EditPlan, bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.hooks import intervened
 
@@ -126,7 +126,7 @@ def rewritten(source: Path, out: Path, change) -> Path:
     return out
 
 
-def gap_of(source: Path, plan: Bake, intervention: Intervention, out: Path) -> float:
+def gap_of(source: Path, plan: EditPlan, intervention: Intervention, out: Path) -> float:
     """The gap between hooks on `source` and what `plan` writes."""
     out.mkdir()
     plan.write(out)

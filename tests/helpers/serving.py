@@ -103,9 +103,9 @@ def served(
     """The TOP tokens' log-probabilities at every position of `prompts`, from vLLM."""
     from vllm import LLM, SamplingParams
 
-    from orthogonalize.engines.vllm import cpu_arguments, let_llvmlite_be_looked_at
+    from orthogonalize.engines.vllm import cpu_arguments, patch_llvmlite_introspection
 
-    let_llvmlite_be_looked_at()
+    patch_llvmlite_introspection()
 
     config = json.loads((folder / "config.json").read_text())
     with proof:

@@ -22,7 +22,7 @@ from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.data.prompts import Prompt
-from orthogonalize.edits.config import Choice
+from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.loading import load_model
 from orthogonalize.reports.schema import Report
@@ -189,7 +189,7 @@ def test_an_incomplete_checkpoint_is_refused_before_an_engine_starts(run, model,
 def test_the_choice_completes_itself_from_the_run(run):
     found = load_run(run)
     best = found.candidates[0]
-    assert choose(found, method="ablate", scope="all") == Choice(
+    assert choose(found, method="ablate", scope="all") == EditConfig(
         method="ablate", scope="all", position=best.position, layer=best.layer
     )
     inlp = next(c for c in found.candidates if c.method == "inlp")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from orthogonalize.evals.metrics import Series, compare, shares
+from orthogonalize.evals.metrics import Series, compare, yes_no_series
 from orthogonalize.reports.findings import verdicts
 from orthogonalize.reports.html import write_webpage
 from orthogonalize.reports.schema import Answer, Measures, Report, Verdict, compare_all
@@ -21,8 +21,8 @@ def report_of(base: dict[str, Series], edited: dict[str, Series], **more) -> Rep
 
 def series(refused: int, harmless: int, loss: float, n: int = 40) -> dict[str, Series]:
     return {
-        "refusal.target": shares([i < refused for i in range(n)]),
-        "refusal.harmless": shares([i < harmless for i in range(n)]),
+        "refusal.target": yes_no_series([i < refused for i in range(n)]),
+        "refusal.harmless": yes_no_series([i < harmless for i in range(n)]),
         "loss.own_completions": Series(kind="loss", values=[loss + 0.01 * i for i in range(n)], tokens=[10] * n),
         "kl.first_token": Series(kind="divergence", values=[loss - 5.0] * n, tokens=[1] * n),
         "kl.completions": Series(kind="divergence", values=[loss - 5.0] * n, tokens=[32] * n),
@@ -40,8 +40,8 @@ def test_what_moved_is_said_and_what_did_not_is_not_called_a_change():
 
 
 def test_numbers_that_differ_look_it():
-    base = {"choices.mmlu": shares([i < 2500 for i in range(5000)])}
-    edited = {"choices.mmlu": shares([i < 2520 for i in range(5000)])}
+    base = {"choices.mmlu": yes_no_series([i < 2500 for i in range(5000)])}
+    edited = {"choices.mmlu": yes_no_series([i < 2520 for i in range(5000)])}
     assert verdicts(report_of(base, edited)) == ["MMLU, 5-shot rose from 50.0% to 50.4% (n = 5000)."]
     before = {"loss.pile": Series(kind="loss", values=[100.0 + i for i in range(40)], tokens=[10] * 40)}
     after = {"loss.pile": Series(kind="loss", values=[100.003 + i for i in range(40)], tokens=[10] * 40)}
@@ -59,8 +59,8 @@ def test_what_no_test_could_find_is_not_said_beside_an_interval_that_claims_it()
 
 
 def test_an_unreadable_verdict_has_a_row_of_its_own():
-    base = {"judges.wildguard.harmful.target": shares([None, True, False])}
-    edited = {"judges.wildguard.harmful.target": shares([None, None, True])}
+    base = {"judges.wildguard.harmful.target": yes_no_series([None, True, False])}
+    edited = {"judges.wildguard.harmful.target": yes_no_series([None, None, True])}
     rows = summary_rows(report_of(base, edited))
     assert rows[1] == ("harmful by wildguard, target prompts: unreadable", "1", "2", "")
 
@@ -76,7 +76,7 @@ def test_the_page_is_one_file_with_both_answers_verdicts_and_no_address(tmp_path
     assert "how do i bake &lt;script&gt;" in page
     assert "wildguard: unreadable" in page
     assert "wildguard: not harmful" in page
-    told = {f"judges.wildguard.{field}.target": shares([True, False]) for field in ("harmful", "refusal")}
+    told = {f"judges.wildguard.{field}.target": yes_no_series([True, False]) for field in ("harmful", "refusal")}
     base, edited = series(38, 1, 5.0) | told, series(2, 2, 5.5) | told
     said = answer.model_copy(update={"judges": {"wildguard": Verdict(base_harmful=True, edited_refusal=True)}})
     write_webpage(report_of(base, edited, answers=[said]), [], tmp_path / "told.html")
@@ -91,7 +91,7 @@ def test_the_page_is_one_file_with_both_answers_verdicts_and_no_address(tmp_path
 
 
 def test_what_no_item_of_both_could_be_read_for_is_not_called_no_change():
-    base, edited = shares([None, True, None]), shares([True, None, None])
+    base, edited = yes_no_series([None, True, None]), yes_no_series([True, None, None])
     pair = compare(base, edited)
     assert pair.n == 0
     assert change(base.measure(), edited.measure(), pair) == "nothing that both have"

@@ -18,12 +18,12 @@ from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.commands.sweep import sweep
 from orthogonalize.core.interventions import centred, centred_map
 from orthogonalize.edits.bake import bake
-from orthogonalize.edits.config import Choice, intervention_from_directions
+from orthogonalize.edits.config import EditConfig, intervention_from_directions
 from orthogonalize.models.hooks import layer_projected
 from orthogonalize.models.loading import model_class
 from orthogonalize.selection.candidates import layer_ranking, score_candidates
 from orthogonalize.selection.scoring import behaviour_score
-from orthogonalize.selection.trials import Trials
+from orthogonalize.selection.trials import EditSearch
 
 TOKENS = [5, 9]
 
@@ -70,8 +70,8 @@ def test_candidates_are_scored_with_the_mean_taken_out_of_their_directions(score
 
 def test_a_trial_scores_as_the_written_checkpoint_does(scored, model, tmp_path):
     held, positive, negative, directions, candidates = scored
-    choice = Choice(method="ablate", scope="all", position=-1, layer=2)
-    trials = Trials(held, directions, candidates, TOKENS, positive, negative, some_ids(7, 3))
+    choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)
+    trials = EditSearch(held, directions, candidates, TOKENS, positive, negative, some_ids(7, 3))
     intervention = intervention_from_directions(choice, directions, layer_ranking(candidates, "dim"))
     bake(open_checkpoint(model), centred(intervention)).write(tmp_path)
     expected = behaviour_score(plain_probabilities(load(tmp_path), positive), TOKENS).mean().item()

@@ -39,7 +39,7 @@ GRIDS: dict[torch.dtype, Grid] = {
 }
 
 
-class Measured(NamedTuple):
+class EditStats(NamedTuple):
     """What was measured while a tensor's vectors were edited: sums of squares, and one count.
 
     Of the entries: `before`, their `change`, and the `error` of rounding. Of the components along the
@@ -54,9 +54,9 @@ class Measured(NamedTuple):
     lost: float = 0.0
     beyond: float = 0.0
 
-    def plus(self, other: Measured) -> Measured:
+    def plus(self, other: EditStats) -> EditStats:
         """Both together."""
-        return Measured(*(a + b for a, b in zip(self, other, strict=True)))
+        return EditStats(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Scales(NamedTuple):
@@ -102,7 +102,7 @@ class VectorEdit:
 
     def __call__(
         self, stored: np.ndarray[Any, Any], by_rows: bool, first: int, last: int, scales: Scales | None = None
-    ) -> Measured:
+    ) -> EditStats:
         """Edit the vectors `first` to `last` of `stored`, in place.
 
         `stored` is contiguous and holds bfloat16 as uint16, or float32 or float64 numbers (as the edit
@@ -118,4 +118,4 @@ class VectorEdit:
         )  # fmt: skip
         u, v, s = self._exact
         sums[3] = np.square((v.T @ s)[:, None] - (v.T @ u) @ before).sum()
-        return Measured(*sums.tolist())
+        return EditStats(*sums.tolist())

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from ...core.errors import OrthogonalizeError
 from ...core.journal import Journal
 from ...engines.base import EngineName, EngineOptions
-from ..plan import Measured, Plan
-from .catalogue import Opinion
+from ..plan import EvalPlan, Measurements
+from .catalogue import Judgement
 from .runner import ReadyJudge, opinion_series, ready_judges
 
-Opinions = dict[str, dict[str, list[Opinion]]]  # by judge, then by prompt set
+Opinions = dict[str, dict[str, list[Judgement]]]  # by judge, then by prompt set
 
 
-def judges_for(plan: Plan, names: Sequence[str]) -> list[ReadyJudge]:
+def judges_for(plan: EvalPlan, names: Sequence[str]) -> list[ReadyJudge]:
     """The judges called `names`, ready; refused where `plan` has no answers for them."""
     if names and not plan.answers_count:
         raise OrthogonalizeError("judges need answers; add --suite refusal")
@@ -26,8 +26,8 @@ def judges_for(plan: Plan, names: Sequence[str]) -> list[ReadyJudge]:
 
 def ask_judges(
     judges: Sequence[ReadyJudge],
-    plan: Plan,
-    models: dict[str, Measured],
+    plan: EvalPlan,
+    models: dict[str, Measurements],
     engine: EngineName,
     options: EngineOptions,
     journal: Journal,
@@ -39,13 +39,13 @@ def ask_judges(
     places = [(label, each, i) for label in models for each in plan.sets for i in range(len(each.items))]
     texts = [(each.items[i].text, models[label].answers[each.name][i]) for label, each, i in places]
     for ready in judges:
-        found = ready.asked(texts, engine, options, journal)
+        found = ready.ask(texts, engine, options, journal)
         for (label, each, _), opinion in zip(places, found, strict=True):
             result[label].setdefault(ready.judge.name, {}).setdefault(each.name, []).append(opinion)
     return result
 
 
-def add_opinions(plan: Plan, judges: Sequence[ReadyJudge], measured: Measured, opinions: Opinions) -> None:
+def add_opinions(plan: EvalPlan, judges: Sequence[ReadyJudge], measured: Measurements, opinions: Opinions) -> None:
     """Put what judges say among a model's series."""
     categories = {each.name: [item.category for item in each.items] for each in plan.sets}
     keys = {each.name: each.key for each in plan.sets}

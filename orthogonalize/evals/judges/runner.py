@@ -14,9 +14,9 @@ from ...engines.base import EngineName, EngineOptions, engine_state
 from ...engines.factory import open_engine
 from ...models.loading import check_complete, load_tokenizer
 from ...models.resolve import context_length, find_model, folder_state
-from ..metrics import Series, shares
-from ..resumable import Portions
-from .catalogue import Judge, Opinion, find_judge
+from ..metrics import Series, yes_no_series
+from ..resumable import ResumableEngine
+from .catalogue import Judge, Judgement, find_judge
 
 PREFIX = "prefix"
 
@@ -35,32 +35,32 @@ class ReadyJudge:
         state = fingerprint_of(engine_state(engine, options), folder_state(self.folder), self.judge.name, pairs)
         return f"judge/{self.judge.name}={self.model}@{state[:16]}"
 
-    def asked(
+    def ask(
         self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions, journal: Journal
-    ) -> list[Opinion]:
+    ) -> list[Judgement]:
         """The judge's opinion on every (prompt, response), kept in `journal`; its model is started for it.
 
         Where its context is too short for an answer, nothing can be read of that one.
         """
         step = self.step(pairs, engine, options)
 
-        def ask() -> list[Opinion]:
+        def ask() -> list[Judgement]:
             lengths = [len(self.judge.encode(self.tokenizer, *pair)) + self.judge.new_tokens + 1 for pair in pairs]
             room = context_length(self.folder) or max(lengths)
             fitting = [i for i, length in enumerate(lengths) if length <= room]
-            result = [Opinion()] * len(pairs)
+            result = [Judgement()] * len(pairs)
             if len(fitting) < len(pairs):
                 note(f"{len(pairs) - len(fitting)} answers do not fit into {self.judge.name}'s {room} tokens: not read")
             if fitting:
                 most = max(lengths[i] for i in fitting)
                 with open_engine(engine, self.folder, self.tokenizer, most, options) as running:
-                    engine_ = Portions(running, journal, step)
+                    engine_ = ResumableEngine(running, journal, step)
                     found = self.judge.opinions(engine_, self.tokenizer, [pairs[i] for i in fitting])
                 for i, opinion in zip(fitting, found, strict=True):
                     result[i] = opinion
             return result
 
-        return [Opinion(*opinion) for opinion in journal.step(step, ask)]
+        return [Judgement(*opinion) for opinion in journal.step(step, ask)]
 
 
 def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
@@ -90,13 +90,13 @@ def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
 def opinion_series(
     name: str,
     says: Sequence[str],
-    opinions: Mapping[str, Sequence[Opinion]],
+    opinions: Mapping[str, Sequence[Judgement]],
     categories: Mapping[str, Sequence[str | None]],
     keys: Mapping[str, str],
 ) -> dict[str, Series]:
     """Series of one judge by dotted key: `opinions` and `categories` by prompt set, `keys` the sets' own."""
     return {
-        f"judges.{name}.{field}.{keys[each]}": shares([getattr(o, field) for o in found], categories[each])
+        f"judges.{name}.{field}.{keys[each]}": yes_no_series([getattr(o, field) for o in found], categories[each])
         for field in says
         for each, found in opinions.items()
     }

@@ -10,8 +10,8 @@ from typing import Any
 
 from ...core.journal import fingerprint_of
 from ...data.refusals import refused
-from ...engines.base import Respondent
-from ..metrics import Series, shares
+from ...engines.base import Responder
+from ..metrics import Series, yes_no_series
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Answering:
         """By set, a fingerprint of what its answers depend on besides the model."""
         return {s.name: fingerprint_of([item.ids for item in s.items], self.new_tokens) for s in self.sets}
 
-    def answers(self, engine: Respondent, sets: Sequence[str]) -> dict[str, list[list[int]]]:
+    def answers(self, engine: Responder, sets: Sequence[str]) -> dict[str, list[list[int]]]:
         """What a model says to `sets`, as token ids; they are asked in one batch."""
         wanted = [each for each in self.sets if each.name in sets]
         flat = iter(engine.answers([item.ids for each in wanted for item in each.items], self.new_tokens))
@@ -81,8 +81,8 @@ class Answering:
             categories = [item.category for item in each.items]
             said = answers[each.name]
             if self.refusal:
-                result[f"refusal.{each.key}"] = shares([refused(self.text(ids)) for ids in said], categories)
+                result[f"refusal.{each.key}"] = yes_no_series([refused(self.text(ids)) for ids in said], categories)
             if self.behaviour and each.name in ("target", "harmless"):
                 flags = [bool(ids) and ids[0] in self.behaviour_tokens for ids in said]
-                result[f"behaviour.{each.key}"] = shares(flags, categories)
+                result[f"behaviour.{each.key}"] = yes_no_series(flags, categories)
         return result

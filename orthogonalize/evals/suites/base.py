@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ...core.errors import OrthogonalizeError
-from ...engines.base import Respondent
+from ...engines.base import Responder
 from ...models.logprobs import Likeliest
 from ..metrics import Series
 
 
 @dataclass
-class Memory:
+class BaseOutputs:
     """What the base said and how likely it found each word.
 
     `own` and `own_prompts` are the base's non-empty answers to harmless prompts and those prompts, as ids;
@@ -54,5 +54,5 @@ class Suite(Protocol):
     def state(self) -> str:
         """A fingerprint of what it asks and counts, as far as that is its own."""
 
-    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
         """Series by the dotted key under which the report stores them."""

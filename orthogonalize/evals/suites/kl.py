@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...engines.base import Respondent
+from ...engines.base import Responder
 from ...models.logprobs import Likeliest
 from ..metrics import Series
-from .base import Memory
+from .base import BaseOutputs
 
 ALONG = 32  # tokens of an answer
 
@@ -44,7 +44,7 @@ class Divergences:
     state: str  # that of the base's answers
     name: str = "kl"
 
-    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
         """The base leaves its distributions in `memory`; those measured later are compared with them."""
         completions = [answer[:ALONG] for answer in memory.own]
         found = engine.likeliest(memory.own_prompts, completions)

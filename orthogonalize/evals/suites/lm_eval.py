@@ -17,10 +17,10 @@ import numpy as np
 from ...core.errors import OrthogonalizeError, first_line
 from ...core.journal import fingerprint_of
 from ...core.progress import note
-from ...data.tokenization import opened
-from ...engines.base import Respondent
+from ...data.tokenization import encode_open_ended
+from ...engines.base import Responder
 from ..metrics import Series
-from .base import Memory
+from .base import BaseOutputs
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -32,7 +32,7 @@ ROLLING = 4096  # tokens of a window over a long text, where the model has them
 FEWSHOT_SEED = 1234  # lm-eval's own: by it examples are drawn, so prompts are as long
 
 
-def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> TemplateLM:
+def harness_model(engine: Responder, tokenizer: Any, max_length: int) -> TemplateLM:
     """`engine` as lm-eval's LM. What exceeds `max_length` tokens loses its beginning, as in its own."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -60,7 +60,7 @@ def harness_model(engine: Respondent, tokenizer: Any, max_length: int) -> Templa
             if add_special_tokens is None:  # a text that a chat template has given its BOS gets no second one
                 add_special_tokens = not (tokenizer.bos_token and string.startswith(tokenizer.bos_token))
             if add_special_tokens:
-                return opened(tokenizer, [string])[0]
+                return encode_open_ended(tokenizer, [string])[0]
             return list(tokenizer(string, add_special_tokens=False)["input_ids"])
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
@@ -134,7 +134,7 @@ class HarnessTask:
     def longest(self) -> int:
         return self.max_length
 
-    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
         """Run the task in `engine`; `memory` is not needed."""
         from lm_eval import simple_evaluate
 

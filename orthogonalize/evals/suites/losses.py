@@ -12,15 +12,15 @@ from ...core.errors import OrthogonalizeError
 from ...core.journal import fingerprint_of
 from ...data.benchmarks import ALPACA, PILE, rows
 from ...data.chat import ChatFormat
-from ...data.tokenization import opened
-from ...engines.base import Ids, Respondent
+from ...data.tokenization import encode_open_ended
+from ...engines.base import Ids, Responder
 from ..metrics import Series
-from .base import Memory
+from .base import BaseOutputs
 
 TEXT_TOKENS = 256  # a text, as in eliroc98/refusal_direction
 
 
-def series(engine: Respondent, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Series:
+def series(engine: Responder, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Series:
     """Summed cross-entropy of each completion after its prompt."""
     scores = engine.scores(prompts, completions)
     return Series(kind="loss", values=[-s.logprob for s in scores], tokens=[len(c) for c in completions])
@@ -34,7 +34,7 @@ class OwnLosses:
     state: str  # that of the answers
     name: str = "loss"
 
-    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
         """The answers come from `memory`."""
         return {"loss.own_completions": series(engine, memory.own_prompts, memory.own)}
 
@@ -55,14 +55,14 @@ class TextLosses:
     def state(self) -> str:
         return fingerprint_of(self.prompts, self.completions)
 
-    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
         """`memory` is not needed: the texts are nobody's own."""
         return {f"loss.{self.name}": series(engine, self.prompts, self.completions)}
 
 
 def pile_losses(tokenizer: Any, data: Path | None, limit: int) -> TextLosses:
     """The first `TEXT_TOKENS` tokens of general texts; the first token is only context."""
-    encoded = opened(tokenizer, [row["text"] for row in rows(PILE, data, limit)], TEXT_TOKENS)
+    encoded = encode_open_ended(tokenizer, [row["text"] for row in rows(PILE, data, limit)], TEXT_TOKENS)
     encoded = [ids for ids in encoded if len(ids) > 1]
     if not encoded:
         raise OrthogonalizeError(f"{PILE} has no text of two tokens or more")

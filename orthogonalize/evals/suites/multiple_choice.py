@@ -17,10 +17,10 @@ from typing import Any
 from ...core.errors import OrthogonalizeError
 from ...core.journal import fingerprint_of
 from ...data.benchmarks import ARC, ARC_SHOTS, MMLU, MMLU_SHOTS, TRUTHFULQA, evenly, rows
-from ...data.tokenization import opened
-from ...engines.base import Respondent
-from ..metrics import Series, shares
-from .base import Memory
+from ...data.tokenization import encode_open_ended
+from ...engines.base import Responder
+from ..metrics import Series, yes_no_series
+from .base import BaseOutputs
 
 SHOTS = 5
 LETTERS = "ABCD"
@@ -46,7 +46,7 @@ def encode(tokenizer: Any, questions: Sequence[Question]) -> Iterator[tuple[list
     for first in range(0, len(questions), TOKENISED):
         part = questions[first : first + TOKENISED]
         texts = [(q.context.rstrip(" "), *(q.context + choice for choice in q.choices)) for q in part]
-        ids = iter(opened(tokenizer, list(chain.from_iterable(texts))))
+        ids = iter(encode_open_ended(tokenizer, list(chain.from_iterable(texts))))
         for row in texts:
             context, *wholes = islice(ids, len(row))
             yield list(context), [list(whole)[len(context) :] for whole in wholes]
@@ -83,15 +83,15 @@ class MultipleChoice:
     def state(self) -> str:
         return fingerprint_of(self.contexts, self.choices, self.right, self.categories)
 
-    def predictions(self, engine: Respondent) -> list[int]:
+    def predictions(self, engine: Responder) -> list[int]:
         """The index of the likeliest choice of every question."""
         scores = engine.choices(self.contexts, self.choices)
         return [max(range(len(row)), key=row.__getitem__) for row in scores]
 
-    def measure(self, engine: Respondent, memory: Memory) -> dict[str, Series]:
+    def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
         """The share of right answers, by category; `memory` is not needed."""
         flags = [p == r for p, r in zip(self.predictions(engine), self.right, strict=True)]
-        return {f"choices.{self.name}": shares(flags, self.categories)}
+        return {f"choices.{self.name}": yes_no_series(flags, self.categories)}
 
 
 def _mmlu_block(row: dict[str, Any], answered: bool) -> str:

@@ -42,7 +42,7 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not list(module.children())
 
 
-class Probe:
+class ObservedModel:
     """One model under observation: its blocks, and what passes through their modules."""
 
     def __init__(self, model: Any, ids: torch.Tensor) -> None:
@@ -110,7 +110,7 @@ def is_multiple(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return bool((a - factor * b).norm() < FITS * a.norm())
 
 
-def block_parts(probe: Probe, layer: int) -> list[FoundPart]:
+def block_parts(probe: ObservedModel, layer: int) -> list[FoundPart]:
     """The modules of a block whose outputs make up what it adds to the stream, in the order in which they run."""
     modules = probe.inner(layer)
     block = {"": probe.blocks[layer], **modules}
@@ -140,7 +140,7 @@ def block_parts(probe: Probe, layer: int) -> list[FoundPart]:
     return parts
 
 
-def norm_behaviour(probe: Probe, norm: nn.Module) -> tuple[str, float, bool]:
+def norm_behaviour(probe: ObservedModel, norm: nn.Module) -> tuple[str, float, bool]:
     """Kind, offset and whether it has a weight, from what a norm does to its input."""
     ins, outs = probe.observe({"norm": norm})
     x, out = ins["norm"].double(), outs["norm"].double()

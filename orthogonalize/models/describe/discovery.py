@@ -24,7 +24,7 @@ from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...core.errors import OrthogonalizeError
 from ...core.progress import track
 from ..loading import model_class
-from .block_probe import FoundPart, Probe, block_parts, is_multiple, is_norm, norm_behaviour
+from .block_probe import FoundPart, ObservedModel, block_parts, is_multiple, is_norm, norm_behaviour
 
 SEEN = 1e-3  # relative size from which an effect is one, not float32 rounding
 
@@ -80,7 +80,7 @@ def _projected(tensor: torch.Tensor, axis: int, direction: torch.Tensor) -> torc
     return (rows - (rows @ direction).unsqueeze(-1) * direction).movedim(-1, axis).to(tensor.dtype)
 
 
-class Laboratory:
+class Experiments:
     """A checkpoint of a small random model, and models made of it with some tensors changed."""
 
     def __init__(self, folder: Path) -> None:
@@ -95,7 +95,7 @@ class Laboratory:
             return type(model).from_pretrained(None, **settings, **options)
 
         self.load = load
-        self.plain = Probe(model, torch.zeros(1, 1, dtype=torch.long))
+        self.plain = ObservedModel(model, torch.zeros(1, 1, dtype=torch.long))
         vocabulary = int(self.plain.model.config.get_text_config().vocab_size)
         self.ids = torch.randint(3, min(vocabulary, 80), (2, 13), generator=generator)
         self.plain.ids = self.ids
@@ -117,7 +117,7 @@ class Laboratory:
         }
         return list(found)
 
-    def projected(self, axes: Iterable[tuple[str, int]]) -> Probe:
+    def projected(self, axes: Iterable[tuple[str, int]]) -> ObservedModel:
         """The model with the direction projected out of all of `axes`."""
         by_group: dict[str, list[int]] = {}
         for group, axis in axes:
@@ -127,11 +127,11 @@ class Laboratory:
             for axis in by_group.get(self.names.group(name), []):
                 tensor = _projected(tensor, axis, self.direction)
             tensors[name] = tensor
-        return Probe(self.load(tensors).eval(), self.ids)
+        return ObservedModel(self.load(tensors).eval(), self.ids)
 
 
 @contextmanager
-def _shifted(lab: Laboratory, probe: Probe, parts: Mapping[int, list[FoundPart]]) -> Iterator[None]:
+def _shifted(lab: Experiments, probe: ObservedModel, parts: Mapping[int, list[FoundPart]]) -> Iterator[None]:
     """Add multiples of the direction, another for every token, to all that the parts read."""
     amount = lab.amounts * lab.direction.float()
 
@@ -155,7 +155,7 @@ def _shifted(lab: Laboratory, probe: Probe, parts: Mapping[int, list[FoundPart]]
 
 
 def _measure(
-    lab: Laboratory, probe: Probe, parts: Mapping[int, list[FoundPart]]
+    lab: Experiments, probe: ObservedModel, parts: Mapping[int, list[FoundPart]]
 ) -> tuple[float, dict[tuple[int, str], float], dict[tuple[int, str], float]]:
     """The direction's share of the first block's input and of every part's output, and how a shift changes these."""
     watched = {f"{layer}/{p.module}": probe.inner(layer)[p.module] for layer, found in parts.items() for p in found}
@@ -176,7 +176,7 @@ def _measure(
     return share(ins["first"]), written, change
 
 
-def _head(lab: Laboratory) -> tuple[str, str, nn.Module]:
+def _head(lab: Experiments) -> tuple[str, str, nn.Module]:
     """The head's name in the checkpoint, and the norm before it by name and as a module."""
     probe = lab.plain
     output = probe.model.get_output_embeddings()
@@ -203,7 +203,7 @@ def discover(folder: Path) -> Findings:
     Raises:
         OrthogonalizeError: its stream passes through a norm, or it is built in no known way.
     """
-    lab = Laboratory(folder)
+    lab = Experiments(folder)
     parts = {layer: block_parts(lab.plain, layer) for layer in range(len(lab.plain.blocks))}
     head, head_norm, norm = _head(lab)
     candidates = lab.candidates(head)

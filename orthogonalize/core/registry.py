@@ -1,0 +1,81 @@
+"""Registries: one table for each kind of thing that can be added (an edit method, a suite, a judge, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Protocol, TypeVar
+
+from .errors import OrthogonalizeError
+
+PLUGINS = "orthogonalize.plugins"
+
+
+class Named(Protocol):
+    """Anything that a registry can hold."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Entry = TypeVar("Entry", bound=Named)
+
+
+class Registry(Mapping[str, Entry]):
+    """Entries by name, in the order in which they were added; that is also the order of help texts and tables.
+
+    `kind` is what one entry is called in messages ("edit method"). Entries must be cheap to import: the command
+    line reads registries before it knows whether torch is needed.
+    """
+
+    def __init__(self, kind: str, entries: Iterable[Entry] = ()) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+        for entry in entries:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> Entry:
+        """Add an entry of this package's or of a plugin's.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        if entry.name in self._entries:
+            raise ValueError(f"{self.kind} {entry.name!r} already exists")
+        self._entries[entry.name] = entry
+        return entry
+
+    def remove(self, name: str) -> None:
+        """Remove the entry called `name`."""
+        del self._entries[name]
+
+    def __getitem__(self, name: str) -> Entry:
+        """The entry called `name`.
+
+        Raises:
+            OrthogonalizeError: there is none.
+        """
+        if name not in self._entries:
+            raise OrthogonalizeError(f"unknown {self.kind} {name!r}; available: {', '.join(self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} registry: {', '.join(self._entries)}>"
+
+
+def load_plugins() -> None:
+    """Import the modules that installed packages name under the entry point group `orthogonalize.plugins`.
+
+    A plugin registers what it adds when it is imported.
+    """
+    for plugin in entry_points(group=PLUGINS):
+        plugin.load()
