@@ -49,7 +49,7 @@ class Registry(Mapping[str, Entry]):
         """Remove the entry called `name`."""
         del self._entries[name]
 
-    def __getitem__(self, name: str) -> Entry:
+    def find(self, name: str) -> Entry:
         """The entry called `name`.
 
         Raises:
@@ -59,8 +59,8 @@ class Registry(Mapping[str, Entry]):
             raise OrthogonalizeError(f"unknown {self.kind} {name!r}; available: {', '.join(self._entries)}")
         return self._entries[name]
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
+    def __getitem__(self, name: str) -> Entry:
+        return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
