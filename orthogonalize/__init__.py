@@ -1,8 +1,9 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
-The commands' functions are `extract`, `edit`, `evaluate`, `push`, `verify`, `sweep`, `judge` and `demo`; they and the
-algebra under them are imported from here. Each name is loaded on first use, so that importing the
-package, or asking the command line for help, does not wait for torch.
+Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `push`, `verify`, `sweep`,
+`judge`, `rank`, `describe` and `demo`. The algebra under them is exported, too. Import from this package only;
+everything below it may move. A name is loaded on first use, so that importing the package, or asking the command line
+for help, does not wait for torch.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .checkpoints.diff import Audit as Audit
     from .commands.demo import demo as demo
+    from .commands.describe import describe as describe
     from .commands.edit import edit as edit
     from .commands.evaluate import evaluate as evaluate
     from .commands.extract import extract as extract
     from .commands.judge import judge as judge
     from .commands.push import push as push
     from .commands.sweep import sweep as sweep
+    from .commands.verify import Verified as Verified
     from .commands.verify import verify as verify
     from .core.errors import OrthogonalizeError as OrthogonalizeError
     from .core.interventions import AffineMap as AffineMap
@@ -26,8 +30,11 @@ if TYPE_CHECKING:
     from .core.interventions import orthonormal as orthonormal
     from .core.interventions import removal as removal
     from .core.interventions import shift as shift
+    from .core.registry import Registry as Registry
     from .directions.direction_set import Directions as Directions
+    from .directions.direction_set import GivenDirection as GivenDirection
     from .directions.direction_set import load_direction as load_direction
+    from .directions.finders.base import DirectionFinder as DirectionFinder
     from .directions.inlp.nullspace import Subspace as Subspace
     from .directions.inlp.nullspace import Subspaces as Subspaces
     from .directions.inlp.nullspace import inlp as inlp
@@ -35,42 +42,88 @@ if TYPE_CHECKING:
     from .directions.leace import Moments as Moments
     from .directions.leace import leace as leace
     from .edits.bake import bake as bake
+    from .edits.build import intervention_from_basis as intervention_from_basis
+    from .edits.build import intervention_from_directions as intervention_from_directions
     from .edits.config import EditConfig as EditConfig
+    from .edits.methods.base import EditMethod as EditMethod
+    from .edits.recipe import Recipe as Recipe
+    from .edits.recipe import load_recipe as load_recipe
+    from .engines.base import EngineOptions as EngineOptions
+    from .models.describe.draft import Draft as Draft
     from .models.hooks import intervened as intervened
+    from .reports.schema import Report as Report
+    from .reports.schema import load_report as load_report
+    from .reports.sweep import Sweep as Sweep
     from .selection.candidates import Candidate as Candidate
     from .selection.candidates import rank as rank
+    from .selection.run_folder import Run as Run
     from .selection.run_folder import load_run as load_run
     from .selection.settings import Settings as Settings
+    from .selection.trials import Trial as Trial
 
-_HOMES = {
-    "edits.bake": ("bake",),
-    "edits.config": ("Choice",),
-    "commands.demo": ("demo",),
-    "directions.direction_set": ("Directions", "load_direction"),
-    "commands.edit": ("edit",),
-    "core.errors": ("OrthogonalizeError",),
-    "commands.evaluate": ("evaluate",),
-    "commands.extract": ("extract",),
-    "models.hooks": ("intervened",),
-    "commands.push": ("push",),
-    "core.interventions": ("AffineMap", "Intervention", "Site", "orthonormal", "removal", "shift"),
-    "directions.leace": ("Eraser", "Moments", "leace"),
-    "commands.judge": ("judge",),
-    "directions.inlp.nullspace": ("Subspace", "Subspaces", "inlp"),
-    "selection.run_folder": ("load_run",),
-    "selection.candidates": ("Candidate", "rank"),
-    "selection.settings": ("Settings",),
-    "commands.sweep": ("sweep",),
-    "commands.verify": ("verify",),
+_MODULES = {
+    "AffineMap": "core.interventions",
+    "Audit": "checkpoints.diff",
+    "Candidate": "selection.candidates",
+    "DirectionFinder": "directions.finders.base",
+    "Directions": "directions.direction_set",
+    "Draft": "models.describe.draft",
+    "EditConfig": "edits.config",
+    "EditMethod": "edits.methods.base",
+    "EngineOptions": "engines.base",
+    "Eraser": "directions.leace",
+    "GivenDirection": "directions.direction_set",
+    "Intervention": "core.interventions",
+    "Moments": "directions.leace",
+    "OrthogonalizeError": "core.errors",
+    "Recipe": "edits.recipe",
+    "Registry": "core.registry",
+    "Report": "reports.schema",
+    "Run": "selection.run_folder",
+    "Settings": "selection.settings",
+    "Site": "core.interventions",
+    "Subspace": "directions.inlp.nullspace",
+    "Subspaces": "directions.inlp.nullspace",
+    "Sweep": "reports.sweep",
+    "Trial": "selection.trials",
+    "Verified": "commands.verify",
+    "bake": "edits.bake",
+    "demo": "commands.demo",
+    "describe": "commands.describe",
+    "edit": "commands.edit",
+    "evaluate": "commands.evaluate",
+    "extract": "commands.extract",
+    "inlp": "directions.inlp.nullspace",
+    "intervened": "models.hooks",
+    "intervention_from_basis": "edits.build",
+    "intervention_from_directions": "edits.build",
+    "judge": "commands.judge",
+    "leace": "directions.leace",
+    "load_direction": "directions.direction_set",
+    "load_recipe": "edits.recipe",
+    "load_report": "reports.schema",
+    "load_run": "selection.run_folder",
+    "orthonormal": "core.interventions",
+    "push": "commands.push",
+    "rank": "selection.candidates",
+    "removal": "core.interventions",
+    "shift": "core.interventions",
+    "sweep": "commands.sweep",
+    "verify": "commands.verify",
 }
+
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f".{home}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("orthogonalize")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(name for names in _HOMES.values() for name in names)
+    return [*__all__, "__version__"]

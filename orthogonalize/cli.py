@@ -106,7 +106,7 @@ def extract(
     negative: str | None,
     column: str | None,
     hub_split: str,
-    methods: str,
+    finders: str,
     engine: str,
     scoring: str,
     stage: Any,
@@ -129,7 +129,7 @@ def extract(
     from .selection.settings import Settings
 
     settings = Settings(
-        methods=tuple(words(methods)),
+        finders=tuple(words(finders)),
         scoring=tuple(words(scoring)),
         behaviour_tokens=tokens(behaviour_tokens),
         filtered=not no_filter,
@@ -174,10 +174,10 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
     found = load_run(run)
     ranked = rank(found.candidates, kl=kl, induce=induce, prune=prune)
     show_candidates(ranked, most)
-    for method in found.info.methods:
+    for finder in found.info.finders:
         progress.note(
-            explain_fallback(ranked, method)
-            or f"{method}: {sum(not c.failed for c in ranked if c.method == method)} pass"
+            explain_fallback(ranked, finder)
+            or f"{finder}: {sum(not c.failed for c in ranked if c.finder == finder)} pass"
         )
     if write:
         save_selection(ranked, found.trials, found.probes, run)

@@ -16,19 +16,19 @@ if not console.is_terminal and "COLUMNS" not in os.environ:  # a file or a pipe 
 
 
 def show_candidates(candidates: Sequence[Any], most: int = 3) -> None:
-    """The best candidates of every method."""
+    """The best candidates of every finder."""
     table = Table(title="best directions (edited out at their own layer)")
-    names = ("method", "position", "layer", "bypass", "induce", "KL", "everywhere: bypass", "KL", "filters")
+    names = ("finder", "position", "layer", "bypass", "induce", "KL", "everywhere: bypass", "KL", "filters")
     everywhere = any(c.global_bypass is not None for c in candidates)
     for i, name in enumerate(names):
         if everywhere or i not in (6, 7):
-            table.add_column(name, justify="left" if name in ("method", "filters") else "right")
-    for method in dict.fromkeys(c.method for c in candidates):
-        for c in [c for c in candidates if c.method == method][:most]:
+            table.add_column(name, justify="left" if name in ("finder", "filters") else "right")
+    for finder in dict.fromkeys(c.finder for c in candidates):
+        for c in [c for c in candidates if c.finder == finder][:most]:
             numbers = [f"{c.bypass:.2f}", f"{c.induce:.2f}", f"{c.kl:.3f}"]
             if everywhere:
                 numbers += ["", ""] if c.global_bypass is None else [f"{c.global_bypass:.2f}", f"{c.global_kl:.3f}"]
-            table.add_row(method, str(c.position), str(c.layer), *numbers, ", ".join(c.failed) or "passes")
+            table.add_row(finder, str(c.position), str(c.layer), *numbers, ", ".join(c.failed) or "passes")
     console.print(table)
 
 

@@ -11,7 +11,26 @@ from typing import Any
 import click
 
 from ..core.errors import OrthogonalizeError
+from ..core.registry import Registry
 from ..data.refusals import LEAST_TOKENS
+from ..directions.finders.registry import FINDERS
+from ..edits.methods.registry import METHODS
+
+
+class NameIn(click.ParamType[str]):
+    """The name of an entry of a registry, read when the option is parsed, so that plugins count."""
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry = registry
+        self.name = registry.kind
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(self.registry)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.registry:
+            self.fail(f"unknown {self.registry.kind} {value!r}; available: {', '.join(self.registry)}", param, ctx)
+        return str(value)
 
 
 class Rank(click.ParamType[int | str]):
@@ -90,7 +109,14 @@ extract_options = together(
     click.option("--negative", metavar="P", help="Prompts that do not."),
     click.option("--column", help="Column or key of the prompts' text."),
     click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset."),
-    click.option("--methods", default="dim,inlp,leace", show_default=True, help="dim (diff-in-means), inlp, leace."),
+    click.option(
+        "--finders",
+        "--methods",
+        "finders",
+        default=",".join(FINDERS),
+        show_default=True,
+        help="What finds directions: " + "; ".join(f"{f.name} ({f.summary})" for f in FINDERS.values()) + ".",
+    ),
     choice("--engine", ["hf"], "hf", "What reads activations."),
     number("--train", 6, 128, "Prompts a side to find directions with."),
     number("--val", 1, 32, "Prompts a side to select with."),
@@ -125,7 +151,7 @@ edit_options = together(
     click.option("--run", type=path(), help="A run folder made by extract."),
     click.option("--direction", type=path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),
     click.option("--recipe", type=path(), metavar="FILE", help="An orthogonalize.json: rebuild that edit."),
-    choice("--method", ["ablate", "nullspace", "reflect", "actadd", "leace"], None, "Default: the run's."),
+    click.option("--method", type=NameIn(METHODS), help="How to edit; by default as the run's best trial."),
     click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 or from:12."),
     click.option("--strength", type=float, help="Scales the edit; 1 removes all of the direction."),
     click.option(

@@ -147,6 +147,7 @@ class _Extraction:
                 own = {}
             case "directions":
                 own = asdict(self._direction_settings)
+                own["methods"] = own.pop("finders")  # as stages.json calls them
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
@@ -159,7 +160,7 @@ class _Extraction:
     @property
     def _direction_settings(self) -> DirectionSettings:
         s = self.settings
-        return DirectionSettings(tuple(s.methods), s.max_rank, s.solver, s.classifier, s.seed, s.seeds)
+        return DirectionSettings(tuple(s.finders), s.max_rank, s.solver, s.classifier, s.seed, s.seeds)
 
     def run(self, stage: Stage) -> None:
         """Run one stage and record it as done."""
@@ -234,27 +235,27 @@ class _Extraction:
     def _score(
         self, prompts: list[Prompt], directions: Directions, tokens: list[int], journal: StageJournal
     ) -> list[Candidate]:
-        """Scored, filtered and ranked candidates of every method."""
+        """Scored, filtered and ranked candidates of every finder."""
         positive, negative = (self._ids(prompts, side, "val")[: self.settings.scored] for side in SIDES)
         everywhere = "global" in self.settings.scoring
-        methods = self.settings.methods
+        finders = self.settings.finders
         ranked = rank(
-            score_candidates(self.model, positive, negative, directions, methods, tokens, everywhere, journal)
+            score_candidates(self.model, positive, negative, directions, finders, tokens, everywhere, journal)
         )
-        for method in methods:
-            fallback = explain_fallback(ranked, method)
+        for finder in finders:
+            fallback = explain_fallback(ranked, finder)
             if fallback:
                 note(fallback)
-            correlation = rank_correlation(ranked, method)
+            correlation = rank_correlation(ranked, finder)
             if correlation is not None:
-                note(f"{method}: local and global scores rank alike with Spearman's correlation {correlation:.2f}")
+                note(f"{finder}: local and global scores rank alike with Spearman's correlation {correlation:.2f}")
         return ranked
 
     def _probe(self, directions: Directions, ranked: list[Candidate]) -> list[ProbeResult]:
-        """Whether what each method's best candidate removes can still be read from the stream it was found in."""
+        """Whether what each finder's best candidate removes can still be read from the stream it was found in."""
         recording = Recording(self.out / ACTIVATIONS)
-        best = {c.method: c for c in reversed(ranked)}
-        return [p for c in best.values() for p in probe_candidate(recording, directions, c.method, c.position, c.layer)]
+        best = {c.finder: c for c in reversed(ranked)}
+        return [p for c in best.values() for p in probe_candidate(recording, directions, c.finder, c.position, c.layer)]
 
     def _try_edits(
         self,
@@ -313,7 +314,7 @@ class _Extraction:
             chat_template=self.settings.chat_template,
             layer_count=directions.layer_count,
             width=self.architecture.width(self.source.checkpoint.config),
-            methods=list(self.settings.methods),
+            finders=list(self.settings.finders),
             base_score=base_score,
             seed=self.settings.seed,
             versions=_versions(),

@@ -18,6 +18,7 @@ from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..core.progress import note, track
 from ..data.refusals import LEAST_TOKENS
 from ..edits.bake import EditPlan, bake
+from ..edits.methods.registry import METHODS
 from ..edits.recipe import store_maps
 from ..engines.base import ONE_DEVICE, Engine, EngineName, EngineOptions
 from ..engines.transformers import TransformersEngine
@@ -44,7 +45,7 @@ def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
     """The reference's own hooks: the input and both outputs of every block in scope (actadd: inputs only)."""
     with ExitStack() as stack:
         for layer in variant.layers:
-            around = input_shifted if variant.choice.method == "actadd" else layer_projected
+            around = input_shifted if METHODS[variant.choice.method].adds else layer_projected
             stack.enter_context(around(model, layer, variant.on_stream))
         yield
 
@@ -253,7 +254,7 @@ def sweep(
     sweep that was cut off goes on where it stopped.
 
     Args:
-        methods: of `variants.methods()`; all by default.
+        methods: edit methods; by default all that the run has directions for.
         scopes: as `edit` takes them, but for `from:`.
         semantics: `weights`, or `residual` (with `engine="hf"`): the reference's own hooks on block inputs
             and outputs, for those who must reproduce its numbers.

@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 
 from .errors import OrthogonalizeError
-
-Method = Literal["ablate", "nullspace", "reflect", "actadd", "leace"]
-METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Site(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Protocol, TypeVar
 
@@ -33,6 +34,11 @@ class Registry(Mapping[str, Entry]):
         self._entries: dict[str, Entry] = {}
         for entry in entries:
             self.add(entry)
+
+    def add_modules(self, package: str, modules: Iterable[str], attribute: str) -> None:
+        """Add what each of `modules` of `package` defines as `attribute`."""
+        for module in modules:
+            self.add(getattr(import_module(f"{package}.{module}"), attribute))
 
     def add(self, entry: Entry) -> Entry:
         """Add an entry of this package's or of a plugin's.

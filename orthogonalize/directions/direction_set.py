@@ -13,12 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, orthonormal, removal
+from ..core.interventions import AffineMap, orthonormal
+from .finders.registry import FINDERS
 from .inlp.nullspace import Subspace
 from .leace import Eraser
 
 # Streams that no prompt can differ in (the first layer at a template's token) have no direction.
 NEGLIGIBLE = 1e-6
+OWN_FIELDS = ("inlp", "leace", "stability")  # tensors of these prefixes have fields of their own
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class Directions:
     l is the input of block l and the last what the head's norm reads. `means` is the mean over both
     sides, in the same places. `positions` are counted from the prompt's end. `subspaces` maps
     (position, layer) to what INLP found there; empty without INLP. `readers` are LEACE's v (see
-    `leace.Eraser`), None without it. `stability` gives, for `dim` and `inlp`, the cosines [seeds, seeds,
-    positions, layers + 1] between the (first) directions of several draws of the prompts.
+    `leace.Eraser`), None without it. `stability` gives, for each finder that has one first direction, the cosines
+    [seeds, seeds, positions, layers + 1] between the directions of several draws of the prompts. `tensors` are
+    what further finders found, [positions, layers + 1, ...] by `FINDER.KEY`.
     """
 
     positions: tuple[int, ...]
@@ -39,6 +42,14 @@ class Directions:
     means: torch.Tensor | None = None
     readers: torch.Tensor | None = None
     stability: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        finders = ", ".join(name for name, finder in FINDERS.items() if finder.found(self))
+        return (
+            f"Directions({finders}; positions {self.positions[0]} to {self.positions[-1]}, "
+            f"layers 0 to {self.layer_count}, width {self.mean_diffs.shape[-1]})"
+        )
 
     @property
     def layer_count(self) -> int:
@@ -54,41 +65,35 @@ class Directions:
             raise OrthogonalizeError("these directions were stored without means; extract again")
         return self.means[self.positions.index(position), layer].to(torch.float64)
 
-    def basis(self, method: str, position: int, layer: int, rank: int | None = None) -> torch.Tensor | None:
-        """The orthonormal basis [k, d] that `dim` or `inlp` gives there; None where there is none.
+    def difference_basis(self, position: int, layer: int) -> torch.Tensor | None:
+        """The unit mean difference [1, d] there; None where it is negligible beside the largest."""
+        diff = self.mean_diff(position, layer)
+        typical = self.mean_diffs.norm(dim=-1).max().item()
+        return orthonormal(diff[None]) if diff.norm() > NEGLIGIBLE * typical else None
 
-        `rank` keeps INLP's first directions only. For `leace` this is the direction that it removes,
-        the mean difference's.
+    def basis(self, finder: str, position: int, layer: int, rank: int | None = None) -> torch.Tensor | None:
+        """The orthonormal basis [k, d] that `finder` found there, its first `rank` rows; None where there is none.
+
+        For `leace` this is the direction that it removes, the mean difference's.
         """
-        if method in ("dim", "leace"):
-            diff = self.mean_diff(position, layer)
-            typical = self.mean_diffs.norm(dim=-1).max().item()
-            return orthonormal(diff[None]) if diff.norm() > NEGLIGIBLE * typical else None
-        found = self.subspaces.get((position, layer))
-        if found is None or not found.rank:
-            return None
-        return orthonormal(found.basis[:rank])
+        return FINDERS.find(finder).basis(self, position, layer, rank)
 
     def eraser(self, position: int, layer: int, orthogonal: bool = False) -> Eraser | None:
         """LEACE's eraser there, or its orthogonal form; None where the sides do not differ, or without LEACE."""
-        if self.readers is None or self.basis("leace", position, layer) is None:
+        if self.readers is None or self.difference_basis(position, layer) is None:
             return None
         u = self.mean_diff(position, layer)
         v = u if orthogonal else self.readers[self.positions.index(position), layer].to(torch.float64)
         product = v @ u
         return Eraser(u, v / product, self.mean(position, layer)) if product > 0 else None
 
-    def removal(self, method: str, position: int, layer: int) -> AffineMap | None:
-        """The map that removes all that `dim`, `inlp` or `leace` found there; None where that is nothing."""
-        if method == "leace":
-            eraser = self.eraser(position, layer)
-            return None if eraser is None else eraser.affine()
-        basis = self.basis(method, position, layer)
-        return None if basis is None else removal(basis)
+    def removal(self, finder: str, position: int, layer: int) -> AffineMap | None:
+        """The map that removes all that `finder` found there; None where that is nothing."""
+        return FINDERS.find(finder).removal(self, position, layer)
 
     def save(self, file: Path) -> None:
         """Write `directions.safetensors`."""
-        tensors = {"mean_diffs": self.mean_diffs, "means": self.means, "leace.readers": self.readers}
+        tensors = {"mean_diffs": self.mean_diffs, "means": self.means, "leace.readers": self.readers, **self.tensors}
         stored = {name: t.to(torch.float32).contiguous() for name, t in tensors.items() if t is not None}
         stored["positions"] = torch.tensor(self.positions)
         for (position, layer), found in self.subspaces.items():
@@ -123,6 +128,7 @@ class Directions:
             tensors.get("means"),
             tensors.get("leace.readers"),
             {n.removeprefix("stability."): t for n, t in tensors.items() if n.startswith("stability.")},
+            {n: t for n, t in tensors.items() if "." in n and n.partition(".")[0] not in OWN_FIELDS},
         )
 
 

@@ -1,4 +1,4 @@
-"""From recorded activations to directions: the `directions` stage, layer by layer."""
+"""Fit directions to recorded activations, a group of layers at a time (the `directions` stage)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from ..core.progress import track
 from .activation_store import Recording
 from .direction_set import Directions
-from .inlp.nullspace import Classifier, Solver, Subspace, Subspaces, inlp
-from .leace import leace
+from .finders.registry import FINDERS
+from .inlp.nullspace import Classifier, Solver, Subspace
 
 # Activations of so many bytes (in float64) are taken together, as many layers as fit.
 BUDGET = 512 * 2**20
@@ -25,7 +25,7 @@ class DirectionSettings:
     `seeds`: how many draws of the train prompts; the first is the run's own.
     """
 
-    methods: tuple[str, ...]
+    finders: tuple[str, ...]
     max_rank: int | None
     solver: Solver
     classifier: Classifier
@@ -40,17 +40,19 @@ def find_directions(
     settings: DirectionSettings,
     device: torch.device,
 ) -> Directions:
-    """Diff-in-means and, where asked for, INLP and LEACE at every (position, layer) of the train prompts.
+    """What each finder of `settings` finds at every (position, layer) of the train prompts.
 
-    Diff-in-means alone reads some prompts at a time, so its memory does not grow with their number.
+    Diff-in-means alone reads a few prompts at a time, so its memory does not grow with their number.
 
     Args:
         positions: what the recording's positions are, counted from the prompt's end.
         layers: streams in the recording (blocks + 1).
     """
-    diffs, means, readers = [], [], []
+    diffs, means = [], []
     subspaces: dict[tuple[int, int], Subspace] = {}
-    streamed = settings.methods == ("dim",) and settings.seeds == 1
+    tensors: dict[str, list[torch.Tensor]] = {}
+    finders = [FINDERS.find(name) for name in settings.finders]
+    streamed = settings.seeds == 1 and not any(finder.needs_samples for finder in finders)
     cosines: dict[str, list[torch.Tensor]] = {}
     with track("directions", layers, "layers") as advance:
         for group in _groups(recording, positions, layers, streamed):
@@ -61,30 +63,24 @@ def find_directions(
                 means.append((n * positive + m * negative) / (n + m))
             if not streamed:
                 sides = [_together(recording, f"{side}.train", group, device) for side in ("positive", "negative")]
-                if "inlp" in settings.methods:
-                    found = inlp(
-                        sides[0],
-                        sides[1],
-                        settings.max_rank,
-                        seed=settings.seed,
-                        solver=settings.solver,
-                        classifier=settings.classifier,
-                    )
-                    assert isinstance(found, Subspaces)
-                    subspaces |= {(positions[i], group[j]): one for (i, j), one in found.items()}
-                if "leace" in settings.methods:
-                    readers += list(leace(sides[0], sides[1]).v.cpu().unbind(1))
+                for finder in finders:
+                    fitted = finder.fit(sides[0], sides[1], settings)
+                    subspaces |= {(positions[i], group[j]): found for (i, j), found in fitted.subspaces.items()}
+                    for key, tensor in fitted.tensors.items():
+                        tensors.setdefault(f"{finder.name}.{key}", []).append(tensor)
                 if settings.seeds > 1:
-                    for method, value in _stability(recording, group, settings, device).items():
-                        cosines.setdefault(method, []).append(value)
+                    for name, value in _stability(recording, group, settings, device).items():
+                        cosines.setdefault(name, []).append(value)
             advance(len(group))
+    joined = {key: torch.cat(parts, dim=1) for key, parts in tensors.items()}
     return Directions(
         positions,
         torch.stack(diffs, dim=1),
         subspaces,
         torch.stack(means, dim=1),
-        torch.stack(readers, dim=1) if readers else None,
-        {method: torch.cat(parts, dim=-1) for method, parts in cosines.items()},
+        joined.pop("leace.readers", None),
+        {name: torch.cat(parts, dim=-1) for name, parts in cosines.items()},
+        joined,
     )
 
 
@@ -117,23 +113,19 @@ def _stability(
         train, spare = (_together(recording, f"{side}.{split}", layers, device) for split in ("train", "spare"))
         pools.append(torch.cat([train, spare]))
         sizes.append((len(train), min(len(train), int(SEED_SHARE * len(pools[-1])))))
-    firsts: dict[str, list[torch.Tensor]] = {"dim": []}
-    if "inlp" in settings.methods:
-        firsts["inlp"] = []
+    firsts: dict[str, list[torch.Tensor]] = {}
     for draw in range(settings.seeds):
         generator = torch.Generator().manual_seed(settings.seed + draw)
         sides = []
         for pool, (own, size) in zip(pools, sizes, strict=True):
             rows = torch.randperm(len(pool), generator=generator)[:size] if draw else torch.arange(own)
             sides.append(pool[rows.to(pool.device)])
-        firsts["dim"].append(sides[0].double().mean(0) - sides[1].double().mean(0))
-        if "inlp" in firsts:
-            found = inlp(sides[0], sides[1], 1, min_accuracy=0.0, seed=settings.seed + draw)
-            assert isinstance(found, Subspaces)
-            basis = found.basis  # [positions, layers, 1 or 0, d]
-            firsts["inlp"].append(basis[..., 0, :] if basis.shape[-2] else torch.zeros_like(sides[0][0]).double())
+        for name in settings.finders:
+            first = FINDERS[name].first_direction(sides[0], sides[1], settings.seed + draw)
+            if first is not None:
+                firsts.setdefault(name, []).append(first)
     result = {}
-    for method, rows_ in firsts.items():
-        unit = torch.stack([torch.nn.functional.normalize(r, dim=-1) for r in rows_]).cpu()
-        result[method] = torch.einsum("apld,bpld->abpl", unit, unit)
+    for name, found in firsts.items():
+        unit = torch.stack([torch.nn.functional.normalize(direction, dim=-1) for direction in found]).cpu()
+        result[name] = torch.einsum("apld,bpld->abpl", unit, unit)
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
+from ..directions.finders.registry import FINDERS
 from ..selection.candidates import MAX_KL, MIN_INDUCE, PRUNED_LAYERS
 from ..selection.run_folder import Run
 
@@ -25,7 +27,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 SIDE_STYLES = {"positive": (COLOURS[1], "^"), "negative": (COLOURS[0], "o")}
 PANELS = 24  # most layers that have a panel of their own
-NAMES = {"dim": "diff-in-means", "inlp": "INLP", "leace": "LEACE"}
 
 
 def _subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
@@ -37,10 +38,10 @@ def _style(i: int) -> dict[str, object]:
     return {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 3.5, "linewidth": 1}
 
 
-def candidate_figure(run: Run, method: str) -> Figure:
-    """Bypass, induce and KL of every candidate of `method` by layer, a line a position."""
+def candidate_figure(run: Run, finder: str) -> Figure:
+    """Bypass, induce and KL of every candidate of `finder` by layer, a line per position."""
     figure, axes = _subplots(1, 3, figsize=(13, 3.8))
-    mine = [c for c in run.candidates if c.method == method]
+    mine = [c for c in run.candidates if c.finder == finder]
     for i, position in enumerate(run.directions.positions):
         row = sorted((c for c in mine if c.position == position), key=lambda c: c.layer)
         for axis, name in zip(axes, ("bypass", "induce", "kl"), strict=True):
@@ -56,47 +57,42 @@ def candidate_figure(run: Run, method: str) -> Figure:
         axis.axvline(run.info.layer_count * (1 - PRUNED_LAYERS) - 0.5, color="black", linestyle=":", linewidth=0.8)
         axis.set(title=title, xlabel="layer")
     axes[0].legend(title="position", fontsize=7)
-    figure.suptitle(f"{NAMES[method]}: scores by layer and position (right of the dotted line: layers left out)")
+    title = FINDERS[finder].title
+    figure.suptitle(f"{title}: scores by layer and position (right of the dotted line: layers left out)")
     return figure
 
 
-def _best(run: Run, method: str) -> tuple[int, int]:
-    """Position and layer of the best candidate of `method`, else of any."""
-    best = next((c for c in run.candidates if c.method == method), run.candidates[0])
+def _best(run: Run, finder: str) -> tuple[int, int]:
+    """Position and layer of the best candidate of `finder`, else of any."""
+    best = next((c for c in run.candidates if c.finder == finder), run.candidates[0])
     return best.position, best.layer
 
 
 def _directions_at(run: Run, position: int, layer: int) -> dict[str, torch.Tensor]:
-    """One unit direction a method: the mean difference, INLP's first, and the one that LEACE reads."""
-    found: dict[str, torch.Tensor] = {}
-    for method in ("dim", "inlp"):
-        basis = run.directions.basis(method, position, layer)
-        if basis is not None:
-            found[method] = basis[0]
-    eraser = run.directions.eraser(position, layer)
-    if eraser is not None:
-        found["leace"] = eraser.v / eraser.v.norm()
-    return found
+    """One unit direction per finder: the mean difference, INLP's first, and the one that LEACE reads."""
+    axes = {name: FINDERS.find(name).axis(run.directions, position, layer) for name in run.info.finders}
+    return {name: axis for name, axis in axes.items() if axis is not None}
 
 
 def cosine_figure(run: Run) -> Figure | None:
-    """Cosines across layers between the methods' directions, and between draws of the prompts; None without either."""
-    if len(run.info.methods) < 2 and not run.directions.stability:
+    """Cosines across layers between the finders' directions, and between draws of the prompts; None without either."""
+    if len(run.info.finders) < 2 and not run.directions.stability:
         return None
     position, _ = _best(run, "dim")
     layers = range(run.directions.layer_count + 1)
     at = {layer: _directions_at(run, position, layer) for layer in layers}
     figure, axis = _subplots(figsize=(8, 4))
-    for i, (a, b) in enumerate((("dim", "inlp"), ("dim", "leace"), ("inlp", "leace"))):
+    for i, (a, b) in enumerate(combinations(run.info.finders, 2)):
         both = [layer for layer in layers if a in at[layer] and b in at[layer]]
         if both:
             cosines = [(at[layer][a] @ at[layer][b]).item() for layer in both]
-            axis.plot(both, cosines, label=f"{NAMES[a]} and {NAMES[b]}", **_style(i))
-    for i, (method, between_seeds) in enumerate(run.directions.stability.items()):
+            axis.plot(both, cosines, label=f"{FINDERS[a].title} and {FINDERS[b].title}", **_style(i))
+    for i, (finder, between_seeds) in enumerate(run.directions.stability.items()):
         here = between_seeds[:, :, run.directions.positions.index(position)]
         pairs = torch.triu_indices(len(here), len(here), 1)
         between = here[pairs[0], pairs[1]]
-        axis.plot(layers, between.mean(0), linestyle="--", label=f"{NAMES[method]}, between seeds", **_style(i + 3))
+        label = f"{FINDERS[finder].title}, between seeds"
+        axis.plot(layers, between.mean(0), linestyle="--", label=label, **_style(i + 3))
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(
         xlabel="layer", ylabel="cosine", title=f"directions against each other, position {position}", ylim=(-1.05, 1.05)
@@ -202,7 +198,7 @@ def plane_figure(run: Run, recording: Recording) -> Figure | None:
 
 
 def probe_figure(run: Run) -> Figure | None:
-    """What a fresh probe reads from the stream before and after each method's best edit there; None without probes."""
+    """What a fresh probe reads from the stream before and after each finder's best edit there; None without probes."""
     if not run.probes:
         return None
     figure, axis = _subplots(figsize=(8, 0.45 * len(run.probes) + 1.6))
@@ -213,7 +209,7 @@ def probe_figure(run: Run) -> Figure | None:
         axis.plot(
             [found.chance] * 2, [i - 0.3, i + 0.3], color="black", linestyle=":", label="chance" if not i else None
         )
-    names = [f"{NAMES[p.method]}, rank {p.rank} (layer {p.layer})" for p in reversed(run.probes)]
+    names = [f"{FINDERS[p.method].title}, rank {p.rank} (layer {p.layer})" for p in reversed(run.probes)]
     axis.set_yticks(range(len(names)), names)
     axis.set(
         xlabel=f"accuracy on {run.probes[0].n} val prompts",
@@ -226,8 +222,8 @@ def probe_figure(run: Run) -> Figure | None:
 
 def figures(run: Run, recording: Recording) -> Iterator[tuple[str, Figure]]:
     """Every picture of a run by its name."""
-    for method in run.info.methods:
-        yield f"candidates-{method}", candidate_figure(run, method)
+    for finder in run.info.finders:
+        yield f"candidates-{finder}", candidate_figure(run, finder)
     if run.directions.subspaces:
         yield "inlp-accuracy", accuracy_figure(run)
     yield "projections-dim", projection_figure(run, recording)

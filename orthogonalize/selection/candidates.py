@@ -1,4 +1,4 @@
-"""Choosing where to edit: every (method, position, layer) is scored, filtered and ranked.
+"""Score, filter and rank every (finder, position, layer) as a place to edit.
 
 Scores are stored, so the choice can be redone without the model.
 """
@@ -20,6 +20,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, centred_map, shift, stacked
 from ..core.progress import track
 from ..directions.direction_set import Directions
+from ..directions.finders.registry import FINDERS
 from ..models.hooks import Stream
 from .scoring import LocalScorer, behaviour_score, divergence, global_probabilities
 
@@ -31,7 +32,7 @@ MULTIPLIERS = (0.5, 1.0, 2.0)  # of the mean difference, when it is added
 
 @dataclass(frozen=True)
 class Candidate:
-    """One (method, position, layer) of a model of `layer_count` layers, and its scores.
+    """One (finder, position, layer) of a model of `layer_count` layers, and its scores.
 
     `bypass`: mean behaviour score (log-odds) of positive val prompts with all that the method found
     edited out at this layer; lower is better. `induce`: the same of negative prompts with the first
@@ -39,10 +40,10 @@ class Candidate:
     the three. `kl`: mean first-token KL on negative prompts when edited out, nats. `global_bypass` and
     `global_kl`: the same with the edit at every write of the model, where that was asked for.
     `accuracy` is INLP's first classifier's. `failed` lists the filters it does not pass; `rank`
-    counts from 0 over those of its method that pass.
+    counts from 0 over those of its finder that pass.
     """
 
-    method: str
+    finder: str
     position: int
     layer: int
     layer_count: int
@@ -58,8 +59,14 @@ class Candidate:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Candidate:
-        """A candidate from an entry of candidates.json."""
-        return cls(**{**row, "failed": tuple(row.get("failed", ()))})
+        """A candidate from an entry of candidates.json, which calls the finder `method`."""
+        rest = {key: value for key, value in row.items() if key != "method"}
+        return cls(row["method"], **{**rest, "failed": tuple(row.get("failed", ()))})
+
+    def row(self) -> dict[str, Any]:
+        """The entry of candidates.json."""
+        named = asdict(self)
+        return {"method": named.pop("finder"), **named}
 
 
 def load_candidates(file: Path) -> list[Candidate]:
@@ -80,7 +87,7 @@ def rank(
     induce: float = MIN_INDUCE,
     prune: float = PRUNED_LAYERS,
 ) -> list[Candidate]:
-    """Filter and rank by stored scores, no model needed: method by method, best first, failed ones last.
+    """Filter and rank by stored scores, no model needed: finder by finder, best first, failed ones last.
 
     Filters: a score that is not a number, KL over `kl`, induce under `induce`, and the last `prune`
     share of layers. Those that pass are ranked by bypass (lowest first). Those that fail follow, the
@@ -91,8 +98,8 @@ def rank(
     """
     given = load_candidates(Path(candidates)) if isinstance(candidates, Path | str) else list(candidates)
     ranked: list[Candidate] = []
-    for method in dict.fromkeys(c.method for c in given):
-        judged = [replace(c, failed=_failed(c, kl, induce, prune), rank=None) for c in given if c.method == method]
+    for finder in dict.fromkeys(c.finder for c in given):
+        judged = [replace(c, failed=_failed(c, kl, induce, prune), rank=None) for c in given if c.finder == finder]
         judged.sort(key=lambda c: _order(c, kl, induce))
         ranked += [c if c.failed else replace(c, rank=i) for i, c in enumerate(judged)]
     return ranked
@@ -121,9 +128,9 @@ def _order(candidate: Candidate, kl: float, induce: float) -> tuple[float, ...]:
     return (2 if "late layer" in candidate.failed else 1, candidate.bypass > 0, wrong)
 
 
-def explain_fallback(ranked: Sequence[Candidate], method: str) -> str | None:
-    """Where no candidate of `method` passes: how many each filter stops, and what the best of all fails by."""
-    mine = [c for c in ranked if c.method == method]
+def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:
+    """Where no candidate of `finder` passes: how many each filter stops, and what the best of all fails by."""
+    mine = [c for c in ranked if c.finder == finder]
     if not mine or not mine[0].failed:
         return None
     stops = [reason.split(" ")[0] for c in mine for reason in c.failed]
@@ -131,19 +138,19 @@ def explain_fallback(ranked: Sequence[Candidate], method: str) -> str | None:
     counts = ", ".join(f"{names.get(s, s)} {stops.count(s)}" for s in dict.fromkeys(stops))
     best = mine[0]
     return (
-        f"no {method} direction passes the filters (of {len(mine)}, each stops: {counts}); the least wrong is "
+        f"no {finder} direction passes the filters (of {len(mine)}, each stops: {counts}); the least wrong is "
         f"position {best.position}, layer {best.layer}, which fails {', '.join(best.failed)}"
     )
 
 
-def layer_ranking(ranked: Sequence[Candidate], method: str) -> list[int]:
-    """Layers of `method` from the best on, each by its best candidate."""
-    return list(dict.fromkeys(c.layer for c in ranked if c.method == method))
+def layer_ranking(ranked: Sequence[Candidate], finder: str) -> list[int]:
+    """Layers of `finder` from the best on, each by its best candidate."""
+    return list(dict.fromkeys(c.layer for c in ranked if c.finder == finder))
 
 
-def rank_correlation(candidates: Sequence[Candidate], method: str) -> float | None:
-    """Spearman's correlation of local and global bypass over the candidates of `method`; None where unknown."""
-    pairs = [(c.bypass, c.global_bypass) for c in candidates if c.method == method and c.global_bypass is not None]
+def rank_correlation(candidates: Sequence[Candidate], finder: str) -> float | None:
+    """Spearman's correlation of local and global bypass over the candidates of `finder`; None where unknown."""
+    pairs = [(c.bypass, c.global_bypass) for c in candidates if c.finder == finder and c.global_bypass is not None]
     if len(pairs) < 3:
         return None
     found = float(scipy.stats.spearmanr(*zip(*pairs, strict=True)).statistic)
@@ -185,9 +192,9 @@ class _Scoring:
         width = self.directions.mean_diffs.shape[-1]
         self.base = self.on_negative.probabilities(0, shift(torch.zeros(1, width)), projected=False)[0]
 
-    def layer(self, method: str, layer: int, induced: MutableMapping[tuple[int, int], float]) -> list[Candidate]:
-        """Score `method` at every position of `layer`; `induced` holds what adding mean differences gave."""
-        found = {p: self.directions.removal(method, p, layer) for p in self.directions.positions}
+    def layer(self, finder: str, layer: int, induced: MutableMapping[tuple[int, int], float]) -> list[Candidate]:
+        """Score `finder` at every position of `layer`; `induced` holds what adding mean differences gave."""
+        found = {p: self.directions.removal(finder, p, layer) for p in self.directions.positions}
         maps = {p: centred_map(m) if self.centring else m for p, m in found.items() if m is not None}
         if not maps:
             return []
@@ -195,14 +202,13 @@ class _Scoring:
         bypassed = behaviour_score(self.on_positive.probabilities(layer, removals, projected=True), self.tokens)
         kept = self.on_negative.probabilities(layer, removals, projected=True)
         kl = divergence(self.base.expand_as(kept), kept).mean(-1)
-        induce = self._induce(method, layer, list(maps), induced)
+        induce = self._induce(finder, layer, list(maps), induced)
         bypass_all, kl_all = self._everywhere(removals)
         result = []
         for i, position in enumerate(maps):
-            subspace = self.directions.subspaces.get((position, layer)) if method == "inlp" else None
             result.append(
                 Candidate(
-                    method,
+                    finder,
                     position,
                     layer,
                     self.directions.layer_count,
@@ -210,7 +216,7 @@ class _Scoring:
                     induce[i],
                     kl[i].item(),
                     maps[position].rank,
-                    subspace.accuracies[0] if subspace else None,
+                    FINDERS[finder].accuracy(self.directions, position, layer),
                     bypass_all[i] if bypass_all else None,
                     kl_all[i] if kl_all else None,
                 )
@@ -218,15 +224,15 @@ class _Scoring:
         return result
 
     def _induce(
-        self, method: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
+        self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
     ) -> list[float]:
         """Median over the multipliers of the mean score with the first direction added, a value a position."""
-        shared = method in ("dim", "leace")  # both add the mean difference, which one of them has scored
+        shared = FINDERS[finder].adds_mean_difference  # which another finder may have scored
         if shared and all((p, layer) in induced for p in positions):
             return [induced[p, layer] for p in positions]
         shifts = []
         for position in positions:
-            basis = self.directions.basis(method, position, layer)
+            basis = self.directions.basis(finder, position, layer)
             assert basis is not None
             length = self.directions.mean_diff(position, layer).norm()
             shifts += [multiplier * length * basis[0] for multiplier in MULTIPLIERS]
@@ -252,12 +258,12 @@ def score_candidates(
     positive: Sequence[Sequence[int]],
     negative: Sequence[Sequence[int]],
     directions: Directions,
-    methods: Sequence[str],
+    finders: Sequence[str],
     tokens: Sequence[int],
     everywhere: bool = False,
     known: Scored | None = None,
 ) -> list[Candidate]:
-    """Score every (method, position, layer) on val prompts (token ids), editing at that layer only.
+    """Score every (finder, position, layer) on val prompts (token ids), editing at that layer only.
 
     Args:
         everywhere: score each edit at every write of the model as well (`global_bypass`, `global_kl`).
@@ -267,15 +273,15 @@ def score_candidates(
     scoring: _Scoring | None = None
     induced: dict[tuple[int, int], float] = {}
     result: list[Candidate] = []
-    with track("scoring directions", directions.layer_count * len(methods), "layers") as advance:
+    with track("scoring directions", directions.layer_count * len(finders), "layers") as advance:
         for layer in range(directions.layer_count):
-            for method in methods:
-                key = f"candidates:{method}:{layer}"
+            for finder in finders:
+                key = f"candidates:{finder}:{layer}"
                 if key not in kept:
                     scoring = scoring or _Scoring(model, positive, negative, directions, tokens, everywhere)
-                    kept.put({key: [asdict(c) for c in scoring.layer(method, layer, induced)]})
+                    kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
                 found = [Candidate.from_row(row) for row in kept[key]]
-                if method in ("dim", "leace"):
+                if FINDERS[finder].adds_mean_difference:
                     induced.update({(c.position, c.layer): c.induce for c in found})
                 result += found
                 advance(1)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..core.interventions import AffineMap, removal
+from ..core.interventions import AffineMap
 from ..data.prompts import SIDES, Side
 from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
-from ..edits.config import RANK_BY_ACCURACY, EditConfig
+from ..directions.finders.registry import FINDERS
+from ..edits.config import EditConfig
 from ..edits.recipe import ProbeResult
 
 
@@ -62,18 +63,12 @@ def probe(
 
 
 def probe_candidate(
-    recording: Recording, directions: Directions, method: str, position: int, layer: int
+    recording: Recording, directions: Directions, finder: str, position: int, layer: int
 ) -> list[ProbeResult]:
-    """Probes of what `method` found there: the direction, the eraser, or INLP's basis at its usual ranks."""
-    if method != "inlp":
-        whole = directions.removal(method, position, layer)
-        return [] if whole is None else [probe(recording, directions, method, position, layer, whole)]
-    subspace = directions.subspaces.get((position, layer))
-    if subspace is None or not subspace.rank:
-        return []
-    ranks = {1, subspace.rank, *(subspace.leading(a) for a in RANK_BY_ACCURACY.values())}
+    """Probes of what `finder` found there: the direction, the eraser, or INLP's basis at its usual ranks."""
     return [
-        probe(recording, directions, method, position, layer, removal(subspace.basis[:rank])) for rank in sorted(ranks)
+        probe(recording, directions, finder, position, layer, removal)
+        for removal in FINDERS.find(finder).probed_removals(directions, position, layer)
     ]
 
 

@@ -15,7 +15,10 @@ from ..core.progress import track
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.direction_set import load_direction
-from ..edits.config import EditConfig, direction_kind, intervention_from_basis, intervention_from_directions
+from ..directions.finders.registry import FINDERS
+from ..edits.build import finder_of, intervention_from_basis, intervention_from_directions
+from ..edits.config import EditConfig
+from ..edits.methods.registry import DEFAULT, METHODS
 from ..edits.recipe import ProbeResult
 from ..edits.scopes import written_stream
 from .candidates import layer_ranking
@@ -39,19 +42,19 @@ def choose(run: Run, **given: Any) -> EditConfig:
         tried = [t.choice for t in run.trials if method in (None, t.choice.method)]
         if tried:
             return tried[0]
-    method = named.setdefault("method", "ablate")
-    named.setdefault("scope", "one" if method == "actadd" else "all")
-    kind = direction_kind(method, run.directions)
+    method = named.setdefault("method", DEFAULT)
+    named.setdefault("scope", METHODS.find(method).default_scope)
+    finder = finder_of(method, run.directions)
     fitting = [
         c
         for c in run.candidates
-        if c.method == kind and named.get("position") in (None, c.position) and named.get("layer") in (None, c.layer)
+        if c.finder == finder and named.get("position") in (None, c.position) and named.get("layer") in (None, c.layer)
     ]
     if not fitting and ("position" not in named or ("layer" not in named and not named.get("per_layer"))):
-        have = ", ".join(run.info.methods)
+        have = ", ".join(run.info.finders)
         raise OrthogonalizeError(
-            f"the run has no {kind} candidate for {method} there (it has: {have}); "
-            "give --position and --layer, or extract again with --methods dim,inlp,leace"
+            f"the run has no {finder} candidate for {method} there (it has: {have}); "
+            f"give --position and --layer, or extract again with --finders {','.join(FINDERS)}"
         )
     if fitting:
         named.setdefault("position", fitting[0].position)
@@ -62,14 +65,11 @@ def choose(run: Run, **given: Any) -> EditConfig:
 
 def _choice(named: dict[str, Any]) -> EditConfig:
     """A choice, with settings that its method does not have refused rather than recorded."""
-    for setting, methods in (
-        ("coefficient", ("actadd",)),
-        ("alpha", ("reflect",)),
-        ("rank", ("nullspace", "reflect")),
-        ("orthogonal", ("leace",)),
-    ):
-        if setting in named and named["method"] not in methods:
-            raise OrthogonalizeError(f"--{setting} belongs to {' and '.join(methods)}, not to {named['method']}")
+    method = METHODS.find(named["method"])
+    for setting in named:
+        takers = [each.name for each in METHODS.values() if setting in each.options]
+        if takers and method.name not in takers:
+            raise OrthogonalizeError(f"--{setting} belongs to {' and '.join(takers)}, not to {method.name}")
     try:
         return EditConfig(**named)
     except ValidationError as error:
@@ -88,7 +88,7 @@ def _refuse_nothing(choice: EditConfig, intervention: Intervention) -> None:
 
 def _probes(folder: Path, run: Run, choice: EditConfig, intervention: Intervention) -> list[ProbeResult]:
     """What a fresh probe reads, before and after, from the streams that the edit's maps came from."""
-    if choice.method == "actadd" or not (folder / ACTIVATIONS).is_file():
+    if METHODS[choice.method].adds or not (folder / ACTIVATIONS).is_file():
         return []
     maps = {written_stream(site): m for site, m in intervention.writes.items()}
     maps |= {run.directions.layer_count if site.kind == "head" else int(site.layer or 0): m
@@ -123,7 +123,7 @@ def _from_run(
 ) -> tuple[EditConfig, Intervention, dict[str, str], list[ProbeResult]]:
     check_fits(run, source)
     choice = choose(run, **given)
-    ranking = layer_ranking(run.candidates, direction_kind(choice.method, run.directions))
+    ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
     intervention = intervention_from_directions(choice, run.directions, ranking)
     return choice, intervention, run.info.prompts, _probes(folder, run, choice, intervention)
 
@@ -133,8 +133,8 @@ def _from_file(file: Path, layer_count: int, given: dict[str, Any]) -> tuple[Edi
         raise OrthogonalizeError("--per-layer needs each layer's own direction; use --run")
     direction = load_direction(file)
     named = {key: value for key, value in given.items() if value is not None}
-    method = named.setdefault("method", "ablate")
-    named.setdefault("scope", "one" if method == "actadd" else "all")
+    method = named.setdefault("method", DEFAULT)
+    named.setdefault("scope", METHODS.find(method).default_scope)
     named.setdefault("position", direction.position)
     named.setdefault("layer", direction.layer)
     choice = _choice(named)

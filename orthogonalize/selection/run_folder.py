@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import OrthogonalizeError
 from ..core.files import write_atomically
@@ -21,9 +21,9 @@ from .trials import Trial
 
 
 class RunInfo(BaseModel):
-    """`run.json`: where the run came from and with which settings."""
+    """`run.json`: where the run came from and with which settings. The file calls the finders `methods`."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
     model: str
     revision: str | None
@@ -36,7 +36,7 @@ class RunInfo(BaseModel):
     chat_template: bool
     layer_count: int
     width: int
-    methods: list[str]
+    finders: list[str] = Field(validation_alias="methods", serialization_alias="methods")
     behaviour_tokens: list[int]
     behaviour_words: list[str]
     base_score: dict[str, float]
@@ -77,10 +77,10 @@ def save_selection(
     candidates: Sequence[Candidate], trials: Sequence[Trial], probes: Sequence[ProbeResult], folder: Path
 ) -> None:
     """Write candidates.json: the scores with filters and ranks, tried edits, probes, and how well local scores rank."""
-    methods = dict.fromkeys(c.method for c in candidates)
+    finders = dict.fromkeys(c.finder for c in candidates)
     found = {
-        "spearman": {method: rank_correlation(candidates, method) for method in methods},
-        "candidates": [asdict(c) for c in candidates],
+        "spearman": {finder: rank_correlation(candidates, finder) for finder in finders},
+        "candidates": [c.row() for c in candidates],
         "trials": [t.model_dump() for t in trials],
         "probes": [p.model_dump() for p in probes],
     }

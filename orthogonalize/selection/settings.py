@@ -10,9 +10,9 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..data.prompts import MINIMUM_TRAIN
+from ..directions.finders.registry import FINDERS
 from ..directions.inlp.nullspace import Classifier, Solver
 
-METHODS = ("dim", "inlp", "leace")
 SCORINGS = ("local", "global")
 
 
@@ -27,7 +27,7 @@ class Settings:
     `sensitive` marks a contrast of one's own as that; eval then folds its prompts and answers.
     """
 
-    methods: Sequence[str] = METHODS
+    finders: Sequence[str] = field(default_factory=lambda: tuple(FINDERS))
     device: str = "auto"
     dtype: torch.dtype | None = None
     seed: int = 0
@@ -56,10 +56,9 @@ class Settings:
         Raises:
             OrthogonalizeError: naming the option.
         """
-        if set(self.methods) - set(METHODS) or "dim" not in self.methods:
-            raise OrthogonalizeError(
-                f"--methods must name dim, and may add inlp and leace; got {','.join(self.methods)}"
-            )
+        if set(self.finders) - set(FINDERS) or "dim" not in self.finders:
+            others = " and ".join(name for name in FINDERS if name != "dim")
+            raise OrthogonalizeError(f"--finders must name dim, and may add {others}; got {','.join(self.finders)}")
         if set(self.scoring) - set(SCORINGS) or "local" not in self.scoring:
             raise OrthogonalizeError(f"--scoring must name local, and may add global; got {','.join(self.scoring)}")
         if self.train < MINIMUM_TRAIN or self.val < 1 or self.test < 0 or self.seeds < 1:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from ..core.interventions import Method, centred
+from ..core.interventions import centred
 from ..core.journal import StageJournal
 from ..core.progress import track
 from ..directions.direction_set import Directions
-from ..edits.config import EditConfig, intervention_from_directions
+from ..edits.build import finder_of, intervention_from_directions
+from ..edits.config import EditConfig
+from ..edits.methods.registry import DEFAULT
 from ..edits.scopes import parse_scope
 from ..models.hooks import Stream, intervened
 from .candidates import Candidate, Scored, layer_ranking
@@ -84,7 +86,7 @@ class EditSearch:
 
     def edited(self, choice: EditConfig) -> AbstractContextManager[Any]:
         """The model under an edit, reading the stream as the baked weights will."""
-        ranking = layer_ranking(self.ranked, "dim")
+        ranking = layer_ranking(self.ranked, finder_of(choice.method, self.directions))
         intervention = intervention_from_directions(choice, self.directions, ranking)
         if Stream.of(self.model).architecture.norms.kind == "layer":
             intervention = centred(intervention)  # as `edit` does
@@ -112,7 +114,7 @@ class EditSearch:
             self.known.put({key: self.tried[choice].model_dump()})
         return self.tried[choice]
 
-    def search(self, budget: int, methods: Iterable[Method] = ("ablate",)) -> list[Trial]:
+    def search(self, budget: int, methods: Iterable[str] = (DEFAULT,)) -> list[Trial]:
         """Try up to `budget` edits and return all of them, best first."""
         starts = [choice for method in methods for choice in self._starts(method)][: max(1, budget // 2)]
         with track("trying edits", budget, "edits") as advance:
@@ -122,11 +124,12 @@ class EditSearch:
             self._refine(budget, advance)
         return sorted(self.tried.values(), key=lambda t: t.order)
 
-    def _starts(self, method: Method) -> list[EditConfig]:
+    def _starts(self, method: str) -> list[EditConfig]:
         """Shared and per-layer directions of the best candidates, on both sides, over several spans."""
         count = self.directions.layer_count
-        good = [c for c in self.ranked if c.method == "dim" and not c.failed]
-        good = good or [c for c in self.ranked if c.method == "dim"]
+        finder = finder_of(method, self.directions)
+        good = [c for c in self.ranked if c.finder == finder and not c.failed]
+        good = good or [c for c in self.ranked if c.finder == finder]
         position = good[0].position
         shared = list({c.layer: c for c in reversed(good[:10])}.values())[-2:]
         spans = [f"from:{count * share // 10}" for share in (9, 8, 7)]

@@ -26,7 +26,8 @@ from orthogonalize.data.prompts import Prompt
 from orthogonalize.directions import activation_store as recording
 from orthogonalize.directions import fit as contrast
 from orthogonalize.directions.activation_store import Recording, record
-from orthogonalize.edits.config import EditConfig, intervention_from_directions
+from orthogonalize.edits.build import intervention_from_directions
+from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.activations import all_activations
 from orthogonalize.models.loading import load_model
@@ -235,7 +236,7 @@ def test_several_seeds_show_how_stable_the_directions_are(model, sources, run, t
 
 
 def test_global_scores_and_their_rank_correlation_are_stored_on_request(model, sources, tmp_path):
-    settings = changed(scoring=("local", "global"), trials=0, methods=("dim", "leace"))
+    settings = changed(scoring=("local", "global"), trials=0, finders=("dim", "leace"))
     extract(str(model), tmp_path / "run", **sources, settings=settings)
     found = load_run(tmp_path / "run")
     assert all(c.global_bypass is not None and c.global_kl >= 0 for c in found.candidates)

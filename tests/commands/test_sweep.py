@@ -23,13 +23,14 @@ from orthogonalize.commands.sweep import residual_hooks, sweep
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.edits.bake import bake
+from orthogonalize.edits.methods.registry import METHODS
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.weight_swap import WeightSwap
 from orthogonalize.evals.shared_engine import SharedBase
 from orthogonalize.models.generation import generate
 from orthogonalize.reports.sweep import Sweep, pareto
 from orthogonalize.selection.run_folder import load_run
-from orthogonalize.selection.variants import make_variants, methods
+from orthogonalize.selection.variants import make_variants
 
 SWEPT = ("ablate one", "ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all")
 QUICK = {"engine": "hf", "max_new_tokens": 8}
@@ -66,7 +67,7 @@ def test_every_method_is_tried_over_every_scope(run):
     firsts = ["ablate", "nullspace", "reflect 1", "reflect 2", *additions, "leace"]
     variants = make_variants(load_run(run))
     assert sorted(v.name for v in variants) == sorted(f"{f} {s}" for f in firsts for s in ("one", "top:50%", "all"))
-    assert {v.choice.method for v in variants} == set(methods())
+    assert {v.choice.method for v in variants} == set(METHODS)
     for variant in variants:
         assert len(variant.layers) == {"one": 1, "top:50%": LAYERS // 2, "all": LAYERS}[variant.name.split()[-1]]
 
@@ -77,8 +78,8 @@ def test_what_the_run_has_no_directions_for_is_refused_by_name_and_else_left_out
     found = load_run(run)
     bare = replace(found, info=found.info.model_copy(update={"methods": ["dim"]}))
     assert "leace" not in {v.choice.method for v in make_variants(bare)}
-    assert notes == ["leace is left out: the run has no directions for it (extract --methods dim,leace)"]
-    with pytest.raises(OrthogonalizeError, match="no directions for leace; extract again with --methods dim,leace"):
+    assert notes == ["leace is left out: the run has no directions for it (extract --finders dim,leace)"]
+    with pytest.raises(OrthogonalizeError, match="no directions for leace; extract again with --finders dim,leace"):
         make_variants(bare, ["ablate", "leace"])
     for wanted, scopes in ((["ablate", "ablate"], ["one"]), (["ablate"], ["one", "one"])):
         with pytest.raises(OrthogonalizeError, match="is named twice"):
@@ -370,7 +371,7 @@ def test_the_command_prints_the_table_and_refuses_what_is_not_there(model, run, 
         assert name in result.output
     assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["variants"]) == 3
     for more, message in (
-        (["--methods", "magic"], "no method 'magic'"),
+        (["--methods", "magic"], "unknown edit method 'magic'"),
         (["--scopes", "from:2"], "edits what is read"),
         (["--scopes", "some"], "scope 'some'"),
         ([], "exists"),

@@ -15,7 +15,8 @@ from orthogonalize.core.interventions import removal, shift
 from orthogonalize.directions.direction_set import Directions
 from orthogonalize.directions.leace import leace
 from orthogonalize.edits.bake import bake
-from orthogonalize.edits.config import EditConfig, intervention_from_directions
+from orthogonalize.edits.build import intervention_from_directions
+from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
 from orthogonalize.models.hooks import intervened
 

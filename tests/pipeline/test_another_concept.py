@@ -60,7 +60,7 @@ def test_what_begins_a_list_is_learnt_and_most_prompts_show_it(run):
 
 def test_every_method_finds_where_the_model_decides_on_a_list(run):
     for method in ("dim", "inlp", "leace"):
-        mine = [c for c in run.candidates if c.method == method]
+        mine = [c for c in run.candidates if c.finder == method]
         assert min(c.bypass for c in mine) < run.info.base_score["positive"] - 1, method
         assert max(c.induce for c in mine) > run.info.base_score["negative"] + 3, method
         found = [p for p in run.probes if p.method == method]

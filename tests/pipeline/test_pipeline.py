@@ -47,7 +47,7 @@ def test_a_run_holds_everything_that_a_choice_needs(run):
     }
     assert found.directions.mean_diffs.shape == (3, LAYERS + 1, WIDTH)
     assert len(found.texts("positive", "test")) == 6
-    assert {c.method for c in found.candidates} == {"dim", "inlp", "leace"}
+    assert {c.finder for c in found.candidates} == {"dim", "inlp", "leace"}
     assert len(found.trials) == 4
     assert choose(found) == found.trials[0].choice
 
@@ -192,7 +192,7 @@ def test_the_choice_completes_itself_from_the_run(run):
     assert choose(found, method="ablate", scope="all") == EditConfig(
         method="ablate", scope="all", position=best.position, layer=best.layer
     )
-    inlp = next(c for c in found.candidates if c.method == "inlp")
+    inlp = next(c for c in found.candidates if c.finder == "inlp")
     chosen = choose(found, method="nullspace")
     assert (chosen.position, chosen.layer, chosen.scope) == (inlp.position, inlp.layer, "all")
     assert choose(found, method="actadd").scope == "one"
@@ -221,7 +221,7 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
         (("extract", model, "--out", out, *sides, "--behaviour-tokens", "sorry"), "--no-filter"),
         (("extract", model, "--out", out, *sides, "--behaviour-tokens", "not a token"), "must be one"),
         (("extract", model, "--out", existing, *sides), "exists"),
-        (("extract", model, "--out", out, *sides, "--methods", "magic"), "--methods must name dim"),
+        (("extract", model, "--out", out, *sides, "--methods", "magic"), "--finders must name dim"),
         (("extract", bare, "--out", out, *sides), "--no-chat-template"),
         (("edit", model, "--out", out), "exactly one of --run, --direction and --recipe"),
         (("edit", model, "--out", out, "--direction", narrow), "width 7 and the model's residual stream 32"),

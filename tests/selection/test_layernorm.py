@@ -18,7 +18,8 @@ from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.commands.sweep import sweep
 from orthogonalize.core.interventions import centred, centred_map
 from orthogonalize.edits.bake import bake
-from orthogonalize.edits.config import EditConfig, intervention_from_directions
+from orthogonalize.edits.build import intervention_from_directions
+from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.hooks import layer_projected
 from orthogonalize.models.loading import model_class
 from orthogonalize.selection.candidates import layer_ranking, score_candidates
@@ -58,7 +59,7 @@ def test_candidates_are_scored_with_the_mean_taken_out_of_their_directions(score
     held, positive, _, directions, candidates = scored
     uncentred = []
     for c in candidates:
-        affine = directions.removal(c.method, c.position, c.layer)
+        affine = directions.removal(c.finder, c.position, c.layer)
         values = []
         for removed in (centred_map(affine), affine):
             with layer_projected(held, c.layer, removed):

@@ -44,7 +44,7 @@ def test_batched_first_token_probabilities_equal_one_prompt_at_a_time(base):
 
 def plain_scores(model, positive, negative, directions, candidate, tokens) -> dict[str, float]:
     """One candidate's scores through hooks and the library alone, nothing shared or batched."""
-    method, position, layer = candidate.method, candidate.position, candidate.layer
+    method, position, layer = candidate.finder, candidate.position, candidate.layer
     affine, diff = directions.removal(method, position, layer), directions.mean_diff(position, layer)
     plain = plain_probabilities(model, negative)
     with layer_projected(model, layer, affine):
@@ -79,13 +79,13 @@ def test_candidate_scores_equal_the_plain_loop(base):
     before = plain_probabilities(model, negative)
     methods = ["dim", "inlp", "leace"]
     scored = score_candidates(model, positive, negative, directions, methods, tokens, everywhere=True)
-    where = {(c.method, c.position, c.layer) for c in scored}
+    where = {(c.finder, c.position, c.layer) for c in scored}
     assert where == {(m, p, layer) for m in methods for p in (-2, -1) for layer in range(LAYERS)}
     assert torch.equal(plain_probabilities(model, negative), before), "scoring must leave the model as it was"
     for c in scored:
         for name, value in plain_scores(model, positive, negative, directions, c, tokens).items():
             assert getattr(c, name) == pytest.approx(value, abs=1e-4), (c, name)
-    assert {c.rank_of_basis for c in scored if c.method == "inlp"} == {3}
+    assert {c.rank_of_basis for c in scored if c.finder == "inlp"} == {3}
 
 
 def test_scores_that_are_known_are_not_computed_again(base, tmp_path):
@@ -99,7 +99,7 @@ def test_scores_that_are_known_are_not_computed_again(base, tmp_path):
     cut = StageJournal(tmp_path / "journal", "inputs")
     assert len(cut.found) == len(journal.found) - 1
     again = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=cut)
-    assert [(c.method, c.layer, c.position) for c in again] == [(c.method, c.layer, c.position) for c in scored]
+    assert [(c.finder, c.layer, c.position) for c in again] == [(c.finder, c.layer, c.position) for c in scored]
     assert [c.bypass for c in again] == pytest.approx([c.bypass for c in scored], abs=1e-6)
     full = StageJournal(tmp_path / "journal", "inputs")
     known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # no model is needed
@@ -169,11 +169,11 @@ def test_ranking_filters_then_sorts_and_says_what_failed():
 
 def test_a_stored_file_can_be_ranked_again_without_a_model(tmp_path):
     given = [candidate(3, -1), candidate(5, -3, kl=0.3), candidate(8, -9)]
-    leace_too = [dataclasses.replace(c, method="leace") for c in given]
+    leace_too = [dataclasses.replace(c, finder="leace") for c in given]
     save_selection(rank([*given, *leace_too]), [], [], tmp_path)
     file = tmp_path / "candidates.json"
     assert [c.layer for c in rank(file) if not c.failed] == [3, 3]
-    assert [(c.method, c.layer) for c in rank(str(file), kl=0.5, prune=0.0) if not c.failed] == [
+    assert [(c.finder, c.layer) for c in rank(str(file), kl=0.5, prune=0.0) if not c.failed] == [
         ("dim", 8), ("dim", 5), ("dim", 3), ("leace", 8), ("leace", 5), ("leace", 3),
     ]  # fmt: skip
     with pytest.raises(OrthogonalizeError, match=r"no candidates\.json"):

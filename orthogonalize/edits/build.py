@@ -1,0 +1,123 @@
+"""Build the intervention that an `EditConfig` describes, from one basis or from extracted directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+from ..core.interventions import AffineMap, Intervention
+from ..directions.direction_set import Directions
+from ..directions.finders.inlp import RANK_BY_ACCURACY
+from ..directions.finders.registry import FINDERS
+from .config import EditConfig
+from .methods.registry import METHODS
+from .scopes import parse_scope
+
+if TYPE_CHECKING:
+    from .methods.base import EditMethod
+
+
+def finder_of(method: str, directions: Directions) -> str:
+    """Whose directions `method` takes of those that `directions` hold."""
+    return METHODS.find(method).finder(directions)
+
+
+def intervention_from_basis(
+    choice: EditConfig, basis: torch.Tensor, norm: float, layer_count: int, ranking: Sequence[int] | None = None
+) -> Intervention:
+    """The intervention of `choice` along one shared orthonormal `basis` [k, d].
+
+    `norm` is the length that `actadd` adds where the choice names no coefficient.
+
+    Raises:
+        OrthogonalizeError: the method takes no such basis, or the scope does not fit the model.
+    """
+    return METHODS.find(choice.method).from_basis(choice, basis, norm, layer_count, ranking)
+
+
+def intervention_from_directions(
+    choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None
+) -> Intervention:
+    """The intervention of `choice` along extracted directions, shared or each layer's own.
+
+    Raises:
+        OrthogonalizeError: no direction exists at the chosen position and layer.
+    """
+    if choice.position is None or (choice.layer is None and not choice.per_layer):
+        raise OrthogonalizeError("an edit needs the direction's position and layer; give --position and --layer")
+    position = choice.position
+    if position not in directions.positions:
+        raise OrthogonalizeError(
+            f"the run has no position {position}; it has {directions.positions[0]} to {directions.positions[-1]}"
+        )
+    if choice.layer is not None and not 0 <= choice.layer <= directions.layer_count:
+        raise OrthogonalizeError(f"the run has no layer {choice.layer}; its layers are 0 to {directions.layer_count}")
+    return METHODS.find(choice.method).from_directions(choice, directions, ranking)
+
+
+def shared_map(
+    method: EditMethod,
+    choice: EditConfig,
+    basis: torch.Tensor,
+    norm: float,
+    layer_count: int,
+    ranking: Sequence[int] | None,
+) -> Intervention:
+    """The same map of `method` at every site of the scope (see `intervention_from_basis`)."""
+    scope = parse_scope(choice.scope)
+    if isinstance(choice.rank, str):
+        raise OrthogonalizeError(f"rank {choice.rank} needs INLP's accuracies; use --run, or give a number")
+    if choice.rank is not None and choice.rank > len(basis):
+        raise OrthogonalizeError(
+            f"rank {choice.rank} was asked for, but the basis has {len(basis)} directions; "
+            "give a smaller --rank, or extract with more prompts and --max-rank"
+        )
+    basis = basis[: choice.rank]
+    if method.one_direction and len(basis) > 1:
+        raise OrthogonalizeError(f"{method.name} takes one direction, not {len(basis)}; use nullspace, or --rank 1")
+    shared = method.map(choice, basis, norm)
+    return method.place(scope, layer_count, lambda _: shared, choice.layer, ranking)
+
+
+def maps_along(
+    method: EditMethod, choice: EditConfig, directions: Directions, ranking: Sequence[int] | None
+) -> Intervention:
+    """Maps of `method` along one shared direction, or at each site along its own layer's."""
+    finder = method.finder(directions)
+    position = choice.position
+    assert position is not None
+
+    def basis_at(layer: int) -> torch.Tensor | None:
+        basis = directions.basis(finder, position, layer)
+        if basis is None or not isinstance(choice.rank, str):
+            return basis
+        return basis[: directions.subspaces[position, layer].leading(RANK_BY_ACCURACY[choice.rank])]
+
+    def norm_at(layer: int) -> float:
+        return float(directions.mean_diff(position, layer).norm())
+
+    if not choice.per_layer:
+        assert choice.layer is not None
+        basis = basis_at(choice.layer)
+        if basis is None:
+            raise no_direction(finder, position, choice.layer)
+        numbered = choice.model_copy(update={"rank": len(basis)}) if isinstance(choice.rank, str) else choice
+        return method.from_basis(numbered, basis, norm_at(choice.layer), directions.layer_count, ranking)
+
+    def map_at(layer: int) -> AffineMap | None:
+        basis = basis_at(layer)
+        first = choice.rank if isinstance(choice.rank, int) else None
+        return None if basis is None else method.map(choice, basis[:first], norm_at(layer))
+
+    return method.place(parse_scope(choice.scope), directions.layer_count, map_at, choice.layer, ranking)
+
+
+def no_direction(finder: str, position: int, layer: int, lacking: str | None = None) -> OrthogonalizeError:
+    """The error for a place where `finder` found nothing; `lacking` replaces the finder's own reason."""
+    return OrthogonalizeError(
+        f"{lacking or FINDERS[finder].lacking} direction at position {position}, layer {layer}; "
+        f"choose another, or extract again with --finders {','.join(dict.fromkeys(('dim', finder)))}"
+    )

@@ -1,0 +1,29 @@
+"""nullspace: remove a subspace, INLP's (Ravfogel et al. 2020, eq. 2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import EditMethod
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...core.interventions import AffineMap
+    from ..config import EditConfig
+
+
+class Nullspace(EditMethod):
+    name = "nullspace"
+    summary = "removes a subspace"
+    needs = "INLP basis, in the order found"
+    finders = ("inlp",)
+    options = frozenset({"rank"})
+
+    def map(self, choice: EditConfig, basis: torch.Tensor, norm: float) -> AffineMap:
+        from ...core.interventions import removal
+
+        return removal(basis, choice.strength)
+
+
+METHOD = Nullspace()

@@ -1,0 +1,30 @@
+"""reflect: mirror a subspace, or anything between removing (alpha 1) and mirroring (alpha 2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import EditMethod
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...core.interventions import AffineMap
+    from ..config import EditConfig
+
+
+class Reflect(EditMethod):
+    name = "reflect"
+    summary = "mirrors a subspace (alpha 2) or anything between"
+    needs = "either"
+    finders = ("inlp", "dim")
+    options = frozenset({"alpha", "rank"})
+    grid = ({"alpha": 1.0}, {"alpha": 2.0})
+
+    def map(self, choice: EditConfig, basis: torch.Tensor, norm: float) -> AffineMap:
+        from ...core.interventions import removal
+
+        return removal(basis, choice.strength * choice.alpha)
+
+
+METHOD = Reflect()

@@ -1,0 +1,12 @@
+"""The registry of edit methods. To add one: a file in this folder, and its name below."""
+
+from __future__ import annotations
+
+from ...core.registry import Registry
+from .base import EditMethod
+
+MODULES = ("ablate", "nullspace", "reflect", "actadd", "leace")
+DEFAULT = "ablate"
+
+METHODS: Registry[EditMethod] = Registry("edit method")
+METHODS.add_modules(__package__, MODULES, "METHOD")
