@@ -22,7 +22,8 @@ from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.checkpoints.tensor_edit import Rounding
 from orthogonalize.core.interventions import removal
 from orthogonalize.data.prompts import concept, load_prompts
-from orthogonalize.edits.bake import EditPlan, bake
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.plan import EditPlan
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.hooks import capturing_inputs
@@ -73,11 +74,11 @@ def main() -> None:
     plan = bake(open_checkpoint(folder), intervention)
     exact = load(folder)
     parameters = dict(exact.named_parameters())
-    if "lm_head.weight" in plan.additions:
+    if "lm_head.weight" in plan.checkpoint.additions:
         exact.lm_head.weight = torch.nn.Parameter(exact.lm_head.weight.detach().clone())
         parameters = dict(exact.named_parameters())
-    for name, edit in plan.edits.items():
-        addition = plan.additions.get(name)
+    for name, edit in plan.checkpoint.edits.items():
+        addition = plan.checkpoint.additions.get(name)
         parameters[name].data.copy_(edit.exact(addition.make() if addition else plan.source.read(name)))
     wanted, _ = measured(exact, prompts)
     before = (streams @ basis.T).norm(dim=-1).mean()
@@ -101,7 +102,7 @@ def report(
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "edited"
         out.mkdir()
-        plan.rounding = rounding
+        plan.checkpoint.rounding = rounding
         written = plan.write(out)
         logits, streams = measured(load(out), prompts)
     leaks = [r.leak for r in written.records.values() if r.leak is not None]

@@ -9,13 +9,14 @@ from typing import Any, Literal
 
 from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.tensor_edit import Rounding
 from ..checkpoints.writer import Written
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import centred
 from ..core.output_folders import EDITED, OutputFolder, check_space, complete_folder
 from ..core.progress import note, track
-from ..edits.bake import EditPlan, bake
+from ..edits.bake import bake
 from ..edits.hub_cache import CachedRepository
 from ..edits.lora import write_adapter
 from ..edits.recipe import Base, ProbeResult, Recipe, Source, TensorChange, load_recipe, store_maps
@@ -113,10 +114,11 @@ def edit(
         intervention = centred(intervention)  # else what the norms subtract brings the direction back
     _refuse_nothing(choice, intervention)
     plan = bake(source, intervention)
-    plan.rounding = former.rounding if former else rounding or "cancelling"
+    changes = plan.checkpoint
+    changes.rounding = former.rounding if former else rounding or "cancelling"
     if format == "checkpoint":
-        needed = plan.changed_bytes if link else plan.output_bytes
-        check_space(place.folder, int(1.01 * (needed if share is None else share_bytes(plan, share, link))))
+        needed = changes.changed_bytes if link else changes.output_bytes
+        check_space(place.folder, int(1.01 * (needed if share is None else share_bytes(changes, share, link))))
     if former is not None and source.files.keys() != former.base.weights.keys():
         raise OrthogonalizeError(f"{model} is not the base that the recipe was made from (its files differ)")
     note(f"editing: {choice.describe()}")
@@ -137,9 +139,9 @@ def edit(
         ),
         maps=maps,
         arrays=arrays,
-        rounding=plan.rounding,
-        added=sorted(plan.additions),
-        config_changes=plan.config_changes,
+        rounding=changes.rounding,
+        added=sorted(changes.additions),
+        config_changes=changes.config_changes,
         left_out=[str(name) for name in source.left_out()],
         probes=probes,
     )
@@ -152,10 +154,10 @@ def edit(
     expected = former.base.weights if former else None
     if share is not None:
         return _write_share(
-            plan, place.folder, share, written, force=force, workers=workers, link=link, expected=expected
+            changes, place.folder, share, written, force=force, workers=workers, link=link, expected=expected
         )
     with place.complete(force) as partial:
-        done = _write(plan, partial, workers, link, expected)
+        done = _write(changes, partial, workers, link, expected)
         written.base.weights, written.weights = done.source, done.result
         written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
         written.save(partial)
@@ -165,12 +167,12 @@ def edit(
     return written
 
 
-def _write(plan: EditPlan, folder: Path, workers: int, link: bool, expected: dict[str, str] | None) -> Written:
+def _write(plan: CheckpointPlan, folder: Path, workers: int, link: bool, expected: dict[str, str] | None) -> Written:
     with track("writing the checkpoint", plan.output_bytes, "bytes") as advance:
         return plan.write(folder, advance, workers=workers, link=link, expected=expected)
 
 
-def _write_share(plan: EditPlan, out: Path, share: Share, recipe: Recipe, *, force: bool, **how: Any) -> Recipe:
+def _write_share(plan: CheckpointPlan, out: Path, share: Share, recipe: Recipe, *, force: bool, **how: Any) -> Recipe:
     """Write one share, and the checkpoint where that was the last."""
     with track(f"writing share {share.number} of {share.of}", share_bytes(plan, share, link=False), "bytes") as advance:
         write_share(plan, out, share, recipe, force=force, progress=advance, **how)
