@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
-from orthogonalize.checkpoints.tensor_edit import Rounding
+from orthogonalize.checkpoints.rounding.registry import ROUNDING_SCHEMES
 from orthogonalize.core.interventions import removal
 from orthogonalize.data.prompts import concept, load_prompts
 from orthogonalize.edits.bake import bake
@@ -86,13 +86,13 @@ def main() -> None:
     unedited, _ = measured(reference, prompts)
     print(f"edit moves the logits by {(wanted - unedited).pow(2).mean().sqrt():.4f} (root mean square)")
     print(f"{'rounding':12} {'leak, median':>13} {'largest':>9} {'logits from float32':>20} {'KL':>9} {'stream':>9}")
-    for rounding in ("nearest", "cancelling"):
+    for rounding in ROUNDING_SCHEMES:
         report(plan, rounding, prompts, wanted, basis, before)
 
 
 def report(
     plan: EditPlan,
-    rounding: Rounding,
+    rounding: str,
     prompts: list[torch.Tensor],
     wanted: torch.Tensor,
     basis: torch.Tensor,

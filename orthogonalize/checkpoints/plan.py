@@ -12,8 +12,9 @@ import torch
 
 from .checkpoint import Addition, Checkpoint, Progress
 from .quantization import rescaled, scale_name
-from .rounding.vector_edit import Scales
-from .tensor_edit import Rounding, TensorEdit
+from .rounding.base import Scales
+from .rounding.registry import DEFAULT_ROUNDING
+from .tensor_edit import TensorEdit
 from .writer import Changes, Written, write_rest, write_weights
 
 
@@ -28,7 +29,7 @@ class CheckpointPlan:
     edits: dict[str, TensorEdit] = field(default_factory=dict)
     additions: dict[str, Addition] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
-    rounding: Rounding = "cancelling"
+    rounding: str = DEFAULT_ROUNDING
 
     def has_tensor(self, name: str) -> bool:
         """Whether the edited checkpoint has a tensor `name`."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.plan import CheckpointPlan
-from ..checkpoints.tensor_edit import Rounding
+from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..checkpoints.writer import Written
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import centred
@@ -54,7 +54,7 @@ def edit(
     alpha: float | None = None,
     coefficient: float | None = None,
     revision: str | None = None,
-    rounding: Rounding | None = None,
+    rounding: str | None = None,
     workers: int = 1,
     link: bool = False,
     shard: str | None = None,
@@ -67,8 +67,9 @@ def edit(
     find it by that name; what does not change of a model of the Hub is then a hard link to its own files.
     Exactly one of `run` (a folder made by `extract`), `direction` (a file) and `recipe` (a former
     edit, rebuilt bit for bit) says what to edit. The other arguments are those of `EditConfig`; what is
-    not given comes from the run (see `choose`). `rounding` is `cancelling` (default: the rounding of the
-    stored weights keeps the edit) or `nearest`; `workers` is how many files are written at a time; with
+    not given comes from the run (see `choose`). `rounding` names a rounding scheme (default `cancelling`, which
+    keeps the edit in the stored weights; see `checkpoints.rounding.registry`); `workers` is how many files are
+    written at a time; with
     `link`, files in which nothing changes become hard links to the source's. The `format` `lora` writes
     the same edit as a PEFT adapter instead, where it changes linear layers only. With `shard` (`i/n`) only
     a share of the files is written (see `shares`), and `out` appears with the last one.
@@ -79,6 +80,8 @@ def edit(
     Raises:
         OrthogonalizeError: anything that cannot be done exactly; nothing is written then.
     """
+    if rounding is not None:
+        ROUNDING_SCHEMES.find(rounding)
     place = _place(out, cache)
     share = Share.parse(shard) if shard else None
     if share is not None and cache is not None:
@@ -115,7 +118,7 @@ def edit(
     _refuse_nothing(choice, intervention)
     plan = bake(source, intervention)
     changes = plan.checkpoint
-    changes.rounding = former.rounding if former else rounding or "cancelling"
+    changes.rounding = former.rounding if former else rounding or DEFAULT_ROUNDING
     if format == "checkpoint":
         needed = changes.changed_bytes if link else changes.output_bytes
         check_space(place.folder, int(1.01 * (needed if share is None else share_bytes(changes, share, link))))
