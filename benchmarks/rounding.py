@@ -19,10 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
-from orthogonalize.checkpoints.tensor_edit import Rounding
+from orthogonalize.checkpoints.rounding.registry import ROUNDING_SCHEMES
 from orthogonalize.core.interventions import removal
 from orthogonalize.data.prompts import concept, load_prompts
-from orthogonalize.edits.bake import EditPlan, bake
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.plan import EditPlan
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.hooks import capturing_inputs
@@ -73,11 +74,11 @@ def main() -> None:
     plan = bake(open_checkpoint(folder), intervention)
     exact = load(folder)
     parameters = dict(exact.named_parameters())
-    if "lm_head.weight" in plan.additions:
+    if "lm_head.weight" in plan.checkpoint.additions:
         exact.lm_head.weight = torch.nn.Parameter(exact.lm_head.weight.detach().clone())
         parameters = dict(exact.named_parameters())
-    for name, edit in plan.edits.items():
-        addition = plan.additions.get(name)
+    for name, edit in plan.checkpoint.edits.items():
+        addition = plan.checkpoint.additions.get(name)
         parameters[name].data.copy_(edit.exact(addition.make() if addition else plan.source.read(name)))
     wanted, _ = measured(exact, prompts)
     before = (streams @ basis.T).norm(dim=-1).mean()
@@ -85,13 +86,13 @@ def main() -> None:
     unedited, _ = measured(reference, prompts)
     print(f"edit moves the logits by {(wanted - unedited).pow(2).mean().sqrt():.4f} (root mean square)")
     print(f"{'rounding':12} {'leak, median':>13} {'largest':>9} {'logits from float32':>20} {'KL':>9} {'stream':>9}")
-    for rounding in ("nearest", "cancelling"):
+    for rounding in ROUNDING_SCHEMES:
         report(plan, rounding, prompts, wanted, basis, before)
 
 
 def report(
     plan: EditPlan,
-    rounding: Rounding,
+    rounding: str,
     prompts: list[torch.Tensor],
     wanted: torch.Tensor,
     basis: torch.Tensor,
@@ -101,7 +102,7 @@ def report(
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "edited"
         out.mkdir()
-        plan.rounding = rounding
+        plan.checkpoint.rounding = rounding
         written = plan.write(out)
         logits, streams = measured(load(out), prompts)
     leaks = [r.leak for r in written.records.values() if r.leak is not None]

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .edits.methods.base import EditMethod as EditMethod
     from .edits.recipe import Recipe as Recipe
     from .edits.recipe import load_recipe as load_recipe
+    from .edits.settings import EditSettings as EditSettings
     from .engines.base import EngineOptions as EngineOptions
     from .models.describe.draft import Draft as Draft
     from .models.hooks import intervened as intervened
@@ -70,6 +71,7 @@ _MODULES = {
     "Draft": "models.describe.draft",
     "EditConfig": "edits.config",
     "EditMethod": "edits.methods.base",
+    "EditSettings": "edits.settings",
     "EngineOptions": "engines.base",
     "Eraser": "directions.leace",
     "GivenDirection": "directions.direction_set",

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from .rounding.vector_edit import EditStats, Scales, VectorEdit
+from .rounding.base import EditStats, Scales, VectorKernel
 from .safetensors_file import DTYPES, TensorInfo
 from .tensor_edit import TensorEdit, VectorLayout
 
@@ -24,7 +24,7 @@ class Job:
     origin: int | memoryview  # an offset in the source file, or the bytes themselves
     inherited: bool  # whether the source file has these bytes here
     edit: TensorEdit | None = None
-    kernel: VectorEdit | None = None
+    kernel: VectorKernel | None = None
     scales: Scales | None = None
     replaced: memoryview | None = None
     measured: EditStats = field(default_factory=EditStats)

@@ -16,7 +16,7 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from .checkpoint import Checkpoint
-from .rounding.vector_edit import GRIDS, Scales
+from .rounding.base import GRIDS, Scales
 from .safetensors_file import DTYPES, EDITABLE
 from .tensor_edit import TensorEdit
 

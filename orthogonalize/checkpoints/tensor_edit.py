@@ -18,9 +18,8 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Site
-from .rounding.vector_edit import GRIDS, EditStats, Scales, VectorEdit
-
-Rounding = Literal["cancelling", "nearest"]
+from .rounding.base import EditStats, Scales, VectorKernel
+from .rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 
 
 @dataclass(frozen=True)
@@ -109,11 +108,9 @@ class TensorEdit:
         axis = self.axis % len(shape)
         return VectorLayout(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 
-    def rounded(self, dtype: torch.dtype, rounding: Rounding) -> VectorEdit:
-        """The edit with its rounding, to be applied piece by piece to a tensor of `dtype`."""
-        wide = dtype in (torch.float32, torch.float64)
-        affine = self.vectors_map()
-        return VectorEdit(affine.u, affine.v, affine.s, GRIDS.get(dtype), rounding == "cancelling", wide)
+    def kernel(self, dtype: torch.dtype, rounding: str) -> VectorKernel:
+        """The edit with its rounding (a name in `ROUNDING_SCHEMES`), to be applied to a tensor of `dtype` in chunks."""
+        return ROUNDING_SCHEMES.find(rounding).load()(self.vectors_map(), dtype)
 
     def record(self, measured: EditStats, dtype: torch.dtype) -> TensorRecord:
         """What was measured over the whole tensor, for the recipe.
@@ -130,7 +127,7 @@ class TensorEdit:
         return TensorRecord(self.name, str(self.site), leak, change)
 
     def apply(
-        self, weight: torch.Tensor, rounding: Rounding = "cancelling", scales: Scales | None = None
+        self, weight: torch.Tensor, rounding: str = DEFAULT_ROUNDING, scales: Scales | None = None
     ) -> tuple[torch.Tensor, TensorRecord]:
         """The edited tensor in the dtype of `weight`, and what was measured.
 
@@ -138,7 +135,7 @@ class TensorEdit:
             OrthogonalizeError: `weight` holds NaN or infinite values, or a result does not fit its dtype.
         """
         edited = weight.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        layout, edit = self.layout(weight.shape), self.rounded(weight.dtype, rounding)
+        layout, edit = self.layout(weight.shape), self.kernel(weight.dtype, rounding)
         measured = EditStats()
         for matrix in edited.reshape(layout.matrices, *layout.matrix):
             numbers = to_numbers(matrix)

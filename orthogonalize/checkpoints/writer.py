@@ -17,9 +17,10 @@ from ..core.errors import OrthogonalizeError
 from .checkpoint import INDEX, Addition, Checkpoint, Progress, read_json
 from .chunks import Job
 from .file_copy import copy_file, copy_hashed
-from .rounding.vector_edit import Scales
+from .rounding.base import Scales
+from .rounding.registry import DEFAULT_ROUNDING
 from .safetensors_file import DTYPES, TensorFile, TensorInfo, stored_bytes
-from .tensor_edit import Rounding, TensorEdit, TensorRecord
+from .tensor_edit import TensorEdit, TensorRecord
 from .weight_file import FileWriter, StoppedError
 
 
@@ -43,7 +44,7 @@ class Changes:
     additions: Mapping[str, Addition]
     scales: Mapping[str, Scales] = field(default_factory=dict)
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    rounding: Rounding = "cancelling"
+    rounding: str = DEFAULT_ROUNDING
 
     @property
     def names(self) -> set[str]:
@@ -64,7 +65,7 @@ def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Map
     for job in jobs:
         job.edit = changes.edits.get(job.info.name)
         if job.edit is not None:
-            job.kernel = job.edit.rounded(DTYPES[job.info.dtype], changes.rounding)
+            job.kernel = job.edit.kernel(DTYPES[job.info.dtype], changes.rounding)
             job.scales = changes.scales.get(job.info.name)
         if job.info.name in changes.replaced:
             job.replaced = stored_bytes(changes.replaced[job.info.name])

@@ -10,27 +10,12 @@ from typing import Any
 
 import click
 
+from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError
 from ..core.registry import Registry
 from ..data.refusals import LEAST_TOKENS
 from ..directions.finders.registry import FINDERS
 from ..edits.methods.registry import METHODS
-
-
-class NameIn(click.ParamType[str]):
-    """The name of an entry of a registry, read when the option is parsed, so that plugins count."""
-
-    def __init__(self, registry: Registry[Any]) -> None:
-        self.registry = registry
-        self.name = registry.kind
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join(self.registry)}]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value not in self.registry:
-            self.fail(f"unknown {self.registry.kind} {value!r}; available: {', '.join(self.registry)}", param, ctx)
-        return str(value)
 
 
 class Rank(click.ParamType[int | str]):
@@ -44,6 +29,21 @@ class Rank(click.ParamType[int | str]):
         if str(value).isdecimal() and int(value) > 0:
             return int(value)
         return self.fail(f"{value!r} is neither a number from 1 on nor acc99 or acc95", param, ctx)
+
+
+class NameIn(click.ParamType[str]):
+    """The name of an entry of a registry, which is read at parse time, when plugins have added theirs."""
+
+    name = "choice"
+
+    def __init__(self, registry: Registry[Any]) -> None:
+        self.registry = registry
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(self.registry)}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(click.Choice(list(self.registry)).convert(value, param, ctx))
 
 
 def path(**options: Any) -> click.Path:
@@ -163,7 +163,11 @@ edit_options = together(
     click.option("--orthogonal", is_flag=True, default=None, help="For leace: its orthogonal form."),
     click.option("--alpha", type=float, help="For reflect: 1 projects, 2 mirrors (default)."),
     click.option("--coefficient", type=float, help="For actadd: length added; default the mean difference's."),
-    choice("--rounding", ["cancelling", "nearest"], None, "Default: cancelling, which keeps the edit."),
+    click.option(
+        "--rounding",
+        type=NameIn(ROUNDING_SCHEMES),
+        help=f"Default: {DEFAULT_ROUNDING} ({ROUNDING_SCHEMES[DEFAULT_ROUNDING].summary}).",
+    ),
     number("--workers", 1, 1, "Files written at a time."),
     choice("--format", ["checkpoint", "lora"], "checkpoint", "lora: a PEFT adapter, where only linear layers change."),
     click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share."),

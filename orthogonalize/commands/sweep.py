@@ -11,13 +11,14 @@ from typing import Any, Self
 
 from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.plan import CheckpointPlan
 from ..core.errors import InPlaceError, NoNumberError, OrthogonalizeError
 from ..core.interventions import centred
 from ..core.journal import Journal, fingerprint_of
 from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..core.progress import note, track
 from ..data.refusals import LEAST_TOKENS
-from ..edits.bake import EditPlan, bake
+from ..edits.bake import bake
 from ..edits.methods.registry import METHODS
 from ..edits.recipe import store_maps
 from ..engines.base import ONE_DEVICE, Engine, EngineName, EngineOptions
@@ -58,7 +59,7 @@ class _Host:
     """
 
     def __init__(
-        self, start: Callable[[Path], Engine], source: Checkpoint, plans: Mapping[str, EditPlan] | None
+        self, start: Callable[[Path], Engine], source: Checkpoint, plans: Mapping[str, CheckpointPlan] | None
     ) -> None:
         self.start, self.source, self.plans = start, source, plans
         self.stack = ExitStack()
@@ -215,12 +216,12 @@ class _Runner:
         return result
 
 
-def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, EditPlan], dict[str, str]]:
-    """The bake plan of every variant, and why those that have none cannot be baked."""
+def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, CheckpointPlan], dict[str, str]]:
+    """What every variant changes in the checkpoint, and why those that cannot be baked are refused."""
     plans, refused = {}, {}
     for variant in variants:
         try:
-            plans[variant.name] = bake(source, variant.intervention)
+            plans[variant.name] = bake(source, variant.intervention).checkpoint
         except OrthogonalizeError as error:
             refused[variant.name] = str(error)
             note(f"{variant.name} is left out: {error}")
@@ -280,7 +281,7 @@ def sweep(
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
         options=options,
     )  # fmt: skip
-    plans: dict[str, EditPlan] | None = None
+    plans: dict[str, CheckpointPlan] | None = None
     refused: dict[str, str] = {}
     if semantics == "weights":
         if architecture_of(source.config).norms.kind == "layer":  # as `edit` does

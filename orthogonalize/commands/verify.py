@@ -10,12 +10,14 @@ import torch
 
 from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
 from ..checkpoints.diff import Audit, audit
+from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import real_values
 from ..checkpoints.safetensors_file import stored_bytes
 from ..core.errors import OrthogonalizeError
 from ..core.progress import track
-from ..edits.bake import EditPlan, bake
+from ..edits.bake import bake
 from ..edits.hub_cache import edited_folder
+from ..edits.plan import EditPlan
 from ..edits.recipe import Recipe, Verification, load_recipe
 from ..models.hooks import intervened
 from ..models.loading import load_model
@@ -31,7 +33,7 @@ class Verified(Audit):
     verification: Verification | None = None
 
 
-def _rebuilds(edited: Checkpoint, plan: EditPlan) -> bool:
+def _rebuilds(edited: Checkpoint, plan: CheckpointPlan) -> bool:
     """Whether the recipe's plan gives, tensor by tensor, the bytes that are stored."""
     names = sorted(plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys())
     with track("rebuilding from the recipe", len(names), "tensors") as advance:
@@ -57,7 +59,7 @@ def _logits(model: Any) -> torch.Tensor:
     return logits
 
 
-def _unrounded(model: Any, edited: Path, plan: EditPlan) -> Any:
+def _unrounded(model: Any, edited: Path, plan: CheckpointPlan) -> Any:
     """The edited model with the edit before rounding in place of its stored (rounded) weights."""
     exact: dict[str, torch.Tensor] = {}
     for name, edit in plan.edits.items():
@@ -82,14 +84,14 @@ def _gaps(edited: Path, base: Path, recipe: Recipe, plan: EditPlan, device: str)
         with intervened(model, intervention, renormalise=False):
             hooked = _logits(model)
         renormalised = None
-        if intervention.reads or plan.rescales:
+        if intervention.reads or plan.has_post_norms:
             with intervened(model, intervention):
                 renormalised = _logits(model)
         advance(1)
         model = load_model(edited, device, torch.float32)
         stored = _logits(model)
         advance(1)
-        exact = _logits(_unrounded(model, edited, plan))
+        exact = _logits(_unrounded(model, edited, plan.checkpoint))
         advance(1)
     return {
         "hooks_gap": (hooked - exact).abs().max().item(),
@@ -122,18 +124,19 @@ def verify(
     if source.fingerprint() != recipe.base.weights:
         raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
     plan = bake(source, recipe.intervention())
-    plan.rounding = recipe.rounding
-    result = Verified(**vars(audit(edited, plan.source)))  # which may know tensors by other names than the base
-    expected = plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys()
-    changes = [*result.changed, *result.added, *result.missing]
-    unexpected = sorted({*changes} - expected) + result.side_files
-    wanted = {**source.config, **plan.config_changes}
+    changes = plan.checkpoint
+    changes.rounding = recipe.rounding
+    result = Verified(**vars(audit(edited, changes.source)))  # which may know tensors by other names than the base
+    expected = changes.edits.keys() | changes.additions.keys() | changes.changes.replaced.keys()
+    found = {*result.changed, *result.added, *result.missing}
+    unexpected = sorted(found - expected) + result.side_files
+    wanted = {**source.config, **changes.config_changes}
     unexpected += [
         f"config.json: {key}"
         for key in sorted(wanted.keys() | edited.config.keys())
         if wanted.get(key) != edited.config.get(key)
     ]
-    rebuilt = _rebuilds(edited, plan)
+    rebuilt = _rebuilds(edited, changes)
     gaps: dict[str, float | None] = {"hooks_gap": None, "stored_gap": None}
     if logits and not unexpected:  # another configuration is another model, which need not even load
         gaps = _gaps(folder, source.path, recipe, plan, device)

@@ -19,7 +19,7 @@ from ..checkpoints.quantization import real_values, scale_name
 from ..checkpoints.safetensors_file import EDITABLE
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import Site
-from .site_plan import SitePlan
+from .plan import EditPlan
 
 REACHED = 1e-6  # largest part of a vector that a value bias may miss
 LLAMA_DEFAULTS = (
@@ -29,7 +29,7 @@ LLAMA_DEFAULTS = (
 WINDOW_KEYS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
-def place_constant(plan: SitePlan, site: Site, vector: torch.Tensor) -> None:
+def place_constant(plan: EditPlan, site: Site, vector: torch.Tensor) -> None:
     """Plan that `vector` [d] is added to what is written at a block's `site`.
 
     Raises:
@@ -54,7 +54,7 @@ def place_constant(plan: SitePlan, site: Site, vector: torch.Tensor) -> None:
     )
 
 
-def _carriers(plan: SitePlan, site: Site) -> list[tuple[Site, Part]]:
+def _carriers(plan: EditPlan, site: Site) -> list[tuple[Site, Part]]:
     """The parts that may carry a constant for `site`: its own, and the other block's where both run side by side."""
     sites = [site] if plan.architecture.parts(site.kind) else []
     if not sites or plan.architecture.is_parallel(plan.source.config):
@@ -62,59 +62,59 @@ def _carriers(plan: SitePlan, site: Site) -> list[tuple[Site, Part]]:
     return [(where, part) for where in sites for part in plan.sites.parts(where)]
 
 
-def _scale(plan: SitePlan, part: Part) -> float:
+def _scale(plan: EditPlan, part: Part) -> float:
     return plan.architecture.scale(part.scale, plan.source.config)
 
 
-def _native_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+def _native_bias(plan: EditPlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     if part.bias is None or part.bias.served != "vllm":
         return ""
     return _write_bias(plan, site, part, part.bias, vector)
 
 
-def _backend_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+def _backend_bias(plan: EditPlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     if part.bias is None or part.bias.served != "transformers":
         return ""
     reason = _write_bias(plan, site, part, part.bias, vector)
     if reason is None:
-        plan.serve_by_transformers()
+        plan.serve_with_transformers()
     return reason
 
 
-def _write_bias(plan: SitePlan, site: Site, part: Part, bias: Bias, vector: torch.Tensor) -> str | None:
+def _write_bias(plan: EditPlan, site: Site, part: Part, bias: Bias, vector: torch.Tensor) -> str | None:
     layer = int(site.layer or 0)
     names = [bias_name(write.name) for write in plan.sites.writes(part, layer, bias.on)]
     if not names:
         return f"layer {layer} has experts only, and these have none"
-    if not all(plan.holds(name) for name in names):
+    if not all(plan.checkpoint.has_tensor(name) for name in names):
         _switch_on(plan, (*(bias.on or part.writes), *bias.zeros), bias.flags)
     for name in names:
         plan.add_constant(name, site, vector)
     return None
 
 
-def _switch_on(plan: SitePlan, weights: tuple[str, ...], flags: dict[str, Any]) -> None:
+def _switch_on(plan: EditPlan, weights: tuple[str, ...], flags: dict[str, Any]) -> None:
     """Set the flags that give `weights` biases, and store all of these in all layers, as zeros."""
     for flag, value in flags.items():
-        plan.configure(flag, value)
-    plan.disable_remote_code()
+        plan.checkpoint.set_text_config(flag, value)
+    plan.checkpoint.disable_remote_code()
     for layer in range(plan.architecture.layers(plan.source.config)):
         for weight in weights:
             name = plan.sites.in_layer(weight, layer)
             bias = bias_name(name)
-            if name in plan.source.tensors and not plan.holds(bias):
+            if name in plan.source.tensors and not plan.checkpoint.has_tensor(bias):
                 info = plan.source.tensors[name]
                 dtype = info.dtype if info.dtype in EDITABLE else _dtype_beside(plan)
-                plan.additions[bias] = Addition.zeros(dtype, (info.shape[0],))
+                plan.checkpoint.additions[bias] = Addition.zeros(dtype, (info.shape[0],))
 
 
-def _dtype_beside(plan: SitePlan) -> str:
+def _dtype_beside(plan: EditPlan) -> str:
     """In what a quantised checkpoint stores what it does not quantise: its embedding, and a bias."""
     dtype = plan.source.tensors[plan.sites.tied_to].dtype
     return dtype if dtype in EDITABLE else "BF16"
 
 
-def _llama_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+def _llama_bias(plan: EditPlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     """Let the model be a Llama, whose attention and MLP have biases if the configuration says so."""
     if plan.architecture.as_llama is None:
         return ""
@@ -132,7 +132,7 @@ def _llama_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) ->
     return None
 
 
-def _fused(plan: SitePlan) -> dict[str, dict[str, int | str]]:
+def _fused(plan: EditPlan) -> dict[str, dict[str, int | str]]:
     """The weights that Llama stores as several, and the share that each of these takes, by their names."""
     fused = plan.architecture.as_llama.fused if plan.architecture.as_llama else {}
     layers = range(plan.architecture.layers(plan.source.config))
@@ -152,7 +152,7 @@ def _rows(total: int, shares: Mapping[str, int | str], config: Mapping[str, Any]
     return {part: total * number // sum(numbers.values()) for part, number in numbers.items()}
 
 
-def _become_llama(plan: SitePlan) -> None:
+def _become_llama(plan: EditPlan) -> None:
     from transformers import AutoConfig
 
     full = AutoConfig.from_pretrained(plan.source.path).to_dict()
@@ -165,7 +165,7 @@ def _become_llama(plan: SitePlan) -> None:
         changes["rope_parameters"] = full["rope_parameters"]
     changes |= {key: None for key in WINDOW_KEYS if key in given}
     changes |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    plan.config_changes |= changes
+    plan.checkpoint.config_changes |= changes
     llama = families()["llama"]
     plan.convert_to(llama, plan.source.split(parts))
     for part in (*llama.attn.values(), *llama.mlp.values()):
@@ -173,16 +173,16 @@ def _become_llama(plan: SitePlan) -> None:
         _switch_on(plan, (*part.writes, *part.bias.zeros), part.bias.flags)
 
 
-def _value_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
+def _value_bias(plan: EditPlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     """Attention weights sum to one, so a bias b of the value projection adds `W_o R b`, R repeating the heads."""
     through = part.value_bias
     if through is None:
         return ""
     layer = int(site.layer or 0)
     output, value = (plan.sites.in_layer(name, layer) for name in (through.output, through.weight))
-    weight = real_values(plan.source, plan.stored(output, site)).double()
-    if output in plan.edits:
-        weight = plan.edits[output].exact(weight)
+    weight = real_values(plan.source, plan.check_tensor(output, site)).double()
+    if output in plan.checkpoint.edits:
+        weight = plan.checkpoint.edits[output].exact(weight)
     heads = int(setting(plan.source.config, "num_attention_heads"))
     groups = int(setting(plan.source.config, "num_key_value_heads", heads))
     reach = weight.reshape(len(weight), groups, heads // groups, -1).sum(2).reshape(len(weight), -1)
@@ -190,7 +190,7 @@ def _value_bias(plan: SitePlan, site: Site, part: Part, vector: torch.Tensor) ->
     missed = ((reach @ solution - vector).norm() / vector.norm()).item()
     if missed > REACHED:
         return f"the value projection's bias reaches all but {missed:.0%} of the vector"
-    if not plan.holds(bias_name(value)):
+    if not plan.checkpoint.has_tensor(bias_name(value)):
         _switch_on(plan, (through.weight, *through.zeros), through.flags)
     plan.add_constant(bias_name(value), site, solution)
     return None

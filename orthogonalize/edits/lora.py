@@ -17,19 +17,19 @@ from safetensors.torch import save_file
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
 from ..models.loading import model_class
-from .bake import EditPlan
+from .plan import EditPlan
 
 VECTORS = 4096  # of a weight held in float64 at a time
 
 
 def _refuse_unless_linear(plan: EditPlan) -> None:
     """An adapter that leaves part of the edit out would be another edit."""
-    for name in plan.additions:
+    for name in plan.checkpoint.additions:
         raise OrthogonalizeError(
             f"an adapter cannot add {name}, which this edit needs; write a checkpoint (--format checkpoint), "
             "or choose a --scope of layers"
         )
-    for name, edit in plan.edits.items():
+    for name, edit in plan.checkpoint.edits.items():
         shape = plan.source.tensors[name].shape
         what = None
         if edit.part == "vectors":
@@ -43,7 +43,7 @@ def _refuse_unless_linear(plan: EditPlan) -> None:
                 f"{name} is {what or 'no linear layer'}, which an adapter cannot change exactly; write a checkpoint "
                 "(--format checkpoint), or choose a --scope without it (layers:0-3 has no embedding)"
             )
-    if not plan.edits or plan.config_changes:
+    if not plan.checkpoint.edits or plan.checkpoint.config_changes:
         raise OrthogonalizeError("this edit changes no linear layer, so an adapter cannot hold it; write a checkpoint")
 
 
@@ -64,7 +64,7 @@ def _layers(plan: EditPlan) -> dict[str, str]:
     block = plan.architecture.layer.format(layer=0)
     decoder = next(name for name in plan.architecture.decoder_modules if f"{name}.{block}" in held)
     layers = {}
-    for name in plan.edits:
+    for name in plan.checkpoint.edits:
         stem = name.removesuffix(".weight")
         layer = head if name == plan.sites.head else f"{decoder}.{stem.removeprefix(plan.sites.decoder)}"
         if layer not in linear:
@@ -79,7 +79,7 @@ def _layers(plan: EditPlan) -> dict[str, str]:
 def _factors(plan: EditPlan, edit: TensorEdit) -> tuple[torch.Tensor, torch.Tensor]:
     """`A` [k, inputs] and `B` [outputs, k] of one weight, in float64."""
     affine = edit.vectors_map()
-    scales = plan.changes.scales.get(edit.name)
+    scales = plan.checkpoint.changes.scales.get(edit.name)
     vectors = plan.source.read(edit.name).movedim(edit.axis, -1)
     if not torch.isfinite(vectors.float()).all():
         raise OrthogonalizeError(f"{edit.name} holds NaN or infinite values; the checkpoint is damaged")
@@ -103,9 +103,9 @@ def write_adapter(plan: EditPlan, folder: Path, base: str) -> None:
     """
     _refuse_unless_linear(plan)
     layers = _layers(plan)
-    rank = max(edit.affine.rank for edit in plan.edits.values())
+    rank = max(edit.affine.rank for edit in plan.checkpoint.edits.values())
     tensors = {}
-    for name, edit in plan.edits.items():
+    for name, edit in plan.checkpoint.edits.items():
         a, b = _factors(plan, edit)
         # One rank for all, as servers want it: what is missing is zeros.
         missing = rank - len(a)

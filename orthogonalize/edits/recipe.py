@@ -5,17 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..checkpoints.checkpoint import RECIPE
-from ..checkpoints.tensor_edit import Rounding
+from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site
 from .config import EditConfig
+
+RoundingName = Annotated[str, AfterValidator(lambda name: ROUNDING_SCHEMES.find(name).name)]
 
 
 class _Record(BaseModel):
@@ -92,7 +94,7 @@ class Recipe(_Record):
     source: Source
     maps: list[MapRecord]
     arrays: dict[str, Array]
-    rounding: Rounding = "cancelling"
+    rounding: RoundingName = DEFAULT_ROUNDING
     tensors: list[TensorChange] = []
     weights: dict[str, str] = {}
     added: list[str] = []
@@ -138,6 +140,8 @@ def load_recipe(path: Path) -> Recipe:
         return Recipe.model_validate_json(file.read_text("utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
         raise OrthogonalizeError(f"{file} is not a recipe that this version reads") from error
+    except OrthogonalizeError as error:  # a name that no registry has
+        raise OrthogonalizeError(f"{file}: {error}") from error
 
 
 def _encode(tensor: torch.Tensor) -> Array:

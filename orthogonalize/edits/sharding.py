@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.checkpoint import Progress
-from ..checkpoints.rewrite import CheckpointPlan
+from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.writer import write_rest, write_weights
 from ..core.errors import OrthogonalizeError
 from ..core.output_folders import FolderKind, complete_folder

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from ..checkpoints.checkpoint import INDEX, RECIPE, Addition, Checkpoint, open_checkpoint
+from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.writer import Changes, write_weights
 from ..core.errors import OrthogonalizeError
 from ..core.output_folders import check_space
-from ..edits.bake import EditPlan, bake
+from ..edits.bake import bake
 from ..edits.recipe import load_recipe
 
 Weights = Mapping[str, Callable[[], torch.Tensor]]
@@ -31,7 +32,7 @@ def _as_planned(checkpoint: Path, source: Checkpoint) -> tuple[Checkpoint, dict[
     """
     if not (checkpoint / RECIPE).is_file():
         return source, source.config, {}
-    plan = bake(source, load_recipe(checkpoint).intervention())
+    plan = bake(source, load_recipe(checkpoint).intervention()).checkpoint
     return plan.source, source.config | plan.config_changes, plan.additions
 
 
@@ -66,11 +67,11 @@ def base_weights(checkpoint: Path, base: Path) -> Weights | None:
     return weights if weights.keys() == edited.tensors.keys() and config == edited.config and same_dtypes else None
 
 
-def check_room(plans: Iterable[EditPlan]) -> None:
+def check_room(plans: Iterable[CheckpointPlan]) -> None:
     """Refuse edits whose checkpoints do not fit into the folder for temporary files, one at a time."""
     home = Path(gettempdir())
 
-    def needed(plan: EditPlan) -> int:
+    def needed(plan: CheckpointPlan) -> int:
         linked = plan.source.path.stat().st_dev == home.stat().st_dev
         return plan.changed_bytes if linked else plan.output_bytes
 
@@ -78,7 +79,7 @@ def check_room(plans: Iterable[EditPlan]) -> None:
 
 
 @contextmanager
-def own_folder(plan: EditPlan) -> Iterator[Path]:
+def own_folder(plan: CheckpointPlan) -> Iterator[Path]:
     """The edited checkpoint itself, for an engine of its own, in a temporary folder."""
     with TemporaryDirectory(prefix="orthogonalize-") as name:
         plan.write(Path(name), link=True)
@@ -94,7 +95,7 @@ class SharedBase:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, source: Checkpoint, plans: Sequence[EditPlan]) -> SharedBase:
+    def of(cls, source: Checkpoint, plans: Sequence[CheckpointPlan]) -> SharedBase:
         """For the edits `plans` of `source`.
 
         Raises:
@@ -117,7 +118,7 @@ class SharedBase:
 
 
 @contextmanager
-def common_folder(source: Checkpoint, plans: Sequence[EditPlan]) -> Iterator[Path]:
+def common_folder(source: Checkpoint, plans: Sequence[CheckpointPlan]) -> Iterator[Path]:
     """A folder that computes what `source` does and has every tensor and setting that any of `plans` adds.
 
     Biases are zeros and a head of its own is the embedding's copy, so that any of the edits can be swapped
@@ -155,6 +156,6 @@ def common_folder(source: Checkpoint, plans: Sequence[EditPlan]) -> Iterator[Pat
         yield folder
 
 
-def edited_weights(plan: EditPlan) -> Weights:
+def edited_weights(plan: CheckpointPlan) -> Weights:
     """Every tensor that `plan` changes (scales of quantised ones, too), computed as for a checkpoint on disk."""
     return {name: partial(plan.edited, name) for name in plan.changes.names}

@@ -1,16 +1,17 @@
-"""Resolve a run or a direction file, and what the user gave, to an edit."""
+"""Resolve a run, a direction file or a recipe, with what the user gave, to an edit."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import Intervention
+from ..core.interventions import Intervention, centred
 from ..core.progress import track
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
@@ -19,11 +20,42 @@ from ..directions.finders.registry import FINDERS
 from ..edits.build import finder_of, intervention_from_basis, intervention_from_directions
 from ..edits.config import EditConfig
 from ..edits.methods.registry import DEFAULT, METHODS
-from ..edits.recipe import ProbeResult
+from ..edits.recipe import ProbeResult, load_recipe
 from ..edits.scopes import written_stream
+from ..edits.settings import EditSettings
 from .candidates import layer_ranking
 from .probes import probe_choice
-from .run_folder import Run
+from .run_folder import Run, load_run
+
+
+@dataclass(frozen=True)
+class ResolvedEdit:
+    """An edit ready to be baked, and where it came from.
+
+    `prompts` are fingerprints of the prompt sets; `rounding` and `base_weights` (SHA-256 by file) are a recipe's.
+    """
+
+    choice: EditConfig
+    intervention: Intervention
+    kind: Literal["run", "file"]
+    prompts: dict[str, str] = field(default_factory=dict)
+    probes: list[ProbeResult] = field(default_factory=list)
+    run: Run | None = None
+    rounding: str | None = None
+    base_weights: dict[str, str] | None = None
+
+    def refuse_nothing(self) -> None:
+        """Refuse an edit that would write a copy of the base.
+
+        Raises:
+            OrthogonalizeError: every map is zero.
+        """
+        maps = (*self.intervention.writes.values(), *self.intervention.reads.values())
+        if not any(m.u.any() or m.s.any() for m in maps):
+            raise OrthogonalizeError(
+                f"this edit changes nothing ({self.choice.describe()}): there is no direction, or its strength or "
+                "length is 0"
+            )
 
 
 def choose(run: Run, **given: Any) -> EditConfig:
@@ -60,11 +92,11 @@ def choose(run: Run, **given: Any) -> EditConfig:
         named.setdefault("position", fitting[0].position)
         if not named.get("per_layer"):
             named.setdefault("layer", fitting[0].layer)
-    return _choice(named)
+    return _config(named)
 
 
-def _choice(named: dict[str, Any]) -> EditConfig:
-    """A choice, with settings that its method does not have refused rather than recorded."""
+def _config(named: dict[str, Any]) -> EditConfig:
+    """The `EditConfig` of these fields; settings that its method does not have are refused, not silently recorded."""
     method = METHODS.find(named["method"])
     for setting in named:
         takers = [each.name for each in METHODS.values() if setting in each.options]
@@ -75,15 +107,6 @@ def _choice(named: dict[str, Any]) -> EditConfig:
     except ValidationError as error:
         problem = error.errors()[0]
         raise OrthogonalizeError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}") from error
-
-
-def _refuse_nothing(choice: EditConfig, intervention: Intervention) -> None:
-    """An edit that would write a copy of the base is a mistake."""
-    maps = (*intervention.writes.values(), *intervention.reads.values())
-    if not any(m.u.any() or m.s.any() for m in maps):
-        raise OrthogonalizeError(
-            f"this edit changes nothing ({choice.describe()}): there is no direction, or its strength or length is 0"
-        )
 
 
 def _probes(folder: Path, run: Run, choice: EditConfig, intervention: Intervention) -> list[ProbeResult]:
@@ -118,26 +141,69 @@ def check_fits(run: Run, source: Checkpoint) -> None:
         )
 
 
-def _from_run(
-    folder: Path, run: Run, source: Checkpoint, given: dict[str, Any]
-) -> tuple[EditConfig, Intervention, dict[str, str], list[ProbeResult]]:
+def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any]) -> ResolvedEdit:
+    """The edit of `source` that a run and the fields of `EditConfig` that are `given` mean.
+
+    Raises:
+        OrthogonalizeError: the run is of another model, or has nothing that fits.
+    """
+    run = load_run(folder)
     check_fits(run, source)
     choice = choose(run, **given)
     ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
     intervention = intervention_from_directions(choice, run.directions, ranking)
-    return choice, intervention, run.info.prompts, _probes(folder, run, choice, intervention)
+    return ResolvedEdit(
+        choice,
+        _as_written(intervention, source),
+        "run",
+        prompts=run.info.prompts,
+        probes=_probes(folder, run, choice, intervention),
+        run=run,
+    )
 
 
-def _from_file(file: Path, layer_count: int, given: dict[str, Any]) -> tuple[EditConfig, Intervention]:
+def resolve_file(file: Path, source: Checkpoint, given: dict[str, Any]) -> ResolvedEdit:
+    """The edit of `source` along a direction file.
+
+    Raises:
+        OrthogonalizeError: the file cannot be read, or the settings do not fit it.
+    """
     if given.get("per_layer"):
         raise OrthogonalizeError("--per-layer needs each layer's own direction; use --run")
+    layer_count = architecture_of(source.config).layers(source.config)
     direction = load_direction(file)
-    named = {key: value for key, value in given.items() if value is not None}
+    named = dict(given)
     method = named.setdefault("method", DEFAULT)
     named.setdefault("scope", METHODS.find(method).default_scope)
     named.setdefault("position", direction.position)
     named.setdefault("layer", direction.layer)
-    choice = _choice(named)
+    choice = _config(named)
     if choice.layer is not None and not 0 <= choice.layer <= layer_count:
         raise OrthogonalizeError(f"the model has no layer {choice.layer} (its layers are 0-{layer_count - 1})")
-    return choice, intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
+    intervention = intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
+    return ResolvedEdit(choice, _as_written(intervention, source), "file")
+
+
+def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
+    """The edit that a recipe stores.
+
+    Raises:
+        OrthogonalizeError: the recipe is missing or damaged, or `settings` say something else.
+    """
+    if settings.chosen or settings.rounding is not None:
+        raise OrthogonalizeError("a recipe already says everything; give no other settings with --recipe")
+    recipe = load_recipe(path)
+    return ResolvedEdit(
+        recipe.choice,
+        recipe.intervention(),
+        recipe.source.kind,
+        prompts=recipe.source.prompts,
+        probes=recipe.probes,
+        rounding=recipe.rounding,
+        base_weights=recipe.base.weights,
+    )
+
+
+def _as_written(intervention: Intervention, source: Checkpoint) -> Intervention:
+    """Centred for LayerNorm models, where what the norms subtract would bring the direction back."""
+    return centred(intervention) if architecture_of(source.config).norms.kind == "layer" else intervention

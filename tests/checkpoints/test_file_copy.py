@@ -75,9 +75,9 @@ def test_and_where_it_cannot_the_bytes_are_copied(file, tmp_path, asked, monkeyp
 def test_files_in_which_nothing_is_edited_are_copied_so_and_linked_on_request_only(tmp_path, asked, basis):
     source = open_checkpoint(store(tiny_llama(), tmp_path / "base", torch.bfloat16, shards=4))
     plan = bake(source, map_sites(parse_scope("layers:0"), LAYERS, lambda _: removal(basis[:1])))
-    kept = source.files.keys() - plan.changed_files
+    kept = source.files.keys() - plan.checkpoint.changed_files
     assert kept
-    assert plan.changed_files
+    assert plan.checkpoint.changed_files
     for name, link in (("copied", False), ("linked", True)):
         asked.clear()
         (tmp_path / name).mkdir()

@@ -90,10 +90,10 @@ def test_an_fp8_checkpoint_is_edited_in_its_own_layout(original, tmp_path, layou
     (tmp_path / "edited").mkdir()
     written = plan.write(tmp_path / "edited")
     before, after = (load_file(f / "model.safetensors") for f in (source.path, tmp_path / "edited"))
-    edited = {name for name in plan.edits if before.get(name, torch.empty(0)).dtype == FP8}
+    edited = {name for name in plan.checkpoint.edits if before.get(name, torch.empty(0)).dtype == FP8}
     assert len(edited) >= 4
     scales = {name.removesuffix("weight") + suffix for name in edited}
-    for name in before.keys() - plan.edits.keys() - scales:
+    for name in before.keys() - plan.checkpoint.edits.keys() - scales:
         assert torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)), name
     kept = 0
     for name in edited:
@@ -101,8 +101,8 @@ def test_an_fp8_checkpoint_is_edited_in_its_own_layout(original, tmp_path, layou
         other = name.removesuffix("weight") + suffix
         kept += int((before[other] == after[other]).sum())
         old, new = (t[name].double() * widened(t[other], t[name].shape, every).double() for t in (before, after))
-        exact = plan.edits[name].exact(old)
-        component, wanted, had = (plan.edits[name].component(t) for t in (new, exact, old))
+        exact = plan.checkpoint.edits[name].exact(old)
+        component, wanted, had = (plan.checkpoint.edits[name].component(t) for t in (new, exact, old))
         # 192 numbers of 3 bits cannot cancel as finely as the thousands of test_rounding.
         assert (component - wanted).norm() <= 1e-3 * (wanted - had).norm()
         assert written.records[name].leak <= 1e-3
@@ -111,7 +111,9 @@ def test_an_fp8_checkpoint_is_edited_in_its_own_layout(original, tmp_path, layou
         assert (new - exact).norm() <= 1.4 * (nearest - exact).norm()
         assert (new - exact).abs().max() <= 40 * wide.max()  # nothing was cut off
     assert kept  # a scale stays where the numbers still fit
-    swapped = edited_weights(plan) | {name: addition.make for name, addition in plan.additions.items()}
+    swapped = edited_weights(plan.checkpoint) | {
+        name: addition.make for name, addition in plan.checkpoint.additions.items()
+    }
     for name, tensor in after.items():  # an engine that is swapped holds what is written, scales too
         now = swapped[name]() if name in swapped else before[name]
         assert torch.equal(now.contiguous().flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
@@ -183,7 +185,7 @@ def test_a_constant_is_stored_as_the_checkpoint_stores_what_it_does_not_quantise
     source = open_checkpoint(quantised(plain, tmp_path / "base", layout))
     vector = 0.01 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     plan = bake(source, Intervention({Site("mlp", 1): shift(vector)}))
-    assert {addition.dtype for addition in plan.additions.values()} == {"BF16"}
+    assert {addition.dtype for addition in plan.checkpoint.additions.values()} == {"BF16"}
     (tmp_path / "edited").mkdir()
     plan.write(tmp_path / "edited")
     edited = open_checkpoint(tmp_path / "edited")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orthogonalize.checkpoints.rounding.vector_edit import EditStats, Scales
+from orthogonalize.checkpoints.rounding.base import EditStats, Scales
 from orthogonalize.checkpoints.tensor_edit import TensorEdit, to_numbers
 from orthogonalize.core.interventions import AffineMap, Site, removal
 
@@ -153,7 +153,7 @@ def test_how_a_tensor_is_cut_changes_no_bit(cut, seed, rows, k):
     edit = TensorEdit("w", SITE, 1 if rows else 0, removal(directions(96, k, seed)), "matrix")
     whole, _ = edit.apply(weight)
     numbers = to_numbers(weight.clone())
-    kernel = edit.rounded(torch.bfloat16, "cancelling")
+    kernel = edit.kernel(torch.bfloat16, "cancelling")
     parts = EditStats()
     for first, last in ((cut, 200), (0, cut)):
         parts = parts.plus(kernel(numbers, rows, first, last))

@@ -69,7 +69,7 @@ def test_pieces_columns_and_workers_change_no_byte(source, basis, tmp_path, monk
     parts = [
         piece
         for file in plan.source.files.values()
-        for job in writing._jobs(plan.source, file, plan.changes, {})
+        for job in writing._jobs(plan.source, file, plan.checkpoint.changes, {})
         for piece in pieces.cut(job)
     ]
     assert len(parts) > 1.5 * len(plan.source.tensors)
@@ -80,9 +80,9 @@ def test_pieces_columns_and_workers_change_no_byte(source, basis, tmp_path, monk
         assert (again.source, again.result) == (whole.source, whole.result)
         for name, record in whole.records.items():
             assert again.records[name].leak == pytest.approx(record.leak, rel=1e-6)
-    for name in plan.edits:
+    for name in plan.checkpoint.edits:
         stored = open_checkpoint(tmp_path / "whole").read(name)
-        assert torch.equal(stored, plan.edited(name))
+        assert torch.equal(stored, plan.checkpoint.edited(name))
 
 
 def test_checksums_of_source_and_result_are_in_the_recipe(source, direction, tmp_path):
@@ -110,7 +110,7 @@ def test_rounding_is_a_choice_that_the_recipe_keeps(source, direction, tmp_path)
 def test_files_with_nothing_to_edit_are_linked_on_request_only(source, basis, tmp_path):
     plan, _ = written(source, tmp_path / "copied", basis, "layers:1")
     written(source, tmp_path / "linked", basis, "layers:1", link=True)
-    edited = {name for name, file in plan.source.files.items() if plan.edits.keys() & file.tensors.keys()}
+    edited = {name for name, file in plan.source.files.items() if plan.checkpoint.edits.keys() & file.tensors.keys()}
     assert 0 < len(edited) < len(plan.source.files)
     for name in plan.source.files:
         same = (tmp_path / "linked" / name).stat().st_ino == (source / name).stat().st_ino

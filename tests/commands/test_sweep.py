@@ -189,7 +189,9 @@ def test_what_is_refused_and_how_long_it_took_is_kept_for_the_suites_that_were_a
 def test_edits_that_need_another_engine_are_not_taken_up_from_one_without(model, run):
     """What one edit adds to the engine, all of them and the base are measured with."""
     source, found = open_checkpoint(model), load_run(run)
-    plans = {v.name: bake(source, v.intervention) for v in make_variants(found, ["ablate", "actadd"], ["one"])}
+    plans = {
+        v.name: bake(source, v.intervention).checkpoint for v in make_variants(found, ["ablate", "actadd"], ["one"])
+    }
     plain = SharedBase.of(source, [plans["ablate one"]]).state
     assert SharedBase.of(source, [plans["ablate one"]]).state == plain
     assert SharedBase.of(source, list(plans.values())).state != plain

@@ -57,8 +57,8 @@ def test_a_head_tied_in_a_nested_configuration_is_untied_at_both_levels(name, ba
 )
 def test_a_head_that_the_served_class_cannot_untie_goes_to_the_backend_that_can(name, served, bases):
     plan = bake(bases(name).checkpoint, ablation())
-    assert plan.config_changes.get("architectures") == ([served] if served else None)
-    assert "architectures" not in bake(bases(name).checkpoint, ablation("layers:0-3")).config_changes
+    assert plan.checkpoint.config_changes.get("architectures") == ([served] if served else None)
+    assert "architectures" not in bake(bases(name).checkpoint, ablation("layers:0-3")).checkpoint.config_changes
 
 
 def test_a_head_that_no_server_can_untie_is_refused_with_the_scopes_that_work(bases, tmp_path):
@@ -75,7 +75,7 @@ def test_a_head_by_another_name_keeps_its_values(name, head, tmp_path):
     checkpoint = open_checkpoint(source)
     assert head not in checkpoint.tensors
     plan = bake(checkpoint, ablation())
-    assert plan.additions.keys() == {head}
+    assert plan.checkpoint.additions.keys() == {head}
     assert gap_of(source, plan, ablation(), tmp_path / "edited") <= EXACT
 
 
@@ -95,17 +95,17 @@ def test_a_constant_is_divided_by_the_factor_behind_it(name, site, tensor, facto
     base = bases(name)
     plan = bake(base.checkpoint, Intervention({site: shift(BASIS[0])}))
     old = base.checkpoint.read(tensor) if tensor in base.checkpoint.tensors else 0.0
-    assert (plan.edited(tensor) - old - BASIS[0] / factor).abs().max() < 1e-12
+    assert (plan.checkpoint.edited(tensor) - old - BASIS[0] / factor).abs().max() < 1e-12
 
 
 def test_all_experts_of_gpt_oss_carry_their_bias_through_the_edit(bases, tmp_path):
     folder = bases("gpt_oss").folder
     assert gap_without(folder, "down_proj_bias", ablation("layers:1-2"), tmp_path / "without") > 1e-3
     plan = bake(open_checkpoint(folder), Intervention({Site("mlp", 1): shift(BASIS[0])}))
-    added = plan.edited("model.layers.1.mlp.experts.down_proj_bias")
+    added = plan.checkpoint.edited("model.layers.1.mlp.experts.down_proj_bias")
     added = added - open_checkpoint(folder).read("model.layers.1.mlp.experts.down_proj_bias")
     assert (added - BASIS[0]).abs().max() < 1e-12
-    assert plan.edits.keys() == {"model.layers.1.mlp.experts.down_proj_bias"}
+    assert plan.checkpoint.edits.keys() == {"model.layers.1.mlp.experts.down_proj_bias"}
 
 
 @pytest.mark.parametrize("name", ["phi", "starcoder2", "gpt_neox", "opt"])
@@ -118,7 +118,7 @@ def test_a_window_in_use_keeps_qwen2_from_being_a_llama_and_its_value_bias_takes
     base = Base("qwen2", store_tiny("qwen2", tmp_path / "windowed", **windowed))
     assert compare(base, Intervention({Site("attn", 1): shift(BASIS[0])}), tmp_path / "edited") <= EXACT
     plan = bake(base.checkpoint, Intervention({Site("attn", 1): shift(BASIS[0])}))
-    assert plan.edits.keys() == {"model.layers.1.self_attn.v_proj.bias"}
+    assert plan.checkpoint.edits.keys() == {"model.layers.1.self_attn.v_proj.bias"}
     with pytest.raises(OrthogonalizeError, match=r"no Llama in all but name, for use_sliding_window is True"):
         bake(base.checkpoint, Intervention({Site("mlp", 1): shift(BASIS[0])}))
 
@@ -132,13 +132,13 @@ def test_a_value_bias_that_does_not_reach_the_vector_is_refused_with_the_part_it
 
 def test_a_model_made_a_llama_names_every_bias_and_no_window(bases):
     plan = bake(bases("qwen2").checkpoint, Intervention({Site("mlp", 1): shift(BASIS[0])}))
-    config = bases("qwen2").checkpoint.config | plan.config_changes
+    config = bases("qwen2").checkpoint.config | plan.checkpoint.config_changes
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["attention_bias"] is config["mlp_bias"] is True
     assert not any(config.get(key) for key in ("sliding_window", "use_sliding_window", "layer_types"))
-    added = {name.split(".", 3)[3] for name in plan.additions}
+    added = {name.split(".", 3)[3] for name in plan.checkpoint.additions}
     assert added == {"self_attn.o_proj.bias", "mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"}
-    assert len(plan.additions) == 4 * LAYERS
+    assert len(plan.checkpoint.additions) == 4 * LAYERS
 
 
 # What writes before the first block, and what is no part of the stream.
@@ -151,15 +151,15 @@ def test_a_position_table_or_a_projection_left_out_is_noticed(name, pattern, bas
 
 def test_a_narrow_embedding_behind_a_projection_is_left_alone(bases):
     plan = bake(bases("opt projected").checkpoint, ablation())
-    assert "model.decoder.embed_tokens.weight" not in plan.edits
-    assert not plan.additions
+    assert "model.decoder.embed_tokens.weight" not in plan.checkpoint.edits
+    assert not plan.checkpoint.additions
 
 
 def test_a_constant_on_a_position_table_leaves_the_tied_head_alone(bases):
     plan = bake(bases("gpt2").checkpoint, Intervention({Site("embed"): shift(BASIS[0])}))
-    assert plan.edits.keys() == {"transformer.wpe.weight"}
-    assert not plan.additions
-    assert not plan.config_changes
+    assert plan.checkpoint.edits.keys() == {"transformer.wpe.weight"}
+    assert not plan.checkpoint.additions
+    assert not plan.checkpoint.config_changes
 
 
 def test_gpt2_without_its_prefix_is_found_by_its_names(bases, tmp_path):
@@ -169,7 +169,7 @@ def test_gpt2_without_its_prefix_is_found_by_its_names(bases, tmp_path):
     )
     assert gap(logits(load_tiny(bare)), base.plain) == 0
     plan = bake(open_checkpoint(bare), ablation())
-    assert "wpe.weight" in plan.edits
+    assert "wpe.weight" in plan.checkpoint.edits
     assert gap_of(bare, plan, ablation(), tmp_path / "edited") <= EXACT
 
 
@@ -198,13 +198,13 @@ def test_layers_that_predict_further_tokens_are_kept_byte_for_byte(bases, tmp_pa
 
     source = rewritten(base.folder, tmp_path / "base", with_prediction)
     plan = bake(open_checkpoint(source), ablation())
-    assert not [name for name in plan.edits if "mtp" in name or f"layers.{LAYERS}." in name]
+    assert not [name for name in plan.checkpoint.edits if "mtp" in name or f"layers.{LAYERS}." in name]
     (tmp_path / "edited").mkdir()
     plan.write(tmp_path / "edited")
     before, after = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "edited"))
     assert before.keys() == after.keys()
     assert "model.layers.4.mlp.experts.0.down_proj.weight" in after
-    assert all(after[k].equal(v) for k, v in before.items() if k not in plan.edits)
+    assert all(after[k].equal(v) for k, v in before.items() if k not in plan.checkpoint.edits)
 
 
 def test_what_comes_from_images_is_edited_too(bases, tmp_path):
@@ -244,7 +244,7 @@ def test_either_prefix_of_a_wrapper_is_found(prefix, bases, tmp_path):
 
     source = rewritten(bases("gemma3 multimodal").folder, tmp_path / "base", renamed)
     plan = bake(open_checkpoint(source), ablation())
-    assert {prefix + "embed_tokens.weight", root + projector} <= plan.edits.keys()
+    assert {prefix + "embed_tokens.weight", root + projector} <= plan.checkpoint.edits.keys()
     assert gap_of(source, plan, ablation(), tmp_path / "edited") <= EXACT
 
 

@@ -73,8 +73,8 @@ def test_a_constant_takes_the_first_exact_way_that_a_server_honours_or_is_refuse
     assert compare(base, intervention, tmp_path / "edited") <= EXACT
     plan = bake(base.checkpoint, intervention)
     if site.kind != "embed":
-        edited = {name.rpartition(".")[0].rpartition(".")[2] for name in plan.edits}
-        assert (VALUE if edited == {"v_proj"} else route(plan.config_changes)) == expected
+        edited = {name.rpartition(".")[0].rpartition(".")[2] for name in plan.checkpoint.edits}
+        assert (VALUE if edited == {"v_proj"} else route(plan.checkpoint.config_changes)) == expected
 
 
 @pytest.mark.parametrize(

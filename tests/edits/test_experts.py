@@ -29,10 +29,10 @@ def test_the_stream_axis_of_square_experts_is_told_and_a_wrong_one_is_noticed(ba
     name = "model.layers.1.mlp.experts.down_proj"
     assert base.checkpoint.tensors[name].shape == (4, 48, 48)
     plan = bake(base.checkpoint, ablation("layers:1"))
-    assert plan.edits[name].axis == 2
+    assert plan.checkpoint.edits[name].axis == 2
     from dataclasses import replace
 
-    plan.edits[name] = replace(plan.edits[name], axis=1)
+    plan.checkpoint.edits[name] = replace(plan.checkpoint.edits[name], axis=1)
     assert gap_of(base.folder, plan, ablation("layers:1"), tmp_path / "edited") > 1e-3
 
 

@@ -79,8 +79,8 @@ def test_a_file_without_index_is_renamed_as_well(tmp_path):
     plan = bake(open_checkpoint(folder), CONSTANT)
     plan.write(tmp_path / "llama")
     edited = load_file(tmp_path / "llama" / "model.safetensors")
-    assert edited.keys() == plan.source.tensors.keys() | plan.additions.keys()
-    assert all(edited[name].equal(plan.edited(name)) for name in edited)
+    assert edited.keys() == plan.source.tensors.keys() | plan.checkpoint.additions.keys()
+    assert all(edited[name].equal(plan.checkpoint.edited(name)) for name in edited)
 
 
 @pytest.mark.parametrize("window", [None, 128])
@@ -118,7 +118,7 @@ def test_a_configuration_as_the_hub_s_has_it_gives_the_same_llama(tmp_path):
             tmp_path / "llama", dtype=torch.float64, attn_implementation="eager", trust_remote_code=trusting
         ).eval()
         assert type(llama).__name__ == "LlamaForCausalLM"
-    assert plan.config_changes["auto_map"] == {}
+    assert plan.checkpoint.config_changes["auto_map"] == {}
     assert gap_over_lengths(base, llama) <= EXACT
 
 
@@ -189,7 +189,8 @@ def test_another_kind_of_model_without_a_recipe_that_says_so_is_no_edit_of_the_b
 
 
 def test_an_engine_for_all_edits_starts_on_a_folder_that_computes_what_the_base_does(phi3):
-    plans = [bake(phi3.checkpoint, CONSTANT), bake(phi3.checkpoint, Intervention({Site("embed"): shift(BASIS[0])}))]
+    embedding = Intervention({Site("embed"): shift(BASIS[0])})
+    plans = [bake(phi3.checkpoint, intervention).checkpoint for intervention in (CONSTANT, embedding)]
     with common_folder(phi3.checkpoint, plans) as folder:
         held = open_checkpoint(folder)
         assert held.tensors.keys() == plans[0].source.tensors.keys() | plans[0].additions.keys()

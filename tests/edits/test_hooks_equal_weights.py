@@ -183,8 +183,8 @@ def test_a_head_left_tied_is_noticed(basis, tmp_path):
     source = store(tiny_llama(tie_word_embeddings=True), tmp_path / "base")
     intervention = map_sites(parse_scope("all"), LAYERS, lambda _: removal(basis))
     plan = bake(open_checkpoint(source), intervention)
-    plan.additions.clear()
-    plan.config_changes.clear()
+    plan.checkpoint.additions.clear()
+    plan.checkpoint.config_changes.clear()
     (tmp_path / "edited").mkdir()
     plan.write(tmp_path / "edited")
     assert gap(source, tmp_path / "edited", intervention) > 1e-3
@@ -195,8 +195,8 @@ def test_a_wrong_axis_is_noticed(basis, tmp_path):
     source = store(tiny_llama(**square), tmp_path / "base")
     intervention = map_sites(parse_scope("layers:0-3"), LAYERS, lambda _: removal(basis))
     plan = bake(open_checkpoint(source), intervention)
-    for name, edit in plan.edits.items():
-        plan.edits[name] = TensorEdit(edit.name, edit.site, 1, edit.affine, edit.part)
+    for name, edit in plan.checkpoint.edits.items():
+        plan.checkpoint.edits[name] = TensorEdit(edit.name, edit.site, 1, edit.affine, edit.part)
     (tmp_path / "edited").mkdir()
     plan.write(tmp_path / "edited")
     assert gap(source, tmp_path / "edited", intervention) > 1e-3
@@ -205,7 +205,7 @@ def test_a_wrong_axis_is_noticed(basis, tmp_path):
 def test_a_missing_site_is_noticed(base, basis, tmp_path):
     intervention = map_sites(parse_scope("all"), LAYERS, lambda _: removal(basis))
     plan = bake(open_checkpoint(base), intervention)
-    del plan.edits["model.layers.3.mlp.down_proj.weight"]
+    del plan.checkpoint.edits["model.layers.3.mlp.down_proj.weight"]
     (tmp_path / "edited").mkdir()
     plan.write(tmp_path / "edited")
     assert gap(base, tmp_path / "edited", intervention) > 1e-3

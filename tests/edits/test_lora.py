@@ -58,8 +58,8 @@ def test_peft_gives_the_logits_of_the_baked_checkpoint(basis, tmp_path, scope, r
     assert (plain - baked).abs().max() > 1e-2
     assert (adapted - baked).abs().max() <= 1e-4
     factors = load_file(adapter / "adapter_model.safetensors")
-    assert len(factors) == 2 * len(plan.edits)
-    for name, weight_edit in plan.edits.items():
+    assert len(factors) == 2 * len(plan.checkpoint.edits)
+    for name, weight_edit in plan.checkpoint.edits.items():
         stem = f"base_model.model.{name.removesuffix('.weight')}."
         a, b = factors[stem + "lora_A.weight"].double(), factors[stem + "lora_B.weight"].double()
         assert a.shape[0] == b.shape[1] == rank

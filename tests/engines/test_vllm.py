@@ -72,7 +72,7 @@ def written(model, run, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def plans(model, written):
     source = open_checkpoint(model)
-    return {name: bake(source, load_recipe(folder).intervention()) for name, folder in written.items()}
+    return {name: bake(source, load_recipe(folder).intervention()).checkpoint for name, folder in written.items()}
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +237,7 @@ def test_a_wrapper_for_images_is_started_for_text_and_swapped_as_it_is_stored(tm
     tiny_tokenizer().save_pretrained(folder)
     source = open_checkpoint(folder)
     basis = torch.linalg.qr(torch.randn(192, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64))[0].T
-    plan = bake(source, map_sites(parse_scope("layers:0-3"), 4, lambda _: removal(basis)))
+    plan = bake(source, map_sites(parse_scope("layers:0-3"), 4, lambda _: removal(basis))).checkpoint
     (tmp_path / "edited").mkdir()
     plan.write(tmp_path / "edited")
     asked = [[5, 9, 11, 20], [7, 8, 30, 31, 32]]

@@ -12,7 +12,8 @@ from helpers.tiny_models import load_tiny, logits, store_tiny
 from orthogonalize.architectures.schema import architecture_of
 from orthogonalize.checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
 from orthogonalize.core.interventions import AffineMap, Intervention, Site, removal
-from orthogonalize.edits.bake import EditPlan, bake
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.plan import EditPlan
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.hooks import intervened
 
@@ -64,12 +65,12 @@ def baked_logits(base: Base, intervention: Intervention, out: Path) -> torch.Ten
     edited, source = open_checkpoint(out), plan.source  # where a Llama has them, the tensors have other names
     for name in source.tensors:
         same = source.read(name).equal(edited.read(name))
-        assert same == (name not in plan.edits), name
-    assert edited.tensors.keys() - source.tensors.keys() == plan.additions.keys()
+        assert same == (name not in plan.checkpoint.edits), name
+    assert edited.tensors.keys() - source.tensors.keys() == plan.checkpoint.additions.keys()
     changed = {
         k for k in edited.config | base.checkpoint.config if edited.config.get(k) != base.checkpoint.config.get(k)
     }
-    assert changed <= plan.config_changes.keys()
+    assert changed <= plan.checkpoint.config_changes.keys()
     sides = [
         f
         for f in base.folder.iterdir()
@@ -139,8 +140,8 @@ def gap_of(source: Path, plan: EditPlan, intervention: Intervention, out: Path) 
 def gap_without(source: Path, pattern: str, intervention: Intervention, out: Path) -> float:
     """The gap where the edits of all tensors whose names match `pattern` are left out."""
     plan = bake(open_checkpoint(source), intervention)
-    left_out = [name for name in plan.edits if re.search(pattern, name)]
+    left_out = [name for name in plan.checkpoint.edits if re.search(pattern, name)]
     assert left_out, "nothing was left out"
     for name in left_out:
-        del plan.edits[name]
+        del plan.checkpoint.edits[name]
     return gap_of(source, plan, intervention, out)

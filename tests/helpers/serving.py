@@ -232,9 +232,13 @@ def prove(name: str, folder: Path) -> dict[str, Any]:
         config["architectures"] = open_checkpoint(folder / "base").config["architectures"]
         (folder / "edited" / "config.json").write_text(json.dumps(config))
     edited = open_checkpoint(folder / "edited")
-    proof = LoadProof({n: edited.read(n) for n in plan.additions})
-    result: dict[str, Any] = {"name": name, "constant": constant, "added": len(plan.additions)}
-    by = ["TransformersForCausalLM"] if name in BACKEND else plan.config_changes.get("architectures", ["its own class"])
+    proof = LoadProof({n: edited.read(n) for n in plan.checkpoint.additions})
+    result: dict[str, Any] = {"name": name, "constant": constant, "added": len(plan.checkpoint.additions)}
+    by = (
+        ["TransformersForCausalLM"]
+        if name in BACKEND
+        else plan.checkpoint.config_changes.get("architectures", ["its own class"])
+    )
     # All of transformers first: vLLM's backend changes its classes.
     prompts = steady_prompts(folder / "edited")
     wide = scores(load(folder / "edited", torch.float32), prompts)

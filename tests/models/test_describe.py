@@ -211,7 +211,7 @@ def test_the_draft_of_a_wrapper_is_of_the_wrapper_and_asks_what_images_pass_last
     base = Base("llava", tmp_path / "llava")
     assert compare(base, every_write(), tmp_path / "written") <= EXACT
     assert compare(base, every_read(), tmp_path / "read", rescaled=True) <= EXACT
-    changed = bake(base.checkpoint, every_write()).edits.keys()
+    changed = bake(base.checkpoint, every_write()).checkpoint.edits.keys()
     assert {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"} <= changed
 
 
@@ -219,7 +219,9 @@ def test_what_a_model_hears_is_not_left_unedited_in_silence(tmp_path):
     folder = store_tiny("llama", tmp_path / "model", torch.bfloat16)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"audio_config": {"hidden_size": 24}}))
-    assert bake(open_checkpoint(folder), every_write()).edits  # the configuration's default, and nothing that hears
+    assert bake(
+        open_checkpoint(folder), every_write()
+    ).checkpoint.edits  # the configuration's default, and nothing that hears
     heard = rewritten(folder, tmp_path / "hears", lambda t: t | {"audio_projector.weight": torch.zeros(48, 24)})
     with pytest.raises(OrthogonalizeError, match=r"also hears \(audio_config\)"):
         bake(open_checkpoint(heard), every_write())
@@ -266,4 +268,4 @@ def test_a_description_that_leaves_a_write_out_fails_hooks_against_weights(bases
     wrong = base.architecture.model_copy(update={"mlp": {"dense": part.model_copy(update={"writes": fewer})}})
     with pytest.raises(OrthogonalizeError, match=r"shared_expert\.down_proj\.weight"):
         Sites(wrong, base.checkpoint.config, base.checkpoint.tensors).check_complete()
-    assert bake(base.checkpoint, Intervention({Site("mlp", 1): removal(BASIS)})).edits
+    assert bake(base.checkpoint, Intervention({Site("mlp", 1): removal(BASIS)})).checkpoint.edits

@@ -1,4 +1,4 @@
-"""A planned edit of a whole checkpoint, and its writing to disk."""
+"""The plan of a checkpoint's changes: tensors to edit, tensors to add, configuration to set; and writing it to disk."""
 
 from __future__ import annotations
 
@@ -12,20 +12,46 @@ import torch
 
 from .checkpoint import Addition, Checkpoint, Progress
 from .quantization import rescaled, scale_name
-from .rounding.vector_edit import Scales
-from .tensor_edit import Rounding, TensorEdit
+from .rounding.base import Scales
+from .rounding.registry import DEFAULT_ROUNDING
+from .tensor_edit import TensorEdit
 from .writer import Changes, Written, write_rest, write_weights
 
 
 @dataclass
 class CheckpointPlan:
-    """What an edit does to a checkpoint: tensors to change, tensors to add, configuration to set."""
+    """What changes in a checkpoint: tensors to edit, tensors to add, configuration to set, and how to round.
+
+    Nothing here knows the model: names are those of the tensors in `source`.
+    """
 
     source: Checkpoint
     edits: dict[str, TensorEdit] = field(default_factory=dict)
     additions: dict[str, Addition] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
-    rounding: Rounding = "cancelling"
+    rounding: str = DEFAULT_ROUNDING
+
+    def has_tensor(self, name: str) -> bool:
+        """Whether the edited checkpoint has a tensor `name`."""
+        return name in self.source.tensors or name in self.additions
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of tensor `name` in the edited checkpoint."""
+        return self.additions[name].shape if name in self.additions else tuple(self.source.tensors[name].shape)
+
+    def set_text_config(self, key: str, value: Any) -> None:
+        """Set `key` of the text model's configuration, which multimodal models nest under `text_config`."""
+        nested = self.source.config.get("text_config")
+        if isinstance(nested, dict):
+            changed = self.config_changes.setdefault("text_config", dict(nested))
+            changed[key] = value
+        else:
+            self.config_changes[key] = value
+
+    def disable_remote_code(self) -> None:
+        """Disable the model's remote code, which does not know the tensors that the edit adds."""
+        if self.source.config.get("auto_map"):
+            self.config_changes["auto_map"] = {}
 
     @property
     def output_bytes(self) -> int:
@@ -99,7 +125,7 @@ class CheckpointPlan:
         link: bool = False,
         expected: Mapping[str, str] | None = None,
     ) -> Written:
-        """Write the edited checkpoint into the empty folder `target` (see `writing.write_weights`)."""
+        """Write the edited checkpoint into the empty folder `target` (see `writer.write_weights`)."""
         written = write_weights(
             self.source, target, self.changes, progress, workers=workers, link=link, expected=expected
         )
