@@ -1,4 +1,4 @@
-"""Activations and directions against independent references."""
+"""Activations and stored directions against independent references."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def random_ids(count=20, seed=0):
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
-def test_activations_are_the_hidden_states_of_each_prompt_run_alone(base):
+def test_activations_equal_the_library_hidden_states(base):
+    """Of each prompt run on its own, without padding."""
     model, ids = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval(), random_ids()
     found = all_activations(model, ids, 3)
     for row, prompt in zip(found, ids, strict=True):
@@ -57,7 +58,7 @@ def test_nan_activations_name_the_layer(base):
         mean_activations(model, random_ids(4), 40)
 
 
-def test_directions_survive_the_disk(tmp_path):
+def test_directions_survive_saving_and_loading(tmp_path):
     positive, negative = (torch.randn(16, 2, 3, 8) + s for s in (1, -1))
     subspaces = {((-2, -1)[i], layer): one for (i, layer), one in inlp(positive, negative, 3).items()}
     eraser = leace(positive, negative)
@@ -80,7 +81,7 @@ def test_directions_survive_the_disk(tmp_path):
         assert torch.allclose(affine(positive[:, index, 1]).mean(0), affine(negative[:, index, 1]).mean(0), atol=1e-5)
 
 
-def test_a_stream_in_which_no_prompt_differs_has_no_direction():
+def test_stream_in_which_no_prompt_differs_has_no_direction():
     diffs = torch.randn(1, 3, 8)
     diffs[0, 0] = 0
     directions = Directions((-1,), diffs, {(-1, 1): Subspace(torch.zeros(0, 8), ())})
@@ -90,7 +91,7 @@ def test_a_stream_in_which_no_prompt_differs_has_no_direction():
     assert torch.allclose(unit[0] * diffs[0, 2].double().norm(), diffs[0, 2].double())
 
 
-def test_a_direction_file_is_read_in_every_form(tmp_path):
+def test_direction_file_is_read_in_every_format(tmp_path):
     vector = torch.randn(WIDTH)
     save_file({"direction": vector}, tmp_path / "a.safetensors")
     save_file({"basis": torch.randn(3, WIDTH)}, tmp_path / "b.safetensors")
@@ -103,7 +104,7 @@ def test_a_direction_file_is_read_in_every_form(tmp_path):
     assert (reference.position, reference.layer) == (-5, 12)
 
 
-def test_a_bad_direction_file_is_refused(tmp_path):
+def test_bad_direction_file_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return (print, ("code was run",))

@@ -1,4 +1,4 @@
-"""The likeliest choice is found, whatever a model thinks, with what a walk in vLLM tells of it."""
+"""The search for the likeliest choice, whatever the model's logits, from what a walk in vLLM reports."""
 
 import math
 from collections.abc import Sequence
@@ -69,7 +69,7 @@ def settle(model: Model, choices: Sequence[Sequence[int]], at_once: int | None =
 
 @settings(deadline=None)
 @given(questions, st.integers(0, 2**32), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([1, None]))
-def test_the_likeliest_choice_is_exact_and_no_other_can_be_likelier(choices, seed, sharp, at_once):
+def test_likeliest_choice_is_exact_and_bounds_the_others(choices, seed, sharp, at_once):
     model = Model(seed, sharp)
     found, _ = settle(model, choices, at_once)
     true = [model.score(choice) for choice in choices]
@@ -104,7 +104,7 @@ class Engine:
 
 @settings(deadline=None)
 @given(st.lists(questions, min_size=1, max_size=4), st.integers(0, 2**32), st.sampled_from([1, 2, None]))
-def test_contests_go_their_own_pace_to_what_each_alone_would_find(rows, seed, at_once):
+def test_concurrent_searches_find_what_each_finds_alone(rows, seed, at_once):
     model, contexts = Model(seed), [[100 + i, 7] for i in range(len(rows))]
     contests, advanced = [ChoiceSearch(row) for row in rows], []
     following.decide(Engine(model), contexts, contests, at_once, advanced.append)
@@ -114,7 +114,7 @@ def test_contests_go_their_own_pace_to_what_each_alone_would_find(rows, seed, at
         assert max(contest.bounds()) == pytest.approx(best, abs=1e-4)
 
 
-def test_what_an_engine_dies_of_is_told_and_its_open_requests_are_dropped():
+def test_engine_error_is_raised_and_open_requests_aborted():
     class Dying(Engine):
         def step(self):
             self.waiting.popitem()
@@ -126,7 +126,9 @@ def test_what_an_engine_dies_of_is_told_and_its_open_requests_are_dropped():
     assert engine.aborted == ["walk-0", "walk-1"]
 
 
-def test_a_request_that_ends_with_nothing_is_not_asked_for_ever():
+def test_request_that_ends_with_nothing_is_an_error():
+    """Rather than asked again forever."""
+
     class Silent(Model):
         def answer(self, prompt, parameters):
             return []
@@ -135,21 +137,21 @@ def test_a_request_that_ends_with_nothing_is_not_asked_for_ever():
         following.decide(Engine(Silent(0)), [[1]], [ChoiceSearch([[3, 4]])], 1, lambda _: None)
 
 
-def test_more_tokens_than_vllm_lists_are_looked_at_in_several_walks():
+def test_more_tokens_than_vllm_lists_take_several_walks():
     model = Model(seed=4)
     for choices in ([[i] for i in range(2 * following.LISTED + 9)], [[i, i + 1] for i in range(following.LISTED + 9)]):
         found, _ = settle(model, choices)
         assert max(found) == pytest.approx(max(map(model.score, choices)), abs=1e-4)
 
 
-def test_single_tokens_are_looked_at_in_one_step_without_following_any():
+def test_single_token_choices_take_one_step():
     (walk,) = ChoiceSearch([[7], [8], [9]]).walks()
     parameters = following.following(walk)
     assert (parameters.max_tokens, parameters.extra_args, parameters.logprob_token_ids) == (1, None, [7, 8, 9])
     assert settle(Model(seed=1), [[7], [8], [9]])[1] == 1
 
 
-def test_a_walk_ends_where_a_known_choice_is_likelier():
+def test_walk_ends_where_a_known_choice_is_likelier():
     """Three choices of four tokens: the one that begins best ends badly, the next is the likeliest, and of the last,
     which begins well enough, one more token tells that it is not."""
     first = torch.full((VOCABULARY,), 1e-4).index_put_((torch.tensor([10, 20, 30]),), torch.tensor([0.4, 0.3, 0.28]))

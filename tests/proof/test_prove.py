@@ -111,7 +111,7 @@ def test_every_method_and_scope_of_every_family_equals_hooks(name, bases, tmp_pa
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_vllm_reads_every_tensor_and_scores_as_transformers_does(name, tmp_path, proof):
+def test_vllm_reads_every_tensor_and_scores_as_transformers(name, tmp_path, proof):
     pytest.importorskip("vllm")
     if "multimodal" in name or name.startswith("qwen3_5"):
         pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
