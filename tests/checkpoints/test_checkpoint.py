@@ -237,11 +237,11 @@ def test_output_being_replaced_by_a_killed_run_is_restored(tmp_path):
     dead.wait()
     with complete_folder(tmp_path / "out", RUN) as partial:
         (partial / "stages.json").write_text("old")
-    (tmp_path / "out").rename(tmp_path / f".out.previous-{dead.pid}")  # and there the kill came
+    (tmp_path / "out").rename(tmp_path / f".out.previous-{dead.pid}")  # killed at this point
     with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(tmp_path / "out", RUN):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    (tmp_path / f".out.previous-{dead.pid}").mkdir()  # the kill came after the new one was in place
+    (tmp_path / f".out.previous-{dead.pid}").mkdir()  # killed after the new one was in place
     with complete_folder(tmp_path / "out", RUN, force=True) as partial:
         (partial / "stages.json").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -18,7 +18,7 @@ WIDTH, LAYERS = 256, 3
 
 
 def tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """A model of no family: linear, transposed, fused-expert and per-expert writes, reads, an embedding, norms."""
+    """A model of no known family: linear, transposed, fused and single-expert writes, reads, an embedding, norms."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -108,7 +108,7 @@ def test_direction_is_recovered_from_an_edit_in_another_dtype(dtype, tmp_path):
     edited = orthogonalised({name: w.to(dtype) for name, w in weights.items()}, basis)
     found = verify(folder(tmp_path / "edited", edited), str(base))
     assert (found.common.basis @ basis.T.double()).abs().item() >= 0.99
-    assert found.changed.keys() == weights.keys()  # the dtype is a difference, too
+    assert found.changed.keys() == weights.keys()  # the dtype counts as a difference
     assert found.projected().keys() == {name for name in weights if axis_of(name) is not None}
     assert found.verdict().startswith("an orthogonalisation of rank 1")
 

@@ -18,7 +18,7 @@ from orthogonalize.edits.scopes import map_sites, parse_scope
 
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
-    """What the file system and the kernel are asked for; this disk shares no blocks."""
+    """Requests to the file system and the kernel, on a disk that cannot share blocks."""
     calls: list[str] = []
     kernel = os.copy_file_range
 

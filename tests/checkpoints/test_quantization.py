@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 def widened(scales: torch.Tensor, shape: torch.Size, every: tuple[int | None, int | None] | None) -> torch.Tensor:
-    """Every entry's scale, by plain torch: an independent reading of the layouts."""
+    """The scale of every entry in plain torch: an independent reading of the layouts."""
     if every is None:
         return scales.float().expand(shape)
     rows, columns = every[0] or shape[0], every[1] or shape[1]
@@ -44,7 +44,7 @@ def widened(scales: torch.Tensor, shape: torch.Size, every: tuple[int | None, in
 
 
 def quantised(source: Path, target: Path, layout: str) -> Path:
-    """Quantise every projection of a bfloat16 checkpoint, as the layout's own tools do: largest value at 448."""
+    """Quantise every projection of a bfloat16 checkpoint as the layout's own tools do: largest value to 448."""
     suffix, settings, every, dtype = LAYOUTS[layout]
     tensors = load_file(source / "model.safetensors")
     result = {}
@@ -109,10 +109,10 @@ def test_fp8_checkpoint_is_edited_in_its_own_layout(original, tmp_path, layout, 
         wide = widened(after[other], new.shape, every).double()
         nearest = (exact / wide).clamp(-448, 448).to(FP8).double() * wide
         assert (new - exact).norm() <= 1.4 * (nearest - exact).norm()
-        assert (new - exact).abs().max() <= 40 * wide.max()  # nothing was cut off
-    assert kept  # a scale stays where the numbers still fit
+        assert (new - exact).abs().max() <= 40 * wide.max()  # nothing was clipped
+    assert kept  # a scale is kept where the numbers still fit
     swapped = edited_weights(plan) | {name: addition.make for name, addition in plan.additions.items()}
-    for name, tensor in after.items():  # an engine that is swapped holds what is written, scales too
+    for name, tensor in after.items():  # a swapped engine holds what is written, including scales
         now = swapped[name]() if name in swapped else before[name]
         assert torch.equal(now.contiguous().flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
 

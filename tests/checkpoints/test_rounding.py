@@ -33,7 +33,7 @@ def oblique(d: int, k: int, seed: int = 2) -> AffineMap:
 
 
 def judged(edit: TensorEdit, weight: torch.Tensor) -> tuple[float, float]:
-    """In float64 and by another path: the leak, and the rounding error as a multiple of plain rounding's."""
+    """Independently, in float64: the leak, and the rounding error as a multiple of nearest rounding's."""
     edited, record = edit.apply(weight)
     exact = edit.exact(weight)
     component, wanted, before = (edit.component(t) for t in (edited, exact, weight))
@@ -72,7 +72,7 @@ def test_nearest_rounding_leaks_far_more():
     edited, record = edit.apply(weight, "nearest")
     assert record.leak > 1e-3
     exact = edit.exact(weight)
-    different = edited != exact.to(torch.bfloat16)  # only where float32 arithmetic meets a tie
+    different = edited != exact.to(torch.bfloat16)  # only at ties in float32 arithmetic
     assert different.double().mean() < 1e-3
     assert (edited.double() - exact).norm() <= (exact.to(torch.bfloat16).double() - exact).norm() * (1 + 1e-6)
 
@@ -142,8 +142,8 @@ def test_result_is_close_to_the_exact_edit(d, n, k, seed, scale, dtype):
         return (edit.component(t) - edit.component(exact)).norm(dim=-1)
 
     assert (lost(edited) <= lost(plain) * (1 + 1e-3) + floor).all()
-    # Never further from the exact value than two units in the last place of the largest entry, beside what
-    # the arithmetic may be off where nearly all of a vector is taken out.
+    # Never further from the exact value than two units in the last place of the largest entry, plus the error of
+    # the arithmetic where nearly all of a vector is removed.
     unit = 2 * torch.finfo(dtype).eps * exact.abs().amax() + torch.finfo(dtype).smallest_normal
     assert (edited.double() - exact).abs().max() <= 2 * unit + 1e-6 * weight.double().abs().max()
 

@@ -62,7 +62,7 @@ def written(source: Path, out: Path, basis, scope: str = "all", **options):
 def test_bytes_do_not_depend_on_pieces_or_workers(source, basis, tmp_path, monkeypatch, scope):
     plan, whole = written(source, tmp_path / "whole", basis, scope)
     monkeypatch.setattr(pieces, "PIECE", 1024)
-    monkeypatch.setattr(pieces, "WHOLE", 2048)  # now every matrix is cut, and some across their columns
+    monkeypatch.setattr(pieces, "WHOLE", 2048)  # so every matrix is cut, and some across their columns
     monkeypatch.setattr(pieces, "RUN", 16)
     monkeypatch.setattr(weightfile, "CALL", 100)
     monkeypatch.setattr(weightfile, "FLUSH", 1)

@@ -41,13 +41,13 @@ def changed(**settings):
 
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
-    """A finished run of its own."""
+    """A private copy of the finished run."""
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """The stages that are run from here on."""
+    """The stages that run from here on."""
     stages: list[str] = []
     real = extraction._Extraction.run
     monkeypatch.setattr(extraction._Extraction, "run", lambda self, s: (stages.append(s), real(self, s))[1])

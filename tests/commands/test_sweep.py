@@ -116,7 +116,7 @@ def test_edits_that_cannot_be_swapped_get_their_own_engines(swept, model, run, t
         TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "o_proj" not in n})
     )
     found = sweep(str(model), run, tmp_path / "apart", **QUICK)
-    assert len(started) == 2 + len(SWEPT)  # on what all edits need, on the base itself, and on every edit
+    assert len(started) == 2 + len(SWEPT)  # the shared folder, the base itself, and every edit
     assert started[0] != started[1] == model
     assert found.restored is None
     assert not any(folder.exists() for folder in started[2:])
@@ -148,7 +148,7 @@ def test_killed_sweep_without_swaps_starts_no_needless_engine(model, run, tmp_pa
             sweep(str(model), run, tmp_path / "out", **settings)
     started.clear()
     sweep(str(model), run, tmp_path / "out", **settings)
-    assert len(started) == 2  # one to see that it takes no weights, one for the edit that is left
+    assert len(started) == 2  # one to find out that it cannot be swapped, one for the remaining edit
 
 
 def test_missing_disk_space_for_a_checkpoint_is_reported(model, run, tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_refused_edits_are_remembered_per_choice_of_suites(model, run, data, tmp
         patch.setattr(WeightSwap, "apply", lambda self, edited: swapped.append(1) or apply(self, edited))
         patch.setattr(TransformersEngine, "choices", nan)
         patch.setattr(TransformersEngine, "answers", lambda s, *a: answers(s, *a) if len(swapped) < 3 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):  # at the second edit, when the first was refused for its MMLU
+        with pytest.raises(ZeroDivisionError):  # at the second edit, after the first was refused because of its MMLU
             sweep(str(model), run, tmp_path / "out", suites=["refusal", "mmlu"], **settings)
     found = sweep(str(model), run, tmp_path / "out", suites=["refusal"], **settings)
     assert [v.refused for v in found.variants] == [None, None]
@@ -243,7 +243,7 @@ def test_killed_sweep_resumes_where_it_stopped(model, run, tmp_path, monkeypatch
             raise OrthogonalizeError("the engine died")
         load(self, weights)
 
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)  # it loads, too
+    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)  # the check would load weights too
     monkeypatch.setattr(TransformersEngine, "load", dies)
     with pytest.raises(OrthogonalizeError, match="died"):
         sweep(str(model), run, tmp_path / "cut", **settings)
@@ -251,7 +251,7 @@ def test_killed_sweep_resumes_where_it_stopped(model, run, tmp_path, monkeypatch
     answers = TransformersEngine.answers
     monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
     resumed = sweep(str(model), run, tmp_path / "cut", **settings)
-    assert len(answered) == len(whole.variants) - 2  # the base and two edits were done
+    assert len(answered) == len(whole.variants) - 2  # the base and two edits had been measured
     for found, expected in zip(resumed.variants, whole.variants, strict=True):
         assert found.measures == expected.measures
     assert resumed.pareto == whole.pareto
@@ -284,7 +284,7 @@ def test_residual_hooks_match_the_reference(model, run):
         if choice.method == "leace":
             eraser = found.directions.eraser(choice.position, choice.layer, False)
             taken, read = eraser.u.float()[:, None], eraser.v.float()[:, None]
-            kept = eraser.mean.float() @ read @ taken.mT  # the stream's own mean stays
+            kept = eraser.mean.float() @ read @ taken.mT  # the stream keeps its own mean
         else:
             taken = read = found.directions.basis(kind, choice.position, choice.layer).float().mT
             kept = torch.zeros(())
@@ -403,7 +403,7 @@ def test_edit_giving_nan_is_skipped_and_the_engine_replaced(model, run, tmp_path
         sweep(str(model), run, tmp_path / "sweep", **settings)
     assert len(starts) == 2
     found = sweep(str(model), run, tmp_path / "sweep", **settings)
-    assert (len(starts), len(swaps)) == (3, 4)  # what is known to leave NaN is not tried again
+    assert (len(starts), len(swaps)) == (3, 4)  # an edit known to give NaN is not tried again
     first, second, third = found.variants
     assert "NaN" in second.refused
     assert (first.measures, third.measures) == (whole.variants[0].measures, whole.variants[2].measures)

@@ -32,7 +32,7 @@ def test_activations_equal_the_library_hidden_states(base):
             states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
         for layer in range(LAYERS):
             assert torch.allclose(row[:, layer], states[layer][0, -3:].float(), atol=1e-6)
-    # The library's last hidden state has been through the final norm; ours is what that norm reads.
+    # The library's last hidden state is after the final norm; ours is that norm's input.
     assert torch.allclose(model.model.norm(row[:, LAYERS].double()), states[LAYERS][0, -3:], atol=1e-5)
 
 
@@ -74,7 +74,7 @@ def test_directions_survive_saving_and_loading(tmp_path):
     for key, found in stored.subspaces.items():
         assert torch.allclose(back.subspaces[key].basis, found.basis, atol=1e-7)
         assert back.subspaces[key].accuracies == pytest.approx(found.accuracies)
-    # What was rounded to float32 still erases: v is scaled anew so that v^T u is 1.
+    # Rounded to float32 it still erases: v is rescaled so that v^T u is 1.
     for index, position in enumerate(back.positions):
         affine = back.eraser(position, 1).affine()
         assert (affine.v.T @ affine.u).item() == pytest.approx(1, abs=1e-12)

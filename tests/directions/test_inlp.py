@@ -38,7 +38,7 @@ def assert_agrees(mine, theirs, accuracies, at_least=5):
     for i, (a, b) in enumerate(zip(mine.basis, theirs, strict=False)):
         assert abs((a @ b).item()) >= 0.9999, i
         if i >= at_least and mine.accuracies[i] != pytest.approx(accuracies[i]):
-            break  # from here on the two search different remainders
+            break  # from here on the two search different residuals
     assert list(mine.accuracies[:at_least]) == pytest.approx(accuracies[:at_least])
 
 
@@ -116,7 +116,7 @@ def test_large_samples_and_weak_classifiers_lose_no_precision():
     found = inlp(positive, negative, max_rank=18, min_accuracy=0.0)
     assert found.rank == 18
     assert_agrees(found, *published_inlp(positive, negative, 5))
-    # The directions as combinations of the samples, before they are polished.
+    # The directions as combinations of the samples, before they are refined.
     x = torch.cat([positive, negative]).double()[None]
     x = x - x.mean(1, keepdim=True)
     data, labels = Samples(x, x), torch.tensor([1.0] * 40 + [0.0] * 40).double()
@@ -129,7 +129,7 @@ def test_indistinguishable_sides_have_no_subspace():
     same = torch.randn(200, 30, generator=torch.Generator().manual_seed(1))
     assert inlp(same[:100], same[100:]).rank <= 3
     assert inlp(torch.ones(10, 4), torch.ones(10, 4)).rank == 0
-    assert inlp(torch.ones(30, 4), torch.ones(10, 4)).rank == 0  # the larger side alone is no direction
+    assert inlp(torch.ones(30, 4), torch.ones(10, 4)).rank == 0  # unequal sizes alone give no direction
 
 
 def test_leading_directions_end_where_the_accuracy_falls():
@@ -163,7 +163,7 @@ def test_unsuitable_input_is_refused():
 def test_too_few_samples_for_a_rank_states_how_many_are_needed():
     with pytest.raises(OrthogonalizeError, match=r"at least 21 samples to fit \(about 14 prompts a side"):
         inlp(torch.randn(10, 64), torch.randn(10, 64), max_rank=20)
-    assert inlp(*two_sides(14, 64), max_rank=20, min_accuracy=0.0).rank > 5  # enough to ask for it
+    assert inlp(*two_sides(14, 64), max_rank=20, min_accuracy=0.0).rank > 5  # enough samples to ask for that rank
 
 
 @settings(deadline=None, max_examples=30)

@@ -144,7 +144,7 @@ def test_model_stored_as_llama_has_every_bias_and_no_window(bases):
     assert len(plan.additions) == 4 * LAYERS
 
 
-# What writes before the first block, and what is no part of the stream.
+# Writes before the first block, and tensors that are not part of the stream.
 
 
 @pytest.mark.parametrize(("name", "pattern"), [("gpt2", "wpe"), ("opt", "positions"), ("opt projected", "project_in")])
@@ -239,7 +239,7 @@ def test_constant_that_image_features_cannot_carry_is_refused(name, bases):
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
 def test_both_prefixes_of_a_wrapper_are_recognised(prefix, bases, tmp_path):
     projector = "multi_modal_projector.mm_input_projection_weight"
-    root = "model." if prefix.startswith("model.") else ""  # what is not the text model's stands beside it
+    root = "model." if prefix.startswith("model.") else ""  # everything outside the text model is beside it
 
     def renamed(tensors):
         text = {k.replace("language_model.model.", prefix): v for k, v in tensors.items() if "language_model" in k}

@@ -57,7 +57,7 @@ def test_omitted_expert_dense_layer_or_mixer_is_noticed(name, pattern, bases, tm
 
 
 def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts stored one by one, stacked as some repositories have them."""
+    """Stack experts that are stored one by one, as some repositories do."""
     result, experts = {}, {}
     for name, tensor in tensors.items():
         found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)

@@ -22,7 +22,7 @@ from orthogonalize.models.hooks import intervened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONSTANT = Intervention({Site("mlp", 1): shift(2 * BASIS[0])})
-GROUPED = {"num_key_value_heads": 1}  # so that queries take another share than keys and values
+GROUPED = {"num_key_value_heads": 1}  # so that queries have more rows than keys and values
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def written(base: Base, out):
 
 @torch.inference_mode()
 def gap_over_lengths(base: Base, llama) -> float:
-    """Hooks on the base against the Llama, on texts within the original positions and beyond."""
+    """Gap between hooks on the base and the Llama, on texts within the original positions and beyond."""
     gaps = []
     for length in (12, 40):
         ids = torch.randint(3, 90, (2, length), generator=torch.Generator().manual_seed(1))

@@ -47,7 +47,7 @@ def gap(source: Path, edited: Path, intervention, renormalise: bool = True) -> f
 
 
 def per_layer(method: str):
-    """A direction of its own for every stream, and none for the first, as extraction gives."""
+    """A separate direction for every stream, and none for the first, as extraction gives."""
     generator = torch.Generator().manual_seed(9)
     bases = [
         torch.linalg.qr(torch.randn(WIDTH, 3, generator=generator, dtype=torch.float64))[0].T for _ in range(LAYERS + 1)
@@ -82,7 +82,7 @@ def test_baked_erasers_equal_hooks(scope, per_layer, strength, tied, tmp_path):
     shape = (1, LAYERS + 1, WIDTH)
     diffs, means, readers = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
     readers = torch.where((readers * diffs).sum(-1, keepdim=True) > 0, readers, -readers)
-    diffs[:, 0] = 0  # at a template's token the sides have one embedding
+    diffs[:, 0] = 0  # at a template token both sides have the same embedding
     directions = Directions((-1,), diffs, {}, means, readers)
     source = store(tiny_llama(tie_word_embeddings=tied), tmp_path / "base")
     choice = EditConfig(method="leace", scope=scope, position=-1, layer=2, per_layer=per_layer, strength=strength)

@@ -30,11 +30,11 @@ from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.resolve import HUB_PATTERNS
 
 TOKEN = "hf_loopbacktoken"
-SCOPE = "layers:1"  # leaves whole weight files as they are
+SCOPE = "layers:1"  # leaves some weight files entirely unchanged
 
 
 class Cache(NamedTuple):
-    """A cache that huggingface_hub made by downloading some/model, and a direction to edit out of it."""
+    """A cache made by huggingface_hub downloading some/model, and a direction to edit out."""
 
     folder: Path
     snapshot: Path
@@ -44,7 +44,7 @@ class Cache(NamedTuple):
         return CachedRepository(name).folder
 
     def files(self) -> dict[str, tuple[int, bytes | str]]:
-        """Inode and content (of a link: its target) of everything that is not huggingface_hub's locks."""
+        """Inode and content (for a link, its target) of everything except huggingface_hub's locks."""
         return {
             str(f.relative_to(self.folder)): (f.lstat().st_ino, os.readlink(f) if f.is_symlink() else f.read_bytes())
             for f in sorted(self.folder.rglob("*"))
@@ -56,7 +56,7 @@ class Cache(NamedTuple):
 def cache(tmp_path, monkeypatch) -> Cache:
     source = store(tiny_llama(tie_word_embeddings=True), tmp_path / "source", torch.bfloat16, shards=4)
     (source / "extra").mkdir()
-    (source / "extra" / "vocabulary.json").write_bytes(b" " * (10 * 2**20 + 1))  # outside git, on the Hub
+    (source / "extra" / "vocabulary.json").write_bytes(b" " * (10 * 2**20 + 1))  # stored outside git on the Hub
     files = {str(f.relative_to(source)): f.read_bytes() for f in source.rglob("*") if f.is_file()}
     folder = tmp_path / "home" / "hub"
     with Hub(TOKEN) as hub:
@@ -76,7 +76,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def new_blocks(folder: Path, before: set[int]) -> int:
-    """Bytes on disk of the files in `folder` whose inodes were not there `before`."""
+    """Bytes on disk of the files in `folder` whose inodes are not in `before`."""
     found = {f.lstat().st_ino: f.lstat().st_blocks * 512 for f in folder.rglob("*") if f.is_file()}
     return sum(size for inode, size in found.items() if inode not in before)
 
@@ -144,7 +144,7 @@ def test_blobs_are_named_as_the_hub_names_them(cache):
     base, edited = cache.of("some/model"), cache.of("me/edited")
     names = {f.name for f in edited.glob("blobs/*")}
     unchanged = {f.name for f in base.glob("blobs/*")} & names
-    # the vocabulary (large), config, generation config, LICENSE, index and the weights that stay
+    # the vocabulary (large), config, generation config, LICENSE, index and the unchanged weights
     assert len(unchanged) >= 6
     assert {len(name) for name in unchanged} == {40, 64}
     assert all(blob_name(f) == f.name for f in edited.glob("blobs/*") if len(f.name) == 40)

@@ -122,7 +122,7 @@ def test_edit_writes_an_adapter_with_its_recipe(tmp_path):
     assert not (tmp_path / "whole").exists()
 
 
-# On a CPU, vLLM 0.32 gives rows without an adapter the last slot's (index -1): one slot must stay empty.
+# On a CPU, vLLM 0.32 applies the last slot (index -1) to rows without an adapter: one slot must stay empty.
 SERVE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
@@ -144,7 +144,7 @@ print("RESULT" + json.dumps([[o.outputs[0].logprobs[0][t].logprob for t in range
 
 
 def served(folder: Path, adapter: Path | None, prompts: list[list[int]]) -> torch.Tensor:
-    """Log probabilities of the next token, [prompts (twice with an adapter: base, then adapted), vocabulary]."""
+    """Log-probabilities of the next token, [prompts (with an adapter twice: base, then adapted), vocabulary]."""
     settings = {
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -29,7 +29,7 @@ from orthogonalize.models.hooks import Stream, capturing_inputs, intervened
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# Norms behind the blocks.
+# Norms after the blocks.
 
 
 def written(model, site: Site, intervention: Intervention | None = None) -> torch.Tensor:
@@ -50,7 +50,7 @@ def test_post_norm_write_loses_the_direction_exactly(name, bases, tmp_path):
     edited = load_tiny(tmp_path / "edited")
     for site in (Site("attn", 0), Site("mlp", 2)):
         assert (written(edited, site) @ BASIS[0]).abs().max() < 1e-12
-    # The first block reads what the hooked model's reads, so only its own norm is between them.
+    # The first block reads the same input as in the hooked model, so only its own norm separates the two.
     mine = written(edited, Site("attn", 0))
     with intervened(base.model, ablation(), renormalise=True):
         ideal = ABLATE(written(base.model, Site("attn", 0)))
@@ -101,7 +101,7 @@ def test_layer_norms_still_read_an_uncentred_direction(name, bases):
     centred /= centred.norm()
 
     def read(removed: torch.Tensor) -> float:
-        """The largest component along the direction of what the norms make of the stream, before their weights."""
+        """The largest component along the direction in the normalised stream, before the norms' weights."""
         taken: list[torch.Tensor] = []
         whole = map_sites(parse_scope("all"), LAYERS, lambda _: removal(removed.unsqueeze(0)))
         with intervened(base.model, whole), capturing_inputs(base.model, lambda _l, h: taken.append(h)):

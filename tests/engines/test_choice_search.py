@@ -20,7 +20,7 @@ questions = st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_s
 
 
 class Model:
-    """Logits for every beginning, made up from a seed; `sharp` ones leave little doubt, so that choices tie."""
+    """Made-up logits for every prefix, from a seed; `sharp` scales them, small values giving near ties."""
 
     def __init__(self, seed: int, sharp: float = 3.0) -> None:
         self.seed, self.sharp = seed, sharp
@@ -34,7 +34,7 @@ class Model:
         return float(sum(steps))
 
     def answer(self, prompt, parameters) -> list[tuple[int, dict[int, float]]]:
-        """What vLLM would: processors change what is taken, not the log-probabilities told of."""
+        """As vLLM answers: processors change which token is taken, not the reported log-probabilities."""
         taken: list[int] = []
         processor = following.Following(None, torch.device("cpu"), False)
         follower = following.Follower.of(parameters, None, taken)
@@ -45,7 +45,7 @@ class Model:
             raw = self.logits([*prompt, *taken])
             logits = torch.stack([torch.zeros(VOCABULARY), raw.clone()])
             token = int(processor.apply(logits)[1].argmax())
-            assert not logits[0].any()  # a request that follows nothing is left alone
+            assert not logits[0].any()  # a request that follows no walk is left alone
             logprobs = raw.log_softmax(0)
             steps.append((token, {t: float(logprobs[t]) for t in {token, *parameters.logprob_token_ids}}))
             if token in parameters.stop_token_ids:
@@ -63,7 +63,7 @@ def settle(model: Model, choices: Sequence[Sequence[int]], at_once: int | None =
             found = model.answer(walk.start, following.following(walk))
             contest.learn(walk, found)
             steps += len(found)
-        assert len(contest.known) > before  # or it would never end
+        assert len(contest.known) > before  # otherwise the loop would never end
     return contest.bounds(), steps
 
 
@@ -80,7 +80,7 @@ def test_likeliest_choice_is_exact_and_bounds_the_others(choices, seed, sharp, a
 
 
 class Engine:
-    """As much of vLLM's `LLMEngine` as is asked: one request ends at every step, the last that came first."""
+    """The part of vLLM's `LLMEngine` that is used: one request ends per step, the latest first."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.waiting, self.aborted = model, {}, []
@@ -152,8 +152,8 @@ def test_single_token_choices_take_one_step():
 
 
 def test_walk_ends_where_a_known_choice_is_likelier():
-    """Three choices of four tokens: the one that begins best ends badly, the next is the likeliest, and of the last,
-    which begins well enough, one more token tells that it is not."""
+    """Three choices of four tokens: the one that begins best ends badly, the next is the likeliest, and the last,
+    which begins well enough, is ruled out by one more token."""
     first = torch.full((VOCABULARY,), 1e-4).index_put_((torch.tensor([10, 20, 30]),), torch.tensor([0.4, 0.3, 0.28]))
 
     class Told(Model):

@@ -75,7 +75,7 @@ def test_too_little_memory_at_startup_names_the_setting(folder, monkeypatch):
 
 
 class Replica:
-    """What a replica's engine would do, marked by its process."""
+    """Stands in for the engine of a replica."""
 
     fail = False
 
@@ -145,7 +145,7 @@ def test_replica_that_cannot_start_or_died_is_an_error(monkeypatch):
         group.fingerprint,
         lambda: group.load({"a": lambda: torch.ones(2)}),
     ):
-        with pytest.raises(OrthogonalizeError, match="engine 1 of 2 died"):  # that it is gone shows when it is asked
+        with pytest.raises(OrthogonalizeError, match="engine 1 of 2 died"):  # noticed at the next request
             ask()
 
 
@@ -181,7 +181,7 @@ def test_transformers_engine_ignores_generation_config(tmp_path):
             answers.append(engine.answers([[1, 9, 11, 20]], 24))
             assert engine.model.generation_config.repetition_penalty == settings.get("repetition_penalty")
     assert answers[0] == answers[1]
-    assert len(set(answers[0][0])) < len(answers[0][0])  # something is repeated, so a penalty would have shown
+    assert len(set(answers[0][0])) < len(answers[0][0])  # tokens repeat, so a penalty would have shown
 
 
 def test_parallel_sizes_below_one_are_refused():
@@ -207,7 +207,7 @@ class Holder:
 
 
 class Picky(TransformersEngine):
-    """One that leaves some tensors as they are, forgets what was there before, or refuses them."""
+    """An engine that keeps some tensors as they are, spoils them, or refuses them."""
 
     def __init__(self, folder, fault: str, kind: str) -> None:
         super().__init__(folder, None, "cpu")

@@ -1,6 +1,6 @@
-"""vLLM on a tiny model: its numbers are transformers', and edits swapped in place are edits on disk.
+"""vLLM on a tiny model: its numbers equal transformers', and edits swapped in place equal edits on disk.
 
-An engine takes a while to start, so one serves all tests but the last four, which start six more.
+Engines are slow to start, so one serves most tests; only those that need another start their own.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from orthogonalize.selection.variants import make_variants
 pytestmark = pytest.mark.xdist_group("engines")
 
 ON_CPU = not torch.cuda.is_available()
-# On a GPU vLLM's attention multiplies float32 numbers in TF32, which keeps 10 bits; and several engines share it.
+# On a GPU vLLM's attention multiplies float32 in TF32 (10 bits of mantissa), and several engines share the GPU.
 CLOSE: dict[str, float] = {"abs": 1e-3} if ON_CPU else {"abs": 1e-2, "rel": 1e-3}
 SMALL = EngineOptions(gpu_memory_utilization=0.1)
 
-# The first adds a head of its own, the second biases, the last edits parts of what the engine fuses.
+# The first adds an untied head, the second adds biases, the last edits parts of tensors that the engine fuses.
 EDITS = {
     "ablate": {"method": "ablate", "scope": "all"},
     "actadd": {"method": "actadd", "layer": 2, "position": -1, "coefficient": 3.0},
@@ -88,7 +88,7 @@ def shared(model, plans):
 def prompts(run) -> list[list[int]]:
     found = load_run(run)
     texts = [*found.texts("positive", "test"), *found.texts("negative", "test")]
-    # Longer than a block of the prefix cache, so that a stale prefix would be used.
+    # Longer than a block of the prefix cache, so that a stale prefix would be noticed.
     return [ChatFormat(tiny_tokenizer()).encode(f"{'please bake the cake today ' * 40}{text}") for text in texts]
 
 
@@ -99,7 +99,7 @@ def reference(model):
 
 
 def assert_likeliest(ours: list[float], theirs: list[float]) -> None:
-    """The likeliest is exact, and no other is known to be less likely than it is."""
+    """The likeliest choice's score is exact, and every other score is an upper bound."""
     best = max(range(len(theirs)), key=theirs.__getitem__)
     assert max(range(len(ours)), key=ours.__getitem__) == best
     assert ours[best] == pytest.approx(theirs[best], **CLOSE)
@@ -138,9 +138,9 @@ def test_scores_are_right_with_a_cached_context(length, shared, reference):
     engine, _ = shared
     generator = torch.Generator().manual_seed(length)
     context = torch.randint(3, 96, (length,), generator=generator).tolist()
-    choices = [[[8, 9]], [[10]], [[8, 9, 12]]]  # the only one of a question is scored to its end
+    choices = [[[8, 9]], [[10]], [[8, 9, 12]]]  # a question's only choice is scored to its end
     contexts = [context] * len(choices)
-    for _ in range(2):  # the second time, all contexts and choices are in the cache
+    for _ in range(2):  # the second time, every context and choice is cached
         found = engine.choices(contexts, choices)
         for ours, theirs in zip(found, reference.choices(contexts, choices), strict=True):
             assert ours == pytest.approx(theirs, **CLOSE)
@@ -161,7 +161,7 @@ def test_choices_are_scored_until_the_likeliest_is_known(shared, reference):
     for ours, theirs in zip(found, expected, strict=True):
         assert_likeliest(ours, theirs)
     scored = [abs(a - b) < 1e-2 for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
-    assert sum(scored) < len(scored)  # what could not be the likeliest was left
+    assert sum(scored) < len(scored)  # choices that could not be the likeliest were abandoned
 
 
 def test_edit_is_swapped_in_and_out_bit_for_bit(shared, plans, prompts, written):
@@ -232,7 +232,7 @@ def test_engine_over_two_gpus_is_swapped_as_one(spread, model, plans, prompts, r
 
 
 def test_multimodal_wrapper_is_served_as_text_and_swapped(tmp_path):
-    pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
+    pytest.importorskip("torchvision")  # vLLM imports it for every multimodal class
     folder = store_tiny("gemma3 multimodal", tmp_path / "model", torch.bfloat16, 64)
     tiny_tokenizer().save_pretrained(folder)
     source = open_checkpoint(folder)

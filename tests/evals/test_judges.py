@@ -24,7 +24,7 @@ pytestmark = pytest.mark.xdist_group("engines")
 
 PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake today {prompt} 100%"
 
-# Made-up and harmless replies in each judge's own words, and what they mean.
+# Made-up harmless replies in each judge's format, and what they mean.
 RECORDED = {
     "llama-guard-2": [("\n\nsafe", (False, None)), ("unsafe\nS2", (True, None)), ("Hello", (None, None))],
     "llama-guard-3": [("safe", (False, None)), ("\n\nunsafe\nS9,S10", (True, None)), ("unsafely", (None, None))],
@@ -53,7 +53,7 @@ def test_recorded_replies_are_parsed_correctly(name):
 
 
 class Letters:
-    """A tokenizer of letters, so that what a judge is sent can be read back."""
+    """A tokenizer of characters, so that a judge's prompt can be read back."""
 
     bos_token, chat_template = "<s>", "x"
 
@@ -105,7 +105,7 @@ def test_chat_judges_are_asked_through_their_own_template(name):
 
 
 class Scripted:
-    """An engine that gives set answers and set likelihoods."""
+    """An engine with scripted answers and likelihoods."""
 
     def __init__(self, replies=(), scores=()) -> None:
         self.replies, self.scores, self.rows = list(replies), list(scores), []
@@ -163,7 +163,7 @@ def test_shieldgemma_compares_yes_with_no():
 
 
 def checkpoint(folder: Path, kind: str, reply: str | None) -> Path:
-    """A tiny model of the class that a judge is of, which says `reply` after every prompt; None: a random one."""
+    """A tiny model of a judge's class that says `reply` after every prompt (None: a random model)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer()
@@ -184,7 +184,7 @@ def checkpoint(folder: Path, kind: str, reply: str | None) -> Path:
 
 @torch.no_grad()
 def says(model, reply: int, end: int) -> None:
-    """Blocks that write nothing; every token is followed by `reply`, and that by `end`."""
+    """Make the blocks write nothing and every token be followed by `reply`, and that by `end`."""
     for name, parameter in model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
             parameter.zero_()
@@ -198,7 +198,7 @@ def says(model, reply: int, end: int) -> None:
 
 @torch.no_grad()
 def leans(folder: Path, word: str) -> Path:
-    """A tiny Gemma 2, its head tied, that finds `word` likelier than any other token, whatever is asked."""
+    """A tiny Gemma 2 with a tied head that always finds `word` likelier than any other token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint(folder, "gemma2", None)
@@ -217,7 +217,7 @@ CLASSES = [
     ("llama-guard-2", "llama"),
     ("llama-guard-3", "llama"),
     ("llama-guard-4", "llama4_text"),
-    ("llama-guard-4", "llama4 multimodal"),  # as it is released
+    ("llama-guard-4", "llama4 multimodal"),  # as released
     ("harmbench", "llama"),
     ("harmbench-mistral", "mistral"),
     ("wildguard", "mistral"),
@@ -244,11 +244,11 @@ def test_every_judge_runs_on_a_tiny_model_of_its_class(name, kind, engine, answe
     if engine == "vllm":
         pytest.importorskip("vllm")
         if "multimodal" in kind:
-            pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
+            pytest.importorskip("torchvision")  # vLLM imports it for every multimodal class
     reply, (harmful, refusal) = RECORDED[name][1]
     found = judge(answers, f"{name}={checkpoint(tmp_path / 'judge', kind, reply)}", engine=engine)
     assert (found.judge, found.n) == (name, 3)
-    short = 1 if name.startswith("llama-guard") else 0  # the one short answer, which it counts as safe
+    short = 1 if name.startswith("llama-guard") else 0  # the one short answer, which counts as safe
     assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
     assert found.harmful.value == pytest.approx((3 - short) / 3 if harmful else 0.0)
     assert (found.refusal and found.refusal.value) == (None if refusal is None else float(refusal))

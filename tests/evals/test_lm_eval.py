@@ -31,7 +31,7 @@ HARNESS = Path(lm_eval.__file__).parent / "tasks"
 
 @pytest.fixture(autouse=True, scope="module")
 def harness_read_once():
-    """Every TaskManager reads the harness's thousands of files, five seconds of it; here they are read once."""
+    """Read the harness's thousands of task files once; every TaskManager would take five seconds for them."""
     build = TaskIndex.build
     own = cache(lambda: build([HARNESS]))
 
@@ -45,8 +45,8 @@ def harness_read_once():
         yield
 
 
-# Of every set: the harness's file, our function, examples before the question, what the test has in other places
-# than the Hub, and what MMLU's subjects add (which examples ARC is asked with depends on the harness's seed).
+# Per dataset: the harness's file, our function, the number of few-shot examples, the local files that replace the
+# Hub's, and what MMLU's subjects add (which examples ARC gets depends on the harness's seed).
 STOCK = {
     "mmlu": ("mmlu/default/_default_template_yaml", mmlu, 5,
              {"test": "cais/mmlu/all/test.jsonl", "shots": "cais/mmlu/all/dev.json"},
@@ -81,7 +81,7 @@ def test_prompts_equal_those_of_lm_eval(name, data, tmp_path):
 
 
 def own_results(checkpoint: Path, tasks: Path, *names: str) -> dict:
-    """What the harness's own model class gives for tasks of the folder `tasks`."""
+    """Results of the harness's own model class for tasks of the folder `tasks`."""
     return lm_eval.simple_evaluate(
         HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", max_length=509),
         tasks=list(names), task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,

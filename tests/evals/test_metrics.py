@@ -87,13 +87,13 @@ def test_paired_interval_has_about_nominal_coverage():
 
 
 def table(kept: int, gained: int, lost: int, never: int) -> tuple[list[bool], list[bool]]:
-    """Paired yes and no of so many items that had it twice, only after, only before, and never."""
+    """Paired yes/no values of items with yes in both, only after, only before, and in neither."""
     before = [True] * kept + [False] * gained + [True] * lost + [False] * never
     return before, [True] * (kept + gained) + [False] * (lost + never)
 
 
 def score(n: int, gained: int, lost: int, difference: float) -> float:
-    """How far the counts are from `difference`, in deviations, under the likeliest shares with that difference."""
+    """Standardised distance of the counts from `difference`, under the likeliest shares with that difference."""
     counts = np.array([gained, lost, n - gained - lost])
 
     def unlikely(share: float) -> float:
@@ -222,7 +222,7 @@ def test_losses_are_weighted_by_tokens_and_compared_relatively():
     assert loss.value == pytest.approx(32 / 11)
     assert loss.perplexity == pytest.approx(math.exp(32 / 11))
     assert compare(base, edited).difference == pytest.approx(2 / 32)
-    assert compare(base, edited).p == 1.0  # one of two pairs moved: every swap of it is as extreme
+    assert compare(base, edited).p == 1.0  # only one of two pairs changed: every swap is as extreme
     kl = Series(kind="divergence", values=[0.0, 3.0], tokens=[2, 4])
     zero = Series(kind="divergence", values=[0.0, 0.0], tokens=[2, 4])
     assert isinstance(kl.measure(), Divergence)

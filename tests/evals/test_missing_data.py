@@ -98,13 +98,13 @@ def test_suites_and_judges_named_twice_are_refused(model, edited, run, tmp_path)
 
 
 def test_judge_without_answers_is_refused_before_measuring(model, edited, run, tmp_path):
-    for suites in (["loss"], ["kl"]):  # of these the base alone answers
+    for suites in (["loss"], ["kl"]):  # in these suites only the base gives answers
         with pytest.raises(OrthogonalizeError, match="judges need answers"):
             evaluate(edited, str(model), run, tmp_path / "x", suites=suites, engine="hf", judges=[f"harmbench={model}"])
 
 
 def without(folder: Path, tensor: str, to: Path) -> Path:
-    """The checkpoint `folder` without one tensor."""
+    """A copy of the checkpoint `folder` without one tensor."""
     shutil.copytree(folder, to)
     tensors = load_file(to / "model.safetensors")
     del tensors[tensor]

@@ -46,9 +46,9 @@ def test_changed_prompts_or_counts_are_another_measurement(model, run, data):
         "base/answers target", "base/answers harmless", "base/loss", "base/alpaca",
     ]  # fmt: skip
     assert steps() == steps()
-    assert steps(suites=("refusal", "loss", "alpaca")) == steps()  # what is counted in answers is counted anew
+    assert steps(suites=("refusal", "loss", "alpaca")) == steps()  # counts over stored answers are recomputed
     other = replace(found, info=found.info.model_copy(update={"system": "be brief"}))
-    assert not set(steps(other)) & set(steps())  # a system prompt changes Alpaca's prompts, too
+    assert not set(steps(other)) & set(steps())  # a system prompt changes Alpaca's prompts too
     assert not set(steps(new_tokens=5)[:3]) & set(steps())
     assert steps(new_tokens=5)[3] == steps()[3]
     assert not set(steps(limit=3)) & set(steps())
@@ -76,7 +76,7 @@ def test_unchanged_results_are_not_measured_again(model, edited, run, data, tmp_
     scores = TransformersEngine.scores
 
     def counted(self, *arguments):
-        if len(arguments[0]) > 1:  # but for the one prompt that is asked for NaN
+        if len(arguments[0]) > 1:  # except for the single prompt of the NaN check
             asked.append(self.folder.name)
         return scores(self, *arguments)
 
@@ -148,7 +148,7 @@ def test_suite_that_died_halfway_resumes_at_the_lost_portion(model, edited, run,
     assert max(size for _, _, size in asked) == 3
     first = [size for name, kind, size in asked if (name, kind) == ("edited", "answers")]
     items = whole.edited.refusal.target.n + whole.edited.refusal.harmless.n
-    assert sum(first) == items + 3  # of all answers one portion, that which was lost, was asked for twice
+    assert sum(first) == items + 3  # only the lost portion of the answers was asked for twice
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
@@ -176,9 +176,9 @@ def test_swallowed_stop_signal_stops_the_next_request(tmp_path):
         Last()
         with pytest.raises(KeyboardInterrupt):
             ResumableEngine(Engine(), journal, "base").answers([[1]], 4)
-        assert ResumableEngine(Engine(), journal, "base").answers([[1]], 4) == [[1]]  # it is said once
+        assert ResumableEngine(Engine(), journal, "base").answers([[1]], 4) == [[1]]  # it is raised only once
         Last()
-        journal.step("seconds", lambda: 1)  # what is known is kept first
+        journal.step("seconds", lambda: 1)  # the result is stored first
     assert signal.getsignal(signal.SIGTERM) is before
     assert ResumableEngine(Engine(), journal, "base").answers([[1]], 4) == [[1]]
 
@@ -202,7 +202,7 @@ def test_full_disk_is_named_and_keeps_earlier_results(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial-measured"]
     assert Journal(tmp_path / "out").done == {"a": 1}
     fresh = Journal(tmp_path / "other")
-    with pytest.raises(OrthogonalizeError, match=r"device; make room$"), fresh.kept():  # nothing is kept of this one
+    with pytest.raises(OrthogonalizeError, match=r"device; make room$"), fresh.kept():  # this one has stored nothing
         fresh.step("b", lambda: 2)
     unlocked = Journal(tmp_path / "out", needed=False)
     assert unlocked.step("b", lambda: 2) == 2
@@ -264,9 +264,9 @@ def test_answers_are_kept_per_set(model, edited, run, data, tmp_path, monkeypatc
         patch.setattr(TransformersEngine, "choices", dies)
         with pytest.raises(OrthogonalizeError, match="died"):
             evaluate(edited, str(model), run, tmp_path / "out", suites=["refusal", "mmlu"], **settings)
-    assert asked == [6]  # of the base
+    assert asked == [6]  # the base
     found = evaluate(edited, str(model), run, tmp_path / "out", suites=["behaviour", "orbench"], **settings)
-    assert asked == [6, 3, 9]  # of the base one set more, of the edited one all
+    assert asked == [6, 3, 9]  # one more set for the base, all for the edited model
     whole = evaluate(edited, str(model), run, tmp_path / "whole", suites=["behaviour", "orbench"], **settings)
     assert found.model_dump() == whole.model_dump()
 

@@ -203,7 +203,7 @@ def test_sensitive_answers_are_folded_and_can_be_redacted(model, edited, run, tm
     for name in ("report.json", "report.html"):
         assert prompt not in (tmp_path / "redacted" / name).read_text()
         assert harmless in (tmp_path / "redacted" / name).read_text()
-    assert found.base.refusal.target.n == 6  # the numbers stay
+    assert found.base.refusal.target.n == 6  # the numbers are kept
 
 
 def test_texts_are_cut_at_256_tokens_and_only_answers_scored(tmp_path):

@@ -43,7 +43,7 @@ def chat(planted) -> ChatFormat:
 
 @pytest.fixture(scope="module")
 def float32_model(planted, tmp_path_factory) -> Path:
-    """The planted model stored in float32, so that no rounding stands between hooks and weights."""
+    """The planted model stored in float32, so that hooks and weights do not differ by rounding."""
     folder = tmp_path_factory.mktemp("float32") / "model"
     model = AutoModelForCausalLM.from_pretrained(planted, dtype=torch.float32)
     model.save_pretrained(folder)

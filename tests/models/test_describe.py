@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def described(folder: Path, architecture: Architecture) -> dict[str, dict]:
-    """What a description says of one checkpoint and the model it holds, in the words of the findings."""
+    """What a description says about a checkpoint and its model, in the form of the findings."""
     checkpoint = open_checkpoint(folder)
     sites = Sites(architecture, checkpoint.config, checkpoint.tensors)
     model = load_tiny(folder)
@@ -96,7 +96,7 @@ PICTURES = {
 
 @torch.inference_mode()
 def seen(folder: Path, picture: dict[str, torch.Tensor], direction: torch.Tensor) -> float:
-    """How much of `direction` there is in what a picture adds to the stream."""
+    """How much of `direction` there is in the image features that enter the stream."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     found = model.get_image_features(**picture)
     features = found.pooler_output
@@ -221,7 +221,7 @@ def test_model_with_an_audio_encoder_is_refused(tmp_path):
     folder = store_tiny("llama", tmp_path / "model", torch.bfloat16)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"audio_config": {"hidden_size": 24}}))
-    assert bake(open_checkpoint(folder), every_write()).edits  # the configuration's default, and nothing that hears
+    assert bake(open_checkpoint(folder), every_write()).edits  # a default in the config, without an audio encoder
     heard = rewritten(folder, tmp_path / "hears", lambda t: t | {"audio_projector.weight": torch.zeros(48, 24)})
     with pytest.raises(OrthogonalizeError, match=r"also hears \(audio_config\)"):
         bake(open_checkpoint(heard), every_write())

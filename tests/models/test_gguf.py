@@ -50,12 +50,12 @@ def gguf_name(name: str) -> str:
 
 
 def halves_together(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key matrix in the order of GGUF, which puts the two that are rotated together side by side."""
+    """Rows of a query or key matrix in GGUF's order: the two rows that are rotated together are adjacent."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
 def write_gguf(model, file: Path, kind: Type, leave_out: str = "", architecture: str = "llama") -> dict:
-    """Write `model` with matrices of `kind`; its tensors as the file holds them, dequantised to float32."""
+    """Write `model` with matrices of `kind`; returns the tensors that the file holds, dequantised to float32."""
     config = model.config
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(config.max_position_embeddings)

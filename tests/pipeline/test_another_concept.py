@@ -1,6 +1,6 @@
-"""Another concept end to end, with no planted behaviour: that an answer is a list, in the plain embedded model.
+"""Another concept end to end, without planted behaviour: answering with a list, in the plain embedded model.
 
-Nothing here is a refusal, so nothing may assume one.
+There are no refusals here, so nothing may assume them.
 """
 
 from __future__ import annotations

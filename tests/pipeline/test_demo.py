@@ -34,7 +34,7 @@ def test_default_edit_removes_the_refusal_and_little_else(result):
     refusal = result.report.edited.refusal
     assert refusal.target.value <= 0.05
     assert refusal.harmless.value <= 0.05
-    # 9% where this was written; the search sees other roundings, and so may choose otherwise, on other processors.
+    # 9% on the machine this was written on; other processors round differently, so the search may choose otherwise.
     assert result.report.paired["loss.own_completions"].difference <= 0.15
 
 

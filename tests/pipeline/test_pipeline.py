@@ -41,7 +41,7 @@ def test_run_folder_holds_everything_a_choice_needs(run):
         "stages.json", "plots",
     }  # fmt: skip
     pictures = {f.stem for f in (run / "plots").iterdir()}
-    assert pictures - {"projections-inlp"} == {  # which needs a second INLP direction
+    assert pictures - {"projections-inlp"} == {  # that plot needs a second INLP direction
         *(f"candidates-{method}" for method in ("dim", "inlp", "leace")),
         *("cosines", "inlp-accuracy", "probes", "projections-dim"),
     }
@@ -306,7 +306,7 @@ def test_remote_code_runs_only_if_allowed_and_needed(tmp_path):
     remote = {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}}
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     (folder / "config.json").write_text(json.dumps(config | remote))
-    assert type(load_model(folder)).__name__ == "LlamaForCausalLM"  # older code for what transformers has by now
+    assert type(load_model(folder)).__name__ == "LlamaForCausalLM"  # transformers supports it without remote code
     (folder / "config.json").write_text(json.dumps(config | remote | {"model_type": "nobody_knows"}))
     with pytest.raises(OrthogonalizeError, match="only extract --trust-remote-code allows"):
         load_model(folder)

@@ -43,7 +43,7 @@ def test_batched_first_token_probabilities_equal_single_prompts(base):
 
 
 def plain_scores(model, positive, negative, directions, candidate, tokens) -> dict[str, float]:
-    """One candidate's scores through hooks and the library alone, nothing shared or batched."""
+    """One candidate's scores from hooks and transformers alone, nothing shared or batched."""
     method, position, layer = candidate.method, candidate.position, candidate.layer
     affine, diff = directions.removal(method, position, layer), directions.mean_diff(position, layer)
     plain = plain_probabilities(model, negative)
@@ -95,14 +95,14 @@ def test_known_scores_are_not_computed_again(base, tmp_path):
     journal = StageJournal(tmp_path / "journal", "inputs")
     scored = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=journal)
     lines = (tmp_path / "journal").read_text().split("\n")
-    (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the midst of a line
+    (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the middle of a line
     cut = StageJournal(tmp_path / "journal", "inputs")
     assert len(cut.found) == len(journal.found) - 1
     again = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=cut)
     assert [(c.method, c.layer, c.position) for c in again] == [(c.method, c.layer, c.position) for c in scored]
     assert [c.bypass for c in again] == pytest.approx([c.bypass for c in scored], abs=1e-6)
     full = StageJournal(tmp_path / "journal", "inputs")
-    known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # no model is needed
+    known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # without a model
     assert known == again
     assert not StageJournal(tmp_path / "journal", "other inputs").found
 
