@@ -171,7 +171,7 @@ def test_refused_edits_are_remembered_per_choice_of_suites(model, run, data, tmp
 
     swapped: list[int] = []
     apply = WeightSwap.apply
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(WeightSwap, "apply", lambda self, edited: swapped.append(1) or apply(self, edited))
         patch.setattr(TransformersEngine, "choices", nan)
@@ -243,7 +243,7 @@ def test_killed_sweep_resumes_where_it_stopped(model, run, tmp_path, monkeypatch
             raise OrthogonalizeError("the engine died")
         load(self, weights)
 
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)  # the check would load weights too
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)  # the check would load weights too
     monkeypatch.setattr(TransformersEngine, "load", dies)
     with pytest.raises(OrthogonalizeError, match="died"):
         sweep(str(model), run, tmp_path / "cut", **settings)
@@ -261,7 +261,7 @@ def test_sweep_is_repeated_if_the_engine_was_not_restored(model, run, tmp_path, 
     settings = {**QUICK, "methods": ["ablate"], "scopes": ["one"]}
     with monkeypatch.context() as patch:
         seen: list[int] = []
-        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
+        patch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
         patch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
         with pytest.raises(OrthogonalizeError, match=r"did not hold the base's weights again after its edits$"):
             sweep(str(model), run, tmp_path / "sweep", **settings)
@@ -417,7 +417,7 @@ def test_engine_broken_by_an_edit_is_still_checked(model, run, tmp_path, monkeyp
     monkeypatch.setattr(sweeps, "edited_weights", nan)
     assert sweep(str(model), run, tmp_path / "whole", **settings).restored is True
     seen: list[int] = []
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
     with pytest.raises(OrthogonalizeError, match="did not hold the base's weights again"):
         sweep(str(model), run, tmp_path / "sweep", **settings)

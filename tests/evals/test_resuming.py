@@ -241,7 +241,7 @@ def test_results_of_an_untrusted_engine_are_discarded(model, edited, run, tmp_pa
         "orthogonalize.evals.setup.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
     )
     prints = iter("abcdefgh")
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: next(prints))
     settings = {"suites": ["refusal"], "max_new_tokens": 4}
     with pytest.raises(OrthogonalizeError, match=r"use --separate-engines$"):
@@ -283,7 +283,7 @@ def test_swapped_base_is_not_reused_for_separate_engines(model, edited, run, tmp
     settings = {"suites": ["refusal"], "max_new_tokens": 4}
     fingerprint = TransformersEngine.fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
+        patch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
         patch.setattr("orthogonalize.commands.evaluate.partial", lambda *_: pytest.fail("the second swap"))
         with pytest.raises(BaseException, match="the second swap"):
             evaluate(edited, str(model), run, tmp_path / "out", **settings)

@@ -317,7 +317,7 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(model, run, tmp_path, monkeypa
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orthogonalize.editing._write", interrupted)
+    monkeypatch.setattr("orthogonalize.commands.edit._write", interrupted)
     status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
     assert status == 130
     assert "interrupted" in said
@@ -328,13 +328,13 @@ def test_out_of_memory_is_a_one_line_error_in_every_command(model, run, tmp_path
     def full(*_args, **_options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
-    monkeypatch.setattr("orthogonalize.editing._write", full)
+    monkeypatch.setattr("orthogonalize.commands.edit._write", full)
     status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
     assert status == 1
     assert "memory ran out: DefaultCPUAllocator" in said
     assert "nothing half-finished was left" in said
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("orthogonalize.editing._write", lambda *_: [][1])
+    monkeypatch.setattr("orthogonalize.commands.edit._write", lambda *_: [][1])
     assert isinstance(
         CliRunner().invoke(main, ["edit", str(model), "--out", str(tmp_path / "out"), "--run", str(run)]).exception,
         IndexError,
