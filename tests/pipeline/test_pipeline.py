@@ -291,15 +291,6 @@ def test_nan_weights_stop_extraction_and_name_the_layer(sources, tmp_path):
     assert "input of layer 1 hold NaN" in said
 
 
-@pytest.mark.parametrize(
-    "words", [(), ("extract",), ("edit",), ("eval",), ("push",), ("verify",), ("rank",), ("demo",)]
-)
-def test_every_command_has_a_help_page(words):
-    result = CliRunner().invoke(main, [*words, "--help"])
-    assert result.exit_code == 0
-    assert "Usage:" in result.output
-
-
 def test_remote_code_runs_only_if_allowed_and_needed(tmp_path):
     folder = store(tiny_llama(), tmp_path / "model", torch.float32)
     config = json.loads((folder / "config.json").read_text())
