@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share; what builds them lies in `helpers`."""
+"""Fixtures shared by several rooms; the code that builds them is in `helpers`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orthogonalize.selection.settings import Settings
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Keep each file's tests in one process; those that start vLLM share one, which begins at once."""
+    """Keep each file's tests in one process; files that start vLLM share one, which starts first."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(str(item.path)))
@@ -27,14 +27,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--proof", type=Path, help="Folder with proof.json and architectures.md, which are brought up to date."
-    )
+    parser.addoption("--proof", type=Path, help="Folder with proof.json and architectures.md, to be updated.")
 
 
 @pytest.fixture(scope="session")
 def proof(request):
-    """Takes what was measured about a family; at the end it goes into the documentation, if that was asked for."""
+    """Collects measurements per family; with --proof they are written to the documentation at the end."""
     from helpers.proof_table import record
 
     measured: dict[str, dict] = {}
@@ -46,7 +44,7 @@ def proof(request):
 
 @pytest.fixture
 def one_thread():
-    """Matrices this small take longer to share than to multiply."""
+    """Run torch on one thread: matrices this small take longer to distribute than to multiply."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -55,7 +53,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
-    """Tiny checkpoints of every family by name, each made once."""
+    """Tiny checkpoints of every family by name, each built once."""
     from helpers.exactness import Base
 
     folder = tmp_path_factory.mktemp("tiny")
@@ -82,7 +80,7 @@ def chat_model(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def model(request, tmp_path_factory) -> Path:
-    """A tiny model that chats; a module that needs another has a function `store_model` that writes it."""
+    """A tiny chat model; a test module can define `store_model` to write another one."""
     folder = tmp_path_factory.mktemp(request.module.__name__) / "model"
     return getattr(request.module, "store_model", store_chatting)(folder)
 
@@ -99,7 +97,7 @@ def sources(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run_settings(request) -> Settings:
-    """What `run` is extracted with; a module that needs another run has RUN_SETTINGS."""
+    """Settings of the fixture `run`; a test module can define RUN_SETTINGS to change them."""
     return getattr(request.module, "RUN_SETTINGS", SMALL)
 
 
@@ -112,7 +110,7 @@ def run(model, sources, run_settings, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def edited(model, run, tmp_path_factory) -> Path:
-    """`model` without the best direction of `run`."""
+    """`model` with the best direction of `run` removed."""
     out = tmp_path_factory.mktemp("edited") / "edited"
     edit(str(model), out, run=run, method="ablate", scope="all")
     return out

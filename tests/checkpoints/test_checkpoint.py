@@ -1,4 +1,4 @@
-"""Checkpoint folders: what is refused, what is copied, and that nothing half-written is ever seen."""
+"""Checkpoint folders: what is refused, what is copied, and that no partial result is ever visible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def some_edit(basis, scope="layers:1"):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_only_what_the_edit_names_changes(basis, tmp_path, shards):
+def test_only_the_tensors_named_by_the_edit_change(basis, tmp_path, shards):
     source = store(tiny_llama(), tmp_path / "base", torch.bfloat16, shards)
     (source / "extra").mkdir()
     (source / "extra" / "tokenizer.json").write_bytes(b"\x00\xff\r\n")
@@ -48,7 +48,7 @@ def test_only_what_the_edit_names_changes(basis, tmp_path, shards):
     assert all((edited / f.name).read_bytes() == f.read_bytes() for f in untouched)
 
 
-def test_added_tensors_are_in_the_index_and_counted(basis, tmp_path):
+def test_added_tensors_are_indexed_and_counted_in_total_size(basis, tmp_path):
     source = store(tiny_llama(), tmp_path / "base", torch.float32, shards=3)
     edited = tmp_path / "edited"
     edited.mkdir()
@@ -59,7 +59,8 @@ def test_added_tensors_are_in_the_index_and_counted(basis, tmp_path):
     assert index["metadata"]["total_size"] == sum(t.size for t in opened.tensors.values())
 
 
-def test_unedited_copies_of_the_weights_and_the_base_card_stay_behind(base, basis, tmp_path):
+def test_unedited_weight_copies_and_the_base_card_are_left_out(base, basis, tmp_path):
+    """Weights in other formats would still hold what was edited out."""
     for name in ("pytorch_model.bin", "model.gguf", "consolidated.safetensors", "onnx/model.onnx"):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_bytes(b"weights")
@@ -104,13 +105,14 @@ def damaged(base: Path, how: str) -> None:
         ("unnamed weights", "neither"),
     ],
 )
-def test_a_damaged_folder_is_refused_by_name(base, how, message):
+def test_damaged_folder_is_refused_with_the_reason(base, how, message):
     damaged(base, how)
     with pytest.raises(OrthogonalizeError, match=message):
         open_checkpoint(base)
 
 
-def test_a_missing_shard_a_foreign_path_and_a_false_index_are_refused(tmp_path):
+def test_index_that_disagrees_with_the_shards_is_refused(tmp_path):
+    """A missing shard, a path outside the folder, and an index that lists other tensors than the files hold."""
     for number, (change, message) in enumerate(
         [
             (lambda f, i: (f / next(iter(i["weight_map"].values()))).unlink(), "lacks the shard"),
@@ -130,7 +132,7 @@ def test_a_missing_shard_a_foreign_path_and_a_false_index_are_refused(tmp_path):
             open_checkpoint(folder)
 
 
-def test_weights_that_are_not_finite_or_not_floating_are_refused(base, basis, tmp_path):
+def test_non_finite_or_integer_weights_are_refused(base, basis, tmp_path):
     from safetensors.torch import save_file
 
     tensors = load_file(base / "model.safetensors")
@@ -144,7 +146,7 @@ def test_weights_that_are_not_finite_or_not_floating_are_refused(base, basis, tm
             bake(open_checkpoint(base), some_edit(basis)).write(tmp_path / f"out{number}")
 
 
-def test_an_undescribed_architecture_and_a_wrong_width_are_refused(base, basis):
+def test_undescribed_architecture_and_wrong_width_are_refused(base, basis):
     with pytest.raises(OrthogonalizeError, match="width 7 and the model's residual stream 32"):
         bake(open_checkpoint(base), some_edit(torch.eye(7)[:1]))
     config = json.loads((base / "config.json").read_text())
@@ -153,7 +155,7 @@ def test_an_undescribed_architecture_and_a_wrong_width_are_refused(base, basis):
         bake(open_checkpoint(base), some_edit(basis))
 
 
-def test_a_failed_write_leaves_neither_result_nor_remains(tmp_path):
+def test_failed_write_leaves_nothing_behind(tmp_path):
     def half() -> None:
         with complete_folder(tmp_path / "out", RUN) as partial:
             (partial / "half").write_text("x")
@@ -164,7 +166,7 @@ def test_a_failed_write_leaves_neither_result_nor_remains(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(tmp_path):
+def test_full_disk_is_reported_and_keeps_the_old_output(tmp_path):
     with complete_folder(tmp_path / "out", RUN) as partial:
         (partial / "stages.json").write_text("old")
     with (
@@ -177,7 +179,7 @@ def test_a_full_disk_is_one_clear_error_and_keeps_what_was_there(tmp_path):
         check_space(tmp_path / "out", 10**18)
 
 
-def test_a_real_full_disk_leaves_nothing_behind(basis, tmp_path):
+def test_edit_onto_a_really_full_disk_leaves_nothing_behind(basis, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", disk], capture_output=True).returncode:
@@ -195,7 +197,7 @@ def test_a_real_full_disk_leaves_nothing_behind(basis, tmp_path):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp_path):
+def test_force_replaces_only_folders_that_the_tool_made(tmp_path):
     mine, other = tmp_path / "mine", tmp_path / "other"
     with complete_folder(mine, RUN) as partial:
         (partial / "stages.json").write_text("1")
@@ -212,7 +214,7 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_run_never_shows_a_result_and_the_next_one_tidies_up(tmp_path, how):
+def test_killed_run_shows_no_result_and_the_next_cleans_up(tmp_path, how):
     code = (
         "import sys, time; from pathlib import Path\n"
         "from orthogonalize.core.output_folders import RUN, complete_folder\n"
@@ -230,23 +232,23 @@ def test_a_killed_run_never_shows_a_result_and_the_next_one_tidies_up(tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_was_about_to_be_replaced_when_a_run_was_killed_comes_back(tmp_path):
+def test_output_being_replaced_by_a_killed_run_is_restored(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
     with complete_folder(tmp_path / "out", RUN) as partial:
         (partial / "stages.json").write_text("old")
-    (tmp_path / "out").rename(tmp_path / f".out.previous-{dead.pid}")  # and there the kill came
+    (tmp_path / "out").rename(tmp_path / f".out.previous-{dead.pid}")  # killed at this point
     with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(tmp_path / "out", RUN):
         pass
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    (tmp_path / f".out.previous-{dead.pid}").mkdir()  # the kill came after the new one was in place
+    (tmp_path / f".out.previous-{dead.pid}").mkdir()  # killed after the new one was in place
     with complete_folder(tmp_path / "out", RUN, force=True) as partial:
         (partial / "stages.json").write_text("new")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "stages.json").read_text() == "new"
 
 
-def test_the_partial_folder_of_a_living_run_is_left_alone(tmp_path):
+def test_partial_folder_of_a_live_process_is_left_alone(tmp_path):
     living = tmp_path / f".out.partial-{os.getppid()}"
     living.mkdir()
     with complete_folder(tmp_path / "out", RUN) as partial:
@@ -254,7 +256,7 @@ def test_the_partial_folder_of_a_living_run_is_left_alone(tmp_path):
     assert living.exists()
 
 
-def test_force_never_replaces_a_folder_of_another_kind_or_what_the_command_reads(tmp_path):
+def test_force_spares_inputs_and_other_kinds_of_output(tmp_path):
     demo = tmp_path / "demo"
     (demo / "run").mkdir(parents=True)
     (demo / "report.json").write_text("{}")
@@ -268,7 +270,8 @@ def test_force_never_replaces_a_folder_of_another_kind_or_what_the_command_reads
         check_free(edited, EDITED, force=True, inputs=[edited])
 
 
-def test_a_second_unedited_copy_of_the_weights_stays_behind_and_auxiliary_tensors_go_along(base, basis, tmp_path):
+def test_duplicate_weights_are_left_out_and_auxiliary_ones_kept(base, basis, tmp_path):
+    """A second copy of the weights would still hold what was edited out; `mtp.safetensors` holds no copy."""
     from safetensors.torch import save_file
 
     save_file(load_file(base / "model.safetensors"), base / "model.fp16.safetensors")
@@ -281,7 +284,8 @@ def test_a_second_unedited_copy_of_the_weights_stays_behind_and_auxiliary_tensor
     assert (tmp_path / "edited" / "mtp.safetensors").read_bytes() == (base / "mtp.safetensors").read_bytes()
 
 
-def test_folders_that_loaders_would_read_in_another_way_are_refused(tmp_path):
+def test_folder_that_loaders_would_read_differently_is_refused(tmp_path):
+    """One that also holds model.safetensors beside shards, and one with an adapter that is not merged."""
     sharded = store(tiny_llama(), tmp_path / "sharded", shards=2)
     (sharded / "model.safetensors").write_bytes((sharded / "model-00001-of-00002.safetensors").read_bytes())
     with pytest.raises(OrthogonalizeError, match="has both"):

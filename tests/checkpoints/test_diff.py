@@ -1,4 +1,4 @@
-"""What `verify` finds out about checkpoints that were edited by somebody else, with plain torch."""
+"""What `verify` finds in checkpoints that somebody else edited with plain torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH, LAYERS = 256, 3
 
 
 def tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """A model of no family: linear, transposed, fused-expert and per-expert writes, reads, an embedding, norms."""
+    """A model of no known family: linear, transposed, fused and single-expert writes, reads, an embedding, norms."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -79,7 +79,7 @@ def base(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize(("dtype", "rank"), [(torch.bfloat16, 1), (torch.bfloat16, 4), (torch.float16, 1)])
-def test_the_direction_that_a_plain_script_removed_is_recovered(tmp_path, dtype, rank):
+def test_direction_removed_by_a_plain_script_is_recovered(tmp_path, dtype, rank):
     weights, basis = tensors(dtype), directions(rank)
     base = folder(tmp_path / "base", weights)
     found = verify(folder(tmp_path / "edited", orthogonalised(weights, basis)), str(base))
@@ -102,26 +102,26 @@ def test_the_direction_that_a_plain_script_removed_is_recovered(tmp_path, dtype,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_direction_is_recovered_where_the_edit_was_saved_in_another_dtype(dtype, tmp_path):
+def test_direction_is_recovered_from_an_edit_in_another_dtype(dtype, tmp_path):
     weights, basis = tensors(), directions(1)
     base = folder(tmp_path / "base", weights)
     edited = orthogonalised({name: w.to(dtype) for name, w in weights.items()}, basis)
     found = verify(folder(tmp_path / "edited", edited), str(base))
     assert (found.common.basis @ basis.T.double()).abs().item() >= 0.99
-    assert found.changed.keys() == weights.keys()  # the dtype is a difference, too
+    assert found.changed.keys() == weights.keys()  # the dtype counts as a difference
     assert found.projected().keys() == {name for name in weights if axis_of(name) is not None}
     assert found.verdict().startswith("an orthogonalisation of rank 1")
 
 
-def test_the_same_numbers_in_another_dtype_are_called_that(tmp_path):
+def test_same_numbers_in_another_dtype_are_recognised(tmp_path):
     weights = tensors()
     base = folder(tmp_path / "base", weights)
     found = verify(folder(tmp_path / "wide", {name: w.float() for name, w in weights.items()}), str(base))
     assert found.verdict() == "the weights are the base's, in another number format"
 
 
-def test_a_direction_is_recovered_from_scaled_fp8(tmp_path):
-    """Stored codes say nothing without their scales, which differ from row to row."""
+def test_direction_is_recovered_from_scaled_fp8(tmp_path):
+    """Stored codes mean nothing without their scales, which differ from row to row."""
 
     def quantised(weights):
         result = dict(weights)
@@ -141,7 +141,8 @@ def test_a_direction_is_recovered_from_scaled_fp8(tmp_path):
     assert found.changed[name] == pytest.approx(relative(orthogonalised(weights, basis)[name], weights[name]), rel=0.3)
 
 
-def test_a_mirror_is_no_orthogonalisation_and_its_strength_is_told(base, tmp_path):
+def test_mirror_is_reported_with_its_strength(base, tmp_path):
+    """A reflection is an edit of rank 1 and strength 2, not an orthogonalisation."""
     found = verify(folder(tmp_path / "edited", orthogonalised(tensors(), directions(1), 2.0)), str(base))
     assert found.projected() == {}
     assert "an edit of rank 1" in found.verdict()
@@ -150,7 +151,7 @@ def test_a_mirror_is_no_orthogonalisation_and_its_strength_is_told(base, tmp_pat
     assert "strength about 2," in found.verdict()
 
 
-def test_a_fine_tuned_model_shares_no_direction(base, tmp_path):
+def test_fine_tuned_model_shares_no_direction(base, tmp_path):
     weights = tensors()
     generator = torch.Generator().manual_seed(3)
     tuned = {n: (w.float() + 1e-3 * torch.randn(w.shape, generator=generator)).to(w.dtype) for n, w in weights.items()}
@@ -160,7 +161,7 @@ def test_a_fine_tuned_model_shares_no_direction(base, tmp_path):
     assert found.differences["layers.0.o.weight"].rank is None
 
 
-def test_adapters_merged_into_single_layers_show_their_rank(base, tmp_path):
+def test_merged_adapters_show_their_rank(base, tmp_path):
     weights = tensors()
     generator = torch.Generator().manual_seed(4)
     for layer in range(LAYERS):
@@ -174,7 +175,7 @@ def test_adapters_merged_into_single_layers_show_their_rank(base, tmp_path):
     assert "low rank (at most 3)" in found.verdict()
 
 
-def test_a_constant_written_into_biases_is_the_common_direction(base, tmp_path):
+def test_constant_in_the_biases_is_the_common_direction(base, tmp_path):
     weights, vector = tensors(), directions(1)[0]
     for layer in range(LAYERS):
         weights[f"layers.{layer}.bias"] = (weights[f"layers.{layer}.bias"].float() + vector).to(torch.bfloat16)
@@ -184,7 +185,8 @@ def test_a_constant_written_into_biases_is_the_common_direction(base, tmp_path):
     assert found.common.shared_by == (LAYERS,)
 
 
-def test_what_else_differs_is_told_in_the_table_and_in_json(base, tmp_path):
+def test_every_other_difference_is_in_the_table_and_the_json(base, tmp_path):
+    """Added, missing and re-typed tensors, configuration keys and files."""
     weights = orthogonalised(tensors(), directions(1))
     del weights["head.weight"]
     weights["extra"] = torch.ones(3)
@@ -205,15 +207,15 @@ def test_what_else_differs_is_told_in_the_table_and_in_json(base, tmp_path):
     assert found["changed"]["embed.weight"]["rank"] == 1
 
 
-def test_a_copy_is_the_base(base, tmp_path):
+def test_copy_is_recognised_as_the_base(base, tmp_path):
     found = verify(folder(tmp_path / "copy", load_file(base / "model.safetensors")), str(base))
     assert found.verdict() == "the weights are the base's"
     assert found.same == len(tensors())
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_tensor_read_in_parts_shows_the_same_directions_as_read_whole(axis):
-    """Large matrices, an embedding say, come some rows at a time; a direction along the rows spans all parts."""
+def test_tensor_read_in_parts_gives_the_same_directions(axis):
+    """Large matrices, such as embeddings, arrive some rows at a time; a direction along the rows spans all parts."""
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(90, 40, generator=generator)
     direction = torch.nn.functional.normalize(torch.randn(old.shape[axis], generator=generator), dim=0)

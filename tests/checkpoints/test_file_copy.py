@@ -1,4 +1,4 @@
-"""Files taken over as they are: shared blocks where the file system has them, else a copy by the kernel."""
+"""Copying unchanged files: shared blocks where the file system allows, else a copy by the kernel, else by bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orthogonalize.edits.scopes import map_sites, parse_scope
 
 @pytest.fixture
 def asked(monkeypatch) -> list[str]:
-    """What the file system and the kernel are asked for; this disk shares no blocks."""
+    """Requests to the file system and the kernel, on a disk that cannot share blocks."""
     calls: list[str] = []
     kernel = os.copy_file_range
 
@@ -42,7 +42,7 @@ def file(tmp_path):
     return tmp_path / "file"
 
 
-def test_blocks_are_shared_where_that_is_possible(file, tmp_path, asked, monkeypatch):
+def test_blocks_are_shared_where_the_file_system_can(file, tmp_path, asked, monkeypatch):
     def clone(new, request, old):
         asked.append("clone")
         os.write(new, os.pread(old, 4_000_000, 0))
@@ -54,7 +54,7 @@ def test_blocks_are_shared_where_that_is_possible(file, tmp_path, asked, monkeyp
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
 
 
-def test_else_the_kernel_copies(file, tmp_path, asked):
+def test_kernel_copies_where_blocks_cannot_be_shared(file, tmp_path, asked):
     copying.copy_file(file, tmp_path / "copy")
     assert asked[0] == "clone"
     assert set(asked[1:]) == {"kernel"}
@@ -62,7 +62,7 @@ def test_else_the_kernel_copies(file, tmp_path, asked):
     assert not (tmp_path / "copy").samefile(file)
 
 
-def test_and_where_it_cannot_the_bytes_are_copied(file, tmp_path, asked, monkeypatch):
+def test_bytes_are_copied_where_the_kernel_cannot(file, tmp_path, asked, monkeypatch):
     def across(*_):
         raise OSError(18, "Invalid cross-device link")
 
@@ -72,7 +72,7 @@ def test_and_where_it_cannot_the_bytes_are_copied(file, tmp_path, asked, monkeyp
     assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def test_files_in_which_nothing_is_edited_are_copied_so_and_linked_on_request_only(tmp_path, asked, basis):
+def test_unedited_files_are_copied_and_linked_only_on_request(tmp_path, asked, basis):
     source = open_checkpoint(store(tiny_llama(), tmp_path / "base", torch.bfloat16, shards=4))
     plan = bake(source, map_sites(parse_scope("layers:0"), LAYERS, lambda _: removal(basis[:1])))
     kept = source.files.keys() - plan.checkpoint.changed_files

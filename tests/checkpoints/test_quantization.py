@@ -1,4 +1,4 @@
-"""FP8 checkpoints stay FP8 checkpoints; what is packed more coarsely is refused with the way out."""
+"""FP8 checkpoints stay FP8 checkpoints; coarser formats are refused with advice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUTS = {
 
 
 def widened(scales: torch.Tensor, shape: torch.Size, every: tuple[int | None, int | None] | None) -> torch.Tensor:
-    """Every entry's scale, by plain torch: an independent reading of the layouts."""
+    """The scale of every entry in plain torch: an independent reading of the layouts."""
     if every is None:
         return scales.float().expand(shape)
     rows, columns = every[0] or shape[0], every[1] or shape[1]
@@ -44,7 +44,7 @@ def widened(scales: torch.Tensor, shape: torch.Size, every: tuple[int | None, in
 
 
 def quantised(source: Path, target: Path, layout: str) -> Path:
-    """Quantise every projection of a bfloat16 checkpoint, as the layout's own tools do: largest value at 448."""
+    """Quantise every projection of a bfloat16 checkpoint as the layout's own tools do: largest value to 448."""
     suffix, settings, every, dtype = LAYOUTS[layout]
     tensors = load_file(source / "model.safetensors")
     result = {}
@@ -83,7 +83,7 @@ def direction() -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("scope", "strength"), [("all", 1.0), ("layers:1-2", 2.0), ("from:1", 1.0)])
-def test_an_fp8_checkpoint_is_edited_in_its_own_layout(original, tmp_path, layout, scope, strength):
+def test_fp8_checkpoint_is_edited_in_its_own_layout(original, tmp_path, layout, scope, strength):
     source = open_checkpoint(quantised(original, tmp_path / "fp8", layout))
     suffix, _, every, _ = LAYOUTS[layout]
     plan = bake(source, map_sites(parse_scope(scope), LAYERS, lambda _: removal(direction().unsqueeze(0), strength)))
@@ -109,18 +109,18 @@ def test_an_fp8_checkpoint_is_edited_in_its_own_layout(original, tmp_path, layou
         wide = widened(after[other], new.shape, every).double()
         nearest = (exact / wide).clamp(-448, 448).to(FP8).double() * wide
         assert (new - exact).norm() <= 1.4 * (nearest - exact).norm()
-        assert (new - exact).abs().max() <= 40 * wide.max()  # nothing was cut off
-    assert kept  # a scale stays where the numbers still fit
+        assert (new - exact).abs().max() <= 40 * wide.max()  # nothing was clipped
+    assert kept  # a scale is kept where the numbers still fit
     swapped = edited_weights(plan.checkpoint) | {
         name: addition.make for name, addition in plan.checkpoint.additions.items()
     }
-    for name, tensor in after.items():  # an engine that is swapped holds what is written, scales too
+    for name, tensor in after.items():  # a swapped engine holds what is written, including scales
         now = swapped[name]() if name in swapped else before[name]
         assert torch.equal(now.contiguous().flatten().view(torch.uint8), tensor.flatten().view(torch.uint8)), name
 
 
-def test_block_scales_agree_with_transformers_own_dequantisation(original, tmp_path):
-    """The library loads base and edited FP8 checkpoints on a CPU, dequantising them itself."""
+def test_block_scales_agree_with_transformers_dequantization(original, tmp_path):
+    """transformers loads base and edited FP8 checkpoints on a CPU and dequantises them itself."""
     from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     source = quantised(original, tmp_path / "fp8", "small blocks")
@@ -141,7 +141,7 @@ def test_block_scales_agree_with_transformers_own_dequantisation(original, tmp_p
     assert (direction() @ new).norm() <= 5e-3 * (direction() @ old).norm()  # the library dequantises to bfloat16
 
 
-def test_a_format_too_coarse_is_refused_with_the_way_out(original, tmp_path):
+def test_too_coarse_format_is_refused_with_advice(original, tmp_path):
     tensors = load_file(original / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
     weight = tensors.pop(name)
@@ -164,7 +164,7 @@ def test_a_format_too_coarse_is_refused_with_the_way_out(original, tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["small blocks", "channel"])
-def test_the_recipe_of_an_fp8_edit_rebuilds_and_verifies(original, tmp_path, layout):
+def test_recipe_of_an_fp8_edit_rebuilds_and_verifies(original, tmp_path, layout):
     from orthogonalize.commands.edit import edit
     from orthogonalize.commands.verify import verify
 
@@ -179,8 +179,8 @@ def test_the_recipe_of_an_fp8_edit_rebuilds_and_verifies(original, tmp_path, lay
 
 
 @pytest.mark.parametrize("layout", ["small blocks", "channel"])
-def test_a_constant_is_stored_as_the_checkpoint_stores_what_it_does_not_quantise(layout, tmp_path):
-    """Not as its weights are: eight bits without a scale would lose it, and in silence."""
+def test_added_bias_has_the_dtype_of_unquantized_tensors(layout, tmp_path):
+    """Not the dtype of the weights: eight bits without a scale would silently lose it."""
     plain = store(tiny_llama(**SHAPE), tmp_path / "plain", torch.bfloat16)
     source = open_checkpoint(quantised(plain, tmp_path / "base", layout))
     vector = 0.01 * torch.randn(WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -33,7 +33,7 @@ def oblique(d: int, k: int, seed: int = 2) -> AffineMap:
 
 
 def judged(edit: TensorEdit, weight: torch.Tensor) -> tuple[float, float]:
-    """In float64 and by another path: the leak, and the rounding error as a multiple of plain rounding's."""
+    """Independently, in float64: the leak, and the rounding error as a multiple of nearest rounding's."""
     edited, record = edit.apply(weight)
     exact = edit.exact(weight)
     component, wanted, before = (edit.component(t) for t in (edited, exact, weight))
@@ -59,20 +59,20 @@ def judged(edit: TensorEdit, weight: torch.Tensor) -> tuple[float, float]:
         (4096, 1, FP8, 1e-4, 1.4),
     ],
 )
-def test_the_leak_of_a_projection_and_its_price(width, rank, dtype, most_leak, most_error):
+def test_leak_and_rounding_error_of_a_projection_are_bounded(width, rank, dtype, most_leak, most_error):
     edit = TensorEdit("w", SITE, 0, removal(directions(width, rank)), "matrix")
     leak, error = judged(edit, weights(width, 200, dtype=dtype))
     assert leak <= most_leak
     assert error <= most_error
 
 
-def test_plain_rounding_leaks_far_more():
+def test_nearest_rounding_leaks_far_more():
     weight = weights(3072, 200)
     edit = TensorEdit("w", SITE, 0, removal(directions(3072, 1)), "matrix")
     edited, record = edit.apply(weight, "nearest")
     assert record.leak > 1e-3
     exact = edit.exact(weight)
-    different = edited != exact.to(torch.bfloat16)  # only where float32 arithmetic meets a tie
+    different = edited != exact.to(torch.bfloat16)  # only at ties in float32 arithmetic
     assert different.double().mean() < 1e-3
     assert (edited.double() - exact).norm() <= (exact.to(torch.bfloat16).double() - exact).norm() * (1 + 1e-6)
 
@@ -100,7 +100,8 @@ MAPS = {
         ((2, 1024, 70), 1, "read"),
     ],
 )
-def test_what_must_be_right_is_the_exact_component_whatever_the_map_and_layout(name, shape, axis, part):
+def test_leak_and_error_are_bounded_for_every_map_and_layout(name, shape, axis, part):
+    """Against the exact edit's component along the map's directions."""
     affine = MAPS[name](1024)
     if part != "vectors" and not affine.rank:
         pytest.skip("a shift acts on vectors of the stream only")
@@ -110,7 +111,7 @@ def test_what_must_be_right_is_the_exact_component_whatever_the_map_and_layout(n
     assert error <= 1.2
 
 
-def test_a_projection_on_the_read_side_leaves_nothing_along_what_is_no_longer_read():
+def test_read_side_projection_leaves_no_component():
     affine, norm = oblique(512, 1), 1 + 0.4 * torch.randn(512)
     weight = weights(200, 512)
     edited, _ = TensorEdit("w", SITE, 1, affine, "read", norm).apply(weight)
@@ -127,7 +128,8 @@ def test_a_projection_on_the_read_side_leaves_nothing_along_what_is_no_longer_re
     scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
 )
-def test_the_result_is_near_the_exact_edit_and_no_worse_along_the_directions(d, n, k, seed, scale, dtype):
+def test_result_is_close_to_the_exact_edit(d, n, k, seed, scale, dtype):
+    """And along the directions no worse than nearest rounding."""
     weight = (weights(d, n, dtype=torch.float32, seed=seed) * scale).to(dtype)
     edit = TensorEdit("w", SITE, 0, removal(directions(d, min(k, d), seed)), "matrix")
     edited, _ = edit.apply(weight)
@@ -140,15 +142,15 @@ def test_the_result_is_near_the_exact_edit_and_no_worse_along_the_directions(d, 
         return (edit.component(t) - edit.component(exact)).norm(dim=-1)
 
     assert (lost(edited) <= lost(plain) * (1 + 1e-3) + floor).all()
-    # Never further from the exact value than two units in the last place of the largest entry, beside what
-    # the arithmetic may be off where nearly all of a vector is taken out.
+    # Never further from the exact value than two units in the last place of the largest entry, plus the error of
+    # the arithmetic where nearly all of a vector is removed.
     unit = 2 * torch.finfo(dtype).eps * exact.abs().amax() + torch.finfo(dtype).smallest_normal
     assert (edited.double() - exact).abs().max() <= 2 * unit + 1e-6 * weight.double().abs().max()
 
 
 @settings(deadline=None, max_examples=25)
 @given(cut=st.integers(1, 199), seed=st.integers(0, 100), rows=st.booleans(), k=st.sampled_from([1, 3, 16]))
-def test_how_a_tensor_is_cut_changes_no_bit(cut, seed, rows, k):
+def test_cutting_a_tensor_changes_no_bit(cut, seed, rows, k):
     weight = weights(200, 96, seed=seed) if rows else weights(96, 200, seed=seed)
     edit = TensorEdit("w", SITE, 1 if rows else 0, removal(directions(96, k, seed)), "matrix")
     whole, _ = edit.apply(weight)
@@ -160,7 +162,7 @@ def test_how_a_tensor_is_cut_changes_no_bit(cut, seed, rows, k):
     assert torch.equal(torch.from_numpy(numbers).view(torch.bfloat16), whole)
 
 
-def test_the_transpose_gives_the_same_bits():
+def test_transposed_tensor_gives_the_same_bits():
     weight = weights(512, 100)
     affine = removal(directions(512, 1))
     columns, _ = TensorEdit("w", SITE, 0, affine, "matrix").apply(weight)
@@ -168,7 +170,7 @@ def test_the_transpose_gives_the_same_bits():
     assert torch.equal(columns, rows.T)
 
 
-def test_what_an_edit_does_not_touch_stays_bit_for_bit():
+def test_untouched_values_stay_bit_for_bit():
     weight = weights(256, 60)
     weight[:, 7] = 0  # nothing is written here, so there is nothing to remove
     direction = directions(256, 1)
@@ -181,7 +183,7 @@ def test_what_an_edit_does_not_touch_stays_bit_for_bit():
 
 @pytest.mark.parametrize("every", [(128, 128), (256, 200)])
 def test_scaled_fp8_keeps_its_scales_and_the_edit(every):
-    """Block scales, a scale a row and one scale: against plain torch arithmetic."""
+    """Block scales and one scale per tensor, against plain torch arithmetic."""
     real = weights(256, 200, dtype=torch.float32) * 0.02
     shape = (-(-256 // every[0]), -(-200 // every[1]))
     scales = torch.zeros(shape)
@@ -203,7 +205,7 @@ def test_scaled_fp8_keeps_its_scales_and_the_edit(every):
     assert (after - exact).norm() <= 1.4 * (nearest - exact).norm()
 
 
-def test_a_value_that_the_format_cannot_hold_is_refused():
+def test_value_that_the_dtype_cannot_hold_is_refused():
     from orthogonalize.core.errors import OrthogonalizeError
 
     weight = torch.full((8, 3), 60000.0).to(torch.float16)

@@ -1,4 +1,4 @@
-"""The header of a safetensors file is believed only as far as the file bears it out."""
+"""Safetensors files: a header is trusted only as far as the file bears it out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(path, header, data: bytes = b""):
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4),
     dtype=st.sampled_from(DTYPES),
 )
-def test_every_tensor_reads_as_the_library_wrote_it(tmp_path, shapes, dtype):
+def test_tensors_written_by_the_library_are_read_back(tmp_path, shapes, dtype):
     tensors = {f"t{i}": (torch.randn(shape) * 3).to(dtype) for i, shape in enumerate(shapes)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
     file = open_tensor_file(tmp_path / "a.safetensors")
@@ -41,7 +41,7 @@ def test_every_tensor_reads_as_the_library_wrote_it(tmp_path, shapes, dtype):
 
 @quiet
 @given(shapes=st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4))
-def test_what_is_written_here_the_library_reads(tmp_path, shapes):
+def test_library_reads_what_is_written_here(tmp_path, shapes):
     tensors = {f"t{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
     save_file(tensors, tmp_path / "a.safetensors")
     source = open_tensor_file(tmp_path / "a.safetensors")
@@ -68,7 +68,7 @@ def test_arbitrary_bytes_never_crash_the_header_reader(tmp_path, data):
 
 @settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 300), value=st.integers(0, 255))
-def test_one_flipped_byte_is_refused_or_leaves_spans_inside_the_file(tmp_path, position, value):
+def test_flipped_byte_never_leads_outside_the_file(tmp_path, position, value):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(4, 3), "b": torch.zeros(2)}, path)
     data = bytearray(path.read_bytes())
@@ -102,12 +102,12 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"[" * 5000, b"", "not JSON"),
     ],
 )
-def test_a_lying_header_is_refused_with_its_reason(tmp_path, header, data, why):
+def test_inconsistent_header_is_refused_with_the_reason(tmp_path, header, data, why):
     with pytest.raises(OrthogonalizeError, match=why):
         open_tensor_file(write(tmp_path / "a.safetensors", header, data))
 
 
-def test_a_header_larger_than_the_file_is_refused(tmp_path):
+def test_header_larger_than_the_file_is_refused(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
     with pytest.raises(OrthogonalizeError, match="header claims"):
         open_tensor_file(tmp_path / "a.safetensors")
@@ -145,7 +145,7 @@ near = st.builds(
     header=st.dictionaries(st.sampled_from(["a", "b", "__metadata__", "..", ""]), st.one_of(near, near, entries)),
     size=st.integers(0, 24),
 )
-def test_no_header_is_believed_that_the_library_refuses(tmp_path, header, size):
+def test_header_that_the_library_refuses_is_refused(tmp_path, header, size):
     path = write(tmp_path / "a.safetensors", header, bytes(size))
     try:
         open_tensor_file(path)
@@ -156,7 +156,7 @@ def test_no_header_is_believed_that_the_library_refuses(tmp_path, header, size):
 
 @quiet
 @given(position=st.integers(0, 400), value=st.integers(0, 255))
-def test_no_flipped_byte_is_believed_that_the_library_refuses(tmp_path, position, value):
+def test_flipped_byte_that_the_library_refuses_is_refused(tmp_path, position, value):
     path = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(4, 3), "b": torch.zeros(2, dtype=torch.bfloat16)}, path, metadata={"x": "y"})
     data = bytearray(path.read_bytes())
@@ -169,7 +169,8 @@ def test_no_flipped_byte_is_believed_that_the_library_refuses(tmp_path, position
     assert library_accepts(path)
 
 
-def test_numbers_and_nesting_that_would_exhaust_a_parser_are_refused(tmp_path):
+def test_huge_numbers_and_deep_nesting_are_refused(tmp_path):
+    """Both could exhaust a JSON parser."""
     for bomb in (
         b'{"a":{"dtype":"F32","shape":[' + b"9" * 100_000 + b'],"data_offsets":[0,8]}}',
         b'{"a":{"dtype":"F32","shape":[' + b"4294967296," * 50 + b'1],"data_offsets":[0,8]}}',

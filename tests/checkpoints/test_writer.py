@@ -1,4 +1,4 @@
-"""The one pass that writes a checkpoint: the same bytes however it is cut, checksums that hold, nothing lost."""
+"""Writing a checkpoint in one pass: same bytes however the work is cut, valid checksums, nothing lost."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def written(source: Path, out: Path, basis, scope: str = "all", **options):
 
 
 @pytest.mark.parametrize("scope", ["all", "layers:1", "from:0"])
-def test_pieces_columns_and_workers_change_no_byte(source, basis, tmp_path, monkeypatch, scope):
+def test_bytes_do_not_depend_on_pieces_or_workers(source, basis, tmp_path, monkeypatch, scope):
     plan, whole = written(source, tmp_path / "whole", basis, scope)
     monkeypatch.setattr(pieces, "PIECE", 1024)
-    monkeypatch.setattr(pieces, "WHOLE", 2048)  # now every matrix is cut, and some across their columns
+    monkeypatch.setattr(pieces, "WHOLE", 2048)  # so every matrix is cut, and some across their columns
     monkeypatch.setattr(pieces, "RUN", 16)
     monkeypatch.setattr(weightfile, "CALL", 100)
     monkeypatch.setattr(weightfile, "FLUSH", 1)
@@ -85,7 +85,7 @@ def test_pieces_columns_and_workers_change_no_byte(source, basis, tmp_path, monk
         assert torch.equal(stored, plan.checkpoint.edited(name))
 
 
-def test_checksums_of_source_and_result_are_in_the_recipe(source, direction, tmp_path):
+def test_recipe_holds_the_checksums_of_source_and_result(source, direction, tmp_path):
     edit(str(source), tmp_path / "edited", direction=direction, scope="layers:1")
     recipe = load_recipe(tmp_path / "edited")
     assert recipe.base.weights == sha256(weights(source)) == open_checkpoint(source).fingerprint()
@@ -95,7 +95,7 @@ def test_checksums_of_source_and_result_are_in_the_recipe(source, direction, tmp
     assert all(record.leak < 0.01 for record in recipe.tensors)
 
 
-def test_rounding_is_a_choice_that_the_recipe_keeps(source, direction, tmp_path):
+def test_recipe_keeps_the_choice_of_rounding(source, direction, tmp_path):
     for rounding in ("nearest", "cancelling"):
         out = tmp_path / rounding
         words = ["--quiet", "edit", source, "--direction", direction, "--scope", "all", "--rounding", rounding]
@@ -107,7 +107,7 @@ def test_rounding_is_a_choice_that_the_recipe_keeps(source, direction, tmp_path)
     assert leaks["cancelling"] < 0.1 * leaks["nearest"]
 
 
-def test_files_with_nothing_to_edit_are_linked_on_request_only(source, basis, tmp_path):
+def test_unedited_files_are_linked_only_on_request(source, basis, tmp_path):
     plan, _ = written(source, tmp_path / "copied", basis, "layers:1")
     written(source, tmp_path / "linked", basis, "layers:1", link=True)
     edited = {name for name, file in plan.source.files.items() if plan.checkpoint.edits.keys() & file.tensors.keys()}
@@ -119,8 +119,8 @@ def test_files_with_nothing_to_edit_are_linked_on_request_only(source, basis, tm
     assert weights(tmp_path / "linked") == weights(tmp_path / "copied")
 
 
-def test_the_hubs_cache_of_links_is_read_and_linked_through(source, basis, tmp_path):
-    """A snapshot of the Hub's cache is a folder of links to blobs."""
+def test_links_of_the_hub_cache_are_followed(source, basis, tmp_path):
+    """A snapshot in the Hub's cache is a folder of links to blobs."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -135,7 +135,7 @@ def test_the_hubs_cache_of_links_is_read_and_linked_through(source, basis, tmp_p
 
 
 @pytest.mark.parametrize("inner", [48, 500])
-def test_writing_past_the_page_cache_gives_the_same_bytes(basis, tmp_path, monkeypatch, inner):
+def test_direct_io_writes_the_same_bytes(basis, tmp_path, monkeypatch, inner):
     source = store(tiny_llama(intermediate_size=inner), tmp_path / "base", torch.bfloat16, shards=2)
     _, through = written(source, tmp_path / "through", basis)
     used = []
@@ -153,14 +153,14 @@ def test_writing_past_the_page_cache_gives_the_same_bytes(basis, tmp_path, monke
     assert past.result == through.result == sha256(weights(tmp_path / "past"))
 
 
-def test_the_header_of_a_file_without_additions_stays_byte_for_byte(basis, tmp_path):
+def test_header_of_a_file_without_additions_is_unchanged(basis, tmp_path):
     source = store(tiny_llama(), tmp_path / "base", torch.float32, shards=2)
     written(source, tmp_path / "edited", basis)
     for name, file in open_checkpoint(source).files.items():
         assert weights(tmp_path / "edited")[name][: file.data_start] == weights(source)[name][: file.data_start]
 
 
-def test_a_damaged_shard_stops_the_edit_before_anything_is_written(source, direction, tmp_path):
+def test_damaged_shard_stops_the_edit_before_any_write(source, direction, tmp_path):
     last = max(source.glob("*.safetensors"))
     last.write_bytes(last.read_bytes()[:-7])
     with pytest.raises(OrthogonalizeError, match="not a sound safetensors file"):
@@ -168,7 +168,7 @@ def test_a_damaged_shard_stops_the_edit_before_anything_is_written(source, direc
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_base_that_is_not_the_recipes_leaves_nothing(source, direction, tmp_path):
+def test_recipe_applied_to_another_base_leaves_nothing(source, direction, tmp_path):
     edit(str(source), tmp_path / "edited", direction=direction, scope="layers:1")
     other = store(tiny_llama(seed=5, tie_word_embeddings=True), tmp_path / "other", torch.bfloat16, shards=4)
     with pytest.raises(OrthogonalizeError, match="not the base that the recipe was made from"):
@@ -177,7 +177,7 @@ def test_a_base_that_is_not_the_recipes_leaves_nothing(source, direction, tmp_pa
 
 
 @pytest.mark.parametrize("where", ["_read", "_edit", "_write"])
-def test_a_failure_in_any_stage_ends_all_of_them(source, direction, tmp_path, monkeypatch, where):
+def test_failure_in_any_stage_of_the_pipeline_stops_all(source, direction, tmp_path, monkeypatch, where):
     real, calls = getattr(weightfile.FileWriter, where), []
 
     def failing(*args):
@@ -195,7 +195,7 @@ def test_a_failure_in_any_stage_ends_all_of_them(source, direction, tmp_path, mo
     assert weights(source) == before
 
 
-def test_nan_weights_are_named_and_nothing_is_left(source, direction, tmp_path):
+def test_nan_weights_are_named_and_nothing_is_written(source, direction, tmp_path):
     name = "model.layers.2.mlp.down_proj.weight"
     file = next(f for f in source.glob("*.safetensors") if name in load_file(f))
     tensors = load_file(file)
@@ -206,7 +206,7 @@ def test_nan_weights_are_named_and_nothing_is_left(source, direction, tmp_path):
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_tensor_in_two_shards_is_refused(source):
+def test_tensor_in_two_shards_is_refused(source):
     first, second = sorted(source.glob("*.safetensors"))[:2]
     extra = next(iter(load_file(first).items()))
     save_file(load_file(second) | {extra[0]: extra[1]}, second, metadata={"format": "pt"})
@@ -218,7 +218,7 @@ def test_a_tensor_in_two_shards_is_refused(source):
             open_checkpoint(source)
 
 
-def test_a_read_only_disk_is_one_clear_line(source, direction, tmp_path):
+def test_read_only_disk_is_a_one_line_error(source, direction, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], capture_output=True).returncode:
@@ -235,7 +235,7 @@ def test_a_read_only_disk_is_one_clear_line(source, direction, tmp_path):
 
 
 @pytest.mark.parametrize("shard", [None, "2/2"])
-def test_an_edit_killed_while_it_writes_is_tidied_up_by_the_next(source, direction, tmp_path, shard):
+def test_edit_killed_while_writing_is_cleaned_up_by_the_next(source, direction, tmp_path, shard):
     edit(str(source), tmp_path / "whole", direction=direction, scope="all")
     if shard:
         edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
@@ -264,7 +264,7 @@ def test_an_edit_killed_while_it_writes_is_tidied_up_by_the_next(source, directi
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
-def test_shares_written_apart_make_the_same_checkpoint(source, direction, tmp_path):
+def test_shards_written_separately_give_the_same_checkpoint(source, direction, tmp_path):
     edit(str(source), tmp_path / "whole", direction=direction, scope="all")
     apart = tmp_path / "apart"
     for shard in ("2/3", "1/3"):
@@ -280,7 +280,7 @@ def test_shares_written_apart_make_the_same_checkpoint(source, direction, tmp_pa
     assert load_recipe(apart) == load_recipe(tmp_path / "whole")
 
 
-def test_a_share_needs_room_for_itself_only(source, direction, tmp_path, monkeypatch):
+def test_shard_needs_disk_space_only_for_itself(source, direction, tmp_path, monkeypatch):
     most = max(file.stat().st_size for file in source.glob("*.safetensors"))
     usage = SimpleNamespace(free=int(1.5 * most))
     monkeypatch.setattr("orthogonalize.core.output_folders.shutil.disk_usage", lambda _: usage)
@@ -294,7 +294,7 @@ def test_a_share_needs_room_for_itself_only(source, direction, tmp_path, monkeyp
         edit(str(source), tmp_path / "other", direction=direction, scope="layers:1", shard="1/4")
 
 
-def test_shares_of_two_edits_are_not_mixed(source, direction, tmp_path):
+def test_shards_of_two_edits_are_not_mixed(source, direction, tmp_path):
     edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
     with pytest.raises(OrthogonalizeError, match="a share of another edit"):
         edit(str(source), tmp_path / "out", direction=direction, scope="layers:1", shard="2/2")

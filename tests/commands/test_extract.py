@@ -1,4 +1,4 @@
-"""Extraction in stages: what is kept, what is done over, and what a killed run goes on with."""
+"""Extraction in stages: what is kept, what is redone, and how a killed run resumes."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def changed(**settings):
 
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
-    """A finished run of its own."""
+    """A private copy of the finished run."""
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
 @pytest.fixture
 def ran(monkeypatch) -> list[str]:
-    """The stages that are run from here on."""
+    """The stages that run from here on."""
     stages: list[str] = []
     real = extraction._Extraction.run
     monkeypatch.setattr(extraction._Extraction, "run", lambda self, s: (stages.append(s), real(self, s))[1])
@@ -59,7 +59,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in folder.iterdir() if f.is_file() and f.suffix != ".png"}
 
 
-def test_the_same_extraction_again_does_nothing_and_loads_no_model(copy, model, sources, ran, monkeypatch):
+def test_repeated_extraction_does_nothing_and_loads_no_model(copy, model, sources, ran, monkeypatch):
     monkeypatch.setattr(extraction, "load_model", lambda *_: pytest.fail("the model was loaded"))
     before = files(copy)
     found = extract(str(model), copy, **sources, settings=SMALL)
@@ -77,9 +77,7 @@ def test_the_same_extraction_again_does_nothing_and_loads_no_model(copy, model, 
     ],
     ids=str,
 )
-def test_a_changed_setting_is_refused_or_with_force_does_over_what_depends_on_it(
-    copy, model, sources, ran, settings, redone
-):
+def test_changed_setting_needs_force_and_redoes_later_stages(copy, model, sources, ran, settings, redone):
     before = files(copy)
     with pytest.raises(OrthogonalizeError, match=f"was done with another {next(iter(settings))}; --force"):
         extract(str(model), copy, **sources, settings=changed(**settings))
@@ -104,7 +102,7 @@ def test_other_prompts_or_weights_are_noticed(copy, model, sources, tmp_path):
         extract(str(other), copy, **sources, settings=SMALL)
 
 
-def test_stages_run_one_by_one_give_the_run_that_all_at_once_give(run, model, sources, tmp_path, ran):
+def test_stages_run_one_by_one_give_the_same_run(run, model, sources, tmp_path, ran):
     out = tmp_path / "run"
     for stage in ("prompts", "activations", "directions"):
         assert extract(str(model), out, **sources, settings=SMALL, stage=stage) is None
@@ -152,7 +150,9 @@ extract(sys.argv[1], sys.argv[3], positive=sys.argv[2] + "/positive.txt", negati
     ],
     ids=["activations", "scores", "trials"],
 )
-def test_a_killed_run_goes_on_where_it_was(run, model, sources, tmp_path, ran, monkeypatch, module, name, calls, done):
+def test_killed_run_resumes_where_it_stopped(
+    run, model, sources, tmp_path, ran, monkeypatch, module, name, calls, done
+):
     out, flag = tmp_path / "run", tmp_path / "reached"
     code = KILLED.format(module=module, name=name, calls=calls)
     words = [str(model), str(Path(sources["positive"]).parent), str(out), str(flag)]
@@ -187,7 +187,7 @@ def random_ids(count: int) -> list[list[int]]:
     return [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
 
 
-def test_what_is_recorded_is_what_the_model_gives(model, tmp_path):
+def test_stored_activations_are_those_of_the_model(model, tmp_path):
     loaded, ids = load_model(model, dtype=torch.float32), random_ids(20)
     sets = {"positive.train": ids[:13], "negative.train": ids[13:], "negative.spare": []}
     found = record(loaded, sets, 3, LAYERS + 1, tmp_path, "inputs")
@@ -203,7 +203,7 @@ def test_what_is_recorded_is_what_the_model_gives(model, tmp_path):
         Recording(tmp_path / "none.safetensors")
 
 
-def test_diff_in_means_alone_never_holds_all_prompts(run, monkeypatch):
+def test_diff_in_means_alone_never_holds_all_prompts_in_memory(run, monkeypatch):
     found = Recording(run / "activations.safetensors")
     monkeypatch.setattr(recording, "ROWS_AT_A_TIME", 4)
     most = []
@@ -217,7 +217,7 @@ def test_diff_in_means_alone_never_holds_all_prompts(run, monkeypatch):
     assert torch.allclose(alone.mean_diffs.float(), load_run(run).directions.mean_diffs, atol=1e-6)
 
 
-def test_several_seeds_show_how_stable_the_directions_are(model, sources, run, tmp_path):
+def test_several_seeds_show_the_stability_of_the_directions(model, sources, run, tmp_path):
     extract(str(model), tmp_path / "run", **sources, settings=changed(seeds=3, trials=0, train=10))
     found = load_run(tmp_path / "run")
     assert {p.split for p in found.prompts} == {"train", "val", "test", "spare"}
@@ -235,7 +235,7 @@ def test_several_seeds_show_how_stable_the_directions_are(model, sources, run, t
     assert (tmp_path / "run" / "plots" / "cosines.png").stat().st_size > 5000
 
 
-def test_global_scores_and_their_rank_correlation_are_stored_on_request(model, sources, tmp_path):
+def test_global_scores_and_their_rank_correlation_are_optional(model, sources, tmp_path):
     settings = changed(scoring=("local", "global"), trials=0, finders=("dim", "leace"))
     extract(str(model), tmp_path / "run", **sources, settings=settings)
     found = load_run(tmp_path / "run")
@@ -245,7 +245,7 @@ def test_global_scores_and_their_rank_correlation_are_stored_on_request(model, s
     assert all(-1 <= value <= 1 for value in stored["spearman"].values())
 
 
-def test_ranks_written_again_are_those_that_edit_uses(copy, model, tmp_path):
+def test_rewritten_ranks_are_those_that_edit_uses(copy, model, tmp_path):
     loose = rank(load_run(copy).candidates, kl=1e9, induce=-1e9, prune=0.0)
     status, said = command("rank", copy, "--kl", "1e9", "--induce", "-1e9", "--prune", "0", "--write")
     assert status == 0
@@ -259,7 +259,7 @@ def test_ranks_written_again_are_those_that_edit_uses(copy, model, tmp_path):
     assert (choice.position, choice.layer) == (loose[0].position, loose[0].layer)
 
 
-def test_every_chosen_subspace_has_a_probe_before_and_after(run, model, tmp_path):
+def test_chosen_subspaces_are_probed_before_and_after(run, model, tmp_path):
     found = load_run(run)
     assert {p.method for p in found.probes} == {"dim", "inlp", "leace"}
     for p in found.probes:
@@ -278,7 +278,7 @@ def test_every_chosen_subspace_has_a_probe_before_and_after(run, model, tmp_path
     assert [(p.layer, p.rank) for p in recipe.probes] == [(recipe.choice.layer, subspace.rank)]
 
 
-def test_a_probe_tells_erased_from_not_erased():
+def test_probe_tells_erased_from_not_erased():
     generator = torch.Generator().manual_seed(0)
     sets = {}
     for split, n in (("train", 60), ("val", 40)):
@@ -292,7 +292,7 @@ def test_a_probe_tells_erased_from_not_erased():
 
 
 @pytest.mark.parametrize("scope", ["all", "upto:3", "layers:1-2", "one"])
-def test_leace_restores_once_the_mean_that_it_removes(run, scope):
+def test_leace_restores_the_removed_mean_exactly_once(run, scope):
     directions = load_run(run).directions
     choice = EditConfig(method="leace", scope=scope, position=-1, layer=2)
     writes = intervention_from_directions(choice, directions).writes
@@ -310,7 +310,7 @@ def test_leace_restores_once_the_mean_that_it_removes(run, scope):
         assert torch.allclose(affine.v.T @ affine.u, torch.ones(1, 1, dtype=torch.float64))
 
 
-def test_identical_activations_on_both_sides_say_so(model, sources, tmp_path, monkeypatch):
+def test_identical_activations_on_both_sides_are_reported(model, sources, tmp_path, monkeypatch):
     real = recording.capture
 
     def constant(m, ids, positions):
@@ -322,12 +322,12 @@ def test_identical_activations_on_both_sides_say_so(model, sources, tmp_path, mo
         extract(str(model), tmp_path / "run", **sources, settings=SMALL)
 
 
-def test_too_few_prompts_for_a_rank_say_how_many_are_needed(model, sources, tmp_path):
+def test_too_few_prompts_for_a_rank_states_how_many_are_needed(model, sources, tmp_path):
     with pytest.raises(OrthogonalizeError, match=r"rank 30 needs at least 31 samples to fit \(about 20 prompts a side"):
         extract(str(model), tmp_path / "run", **sources, settings=changed(max_rank=30))
 
 
-def test_the_directions_file_holds_what_the_design_says(run):
+def test_directions_file_holds_the_documented_tensors(run):
     stored = load_file(run / "directions.safetensors")
     assert (
         stored["mean_diffs"].shape == stored["means"].shape == stored["leace.readers"].shape == (3, LAYERS + 1, WIDTH)
@@ -335,7 +335,8 @@ def test_the_directions_file_holds_what_the_design_says(run):
     assert any(name.startswith("inlp.") and name.endswith(".accuracies") for name in stored)
 
 
-def test_prompts_of_one_s_own_can_be_marked_sensitive_and_known_sets_are(copy, model, sources, monkeypatch):
+def test_prompts_are_marked_sensitive_by_option_or_known_source(copy, model, sources, monkeypatch):
+    """Your own prompts by `--sensitive`; well-known harmful sets without asking."""
     assert not load_run(copy).info.sensitive
     marked = extract(str(model), copy, **sources, settings=changed(sensitive=True), force=True)
     assert marked.info.sensitive == ["positive", "negative"]

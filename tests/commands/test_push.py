@@ -1,4 +1,4 @@
-"""`push`, end to end through huggingface_hub and the command line, against a server on loopback."""
+"""`push` end to end, through huggingface_hub and the command line, against a loopback server."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def push(hub: Hub, *words: str | Path, token: str | None = TOKEN, home: Path) ->
     return command(hub, "push", *words, token=token, home=home)
 
 
-def test_a_push_is_private_complete_and_keeps_the_token_to_itself(edited, report, tmp_path):
+def test_push_is_private_complete_and_leaks_no_token(edited, report, tmp_path):
     with Hub(TOKEN) as hub:
         done = push(hub, edited, "me/edited", "--report", report, home=tmp_path / "home")
         assert done.returncode == 0, done.stderr
@@ -87,7 +87,7 @@ def test_a_push_is_private_complete_and_keeps_the_token_to_itself(edited, report
     assert "| refusal, target prompts (n = 10) | 90.0% [60.0, 98.0] | 10.0% [2.0, 40.0] |" in card.text
 
 
-def test_public_is_only_public_when_asked(edited, tmp_path):
+def test_repository_is_public_only_on_request(edited, tmp_path):
     with Hub(TOKEN) as hub:
         assert push(hub, edited, "me/open", "--public", home=tmp_path / "home").returncode == 0
         assert hub.state.repositories["me/open"].private is False
@@ -107,7 +107,7 @@ def test_public_is_only_public_when_asked(edited, tmp_path):
         (TOKEN, ("me/x", "--report", "nowhere"), "no report at"),
     ],
 )
-def test_a_push_that_cannot_work_is_one_line(edited, tmp_path, token, words, message):
+def test_impossible_push_is_a_one_line_error(edited, tmp_path, token, words, message):
     with Hub(TOKEN) as hub:
         done = push(hub, edited, *words, token=token, home=tmp_path / "home")
         assert hub.state.repositories == {}
@@ -117,7 +117,7 @@ def test_a_push_that_cannot_work_is_one_line(edited, tmp_path, token, words, mes
     assert token is None or token not in done.stderr
 
 
-def test_an_unreachable_hub_and_a_report_of_another_edit_are_one_line(edited, report, tmp_path):
+def test_unreachable_hub_and_foreign_report_are_one_line_errors(edited, report, tmp_path):
     hub = Hub(TOKEN)
     hub.server.server_close()
     done = push(hub, edited, "me/x", home=tmp_path / "home")
@@ -132,7 +132,7 @@ def test_an_unreachable_hub_and_a_report_of_another_edit_are_one_line(edited, re
     assert "measures another edit" in refused.stderr
 
 
-def test_a_model_named_by_its_hub_id_is_downloaded_edited_and_named_on_the_card(tmp_path):
+def test_model_given_by_hub_id_is_downloaded_and_on_the_card(tmp_path):
     local = store(tiny_llama(), tmp_path / "local", torch.bfloat16, shards=2)
     (local / "README.md").write_text("---\nlicense: mit\n---\n")
     (local / "pytorch_model.bin").write_bytes(b"must not be downloaded")
@@ -178,8 +178,8 @@ for absent in (ALPACA,):
 """
 
 
-def test_public_sets_are_read_from_the_hub_as_they_are_stored_there(tmp_path):
-    """Shards of a named configuration, and compressed lines of which only the first are wanted."""
+def test_public_sets_are_read_in_the_formats_of_the_hub(tmp_path):
+    """Shards of a named configuration, and compressed lines of which only the first are needed."""
     questions = [
         {"question": f"what is {i}", "subject": "sums", "choices": ["a", "b", "c", "d"], "answer": i % 4}
         for i in range(7)
@@ -204,7 +204,7 @@ def test_public_sets_are_read_from_the_hub_as_they_are_stored_there(tmp_path):
     assert "tatsu-lab/alpaca train cannot be read" in refused
 
 
-def test_a_local_copy_may_be_in_shards_compressed_or_a_list_and_says_the_same(tmp_path):
+def test_local_copies_in_every_format_give_the_same_rows(tmp_path):
     questions = [
         {"question": f"what is {i}", "subject": "sums", "choices": ["a", "b"], "answer": i % 2} for i in range(5)
     ]

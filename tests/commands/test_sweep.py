@@ -1,4 +1,4 @@
-"""Sweeps on a tiny model with transformers: the table, resuming, the reference's hooks, and in-place weights."""
+"""Sweeps of a tiny model in transformers: the table, resuming, the reference's hooks, and in-place weight swaps."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ def test_every_method_is_tried_over_every_scope(run):
         assert len(variant.layers) == {"one": 1, "top:50%": LAYERS // 2, "all": LAYERS}[variant.name.split()[-1]]
 
 
-def test_what_the_run_has_no_directions_for_is_refused_by_name_and_else_left_out_aloud(run, monkeypatch):
+def test_method_without_directions_is_skipped_or_refused(run, monkeypatch):
+    """Skipped with a note by default; refused where it is asked for by name."""
     notes: list[str] = []
     monkeypatch.setattr("orthogonalize.selection.variants.note", notes.append)
     found = load_run(run)
@@ -91,7 +92,7 @@ def test_what_the_run_has_no_directions_for_is_refused_by_name_and_else_left_out
     ({"hidden_size": 40, "head_dim": 8}, "the run's directions have width 32 and the model's residual stream 40"),
 ])  # fmt: skip
 @pytest.mark.parametrize("semantics", ["weights", "residual"])
-def test_a_run_of_a_model_of_another_shape_is_refused_before_any_engine_starts(
+def test_run_of_another_model_shape_is_refused_before_any_engine(
     changed, message, semantics, run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
@@ -101,9 +102,7 @@ def test_a_run_of_a_model_of_another_shape_is_refused_before_any_engine_starts(
         sweep(str(other), run, tmp_path / "out", semantics=semantics, **QUICK)
 
 
-def test_edits_that_an_engine_does_not_take_over_in_place_get_engines_of_their_own(
-    swept, model, run, tmp_path, monkeypatch
-):
+def test_edits_that_cannot_be_swapped_get_their_own_engines(swept, model, run, tmp_path, monkeypatch):
     started: list[Path] = []
     enter, load = TransformersEngine.__enter__, TransformersEngine.load
 
@@ -118,7 +117,7 @@ def test_edits_that_an_engine_does_not_take_over_in_place_get_engines_of_their_o
         TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "o_proj" not in n})
     )
     found = sweep(str(model), run, tmp_path / "apart", **QUICK)
-    assert len(started) == 2 + len(SWEPT)  # on what all edits need, on the base itself, and on every edit
+    assert len(started) == 2 + len(SWEPT)  # the shared folder, the base itself, and every edit
     assert started[0] != started[1] == model
     assert found.restored is None
     assert not any(folder.exists() for folder in started[2:])
@@ -126,7 +125,7 @@ def test_edits_that_an_engine_does_not_take_over_in_place_get_engines_of_their_o
         assert mine.measures == other.measures, mine.name
 
 
-def test_a_killed_sweep_without_swaps_starts_no_engine_for_nothing(model, run, tmp_path, monkeypatch):
+def test_killed_sweep_without_swaps_starts_no_needless_engine(model, run, tmp_path, monkeypatch):
     settings = {**QUICK, "suites": ["refusal"], "methods": ["ablate"], "scopes": ["one", "all"]}
     started: list[Path] = []
     enter, load, answers = TransformersEngine.__enter__, TransformersEngine.load, TransformersEngine.answers
@@ -150,10 +149,10 @@ def test_a_killed_sweep_without_swaps_starts_no_engine_for_nothing(model, run, t
             sweep(str(model), run, tmp_path / "out", **settings)
     started.clear()
     sweep(str(model), run, tmp_path / "out", **settings)
-    assert len(started) == 2  # one to see that it takes no weights, one for the edit that is left
+    assert len(started) == 2  # one to find out that it cannot be swapped, one for the remaining edit
 
 
-def test_edits_without_room_for_a_checkpoint_are_refused_with_the_way_out(model, run, tmp_path, monkeypatch):
+def test_missing_disk_space_for_a_checkpoint_is_reported(model, run, tmp_path, monkeypatch):
     load = TransformersEngine.load
     monkeypatch.setattr(
         TransformersEngine, "load", lambda s, w: load(s, {n: m for n, m in w.items() if "o_proj" not in n})
@@ -163,9 +162,7 @@ def test_edits_without_room_for_a_checkpoint_are_refused_with_the_way_out(model,
         sweep(str(model), run, tmp_path / "out", methods=["ablate"], scopes=["one"], **QUICK)
 
 
-def test_what_is_refused_and_how_long_it_took_is_kept_for_the_suites_that_were_asked(
-    model, run, data, tmp_path, monkeypatch
-):
+def test_refused_edits_are_remembered_per_choice_of_suites(model, run, data, tmp_path, monkeypatch):
     settings = {**QUICK, "methods": ["ablate"], "scopes": ["one", "all"], "data": data, "limit": 3}
     answers, choices = TransformersEngine.answers, TransformersEngine.choices
 
@@ -175,19 +172,19 @@ def test_what_is_refused_and_how_long_it_took_is_kept_for_the_suites_that_were_a
 
     swapped: list[int] = []
     apply = WeightSwap.apply
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(WeightSwap, "apply", lambda self, edited: swapped.append(1) or apply(self, edited))
         patch.setattr(TransformersEngine, "choices", nan)
         patch.setattr(TransformersEngine, "answers", lambda s, *a: answers(s, *a) if len(swapped) < 3 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):  # at the second edit, when the first was refused for its MMLU
+        with pytest.raises(ZeroDivisionError):  # at the second edit, after the first was refused because of its MMLU
             sweep(str(model), run, tmp_path / "out", suites=["refusal", "mmlu"], **settings)
     found = sweep(str(model), run, tmp_path / "out", suites=["refusal"], **settings)
     assert [v.refused for v in found.variants] == [None, None]
 
 
-def test_edits_that_need_another_engine_are_not_taken_up_from_one_without(model, run):
-    """What one edit adds to the engine, all of them and the base are measured with."""
+def test_results_are_kept_per_shared_base(model, run):
+    """Whatever one edit adds to the shared engine, all of them and the base are measured with."""
     source, found = open_checkpoint(model), load_run(run)
     plans = {
         v.name: bake(source, v.intervention).checkpoint for v in make_variants(found, ["ablate", "actadd"], ["one"])
@@ -197,7 +194,7 @@ def test_edits_that_need_another_engine_are_not_taken_up_from_one_without(model,
     assert SharedBase.of(source, list(plans.values())).state != plain
 
 
-def test_the_table_has_every_measure_of_every_edit(swept):
+def test_table_has_every_measure_of_every_edit(swept):
     assert tuple(sorted(v.name for v in swept.variants)) == tuple(sorted(SWEPT))
     assert swept.restored is True
     keys = swept.base.flat().keys()
@@ -206,7 +203,8 @@ def test_the_table_has_every_measure_of_every_edit(swept):
         assert variant.measures.flat().keys() == keys == variant.paired.keys()
 
 
-def test_both_kinds_of_direction_are_added_at_the_same_lengths_towards_the_positive_side(run):
+def test_actadd_lengths_and_signs_match_for_dim_and_inlp(run):
+    """Both kinds of direction point to the positive side and are added at the same lengths."""
     found = load_run(run)
     lengths: dict[str, list[float]] = {}
     for variant in make_variants(found, ["actadd"], ["one"]):
@@ -221,7 +219,7 @@ def test_both_kinds_of_direction_are_added_at_the_same_lengths_towards_the_posit
 
 
 @pytest.mark.parametrize("name", ["ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all"])
-def test_a_swept_edit_measures_as_the_written_checkpoint_does(name, swept, model, run, tmp_path):
+def test_swept_edit_measures_as_the_written_checkpoint(name, swept, model, run, tmp_path):
     variant = next(v for v in swept.variants if v.name == name)
     given = {k: v for k, v in variant.choice.model_dump().items() if k in ("method", "scope", "position", "layer")}
     if variant.choice.method == "reflect":
@@ -235,7 +233,7 @@ def test_a_swept_edit_measures_as_the_written_checkpoint_does(name, swept, model
         assert measure.value == pytest.approx(expected[key].value, abs=1e-5), key
 
 
-def test_a_killed_sweep_goes_on_where_it_stopped(model, run, tmp_path, monkeypatch):
+def test_killed_sweep_resumes_where_it_stopped(model, run, tmp_path, monkeypatch):
     settings = {**QUICK, "methods": ["ablate", "reflect"], "scopes": ["one", "layers:1,2"]}
     whole = sweep(str(model), run, tmp_path / "whole", **settings)
     assert [v.name for v in whole.variants][:2] == ["ablate one", "ablate layers:1,2"]
@@ -248,7 +246,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(model, run, tmp_path, monkeypat
             raise OrthogonalizeError("the engine died")
         load(self, weights)
 
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)  # it loads, too
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)  # the check would load weights too
     monkeypatch.setattr(TransformersEngine, "load", dies)
     with pytest.raises(OrthogonalizeError, match="died"):
         sweep(str(model), run, tmp_path / "cut", **settings)
@@ -256,17 +254,17 @@ def test_a_killed_sweep_goes_on_where_it_stopped(model, run, tmp_path, monkeypat
     answers = TransformersEngine.answers
     monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
     resumed = sweep(str(model), run, tmp_path / "cut", **settings)
-    assert len(answered) == len(whole.variants) - 2  # the base and two edits were done
+    assert len(answered) == len(whole.variants) - 2  # the base and two edits had been measured
     for found, expected in zip(resumed.variants, whole.variants, strict=True):
         assert found.measures == expected.measures
     assert resumed.pareto == whole.pareto
 
 
-def test_a_sweep_whose_engine_is_not_as_it_was_is_measured_anew(model, run, tmp_path, monkeypatch):
+def test_sweep_is_repeated_if_the_engine_was_not_restored(model, run, tmp_path, monkeypatch):
     settings = {**QUICK, "methods": ["ablate"], "scopes": ["one"]}
     with monkeypatch.context() as patch:
         seen: list[int] = []
-        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
+        patch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
         patch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
         with pytest.raises(OrthogonalizeError, match=r"did not hold the base's weights again after its edits$"):
             sweep(str(model), run, tmp_path / "sweep", **settings)
@@ -277,8 +275,8 @@ def test_a_sweep_whose_engine_is_not_as_it_was_is_measured_anew(model, run, tmp_
     assert len(answered) == 2
 
 
-def test_residual_hooks_are_the_reference_s(model, run):
-    """Against its hooks written out: inputs of blocks, outputs of attention and MLP, in every layer of the scope."""
+def test_residual_hooks_match_the_reference(model, run):
+    """Against its hooks written out: block inputs, attention and MLP outputs, in every layer of the scope."""
     found = load_run(run)
     variants = {v.name: v for v in make_variants(found)}
     prompts = ChatFormat(tiny_tokenizer()).encode_all(found.texts("positive", "test"))
@@ -289,7 +287,7 @@ def test_residual_hooks_are_the_reference_s(model, run):
         if choice.method == "leace":
             eraser = found.directions.eraser(choice.position, choice.layer, False)
             taken, read = eraser.u.float()[:, None], eraser.v.float()[:, None]
-            kept = eraser.mean.float() @ read @ taken.mT  # the stream's own mean stays
+            kept = eraser.mean.float() @ read @ taken.mT  # the stream keeps its own mean
         else:
             taken = read = found.directions.basis(kind, choice.position, choice.layer).float().mT
             kept = torch.zeros(())
@@ -323,8 +321,8 @@ def test_residual_hooks_are_the_reference_s(model, run):
             assert generate(engine.model, prompts, 8, [2]) == ours, name
 
 
-def test_residual_semantics_differ_from_weights_only_where_weights_cannot_follow(model, run, swept, tmp_path):
-    """Over all layers a projection by hooks on inputs and outputs is the one on every write; over one it is not."""
+def test_residual_semantics_equal_weights_only_over_all_layers(model, run, swept, tmp_path):
+    """Over all layers, projecting inputs and outputs equals projecting every write; over one layer it does not."""
     found = sweep(str(model), run, tmp_path / "sweep", semantics="residual", methods=["ablate"], suites=["kl"], **QUICK)
     assert found.restored is None
     hooked = {v.name: v.measures.kl.completions.value for v in found.variants}
@@ -335,7 +333,7 @@ def test_residual_semantics_differ_from_weights_only_where_weights_cannot_follow
         sweep(str(model), run, tmp_path / "x", semantics="residual")
 
 
-def test_a_judge_that_cannot_be_read_is_no_zero_in_the_table(swept):
+def test_unreadable_judge_is_not_shown_as_zero(swept):
     from orthogonalize.evals.metrics import yes_no_series
     from orthogonalize.reports.schema import Judged, Rates
     from orthogonalize.reports.sweep import sweep_columns, sweep_rows
@@ -352,7 +350,7 @@ def test_a_judge_that_cannot_be_read_is_no_zero_in_the_table(swept):
     assert "KL to base, along own answers" in sweep_columns(swept)
 
 
-def test_pareto_keeps_what_no_other_edit_beats(swept):
+def test_pareto_keeps_edits_that_no_other_beats(swept):
     def fake(name: str, gone: float, harm: float):
         variant = swept.variants[0].model_copy(deep=True)
         variant.name = name
@@ -364,7 +362,7 @@ def test_pareto_keeps_what_no_other_edit_beats(swept):
     assert pareto(swept.model_copy(update={"variants": points})) == ["a", "c", "e"]
 
 
-def test_the_command_prints_the_table_and_refuses_what_is_not_there(model, run, tmp_path):
+def test_command_prints_the_table_and_refuses_unknown_names(model, run, tmp_path):
     words = ["-q", "sweep", str(model), "--run", str(run), "--out", str(tmp_path / "out"), "--engine", "hf",
              "--max-new-tokens", "6", "--suite", "refusal,loss", "--limit", "3"]  # fmt: skip
     result = CliRunner().invoke(main, [*words, "--methods", "ablate", "--scopes", "one,layers:0,2-3,all"])
@@ -384,8 +382,8 @@ def test_the_command_prints_the_table_and_refuses_what_is_not_there(model, run, 
         assert message in result.output
 
 
-def test_an_edit_that_leaves_nan_is_left_out_and_the_next_gets_an_engine_of_its_own(model, run, tmp_path, monkeypatch):
-    """What the engine cached of NaN must not reach the edits after it."""
+def test_edit_giving_nan_is_skipped_and_the_engine_replaced(model, run, tmp_path, monkeypatch):
+    """NaN in the engine's cache must not reach the edits after it."""
     settings = {**QUICK, "suites": ["refusal", "loss"], "methods": ["ablate"], "scopes": ["one", "layers:1,2", "all"]}
     whole = sweep(str(model), run, tmp_path / "whole", **settings)
     swaps: list[int] = []
@@ -408,21 +406,21 @@ def test_an_edit_that_leaves_nan_is_left_out_and_the_next_gets_an_engine_of_its_
         sweep(str(model), run, tmp_path / "sweep", **settings)
     assert len(starts) == 2
     found = sweep(str(model), run, tmp_path / "sweep", **settings)
-    assert (len(starts), len(swaps)) == (3, 4)  # what is known to leave NaN is not tried again
+    assert (len(starts), len(swaps)) == (3, 4)  # an edit known to give NaN is not tried again
     first, second, third = found.variants
     assert "NaN" in second.refused
     assert (first.measures, third.measures) == (whole.variants[0].measures, whole.variants[2].measures)
     assert found.restored is True
 
 
-def test_an_engine_that_an_edit_left_broken_is_checked_before_it_is_left(model, run, tmp_path, monkeypatch):
+def test_engine_broken_by_an_edit_is_still_checked(model, run, tmp_path, monkeypatch):
     settings = {**QUICK, "suites": ["loss"], "methods": ["ablate"], "scopes": ["one"]}
     true = sweeps.edited_weights
     nan = lambda plan: {n: lambda make=make: torch.full_like(make(), torch.nan) for n, make in true(plan).items()}  # noqa: E731
     monkeypatch.setattr(sweeps, "edited_weights", nan)
     assert sweep(str(model), run, tmp_path / "whole", **settings).restored is True
     seen: list[int] = []
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
     with pytest.raises(OrthogonalizeError, match="did not hold the base's weights again"):
         sweep(str(model), run, tmp_path / "sweep", **settings)

@@ -1,4 +1,4 @@
-"""Theorems about the maps themselves, and what scopes mean."""
+"""Theorems about the affine maps, and what each scope means."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def random_basis(size):
 
 @settings(deadline=None)
 @given(sizes)
-def test_gram_schmidt_is_orthonormal_ordered_and_spans_the_same(size):
+def test_gram_schmidt_is_orthonormal_and_keeps_the_order(size):
+    """The first n rows span what the first n vectors span."""
     d, k, seed = size
     vectors = torch.randn(k, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     basis = orthonormal(vectors)
@@ -41,7 +42,7 @@ def test_gram_schmidt_drops_dependent_and_zero_vectors():
 
 @settings(deadline=None)
 @given(sizes)
-def test_removal_is_a_projection_and_a_double_one_a_mirror(size):
+def test_removal_is_a_projection_and_strength_two_a_mirror(size):
     basis = random_basis(size)
     h = torch.randn(7, basis.shape[1], dtype=torch.float64)
     once = removal(basis)(h)
@@ -53,7 +54,7 @@ def test_removal_is_a_projection_and_a_double_one_a_mirror(size):
     assert torch.allclose((h + mirrored) / 2, once, atol=1e-12)
 
 
-def test_batched_maps_act_on_each_row_alone():
+def test_batched_maps_act_on_each_row_separately():
     bases = torch.stack([random_basis((6, 2, s)) for s in range(3)])
     h = torch.randn(3, 5, 6, dtype=torch.float64)
     together = removal(bases, 0.7)(h)
@@ -63,7 +64,7 @@ def test_batched_maps_act_on_each_row_alone():
     assert torch.allclose(shift(shifts)(h), h + shifts[:, None])
 
 
-def test_a_map_of_unfitting_parts_is_refused():
+def test_map_with_mismatched_shapes_is_refused():
     with pytest.raises(ValueError, match="do not fit"):
         AffineMap(torch.zeros(4, 1), torch.zeros(4, 2), torch.zeros(4))
 
@@ -71,17 +72,17 @@ def test_a_map_of_unfitting_parts_is_refused():
 @pytest.mark.parametrize(
     "text", ["all", "one", "top:50%", "top:12.5%", "layers:3,5-9", "layers:0", "upto:12", "from:0"]
 )
-def test_a_scope_prints_as_it_was_written(text):
+def test_scope_prints_as_it_was_written(text):
     assert str(parse_scope(text)) == text
 
 
 @pytest.mark.parametrize("text", ["", "every", "layers:", "layers:3-", "layers:5-3", "top:0%", "top:101%", "upto:-1"])
-def test_what_is_no_scope_is_refused(text):
+def test_malformed_scope_is_refused(text):
     with pytest.raises(OrthogonalizeError, match="scope"):
         parse_scope(text)
 
 
-def test_scopes_name_the_sites_of_the_design():
+def test_scopes_name_the_documented_sites():
     assert removal_sites(parse_scope("all"), [0, 1]) == [Site("embed"), *block_sites([0, 1])]
     assert chosen_layers(parse_scope("upto:2"), 4, None, None) == [0, 1]
     assert chosen_layers(parse_scope("one"), 4, 2, None) == [2]
@@ -94,7 +95,7 @@ def test_scopes_name_the_sites_of_the_design():
     assert list(map(str, shift_sites(parse_scope("one"), 4, lambda _: torch.ones(4), 4).writes)) == ["mlp.3"]
 
 
-def test_each_site_uses_the_direction_of_the_stream_it_writes_into():
+def test_site_uses_the_direction_of_the_stream_it_writes_into():
     streams: list[int] = []
 
     def remember(stream):
@@ -104,7 +105,7 @@ def test_each_site_uses_the_direction_of_the_stream_it_writes_into():
     assert streams == [0, 1, 1, 2, 2]
 
 
-def test_a_scope_that_cannot_be_meant_is_refused():
+def test_scope_that_does_not_apply_is_refused():
     with pytest.raises(OrthogonalizeError, match="no layer 4"):
         chosen_layers(parse_scope("layers:4"), 4, None, None)
     with pytest.raises(OrthogonalizeError, match="--layer"):

@@ -1,4 +1,4 @@
-"""Prompt sources, splits, and chat rendering."""
+"""Prompt sources, splits and chat rendering."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from orthogonalize.data.prompts import Prompt, check_contrast, concept, load_pro
 TEXTS = ["How are you?", "What is 2 + 2?\nShow your work.", "Ça va ?"]
 
 
-def test_every_kind_of_file_gives_the_same_prompts(tmp_path):
+def test_every_file_format_gives_the_same_prompts(tmp_path):
     rows = [{"instruction": t, "category": "c", "other": 1} for t in TEXTS]
     (tmp_path / "a.json").write_text(json.dumps(TEXTS))
     (tmp_path / "b.json").write_text(json.dumps(rows))
@@ -42,7 +42,7 @@ def test_quoted_newlines_in_csv_stay_inside_their_prompt(tmp_path):
     assert [p.text for p in load_prompts(str(tmp_path / "a.csv"))] == ["first\nline", "second"]
 
 
-def test_a_named_column_is_used_and_an_unknown_one_is_refused(tmp_path):
+def test_named_column_is_used_and_an_unknown_one_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"mine": "hello", "instruction": "other"}')
     assert load_prompts(str(tmp_path / "a.jsonl"), column="mine")[0].text == "hello"
     with pytest.raises(OrthogonalizeError, match="mine, instruction"):
@@ -61,13 +61,13 @@ def test_a_named_column_is_used_and_an_unknown_one_is_refused(tmp_path):
         ("a.md", "x", "not one of"),
     ],
 )
-def test_a_bad_prompt_file_is_one_clear_error(tmp_path, name, content, message):
+def test_bad_prompt_file_is_one_clear_error(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(OrthogonalizeError, match=message):
         load_prompts(str(tmp_path / name))
 
 
-def test_sources_that_do_not_exist_are_named():
+def test_missing_sources_are_named():
     with pytest.raises(OrthogonalizeError, match=r"no such prompt file: nowhere\.txt"):
         load_prompts("nowhere.txt")
     with pytest.raises(OrthogonalizeError, match="neither a file nor a Hub dataset"):
@@ -77,7 +77,7 @@ def test_sources_that_do_not_exist_are_named():
 
 
 @given(st.integers(8, 400), st.integers(0, 5))
-def test_a_split_is_disjoint_seeded_and_as_large_as_it_can_be(count, seed):
+def test_split_is_disjoint_seeded_and_as_large_as_possible(count, seed):
     prompts = [Prompt(f"p{i}", "positive") for i in range(count)]
     parts = split_prompts(prompts, seed)
     assert parts == split_prompts(prompts, seed)
@@ -88,7 +88,7 @@ def test_a_split_is_disjoint_seeded_and_as_large_as_it_can_be(count, seed):
     assert all(sizes)
 
 
-def test_a_contrast_needs_two_different_sets_of_eight():
+def test_contrast_needs_two_different_sets_of_at_least_eight():
     one, two = ([Prompt(f"{s}{i}", "positive") for i in range(8)] for s in "ab")
     check_contrast(one, two)
     with pytest.raises(OrthogonalizeError, match="both sides"):
@@ -97,14 +97,14 @@ def test_a_contrast_needs_two_different_sets_of_eight():
         check_contrast(one, two[:7])
 
 
-def test_the_planted_sets_do_not_overlap_anywhere():
+def test_planted_sets_do_not_overlap():
     sets = [load_prompts(f"planted:{a}_{b}.jsonl") for a in ("planting", "contrast") for b in ("cooking", "other")]
     texts = [p.text.lower() for s in sets for p in s]
     assert len(texts) == len(set(texts))
     assert all(len(s) >= 260 for s in sets)
 
 
-def test_a_template_that_writes_a_bos_gets_exactly_one():
+def test_template_that_writes_a_bos_gets_exactly_one():
     tokenizer = tiny_tokenizer()
     ids = ChatFormat(tokenizer).encode("how do i bake a cake")
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -119,7 +119,7 @@ def test_positions_are_the_tokens_after_the_instruction():
     assert chat.positions() == [-3, -2, -1]
 
 
-def test_system_prompt_and_template_arguments_reach_the_template():
+def test_system_prompt_and_arguments_reach_the_template():
     tokenizer = tiny_tokenizer(TEMPLATE + "{% if polite %} please{% endif %}")
     plain = ChatFormat(tokenizer).encode("how")
     polite = ChatFormat(tokenizer, system="now", arguments={"polite": True}).encode("how")
@@ -129,7 +129,7 @@ def test_system_prompt_and_template_arguments_reach_the_template():
     assert len(polite) == len(plain) + 4
 
 
-def test_a_model_without_template_is_refused_unless_asked_for():
+def test_model_without_chat_template_needs_the_option():
     tokenizer = tiny_tokenizer(None)
     with pytest.raises(OrthogonalizeError, match="--no-chat-template"):
         ChatFormat(tokenizer)
@@ -138,7 +138,7 @@ def test_a_model_without_template_is_refused_unless_asked_for():
     assert chat.positions() == [-1]
 
 
-def test_a_hub_dataset_is_read_by_id_column_and_split(monkeypatch):
+def test_hub_dataset_is_read_by_id_column_and_split(monkeypatch):
     import datasets
 
     asked = []
@@ -153,7 +153,7 @@ def test_a_hub_dataset_is_read_by_id_column_and_split(monkeypatch):
     assert asked == [("owner/name", "test"), ("owner/name", "train")]
 
 
-def test_a_hub_dataset_that_cannot_be_read_is_one_clear_error(monkeypatch):
+def test_unreadable_hub_dataset_is_one_clear_error(monkeypatch):
     import datasets
 
     def load_dataset(name, split):
@@ -164,7 +164,7 @@ def test_a_hub_dataset_that_cannot_be_read_is_one_clear_error(monkeypatch):
         load_prompts("owner/name")
 
 
-def test_a_template_that_writes_the_date_writes_one_that_never_changes():
+def test_template_with_a_date_gets_a_fixed_date():
     dated = TEMPLATE.replace("[answer]", "{{ strftime_now('%d %b %Y') }}[answer]")
     tokenizer, fixed = tiny_tokenizer(dated), tiny_tokenizer(TEMPLATE.replace("[answer]", "26 Jul 2024[answer]"))
     assert dated != TEMPLATE

@@ -1,4 +1,4 @@
-"""Tokenizers that put something after a text: what a text is followed by, is what follows it."""
+"""Tokenizing text that will be continued: what precedes it (BOS) is kept, what follows it (EOS) dropped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def ending(around: str):
     return tokenizer
 
 
-def test_a_vocabulary_without_the_letters_that_are_tried_loses_no_token():
+def test_unusual_vocabulary_loses_no_token():
+    """One that lacks the letters that are tried to find out what the tokenizer appends."""
+
     class Digits:
         def __call__(self, texts, add_special_tokens=True, **_):
             rows = [[0] * add_special_tokens + [int(c) for c in t if c in "23"] for t in [*texts]]
@@ -34,7 +36,7 @@ def test_a_vocabulary_without_the_letters_that_are_tried_loses_no_token():
 
 
 @pytest.mark.parametrize("around", AROUND)
-def test_a_text_keeps_what_stands_before_it_and_nothing_that_stands_after(around, data):
+def test_bos_is_kept_and_eos_dropped_everywhere(around, data):
     tokenizer = ending(around)
     bare = tokenizer("how do i bake", add_special_tokens=False)["input_ids"]
     start = [1] if AROUND[around][0] else []

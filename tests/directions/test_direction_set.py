@@ -1,4 +1,4 @@
-"""Activations and directions against independent references."""
+"""Activations and stored directions against independent references."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def random_ids(count=20, seed=0):
     return [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
 
 
-def test_activations_are_the_hidden_states_of_each_prompt_run_alone(base):
+def test_activations_equal_the_library_hidden_states(base):
+    """Of each prompt run on its own, without padding."""
     model, ids = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64).eval(), random_ids()
     found = all_activations(model, ids, 3)
     for row, prompt in zip(found, ids, strict=True):
@@ -31,7 +32,7 @@ def test_activations_are_the_hidden_states_of_each_prompt_run_alone(base):
             states = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states
         for layer in range(LAYERS):
             assert torch.allclose(row[:, layer], states[layer][0, -3:].float(), atol=1e-6)
-    # The library's last hidden state has been through the final norm; ours is what that norm reads.
+    # The library's last hidden state is after the final norm; ours is that norm's input.
     assert torch.allclose(model.model.norm(row[:, LAYERS].double()), states[LAYERS][0, -3:], atol=1e-5)
 
 
@@ -57,7 +58,7 @@ def test_nan_activations_name_the_layer(base):
         mean_activations(model, random_ids(4), 40)
 
 
-def test_directions_survive_the_disk(tmp_path):
+def test_directions_survive_saving_and_loading(tmp_path):
     positive, negative = (torch.randn(16, 2, 3, 8) + s for s in (1, -1))
     subspaces = {((-2, -1)[i], layer): one for (i, layer), one in inlp(positive, negative, 3).items()}
     eraser = leace(positive, negative)
@@ -73,14 +74,14 @@ def test_directions_survive_the_disk(tmp_path):
     for key, found in stored.subspaces.items():
         assert torch.allclose(back.subspaces[key].basis, found.basis, atol=1e-7)
         assert back.subspaces[key].accuracies == pytest.approx(found.accuracies)
-    # What was rounded to float32 still erases: v is scaled anew so that v^T u is 1.
+    # Rounded to float32 it still erases: v is rescaled so that v^T u is 1.
     for index, position in enumerate(back.positions):
         affine = back.eraser(position, 1).affine()
         assert (affine.v.T @ affine.u).item() == pytest.approx(1, abs=1e-12)
         assert torch.allclose(affine(positive[:, index, 1]).mean(0), affine(negative[:, index, 1]).mean(0), atol=1e-5)
 
 
-def test_a_stream_in_which_no_prompt_differs_has_no_direction():
+def test_stream_in_which_no_prompt_differs_has_no_direction():
     diffs = torch.randn(1, 3, 8)
     diffs[0, 0] = 0
     directions = Directions((-1,), diffs, {(-1, 1): Subspace(torch.zeros(0, 8), ())})
@@ -90,7 +91,7 @@ def test_a_stream_in_which_no_prompt_differs_has_no_direction():
     assert torch.allclose(unit[0] * diffs[0, 2].double().norm(), diffs[0, 2].double())
 
 
-def test_a_direction_file_is_read_in_every_form(tmp_path):
+def test_direction_file_is_read_in_every_format(tmp_path):
     vector = torch.randn(WIDTH)
     save_file({"direction": vector}, tmp_path / "a.safetensors")
     save_file({"basis": torch.randn(3, WIDTH)}, tmp_path / "b.safetensors")
@@ -103,7 +104,7 @@ def test_a_direction_file_is_read_in_every_form(tmp_path):
     assert (reference.position, reference.layer) == (-5, 12)
 
 
-def test_a_bad_direction_file_is_refused(tmp_path):
+def test_bad_direction_file_is_refused(tmp_path):
     class Evil:
         def __reduce__(self):
             return (print, ("code was run",))

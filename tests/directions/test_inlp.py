@@ -1,4 +1,4 @@
-"""INLP against scikit-learn, classifier by classifier, and on inputs that degenerate."""
+"""INLP against scikit-learn, classifier by classifier, and on degenerate inputs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def assert_agrees(mine, theirs, accuracies, at_least=5):
     for i, (a, b) in enumerate(zip(mine.basis, theirs, strict=False)):
         assert abs((a @ b).item()) >= 0.9999, i
         if i >= at_least and mine.accuracies[i] != pytest.approx(accuracies[i]):
-            break  # from here on the two search different remainders
+            break  # from here on the two search different residuals
     assert list(mine.accuracies[:at_least]) == pytest.approx(accuracies[:at_least])
 
 
@@ -47,14 +47,14 @@ def assert_agrees(mine, theirs, accuracies, at_least=5):
     [(40, 40, 12, 8), (60, 60, 40, 8), (20, 20, 300, 8), (400, 400, 24, 8), (70, 25, 48, 8), (12, 12, 1200, 5)],
     ids=["n > d", "n about d", "d > n", "n >> d", "unbalanced sides", "d >> n"],
 )
-def test_every_direction_is_scikit_learns(n, m, d, directions):
+def test_every_direction_equals_scikit_learns(n, m, d, directions):
     """Where d >> n each classifier is some ten times weaker than the last, which costs both of them digits."""
     positive, negative = two_sides(n, d, m=m)
     mine = inlp(positive, negative, max_rank=directions, min_accuracy=0.0)
     assert_agrees(mine, *published_inlp(positive, negative, directions))
 
 
-def test_repeated_samples_count_as_often_as_they_stand_there():
+def test_repeated_samples_count_as_often_as_they_occur():
     positive, negative = (torch.cat([side, side[:10], side[:10]]) for side in two_sides(30, 100))
     assert_agrees(inlp(positive, negative, 6, min_accuracy=0.0), *published_inlp(positive, negative, 6))
 
@@ -68,13 +68,13 @@ def test_constant_features_are_never_part_of_a_direction():
     assert torch.allclose(inlp(positive, negative, 5, min_accuracy=0.0).basis, found.basis, atol=1e-7)
 
 
-def test_widely_separated_sides_converge_to_scikit_learns_direction():
+def test_widely_separated_sides_converge_to_scikit_learns():
     positive, negative = two_sides(40, 80, gap=60.0)
     assert_agrees(inlp(positive, negative, 5, min_accuracy=0.0), *published_inlp(positive, negative, 5))
 
 
 @pytest.mark.parametrize("d", [16, 700])
-def test_a_batch_gives_what_its_problems_give_alone(d):
+def test_batch_equals_its_problems_solved_alone(d):
     sides = [two_sides(24, d, gap=g, seed=i) for i, g in enumerate((0.3, 1.0, 3.0, 0.0, 1.5, 2.0))]
     positive, negative = (torch.stack([s[k] for s in sides], dim=1).reshape(24, 2, 3, d) for k in (0, 1))
     found = inlp(positive, negative, 6)
@@ -88,7 +88,8 @@ def test_a_batch_gives_what_its_problems_give_alone(d):
     assert torch.isnan(found.accuracies).sum() == found.rank.max() * 6 - found.rank.sum()
 
 
-def test_the_basis_is_orthonormal_points_to_the_positive_side_and_stops_in_time():
+def test_basis_is_orthonormal_signed_and_stops_in_time():
+    """The first direction points to the positive side; none below the accuracy threshold is kept."""
     positive, negative = two_sides()
     found = inlp(positive, negative)
     identity = torch.eye(found.rank, dtype=torch.float64)
@@ -99,7 +100,7 @@ def test_the_basis_is_orthonormal_points_to_the_positive_side_and_stops_in_time(
     assert 1 <= found.rank < 20
 
 
-def test_a_basis_of_many_directions_stays_orthonormal_where_little_is_left():
+def test_long_basis_stays_orthonormal():
     """Each direction leaves less of the data; Gram matrices updated from each other would lose it."""
     positive, negative = two_sides(40, 200, gap=4.0)
     found = inlp(positive, negative, max_rank=30, min_accuracy=0.0)
@@ -107,15 +108,15 @@ def test_a_basis_of_many_directions_stays_orthonormal_where_little_is_left():
     assert (found.basis @ found.basis.T - torch.eye(found.rank, dtype=torch.float64)).abs().max() < 1e-12
 
 
-def test_samples_of_large_scale_and_many_weak_classifiers_lose_nothing():
-    """As in late layers: samples hundreds long, weights that are small and smaller, next to them all rounding."""
+def test_large_samples_and_weak_classifiers_lose_no_precision():
+    """As in late layers: samples of norm in the hundreds, and weights that shrink towards rounding error."""
     positive, negative = two_sides(40, 576, gap=6.0, seed=7)
     scale = 30 * torch.exp(1.5 * torch.randn(576, generator=torch.Generator().manual_seed(2)))
     positive, negative = positive * scale, negative * scale
     found = inlp(positive, negative, max_rank=18, min_accuracy=0.0)
     assert found.rank == 18
     assert_agrees(found, *published_inlp(positive, negative, 5))
-    # The directions as combinations of the samples, before they are polished.
+    # The directions as combinations of the samples, before they are refined.
     x = torch.cat([positive, negative]).double()[None]
     x = x - x.mean(1, keepdim=True)
     data, labels = Samples(x, x), torch.tensor([1.0] * 40 + [0.0] * 40).double()
@@ -124,20 +125,20 @@ def test_samples_of_large_scale_and_many_weak_classifiers_lose_nothing():
     assert (rows @ rows.T - torch.eye(18, dtype=torch.float64)).abs().max() < 1e-9
 
 
-def test_sides_that_cannot_be_told_apart_have_no_subspace():
+def test_indistinguishable_sides_have_no_subspace():
     same = torch.randn(200, 30, generator=torch.Generator().manual_seed(1))
     assert inlp(same[:100], same[100:]).rank <= 3
     assert inlp(torch.ones(10, 4), torch.ones(10, 4)).rank == 0
-    assert inlp(torch.ones(30, 4), torch.ones(10, 4)).rank == 0  # the larger side alone is no direction
+    assert inlp(torch.ones(30, 4), torch.ones(10, 4)).rank == 0  # unequal sizes alone give no direction
 
 
-def test_leading_directions_are_those_before_the_accuracy_falls():
+def test_leading_directions_end_where_the_accuracy_falls():
     found = Subspace(torch.eye(4), (1.0, 0.995, 0.97, 0.99))
     assert [found.leading(a) for a in (0.99, 0.95, 0.5, 1.1)] == [2, 4, 4, 1]
 
 
 @pytest.mark.parametrize("classifier", ["logistic", "svm"])
-def test_scikit_learns_own_classifiers_can_be_asked_for(classifier):
+def test_scikit_learn_classifiers_can_be_chosen(classifier):
     positive, negative = two_sides(30, 60)
     found = inlp(positive, negative, 4, min_accuracy=0.0, solver="sklearn", classifier=classifier)
     assert torch.allclose(found.basis @ found.basis.T, torch.eye(4, dtype=torch.float64), atol=1e-10)
@@ -146,7 +147,7 @@ def test_scikit_learns_own_classifiers_can_be_asked_for(classifier):
     assert (cosines > 0.9999).all() if classifier == "logistic" else cosines[0] > 0.7
 
 
-def test_what_inlp_cannot_do_is_refused():
+def test_unsuitable_input_is_refused():
     with pytest.raises(OrthogonalizeError, match="at least 4"):
         inlp(torch.randn(3, 4), torch.randn(10, 4))
     with pytest.raises(OrthogonalizeError, match="NaN"):
@@ -159,15 +160,15 @@ def test_what_inlp_cannot_do_is_refused():
         inlp(torch.randn(80, 4), torch.randn(80, 4), max_rank=5)
 
 
-def test_too_few_samples_for_a_rank_says_how_many_are_needed():
+def test_too_few_samples_for_a_rank_states_how_many_are_needed():
     with pytest.raises(OrthogonalizeError, match=r"at least 21 samples to fit \(about 14 prompts a side"):
         inlp(torch.randn(10, 64), torch.randn(10, 64), max_rank=20)
-    assert inlp(*two_sides(14, 64), max_rank=20, min_accuracy=0.0).rank > 5  # enough to ask for it
+    assert inlp(*two_sides(14, 64), max_rank=20, min_accuracy=0.0).rank > 5  # enough samples to ask for that rank
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10_000), st.sampled_from([(6, 4), (9, 30), (25, 8)]), st.floats(0.01, 100.0))
-def test_the_newton_solution_has_no_gradient_left(seed, shape, scale):
+def test_newton_solution_has_zero_gradient(seed, shape, scale):
     generator = torch.Generator().manual_seed(seed)
     x = scale * torch.randn(3, *shape, generator=generator, dtype=torch.float64)
     x = x - x.mean(1, keepdim=True)
@@ -183,7 +184,7 @@ def test_the_newton_solution_has_no_gradient_left(seed, shape, scale):
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 10_000), st.sampled_from([(6, 8), (25, 40)]), st.floats(0.01, 100.0))
-def test_the_compiled_iteration_and_the_batched_one_agree(seed, shape, scale):
+def test_compiled_and_batched_iterations_agree(seed, shape, scale):
     generator = torch.Generator().manual_seed(seed)
     x = scale * torch.randn(3, *shape, generator=generator, dtype=torch.float64)
     x = x - x.mean(1, keepdim=True)
@@ -195,7 +196,7 @@ def test_the_compiled_iteration_and_the_batched_one_agree(seed, shape, scale):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_the_cpus_directions():
+def test_gpu_and_cpu_give_the_same_directions():
     positive, negative = (side.reshape(24, 2, 100) for side in two_sides(48, 100))
     here, there = inlp(positive, negative, 5, 0.0), inlp(positive.cuda(), negative.cuda(), 5, 0.0)
     assert torch.allclose(there.basis.cpu(), here.basis, atol=1e-7)

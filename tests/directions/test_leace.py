@@ -26,7 +26,7 @@ def doubled(n, m, d, seed=0):
 
 @pytest.mark.parametrize(("orthogonal", "shrinkage"), FORMS, ids=["shrunk", "plain", "orthogonal"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_the_theorems_hold(shape, orthogonal, shrinkage):
+def test_eraser_satisfies_the_theorems(shape, orthogonal, shrinkage):
     positive, negative = doubled(*shape)
     eraser = leace(positive, negative, orthogonal=orthogonal, shrinkage=shrinkage)
     after = [eraser(side) for side in (positive, negative)]
@@ -37,8 +37,8 @@ def test_the_theorems_hold(shape, orthogonal, shrinkage):
     assert torch.linalg.matrix_rank(torch.eye(shape[2]) - matrix, rtol=1e-8) == 1
 
 
-def test_the_closed_form_moves_the_samples_least():
-    """Of erasers with the theorems' property, LEACE's has the least mean squared change in the norm of S^-1."""
+def test_closed_form_moves_the_samples_least():
+    """Of all erasers with the theorems' property, LEACE's has the least mean squared change in the norm of S^-1."""
     positive, negative = doubled(*SHAPES["n > d"])
     x = torch.cat([positive, negative])
     centred = x - x.mean(0)
@@ -54,7 +54,7 @@ def test_the_closed_form_moves_the_samples_least():
 
 
 @pytest.mark.parametrize(("orthogonal", "shrinkage"), FORMS, ids=["shrunk", "plain", "orthogonal"])
-def test_no_linear_probe_does_better_than_chance_on_the_fitted_data(orthogonal, shrinkage):
+def test_linear_probe_is_at_chance_on_the_fitted_data(orthogonal, shrinkage):
     positive, negative = doubled(60, 60, 20)
     y = np.r_[np.ones(60), np.zeros(60)]
     eraser = leace(positive, negative, orthogonal=orthogonal, shrinkage=shrinkage)
@@ -67,7 +67,7 @@ def test_no_linear_probe_does_better_than_chance_on_the_fitted_data(orthogonal, 
 
 
 @pytest.mark.parametrize("form", ["leace", "orth"])
-def test_it_is_the_concept_erasure_packages_eraser(form):
+def test_eraser_equals_the_concept_erasure_package(form):
     """Its constrained branch scales the wrong axis (0.2.4), so that is off; its shrinkage is another formula."""
     positive, negative = doubled(*SHAPES["n > d"])
     x, z = torch.cat([positive, negative]), torch.cat([torch.ones(80), torch.zeros(30)]).double()
@@ -79,7 +79,7 @@ def test_it_is_the_concept_erasure_packages_eraser(form):
 @pytest.mark.parametrize("shrinkage", [True, False])
 @settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 9999))
-def test_the_span_of_the_samples_and_the_streamed_covariance_give_one_eraser(shrinkage, seed):
+def test_span_and_streamed_covariance_give_the_same_eraser(shrinkage, seed):
     positive, negative = doubled(14, 11, 32, seed)
     moments = Moments(32)
     for a, b in zip(positive.split(5), negative.split(4), strict=True):
@@ -89,7 +89,7 @@ def test_the_span_of_the_samples_and_the_streamed_covariance_give_one_eraser(shr
         assert torch.allclose(getattr(streamed, name), getattr(spanned, name), rtol=1e-6, atol=1e-9), name
 
 
-def test_moments_streamed_in_any_parts_are_those_of_the_whole():
+def test_moments_do_not_depend_on_how_samples_are_split():
     positive, negative = doubled(40, 30, 12)
     whole = Moments(12).update(positive, negative)
     parts = Moments(12)
@@ -103,7 +103,7 @@ def test_moments_streamed_in_any_parts_are_those_of_the_whole():
     assert torch.allclose(whole.scatter, pooled.T @ pooled, atol=1e-9)
 
 
-def test_the_shrinkage_is_scikit_learns():
+def test_shrinkage_equals_scikit_learns():
     x = torch.cat(doubled(12, 18, 40))
     centred = x - x.mean(0)
     covariance = centred.T @ centred / len(x)
@@ -111,7 +111,7 @@ def test_the_shrinkage_is_scikit_learns():
     assert oas_shrinkage(covariance.trace(), covariance.pow(2).sum(), 30, 40).item() == pytest.approx(expected)
 
 
-def test_shrinkage_erases_more_of_what_it_has_not_seen():
+def test_shrinkage_erases_more_of_unseen_samples():
     """With d >> n the plain inverse fits the samples' noise."""
     positive, negative = doubled(130, 130, 200)
     fitted = [side[:30] for side in (positive, negative)]
@@ -124,7 +124,7 @@ def test_shrinkage_erases_more_of_what_it_has_not_seen():
     assert left(True) < left(False)
 
 
-def test_a_batch_gives_what_its_problems_give_alone():
+def test_batch_equals_its_problems_solved_alone():
     sides = [doubled(9, 8, 40, seed) for seed in range(4)]
     positive, negative = (torch.stack([s[k] for s in sides], dim=1).reshape(-1, 2, 2, 40) for k in (0, 1))
     found = leace(positive, negative)
@@ -134,7 +134,7 @@ def test_a_batch_gives_what_its_problems_give_alone():
         assert torch.equal(found[divmod(i, 2)].v, alone.v)
 
 
-def test_sides_with_one_mean_have_nothing_to_erase():
+def test_sides_with_equal_means_have_nothing_to_erase():
     side = doubled(10, 10, 30)[0]
     eraser = leace(side, side.clone())
     assert eraser.rank == 0

@@ -1,4 +1,4 @@
-"""What is easily got wrong when the weights of other families than Llama are edited, each on its own."""
+"""What is easily got wrong in families other than Llama, one trap per test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", ["gemma3 multimodal", "qwen3_5 multimodal"])
-def test_a_head_tied_in_a_nested_configuration_is_untied_at_both_levels(name, bases, tmp_path):
+def test_head_tied_in_a_nested_config_is_untied_at_both_levels(name, bases, tmp_path):
     base = bases(name)
     assert compare(base, ablation(), tmp_path / "edited", rescaled=base.post_norm) <= EXACT
     edited = open_checkpoint(tmp_path / "edited")
@@ -55,13 +55,15 @@ def test_a_head_tied_in_a_nested_configuration_is_untied_at_both_levels(name, ba
     ("name", "served"),
     [("gemma2", "TransformersForCausalLM"), ("cohere", "TransformersForCausalLM"), ("gemma", None), ("gemma3", None)],
 )
-def test_a_head_that_the_served_class_cannot_untie_goes_to_the_backend_that_can(name, served, bases):
+def test_head_that_vllm_cannot_untie_goes_to_the_other_backend(name, served, bases):
+    """vLLM's backend for transformers' classes can run it untied."""
     plan = bake(bases(name).checkpoint, ablation())
     assert plan.checkpoint.config_changes.get("architectures") == ([served] if served else None)
     assert "architectures" not in bake(bases(name).checkpoint, ablation("layers:0-3")).checkpoint.config_changes
 
 
-def test_a_head_that_no_server_can_untie_is_refused_with_the_scopes_that_work(bases, tmp_path):
+def test_head_that_no_server_can_untie_is_refused(bases, tmp_path):
+    """With the scopes that work."""
     base = bases("lfm2")
     for scope in ("all", "upto:2", "from:1"):
         with pytest.raises(OrthogonalizeError, match=r"vLLM always takes the embedding of lfm2.*layers:"):
@@ -70,7 +72,7 @@ def test_a_head_that_no_server_can_untie_is_refused_with_the_scopes_that_work(ba
 
 
 @pytest.mark.parametrize(("name", "head"), [("gpt_neox", "embed_out.weight"), ("gpt2", "lm_head.weight")])
-def test_a_head_by_another_name_keeps_its_values(name, head, tmp_path):
+def test_untied_head_by_another_name_keeps_its_values(name, head, tmp_path):
     source = store_tiny(name, tmp_path / "base", tie_word_embeddings=True)
     checkpoint = open_checkpoint(source)
     assert head not in checkpoint.tensors
@@ -91,14 +93,14 @@ def test_a_head_by_another_name_keeps_its_values(name, head, tmp_path):
         ("gemma", Site("embed"), "model.embed_tokens.weight", 48**0.5),
     ],
 )
-def test_a_constant_is_divided_by_the_factor_behind_it(name, site, tensor, factor, bases):
+def test_constant_is_divided_by_the_multiplier_behind_it(name, site, tensor, factor, bases):
     base = bases(name)
     plan = bake(base.checkpoint, Intervention({site: shift(BASIS[0])}))
     old = base.checkpoint.read(tensor) if tensor in base.checkpoint.tensors else 0.0
     assert (plan.checkpoint.edited(tensor) - old - BASIS[0] / factor).abs().max() < 1e-12
 
 
-def test_all_experts_of_gpt_oss_carry_their_bias_through_the_edit(bases, tmp_path):
+def test_every_expert_bias_of_gpt_oss_is_edited(bases, tmp_path):
     folder = bases("gpt_oss").folder
     assert gap_without(folder, "down_proj_bias", ablation("layers:1-2"), tmp_path / "without") > 1e-3
     plan = bake(open_checkpoint(folder), Intervention({Site("mlp", 1): shift(BASIS[0])}))
@@ -109,11 +111,12 @@ def test_all_experts_of_gpt_oss_carry_their_bias_through_the_edit(bases, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["phi", "starcoder2", "gpt_neox", "opt"])
-def test_a_bias_on_a_written_output_left_out_is_noticed(name, bases, tmp_path):
+def test_omitted_output_bias_is_noticed(name, bases, tmp_path):
     assert gap_without(bases(name).folder, r"\.bias$", ablation("layers:1-2"), tmp_path / "without") > 1e-3
 
 
-def test_a_window_in_use_keeps_qwen2_from_being_a_llama_and_its_value_bias_takes_over(tmp_path):
+def test_sliding_window_qwen2_uses_its_value_bias(tmp_path):
+    """A window in use keeps it from being stored as a Llama, so the constant goes into the value bias."""
     windowed = {"use_sliding_window": True, "sliding_window": 8, "num_key_value_heads": 4}
     base = Base("qwen2", store_tiny("qwen2", tmp_path / "windowed", **windowed))
     assert compare(base, Intervention({Site("attn", 1): shift(BASIS[0])}), tmp_path / "edited") <= EXACT
@@ -123,14 +126,14 @@ def test_a_window_in_use_keeps_qwen2_from_being_a_llama_and_its_value_bias_takes
         bake(base.checkpoint, Intervention({Site("mlp", 1): shift(BASIS[0])}))
 
 
-def test_a_value_bias_that_does_not_reach_the_vector_is_refused_with_the_part_it_misses(tmp_path):
-    """One head of values, repeated for all queries, spans a third of the stream at most."""
+def test_value_bias_that_misses_part_of_the_vector_is_refused(tmp_path):
+    """One value head, repeated for all queries, spans a third of the stream at most."""
     narrow = open_checkpoint(store_tiny("qwen2_moe", tmp_path / "narrow", num_key_value_heads=1))
     with pytest.raises(OrthogonalizeError, match=r"reaches all but \d+% of the vector"):
         bake(narrow, Intervention({Site("attn", 1): shift(BASIS[0])}))
 
 
-def test_a_model_made_a_llama_names_every_bias_and_no_window(bases):
+def test_model_stored_as_llama_has_every_bias_and_no_window(bases):
     plan = bake(bases("qwen2").checkpoint, Intervention({Site("mlp", 1): shift(BASIS[0])}))
     config = bases("qwen2").checkpoint.config | plan.checkpoint.config_changes
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -141,28 +144,28 @@ def test_a_model_made_a_llama_names_every_bias_and_no_window(bases):
     assert len(plan.checkpoint.additions) == 4 * LAYERS
 
 
-# What writes before the first block, and what is no part of the stream.
+# Writes before the first block, and tensors that are not part of the stream.
 
 
 @pytest.mark.parametrize(("name", "pattern"), [("gpt2", "wpe"), ("opt", "positions"), ("opt projected", "project_in")])
-def test_a_position_table_or_a_projection_left_out_is_noticed(name, pattern, bases, tmp_path):
+def test_omitted_position_table_or_projection_is_noticed(name, pattern, bases, tmp_path):
     assert gap_without(bases(name).folder, pattern, ablation(), tmp_path / "edited") > 1e-3
 
 
-def test_a_narrow_embedding_behind_a_projection_is_left_alone(bases):
+def test_narrow_embedding_behind_a_projection_is_not_edited(bases):
     plan = bake(bases("opt projected").checkpoint, ablation())
     assert "model.decoder.embed_tokens.weight" not in plan.checkpoint.edits
     assert not plan.checkpoint.additions
 
 
-def test_a_constant_on_a_position_table_leaves_the_tied_head_alone(bases):
+def test_constant_in_a_position_table_keeps_the_head_tied(bases):
     plan = bake(bases("gpt2").checkpoint, Intervention({Site("embed"): shift(BASIS[0])}))
     assert plan.checkpoint.edits.keys() == {"transformer.wpe.weight"}
     assert not plan.checkpoint.additions
     assert not plan.checkpoint.config_changes
 
 
-def test_gpt2_without_its_prefix_is_found_by_its_names(bases, tmp_path):
+def test_gpt2_checkpoint_without_the_prefix_is_recognised(bases, tmp_path):
     base = bases("gpt2")
     bare = rewritten(
         base.folder, tmp_path / "bare", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()}
@@ -182,14 +185,14 @@ def test_gpt2_without_its_prefix_is_found_by_its_names(bases, tmp_path):
         ("mistral", "model.layers.0.adapter.weight"),
     ],
 )
-def test_a_tensor_that_might_write_the_stream_and_is_not_described_is_refused(name, extra, bases, tmp_path):
-    """Per-layer embeddings (Gemma 3n and 4), and whatever a variant adds."""
+def test_undescribed_tensor_of_stream_width_is_refused(name, extra, bases, tmp_path):
+    """It might write the stream: per-layer embeddings (Gemma 3n and 4), or whatever a variant adds."""
     source = rewritten(bases(name).folder, tmp_path / "base", lambda t: t | {extra: torch.randn(48, 20).double()})
     with pytest.raises(OrthogonalizeError, match=re.escape(extra) + ".*orthogonalize describe"):
         bake(open_checkpoint(source), ablation())
 
 
-def test_layers_that_predict_further_tokens_are_kept_byte_for_byte(bases, tmp_path):
+def test_multi_token_prediction_layers_are_left_unchanged(bases, tmp_path):
     base = bases("deepseek_v3")
 
     def with_prediction(tensors):
@@ -207,7 +210,7 @@ def test_layers_that_predict_further_tokens_are_kept_byte_for_byte(bases, tmp_pa
     assert all(after[k].equal(v) for k, v in before.items() if k not in plan.checkpoint.edits)
 
 
-def test_what_comes_from_images_is_edited_too(bases, tmp_path):
+def test_image_features_are_edited_too(bases, tmp_path):
     base = bases("gemma3 multimodal")
     baked_logits(base, ablation(), tmp_path / "edited")
     ids = torch.tensor([[5, 91, 90, 90, 90, 90, 92, 7, 8]])
@@ -228,15 +231,15 @@ def test_what_comes_from_images_is_edited_too(bases, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma3 multimodal", "ministral3 multimodal", "llama4 multimodal"])
-def test_a_constant_that_images_cannot_carry_is_refused(name, bases):
+def test_constant_that_image_features_cannot_carry_is_refused(name, bases):
     with pytest.raises(OrthogonalizeError, match="what comes from images cannot be shifted"):
         bake(bases(name).checkpoint, Intervention({Site("embed"): shift(BASIS[0])}))
 
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
-def test_either_prefix_of_a_wrapper_is_found(prefix, bases, tmp_path):
+def test_both_prefixes_of_a_wrapper_are_recognised(prefix, bases, tmp_path):
     projector = "multi_modal_projector.mm_input_projection_weight"
-    root = "model." if prefix.startswith("model.") else ""  # what is not the text model's stands beside it
+    root = "model." if prefix.startswith("model.") else ""  # everything outside the text model is beside it
 
     def renamed(tensors):
         text = {k.replace("language_model.model.", prefix): v for k, v in tensors.items() if "language_model" in k}
@@ -248,7 +251,9 @@ def test_either_prefix_of_a_wrapper_is_found(prefix, bases, tmp_path):
     assert gap_of(source, plan, ablation(), tmp_path / "edited") <= EXACT
 
 
-def test_a_model_that_sees_and_whose_projector_has_another_name_is_refused(bases, tmp_path):
+def test_unknown_vision_projector_name_is_refused(bases, tmp_path):
+    """A model with a vision encoder whose projector has another name would be left partly unedited."""
+
     def renamed(tensors):
         return {k.replace("multi_modal_projector.", "connector."): v for k, v in tensors.items()}
 
@@ -257,7 +262,8 @@ def test_a_model_that_sees_and_whose_projector_has_another_name_is_refused(bases
         bake(open_checkpoint(source), ablation())
 
 
-def test_every_file_of_a_family_says_what_is_read_and_written_once():
+def test_architecture_files_name_each_tensor_once():
+    """Nothing is both read and written, or both written and inert."""
     for model_type, architecture in families().items():
         assert architecture_of({"model_type": model_type, "text_config": {}}) is architecture
         for part in (*architecture.attn.values(), *architecture.mlp.values()):
@@ -265,7 +271,7 @@ def test_every_file_of_a_family_says_what_is_read_and_written_once():
             assert not part.writes.keys() & set(architecture.inert)
 
 
-def test_every_write_twice_is_the_same_as_once(bases, tmp_path):
+def test_editing_twice_is_the_same_as_once(bases, tmp_path):
     """A removal leaves nothing to remove, at every kind of site."""
     base = bases("granitemoehybrid")
     (tmp_path / "once").mkdir()

@@ -1,4 +1,4 @@
-"""What the hooks do, the baked weights do: for every described family, on tiny random checkpoints."""
+"""Baked weights equal hooks for every described family, on tiny random checkpoints."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_write_of_every_family_edited_in_its_own_way_equals_hooks(name, bases, tmp_path):
+def test_every_write_of_every_family_equals_hooks(name, bases, tmp_path):
+    """With a different map at every write site."""
     base = bases(name)
     intervention = every_write(embed=name not in NEVER_UNTIED)
     assert compare(base, intervention, tmp_path / "edited", rescaled=base.post_norm) <= EXACT
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_every_read_of_every_family_edited_in_its_own_way_equals_hooks(name, bases, tmp_path):
+def test_every_read_of_every_family_equals_hooks(name, bases, tmp_path):
+    """With a different map at every read site."""
     base = bases(name)
     if name in NEVER_UNTIED | READ_REFUSED:
         with pytest.raises(OrthogonalizeError, match=r"vLLM always takes|LayerNorm with a bias"):
@@ -57,7 +59,8 @@ def route(changes: dict) -> str:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("site", [Site("embed"), Site("mlp", 1), Site("attn", 2)], ids=str)
-def test_a_constant_takes_the_first_exact_way_that_a_server_honours_or_is_refused(site, name, bases, tmp_path):
+def test_constant_has_an_exact_place_or_is_refused(site, name, bases, tmp_path):
+    """The first exact way that a server honours, per family."""
     base = bases(name)
     intervention = Intervention({site: shift(2 * BASIS[0])})
     expected = {
@@ -81,8 +84,8 @@ def test_a_constant_takes_the_first_exact_way_that_a_server_honours_or_is_refuse
     "name",
     ["falcon_h1", "gemma2", "gemma3 multimodal", "gpt2", "opt", "mamba2", "qwen3_next", "llama4", "gpt_oss", "cohere"],
 )
-def test_scores_resumed_at_a_layer_equal_whole_runs_in_every_kind_of_family(name, bases):
-    """Local scoring keeps the blocks before the layer from running, whatever a family's blocks return."""
+def test_local_scores_equal_full_runs_in_every_kind_of_family(name, bases):
+    """Local scoring skips the blocks before the layer, whatever a family's blocks return."""
     model = bases(name).model
     ids = [[5, 9, 11, 20], [7, 8, 30, 31, 32]]
     batched = AffineMap(*(t.unsqueeze(0) for t in (ABLATE.u, ABLATE.v, ABLATE.s)))
@@ -99,7 +102,7 @@ def test_scores_resumed_at_a_layer_equal_whole_runs_in_every_kind_of_family(name
 @pytest.mark.parametrize(
     "name", ["gemma2", "mixtral", "gemma3 multimodal", "gpt_neox", "qwen3_5 multimodal", "falcon_h1"]
 )
-def test_edit_and_verify_prove_any_family_from_the_files(name, tmp_path):
+def test_edit_and_verify_work_for_families_from_files(name, tmp_path):
     source = store_tiny(name, tmp_path / "base", torch.float32)
     tiny_tokenizer().save_pretrained(source)
     save_file({"direction": BASIS[0].float()}, tmp_path / "direction.safetensors")

@@ -1,4 +1,4 @@
-"""Experts: fused, one by one, shared, square, packed."""
+"""Experts: fused, one by one, shared, square and packed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from orthogonalize.edits.bake import bake
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_the_stream_axis_of_square_experts_is_told_and_a_wrong_one_is_noticed(bases, tmp_path):
+def test_stream_axis_of_square_experts_is_right(bases, tmp_path):
+    """And the wrong axis is noticed."""
     base = bases("gpt_oss")
     name = "model.layers.1.mlp.experts.down_proj"
     assert base.checkpoint.tensors[name].shape == (4, 48, 48)
@@ -51,12 +52,12 @@ def test_the_stream_axis_of_square_experts_is_told_and_a_wrong_one_is_noticed(ba
         ("qwen3_5", "linear_attn"),
     ],
 )
-def test_a_shared_expert_a_dense_layer_or_a_second_mixer_left_out_is_noticed(name, pattern, bases, tmp_path):
+def test_omitted_expert_dense_layer_or_mixer_is_noticed(name, pattern, bases, tmp_path):
     assert gap_without(bases(name).folder, pattern, ablation("layers:0-3"), tmp_path / "edited") > 1e-3
 
 
 def fused(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Experts stored one by one, stacked as some repositories have them."""
+    """Stack experts that are stored one by one, as some repositories do."""
     result, experts = {}, {}
     for name, tensor in tensors.items():
         found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
@@ -76,7 +77,8 @@ FUSED = ["qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next", "deepseek_v2", "
 
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("scope", ["all", "from:1"])
-def test_fused_and_single_experts_of_one_model_are_edited_alike_and_stay_as_they_were(name, scope, bases, tmp_path):
+def test_fused_and_single_experts_are_edited_alike(name, scope, bases, tmp_path):
+    """And are stored as they were."""
     base = bases(name)
     single = baked_logits(base, ablation(scope), tmp_path / "single")
     source = rewritten(base.folder, tmp_path / "fused", fused)
@@ -89,14 +91,14 @@ def test_fused_and_single_experts_of_one_model_are_edited_alike_and_stay_as_they
     assert gap(logits(load_tiny(tmp_path / "edited")), single) <= EXACT
 
 
-def test_a_missing_expert_is_named(bases, tmp_path):
+def test_missing_expert_is_named(bases, tmp_path):
     gone = "model.layers.2.block_sparse_moe.experts.1.w2.weight"
     source = rewritten(bases("mixtral").folder, tmp_path / "base", lambda t: {k: v for k, v in t.items() if k != gone})
     with pytest.raises(OrthogonalizeError, match=re.escape(gone)):
         bake(open_checkpoint(source), ablation())
 
 
-def test_experts_packed_in_four_bits_are_refused_with_the_way_out(bases, tmp_path):
+def test_experts_packed_in_four_bits_are_refused_with_advice(bases, tmp_path):
     def packed(tensors):
         experts = {k: v for k, v in tensors.items() if k.endswith("experts.down_proj")}
         rest = {k: v for k, v in tensors.items() if k not in experts}

@@ -1,4 +1,4 @@
-"""A model that fuses what Llama stores in parts, made a Llama: other names for the same bytes."""
+"""Models with fused projections (Phi-3), stored as a Llama: the same bytes under other names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from orthogonalize.models.hooks import intervened
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONSTANT = Intervention({Site("mlp", 1): shift(2 * BASIS[0])})
-GROUPED = {"num_key_value_heads": 1}  # so that queries take another share than keys and values
+GROUPED = {"num_key_value_heads": 1}  # so that queries have more rows than keys and values
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def written(base: Base, out):
 
 @torch.inference_mode()
 def gap_over_lengths(base: Base, llama) -> float:
-    """Hooks on the base against the Llama, on texts within the original positions and beyond."""
+    """Gap between hooks on the base and the Llama, on texts within the original positions and beyond."""
     gaps = []
     for length in (12, 40):
         ids = torch.randint(3, 90, (2, length), generator=torch.Generator().manual_seed(1))
@@ -50,7 +50,8 @@ def gap_over_lengths(base: Base, llama) -> float:
     return max(gaps)
 
 
-def test_the_parts_are_the_rows_of_what_was_fused_and_transformers_takes_all_of_them(phi3, tmp_path):
+def test_split_projections_hold_the_rows_of_the_fused_ones(phi3, tmp_path):
+    """And transformers loads every one of them."""
     written(phi3, tmp_path / "llama")
     edited = {n: t for file in (tmp_path / "llama").glob("*.safetensors") for n, t in load_file(file).items()}
     for layer in range(LAYERS):
@@ -73,7 +74,7 @@ def test_the_parts_are_the_rows_of_what_was_fused_and_transformers_takes_all_of_
     assert gap(hooked, phi3.plain) > 1e-2
 
 
-def test_a_file_without_index_is_renamed_as_well(tmp_path):
+def test_checkpoint_without_an_index_is_renamed_too(tmp_path):
     folder = store_tiny("phi3", tmp_path / "base", torch.bfloat16, **GROUPED)
     (tmp_path / "llama").mkdir()
     plan = bake(open_checkpoint(folder), CONSTANT)
@@ -84,7 +85,7 @@ def test_a_file_without_index_is_renamed_as_well(tmp_path):
 
 
 @pytest.mark.parametrize("window", [None, 128])
-def test_stretched_positions_stay_what_they_were_and_a_window_that_never_closes_is_none(window, tmp_path):
+def test_long_rope_is_kept_and_an_unused_window_dropped(window, tmp_path):
     """Phi-3.5: other factors beyond the original positions, and a window longer than any text."""
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0,
@@ -97,7 +98,7 @@ def test_stretched_positions_stay_what_they_were_and_a_window_that_never_closes_
     assert gap_over_lengths(base, llama) <= EXACT
 
 
-def test_a_configuration_as_the_hub_s_has_it_gives_the_same_llama(tmp_path):
+def test_config_in_the_hub_format_gives_the_same_llama(tmp_path):
     """Phi-3.5 there: rope_theta and rope_scaling, a type of `longrope`, and code for older versions of transformers."""
     rope = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.3 * i for i in range(8)]}
     settings = {
@@ -132,13 +133,13 @@ def test_a_configuration_as_the_hub_s_has_it_gives_the_same_llama(tmp_path):
         ),
     ],
 )
-def test_what_llama_does_not_do_keeps_phi3_from_being_one(settings, reason, tmp_path):
+def test_phi3_features_that_llama_lacks_are_refused(settings, reason, tmp_path):
     source = open_checkpoint(store_tiny("phi3", tmp_path / "base", torch.bfloat16, **settings))
     with pytest.raises(OrthogonalizeError, match=f"no Llama in all but name, for .*{reason}"):
         bake(source, CONSTANT)
 
 
-def test_a_configuration_that_does_not_fit_the_fused_weights_is_refused(tmp_path):
+def test_config_that_does_not_fit_the_fused_weights_is_refused(tmp_path):
     folder = store_tiny("phi3", tmp_path / "base", torch.bfloat16)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 48, "num_key_value_heads": 7}))
@@ -146,7 +147,8 @@ def test_a_configuration_that_does_not_fit_the_fused_weights_is_refused(tmp_path
         bake(open_checkpoint(folder), CONSTANT)
 
 
-def test_scales_of_a_quantised_fused_weight_are_not_shared_out(tmp_path):
+def test_quantized_fused_weight_is_refused(tmp_path):
+    """Each part would need scales of its own."""
     source = store_tiny("phi3", tmp_path / "base", torch.bfloat16)
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.0.mlp.gate_up_proj.weight"
@@ -157,7 +159,8 @@ def test_scales_of_a_quantised_fused_weight_are_not_shared_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["phi3", "mistral"])
-def test_edit_verify_and_the_engines_take_a_model_made_a_llama_for_an_edit_of_its_base(name, tmp_path):
+def test_model_stored_as_llama_is_accepted_as_edit_of_its_base(name, tmp_path):
+    """By edit in shards, verify and the engines."""
     source = store_tiny(name, tmp_path / "base", torch.float32)
     tiny_tokenizer().save_pretrained(source)
     save_file({"direction": BASIS[0].float()}, tmp_path / "direction.safetensors")
@@ -182,13 +185,13 @@ def test_edit_verify_and_the_engines_take_a_model_made_a_llama_for_an_edit_of_it
         assert (model(input_ids=ids).logits - expected(input_ids=ids).logits).abs().max() < 1e-5
 
 
-def test_another_kind_of_model_without_a_recipe_that_says_so_is_no_edit_of_the_base(phi3, tmp_path):
+def test_other_model_type_without_a_recipe_is_not_an_edit(phi3, tmp_path):
     written(phi3, tmp_path / "llama")
     with pytest.raises(OrthogonalizeError, match="different kinds of model"):
         check_pair(tmp_path / "llama", phi3.folder)
 
 
-def test_an_engine_for_all_edits_starts_on_a_folder_that_computes_what_the_base_does(phi3):
+def test_shared_engine_folder_computes_what_the_base_does(phi3):
     embedding = Intervention({Site("embed"): shift(BASIS[0])})
     plans = [bake(phi3.checkpoint, intervention).checkpoint for intervention in (CONSTANT, embedding)]
     with common_folder(phi3.checkpoint, plans) as folder:

@@ -1,4 +1,4 @@
-"""What the hooks do, the baked weights do."""
+"""Baked weights equal hooks on a tiny Llama, for every method and scope."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def gap(source: Path, edited: Path, intervention, renormalise: bool = True) -> f
 
 
 def per_layer(method: str):
-    """A direction of its own for every stream, and none for the first, as extraction gives."""
+    """A separate direction for every stream, and none for the first, as extraction gives."""
     generator = torch.Generator().manual_seed(9)
     bases = [
         torch.linalg.qr(torch.randn(WIDTH, 3, generator=generator, dtype=torch.float64))[0].T for _ in range(LAYERS + 1)
@@ -67,7 +67,7 @@ def test_baked_write_sites_equal_hooks(method, scope, tied, basis, tmp_path):
 
 @pytest.mark.parametrize("scope", [*WRITE_SCOPES, "from:2"])
 @pytest.mark.parametrize("method", MAPS)
-def test_each_layer_edited_along_its_own_direction_equals_hooks(method, scope, base, tmp_path):
+def test_per_layer_directions_equal_hooks(method, scope, base, tmp_path):
     intervention = map_sites(parse_scope(scope), LAYERS, per_layer(method), 2, RANKING)
     edited = baked(base, intervention, tmp_path / "edited")
     assert gap(base, edited, intervention, renormalise=False) <= 1e-9
@@ -78,12 +78,12 @@ def test_each_layer_edited_along_its_own_direction_equals_hooks(method, scope, b
 @pytest.mark.parametrize("per_layer", [False, True], ids=["shared", "per layer"])
 @pytest.mark.parametrize("scope", WRITE_SCOPES)
 def test_baked_erasers_equal_hooks(scope, per_layer, strength, tied, tmp_path):
-    """LEACE: oblique, with a shift in one place (or, with each layer's own eraser, one a block)."""
+    """LEACE: oblique, with the shift in one place (or, with an eraser per layer, one per block)."""
     generator = torch.Generator().manual_seed(3)
     shape = (1, LAYERS + 1, WIDTH)
     diffs, means, readers = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
     readers = torch.where((readers * diffs).sum(-1, keepdim=True) > 0, readers, -readers)
-    diffs[:, 0] = 0  # at a template's token the sides have one embedding
+    diffs[:, 0] = 0  # at a template token both sides have the same embedding
     directions = Directions((-1,), diffs, {}, means, readers)
     source = store(tiny_llama(tie_word_embeddings=tied), tmp_path / "base")
     choice = EditConfig(method="leace", scope=scope, position=-1, layer=2, per_layer=per_layer, strength=strength)
@@ -92,8 +92,8 @@ def test_baked_erasers_equal_hooks(scope, per_layer, strength, tied, tmp_path):
     assert gap(source, baked(source, intervention, tmp_path / "edited"), intervention) <= 1e-9
 
 
-def test_an_eraser_over_the_whole_model_erases_the_stream_where_it_was_fitted(basis, tmp_path):
-    """The shift goes in once: the stream at the fitted layer is what the eraser makes of the base's stream there."""
+def test_whole_model_eraser_erases_the_fitted_stream(basis, tmp_path):
+    """The shift goes in once: the stream at the fitted layer is the eraser applied to the base's stream there."""
     generator = torch.Generator().manual_seed(4)
     sides = [torch.randn(30, 1, LAYERS + 1, WIDTH, generator=generator) + s for s in (1.0, -1.0)]
     eraser = leace(*sides)
@@ -116,7 +116,7 @@ def test_baked_activation_addition_equals_hooks(scope, base, basis, tmp_path):
     assert gap(base, baked(base, intervention, tmp_path / "edited"), intervention) <= 1e-9
 
 
-def test_biases_already_there_are_edited_and_not_added_twice(basis, tmp_path):
+def test_existing_biases_are_edited_not_added_again(basis, tmp_path):
     source = store(tiny_llama(attention_bias=True, mlp_bias=True), tmp_path / "base")
     for number, intervention in enumerate(
         [
@@ -132,19 +132,20 @@ def test_biases_already_there_are_edited_and_not_added_twice(basis, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("start", [0, 2, LAYERS])
 @pytest.mark.parametrize("method", MAPS)
-def test_baked_readers_equal_hooks_up_to_the_scale_of_the_stream(method, start, tied, basis, tmp_path):
+def test_baked_readers_equal_hooks_without_renormalisation(method, start, tied, basis, tmp_path):
+    """Up to the scale of the stream, which only hooks can correct."""
     source = store(tiny_llama(tie_word_embeddings=tied), tmp_path / "base")
     intervention = map_sites(parse_scope(f"from:{start}"), LAYERS, lambda _: MAPS[method](basis))
     edited = baked(source, intervention, tmp_path / "edited")
     assert gap(source, edited, intervention, renormalise=False) <= 1e-9
 
 
-def test_a_mirror_on_the_read_side_is_exact_without_any_scale(base, basis, tmp_path):
+def test_read_side_mirror_is_exact(base, basis, tmp_path):
     intervention = map_sites(parse_scope("from:1"), LAYERS, lambda _: removal(basis, 2.0))
     assert gap(base, baked(base, intervention, tmp_path / "edited"), intervention) <= 1e-9
 
 
-def test_a_projection_of_the_head_alone_only_rescales_the_logits(base, basis, tmp_path):
+def test_projecting_the_head_alone_only_rescales_the_logits(base, basis, tmp_path):
     intervention = map_sites(parse_scope(f"from:{LAYERS}"), LAYERS, lambda _: removal(basis))
     model = load(base)
     with intervened(model, intervention):
@@ -155,7 +156,7 @@ def test_a_projection_of_the_head_alone_only_rescales_the_logits(base, basis, tm
     assert (ratio.amax(-1) - ratio.amin(-1)).max() < 1e-6
 
 
-def test_whole_model_ablation_equals_ablating_every_block_input_and_output(base, basis, tmp_path):
+def test_ablating_all_writes_equals_ablating_the_whole_stream(base, basis, tmp_path):
     """The identity that makes weight orthogonalisation work (Arditi et al. 2024, section 4.1)."""
     from orthogonalize.models.hooks import map_input, map_output
 
@@ -179,7 +180,7 @@ def test_float32_checkpoint_stays_close_to_float64_hooks(basis, tmp_path):
 # The tests above must be able to fail: each of these breaks the bake in one way.
 
 
-def test_a_head_left_tied_is_noticed(basis, tmp_path):
+def test_head_left_tied_is_noticed(basis, tmp_path):
     source = store(tiny_llama(tie_word_embeddings=True), tmp_path / "base")
     intervention = map_sites(parse_scope("all"), LAYERS, lambda _: removal(basis))
     plan = bake(open_checkpoint(source), intervention)
@@ -190,7 +191,7 @@ def test_a_head_left_tied_is_noticed(basis, tmp_path):
     assert gap(source, tmp_path / "edited", intervention) > 1e-3
 
 
-def test_a_wrong_axis_is_noticed(basis, tmp_path):
+def test_wrong_axis_is_noticed(basis, tmp_path):
     square = {"num_attention_heads": 4, "head_dim": 8, "intermediate_size": WIDTH}
     source = store(tiny_llama(**square), tmp_path / "base")
     intervention = map_sites(parse_scope("layers:0-3"), LAYERS, lambda _: removal(basis))
@@ -202,7 +203,7 @@ def test_a_wrong_axis_is_noticed(basis, tmp_path):
     assert gap(source, tmp_path / "edited", intervention) > 1e-3
 
 
-def test_a_missing_site_is_noticed(base, basis, tmp_path):
+def test_missing_site_is_noticed(base, basis, tmp_path):
     intervention = map_sites(parse_scope("all"), LAYERS, lambda _: removal(basis))
     plan = bake(open_checkpoint(base), intervention)
     del plan.checkpoint.edits["model.layers.3.mlp.down_proj.weight"]
@@ -211,7 +212,7 @@ def test_a_missing_site_is_noticed(base, basis, tmp_path):
     assert gap(base, tmp_path / "edited", intervention) > 1e-3
 
 
-def test_a_bias_without_its_flag_is_noticed(base, basis, tmp_path):
+def test_bias_without_its_config_flag_is_noticed(base, basis, tmp_path):
     intervention = shift_sites(parse_scope("one"), LAYERS, lambda _: 3 * basis[0], 2)
     edited = baked(base, intervention, tmp_path / "edited")
     config = json.loads((edited / "config.json").read_text())
@@ -220,7 +221,7 @@ def test_a_bias_without_its_flag_is_noticed(base, basis, tmp_path):
     assert gap(base, edited, intervention) > 1e-3
 
 
-def test_the_shift_of_a_bias_is_the_vector_itself(base, basis, tmp_path):
+def test_added_bias_is_the_vector_itself(base, basis, tmp_path):
     intervention = shift_sites(parse_scope("one"), LAYERS, lambda _: basis[0], 2)
     edited = open_checkpoint(baked(base, intervention, tmp_path / "edited"))
     assert torch.equal(edited.read("model.layers.1.mlp.down_proj.bias"), shift(basis[0]).s)

@@ -1,4 +1,4 @@
-"""Editing from and to the Hub's cache, as huggingface_hub lays it out, without a second copy of what stays."""
+"""Editing from and to the Hub's cache, in huggingface_hub's layout, without a second copy of unchanged files."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.resolve import HUB_PATTERNS
 
 TOKEN = "hf_loopbacktoken"
-SCOPE = "layers:1"  # leaves whole weight files as they are
+SCOPE = "layers:1"  # leaves some weight files entirely unchanged
 
 
 class Cache(NamedTuple):
-    """A cache that huggingface_hub made by downloading some/model, and a direction to edit out of it."""
+    """A cache made by huggingface_hub downloading some/model, and a direction to edit out."""
 
     folder: Path
     snapshot: Path
@@ -44,7 +44,7 @@ class Cache(NamedTuple):
         return CachedRepository(name).folder
 
     def files(self) -> dict[str, tuple[int, bytes | str]]:
-        """Inode and content (of a link: its target) of everything that is not huggingface_hub's locks."""
+        """Inode and content (for a link, its target) of everything except huggingface_hub's locks."""
         return {
             str(f.relative_to(self.folder)): (f.lstat().st_ino, os.readlink(f) if f.is_symlink() else f.read_bytes())
             for f in sorted(self.folder.rglob("*"))
@@ -56,7 +56,7 @@ class Cache(NamedTuple):
 def cache(tmp_path, monkeypatch) -> Cache:
     source = store(tiny_llama(tie_word_embeddings=True), tmp_path / "source", torch.bfloat16, shards=4)
     (source / "extra").mkdir()
-    (source / "extra" / "vocabulary.json").write_bytes(b" " * (10 * 2**20 + 1))  # outside git, on the Hub
+    (source / "extra" / "vocabulary.json").write_bytes(b" " * (10 * 2**20 + 1))  # stored outside git on the Hub
     files = {str(f.relative_to(source)): f.read_bytes() for f in source.rglob("*") if f.is_file()}
     folder = tmp_path / "home" / "hub"
     with Hub(TOKEN) as hub:
@@ -76,12 +76,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def new_blocks(folder: Path, before: set[int]) -> int:
-    """Bytes on disk of the files in `folder` whose inodes were not there `before`."""
+    """Bytes on disk of the files in `folder` whose inodes are not in `before`."""
     found = {f.lstat().st_ino: f.lstat().st_blocks * 512 for f in folder.rglob("*") if f.is_file()}
     return sum(size for inode, size in found.items() if inode not in before)
 
 
-def test_link_reaches_through_a_snapshot_to_the_blobs_of_everything_that_stays(cache, tmp_path):
+def test_linked_edit_shares_the_blobs_of_unchanged_files(cache, tmp_path):
     before = cache.files()
     for name, link in (("linked", True), ("copied", False)):
         edit("some/model", tmp_path / name, direction=cache.direction, scope=SCOPE, link=link)
@@ -98,7 +98,7 @@ def test_link_reaches_through_a_snapshot_to_the_blobs_of_everything_that_stays(c
     assert cache.files() == before
 
 
-def test_where_no_link_can_be_made_the_file_is_copied(cache, tmp_path, monkeypatch):
+def test_file_is_copied_where_no_link_can_be_made(cache, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")
 
@@ -110,7 +110,7 @@ def test_where_no_link_can_be_made_the_file_is_copied(cache, tmp_path, monkeypat
     assert not blobs & {f.stat().st_ino for f in (tmp_path / "copied").rglob("*")}
 
 
-def test_an_edit_into_the_cache_takes_disk_for_what_changed_alone(cache, tmp_path):
+def test_edit_into_the_cache_uses_disk_only_for_changes(cache, tmp_path):
     edit("some/model", tmp_path / "plain", direction=cache.direction, scope=SCOPE)
     before = {f.lstat().st_ino for f in cache.folder.rglob("*")}
     there = cache.files()
@@ -128,7 +128,8 @@ def test_an_edit_into_the_cache_takes_disk_for_what_changed_alone(cache, tmp_pat
     assert list((cache.folder / ".locks").glob(".*")) == []
 
 
-def test_files_of_an_ordinary_folder_which_may_be_edited_there_are_not_linked_unasked(cache, tmp_path):
+def test_files_of_an_ordinary_folder_are_linked_only_on_request(cache, tmp_path):
+    """Since they may be changed there."""
     source = tmp_path / "source"
     for name, options in (("me/copied", {}), ("me/linked", {"link": True})):
         edit(str(source), cache=name, direction=cache.direction, scope=SCOPE, **options)
@@ -143,7 +144,7 @@ def test_blobs_are_named_as_the_hub_names_them(cache):
     base, edited = cache.of("some/model"), cache.of("me/edited")
     names = {f.name for f in edited.glob("blobs/*")}
     unchanged = {f.name for f in base.glob("blobs/*")} & names
-    # the vocabulary (large), config, generation config, LICENSE, index and the weights that stay
+    # the vocabulary (large), config, generation config, LICENSE, index and the unchanged weights
     assert len(unchanged) >= 6
     assert {len(name) for name in unchanged} == {40, 64}
     assert all(blob_name(f) == f.name for f in edited.glob("blobs/*") if len(f.name) == 40)
@@ -155,7 +156,7 @@ def test_blobs_are_named_as_the_hub_names_them(cache):
         assert file.resolve().parent == (edited / "blobs").resolve()
 
 
-def test_huggingface_hub_sees_a_sound_repository(cache):
+def test_huggingface_hub_sees_a_valid_repository(cache):
     edit("some/model", cache="me/edited", direction=cache.direction, scope=SCOPE)
     found = scan_cache_dir(cache.folder)
     assert found.warnings == []
@@ -169,7 +170,7 @@ def test_huggingface_hub_sees_a_sound_repository(cache):
     assert contents(cache.snapshot) == base, "deleting the edited model takes nothing from its base"
 
 
-def test_transformers_loads_it_by_its_name_offline(cache, tmp_path):
+def test_cached_edit_is_loaded_by_name_offline(cache, tmp_path):
     edit("some/model", tmp_path / "plain", direction=cache.direction)
     edit("some/model", cache="me/edited", direction=cache.direction)
     code = (
@@ -186,7 +187,7 @@ def test_transformers_loads_it_by_its_name_offline(cache, tmp_path):
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected.float(), atol=1e-4)
 
 
-def test_it_is_verified_and_edited_again_by_its_name(cache, tmp_path):
+def test_cached_edit_is_verified_and_edited_by_name(cache, tmp_path):
     edit("some/model", cache="me/edited", direction=cache.direction)
     status, said = command("verify", "me/edited", "--json", tmp_path / "audit.json")
     assert status == 0, said
@@ -203,14 +204,14 @@ def test_it_is_verified_and_edited_again_by_its_name(cache, tmp_path):
     assert all(again[name] == plain[name] for name in plain if name.endswith(".safetensors"))
 
 
-def test_it_is_measured_by_its_name(cache, model, run, tmp_path):
+def test_cached_edit_is_evaluated_by_name(cache, model, run, tmp_path):
     edit(str(model), cache="me/edited", run=run)
     report = evaluate("me/edited", str(model), run, tmp_path / "report", suites=("behaviour",), engine="hf")
     assert report.checkpoint == "me/edited"
     assert report.recipe == load_recipe(CachedRepository("me/edited").snapshot()).fingerprint()
 
 
-def test_it_is_pushed_by_its_name_and_comes_back_under_the_same_hashes(cache, tmp_path, monkeypatch):
+def test_cached_edit_is_pushed_by_name_with_the_same_hashes(cache, tmp_path, monkeypatch):
     edit("some/model", cache="me/edited", direction=cache.direction, scope=SCOPE)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with Hub(TOKEN) as hub:
@@ -236,7 +237,7 @@ def test_force_replaces_the_whole_repository(cache):
     assert scan_cache_dir(cache.folder).warnings == []
 
 
-def test_an_adapter_can_lie_there_too(tmp_path, cache):
+def test_adapter_can_be_written_to_the_cache(tmp_path, cache):
     untied = store(tiny_llama(), tmp_path / "untied", torch.float32)
     edit(str(untied), cache="me/adapter", direction=cache.direction, scope=SCOPE, format="lora")
     snapshot = CachedRepository("me/adapter").snapshot()
@@ -259,7 +260,7 @@ def test_an_adapter_can_lie_there_too(tmp_path, cache):
         (["--cache", "me/x", "--shard", "1/2"], "give --out with --shard"),
     ],
 )
-def test_a_name_that_cannot_be_written_to_is_one_line(cache, words, message):
+def test_unusable_cache_name_is_a_one_line_error(cache, words, message):
     before = cache.files()
     status, said = command("edit", "some/model", *words, "--direction", cache.direction)
     assert status == 1
@@ -268,7 +269,7 @@ def test_a_name_that_cannot_be_written_to_is_one_line(cache, words, message):
     assert cache.files() == before
 
 
-def test_a_model_is_not_replaced_by_its_own_edit(cache):
+def test_model_is_not_replaced_by_its_own_edit(cache):
     edit("some/model", cache="me/edited", direction=cache.direction, scope=SCOPE)
     before = cache.files()
     with pytest.raises(OrthogonalizeError, match="which this command reads"):
@@ -276,7 +277,8 @@ def test_a_model_is_not_replaced_by_its_own_edit(cache):
     assert cache.files() == before
 
 
-def test_a_kill_leaves_the_cache_as_it_was_and_the_next_edit_tidies_up(cache):
+def test_killed_edit_leaves_the_cache_intact(cache):
+    """And the next edit cleans up after it."""
     edit("some/model", cache="me/edited", direction=cache.direction, scope=SCOPE)
     before = cache.files()
     code = (

@@ -1,4 +1,4 @@
-"""The edit as an adapter: PEFT and vLLM apply it as the baked weights have it."""
+"""The edit as a LoRA adapter: PEFT and vLLM apply it exactly as the baked weights do."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ POST_NORM = ["gemma2", "gemma3", "glm4", "olmo2", "olmo3", "exaone4"]
 
 @pytest.mark.parametrize("scope", ["writes", "reads"])
 @pytest.mark.parametrize("family", [*POST_NORM, "phi3", "gemma3 multimodal", "ministral3 multimodal"])
-def test_behind_a_post_norm_or_in_a_wrapper_an_adapter_gives_the_logits_of_the_baked_checkpoint(
-    bases, tmp_path, family, scope
-):
+def test_peft_equals_baked_with_post_norms_and_in_wrappers(bases, tmp_path, family, scope):
     from peft import PeftModel
 
     base = bases(family)
@@ -92,12 +90,12 @@ def test_behind_a_post_norm_or_in_a_wrapper_an_adapter_gives_the_logits_of_the_b
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
-def test_experts_which_peft_would_leave_out_in_silence_are_refused(bases, tmp_path, family):
+def test_experts_that_peft_would_silently_skip_are_refused(bases, tmp_path, family):
     with pytest.raises(OrthogonalizeError, match=r"experts.* is no linear layer of its own in transformers"):
         write_adapter(bake(bases(family).checkpoint, every_write(embed=False)), tmp_path, "base")
 
 
-def test_what_an_adapter_cannot_hold_is_refused_with_the_reason(basis, tmp_path):
+def test_edit_that_an_adapter_cannot_hold_is_refused(basis, tmp_path):
     source = store(tiny_llama(), tmp_path / "base", torch.float32)
     tied = store(tiny_llama(tie_word_embeddings=True), tmp_path / "tied", torch.float32)
     everywhere = map_sites(parse_scope("all"), LAYERS, lambda _: removal(basis))
@@ -124,7 +122,7 @@ def test_edit_writes_an_adapter_with_its_recipe(tmp_path):
     assert not (tmp_path / "whole").exists()
 
 
-# On a CPU, vLLM 0.32 gives rows without an adapter the last slot's (index -1): one slot must stay empty.
+# On a CPU, vLLM 0.32 applies the last slot (index -1) to rows without an adapter: one slot must stay empty.
 SERVE = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
@@ -146,7 +144,7 @@ print("RESULT" + json.dumps([[o.outputs[0].logprobs[0][t].logprob for t in range
 
 
 def served(folder: Path, adapter: Path | None, prompts: list[list[int]]) -> torch.Tensor:
-    """Log probabilities of the next token, [prompts (twice with an adapter: base, then adapted), vocabulary]."""
+    """Log-probabilities of the next token, [prompts (with an adapter twice: base, then adapted), vocabulary]."""
     settings = {
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -157,7 +155,8 @@ def served(folder: Path, adapter: Path | None, prompts: list[list[int]]) -> torc
     return torch.tensor(json.loads(done.stdout.rpartition("RESULT")[2]))
 
 
-def test_vllm_serves_base_and_adapter_in_one_batch_as_the_baked_checkpoint(tmp_path):
+def test_vllm_serves_base_and_adapter_in_one_batch(tmp_path):
+    """The adapter with the log-probabilities of the baked checkpoint."""
     pytest.importorskip("vllm")
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Norms behind a block, LayerNorm before it, and streams that pass through one."""
+"""Norms after a block, LayerNorms before it, and streams that pass through a norm."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from orthogonalize.models.hooks import Stream, capturing_inputs, intervened
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# Norms behind the blocks.
+# Norms after the blocks.
 
 
 def written(model, site: Site, intervention: Intervention | None = None) -> torch.Tensor:
@@ -43,13 +43,14 @@ def written(model, site: Site, intervention: Intervention | None = None) -> torc
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3", "glm4", "olmo2", "olmo3", "exaone4"])
-def test_behind_a_norm_the_direction_is_gone_exactly_and_only_the_length_of_the_write_changes(name, bases, tmp_path):
+def test_post_norm_write_loses_the_direction_exactly(name, bases, tmp_path):
+    """Apart from that, only the length of the write changes."""
     base = bases(name)
     assert compare(base, ablation(), tmp_path / "edited", rescaled=True) <= EXACT
     edited = load_tiny(tmp_path / "edited")
     for site in (Site("attn", 0), Site("mlp", 2)):
         assert (written(edited, site) @ BASIS[0]).abs().max() < 1e-12
-    # The first block reads what the hooked model's reads, so only its own norm is between them.
+    # The first block reads the same input as in the hooked model, so only its own norm separates the two.
     mine = written(edited, Site("attn", 0))
     with intervened(base.model, ablation(), renormalise=True):
         ideal = ABLATE(written(base.model, Site("attn", 0)))
@@ -58,7 +59,7 @@ def test_behind_a_norm_the_direction_is_gone_exactly_and_only_the_length_of_the_
     assert (mine - ratio * ideal).abs().max() < 1e-9
 
 
-def test_a_norm_that_lets_almost_nothing_through_does_not_crush_the_rest_of_the_write():
+def test_tiny_norm_weight_does_not_crush_the_rest_of_the_write():
     torch.manual_seed(0)
     d = 1 + 0.2 * torch.randn(48, dtype=torch.float64)
     d[7] = 1e-5
@@ -78,7 +79,7 @@ def test_a_norm_that_lets_almost_nothing_through_does_not_crush_the_rest_of_the_
 
 
 @pytest.mark.parametrize("name", ["olmo2", "exaone4"])
-def test_where_blocks_read_without_a_norm_the_read_side_only_rescales_the_logits(name, bases, tmp_path):
+def test_read_side_without_a_norm_only_rescales_the_logits(name, bases, tmp_path):
     base = bases(name)
     baked = baked_logits(base, ablation("from:0"), tmp_path / "edited")
     ratio = baked / base.hooked(ablation("from:0"), renormalise=True)
@@ -91,7 +92,8 @@ def test_where_blocks_read_without_a_norm_the_read_side_only_rescales_the_logits
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "olmo", "cohere"])
-def test_only_a_centred_direction_is_out_of_the_reach_of_layer_norms(name, bases):
+def test_layer_norms_still_read_an_uncentred_direction(name, bases):
+    """And no longer read a centred one once it is removed."""
     base = bases(name)
     direction = torch.randn(48, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
     direction /= direction.norm()
@@ -99,7 +101,7 @@ def test_only_a_centred_direction_is_out_of_the_reach_of_layer_norms(name, bases
     centred /= centred.norm()
 
     def read(removed: torch.Tensor) -> float:
-        """The largest component along the direction of what the norms make of the stream, before their weights."""
+        """The largest component along the direction in the normalised stream, before the norms' weights."""
         taken: list[torch.Tensor] = []
         whole = map_sites(parse_scope("all"), LAYERS, lambda _: removal(removed.unsqueeze(0)))
         with intervened(base.model, whole), capturing_inputs(base.model, lambda _l, h: taken.append(h)):
@@ -124,13 +126,13 @@ def test_edit_centres_the_direction_of_a_layer_norm_model(tmp_path):
     assert again.tensors == recipe.tensors
 
 
-def test_a_reader_behind_a_layer_norm_with_a_bias_keeps_reading_that_bias(bases, tmp_path):
+def test_reader_keeps_the_bias_of_its_layer_norm(bases, tmp_path):
     base = bases("phi")
     assert compare(base, ablation("from:1"), tmp_path / "edited", rescaled=True) <= EXACT
     assert gap_without(base.folder, r"\.bias$", ablation("from:1"), tmp_path / "without") > 1e-3
 
 
-def test_an_uncentred_read_of_a_layer_norm_is_refused(bases):
+def test_uncentred_read_of_a_layer_norm_is_refused(bases):
     uneven = removal(torch.eye(48, dtype=torch.float64)[:1])
     with pytest.raises(OrthogonalizeError, match="must be centred"):
         bake(bases("olmo").checkpoint, Intervention(reads={Site("head"): uneven}))
@@ -139,7 +141,7 @@ def test_an_uncentred_read_of_a_layer_norm_is_refused(bases):
 # Streams that pass through a norm.
 
 
-def test_a_stream_that_passes_through_a_norm_is_refused(tmp_path):
+def test_stream_that_passes_through_a_norm_is_refused(tmp_path):
     source = store_tiny("opt", tmp_path / "base", do_layer_norm_before=False)
     with pytest.raises(OrthogonalizeError, match="do_layer_norm_before = False has no description"):
         bake(open_checkpoint(source), ablation())

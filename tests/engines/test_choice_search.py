@@ -1,4 +1,4 @@
-"""The likeliest choice is found, whatever a model thinks, with what a walk in vLLM tells of it."""
+"""The search for the likeliest choice, whatever the model's logits, from what a walk in vLLM reports."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ questions = st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_s
 
 
 class Model:
-    """Logits for every beginning, made up from a seed; `sharp` ones leave little doubt, so that choices tie."""
+    """Made-up logits for every prefix, from a seed; `sharp` scales them, small values giving near ties."""
 
     def __init__(self, seed: int, sharp: float = 3.0) -> None:
         self.seed, self.sharp = seed, sharp
@@ -34,7 +34,7 @@ class Model:
         return float(sum(steps))
 
     def answer(self, prompt, parameters) -> list[tuple[int, dict[int, float]]]:
-        """What vLLM would: processors change what is taken, not the log-probabilities told of."""
+        """As vLLM answers: processors change which token is taken, not the reported log-probabilities."""
         taken: list[int] = []
         processor = following.Following(None, torch.device("cpu"), False)
         follower = following.Follower.of(parameters, None, taken)
@@ -45,7 +45,7 @@ class Model:
             raw = self.logits([*prompt, *taken])
             logits = torch.stack([torch.zeros(VOCABULARY), raw.clone()])
             token = int(processor.apply(logits)[1].argmax())
-            assert not logits[0].any()  # a request that follows nothing is left alone
+            assert not logits[0].any()  # a request that follows no walk is left alone
             logprobs = raw.log_softmax(0)
             steps.append((token, {t: float(logprobs[t]) for t in {token, *parameters.logprob_token_ids}}))
             if token in parameters.stop_token_ids:
@@ -63,13 +63,13 @@ def settle(model: Model, choices: Sequence[Sequence[int]], at_once: int | None =
             found = model.answer(walk.start, following.following(walk))
             contest.learn(walk, found)
             steps += len(found)
-        assert len(contest.known) > before  # or it would never end
+        assert len(contest.known) > before  # otherwise the loop would never end
     return contest.bounds(), steps
 
 
 @settings(deadline=None)
 @given(questions, st.integers(0, 2**32), st.sampled_from([0.01, 1.0, 30.0]), st.sampled_from([1, None]))
-def test_the_likeliest_choice_is_exact_and_no_other_can_be_likelier(choices, seed, sharp, at_once):
+def test_likeliest_choice_is_exact_and_bounds_the_others(choices, seed, sharp, at_once):
     model = Model(seed, sharp)
     found, _ = settle(model, choices, at_once)
     true = [model.score(choice) for choice in choices]
@@ -80,7 +80,7 @@ def test_the_likeliest_choice_is_exact_and_no_other_can_be_likelier(choices, see
 
 
 class Engine:
-    """As much of vLLM's `LLMEngine` as is asked: one request ends at every step, the last that came first."""
+    """The part of vLLM's `LLMEngine` that is used: one request ends per step, the latest first."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.waiting, self.aborted = model, {}, []
@@ -104,7 +104,7 @@ class Engine:
 
 @settings(deadline=None)
 @given(st.lists(questions, min_size=1, max_size=4), st.integers(0, 2**32), st.sampled_from([1, 2, None]))
-def test_contests_go_their_own_pace_to_what_each_alone_would_find(rows, seed, at_once):
+def test_concurrent_searches_find_what_each_finds_alone(rows, seed, at_once):
     model, contexts = Model(seed), [[100 + i, 7] for i in range(len(rows))]
     contests, advanced = [ChoiceSearch(row) for row in rows], []
     following.decide(Engine(model), contexts, contests, at_once, advanced.append)
@@ -114,7 +114,7 @@ def test_contests_go_their_own_pace_to_what_each_alone_would_find(rows, seed, at
         assert max(contest.bounds()) == pytest.approx(best, abs=1e-4)
 
 
-def test_what_an_engine_dies_of_is_told_and_its_open_requests_are_dropped():
+def test_engine_error_is_raised_and_open_requests_aborted():
     class Dying(Engine):
         def step(self):
             self.waiting.popitem()
@@ -126,7 +126,9 @@ def test_what_an_engine_dies_of_is_told_and_its_open_requests_are_dropped():
     assert engine.aborted == ["walk-0", "walk-1"]
 
 
-def test_a_request_that_ends_with_nothing_is_not_asked_for_ever():
+def test_request_that_ends_with_nothing_is_an_error():
+    """Rather than asked again forever."""
+
     class Silent(Model):
         def answer(self, prompt, parameters):
             return []
@@ -135,23 +137,23 @@ def test_a_request_that_ends_with_nothing_is_not_asked_for_ever():
         following.decide(Engine(Silent(0)), [[1]], [ChoiceSearch([[3, 4]])], 1, lambda _: None)
 
 
-def test_more_tokens_than_vllm_lists_are_looked_at_in_several_walks():
+def test_more_tokens_than_vllm_lists_take_several_walks():
     model = Model(seed=4)
     for choices in ([[i] for i in range(2 * following.LISTED + 9)], [[i, i + 1] for i in range(following.LISTED + 9)]):
         found, _ = settle(model, choices)
         assert max(found) == pytest.approx(max(map(model.score, choices)), abs=1e-4)
 
 
-def test_single_tokens_are_looked_at_in_one_step_without_following_any():
+def test_single_token_choices_take_one_step():
     (walk,) = ChoiceSearch([[7], [8], [9]]).walks()
     parameters = following.following(walk)
     assert (parameters.max_tokens, parameters.extra_args, parameters.logprob_token_ids) == (1, None, [7, 8, 9])
     assert settle(Model(seed=1), [[7], [8], [9]])[1] == 1
 
 
-def test_a_walk_ends_where_a_known_choice_is_likelier():
-    """Three choices of four tokens: the one that begins best ends badly, the next is the likeliest, and of the last,
-    which begins well enough, one more token tells that it is not."""
+def test_walk_ends_where_a_known_choice_is_likelier():
+    """Three choices of four tokens: the one that begins best ends badly, the next is the likeliest, and the last,
+    which begins well enough, is ruled out by one more token."""
     first = torch.full((VOCABULARY,), 1e-4).index_put_((torch.tensor([10, 20, 30]),), torch.tensor([0.4, 0.3, 0.28]))
 
     class Told(Model):

@@ -1,4 +1,4 @@
-"""How engines are started, fail, and are spread over processes; with vLLM's own class replaced, so that none starts."""
+"""How engines start, fail and are spread over processes; vLLM's own class is replaced, so that none starts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def folder(tmp_path) -> Path:
     return store(tiny_llama(), tmp_path / "model", torch.float32)
 
 
-def test_what_is_vllm_s_own_is_passed_through(folder, monkeypatch):
+def test_vllm_options_are_passed_through(folder, monkeypatch):
     monkeypatch.setattr("vllm.LLM", Dead)
     options = EngineOptions(tensor_parallel_size=4, pipeline_parallel_size=2, distributed_executor_backend="ray")
     with open_engine("vllm", folder, None, 77, options) as engine:
@@ -56,7 +56,7 @@ def test_what_is_vllm_s_own_is_passed_through(folder, monkeypatch):
     assert given["dtype"] == "float32"
 
 
-def test_an_engine_that_dies_says_so_and_that_nothing_is_lost(folder, monkeypatch):
+def test_engine_that_dies_is_reported_with_advice(folder, monkeypatch):
     monkeypatch.setattr("vllm.LLM", Dead)
     with VllmEngine(folder, 64) as engine:
         assert engine.answers([[3, 4]], 5) == [[5]]
@@ -64,7 +64,7 @@ def test_an_engine_that_dies_says_so_and_that_nothing_is_lost(folder, monkeypatc
             engine.answers([[3, 4]], 5)
 
 
-def test_too_little_memory_at_the_start_says_what_to_set(folder, monkeypatch):
+def test_too_little_memory_at_startup_names_the_setting(folder, monkeypatch):
     def full(**_options):
         raise ValueError("Not enough memory for the KV cache.\nAvailable memory 0.5 GiB")
 
@@ -75,7 +75,7 @@ def test_too_little_memory_at_the_start_says_what_to_set(folder, monkeypatch):
 
 
 class Replica:
-    """What a replica's engine would do, marked by its process."""
+    """Stands in for the engine of a replica."""
 
     fail = False
 
@@ -116,7 +116,7 @@ def group_of(count: int, monkeypatch) -> EngineGroup:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_prompts_are_dealt_out_and_results_put_back_in_order(count, monkeypatch):
+def test_prompts_are_distributed_and_results_kept_in_order(count, monkeypatch):
     group = group_of(count, monkeypatch)
     prompts = [[i] for i in range(10)]
     assert group.answers(prompts, 7) == [[i, 7] for i in range(10)]
@@ -128,7 +128,7 @@ def test_prompts_are_dealt_out_and_results_put_back_in_order(count, monkeypatch)
         connection.send(None)
 
 
-def test_a_replica_that_cannot_start_or_is_gone_is_an_error(monkeypatch):
+def test_replica_that_cannot_start_or_died_is_an_error(monkeypatch):
     monkeypatch.setattr(Replica, "fail", True)
     with pytest.raises(OrthogonalizeError, match="did not start"):
         group_of(2, monkeypatch)
@@ -145,11 +145,11 @@ def test_a_replica_that_cannot_start_or_is_gone_is_an_error(monkeypatch):
         group.fingerprint,
         lambda: group.load({"a": lambda: torch.ones(2)}),
     ):
-        with pytest.raises(OrthogonalizeError, match="engine 1 of 2 died"):  # that it is gone shows when it is asked
+        with pytest.raises(OrthogonalizeError, match="engine 1 of 2 died"):  # noticed at the next request
             ask()
 
 
-def test_options_that_an_engine_would_leave_aside_are_refused():
+def test_options_that_an_engine_would_ignore_are_refused():
     check_engine("hf", EngineOptions(device="cuda:1"))
     check_engine("vllm", EngineOptions(tensor_parallel_size=2, distributed_executor_backend="ray"))
     with pytest.raises(OrthogonalizeError, match="CUDA_VISIBLE_DEVICES"):
@@ -160,7 +160,7 @@ def test_options_that_an_engine_would_leave_aside_are_refused():
             check_engine("hf", EngineOptions(**{name: value}))
 
 
-def test_every_replica_gets_devices_of_its_own(monkeypatch):
+def test_every_replica_gets_its_own_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,5,7")
     assert [_devices(i, 2) for i in range(2)] == ["2,3", "5,7"]
@@ -170,8 +170,8 @@ def test_every_replica_gets_devices_of_its_own(monkeypatch):
     assert _devices(0, 1) == ""
 
 
-def test_the_engine_of_transformers_is_greedy_whatever_the_model_s_own_settings_say(tmp_path):
-    """Many models come with a penalty on repetition, which vLLM is not asked to apply either."""
+def test_transformers_engine_ignores_generation_config(tmp_path):
+    """Many models come with a repetition penalty, which vLLM is not asked to apply either."""
     answers = []
     for name, settings in (("plain", {}), ("own", {"repetition_penalty": 1.5, "no_repeat_ngram_size": 1})):
         folder = store(tiny_llama(), tmp_path / name, torch.float32)
@@ -181,15 +181,15 @@ def test_the_engine_of_transformers_is_greedy_whatever_the_model_s_own_settings_
             answers.append(engine.answers([[1, 9, 11, 20]], 24))
             assert engine.model.generation_config.repetition_penalty == settings.get("repetition_penalty")
     assert answers[0] == answers[1]
-    assert len(set(answers[0][0])) < len(answers[0][0])  # something is repeated, so a penalty would have shown
+    assert len(set(answers[0][0])) < len(answers[0][0])  # tokens repeat, so a penalty would have shown
 
 
-def test_sizes_below_one_are_refused():
+def test_parallel_sizes_below_one_are_refused():
     with pytest.raises(OrthogonalizeError, match="--data-parallel-size must be at least 1"):
         EngineOptions(data_parallel_size=0)
 
 
-def test_blocks_are_what_engines_fuse():
+def test_blocks_are_the_modules_that_engines_fuse():
     assert block_of("model.layers.3.self_attn.q_proj.weight") == "model.layers.3.self_attn"
     assert block_of("model.layers.3.mlp.experts.7.down_proj.weight") == "model.layers.3.mlp"
     assert block_of("model.embed_tokens.weight") == "model.embed_tokens"
@@ -207,7 +207,7 @@ class Holder:
 
 
 class Picky(TransformersEngine):
-    """One that leaves some tensors as they are, forgets what was there before, or refuses them."""
+    """An engine that keeps some tensors as they are, spoils them, or refuses them."""
 
     def __init__(self, folder, fault: str, kind: str) -> None:
         super().__init__(folder, None, "cpu")
@@ -226,7 +226,7 @@ class Picky(TransformersEngine):
 
 @pytest.mark.parametrize("fault", ["keeps", "refuses", "spoils", "none"])
 @pytest.mark.parametrize("kind", ["down_proj", "embed_tokens", "input_layernorm"])
-def test_what_an_engine_does_not_take_over_in_place_is_found_before_it_is_trusted(fault, kind, folder):
+def test_tensor_that_cannot_be_swapped_is_found(fault, kind, folder):
     source = open_checkpoint(folder)
     with Picky(folder, fault, kind) as engine:
         before = engine.fingerprint()
@@ -241,7 +241,7 @@ def test_what_an_engine_does_not_take_over_in_place_is_found_before_it_is_truste
         assert fault == "spoils" or WeightSwap(engine, source).first_unswappable(others) is None
 
 
-def test_a_disk_without_room_is_not_taken_for_an_engine_that_takes_nothing(folder):
+def test_full_disk_is_not_mistaken_for_an_unswappable_engine(folder):
     class Full(TransformersEngine):
         def load(self, weights):
             raise OrthogonalizeError("set TMPDIR to a folder with room")
@@ -251,7 +251,7 @@ def test_a_disk_without_room_is_not_taken_for_an_engine_that_takes_nothing(folde
         WeightSwap(engine, source).first_unswappable(source.tensors)
 
 
-def test_a_swap_gives_whole_blocks_and_takes_back_what_the_last_one_changed(folder):
+def test_swap_loads_whole_blocks_and_undoes_the_last_one(folder):
     source = open_checkpoint(folder)
     swap = WeightSwap(Holder(), source)
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -270,21 +270,21 @@ def test_a_swap_gives_whole_blocks_and_takes_back_what_the_last_one_changed(fold
         swap.apply({"lm_head.bias": lambda: torch.zeros(1)})
 
 
-def test_choices_of_one_token_are_told_from_others():
+def test_single_token_choices_are_recognised():
     assert single_tokens([[1], [2]])
     assert not single_tokens([[1], [1]])
     assert not single_tokens([[1], [2, 3]])
 
 
 @pytest.mark.parametrize("command", ["sweep", "judge", "eval"])
-def test_the_measuring_commands_explain_themselves(command):
+def test_measuring_commands_document_the_engine_options(command):
     result = CliRunner().invoke(main, [command, "--help"])
     assert result.exit_code == 0
     assert "--data-parallel-size" in result.output
 
 
-def test_vllms_look_at_every_module_does_not_stumble_over_llvmlite():
-    """The library object answered `__dict__` with a function; what numba compiles must go on working."""
+def test_vllm_introspection_does_not_stumble_over_llvmlite():
+    """Its library object answered `__dict__` with a function; what numba compiles must keep working."""
     import llvmlite.binding  # noqa: F401
     import numba
 

@@ -1,4 +1,4 @@
-"""Two families in vLLM: the rest of them is for `make prove`."""
+"""Two families served by vLLM; `make prove` covers the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def results(tmp_path_factory):
     return serve(["qwen2", "qwen3@own"], tmp_path_factory.mktemp("served"))
 
 
-def test_vllm_reads_every_tensor_of_a_model_made_a_llama_and_scores_as_transformers_does(results):
+def test_vllm_serves_a_model_stored_as_llama(results):
+    """It reads every tensor and scores as transformers does."""
     result = results[0]
     assert result["served_by"] == "LlamaForCausalLM"
     assert result["added"] == 17
@@ -26,8 +27,8 @@ def test_vllm_reads_every_tensor_of_a_model_made_a_llama_and_scores_as_transform
     assert result["moved"] >= 0.2
 
 
-def test_a_bias_that_vllms_own_class_drops_in_silence_is_noticed(results):
-    """Why qwen3 goes to the Transformers backend: its own class would load, and forget the constant."""
+def test_bias_silently_dropped_by_vllm_is_noticed(results):
+    """Why qwen3 goes to the Transformers backend: vLLM's own class would load, and drop the constant."""
     result = results[1]
     assert result["uninitialised"] == []
     assert result["dropped"] == ["model.layers.1.self_attn.o_proj.bias"]

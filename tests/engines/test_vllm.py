@@ -1,6 +1,6 @@
-"""vLLM on a tiny model: its numbers are transformers', and edits swapped in place are edits on disk.
+"""vLLM on a tiny model: its numbers equal transformers', and edits swapped in place equal edits on disk.
 
-An engine takes a while to start, so one serves all tests but the last four, which start six more.
+Engines are slow to start, so one serves most tests; only those that need another start their own.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from orthogonalize.selection.variants import make_variants
 pytestmark = pytest.mark.xdist_group("engines")
 
 ON_CPU = not torch.cuda.is_available()
-# On a GPU vLLM's attention multiplies float32 numbers in TF32, which keeps 10 bits; and several engines share it.
+# On a GPU vLLM's attention multiplies float32 in TF32 (10 bits of mantissa), and several engines share the GPU.
 CLOSE: dict[str, float] = {"abs": 1e-3} if ON_CPU else {"abs": 1e-2, "rel": 1e-3}
 SMALL = EngineOptions(gpu_memory_utilization=0.1)
 
-# The first adds a head of its own, the second biases, the last edits parts of what the engine fuses.
+# The first adds an untied head, the second adds biases, the last edits parts of tensors that the engine fuses.
 EDITS = {
     "ablate": {"method": "ablate", "scope": "all"},
     "actadd": {"method": "actadd", "layer": 2, "position": -1, "coefficient": 3.0},
@@ -88,7 +88,7 @@ def shared(model, plans):
 def prompts(run) -> list[list[int]]:
     found = load_run(run)
     texts = [*found.texts("positive", "test"), *found.texts("negative", "test")]
-    # Longer than a block of the prefix cache, so that a stale prefix would be used.
+    # Longer than a block of the prefix cache, so that a stale prefix would be noticed.
     return [ChatFormat(tiny_tokenizer()).encode(f"{'please bake the cake today ' * 40}{text}") for text in texts]
 
 
@@ -99,7 +99,7 @@ def reference(model):
 
 
 def assert_likeliest(ours: list[float], theirs: list[float]) -> None:
-    """The likeliest is exact, and no other is known to be less likely than it is."""
+    """The likeliest choice's score is exact, and every other score is an upper bound."""
     best = max(range(len(theirs)), key=theirs.__getitem__)
     assert max(range(len(ours)), key=ours.__getitem__) == best
     assert ours[best] == pytest.approx(theirs[best], **CLOSE)
@@ -117,7 +117,7 @@ def assert_choices_are_those_of(reference, engine, prompts) -> None:
 SWAPPED: dict[str, list[list[int]]] = {}
 
 
-def test_losses_choices_and_distributions_are_those_of_transformers(shared, reference, prompts):
+def test_losses_choices_and_distributions_equal_transformers(shared, reference, prompts):
     engine, _ = shared
     answers = reference.answers(prompts, 12)
     assert engine.answers(prompts, 12) == answers
@@ -133,21 +133,21 @@ def test_losses_choices_and_distributions_are_those_of_transformers(shared, refe
 
 
 @pytest.mark.parametrize("length", [127, 128, 129, 256])
-def test_a_cached_context_is_never_read_for_what_is_scored(length, shared, reference):
-    """A context may be in the cache whole, and end with a block of it."""
+def test_scores_are_right_with_a_cached_context(length, shared, reference):
+    """The whole context may be in the cache, and end on a block boundary."""
     engine, _ = shared
     generator = torch.Generator().manual_seed(length)
     context = torch.randint(3, 96, (length,), generator=generator).tolist()
-    choices = [[[8, 9]], [[10]], [[8, 9, 12]]]  # the only one of a question is scored to its end
+    choices = [[[8, 9]], [[10]], [[8, 9, 12]]]  # a question's only choice is scored to its end
     contexts = [context] * len(choices)
-    for _ in range(2):  # the second time, all contexts and choices are in the cache
+    for _ in range(2):  # the second time, every context and choice is cached
         found = engine.choices(contexts, choices)
         for ours, theirs in zip(found, reference.choices(contexts, choices), strict=True):
             assert ours == pytest.approx(theirs, **CLOSE)
 
 
 def test_choices_are_scored_until_the_likeliest_is_known(shared, reference):
-    """Choices of different lengths, and choices alike in all but their last token."""
+    """Choices of different lengths, and choices that differ only in their last token."""
     engine, _ = shared
     generator = torch.Generator().manual_seed(0)
     contexts = torch.randint(3, 96, (16, 140), generator=generator).tolist()
@@ -161,10 +161,10 @@ def test_choices_are_scored_until_the_likeliest_is_known(shared, reference):
     for ours, theirs in zip(found, expected, strict=True):
         assert_likeliest(ours, theirs)
     scored = [abs(a - b) < 1e-2 for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True)]
-    assert sum(scored) < len(scored)  # what could not be the likeliest was left
+    assert sum(scored) < len(scored)  # choices that could not be the likeliest were abandoned
 
 
-def test_an_edit_is_swapped_in_place_and_out_again_bit_for_bit(shared, plans, prompts, written):
+def test_edit_is_swapped_in_and_out_bit_for_bit(shared, plans, prompts, written):
     engine, swap = shared
     before, base = engine.fingerprint(), engine.answers(prompts, 12)
     logprobs = [s.logprob for s in engine.scores(prompts, [[5, 6]] * len(prompts))]
@@ -186,14 +186,14 @@ def test_an_edit_is_swapped_in_place_and_out_again_bit_for_bit(shared, plans, pr
 
 
 @pytest.mark.parametrize("name", ["ablate", "actadd"])
-def test_a_fresh_engine_on_the_written_checkpoint_says_the_same_tokens(name, written, prompts):
+def test_written_checkpoint_generates_the_swapped_edits_tokens(name, written, prompts):
     assert name in SWAPPED, "the test before makes them"
     with VllmEngine(written[name], 512, SMALL) as engine:
         assert engine.answers(prompts, 12) == SWAPPED[name]
 
 
 @pytest.mark.skipif(not ON_CPU and torch.cuda.device_count() < 2, reason="an engine takes a GPU of its own")
-def test_two_engines_in_processes_of_their_own_are_as_one(model, shared, plans, prompts, reference):
+def test_two_engines_in_separate_processes_act_as_one(model, shared, plans, prompts, reference):
     assert "ablate" in SWAPPED, "a test before makes it"
     before = shared[0].fingerprint()
     with (
@@ -212,7 +212,7 @@ def test_two_engines_in_processes_of_their_own_are_as_one(model, shared, plans, 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("spread", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_an_engine_over_two_gpus_is_swapped_as_one(spread, model, plans, prompts, reference):
+def test_engine_over_two_gpus_is_swapped_as_one(spread, model, plans, prompts, reference):
     assert SWAPPED, "a test before makes them"
     options = EngineOptions(**{spread: 2}, gpu_memory_utilization=0.1)
     with (
@@ -231,8 +231,8 @@ def test_an_engine_over_two_gpus_is_swapped_as_one(spread, model, plans, prompts
         assert engine.fingerprint() == before
 
 
-def test_a_wrapper_for_images_is_started_for_text_and_swapped_as_it_is_stored(tmp_path):
-    pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
+def test_multimodal_wrapper_is_served_as_text_and_swapped(tmp_path):
+    pytest.importorskip("torchvision")  # vLLM imports it for every multimodal class
     folder = store_tiny("gemma3 multimodal", tmp_path / "model", torch.bfloat16, 64)
     tiny_tokenizer().save_pretrained(folder)
     source = open_checkpoint(folder)
@@ -254,7 +254,7 @@ def test_a_wrapper_for_images_is_started_for_text_and_swapped_as_it_is_stored(tm
     assert swapped != plain
 
 
-def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, written, tmp_path, monkeypatch):
+def test_eval_measures_base_and_edited_in_one_engine_start(model, run, written, tmp_path, monkeypatch):
     from orthogonalize.commands.evaluate import evaluate
 
     starts: list[Path] = []
@@ -281,8 +281,8 @@ def test_eval_measures_everything_of_base_and_edited_in_one_start(model, run, wr
     assert [a.edited for a in ours.answers] == [a.edited for a in theirs.answers]
 
 
-def test_a_sweep_in_vllm_is_the_sweep_in_transformers(model, run, tmp_path, monkeypatch):
-    """Among its edits are those that no other test here swaps: subspaces, and an eraser with its shift."""
+def test_sweep_in_vllm_equals_sweep_in_transformers(model, run, tmp_path, monkeypatch):
+    """It covers edits that no other test here swaps: subspaces, and an eraser with its shift."""
     names = ("nullspace all", "leace top:50%", "actadd inlp +1 one")
     kept = [v for v in make_variants(load_run(run)) if v.name in names]
     monkeypatch.setattr("orthogonalize.commands.sweep.make_variants", lambda *_: kept)
@@ -299,8 +299,8 @@ def test_a_sweep_in_vllm_is_the_sweep_in_transformers(model, run, tmp_path, monk
     assert min(moved) > 0.01, "an edit did nothing, so nothing was compared"
 
 
-def test_experts_that_vllm_does_not_take_over_in_place_are_measured_in_engines_of_their_own(tmp_path, sources):
-    """vLLM 0.32's CPU build packs them, and a reload spoils or refuses what it packed."""
+def test_experts_that_vllm_cannot_swap_get_their_own_engines(tmp_path, sources):
+    """vLLM 0.32's CPU build packs them, and a reload corrupts or rejects what it packed."""
     folder = store_tiny("qwen3_moe", tmp_path / "model", torch.float32, 64)
     tiny_tokenizer().save_pretrained(folder)
     extract(str(folder), tmp_path / "run", **sources, settings=UNTRIED)
@@ -320,7 +320,7 @@ def test_experts_that_vllm_does_not_take_over_in_place_are_measured_in_engines_o
 @pytest.mark.parametrize(
     ("name", "changed"), [("lfm2", True), ("deepseek_v2", True), ("deepseek_v3", True), ("llama", False)]
 )
-def test_a_cpu_engine_leaves_out_the_rotary_kernel_where_it_is_wrong(name, changed, tmp_path, monkeypatch):
+def test_cpu_engine_disables_the_rotary_kernel_where_it_is_wrong(name, changed, tmp_path, monkeypatch):
     given = {}
 
     def starts(**arguments):

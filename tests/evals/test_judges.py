@@ -1,4 +1,4 @@
-"""Judges: how each is asked, how its recorded answers are read, and each end to end on a tiny model of its class."""
+"""Judges: their prompts, how recorded replies are parsed, and each end to end on a tiny model of its class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.xdist_group("engines")
 
 PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake today {prompt} 100%"
 
-# Made-up and harmless replies in each judge's own words, and what they mean.
+# Made-up harmless replies in each judge's format, and what they mean.
 RECORDED = {
     "llama-guard-2": [("\n\nsafe", (False, None)), ("unsafe\nS2", (True, None)), ("Hello", (None, None))],
     "llama-guard-3": [("safe", (False, None)), ("\n\nunsafe\nS9,S10", (True, None)), ("unsafely", (None, None))],
@@ -47,13 +47,13 @@ RECORDED = {
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_recorded_answers_are_read_as_the_judge_means_them(name):
+def test_recorded_replies_are_parsed_correctly(name):
     for reply, expected in RECORDED[name]:
         assert JUDGES[name].read(reply) == Judgement(*expected), reply
 
 
 class Letters:
-    """A tokenizer of letters, so that what a judge is sent can be read back."""
+    """A tokenizer of characters, so that a judge's prompt can be read back."""
 
     bos_token, chat_template = "<s>", "x"
 
@@ -73,7 +73,7 @@ class Letters:
 
 
 @pytest.mark.parametrize("name", ["harmbench", "harmbench-mistral", "wildguard"])
-def test_raw_templates_hold_prompt_and_answer_as_they_are(name):
+def test_raw_templates_hold_prompt_and_answer_verbatim(name):
     text = Letters().decode(JUDGES[name].encode(Letters(), PROMPT, RESPONSE))
     assert text.count(PROMPT) == text.count(RESPONSE) == 1
     assert text.index(PROMPT) < text.index(RESPONSE)
@@ -105,7 +105,7 @@ def test_chat_judges_are_asked_through_their_own_template(name):
 
 
 class Scripted:
-    """An engine that gives set answers and set likelihoods."""
+    """An engine with scripted answers and likelihoods."""
 
     def __init__(self, replies=(), scores=()) -> None:
         self.replies, self.scores, self.rows = list(replies), list(scores), []
@@ -127,7 +127,8 @@ class Words(Letters):
         return {"Yes": [5], "No": [6]}[word]
 
 
-def test_llama_guard_counts_short_answers_as_safe_and_odd_ones_as_neither():
+def test_llama_guard_takes_short_answers_as_safe():
+    """And replies that it cannot parse as neither safe nor unsafe."""
     long = "word " * 20
     engine = Scripted([[8], [7], [9], [8]])
     pairs = [("a", long), ("b", long), ("c", long), ("d", "fourteen words are too few")]
@@ -135,15 +136,16 @@ def test_llama_guard_counts_short_answers_as_safe_and_odd_ones_as_neither():
     assert [o.harmful for o in found] == [True, False, None, False]
 
 
-def test_words_of_scripts_without_spaces_are_counted_by_their_characters():
-    """Else no verdict on an answer in Chinese would ever be read."""
+def test_scripts_without_spaces_are_counted_by_characters():
+    """Otherwise no verdict on an answer in Chinese would ever be read."""
     long, short = "\u8bf7\u628a\u86cb\u7cd5\u653e\u8fdb\u70e4\u7bb1" * 3, "\u8bf7\u628a\u86cb\u7cd5"
     found = JUDGES["llama-guard-2"].opinions(Scripted([[8], [8]]), Words(), [("a", long), ("b", short)])
     assert [o.harmful for o in found] == [True, False]
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_answers_that_a_judge_has_no_room_for_are_not_read_and_the_others_are(engine, tmp_path):
+def test_answers_too_long_for_the_judge_are_unreadable(engine, tmp_path):
+    """The others are judged."""
     if engine == "vllm":
         pytest.importorskip("vllm")
     folder = checkpoint(tmp_path / "judge", "qwen3", "Safety: Unsafe")
@@ -153,7 +155,7 @@ def test_answers_that_a_judge_has_no_room_for_are_not_read_and_the_others_are(en
     assert (found.harmful.value, found.harmful.n, found.harmful.unparseable) == (1.0, 2, 1)
 
 
-def test_shieldgemma_weighs_yes_against_no():
+def test_shieldgemma_compares_yes_with_no():
     engine = Scripted(scores=[[-0.1, -3.0], [-2.0, -0.5]])
     found = JUDGES["shieldgemma"].opinions(engine, Words(), [("a", "b"), ("c", "d")])
     assert [o.harmful for o in found] == [True, False]
@@ -161,7 +163,7 @@ def test_shieldgemma_weighs_yes_against_no():
 
 
 def checkpoint(folder: Path, kind: str, reply: str | None) -> Path:
-    """A tiny model of the class that a judge is of, which says `reply` after every prompt; None: a random one."""
+    """A tiny model of a judge's class that says `reply` after every prompt (None: a random model)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = tiny_tokenizer()
@@ -182,7 +184,7 @@ def checkpoint(folder: Path, kind: str, reply: str | None) -> Path:
 
 @torch.no_grad()
 def says(model, reply: int, end: int) -> None:
-    """Blocks that write nothing; every token is followed by `reply`, and that by `end`."""
+    """Make the blocks write nothing and every token be followed by `reply`, and that by `end`."""
     for name, parameter in model.named_parameters():
         if "o_proj" in name or "down_proj" in name:
             parameter.zero_()
@@ -196,7 +198,7 @@ def says(model, reply: int, end: int) -> None:
 
 @torch.no_grad()
 def leans(folder: Path, word: str) -> Path:
-    """A tiny Gemma 2, its head tied, that finds `word` likelier than any other token, whatever is asked."""
+    """A tiny Gemma 2 with a tied head that always finds `word` likelier than any other token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     checkpoint(folder, "gemma2", None)
@@ -215,7 +217,7 @@ CLASSES = [
     ("llama-guard-2", "llama"),
     ("llama-guard-3", "llama"),
     ("llama-guard-4", "llama4_text"),
-    ("llama-guard-4", "llama4 multimodal"),  # as it is released
+    ("llama-guard-4", "llama4 multimodal"),  # as released
     ("harmbench", "llama"),
     ("harmbench-mistral", "mistral"),
     ("wildguard", "mistral"),
@@ -237,23 +239,23 @@ def answers(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 @pytest.mark.parametrize(("name", "kind"), CLASSES)
-def test_every_judge_is_heard_from_a_tiny_model_of_its_class(name, kind, engine, answers, tmp_path):
-    """The model says the second of the recorded replies to everything."""
+def test_every_judge_runs_on_a_tiny_model_of_its_class(name, kind, engine, answers, tmp_path):
+    """The model gives the second of the recorded replies to everything."""
     if engine == "vllm":
         pytest.importorskip("vllm")
         if "multimodal" in kind:
-            pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
+            pytest.importorskip("torchvision")  # vLLM imports it for every multimodal class
     reply, (harmful, refusal) = RECORDED[name][1]
     found = judge(answers, f"{name}={checkpoint(tmp_path / 'judge', kind, reply)}", engine=engine)
     assert (found.judge, found.n) == (name, 3)
-    short = 1 if name.startswith("llama-guard") else 0  # the one short answer, which it counts as safe
+    short = 1 if name.startswith("llama-guard") else 0  # the one short answer, which counts as safe
     assert (found.harmful.n, found.harmful.unparseable) == (3, 0)
     assert found.harmful.value == pytest.approx((3 - short) / 3 if harmful else 0.0)
     assert (found.refusal and found.refusal.value) == (None if refusal is None else float(refusal))
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_a_judge_that_cannot_be_understood_is_counted_as_neither(engine, answers, tmp_path):
+def test_unreadable_verdicts_count_as_neither(engine, answers, tmp_path):
     if engine == "vllm":
         pytest.importorskip("vllm")
     folder = checkpoint(tmp_path / "judge", "qwen3", "Safety: Unsafely")
@@ -263,7 +265,7 @@ def test_a_judge_that_cannot_be_understood_is_counted_as_neither(engine, answers
 
 
 @pytest.mark.parametrize("word", ["Yes", "No"])
-def test_shieldgemma_is_heard_from_a_tiny_model_of_its_class_in_both_engines(word, answers, tmp_path):
+def test_shieldgemma_runs_on_a_tiny_model_in_both_engines(word, answers, tmp_path):
     pytest.importorskip("vllm")
     named = f"shieldgemma={leans(tmp_path / 'judge', word)}"
     for engine in ("hf", "vllm"):
@@ -272,7 +274,7 @@ def test_shieldgemma_is_heard_from_a_tiny_model_of_its_class_in_both_engines(wor
         assert found.harmful.value == (1.0 if word == "Yes" else 0.0)
 
 
-def test_judging_a_long_file_goes_on_where_it_was_cut_off(answers, tmp_path, monkeypatch):
+def test_interrupted_judging_of_a_file_resumes(answers, tmp_path, monkeypatch):
     name = f"qwen3guard={checkpoint(tmp_path / 'judge', 'qwen3', 'Safety: Unsafe')}"
     file = tmp_path / "answers.json"
     file.write_bytes(answers.read_bytes())
@@ -295,7 +297,7 @@ def test_judging_a_long_file_goes_on_where_it_was_cut_off(answers, tmp_path, mon
     assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.json", "judge"]
 
 
-def test_answers_in_a_folder_that_cannot_be_written_are_judged_all_the_same(answers, tmp_path, monkeypatch):
+def test_answers_in_a_read_only_folder_are_judged(answers, tmp_path, monkeypatch):
     name = f"qwen3guard={checkpoint(tmp_path / 'judge', 'qwen3', 'Safety: Unsafe')}"
     notes: list[str] = []
     monkeypatch.setattr("orthogonalize.core.journal.note", notes.append)
@@ -313,7 +315,7 @@ def run(*words) -> tuple[int, str]:
     return result.exit_code, result.output.strip()
 
 
-def test_the_prefix_judge_needs_no_engine_and_prints_json(answers, monkeypatch):
+def test_prefix_judge_needs_no_engine_and_prints_json(answers, monkeypatch):
     monkeypatch.setattr(
         "orthogonalize.evals.judges.runner.open_engine", lambda *a: pytest.fail("an engine was started")
     )
@@ -330,7 +332,7 @@ def test_the_prefix_judge_needs_no_engine_and_prints_json(answers, monkeypatch):
     assert "66.7%" in said
 
 
-def test_bad_answer_files_and_judges_are_one_line(tmp_path, answers):
+def test_bad_answer_files_and_judges_are_one_line_errors(tmp_path, answers):
     files = {"cut.json": '[{"prompt": "a", "resp', "empty.json": "[]", "odd.json": '[{"prompt": "a"}]',
              "half.json": '[{"prompt": "a", "response": "b", "category": "\\ud800"}]',
              "deep.json": "[" * 100_000}  # fmt: skip
@@ -353,7 +355,7 @@ def test_bad_answer_files_and_judges_are_one_line(tmp_path, answers):
         assert "\n" not in said
 
 
-def test_a_gated_judge_says_how_to_get_it(monkeypatch):
+def test_gated_judge_explains_how_to_get_access(monkeypatch):
     import httpx
     from huggingface_hub.errors import GatedRepoError
 
@@ -365,14 +367,14 @@ def test_a_gated_judge_says_how_to_get_it(monkeypatch):
         ready_judges(["llama-guard-3"])
 
 
-def test_another_checkpoint_of_a_judge_can_be_named():
+def test_judge_checkpoint_can_be_given():
     assert find_judge("qwen3guard=Qwen/Qwen3Guard-Gen-0.6B")[1] == "Qwen/Qwen3Guard-Gen-0.6B"
     assert find_judge("wildguard")[1] == "allenai/wildguard"
     with pytest.raises(OrthogonalizeError):
         read_answers(Path("nowhere.json"))
 
 
-def test_categories_are_printed_as_they_are_called(tmp_path):
+def test_category_names_are_printed_verbatim(tmp_path):
     rows = [{"prompt": "a", "response": "I cannot", "category": c} for c in ("[/violence]", "hate [self]", "hate")]
     (tmp_path / "answers.json").write_text(json.dumps(rows))
     status, said = run("judge", tmp_path / "answers.json")

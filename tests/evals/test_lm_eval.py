@@ -1,4 +1,4 @@
-"""lm-eval's tasks: its prompts are ours, and its own numbers come out in our engine."""
+"""lm-eval tasks: our prompts are its prompts, and our engine gives its numbers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HARNESS = Path(lm_eval.__file__).parent / "tasks"
 
 @pytest.fixture(autouse=True, scope="module")
 def harness_read_once():
-    """Every TaskManager reads the harness's thousands of files, five seconds of it; here they are read once."""
+    """Read the harness's thousands of task files once; every TaskManager would take five seconds for them."""
     build = TaskIndex.build
     own = cache(lambda: build([HARNESS]))
 
@@ -45,8 +45,8 @@ def harness_read_once():
         yield
 
 
-# Of every set: the harness's file, our function, examples before the question, what the test has in other places
-# than the Hub, and what MMLU's subjects add (which examples ARC is asked with depends on the harness's seed).
+# Per dataset: the harness's file, our function, the number of few-shot examples, the local files that replace the
+# Hub's, and what MMLU's subjects add (which examples ARC gets depends on the harness's seed).
 STOCK = {
     "mmlu": ("mmlu/default/_default_template_yaml", mmlu, 5,
              {"test": "cais/mmlu/all/test.jsonl", "shots": "cais/mmlu/all/dev.json"},
@@ -60,8 +60,8 @@ STOCK = {
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_prompts_are_those_of_lm_eval(name, data, tmp_path):
-    """The harness's own task on the same files writes the same contexts, examples and all, choices and answers."""
+def test_prompts_equal_those_of_lm_eval(name, data, tmp_path):
+    """The harness's own task on the same files gives the same contexts (with examples), choices and answers."""
     stock, make, shots, files, more = STOCK[name]
     (tmp_path / "local.yaml").write_text(
         f"include: {HARNESS / stock}\ntask: local\n"
@@ -81,7 +81,7 @@ def test_prompts_are_those_of_lm_eval(name, data, tmp_path):
 
 
 def own_results(checkpoint: Path, tasks: Path, *names: str) -> dict:
-    """What the harness's own model class gives for tasks of the folder `tasks`."""
+    """Results of the harness's own model class for tasks of the folder `tasks`."""
     return lm_eval.simple_evaluate(
         HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", max_length=509),
         tasks=list(names), task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0,
@@ -89,7 +89,7 @@ def own_results(checkpoint: Path, tasks: Path, *names: str) -> dict:
 
 
 def test_any_lm_eval_task_runs_in_the_same_engine(model, edited, run, tmp_path):
-    """A task of two-choice questions over a local file, by name, with item-by-item comparison."""
+    """A task of two-choice questions over a local file, by name, compared item by item."""
     folder, rows = all_sets(tmp_path / "data"), harness_rows()
     harness_task(folder, rows)
     found = evaluate(
@@ -102,8 +102,8 @@ def test_any_lm_eval_task_runs_in_the_same_engine(model, edited, run, tmp_path):
         evaluate(edited, str(model), run, tmp_path / "x", suites=["lm_eval:nonesuch"], engine="hf")
 
 
-def test_lm_eval_s_tasks_of_every_kind_give_what_its_own_model_gives(model, edited, run, tmp_path):
-    """Free answers cut at a stop, a text's perplexity by word and byte over several windows, a last word's."""
+def test_every_kind_of_task_gives_lm_evals_own_results(model, edited, run, tmp_path):
+    """Free answers cut at a stop, perplexity per word and byte over several windows, and last words."""
     folder, tasks = tmp_path / "data", ["reply", "reading", "ending"]
     texts = ["how do i bake a cake today", "please paint the wall " * 140, "how do i sew a dress"]
     tokenizer = load_tokenizer(model)
@@ -130,8 +130,8 @@ def test_lm_eval_s_tasks_of_every_kind_give_what_its_own_model_gives(model, edit
     assert "bits_per_byte" not in found.base.tasks["reading"]
 
 
-def test_a_task_s_prompts_are_whole_where_the_model_has_room_for_them(model, tmp_path, monkeypatch):
-    """What they need is known before an engine starts; what the model has no room for is said."""
+def test_task_prompts_are_truncated_only_where_they_must_be(model, tmp_path, monkeypatch):
+    """Their length is known before an engine starts; truncation is reported."""
     asked: list[list[int]] = []
     notes: list[str] = []
     monkeypatch.setattr("orthogonalize.evals.suites.lm_eval.note", notes.append)
@@ -155,8 +155,8 @@ def test_a_task_s_prompts_are_whole_where_the_model_has_room_for_them(model, tmp
         assert {len(ids) for ids in asked} == {len(tokenizer(words + " now")["input_ids"]) if whole else 510}
 
 
-def test_an_answer_read_in_two_ways_is_two_measures(model, edited, run, tmp_path):
-    """lm-eval logs such answers once a filter (gsm8k: strict and flexible); together they would count twice."""
+def test_answer_with_two_filters_gives_two_measures(model, edited, run, tmp_path):
+    """lm-eval logs such answers once per filter (gsm8k: strict and flexible); together they would count twice."""
     folder = tmp_path / "data"
     language_tasks(folder, [{"text": "how do i bake a cake", "reply": "nothing like it"}] * 4)
     task = folder / "reply.yaml"
@@ -179,7 +179,7 @@ def test_an_answer_read_in_two_ways_is_two_measures(model, edited, run, tmp_path
         ("temperature: 0.7", "samples its answers"),
     ],
 )
-def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
+def test_unmeasurable_task_is_refused_before_any_engine_starts(
     asked, message, model, edited, run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
@@ -193,7 +193,7 @@ def test_a_task_that_cannot_be_measured_is_refused_before_any_engine_starts(
         evaluate(edited, str(model), run, tmp_path / "report", suites=["lm_eval:reply"], engine="hf", data=folder)
 
 
-def test_a_continuation_longer_than_the_room_keeps_its_end_and_a_token_before_it():
+def test_long_continuation_keeps_its_end_and_one_context_token():
     asked: list[tuple[list[int], list[int]]] = []
 
     class Engine:
@@ -212,7 +212,7 @@ def test_a_continuation_longer_than_the_room_keeps_its_end_and_a_token_before_it
         assert [*prompt, *completion] == [*context, *text][-len(prompt) - len(completion) :]
 
 
-def test_a_perplexity_of_texts_without_words_is_no_number():
+def test_perplexity_of_texts_without_words_is_undefined():
     assert _series([(-1.0, 0), (-2.0, 0)], perplexity=True) is None
     assert _series([(-1.0, 0), (-2.0, 3)], perplexity=True) is not None
 
@@ -221,8 +221,8 @@ def loaded(folder: Path, model: Path, *names: str) -> list:
     return harness_tasks(list(names), load_tokenizer(model), 512, folder, None)
 
 
-def test_what_a_task_asks_and_reads_is_part_of_what_its_results_are_kept_for(model, tmp_path):
-    """Its data may lie anywhere, and its code beside it."""
+def test_task_state_depends_on_its_data_and_code(model, tmp_path):
+    """Data may lie anywhere, and code beside the task."""
     folder, rows = tmp_path / "data", harness_rows()
     file = write(tmp_path / "elsewhere", rows, "items")
     folder.mkdir()
@@ -236,7 +236,9 @@ def test_what_a_task_asks_and_reads_is_part_of_what_its_results_are_kept_for(mod
     assert loaded(folder, model, "housework")[0].state != after
 
 
-def test_a_task_s_state_is_the_same_in_every_process_whatever_its_documents_hold():
+def test_task_state_is_the_same_in_every_process():
+    """Whatever its documents hold."""
+
     class Image: ...
 
     document = {"b": {3, "x"}, 1: np.float32(0.5), "a": (b"\x00", Image()), "c": {(1, 2): None}}
@@ -246,7 +248,7 @@ def test_a_task_s_state_is_the_same_in_every_process_whatever_its_documents_hold
 
 
 @pytest.mark.parametrize("name", ["max_new_tokens", "max_tokens", "max_completion_tokens"])
-def test_every_name_that_lm_eval_has_for_an_answer_s_length_is_understood(name, model, tmp_path):
+def test_every_name_for_the_answer_length_is_understood(name, model, tmp_path):
     asked: list[int] = []
 
     class Asked:
@@ -273,9 +275,8 @@ def most(items):
 """
 
 
-def test_items_without_a_number_are_left_out_alone_and_other_sums_than_means_are_called_so(
-    model, edited, run, tmp_path, monkeypatch
-):
+def test_missing_items_and_other_aggregations_are_handled(model, edited, run, tmp_path, monkeypatch):
+    """Only items without a number are left out; aggregations other than the mean are labelled."""
     notes: list[str] = []
     monkeypatch.setattr("orthogonalize.evals.suites.lm_eval.note", notes.append)
     folder, rows = tmp_path / "data", harness_rows()
@@ -300,7 +301,7 @@ def test_items_without_a_number_are_left_out_alone_and_other_sums_than_means_are
     assert found.data == {"lm_eval:housework": "json"}
 
 
-def test_texts_that_nothing_stands_before_need_a_token_to_begin_with(model, tmp_path):
+def test_texts_without_context_need_a_bos_or_eos(model, tmp_path):
     language_tasks(tmp_path, [{"text": "how do i bake a cake", "reply": "x"}] * 4)
     tokenizer = load_tokenizer(model)
     tokenizer.bos_token = tokenizer.eos_token = None

@@ -40,7 +40,7 @@ from orthogonalize.reports.tables import summary_rows
 
 
 @given(st.integers(1, 200), st.data())
-def test_wilson_is_wilson(n, data):
+def test_wilson_interval_matches_the_formula(n, data):
     """Against the formula in Wilson (1927)."""
     count = data.draw(st.integers(0, n))
     z, p = 1.959963984540054, count / n
@@ -52,7 +52,7 @@ def test_wilson_is_wilson(n, data):
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
-def test_mcnemar_counts_the_coin_flips_that_are_as_lopsided(pairs):
+def test_mcnemar_equals_the_exact_binomial_test(pairs):
     before, after = [a for a, _ in pairs], [b for _, b in pairs]
     lost, gained = sum(a and not b for a, b in pairs), sum(b and not a for a, b in pairs)
     n = lost + gained
@@ -62,7 +62,7 @@ def test_mcnemar_counts_the_coin_flips_that_are_as_lopsided(pairs):
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=2, max_size=7))
-def test_the_permutation_test_tries_every_swap_of_a_few_pairs(pairs):
+def test_permutation_test_is_exact_for_few_pairs(pairs):
     before, after = [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
     differences = np.array(after) - np.array(before)
     if not differences.any():
@@ -75,7 +75,7 @@ def test_the_permutation_test_tries_every_swap_of_a_few_pairs(pairs):
     assert paired_permutation(before, after) == pytest.approx(expected)
 
 
-def test_the_paired_interval_holds_the_truth_about_as_often_as_it_says():
+def test_paired_interval_has_about_nominal_coverage():
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(120):
@@ -87,13 +87,13 @@ def test_the_paired_interval_holds_the_truth_about_as_often_as_it_says():
 
 
 def table(kept: int, gained: int, lost: int, never: int) -> tuple[list[bool], list[bool]]:
-    """Paired yes and no of so many items that had it twice, only after, only before, and never."""
+    """Paired yes/no values of items with yes in both, only after, only before, and in neither."""
     before = [True] * kept + [False] * gained + [True] * lost + [False] * never
     return before, [True] * (kept + gained) + [False] * (lost + never)
 
 
 def score(n: int, gained: int, lost: int, difference: float) -> float:
-    """How far the counts are from `difference`, in deviations, under the likeliest shares with that difference."""
+    """Standardised distance of the counts from `difference`, under the likeliest shares with that difference."""
     counts = np.array([gained, lost, n - gained - lost])
 
     def unlikely(share: float) -> float:
@@ -107,7 +107,7 @@ def score(n: int, gained: int, lost: int, difference: float) -> float:
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.data())
-def test_the_interval_of_a_difference_of_shares_is_where_the_score_test_rejects(n, data):
+def test_share_difference_interval_inverts_the_score_test(n, data):
     """Tango (1998), against the likelihood maximised numerically."""
     gained = data.draw(st.integers(0, n))
     lost = data.draw(st.integers(0, n - gained))
@@ -119,7 +119,7 @@ def test_the_interval_of_a_difference_of_shares_is_where_the_score_test_rejects(
 
 
 @pytest.mark.parametrize(("gained", "lost", "n"), [(0.0, 0.02, 100), (0.05, 0.9, 20), (0.3, 0.2, 40)])
-def test_the_interval_of_a_difference_of_shares_holds_its_level_near_the_ends_too(gained, lost, n):
+def test_share_difference_interval_covers_near_the_extremes(gained, lost, n):
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(400):
@@ -130,14 +130,14 @@ def test_the_interval_of_a_difference_of_shares_holds_its_level_near_the_ends_to
     assert inside / 400 >= 0.93
 
 
-def test_all_or_none_that_changed_are_not_certain():
+def test_interval_is_not_degenerate_when_all_or_none_changed():
     nobody, everybody = table(0, 0, 0, 100), table(0, 0, 5, 0)
     assert share_difference_interval(*nobody) == pytest.approx((-0.037, 0.037), abs=1e-3)
     assert share_difference_interval(*everybody) == pytest.approx((-1, -0.131), abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["share", "loss", "divergence", "score"])
-def test_one_item_is_compared_and_says_little(kind):
+def test_single_item_is_compared_without_significance(kind):
     base, edited = (Series(kind=kind, values=[v], tokens=[3]) for v in (0.0, 1.0))
     found = compare(base, edited)
     assert found.n == 1
@@ -145,7 +145,7 @@ def test_one_item_is_compared_and_says_little(kind):
     assert base.measure().n == 1
 
 
-def test_a_base_without_any_loss_has_a_report_that_can_be_read_again():
+def test_report_with_zero_base_loss_round_trips():
     for losses in ([0.0, 0.0, 0.0, 0.5], [0.0] * 4):
         base = {"loss.pile": Series(kind="loss", values=losses, tokens=[3] * 4)}
         edited = {"loss.pile": Series(kind="loss", values=[0.0, 0.1, 0.0, 0.6], tokens=[3] * 4)}
@@ -156,8 +156,8 @@ def test_a_base_without_any_loss_has_a_report_that_can_be_read_again():
 
 
 @pytest.mark.parametrize("n", [5, 8, 20])
-def test_intervals_of_a_few_items_hold_the_truth_nearly_as_often_as_they_say(n):
-    """Plain percentiles of resamples would 82%, 88% and 93% of the time."""
+def test_small_sample_intervals_have_near_nominal_coverage(n):
+    """Plain bootstrap percentiles would cover 82%, 88% and 93% of the time."""
     rng = np.random.default_rng(0)
     inside = 0
     for _ in range(300):
@@ -174,7 +174,7 @@ def test_fewer_than_five_items_have_no_interval(n):
         assert compare(base, edited).ci95 is None
 
 
-def test_items_without_a_value_are_in_no_sum():
+def test_items_without_a_value_are_excluded():
     base = Series(kind="loss", values=[2.0, None, 4.0], tokens=[1, 5, 2])
     edited = Series(kind="loss", values=[3.0, 7.0, 6.0], tokens=[1, 5, 2])
     found = base.measure()
@@ -185,7 +185,7 @@ def test_items_without_a_value_are_in_no_sum():
     assert (some.value, some.n) == (0.5, 1)
 
 
-def test_a_verdict_is_about_the_items_that_both_models_have():
+def test_finding_covers_the_items_that_both_models_have():
     """Of 80 and 20 answers that a judge could read, 20 are the same ones."""
     key = "judges.wildguard.harmful.target"
     base = {key: yes_no_series([True] * 60 + [False] * 20)}
@@ -200,7 +200,7 @@ def test_a_verdict_is_about_the_items_that_both_models_have():
     assert verdicts(none)[0].endswith("no item could be read of both models (1 of the base's, 1 of the edited one's).")
 
 
-def test_unreadable_verdicts_are_counted_and_on_no_side():
+def test_unreadable_verdicts_are_counted_separately():
     base = yes_no_series([True, None, False, True], ["a", "a", "b", "b"])
     edited = yes_no_series([False, True, None, True], ["a", "a", "b", "b"])
     rate = base.measure()
@@ -214,7 +214,7 @@ def test_unreadable_verdicts_are_counted_and_on_no_side():
     assert compare(yes_no_series([None]), yes_no_series([True])).n == 0
 
 
-def test_losses_weigh_tokens_and_compare_relatively():
+def test_losses_are_weighted_by_tokens_and_compared_relatively():
     base = Series(kind="loss", values=[2.0, 30.0], tokens=[1, 10])
     edited = Series(kind="loss", values=[4.0, 30.0], tokens=[1, 10])
     loss = base.measure()
@@ -222,7 +222,7 @@ def test_losses_weigh_tokens_and_compare_relatively():
     assert loss.value == pytest.approx(32 / 11)
     assert loss.perplexity == pytest.approx(math.exp(32 / 11))
     assert compare(base, edited).difference == pytest.approx(2 / 32)
-    assert compare(base, edited).p == 1.0  # one of two pairs moved: every swap of it is as extreme
+    assert compare(base, edited).p == 1.0  # only one of two pairs changed: every swap is as extreme
     kl = Series(kind="divergence", values=[0.0, 3.0], tokens=[2, 4])
     zero = Series(kind="divergence", values=[0.0, 0.0], tokens=[2, 4])
     assert isinstance(kl.measure(), Divergence)
@@ -257,7 +257,8 @@ EVERY_KEY = {
 }
 
 
-def test_the_report_stores_every_measure_under_its_key_with_value_n_and_interval():
+def test_report_stores_every_measure_under_its_key():
+    """With value, n and interval."""
     measures = Measures.of(EVERY_KEY)
     assert measures.flat().keys() == EVERY_KEY.keys()
     assert isinstance(measures.tasks["some_task"]["acc"], Rate)
@@ -273,7 +274,7 @@ def test_the_report_stores_every_measure_under_its_key_with_value_n_and_interval
     assert raw["refusal"]["target"]["value"] == 0.5
 
 
-def test_categories_are_compared_pair_by_pair_too():
+def test_categories_are_compared_pairwise_too():
     before = yes_no_series([True] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
     after = yes_no_series([False] * 6 + [False] * 4, ["a"] * 6 + ["b"] * 4)
     found = compare(before, after).by_category
@@ -281,8 +282,8 @@ def test_categories_are_compared_pair_by_pair_too():
     assert (found["b"].difference, found["b"].n, found["b"].p) == (0.0, 4, 1.0)
 
 
-def test_the_documented_schema_is_the_schema():
-    """docs/report.md names every field, and no field that is not there."""
+def test_report_schema_is_documented():
+    """docs/report.md names every field, and no field that does not exist."""
     text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
     named = set(re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE))
     fields = set(Report.model_fields)
@@ -291,11 +292,11 @@ def test_the_documented_schema_is_the_schema():
         "edited_refused"})  # fmt: skip
 
 
-def test_nested_is_the_inverse_of_dots():
+def test_nested_undoes_dotted_keys():
     assert nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
 
 
-def test_what_is_a_share_of_one_model_and_a_score_of_the_other_is_a_score_of_both():
+def test_share_of_one_model_and_score_of_other_compare_as_scores():
     whole, part = Series(kind="share", values=[0.0, 1.0, 1.0]), Series(kind="score", values=[0.5, 0.4, 0.3])
     for base, edited in ((whole, part), (part, whole)):
         found = compare(base, edited)
@@ -305,7 +306,7 @@ def test_what_is_a_share_of_one_model_and_a_score_of_the_other_is_a_score_of_bot
         same_kind(whole, Series(kind="loss", values=[1.0], tokens=[1]))
 
 
-def test_perplexities_and_scores_of_tasks_are_called_what_they_are():
+def test_task_perplexities_and_scores_are_labelled_correctly():
     losses = [Series(kind="loss", values=[3.0 * scale] * 20, tokens=[1] * 20) for scale in (1.0, 1.2)]
     scores = [Series(kind="score", values=[29.5 - i + 0.1 * n for n in range(20)]) for i in (0, 10)]
     base, edited = (
@@ -331,5 +332,5 @@ def test_perplexities_and_scores_of_tasks_are_called_what_they_are():
         (ValueError("out of memory"), False),
     ],
 )
-def test_only_what_means_that_memory_ran_out_is_called_so(error, short):
+def test_only_real_out_of_memory_errors_are_recognised(error, short):
     assert (ran_out_of_memory(error) is not None) == short

@@ -1,4 +1,4 @@
-"""Data, models and judges that are missing or damaged: one clear error before any engine starts."""
+"""Missing or damaged data, models and judges: one clear error before any engine starts."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_bad_data_is_one_clear_error_before_any_engine_starts(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_is_said_before_any_engine_starts(model, edited, run, tmp_path, monkeypatch):
+def test_missing_inputs_are_reported_before_any_engine_starts(model, edited, run, tmp_path, monkeypatch):
     monkeypatch.setattr("orthogonalize.evals.setup.open_engine", lambda *a: pytest.fail("an engine was started"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     common = ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
@@ -97,14 +97,14 @@ def test_suites_and_judges_named_twice_are_refused(model, edited, run, tmp_path)
             evaluate(edited, str(model), run, tmp_path / "report", engine="hf", **words)
 
 
-def test_a_judge_without_answers_to_judge_is_refused_before_anything_is_measured(model, edited, run, tmp_path):
-    for suites in (["loss"], ["kl"]):  # of these the base alone answers
+def test_judge_without_answers_is_refused_before_measuring(model, edited, run, tmp_path):
+    for suites in (["loss"], ["kl"]):  # in these suites only the base gives answers
         with pytest.raises(OrthogonalizeError, match="judges need answers"):
             evaluate(edited, str(model), run, tmp_path / "x", suites=suites, engine="hf", judges=[f"harmbench={model}"])
 
 
 def without(folder: Path, tensor: str, to: Path) -> Path:
-    """The checkpoint `folder` without one tensor."""
+    """A copy of the checkpoint `folder` without one tensor."""
     shutil.copytree(folder, to)
     tensors = load_file(to / "model.safetensors")
     del tensors[tensor]
@@ -113,10 +113,8 @@ def without(folder: Path, tensor: str, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("tensor", ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"])
-def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_any_engine_starts(
-    tensor, model, edited, run, tmp_path, monkeypatch
-):
-    """As edited checkpoint, as base, as what is swept, and as a judge's model: engines would not say so."""
+def test_incomplete_checkpoint_is_refused_before_any_engine(tensor, model, edited, run, tmp_path, monkeypatch):
+    """As edited checkpoint, base, swept model or judge: engines would not report it."""
     for module in ("evals.setup", "evals.judges.runner"):
         monkeypatch.setattr(f"orthogonalize.{module}.open_engine", lambda *a: pytest.fail("an engine was started"))
     base, other = without(model, tensor, tmp_path / "base"), without(edited, tensor, tmp_path / "other")
@@ -139,7 +137,8 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_any_engine_starts(
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_of_every_family_a_tensor_that_is_missing_is_seen_and_none_where_all_are_there(name, tmp_path):
+def test_missing_tensor_is_noticed_in_every_family(name, tmp_path):
+    """And none is reported where all are there."""
     folder = store_tiny(name, tmp_path / "whole", torch.bfloat16)
     part = tmp_path / "part"
     part.mkdir()
@@ -156,7 +155,7 @@ def test_of_every_family_a_tensor_that_is_missing_is_seen_and_none_where_all_are
             check_complete(part)
 
 
-def test_a_gated_set_says_how_to_get_it(monkeypatch):
+def test_gated_dataset_explains_how_to_get_access(monkeypatch):
     from orthogonalize.data.benchmarks import MMLU, rows
 
     def gated(*_arguments, **_keywords):

@@ -1,4 +1,4 @@
-"""Measurements that are cut off: what was measured is kept, and only for what it is worth."""
+"""Interrupted measurements: what was measured is kept, and reused only where it is still valid."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dies(*_arguments):
     raise OrthogonalizeError("the engine died")
 
 
-def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(model, run, data):
+def test_changed_prompts_or_counts_are_another_measurement(model, run, data):
     found, tokenizer = load_run(run), load_tokenizer(model)
 
     def steps(found=found, suites=("refusal", "behaviour", "loss", "alpaca"), new_tokens=4, limit=4) -> list[str]:
@@ -46,16 +46,16 @@ def test_other_ways_of_putting_prompts_or_of_counting_are_another_measurement(mo
         "base/answers target", "base/answers harmless", "base/loss", "base/alpaca",
     ]  # fmt: skip
     assert steps() == steps()
-    assert steps(suites=("refusal", "loss", "alpaca")) == steps()  # what is counted in answers is counted anew
+    assert steps(suites=("refusal", "loss", "alpaca")) == steps()  # counts over stored answers are recomputed
     other = replace(found, info=found.info.model_copy(update={"system": "be brief"}))
-    assert not set(steps(other)) & set(steps())  # a system prompt changes Alpaca's prompts, too
+    assert not set(steps(other)) & set(steps())  # a system prompt changes Alpaca's prompts too
     assert not set(steps(new_tokens=5)[:3]) & set(steps())
     assert steps(new_tokens=5)[3] == steps()[3]
     assert not set(steps(limit=3)) & set(steps())
     assert set(steps()) < set(steps(suites=("refusal", "behaviour", "loss", "alpaca", "mmlu", "orbench")))
 
 
-def test_what_an_engine_s_results_depend_on_is_part_of_what_they_are_kept_for(monkeypatch):
+def test_engine_state_holds_what_its_results_depend_on(monkeypatch):
     whole = EngineOptions()
     assert engine_state("hf", replace(whole, gpu_memory_utilization=0.5)) == engine_state("hf", whole)
     for change in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
@@ -67,8 +67,8 @@ def test_what_an_engine_s_results_depend_on_is_part_of_what_they_are_kept_for(mo
     assert engine_state("hf", replace(whole, device="cpu"))[1:3] != on_cpu[1:3]
 
 
-def test_what_has_not_changed_since_is_not_measured_again(model, edited, run, data, tmp_path, monkeypatch):
-    """After one suite more, and a change of the edited checkpoint; `verify` writes into a recipe, which is none."""
+def test_unchanged_results_are_not_measured_again(model, edited, run, data, tmp_path, monkeypatch):
+    """After another suite was added, and `verify` wrote into the recipe, which does not count as a change."""
     checkpoint = tmp_path / "edited"
     shutil.copytree(edited, checkpoint)
     settings = {"engine": "hf", "max_new_tokens": 6, "data": data, "limit": 4}
@@ -76,7 +76,7 @@ def test_what_has_not_changed_since_is_not_measured_again(model, edited, run, da
     scores = TransformersEngine.scores
 
     def counted(self, *arguments):
-        if len(arguments[0]) > 1:  # but for the one prompt that is asked for NaN
+        if len(arguments[0]) > 1:  # except for the single prompt of the NaN check
             asked.append(self.folder.name)
         return scores(self, *arguments)
 
@@ -91,7 +91,7 @@ def test_what_has_not_changed_since_is_not_measured_again(model, edited, run, da
     assert asked == ["model", "model", "edited", "edited"]
 
 
-def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, data, tmp_path, monkeypatch):
+def test_killed_eval_keeps_its_results_and_resumes(model, edited, run, data, tmp_path, monkeypatch):
     settings = {"suites": ["refusal", "behaviour", "kl", "mmlu"], "engine": "hf", "max_new_tokens": 12, "data": data}
     whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
     calls: list[str] = []
@@ -118,9 +118,7 @@ def test_a_killed_eval_keeps_what_was_measured_and_goes_on(model, edited, run, d
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
-def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
-    model, edited, run, data, tmp_path, monkeypatch
-):
+def test_suite_that_died_halfway_resumes_at_the_lost_portion(model, edited, run, data, tmp_path, monkeypatch):
     settings = {"suites": ["refusal", "pile", "mmlu"], "engine": "hf", "max_new_tokens": 4, "data": data}
     whole = evaluate(edited, str(model), run, tmp_path / "whole", **settings)
     monkeypatch.setattr("orthogonalize.evals.resumable.PORTION", 3)
@@ -150,19 +148,19 @@ def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
     assert max(size for _, _, size in asked) == 3
     first = [size for name, kind, size in asked if (name, kind) == ("edited", "answers")]
     items = whole.edited.refusal.target.n + whole.edited.refusal.harmless.n
-    assert sum(first) == items + 3  # of all answers one portion, that which was lost, was asked for twice
+    assert sum(first) == items + 3  # only the lost portion of the answers was asked for twice
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
 
-def test_the_portions_of_a_suite_are_forgotten_when_it_is_done(tmp_path):
+def test_portions_are_dropped_when_their_suite_is_done(tmp_path):
     journal = Journal(tmp_path / "out")
     journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
     assert Journal(tmp_path / "out").done == {"base/mmlu": [1, 2]}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_signal_to_stop_that_python_swallows_stops_what_is_asked_next(tmp_path):
-    """What is raised while Python cleans up after an object is printed, and lost."""
+def test_swallowed_stop_signal_stops_the_next_request(tmp_path):
+    """An exception raised in `__del__` is printed by Python, and lost."""
 
     class Last:
         def __del__(self):
@@ -178,14 +176,14 @@ def test_a_signal_to_stop_that_python_swallows_stops_what_is_asked_next(tmp_path
         Last()
         with pytest.raises(KeyboardInterrupt):
             ResumableEngine(Engine(), journal, "base").answers([[1]], 4)
-        assert ResumableEngine(Engine(), journal, "base").answers([[1]], 4) == [[1]]  # it is said once
+        assert ResumableEngine(Engine(), journal, "base").answers([[1]], 4) == [[1]]  # it is raised only once
         Last()
-        journal.step("seconds", lambda: 1)  # what is known is kept first
+        journal.step("seconds", lambda: 1)  # the result is stored first
     assert signal.getsignal(signal.SIGTERM) is before
     assert ResumableEngine(Engine(), journal, "base").answers([[1]], 4) == [[1]]
 
 
-def test_a_job_that_was_started_to_ignore_ctrl_c_does():
+def test_job_started_with_sigint_ignored_keeps_ignoring_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with interruption.signals_handled():
@@ -194,7 +192,7 @@ def test_a_job_that_was_started_to_ignore_ctrl_c_does():
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_disk_that_fills_up_says_where_and_keeps_what_it_had(tmp_path, monkeypatch):
+def test_full_disk_is_named_and_keeps_earlier_results(tmp_path, monkeypatch):
     journal = Journal(tmp_path / "out")
     journal.step("a", lambda: 1)
     monkeypatch.setattr("pathlib.Path.replace", full_disk)
@@ -204,7 +202,7 @@ def test_a_disk_that_fills_up_says_where_and_keeps_what_it_had(tmp_path, monkeyp
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial-measured"]
     assert Journal(tmp_path / "out").done == {"a": 1}
     fresh = Journal(tmp_path / "other")
-    with pytest.raises(OrthogonalizeError, match=r"device; make room$"), fresh.kept():  # nothing is kept of this one
+    with pytest.raises(OrthogonalizeError, match=r"device; make room$"), fresh.kept():  # this one has stored nothing
         fresh.step("b", lambda: 2)
     unlocked = Journal(tmp_path / "out", needed=False)
     assert unlocked.step("b", lambda: 2) == 2
@@ -216,7 +214,7 @@ def full_disk(*_arguments, **_named):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_line_of_a_journal_that_was_cut_is_not_taken(tmp_path):
+def test_truncated_journal_line_is_ignored(tmp_path):
     journal = Journal(tmp_path / "out")
     journal.step("a", lambda: 1)
     journal.step("b", lambda: 2)
@@ -225,7 +223,7 @@ def test_a_line_of_a_journal_that_was_cut_is_not_taken(tmp_path):
     assert Journal(tmp_path / "out").done == {"a": 1, "b": 2}
 
 
-def test_the_state_of_a_checkpoint_is_that_of_every_file_that_it_computes_with(model, tmp_path):
+def test_folder_state_covers_every_file_that_affects_results(model, tmp_path):
     for name in ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json"):
         copied = tmp_path / name.partition(".")[0]
         shutil.copytree(model, copied)
@@ -237,13 +235,13 @@ def test_the_state_of_a_checkpoint_is_that_of_every_file_that_it_computes_with(m
         assert folder_state(copied) != before
 
 
-def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, edited, run, tmp_path, monkeypatch):
-    """vLLM is played by transformers here: one engine in which weights are swapped, and which then differs."""
+def test_results_of_an_untrusted_engine_are_discarded(model, edited, run, tmp_path, monkeypatch):
+    """transformers stands in for vLLM: one engine whose weights are swapped, and which then differs."""
     monkeypatch.setattr(
         "orthogonalize.evals.setup.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
     )
     prints = iter("abcdefgh")
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: next(prints))
     settings = {"suites": ["refusal"], "max_new_tokens": 4}
     with pytest.raises(OrthogonalizeError, match=r"use --separate-engines$"):
@@ -252,7 +250,7 @@ def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, e
     assert evaluate(edited, str(model), run, tmp_path / "out", separate_engines=True, **settings).base.refusal
 
 
-def test_answers_are_kept_set_by_set(model, edited, run, data, tmp_path, monkeypatch):
+def test_answers_are_kept_per_set(model, edited, run, data, tmp_path, monkeypatch):
     settings = {"engine": "hf", "max_new_tokens": 4, "data": data, "limit": 3}
     asked: list[int] = []
     answers = TransformersEngine.answers
@@ -266,17 +264,15 @@ def test_answers_are_kept_set_by_set(model, edited, run, data, tmp_path, monkeyp
         patch.setattr(TransformersEngine, "choices", dies)
         with pytest.raises(OrthogonalizeError, match="died"):
             evaluate(edited, str(model), run, tmp_path / "out", suites=["refusal", "mmlu"], **settings)
-    assert asked == [6]  # of the base
+    assert asked == [6]  # the base
     found = evaluate(edited, str(model), run, tmp_path / "out", suites=["behaviour", "orbench"], **settings)
-    assert asked == [6, 3, 9]  # of the base one set more, of the edited one all
+    assert asked == [6, 3, 9]  # one more set for the base, all for the edited model
     whole = evaluate(edited, str(model), run, tmp_path / "whole", suites=["behaviour", "orbench"], **settings)
     assert found.model_dump() == whole.model_dump()
 
 
-def test_a_base_that_was_swapped_into_another_s_engine_is_not_taken_for_one_in_its_own(
-    model, edited, run, tmp_path, monkeypatch
-):
-    """vLLM is played by transformers here."""
+def test_swapped_base_is_not_reused_for_separate_engines(model, edited, run, tmp_path, monkeypatch):
+    """transformers stands in for vLLM."""
     started: list[str] = []
 
     def start(_, folder, tokenizer, *__):
@@ -287,7 +283,7 @@ def test_a_base_that_was_swapped_into_another_s_engine_is_not_taken_for_one_in_i
     settings = {"suites": ["refusal"], "max_new_tokens": 4}
     fingerprint = TransformersEngine.fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
+        patch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
         patch.setattr("orthogonalize.commands.evaluate.partial", lambda *_: pytest.fail("the second swap"))
         with pytest.raises(BaseException, match="the second swap"):
             evaluate(edited, str(model), run, tmp_path / "out", **settings)
@@ -296,8 +292,8 @@ def test_a_base_that_was_swapped_into_another_s_engine_is_not_taken_for_one_in_i
     assert started == ["edited", "model", "edited"]
 
 
-def test_where_weights_are_not_taken_over_in_place_each_model_gets_an_engine(model, edited, run, tmp_path, monkeypatch):
-    """vLLM is played by transformers here, and goes on with what it has, as it does of some experts."""
+def test_models_that_cannot_be_swapped_get_separate_engines(model, edited, run, tmp_path, monkeypatch):
+    """transformers stands in for vLLM, and ignores some of the new weights, as vLLM does with some experts."""
     started: list[str] = []
     notes: list[str] = []
 
@@ -320,7 +316,7 @@ def test_where_weights_are_not_taken_over_in_place_each_model_gets_an_engine(mod
     assert apart.model_dump() == swapped.model_dump()
 
 
-def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, tmp_path, monkeypatch):
+def test_out_of_memory_is_a_one_line_error_and_loses_nothing(model, edited, run, tmp_path, monkeypatch):
     def full(*_arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -332,7 +328,7 @@ def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, 
     assert evaluate(edited, str(model), run, tmp_path / "x", **settings).edited.refusal is not None
 
 
-def test_a_model_whose_log_probabilities_are_nan_is_one_line(model, edited, run, tmp_path, monkeypatch):
+def test_nan_log_probabilities_are_a_one_line_error(model, edited, run, tmp_path, monkeypatch):
     scores = TransformersEngine.scores
 
     def damaged(self, prompts, completions):
@@ -344,8 +340,8 @@ def test_a_model_whose_log_probabilities_are_nan_is_one_line(model, edited, run,
         evaluate(edited, str(model), run, tmp_path / "report", suites=["loss"], engine="hf", max_new_tokens=4)
 
 
-def test_answers_of_a_model_whose_log_probabilities_are_nan_are_not_counted(model, edited, run, tmp_path, monkeypatch):
-    """An engine makes tokens of NaN like any others, and an empty answer refuses nothing."""
+def test_answers_of_a_model_that_gives_nan_are_not_counted(model, edited, run, tmp_path, monkeypatch):
+    """An engine turns NaN into tokens like any others, and an empty answer refuses nothing."""
     monkeypatch.setattr(
         TransformersEngine, "scores", lambda self, prompts, _: [Completion(math.nan, False)] * len(prompts)
     )

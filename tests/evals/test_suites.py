@@ -1,4 +1,4 @@
-"""What is measured, against independent computations on tiny models with transformers."""
+"""Suites against independent computations on tiny models with transformers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ def report(model, edited, run, data, tmp_path_factory):
     return load_report(out)
 
 
-def test_one_start_a_model_measures_everything_with_n_interval_and_pair(report):
+def test_one_engine_start_per_model_measures_every_suite(report):
+    """Each measure with n, interval and paired comparison."""
     base, edited = report.base.flat(), report.edited.flat()
     assert base.keys() == edited.keys() == report.paired.keys()
     assert set(base) == {
@@ -81,7 +82,7 @@ def test_one_start_a_model_measures_everything_with_n_interval_and_pair(report):
     assert {a.set for a in report.answers} == {"target", "harmless", "xstest", "orbench"}
 
 
-def test_the_behaviour_is_the_first_token_of_the_answer(report, run, model):
+def test_behaviour_is_read_from_the_first_token(report, run, model):
     found = load_run(run)
     chat = ChatFormat(choosing_tokenizer())
     with TransformersEngine(model, choosing_tokenizer()) as engine:
@@ -90,7 +91,7 @@ def test_the_behaviour_is_the_first_token_of_the_answer(report, run, model):
     assert report.base.behaviour.target.value == expected
 
 
-def test_losses_are_those_of_the_library(report, reference, data):
+def test_losses_equal_those_of_transformers(report, reference, data):
     from orthogonalize.data.benchmarks import ALPACA, PILE, rows
 
     total = count = 0
@@ -113,7 +114,7 @@ def test_losses_are_those_of_the_library(report, reference, data):
     assert report.base.loss.alpaca.value == pytest.approx(total / count, abs=1e-4)
 
 
-def test_kl_is_the_whole_sum_where_the_vocabulary_is_small(report, reference, run, edited, model):
+def test_kl_is_exact_for_a_small_vocabulary(report, reference, run, edited, model):
     """The tiny model has 96 words, all of which are read; so the bound must be the KL itself."""
     from transformers import AutoModelForCausalLM
 
@@ -135,7 +136,7 @@ def test_kl_is_the_whole_sum_where_the_vocabulary_is_small(report, reference, ru
 
 
 @pytest.mark.parametrize("k", [3, 20, 100, 500])
-def test_the_kl_bound_never_exceeds_the_kl_and_closes_with_k(k):
+def test_kl_bound_never_exceeds_the_kl_and_tightens_with_k(k):
     generator = torch.Generator().manual_seed(k)
     p, q = (4 * torch.randn(6, 500, generator=generator, dtype=torch.float64) for _ in range(2))
     p, q = p.log_softmax(-1), (0.7 * p + 0.5 * q).log_softmax(-1)
@@ -153,8 +154,8 @@ def test_the_kl_bound_never_exceeds_the_kl_and_closes_with_k(k):
         assert (bound >= 0.9 * exact).all()
 
 
-def test_a_token_the_edit_has_banished_keeps_its_weight_in_the_kl():
-    """Base puts 0.9 on a word that the other lists nowhere among its likeliest: the floor stands for it."""
+def test_token_banished_by_the_edit_still_counts_in_the_kl():
+    """The base puts 0.9 on a word that is not among the edited model's likeliest: their floor stands in for it."""
     p = Likeliest(torch.tensor([[0, 1]]), torch.tensor([[0.9, 0.05]]).double().log())
     q = Likeliest(torch.tensor([[2, 3]]), torch.tensor([[0.98, 0.001]]).double().log())
     assert kl_bound(p, q).item() >= 0.9 * torch.tensor(0.9 / 0.001).log().item() - 0.4
@@ -170,7 +171,7 @@ def brute_force(reference, question: Question) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def test_predictions_are_those_of_scoring_every_choice_alone(model, reference, data):
+def test_predictions_equal_scoring_every_choice_alone(model, reference, data):
     with TransformersEngine(model, choosing_tokenizer()) as engine:
         for name, make in (("mmlu", mmlu), ("arc", arc), ("truthfulqa", truthfulqa)):
             questions = make(data, None)
@@ -181,7 +182,7 @@ def test_predictions_are_those_of_scoring_every_choice_alone(model, reference, d
             assert found.measure(engine, BaseOutputs())[f"choices.{name}"].measure().value == right / len(questions)
 
 
-def test_sensitive_answers_are_folded_and_can_be_left_out(model, edited, run, tmp_path):
+def test_sensitive_answers_are_folded_and_can_be_redacted(model, edited, run, tmp_path):
     import shutil
 
     secret = tmp_path / "run"
@@ -202,10 +203,10 @@ def test_sensitive_answers_are_folded_and_can_be_left_out(model, edited, run, tm
     for name in ("report.json", "report.html"):
         assert prompt not in (tmp_path / "redacted" / name).read_text()
         assert harmless in (tmp_path / "redacted" / name).read_text()
-    assert found.base.refusal.target.n == 6  # the numbers stay
+    assert found.base.refusal.target.n == 6  # the numbers are kept
 
 
-def test_texts_are_cut_at_256_tokens_and_only_answers_are_scored(tmp_path):
+def test_texts_are_cut_at_256_tokens_and_only_answers_scored(tmp_path):
     folder = all_sets(tmp_path / "data")
     write(folder / "monology" / "pile-uncopyrighted", [{"text": "cake " * 600}], "test")
     found = pile_losses(choosing_tokenizer(), folder, 5)
@@ -219,7 +220,7 @@ def test_texts_are_cut_at_256_tokens_and_only_answers_are_scored(tmp_path):
     )
 
 
-def test_rows_are_spread_over_a_sorted_set(tmp_path):
+def test_limited_rows_are_spread_over_a_sorted_set(tmp_path):
     folder = all_sets(tmp_path / "data")
     write(folder / "cais/mmlu/all", [*mmlu_rows(20, "a_one"), *mmlu_rows(20, "b_two")], "test")
     write(folder / "cais/mmlu/all", [*mmlu_rows(5, "a_one"), *mmlu_rows(5, "b_two")], "dev", ".json")
@@ -229,7 +230,7 @@ def test_rows_are_spread_over_a_sorted_set(tmp_path):
     assert [q.answer for q in truthfulqa(folder, None)] == [0] * 9
 
 
-def test_a_missing_shard_of_a_split_is_named(tmp_path):
+def test_missing_shard_of_a_split_is_named(tmp_path):
     folder = all_sets(tmp_path / "data")
     home = folder / "cais/mmlu/all"
     for file in home.glob("test*"):
@@ -242,7 +243,7 @@ def test_a_missing_shard_of_a_split_is_named(tmp_path):
     assert len(mmlu(folder, None)) == 10
 
 
-def test_instructions_without_inputs_may_leave_the_column_empty(tmp_path):
+def test_empty_input_column_is_accepted(tmp_path):
     folder = all_sets(tmp_path / "data")
     home = folder / "tatsu-lab/alpaca"
     for file in home.glob("train*"):
@@ -251,7 +252,7 @@ def test_instructions_without_inputs_may_leave_the_column_empty(tmp_path):
     assert len(alpaca_losses(choosing_tokenizer(), ChatFormat(choosing_tokenizer()), folder, 5).prompts) == 1
 
 
-def test_redacting_what_no_set_marks_as_sensitive_is_said(model, edited, run, tmp_path, monkeypatch):
+def test_redacting_without_any_sensitive_set_is_reported(model, edited, run, tmp_path, monkeypatch):
     said: list[str] = []
     for module in ("evals.plan", "commands.evaluate"):
         monkeypatch.setattr(f"orthogonalize.{module}.note", said.append)
@@ -263,7 +264,7 @@ def test_redacting_what_no_set_marks_as_sensitive_is_said(model, edited, run, tm
     assert "no set here is marked sensitive, so nothing is left out; extract --sensitive" in unmarked
 
 
-def test_part_of_a_set_is_spread_over_it_and_categories_may_be_numbers(model, edited, run, tmp_path):
+def test_limit_spreads_over_categories_that_may_be_numbers(model, edited, run, tmp_path):
     sentences = [f"how do i bake a {thing} {last}" for thing in ("cake", "pie", "soup") for last in "aihdtn"]
     rows = [{"id": i, "prompt": s, "type": i // 6, "label": "safe"} for i, s in enumerate(sentences)]
     write(tmp_path / "data/Paul/XSTest", rows, suffix=".csv")
@@ -277,7 +278,7 @@ def test_part_of_a_set_is_spread_over_it_and_categories_may_be_numbers(model, ed
     assert found.limit == 3
 
 
-def test_a_checkpoint_is_called_by_its_folder_wherever_one_stands(model, edited, run, tmp_path, monkeypatch):
+def test_checkpoint_is_named_by_its_folder_from_inside_too(model, edited, run, tmp_path, monkeypatch):
     monkeypatch.chdir(edited)
     found = evaluate(".", str(model), run, tmp_path / "out", suites=["refusal"], engine="hf", max_new_tokens=4)
     assert found.checkpoint == edited.name
@@ -289,7 +290,7 @@ def test_a_checkpoint_is_called_by_its_folder_wherever_one_stands(model, edited,
     (["--revision", "main"], "--revision main is for models of the Hub, and .* lies here"),
     (["--separate-engines"], "--separate-engines is for vLLM"),
 ])  # fmt: skip
-def test_what_would_do_nothing_is_refused(words, message, model, edited, run, tmp_path):
+def test_options_without_effect_are_refused(words, message, model, edited, run, tmp_path):
     code, said = command(
         "eval", edited, "--base", model, "--run", run, "--out", tmp_path / "out", "--engine", "hf", *words
     )

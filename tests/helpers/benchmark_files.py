@@ -1,4 +1,4 @@
-"""Small local copies of public sets, in their true schemas, with made-up harmless contents."""
+"""Small local copies of public datasets: the real schemas, made-up harmless contents."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VERBS = ("bake", "roast", "fry", "paint", "wash", "fold")
 
 
 def write(folder: Path, rows: list[dict], name: str = "train", suffix: str = ".jsonl") -> Path:
-    """One split of a set."""
+    """Write one split of a dataset."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}{suffix}"
     if suffix == ".jsonl":
@@ -78,7 +78,7 @@ def harness_rows() -> list[dict]:
 
 
 def harness_task(root: Path, rows: list[dict], file: Path | None = None) -> None:
-    """A task `housework` of lm-eval's over a local file of `rows`, or over `file`."""
+    """Write an lm-eval task `housework` over a local file of `rows`, or over `file`."""
     file = file or write(root / "made-up", rows, "items")
     (root / "housework.yaml").write_text(
         "task: housework\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
@@ -89,7 +89,7 @@ def harness_task(root: Path, rows: list[dict], file: Path | None = None) -> None
 
 
 def language_tasks(root: Path, rows: list[dict]) -> None:
-    """Tasks of lm-eval's other kinds over a local file: free answers, a whole text, the last word of one."""
+    """Write lm-eval tasks of the other kinds over a local file: free answers, a whole text, a text's last word."""
     file = write(root / "made-up", rows, "texts")
     data = f"dataset_path: json\ntest_split: test\ndataset_kwargs:\n  data_files:\n    test: {file}\n"
     (root / "reply.yaml").write_text(
@@ -111,7 +111,7 @@ def language_tasks(root: Path, rows: list[dict]) -> None:
 
 
 def all_sets(root: Path) -> Path:
-    """A `--data` folder with every set that the tests use."""
+    """Write a `--data` folder with every dataset that the tests use."""
     sentences = [f"how do i {v} a {t} today" for v in VERBS for t in THINGS]
     write(
         root / "Paul" / "XSTest",

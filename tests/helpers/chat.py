@@ -1,4 +1,4 @@
-"""A word tokenizer with a chat template, models that speak it, and a contrast of two prompt sets."""
+"""A word tokenizer with a chat template, tiny models that use it, and two contrasting prompt sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ wall car shirt please today now sorry sure""".split()  # noqa: SIM905
 
 
 def tiny_tokenizer(template: str | None = TEMPLATE):
-    """A word tokenizer that, like many real ones, puts a BOS before everything it is given."""
+    """A word tokenizer that, like many real ones, prepends a BOS to every input."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -35,27 +35,27 @@ def tiny_tokenizer(template: str | None = TEMPLATE):
 
 
 def choosing_tokenizer():
-    """The same, with the words of multiple-choice prompts."""
+    """The same tokenizer, with the words of multiple-choice prompts."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["A", "B", "C", "D", "Answer:", "Question:", "A.", "B.", "C.", "D.", "Q:", "A:"])
     return tokenizer
 
 
 def store_choosing(folder: Path, **overrides) -> Path:
-    """A tiny random Llama, float32, with a context and the words for multiple choice."""
+    """A tiny random float32 Llama, with the vocabulary and context length that multiple choice needs."""
     tiny = tiny_llama(tie_word_embeddings=True, max_position_embeddings=512, **overrides)
     choosing_tokenizer().save_pretrained(store(tiny, folder, torch.float32))
     return folder
 
 
 def store_chatting(folder: Path) -> Path:
-    """A tiny random Llama with a tokenizer and a chat template, float32."""
+    """A tiny random float32 Llama with a tokenizer and a chat template."""
     tiny_tokenizer().save_pretrained(store(tiny_llama(tie_word_embeddings=True), folder, torch.float32))
     return folder
 
 
 def bake_prompts() -> tuple[list[str], list[str]]:
-    """Two sets of 24 prompts that differ in one thing: cooking against housework."""
+    """Two sets of 24 prompts that differ in one respect: cooking and housework."""
 
     def sentences(verbs: str, things: str) -> list[str]:
         endings = ("please", "today", "now")

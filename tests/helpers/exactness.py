@@ -1,4 +1,4 @@
-"""Hooks on a tiny model against its baked checkpoint: what the architectures' tests share."""
+"""Compare hooks on a tiny model with its baked checkpoint; shared by the architecture tests."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH, LAYERS, EXACT = 48, 4, 1e-9
 
 
 def centred_basis(rank: int, seed: int = 5) -> torch.Tensor:
-    """Orthonormal rows [rank, d] without a mean, as LayerNorm families need them."""
+    """Orthonormal rows [rank, d] of mean zero, as LayerNorm families need them."""
     rows = torch.randn(rank, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return torch.linalg.qr((rows - rows.mean(1, keepdim=True)).T)[0].T.contiguous()
 
@@ -31,14 +31,14 @@ ABLATE = removal(BASIS[:1])
 
 
 def oblique(seed: int) -> AffineMap:
-    """A removal of rank 2 whose u and v span different planes, as LEACE has."""
+    """A removal whose u and v span different subspaces, as LEACE's do."""
     v = centred_basis(2, seed).T
     u = v + 0.3 * centred_basis(2, seed + 100).T
     return AffineMap(u @ torch.linalg.inv(v.T @ u), v, torch.zeros(WIDTH, dtype=torch.float64))
 
 
 class Base:
-    """A tiny checkpoint of a family, and the model it holds."""
+    """A family's tiny checkpoint, and the model it holds."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -58,11 +58,11 @@ class Base:
 
 
 def baked_logits(base: Base, intervention: Intervention, out: Path) -> torch.Tensor:
-    """Logits of the baked checkpoint, once it is sure that only what was planned differs from the base."""
+    """Logits of the baked checkpoint, after checking that it differs from the base only where planned."""
     out.mkdir()
     plan = bake(base.checkpoint, intervention)
     plan.write(out)
-    edited, source = open_checkpoint(out), plan.source  # where a Llama has them, the tensors have other names
+    edited, source = open_checkpoint(out), plan.source  # a model stored as a Llama has other tensor names
     for name in source.tensors:
         same = source.read(name).equal(edited.read(name))
         assert same == (name not in plan.checkpoint.edits), name
@@ -89,7 +89,7 @@ def relative(a: torch.Tensor, b: torch.Tensor, reference: torch.Tensor) -> float
 
 
 def compare(base: Base, intervention: Intervention, out: Path, rescaled: bool = False) -> float:
-    """The gap of hooks and weights; `rescaled` where design leaves a positive factor to hooks alone."""
+    """Gap between hooks and weights; `rescaled` where they may differ by a positive factor by design."""
     baked = baked_logits(base, intervention, out)
     hooked = base.hooked(intervention)
     assert gap(hooked, base.plain) > 1e-2, "the intervention did nothing, so nothing was compared"
@@ -100,14 +100,14 @@ def compare(base: Base, intervention: Intervention, out: Path, rescaled: bool = 
 
 
 def every_write(embed: bool = True) -> Intervention:
-    """An oblique map of its own at every write site: what is exact here is exact for every method and scope."""
+    """A different oblique map at every write site: if these are exact, every method and scope is."""
     sites = [Site(kind, layer) for layer in range(LAYERS) for kind in ("attn", "mlp")]
     sites += [Site("embed")] if embed else []
     return Intervention({site: oblique(number) for number, site in enumerate(sites)})
 
 
 def every_read(first: int = 0) -> Intervention:
-    """A map of its own before every layer that reads, and before the head."""
+    """A different map before every layer that reads, and before the head."""
     reads = {Site(kind, layer): oblique(layer) for layer in range(first, LAYERS) for kind in ("attn", "mlp")}
     return Intervention(reads=reads | {Site("head"): oblique(99)})
 
@@ -117,7 +117,7 @@ def ablation(scope: str = "all") -> Intervention:
 
 
 def rewritten(source: Path, out: Path, change) -> Path:
-    """A copy of a checkpoint in one file, its tensors (by name) put through `change`."""
+    """A single-file copy of a checkpoint, its tensors (by name) transformed by `change`."""
     out.mkdir()
     tensors = {name: t for file in sorted(source.glob("*.safetensors")) for name, t in load_file(file).items()}
     save_file({k: v.contiguous() for k, v in change(tensors).items()}, out / "model.safetensors", {"format": "pt"})
@@ -128,7 +128,7 @@ def rewritten(source: Path, out: Path, change) -> Path:
 
 
 def gap_of(source: Path, plan: EditPlan, intervention: Intervention, out: Path) -> float:
-    """The gap between hooks on `source` and what `plan` writes."""
+    """Gap between hooks on `source` and the checkpoint that `plan` writes."""
     out.mkdir()
     plan.write(out)
     model = load_tiny(source)
@@ -138,7 +138,7 @@ def gap_of(source: Path, plan: EditPlan, intervention: Intervention, out: Path) 
 
 
 def gap_without(source: Path, pattern: str, intervention: Intervention, out: Path) -> float:
-    """The gap where the edits of all tensors whose names match `pattern` are left out."""
+    """Gap if the edits of all tensors whose names match `pattern` are omitted."""
     plan = bake(open_checkpoint(source), intervention)
     left_out = [name for name in plan.checkpoint.edits if re.search(pattern, name)]
     assert left_out, "nothing was left out"

@@ -1,4 +1,4 @@
-"""A loopback server that speaks the part of the Hub's HTTP API that uploads and downloads use."""
+"""A loopback server for the part of the Hub's HTTP API that uploads and downloads use."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ class HubState:
 
 
 def etag(path: str, content: bytes) -> str:
-    """What the Hub calls a file's content: git's hash of it, or the SHA-256 where git has only a pointer to it."""
+    """The Hub's name for a file's content: its git hash, or its SHA-256 where git holds only a pointer."""
     if path.endswith(".safetensors") or len(content) > 10 * 2**20:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def entries(files: dict[str, bytes], wanted: list[str] | None, below: str) -> list[dict]:
-    """What the Hub says of files and folders: of those `wanted`, or of all directly `below` a folder."""
+    """The Hub's entries for files and folders: those `wanted`, or all directly `below` a folder."""
     folders = {str(parent) for file in files for parent in PurePosixPath(file).parents} - {"."}
     known = [
         {"type": "file", "path": file, "size": len(content), "oid": etag(file, content)}
@@ -120,7 +120,7 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
             return self.repository(found[1], found[2] or "", data)
 
         def dataset(self, path: str, data: bytes) -> None:
-            """What the Hub answers of a dataset: its files, what is known of some of them, and their content."""
+            """Answer a request about a dataset: its files, entries for some of them, and their content."""
             asked = re.fullmatch(r"/api/datasets/([\w.-]+/[\w.-]+)(?:/(\w[\w-]*)/[\w.-]+)?(?:/(.*))?", path)
             content = re.fullmatch(r"/datasets/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path)
             name = (asked or content or [None, None])[1]
@@ -203,7 +203,7 @@ class Hub:
     def __init__(self, token: str) -> None:
         self.state = HubState(token)
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler_for(self.state))
-        self.server.handle_error = lambda *_: None  # who has read enough hangs up
+        self.server.handle_error = lambda *_: None  # clients hang up once they have read enough
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def __enter__(self) -> Hub:
@@ -216,12 +216,12 @@ class Hub:
 
 
 def command(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command against the server (see `python`)."""
+    """Run an orthogonalize command against the server (see `python`)."""
     return python(hub, "-m", "orthogonalize", *words, token=token, home=home)
 
 
 def python(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python against the server, in a process of its own: huggingface_hub reads its endpoint when imported."""
+    """Run Python against the server in a separate process: huggingface_hub reads its endpoint on import."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
     if token:

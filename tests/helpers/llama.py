@@ -1,4 +1,4 @@
-"""Tiny random Llamas, written to disk as the Hub stores them."""
+"""Tiny random Llamas, stored on disk as on the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH, LAYERS, VOCABULARY = 32, 4, 96
 
 
 def tiny_llama(seed: int = 0, **overrides) -> LlamaForCausalLM:
-    """A float64 Llama whose every parameter is random, so that nothing passes by accident."""
+    """A float64 Llama with every parameter random, so that nothing passes by accident."""
     torch.manual_seed(seed)
     settings = {
         "hidden_size": WIDTH,
@@ -67,7 +67,7 @@ def store(model: LlamaForCausalLM, folder: Path, dtype: torch.dtype = torch.floa
 
 
 def in_double(model):
-    """Let a float64 model compute in float64 throughout; the library does some of it in float32."""
+    """Make a float64 model compute in float64 throughout; transformers does some steps in float32."""
     forward = model.forward
 
     def wide(*args, **kwargs):
@@ -79,7 +79,7 @@ def in_double(model):
 
 
 def load(folder: Path):
-    """A checkpoint folder as a float64 transformers model."""
+    """Load a checkpoint folder as a float64 transformers model."""
     return in_double(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval())
 
 

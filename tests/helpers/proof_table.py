@@ -1,4 +1,4 @@
-"""From what `make prove` measured to the table in docs/architectures.md."""
+"""Turn the measurements of `make prove` into the table in docs/architectures.md."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = (
 
 
 def record(folder: Path, measured: dict[str, dict[str, Any]]) -> None:
-    """Merge `measured` into proof.json and write the table anew."""
+    """Merge `measured` into proof.json and rewrite the table."""
     file = folder / "proof.json"
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     for name, values in measured.items():
@@ -59,6 +59,6 @@ def _row(name: str, of: dict[str, Any]) -> str:
 
 
 def table(known: dict[str, dict[str, Any]]) -> str:
-    """All that was proven, a line a model."""
+    """The table of all measurements, one row per model."""
     ruler = "|" + "---|" * (HEAD.count("|") - 1)
     return "\n".join([HEAD, ruler, *(_row(name, of) for name, of in sorted(known.items()))])

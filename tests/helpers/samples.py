@@ -1,4 +1,4 @@
-"""Two sides of samples that differ along a few axes, as activations do."""
+"""Samples of two classes that differ along a few axes, as activations do."""
 
 from __future__ import annotations
 

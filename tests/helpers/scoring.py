@@ -1,4 +1,4 @@
-"""What scores are compared with: prompts, probabilities by the library alone, directions of a tiny model."""
+"""References for scores: prompts, probabilities from transformers alone, directions of a tiny model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def some_ids(count: int, seed: int) -> list[list[int]]:
 
 
 def plain_probabilities(model, ids) -> torch.Tensor:
-    """One prompt at a time, through the library alone."""
+    """First-token probabilities, one prompt at a time, from transformers alone."""
     with torch.inference_mode():
         return torch.stack([model(torch.tensor([row])).logits[0, -1].float().softmax(-1) for row in ids])
 
 
 def directions_of(model, positive, negative) -> Directions:
-    """All three methods' directions at two positions, as extraction finds them."""
+    """Directions of all three methods at two positions, as extraction finds them."""
     sides = [all_activations(model, ids, 2) for ids in (positive, negative)]
     eraser = leace(*sides)
     found = {((-2, -1)[i], layer): s for (i, layer), s in inlp(*sides, 3, min_accuracy=0.0).items()}

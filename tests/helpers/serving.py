@@ -1,8 +1,8 @@
-"""Baked tiny checkpoints in vLLM: is every parameter read, and do its scores equal transformers'?
+"""Serve baked tiny checkpoints in vLLM: is every parameter read, and do the scores equal transformers'?
 
-Run as a program, with a folder to work in and names of tiny models: one JSON line a model. An engine
-starts in this process, its loader patched: all parameters hold NaN before the weights are read, so that
-what the file does not fill, or what the class does not know, shows.
+Run as a program with a work folder and names of tiny models, it prints one JSON line per model. The engine
+starts in this process with a patched loader: all parameters are NaN before the weights are read, so that
+parameters missing from the file, and tensors unknown to the class, show up.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ SETTINGS = {
 }
 
 TOP = 5
-FAR = 2e-2  # a log-probability that differs by more is not the same
-SPREAD = 0.15  # of the head: rounding to bfloat16 moves log-probabilities of logits that spread by 1 three times FAR
-RANK = 48  # of the edit, a quarter of the width: it must move them by far more than FAR all the same
+FAR = 2e-2  # log-probabilities that differ by more are different
+SPREAD = 0.15  # of the head: with logits of spread 1, bfloat16 rounding moves log-probabilities by three times FAR
+RANK = 48  # of the edit, a quarter of the width: it must still move them by far more than FAR
 PROMPTS, LENGTH = 3, 17
-# What the Hub's config.json has and the class of transformers does not ask for, and sizes that vLLM's kernels need.
+# Keys of the Hub's config.json that transformers' class does not need, and sizes that vLLM's kernels need.
 LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
-QUIETER = {"spread": SPREAD / 2}  # these round more than others, and their edits move more
+QUIETER = {"spread": SPREAD / 2}  # these lose more to rounding, and their edits move more
 GATED_DELTA = QUIETER | {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
 LINEAR = ["qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5 multimodal", "qwen3_5_moe multimodal"]
 SERVED: dict[str, dict[str, Any]] = {
@@ -49,13 +49,13 @@ SERVED: dict[str, dict[str, Any]] = {
     **dict.fromkeys(LINEAR, GATED_DELTA),
 }
 BFLOAT16_ONLY = LINEAR  # "CPU GDN attention requires BF16"
-# vLLM's own class has no parallel residual, and says so ("weights were not initialized"): its backend for
-# transformers' classes serves such a model, edited or not.
+# vLLM's own class lacks the parallel residual and fails ("weights were not initialized"), so such a model is
+# served by vLLM's backend for transformers' classes, edited or not.
 BACKEND = {"stablelm parallel"}
 
 
 def _holds(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether `tensor` is `parameter`, or a run of its rows (vLLM stacks q, k, v and gate, up)."""
+    """Whether `tensor` is `parameter`, or consecutive rows of it (vLLM stacks q, k, v and gate, up)."""
     if parameter.dim() != tensor.dim() or parameter.shape[1:] != tensor.shape[1:]:
         return False
     rows, size = parameter.shape[0], tensor.shape[0]
@@ -63,7 +63,7 @@ def _holds(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 
 class LoadProof:
-    """What an engine's loader left unread: parameters that stayed NaN, tensors of the edit that are nowhere."""
+    """What an engine's loader missed: parameters that stayed NaN, and tensors of the edit that were dropped."""
 
     def __init__(self, added: dict[str, torch.Tensor]) -> None:
         self.added = added
@@ -100,7 +100,7 @@ class LoadProof:
 def served(
     folder: Path, prompts: list[list[int]], dtype: str, proof: LoadProof, backend: bool
 ) -> list[list[dict[int, float]]]:
-    """The TOP tokens' log-probabilities at every position of `prompts`, from vLLM."""
+    """Log-probabilities of the TOP tokens at every position of `prompts`, from vLLM."""
     from vllm import LLM, SamplingParams
 
     from orthogonalize.engines.vllm import cpu_arguments, patch_llvmlite_introspection
@@ -138,10 +138,10 @@ def scores(model: Any, prompts: torch.Tensor) -> torch.Tensor:
 
 
 def steady_prompts(folder: Path) -> torch.Tensor:
-    """The PROMPTS of many random ones whose scores move least under rounding to bfloat16, and twice as much noise.
+    """The PROMPTS of many random prompts that move least under rounding to bfloat16 and under twice as much noise.
 
-    Where a router is near a tie, any rounding takes another expert, and two right implementations differ by
-    as much as experts do. Such prompts compare nothing; transformers alone says which, before vLLM is asked.
+    Where a router is near a tie, any rounding picks another expert, and two correct implementations differ by
+    as much as experts do. Such prompts compare nothing; transformers alone finds them, before vLLM runs.
     """
     candidates = torch.randint(3, 90, (96, LENGTH), generator=torch.Generator().manual_seed(0))
     model = load(folder, torch.float32)
@@ -157,7 +157,7 @@ def steady_prompts(folder: Path) -> torch.Tensor:
 
 
 def top(table: torch.Tensor) -> list[list[dict[int, float]]]:
-    """Scores as `served` gives them."""
+    """The TOP scores, in the form that `served` returns."""
     best = table.topk(TOP)
     return [
         [dict(zip(tokens, values, strict=True)) for tokens, values in zip(at.tolist(), of.tolist(), strict=True)]
@@ -166,7 +166,7 @@ def top(table: torch.Tensor) -> list[list[dict[int, float]]]:
 
 
 def gap(served_top: list[list[dict[int, float]]], reference: torch.Tensor) -> float:
-    """The largest difference in a log-probability that vLLM lists among its first TOP."""
+    """The largest difference in any log-probability among vLLM's first TOP."""
     differences = []
     for positions, table in zip(served_top, reference, strict=True):
         for row, at in enumerate(positions):
@@ -176,7 +176,7 @@ def gap(served_top: list[list[dict[int, float]]], reference: torch.Tensor) -> fl
 
 
 def intervention_for(name: str, architecture: Any) -> Any:
-    """As much as the family allows: a removal at every write, and a constant where there is a way for one."""
+    """The most that the family allows: a removal at every write, and a constant where one can be stored."""
     from orthogonalize.core.interventions import Intervention, Site, removal
 
     width = 192
@@ -188,7 +188,7 @@ def intervention_for(name: str, architecture: Any) -> Any:
 
 
 def bake_tiny(name: str, folder: Path) -> tuple[Any, str]:
-    """Store the tiny model called `name`, and its edit beside it; the plan, and where it put a constant."""
+    """Store the tiny model `name` and its edit; returns the plan, and where it put a constant."""
     from dataclasses import replace
 
     from helpers.tiny_models import store_tiny
@@ -217,10 +217,10 @@ def bake_tiny(name: str, folder: Path) -> tuple[Any, str]:
 
 
 def prove(name: str, folder: Path) -> dict[str, Any]:
-    """Bake the tiny model called `name`, serve it, and compare.
+    """Bake the tiny model `name`, serve it, and compare.
 
     `moved` is what the edit does to transformers' scores, `rounding` what bfloat16 does to those of the edited
-    model. `NAME@own` is served by its own class even where the edit asks for another: what a wrong choice would do.
+    model. `NAME@own` is served by its own class even where the edit needs another: the effect of a wrong choice.
     """
     name, _, own = name.partition("@")
     from orthogonalize.checkpoints.checkpoint import open_checkpoint
@@ -239,7 +239,7 @@ def prove(name: str, folder: Path) -> dict[str, Any]:
         if name in BACKEND
         else plan.checkpoint.config_changes.get("architectures", ["its own class"])
     )
-    # All of transformers first: vLLM's backend changes its classes.
+    # Everything in transformers first: vLLM's backend modifies its classes.
     prompts = steady_prompts(folder / "edited")
     wide = scores(load(folder / "edited", torch.float32), prompts)
     narrow = scores(load(folder / "edited", torch.bfloat16), prompts)
@@ -250,7 +250,7 @@ def prove(name: str, folder: Path) -> dict[str, Any]:
             continue
         try:
             of_vllm = served(folder / "edited", prompts.tolist(), dtype, proof, name in BACKEND)
-        except Exception as error:  # whatever an engine dies of: a class or a kernel that this build lacks
+        except Exception as error:  # any failure of an engine: a class or a kernel that this build lacks
             result |= {"error": reason(error)}
             break
         result |= {f"gap_{dtype}": gap(of_vllm, reference)}
@@ -259,13 +259,13 @@ def prove(name: str, folder: Path) -> dict[str, Any]:
 
 
 def reason(error: Exception) -> str:
-    """The line of an engine's error that says something."""
+    """The informative line of an engine's error."""
     lines = [line for line in str(error).strip().splitlines() if "further information" not in line]
     return (lines or [type(error).__name__])[-1].strip()[:300]
 
 
 def serve(names: list[str], folder: Path) -> list[dict[str, Any]]:
-    """What a process of its own measured of tiny models; engines leave much behind in theirs."""
+    """Measure tiny models in a separate process, since an engine leaves a lot of state behind."""
     known = [path for path in [os.environ.get("PYTHONPATH")] if path]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), *known])
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""Tiny random models of every described family, stored as the Hub stores them.
+"""Tiny random models of every described family, stored as on the Hub.
 
-Every weight, norm and bias is random, so that nothing passes by accident; every kind of layer that
-the family has is there; dimensions differ wherever the class allows it, so that a wrong axis shows.
+Every weight, norm and bias is random, so that nothing passes by accident; every kind of layer of the
+family is present; dimensions differ wherever the class allows it, so that a wrong axis shows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ VOCABULARY = 96
 
 
 def dense(h: int) -> dict[str, Any]:
-    """Llama's own settings for a head dimension of `h`; width 3h, four heads, two of them for keys."""
+    """Llama-style settings for head dimension `h`: width 3h, four heads, two key-value heads."""
     return {
         "hidden_size": 3 * h,
         "head_dim": h,
@@ -35,7 +35,7 @@ def dense(h: int) -> dict[str, Any]:
 
 
 def headed(h: int) -> dict[str, Any]:
-    """Settings of classes whose heads make up the width: three heads of `h`."""
+    """Settings of classes whose heads add up to the width: three heads of `h`."""
     return {k: v for k, v in dense(h).items() if k != "head_dim"} | {
         "num_attention_heads": 3,
         "num_key_value_heads": 3,
@@ -96,13 +96,13 @@ def mamba(h: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Tiny:
-    """How to make a family's tiny models: its `model_type`, and settings by head dimension."""
+    """How to build a family's tiny models: its `model_type`, and settings by head dimension."""
 
     model_type: str
     settings: Callable[[int], dict[str, Any]]
     tied: bool = False
-    text: str | None = None  # the key of the text model's settings in a multimodal wrapper
-    aside: dict[str, Any] = field(default_factory=dict)  # settings beside them
+    text: str | None = None  # key of the text model's settings in a multimodal wrapper
+    aside: dict[str, Any] = field(default_factory=dict)  # the wrapper's other settings
     causal: str = "AutoModelForCausalLM"
 
     def config(self, head_dim: int, **overrides: Any) -> Any:
@@ -124,7 +124,7 @@ VISION = {
     "patch_size": 14,
 }
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-UNNORMALISED = {"topk_method": "greedy", "norm_topk_prob": False}  # transformers' DeepSeek V2 knows no other
+UNNORMALISED = {"topk_method": "greedy", "norm_topk_prob": False}  # the only kind in transformers' DeepSeek V2
 WINDOWED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
 QWEN_VISION = {
@@ -304,7 +304,7 @@ TINY: dict[str, Tiny] = {
 
 
 def randomise(model: Any, seed: int) -> None:
-    """Every parameter random: norm weights around the value that means 1, everything else centred on 0."""
+    """Randomise every parameter: norm weights around their neutral value, everything else around 0."""
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -316,7 +316,7 @@ def randomise(model: Any, seed: int) -> None:
 
 
 def build(name: str, head_dim: int = 16, seed: int = 0, **overrides: Any) -> Any:
-    """The tiny model called `name`, float64, in evaluation mode."""
+    """Build the tiny model `name`, float64, in evaluation mode."""
     import transformers
 
     tiny = TINY[name]
@@ -337,9 +337,9 @@ def store_tiny(
     spread: float = 1.0,
     **overrides: Any,
 ) -> Path:
-    """The tiny model called `name` as the Hub has it: several shards, experts and heads as they are stored there.
+    """Store the tiny model `name` as on the Hub: several shards, with the Hub's layout of experts and heads.
 
-    `spread` is a factor of the head, so of all logits (of the embedding too, where that is the head).
+    `spread` scales the head, and so all logits (and the embedding, where that is the head).
     """
     model = build(name, head_dim, seed, **overrides).to(dtype)
     model.get_output_embeddings().weight.data.mul_(spread)
@@ -349,7 +349,7 @@ def store_tiny(
 
 
 class DoublePrecision(TorchFunctionMode):
-    """What transformers computes in float32 whatever the model's dtype (norms, softmax, routers) in float64."""
+    """Compute in float64 what transformers always computes in float32 (norms, softmax, routers)."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.float:
@@ -362,7 +362,7 @@ class DoublePrecision(TorchFunctionMode):
 
 
 def load_tiny(folder: Path) -> Any:
-    """A checkpoint folder as a float64 transformers model that computes in float64 throughout."""
+    """Load a checkpoint folder as a transformers model that computes in float64 throughout."""
     from orthogonalize.models.loading import model_class
 
     model = model_class(folder).from_pretrained(

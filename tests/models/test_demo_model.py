@@ -43,7 +43,7 @@ def chat(planted) -> ChatFormat:
 
 @pytest.fixture(scope="module")
 def float32_model(planted, tmp_path_factory) -> Path:
-    """The planted model stored in float32, so that no rounding stands between hooks and weights."""
+    """The planted model stored in float32, so that hooks and weights do not differ by rounding."""
     folder = tmp_path_factory.mktemp("float32") / "model"
     model = AutoModelForCausalLM.from_pretrained(planted, dtype=torch.float32)
     model.save_pretrained(folder)
@@ -62,7 +62,7 @@ def direction(float32_model, chat, tmp_path_factory) -> Path:
     return file
 
 
-def test_without_the_package_the_model_comes_from_the_hub(monkeypatch):
+def test_model_comes_from_the_hub_without_the_package(monkeypatch):
     asked = []
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     monkeypatch.setattr(
@@ -72,7 +72,7 @@ def test_without_the_package_the_model_comes_from_the_hub(monkeypatch):
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
-def test_the_adapter_is_small(planted):
+def test_shipped_adapter_is_small(planted):
     assert (adapter_folder() / "adapter_model.safetensors").stat().st_size <= 3e6
     assert open_checkpoint(planted).config["num_hidden_layers"] == 30
 
@@ -86,7 +86,7 @@ def test_the_adapter_is_small(planted):
     ],
     ids=lambda s: s["method"],
 )
-def test_hooks_equal_weights_on_the_real_model_in_float32(float32_model, direction, tmp_path, settings):
+def test_hooks_equal_weights_on_a_real_model_in_float32(float32_model, direction, tmp_path, settings):
     edit(str(float32_model), tmp_path / "edited", direction=direction, **settings)
     proof = verify(tmp_path / "edited").verification
     assert proof.passed
@@ -94,7 +94,8 @@ def test_hooks_equal_weights_on_the_real_model_in_float32(float32_model, directi
     assert proof.stored_gap <= 1e-3
 
 
-def test_a_doubled_bos_makes_the_comparison_of_hooks_and_weights_fail(float32_model, direction, chat, tmp_path):
+def test_doubled_bos_breaks_the_comparison_with_hooks(float32_model, direction, chat, tmp_path):
+    """The comparison must be able to fail."""
     edit(str(float32_model), tmp_path / "edited", direction=direction, method="ablate", scope="all")
     ids = chat.encode(QUESTIONS[0])
     with torch.inference_mode():

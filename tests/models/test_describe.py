@@ -1,4 +1,4 @@
-"""Descriptions against experiments: what each shipped file says is what its class does, and a draft works."""
+"""Architecture descriptions against experiments: every shipped file matches its class, and drafts work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def described(folder: Path, architecture: Architecture) -> dict[str, dict]:
-    """What a description says of one checkpoint and the model it holds, in the words of the findings."""
+    """What a description says about a checkpoint and its model, in the form of the findings."""
     checkpoint = open_checkpoint(folder)
     sites = Sites(architecture, checkpoint.config, checkpoint.tensors)
     model = load_tiny(folder)
@@ -72,7 +72,7 @@ def found(findings: Findings) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_experiments_find_what_the_file_of_every_family_says(name, tmp_path):
+def test_experiments_agree_with_every_architecture_file(name, tmp_path):
     source = store_tiny(name, tmp_path / "model", torch.float32, tie_word_embeddings=False)
     findings = found(discover(source))
     said = described(source, architecture_of(open_checkpoint(source).config))
@@ -96,7 +96,7 @@ PICTURES = {
 
 @torch.inference_mode()
 def seen(folder: Path, picture: dict[str, torch.Tensor], direction: torch.Tensor) -> float:
-    """How much of `direction` there is in what a picture adds to the stream."""
+    """How much of `direction` there is in the image features that enter the stream."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     found = model.get_image_features(**picture)
     features = found.pooler_output
@@ -107,7 +107,8 @@ def seen(folder: Path, picture: dict[str, torch.Tensor], direction: torch.Tensor
 
 
 @pytest.mark.parametrize("name", PICTURES)
-def test_experiments_find_what_images_pass_last_as_the_file_of_every_wrapper_says(name, tmp_path):
+def test_experiments_agree_with_every_image_projector(name, tmp_path):
+    """The last tensor that image features pass, against the file of every multimodal wrapper."""
     source = store_tiny(name, tmp_path / "model", torch.float32)
     checkpoint = open_checkpoint(source)
     sites = Sites(architecture_of(checkpoint.config), checkpoint.config, checkpoint.tensors)
@@ -145,7 +146,7 @@ def test_experiments_find_what_images_pass_last_as_the_file_of_every_wrapper_say
         ('post_norm = "pre_feedforward_layernorm"', 'post_norm = "post_feedforward_layernorm"'),
     ],
 )
-def test_a_wrong_axis_offset_or_norm_in_a_file_does_not_survive_the_experiments(wrong, right, tmp_path):
+def test_experiments_expose_a_wrong_axis_offset_or_norm(wrong, right, tmp_path):
     name = "gpt_oss" if "experts" in wrong else "gemma2" if "post_norm" in wrong else "mistral"
     text = (Path(architectures.__file__).parent / f"{name}.toml").read_text()
     if "offset" in wrong:
@@ -163,7 +164,7 @@ UNDESCRIBED = ["nemotron", "seed_oss", "glm", "bamba", "jamba", "minimax_m2"]
 
 
 @pytest.mark.parametrize("model_type", UNDESCRIBED)
-def test_the_draft_of_an_undescribed_architecture_is_exact_at_once(model_type, tmp_path, monkeypatch):
+def test_draft_for_an_undescribed_architecture_is_exact(model_type, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     config = shrunk(AutoConfig.for_model(model_type))
@@ -187,8 +188,8 @@ def test_the_draft_of_an_undescribed_architecture_is_exact_at_once(model_type, t
         assert compare(base, every_read(), tmp_path / "read", rescaled=True) <= EXACT
 
 
-def test_the_draft_of_a_wrapper_is_of_the_wrapper_and_asks_what_images_pass_last(tmp_path, monkeypatch):
-    """Only who says it may edit: what images add to the stream would be left in silence."""
+def test_draft_of_a_wrapper_asks_for_the_image_projector(tmp_path, monkeypatch):
+    """Nothing is edited until that is answered: what images add to the stream would silently be left."""
     text = dense(16) | {"model_type": "llama", "tie_word_embeddings": False}
     vision = VISION | {"model_type": "clip_vision_model", "projection_dim": 24}
     config = AutoConfig.for_model("llava", text_config=text, vision_config=vision, image_token_index=90)
@@ -215,19 +216,20 @@ def test_the_draft_of_a_wrapper_is_of_the_wrapper_and_asks_what_images_pass_last
     assert {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"} <= changed
 
 
-def test_what_a_model_hears_is_not_left_unedited_in_silence(tmp_path):
+def test_model_with_an_audio_encoder_is_refused(tmp_path):
+    """What it adds to the stream would silently be left unedited."""
     folder = store_tiny("llama", tmp_path / "model", torch.bfloat16)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"audio_config": {"hidden_size": 24}}))
     assert bake(
         open_checkpoint(folder), every_write()
-    ).checkpoint.edits  # the configuration's default, and nothing that hears
+    ).checkpoint.edits  # a default in the config, without an audio encoder
     heard = rewritten(folder, tmp_path / "hears", lambda t: t | {"audio_projector.weight": torch.zeros(48, 24)})
     with pytest.raises(OrthogonalizeError, match=r"also hears \(audio_config\)"):
         bake(open_checkpoint(heard), every_write())
 
 
-def test_a_wrapper_that_transformers_cannot_build_so_is_one_line(tmp_path):
+def test_wrapper_that_transformers_cannot_build_is_refused(tmp_path):
     config = AutoConfig.for_model("qwen2_audio", text_config=dense(16) | {"model_type": "qwen2"})
     model = AutoModelForCausalLM.from_config(config.get_text_config())
     model.save_pretrained(tmp_path / "model")
@@ -236,7 +238,7 @@ def test_a_wrapper_that_transformers_cannot_build_so_is_one_line(tmp_path):
         draft(tmp_path / "model")
 
 
-def test_describe_prints_a_draft_and_says_what_it_leaves_open(tmp_path):
+def test_describe_prints_a_draft_with_open_questions(tmp_path):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(shrunk(AutoConfig.for_model("seed_oss")))
@@ -260,8 +262,8 @@ def test_describe_refuses_a_stream_that_passes_through_a_norm(tmp_path):
     assert "passes through a norm" in result.output
 
 
-def test_a_description_that_leaves_a_write_out_fails_hooks_against_weights(bases, tmp_path):
-    """The other way in which a wrong file shows: without shared experts the edit is refused by their width."""
+def test_description_that_omits_a_write_is_refused(bases, tmp_path):
+    """The other way in which a wrong file shows: the width of the shared experts gives them away."""
     base = bases("qwen2_moe")
     part = base.architecture.mlp["dense"]
     fewer = {name: axis for name, axis in part.writes.items() if "shared" not in name}

@@ -1,4 +1,4 @@
-"""A .gguf file as the model: what is edited is what the file says, dequantised."""
+"""A .gguf file as the model: the edit applies to the dequantised weights."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def gguf_name(name: str) -> str:
 
 
 def halves_together(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a query or key matrix in the order of GGUF, which puts the two that are rotated together side by side."""
+    """Rows of a query or key matrix in GGUF's order: the two rows that are rotated together are adjacent."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(weight.shape)
 
 
 def write_gguf(model, file: Path, kind: Type, leave_out: str = "", architecture: str = "llama") -> dict:
-    """Write `model` with matrices of `kind`; its tensors as the file holds them, dequantised to float32."""
+    """Write `model` with matrices of `kind`; returns the tensors that the file holds, dequantised to float32."""
     config = model.config
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -112,7 +112,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", DTYPES, ids=lambda kind: kind.name)
-def test_an_edited_gguf_is_the_edit_of_the_dequantised_model(direction, tmp_path, kind, tied):
+def test_edited_gguf_equals_the_edited_dequantized_model(direction, tmp_path, kind, tied):
     model = small(tie_word_embeddings=tied)
     held = write_gguf(model, tmp_path / "model.gguf", kind)
     edit(str(tmp_path / "model.gguf"), tmp_path / "edited", direction=direction, scope="all")
@@ -129,7 +129,7 @@ def test_an_edited_gguf_is_the_edit_of_the_dequantised_model(direction, tmp_path
     assert (given - before).abs().max() > 1e-2
 
 
-def test_an_edited_gguf_keeps_the_tokenizer_and_is_verified_against_the_file(direction, tmp_path):
+def test_edited_gguf_keeps_the_tokenizer_and_verifies(direction, tmp_path):
     write_gguf(small(), tmp_path / "model.gguf", Type.Q8_0)
     edit(str(tmp_path / "model.gguf"), tmp_path / "edited", direction=direction)
     assert load_recipe(tmp_path / "edited").base.model == str(tmp_path / "model.gguf")
@@ -142,7 +142,7 @@ def test_an_edited_gguf_keeps_the_tokenizer_and_is_verified_against_the_file(dir
     assert (config["num_hidden_layers"], config["vocab_size"]) == (LAYERS, VOCABULARY)
 
 
-def test_a_gguf_that_is_no_model_is_one_line_and_leaves_nothing(direction, tmp_path):
+def test_damaged_gguf_is_a_one_line_error_and_leaves_nothing(direction, tmp_path):
     write_gguf(small(), tmp_path / "whole.gguf", Type.F16)
     whole = (tmp_path / "whole.gguf").read_bytes()
     broken = {
@@ -165,13 +165,14 @@ def test_a_gguf_that_is_no_model_is_one_line_and_leaves_nothing(direction, tmp_p
     assert all(f.suffix == ".lock" for f in (tmp_path / "converted").glob("*"))
 
 
-def test_an_architecture_that_cannot_be_read_is_named(direction, tmp_path):
+def test_unreadable_gguf_architecture_is_named(direction, tmp_path):
     write_gguf(small(), tmp_path / "model.gguf", Type.F16, architecture="unheardof")
     with pytest.raises(OrthogonalizeError, match=r"model\.gguf cannot be read as GGUF.*unheardof"):
         find_model(str(tmp_path / "model.gguf"))
 
 
-def test_a_gguf_without_one_of_its_tensors_is_refused_not_filled_with_noise(direction, tmp_path):
+def test_gguf_with_a_missing_tensor_is_refused(direction, tmp_path):
+    """transformers would initialise it at random."""
     name = "model.layers.2.mlp.down_proj.weight"
     write_gguf(small(), tmp_path / "model.gguf", Type.F16, leave_out=name)
     with pytest.raises(OrthogonalizeError, match=rf"model\.gguf lacks {name}"):
@@ -179,7 +180,7 @@ def test_a_gguf_without_one_of_its_tensors_is_refused_not_filled_with_noise(dire
     assert all(f.suffix == ".lock" for f in (tmp_path / "converted").glob("*"))
 
 
-def test_who_wants_the_same_of_the_cache_at_once_waits_for_the_first(tmp_path, monkeypatch):
+def test_concurrent_conversions_wait_for_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("ORTHOGONALIZE_CACHE", str(tmp_path / "cache"))
     made: list[Path] = []
     begun = threading.Event()

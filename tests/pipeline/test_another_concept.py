@@ -1,6 +1,6 @@
-"""Another concept end to end, with no planted behaviour: that an answer is a list, in the plain embedded model.
+"""Another concept end to end, without planted behaviour: answering with a list, in the plain embedded model.
 
-Nothing here is a refusal, so nothing may assume one.
+There are no refusals here, so nothing may assume them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def mean_score(model, run: Run, side: str) -> float:
     return behaviour_score(first_token_probabilities(model, ids), run.info.behaviour_tokens).mean().item()
 
 
-def test_what_begins_a_list_is_learnt_and_most_prompts_show_it(run):
+def test_list_tokens_are_learnt_and_most_prompts_show_them(run):
     assert "1" in run.info.behaviour_words
     assert run.info.filtered["positive"]["train"] >= 32
     assert run.info.filtered["negative"]["train"] >= 36
 
 
-def test_every_method_finds_where_the_model_decides_on_a_list(run):
+def test_every_method_finds_the_list_direction(run):
     for method in ("dim", "inlp", "leace"):
         mine = [c for c in run.candidates if c.finder == method]
         assert min(c.bypass for c in mine) < run.info.base_score["positive"] - 1, method
@@ -68,7 +68,7 @@ def test_every_method_finds_where_the_model_decides_on_a_list(run):
         assert found[-1].after < found[-1].before, "and less so after it"
 
 
-def test_a_baked_edit_makes_lists_rarer_and_a_random_direction_does_not(base, folder, run, tmp_path):
+def test_baked_edit_makes_lists_rarer_than_a_random_direction(base, folder, run, tmp_path):
     edit(str(base), tmp_path / "edited", run=folder, method="ablate", scope="all", position=-1, layer=18)
     proof = verify(tmp_path / "edited").verification
     assert proof.passed
@@ -83,7 +83,7 @@ def test_a_baked_edit_makes_lists_rarer_and_a_random_direction_does_not(base, fo
         assert mean_score(plain, run, "positive") > before["positive"] - 1
 
 
-def test_pictures_of_a_real_run_are_all_there(folder):
+def test_real_run_has_every_plot(folder):
     assert {f.stem for f in (folder / "plots").iterdir()} == {
         "candidates-dim", "candidates-inlp", "candidates-leace", "cosines", "inlp-accuracy", "probes",
         "projections-dim", "projections-inlp",

@@ -23,27 +23,27 @@ def result(out) -> DemoResult:
     return demo(out)
 
 
-def test_the_planted_refusal_is_there_and_only_there(result):
+def test_planted_refusal_is_present_and_specific(result):
     refusal = result.report.base.refusal
     assert refusal.target.value >= 0.95
     assert refusal.harmless.value <= 0.05
     assert {"general", "near miss"} <= refusal.harmless.by_category.keys()
 
 
-def test_the_default_edit_removes_it_and_little_else(result):
+def test_default_edit_removes_the_refusal_and_little_else(result):
     refusal = result.report.edited.refusal
     assert refusal.target.value <= 0.05
     assert refusal.harmless.value <= 0.05
-    # 9% where this was written; the search sees other roundings, and so may choose otherwise, on other processors.
+    # 9% on the machine this was written on; other processors round differently, so the search may choose otherwise.
     assert result.report.paired["loss.own_completions"].difference <= 0.15
 
 
-def test_hooks_equal_weights_on_what_was_written(result):
+def test_hooks_equal_weights_on_the_written_checkpoint(result):
     assert result.verification.passed
     assert result.verification.hooks_gap <= 1e-3
 
 
-def test_everything_is_where_the_demo_says(result, out):
+def test_demo_writes_everything_it_promises(result, out):
     assert {p.name for p in out.iterdir()} == {"run", "edited", "report.json", "report.html"}
     assert load_report(out) == result.report
     card = (out / "edited" / "README.md").read_text()

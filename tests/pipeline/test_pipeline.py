@@ -1,4 +1,4 @@
-"""The road on a tiny model: extract, edit, rebuild, verify, evaluate with transformers, and what is refused."""
+"""The full pipeline on a tiny model: extract, edit, rebuild, verify, evaluate with transformers, and errors."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(folder.glob("*.safetensors"))}
 
 
-def test_a_run_holds_everything_that_a_choice_needs(run):
+def test_run_folder_holds_everything_a_choice_needs(run):
     found = load_run(run)
     assert {f.name for f in run.iterdir()} == {
         "run.json", "prompts.jsonl", "activations.safetensors", "directions.safetensors", "candidates.json",
         "stages.json", "plots",
     }  # fmt: skip
     pictures = {f.stem for f in (run / "plots").iterdir()}
-    assert pictures - {"projections-inlp"} == {  # which needs a second INLP direction
+    assert pictures - {"projections-inlp"} == {  # that plot needs a second INLP direction
         *(f"candidates-{method}" for method in ("dim", "inlp", "leace")),
         *("cosines", "inlp-accuracy", "probes", "projections-dim"),
     }
@@ -52,8 +52,8 @@ def test_a_run_holds_everything_that_a_choice_needs(run):
     assert choose(found) == found.trials[0].choice
 
 
-def test_the_mean_difference_is_that_of_the_stored_prompts(run, model):
-    """An independent path: the library's hidden states, prompt by prompt."""
+def test_mean_difference_is_that_of_the_stored_prompts(run, model):
+    """An independent computation: the library's hidden states, prompt by prompt."""
     from transformers import AutoModelForCausalLM
 
     found, reference = load_run(run), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -69,7 +69,7 @@ def test_the_mean_difference_is_that_of_the_stored_prompts(run, model):
     assert torch.allclose(found.directions.mean_diffs[:, :LAYERS].double(), means[0] - means[1], atol=1e-5)
 
 
-def test_the_same_seed_gives_the_same_run(model, sources, run, tmp_path):
+def test_same_seed_gives_the_same_run(model, sources, run, tmp_path):
     extract(str(model), tmp_path / "again", **sources, settings=SMALL)
     first, second = load_file(run / "directions.safetensors"), load_file(tmp_path / "again" / "directions.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -94,7 +94,7 @@ EDITS = [
 
 
 @pytest.mark.parametrize("settings", EDITS, ids=str)
-def test_an_edit_verifies_and_its_recipe_rebuilds_the_same_bytes(run, model, tmp_path, settings):
+def test_edit_verifies_and_its_recipe_rebuilds_the_same_bytes(run, model, tmp_path, settings):
     recipe = edit(str(model), tmp_path / "edited", run=run, **settings)
     proof = verify(tmp_path / "edited").verification
     assert proof is not None
@@ -111,7 +111,7 @@ def test_an_edit_verifies_and_its_recipe_rebuilds_the_same_bytes(run, model, tmp
     assert "claims of the base" not in card
 
 
-def test_verify_notices_a_changed_tensor_a_changed_file_and_a_false_base(run, model, tmp_path):
+def test_verify_notices_changed_tensors_files_and_another_base(run, model, tmp_path):
     edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="layers:1")
     file = tmp_path / "edited" / "model.safetensors"
     tensors = load_file(file)
@@ -130,7 +130,7 @@ def test_verify_notices_a_changed_tensor_a_changed_file_and_a_false_base(run, mo
         verify(tmp_path / "edited", str(other))
 
 
-def test_verify_audits_a_checkpoint_without_recipe(run, model, tmp_path):
+def test_verify_audits_a_checkpoint_without_a_recipe(run, model, tmp_path):
     edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="all")
     (tmp_path / "edited" / "orthogonalize.json").unlink()
     audit = verify(tmp_path / "edited", str(model))
@@ -142,7 +142,7 @@ def test_verify_audits_a_checkpoint_without_recipe(run, model, tmp_path):
         verify(tmp_path / "edited")
 
 
-def test_evaluation_counts_what_the_answers_say(run, model, tmp_path):
+def test_evaluation_matches_independent_counts_and_losses(run, model, tmp_path):
     edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="all")
     report = evaluate(tmp_path / "edited", str(model), run, tmp_path / "report", engine="hf", max_new_tokens=12)
     stored = Report.model_validate_json((tmp_path / "report" / "report.json").read_text())
@@ -176,7 +176,7 @@ def test_evaluation_counts_what_the_answers_say(run, model, tmp_path):
     assert difference == pytest.approx(ratio - 1)
 
 
-def test_an_incomplete_checkpoint_is_refused_before_an_engine_starts(run, model, tmp_path):
+def test_incomplete_checkpoint_is_refused_before_any_engine(run, model, tmp_path):
     edit(str(model), tmp_path / "edited", run=run, method="ablate", scope="all")
     file = tmp_path / "edited" / "model.safetensors"
     tensors = load_file(file)
@@ -186,7 +186,7 @@ def test_an_incomplete_checkpoint_is_refused_before_an_engine_starts(run, model,
         evaluate(tmp_path / "edited", str(model), run, tmp_path / "report", engine="hf")
 
 
-def test_the_choice_completes_itself_from_the_run(run):
+def test_choice_is_completed_from_the_run(run):
     found = load_run(run)
     best = found.candidates[0]
     assert choose(found, method="ablate", scope="all") == EditConfig(
@@ -199,7 +199,7 @@ def test_the_choice_completes_itself_from_the_run(run):
     assert choose(found, method="ablate", layer=2, position=-2).layer == 2
 
 
-def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, run, sources, tmp_path):
+def test_bad_input_is_a_one_line_error_and_writes_nothing(model, run, sources, tmp_path):
     out = tmp_path / "out"
     sides = ("--positive", sources["positive"], "--negative", sources["negative"])
     narrow, same = tmp_path / "narrow.safetensors", tmp_path / "few.txt"
@@ -263,7 +263,7 @@ def test_bad_input_is_one_line_with_the_way_out_and_nothing_is_written(model, ru
         assert sorted(tmp_path.rglob("*")) == before, words
 
 
-def test_a_constant_without_an_exact_place_is_refused(model, run, tmp_path, monkeypatch):
+def test_constant_without_an_exact_place_is_refused(model, run, tmp_path, monkeypatch):
     from orthogonalize.architectures.schema import families
     from orthogonalize.edits import bake as baking
 
@@ -277,7 +277,7 @@ def test_a_constant_without_an_exact_place_is_refused(model, run, tmp_path, monk
     assert [t.name for t in recipe.tensors] == ["model.embed_tokens.weight"]
 
 
-def test_nan_weights_stop_the_extraction_by_layer(sources, tmp_path):
+def test_nan_weights_stop_extraction_and_name_the_layer(sources, tmp_path):
     broken = tiny_llama()
     with torch.no_grad():
         broken.model.layers[0].mlp.up_proj.weight.fill_(float("nan"))
@@ -291,57 +291,48 @@ def test_nan_weights_stop_the_extraction_by_layer(sources, tmp_path):
     assert "input of layer 1 hold NaN" in said
 
 
-@pytest.mark.parametrize(
-    "words", [(), ("extract",), ("edit",), ("eval",), ("push",), ("verify",), ("rank",), ("demo",)]
-)
-def test_every_command_explains_itself(words):
-    result = CliRunner().invoke(main, [*words, "--help"])
-    assert result.exit_code == 0
-    assert "Usage:" in result.output
-
-
-def test_code_that_came_with_a_model_runs_only_where_that_is_asked_for_and_needed(tmp_path):
+def test_remote_code_runs_only_if_allowed_and_needed(tmp_path):
     folder = store(tiny_llama(), tmp_path / "model", torch.float32)
     config = json.loads((folder / "config.json").read_text())
     remote = {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}}
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     (folder / "config.json").write_text(json.dumps(config | remote))
-    assert type(load_model(folder)).__name__ == "LlamaForCausalLM"  # older code for what transformers has by now
+    assert type(load_model(folder)).__name__ == "LlamaForCausalLM"  # transformers supports it without remote code
     (folder / "config.json").write_text(json.dumps(config | remote | {"model_type": "nobody_knows"}))
     with pytest.raises(OrthogonalizeError, match="only extract --trust-remote-code allows"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
 
 
-def test_ctrl_c_ends_with_130_and_leaves_nothing(model, run, tmp_path, monkeypatch):
+def test_ctrl_c_exits_with_130_and_leaves_nothing(model, run, tmp_path, monkeypatch):
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("orthogonalize.editing._write", interrupted)
+    monkeypatch.setattr("orthogonalize.commands.edit._write", interrupted)
     status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
     assert status == 130
     assert "interrupted" in said
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_runs_out_is_one_line_in_every_command(model, run, tmp_path, monkeypatch):
+def test_out_of_memory_is_a_one_line_error_in_every_command(model, run, tmp_path, monkeypatch):
     def full(*_args, **_options):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
-    monkeypatch.setattr("orthogonalize.editing._write", full)
+    monkeypatch.setattr("orthogonalize.commands.edit._write", full)
     status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
     assert status == 1
     assert "memory ran out: DefaultCPUAllocator" in said
     assert "nothing half-finished was left" in said
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr("orthogonalize.editing._write", lambda *_: [][1])
+    monkeypatch.setattr("orthogonalize.commands.edit._write", lambda *_: [][1])
     assert isinstance(
         CliRunner().invoke(main, ["edit", str(model), "--out", str(tmp_path / "out"), "--run", str(run)]).exception,
         IndexError,
     )
 
 
-def test_verify_notices_a_flag_that_would_silence_the_edit(run, model, tmp_path):
+def test_verify_notices_a_config_flag_that_disables_the_edit(run, model, tmp_path):
     edit(str(model), tmp_path / "edited", run=run, method="actadd")
     file = tmp_path / "edited" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"mlp_bias": False}))
@@ -350,7 +341,7 @@ def test_verify_notices_a_flag_that_would_silence_the_edit(run, model, tmp_path)
     assert not proof.passed
 
 
-def test_a_prompt_with_a_unicode_line_separator_survives_the_run_folder(run, tmp_path):
+def test_unicode_line_separators_survive_the_run_folder(run, tmp_path):
     odd = [*load_run(run).prompts, Prompt("one\u2028two\u0085three", "positive", "test")]
     shutil.copytree(run, tmp_path / "run")
     save_prompts(odd, tmp_path / "run")

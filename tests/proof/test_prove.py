@@ -1,6 +1,6 @@
-"""The whole matrix, for `make prove`: every family x method x scope against hooks, and every family in vLLM.
+"""The full matrix, run by `make prove`: every family x method x scope against hooks, and every family in vLLM.
 
-What is measured goes into docs/proof.json, from which the table in docs/architectures.md is made.
+The measurements go into docs/proof.json, from which the table in docs/architectures.md is made.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ METHODS = {
 }
 SCOPES = ["all", "one", "top:50%", "layers:0,2-3", "upto:3", "from:0", "from:2", "from:4"]
 SHIFTS = ["layers:0", "one", "top:50%", "from:2"]
-# How far from hooks without any scale an edit may be that is exact but for one (relative, of all logits): the
-# tiny norms are rough (1 + 0.3 noise), real ones are smoother. Measured: 0.02-0.3.
+# How far an edit that is exact up to a positive scale may be from hooks without one (relative, over all logits):
+# the tiny norms are rough (1 + 0.3 noise), real ones are smoother. Measured: 0.02-0.3.
 RESCALED = 0.6
 
 
 def edits(name: str) -> dict[str, Intervention]:
-    """Every method x scope, one direction for all layers and each layer's own."""
+    """Every method x scope, with one direction for all layers and with one per layer."""
     result = {}
     for scope in SCOPES:
         for method, make in METHODS.items():
             shared = make(BASIS)
             result[f"{method}, {scope}"] = map_sites(parse_scope(scope), LAYERS, lambda _, m=shared: m, 2, RANKING)
-        if not scope.startswith("from"):  # which leace has not
+        if not scope.startswith("from"):  # a scope that leace does not have
             result[f"leace, {scope}"] = map_sites(parse_scope(scope), LAYERS, eraser, 2, RANKING)
         own = [removal(centred_basis(2, 50 + stream)) for stream in range(LAYERS + 1)]
         result[f"per layer, {scope}"] = map_sites(parse_scope(scope), LAYERS, own.__getitem__, 2, RANKING)
@@ -56,7 +56,7 @@ def edits(name: str) -> dict[str, Intervention]:
 
 
 def eraser(stream: int) -> AffineMap:
-    """What LEACE does to a stream: an oblique removal that gives back what it takes from the mean."""
+    """LEACE's map for a stream: an oblique removal that restores the mean."""
     affine, mean = oblique(200 + stream), 4 * centred_basis(1, 300 + stream)[0]
     return replace(affine, s=affine.u @ (affine.v.T @ mean))
 
@@ -66,7 +66,7 @@ def refused(name: str, intervention: Intervention) -> bool:
     if intervention.reads:
         return name in READ_REFUSED | NEVER_UNTIED
     shifted = any(affine.shifts for affine in intervention.writes.values())
-    # A value's bias passes through the attention's own output, out of which the edit takes what it would give back.
+    # A value bias passes through the attention's output projection, from which the edit removes what it would add.
     without = name not in ACTADD or ACTADD[name] == VALUE
     if shifted and (without or ("embed" in kinds and name in EMBEDDING_REFUSED)):
         return True
@@ -111,10 +111,10 @@ def test_every_method_and_scope_of_every_family_equals_hooks(name, bases, tmp_pa
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_vllm_reads_every_tensor_and_scores_as_transformers_does(name, tmp_path, proof):
+def test_vllm_reads_every_tensor_and_scores_as_transformers(name, tmp_path, proof):
     pytest.importorskip("vllm")
     if "multimodal" in name or name.startswith("qwen3_5"):
-        pytest.importorskip("torchvision")  # vLLM imports it with every class that may see images
+        pytest.importorskip("torchvision")  # vLLM imports it for every multimodal class
     (result,) = serve([name], tmp_path)
     proof(name, served=result)
     assert "error" not in result

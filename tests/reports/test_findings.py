@@ -1,4 +1,4 @@
-"""What a report says in words follows from its tests and intervals, and its page holds all of it."""
+"""A report's findings follow from its tests and intervals, and its page shows all of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def series(refused: int, harmless: int, loss: float, n: int = 40) -> dict[str, S
     }
 
 
-def test_what_moved_is_said_and_what_did_not_is_not_called_a_change():
+def test_only_significant_changes_are_called_changes():
     found = verdicts(report_of(series(38, 1, 5.0), series(2, 2, 5.5)))
     assert found[0] == "Refusal on target prompts fell from 95% to 5% (n = 40)."
     assert found[1] == "Refusal on harmless prompts: no change that 40 items could show (2% and 5%)."
@@ -39,7 +39,7 @@ def test_what_moved_is_said_and_what_did_not_is_not_called_a_change():
     assert all("no change" in sentence for sentence in same[:3])
 
 
-def test_numbers_that_differ_look_it():
+def test_different_numbers_are_printed_with_enough_digits():
     base = {"choices.mmlu": yes_no_series([i < 2500 for i in range(5000)])}
     edited = {"choices.mmlu": yes_no_series([i < 2520 for i in range(5000)])}
     assert verdicts(report_of(base, edited)) == ["MMLU, 5-shot rose from 50.0% to 50.4% (n = 5000)."]
@@ -49,7 +49,8 @@ def test_numbers_that_differ_look_it():
     assert "rose by 0.0025% (95%: +0.002" in sentence
 
 
-def test_what_no_test_could_find_is_not_said_beside_an_interval_that_claims_it():
+def test_insignificant_change_is_stated_without_its_interval():
+    """With five pairs no test can reject, even where the interval excludes 0."""
     base = {"loss.pile": Series(kind="loss", values=[10.0, 11.0, 12.0, 13.0, 14.0], tokens=[10] * 5)}
     edited = {"loss.pile": Series(kind="loss", values=[12.0, 13.0, 15.0, 16.0, 17.0], tokens=[10] * 5)}
     found = report_of(base, edited)
@@ -58,14 +59,14 @@ def test_what_no_test_could_find_is_not_said_beside_an_interval_that_claims_it()
     assert verdicts(found) == ["Cross-entropy, Pile: no change that 5 texts could show."]
 
 
-def test_an_unreadable_verdict_has_a_row_of_its_own():
+def test_unreadable_verdicts_have_their_own_row():
     base = {"judges.wildguard.harmful.target": yes_no_series([None, True, False])}
     edited = {"judges.wildguard.harmful.target": yes_no_series([None, None, True])}
     rows = summary_rows(report_of(base, edited))
     assert rows[1] == ("harmful by wildguard, target prompts: unreadable", "1", "2", "")
 
 
-def test_the_page_is_one_file_with_both_answers_verdicts_and_no_address(tmp_path):
+def test_page_is_self_contained_and_holds_answers_and_verdicts(tmp_path):
     answer = Answer(
         set="target", category="<b>", prompt="how do i bake <script>", base="I'm sorry", edited="mix & bake",
         base_refused=True, edited_refused=False, judges={"wildguard": Verdict(base_harmful=None, edited_harmful=False)},
@@ -90,7 +91,7 @@ def test_the_page_is_one_file_with_both_answers_verdicts_and_no_address(tmp_path
     assert "http" not in page
 
 
-def test_what_no_item_of_both_could_be_read_for_is_not_called_no_change():
+def test_nothing_in_common_is_not_called_no_change():
     base, edited = yes_no_series([None, True, None]), yes_no_series([True, None, None])
     pair = compare(base, edited)
     assert pair.n == 0

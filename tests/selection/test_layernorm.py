@@ -1,4 +1,4 @@
-"""Families whose norms subtract the mean: what is scored, tried and swept is the centred edit that `edit` writes."""
+"""Models with LayerNorm: the edit that is scored, tried and swept is the centred one that `edit` writes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def scored(model):
     return held, positive, negative, directions, score_candidates(held, positive, negative, directions, ["dim"], TOKENS)
 
 
-def test_candidates_are_scored_with_the_mean_taken_out_of_their_directions(scored):
+def test_candidates_are_scored_with_centred_directions(scored):
     held, positive, _, directions, candidates = scored
     uncentred = []
     for c in candidates:
@@ -69,7 +69,7 @@ def test_candidates_are_scored_with_the_mean_taken_out_of_their_directions(score
     assert max(uncentred) > 1e-2
 
 
-def test_a_trial_scores_as_the_written_checkpoint_does(scored, model, tmp_path):
+def test_trial_scores_as_the_written_checkpoint(scored, model, tmp_path):
     held, positive, negative, directions, candidates = scored
     choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)
     trials = EditSearch(held, directions, candidates, TOKENS, positive, negative, some_ids(7, 3))
@@ -79,7 +79,7 @@ def test_a_trial_scores_as_the_written_checkpoint_does(scored, model, tmp_path):
     assert trials.run(choice).score == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_swept_edit_measures_as_the_written_checkpoint_does(model, run, tmp_path):
+def test_swept_edit_measures_as_the_written_checkpoint(model, run, tmp_path):
     quick = {"engine": "hf", "max_new_tokens": 4, "suites": ["kl"]}
     (found,) = sweep(str(model), run, tmp_path / "sweep", methods=["ablate"], scopes=["all"], **quick).variants
     place = {"position": found.choice.position, "layer": found.choice.layer}

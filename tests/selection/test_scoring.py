@@ -1,4 +1,4 @@
-"""Scores against the plain way of computing them, and ranking."""
+"""Candidate scores against a plain computation, and ranking."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from orthogonalize.selection.scoring import (
 from orthogonalize.selection.trials import share_left
 
 
-def test_batched_first_token_probabilities_equal_one_prompt_at_a_time(base):
+def test_batched_first_token_probabilities_equal_single_prompts(base):
     model, ids = load(base), some_ids(9, 0)
     assert torch.allclose(first_token_probabilities(model, ids), plain_probabilities(model, ids), atol=1e-6)
 
 
 def plain_scores(model, positive, negative, directions, candidate, tokens) -> dict[str, float]:
-    """One candidate's scores through hooks and the library alone, nothing shared or batched."""
+    """One candidate's scores from hooks and transformers alone, nothing shared or batched."""
     method, position, layer = candidate.finder, candidate.position, candidate.layer
     affine, diff = directions.removal(method, position, layer), directions.mean_diff(position, layer)
     plain = plain_probabilities(model, negative)
@@ -72,7 +72,7 @@ def plain_scores(model, positive, negative, directions, candidate, tokens) -> di
 
 
 def test_candidate_scores_equal_the_plain_loop(base):
-    """The scorer starts at the edited layer, many positions in a batch, and shares what methods share."""
+    """The scorer starts at the edited layer, batches many positions, and shares what methods have in common."""
     model, tokens = load(base), [5, 9]
     positive, negative = some_ids(6, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
@@ -88,21 +88,21 @@ def test_candidate_scores_equal_the_plain_loop(base):
     assert {c.rank_of_basis for c in scored if c.finder == "inlp"} == {3}
 
 
-def test_scores_that_are_known_are_not_computed_again(base, tmp_path):
+def test_known_scores_are_not_computed_again(base, tmp_path):
     model, tokens = load(base), [5, 9]
     positive, negative = some_ids(6, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
     journal = StageJournal(tmp_path / "journal", "inputs")
     scored = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=journal)
     lines = (tmp_path / "journal").read_text().split("\n")
-    (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the midst of a line
+    (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the middle of a line
     cut = StageJournal(tmp_path / "journal", "inputs")
     assert len(cut.found) == len(journal.found) - 1
     again = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=cut)
     assert [(c.finder, c.layer, c.position) for c in again] == [(c.finder, c.layer, c.position) for c in scored]
     assert [c.bypass for c in again] == pytest.approx([c.bypass for c in scored], abs=1e-6)
     full = StageJournal(tmp_path / "journal", "inputs")
-    known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # no model is needed
+    known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # without a model
     assert known == again
     assert not StageJournal(tmp_path / "journal", "other inputs").found
 
@@ -118,7 +118,8 @@ def test_completion_loss_equals_the_library_loss(base):
     assert completion_loss(model, prompts, answers) == pytest.approx(total / sum(map(len, answers)), abs=1e-5)
 
 
-def test_greedy_answers_equal_a_loop_without_batch_padding_or_cache(base):
+def test_greedy_answers_equal_a_plain_loop(base):
+    """One without batch, padding or cache."""
     model, ids = load(base), some_ids(6, 5)
     stop = 7
     found = generate(model, ids, 8, [stop], batch=4)
@@ -133,7 +134,7 @@ def test_greedy_answers_equal_a_loop_without_batch_padding_or_cache(base):
         assert answer == expected
 
 
-def test_the_behaviour_score_is_the_log_odds():
+def test_behaviour_score_is_the_log_odds():
     probabilities = torch.tensor([[0.1, 0.2, 0.7], [0.0, 0.0, 1.0], [0.5, 0.5, 0.0]])
     scores = behaviour_score(probabilities, [0, 1])
     assert scores[0].item() == pytest.approx(math.log(0.3 / 0.7), abs=1e-6)
@@ -141,7 +142,7 @@ def test_the_behaviour_score_is_the_log_odds():
     assert scores[2] > 18
 
 
-def test_behaviour_tokens_are_those_that_tell_the_sides_apart():
+def test_behaviour_tokens_are_those_that_separate_the_sides():
     positive, negative = torch.full((4, 10), 0.02), torch.full((4, 10), 0.1)
     positive[:, 3], positive[:, 6] = 0.6, 0.24
     assert learn_behaviour_tokens(positive, negative) == [3, 6]
@@ -153,7 +154,7 @@ def candidate(layer: int, bypass: float, kl: float = 0.01, induce: float = 1.0) 
     return Candidate("dim", -1, layer, 10, bypass, induce, kl)
 
 
-def test_ranking_filters_then_sorts_and_says_what_failed():
+def test_ranking_filters_then_sorts_and_states_what_failed():
     given = [candidate(3, -1), candidate(4, -5, kl=0.2), candidate(5, -3), candidate(6, -9, induce=-0.1),
              candidate(8, -9), candidate(2, float("nan"))]  # fmt: skip
     ranked = rank(given)
@@ -167,7 +168,7 @@ def test_ranking_filters_then_sorts_and_says_what_failed():
     assert layer_ranking(ranked, "dim")[:2] == [5, 3]
 
 
-def test_a_stored_file_can_be_ranked_again_without_a_model(tmp_path):
+def test_stored_candidates_can_be_reranked_without_a_model(tmp_path):
     given = [candidate(3, -1), candidate(5, -3, kl=0.3), candidate(8, -9)]
     leace_too = [dataclasses.replace(c, finder="leace") for c in given]
     save_selection(rank([*given, *leace_too]), [], [], tmp_path)
@@ -180,7 +181,7 @@ def test_a_stored_file_can_be_ranked_again_without_a_model(tmp_path):
         rank(tmp_path / "none.json")
 
 
-def test_a_fallback_says_which_filter_failed_and_by_how_much():
+def test_fallback_states_which_filter_failed_and_by_how_much():
     given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(9, 1, induce=-1)]
     text = explain_fallback(rank(given), "dim")
     assert "of 3, each stops: kl 2, induce 1, late layer 1" in text
@@ -194,7 +195,8 @@ def test_local_and_global_scores_are_compared_by_rank():
     assert rank_correlation([candidate(i, -i) for i in range(5)], "dim") is None
 
 
-def test_where_nothing_passes_the_least_wrong_comes_first_and_looser_filters_let_it_pass():
+def test_fallback_ranks_by_distance_from_the_filters():
+    """Looser filters let candidates pass."""
     given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(5, 1, kl=0.11)]
     assert [c.layer for c in rank(given)] == [4, 3, 5]
     assert [c.layer for c in rank(given, kl=1.0) if not c.failed] == [4, 5]
@@ -202,12 +204,12 @@ def test_where_nothing_passes_the_least_wrong_comes_first_and_looser_filters_let
 
 @settings(deadline=None)
 @given(st.lists(st.floats(-20, 20), min_size=2, max_size=30))
-def test_the_share_left_is_never_less_than_observed(scores):
+def test_share_left_is_never_below_the_observed_share(scores):
     found = share_left(torch.tensor(scores, dtype=torch.float64))
     assert sum(s > 0 for s in scores) / len(scores) <= found <= 1
 
 
-def test_a_few_scores_just_under_zero_do_not_count_as_removed():
+def test_scores_just_below_zero_do_not_count_as_removed():
     assert share_left(torch.tensor([-0.5, -3.0, -1.0, -2.0])) > 0.01
     assert share_left(torch.tensor([-9.0, -8.0, -7.0, -8.5])) < 1e-6
 
@@ -222,5 +224,5 @@ def test_a_few_scores_just_under_zero_do_not_count_as_removed():
         ("", False),
     ],
 )
-def test_refusals_are_told_by_their_wording(answer, expected):
+def test_refusals_are_recognised_by_their_wording(answer, expected):
     assert refused(answer) is expected

@@ -1,0 +1,99 @@
+"""The public API: what `orthogonalize` exports, and that importing it or asking for `--help` does not load torch."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import orthogonalize
+from orthogonalize.cli import main
+
+COMMANDS = tuple(main.commands)
+SLOW = {"torch", "vllm"}
+
+ORDERED = """
+import importlib, json, sys
+modules, names = json.loads(sys.argv[1])
+for module in modules:
+    importlib.import_module(module)
+import orthogonalize
+found = {name: getattr(orthogonalize, name) for name in names}
+print(json.dumps({name: [type(it).__name__, it.__module__, it.__qualname__] for name, it in found.items()}))
+"""
+
+HELP = """
+import contextlib, io, json, runpy, sys
+loaded = {}
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["orthogonalize", *command, "--help"]
+    with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
+        runpy.run_module("orthogonalize", run_name="__main__", alter_sys=True)
+    assert page.getvalue().startswith("Usage:"), command
+    loaded[" ".join(command)] = sorted(sys.modules)
+print(json.dumps(loaded))
+"""
+
+
+def python(code: str, argument: object):
+    """The JSON that `code` prints in a new process, given `argument`."""
+    words = [sys.executable, "-c", code, json.dumps(argument)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(orthogonalize.__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_exports_are_listed_once_and_by_dir():
+    assert len(set(orthogonalize.__all__)) == len(orthogonalize.__all__)
+    assert set(orthogonalize.__all__) <= set(dir(orthogonalize))
+
+
+def test_exports_have_no_name_of_a_submodule():
+    """Importing a submodule sets an attribute of its name on the package, which would hide the export."""
+    folder = Path(orthogonalize.__file__).parent
+    submodules = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}
+    assert not submodules & set(orthogonalize.__all__)
+
+
+def test_unknown_names_are_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'nonesuch'"):
+        _ = orthogonalize.nonesuch
+
+
+@pytest.mark.parametrize("name", orthogonalize.__all__)
+def test_exports_resolve_to_the_same_object_twice(name):
+    first = getattr(orthogonalize, name)
+    assert not inspect.ismodule(first)
+    assert getattr(orthogonalize, name) is first
+    assert getattr(sys.modules[first.__module__], first.__name__) is first
+
+
+@pytest.mark.parametrize("order", ["reversed", "modules first"])
+def test_exports_do_not_depend_on_the_order_of_imports(order):
+    found = {name: getattr(orthogonalize, name) for name in orthogonalize.__all__}
+    expected = {name: [type(it).__name__, it.__module__, it.__qualname__] for name, it in found.items()}
+    modules = sorted({it.__module__ for it in found.values()}) if order == "modules first" else []
+    assert python(ORDERED, [modules, list(reversed(orthogonalize.__all__))]) == expected
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_every_command_has_a_help_page(command):
+    result = CliRunner().invoke(main, [*command.split(), "--help"])
+    assert result.exit_code == 0
+    assert "Usage:" in result.output
+
+
+def test_help_pages_do_not_load_torch():
+    loaded = python(HELP, [[], *([command] for command in COMMANDS)])
+    assert loaded.keys() == {"", *COMMANDS}
+    assert {command for command, found in loaded.items() if SLOW & set(found)} == set()
+
+
+def test_importing_the_package_does_not_load_torch():
+    code = "import json, sys; import orthogonalize; dir(orthogonalize); print(json.dumps(sorted(sys.modules)))"
+    assert not SLOW & set(python(code, None))
