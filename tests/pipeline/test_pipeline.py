@@ -265,11 +265,11 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(model, run, sources, t
 
 def test_constant_without_an_exact_place_is_refused(model, run, tmp_path, monkeypatch):
     from orthogonalize.architectures.schema import families
-    from orthogonalize.edits import bake as baking
+    from orthogonalize.edits import plan as planning
 
     llama = families()["llama"]
     part = llama.mlp["dense"].model_copy(update={"bias": None})
-    monkeypatch.setattr(baking, "architecture_of", lambda _config: llama.model_copy(update={"mlp": {"dense": part}}))
+    monkeypatch.setattr(planning, "architecture_of", lambda _config: llama.model_copy(update={"mlp": {"dense": part}}))
     with pytest.raises(OrthogonalizeError, match=r"no bias at mlp\.1.*--layer 0"):
         edit(str(model), tmp_path / "out", run=run, method="actadd", layer=2, position=-1)
     save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
