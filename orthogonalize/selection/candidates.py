@@ -17,6 +17,7 @@ import scipy
 import torch
 
 from ..core.errors import OrthogonalizeError
+from ..core.interrupts import check
 from ..core.interventions import AffineMap, centred_map, shift, stacked
 from ..core.progress import track
 from ..directions.direction_set import Directions
@@ -151,7 +152,7 @@ def rank_correlation(candidates: Sequence[Candidate], method: str) -> float | No
 
 
 class Scored(Protocol):
-    """Where scores that are known already are found and new ones kept (see `stages.Journal`)."""
+    """Where finished scores are looked up and new ones stored (a `core.journal.Journal`)."""
 
     def __contains__(self, key: str) -> bool: ...
 
@@ -274,6 +275,7 @@ def score_candidates(
                 if key not in kept:
                     scoring = scoring or _Scoring(model, positive, negative, directions, tokens, everywhere)
                     kept.put({key: [asdict(c) for c in scoring.layer(method, layer, induced)]})
+                    check()
                 found = [Candidate.from_row(row) for row in kept[key]]
                 if method in ("dim", "leace"):
                     induced.update({(c.position, c.layer): c.induce for c in found})

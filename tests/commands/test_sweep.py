@@ -174,7 +174,7 @@ def test_what_is_refused_and_how_long_it_took_is_kept_for_the_suites_that_were_a
 
     swapped: list[int] = []
     apply = WeightSwap.apply
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     with monkeypatch.context() as patch:
         patch.setattr(WeightSwap, "apply", lambda self, edited: swapped.append(1) or apply(self, edited))
         patch.setattr(TransformersEngine, "choices", nan)
@@ -245,7 +245,7 @@ def test_a_killed_sweep_goes_on_where_it_stopped(model, run, tmp_path, monkeypat
             raise OrthogonalizeError("the engine died")
         load(self, weights)
 
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)  # it loads, too
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)  # it loads, too
     monkeypatch.setattr(TransformersEngine, "load", dies)
     with pytest.raises(OrthogonalizeError, match="died"):
         sweep(str(model), run, tmp_path / "cut", **settings)
@@ -263,7 +263,7 @@ def test_a_sweep_whose_engine_is_not_as_it_was_is_measured_anew(model, run, tmp_
     settings = {**QUICK, "methods": ["ablate"], "scopes": ["one"]}
     with monkeypatch.context() as patch:
         seen: list[int] = []
-        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
+        patch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
         patch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
         with pytest.raises(OrthogonalizeError, match=r"did not hold the base's weights again after its edits$"):
             sweep(str(model), run, tmp_path / "sweep", **settings)
@@ -419,7 +419,7 @@ def test_an_engine_that_an_edit_left_broken_is_checked_before_it_is_left(model, 
     monkeypatch.setattr(sweeps, "edited_weights", nan)
     assert sweep(str(model), run, tmp_path / "whole", **settings).restored is True
     seen: list[int] = []
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
     with pytest.raises(OrthogonalizeError, match="did not hold the base's weights again"):
         sweep(str(model), run, tmp_path / "sweep", **settings)

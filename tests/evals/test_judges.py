@@ -288,7 +288,7 @@ def test_judging_a_long_file_goes_on_where_it_was_cut_off(answers, tmp_path, mon
         return ask(self, prompts, *more)
 
     monkeypatch.setattr(TransformersEngine, "answers", dies)
-    with pytest.raises(OrthogonalizeError, match="what was measured is kept"):
+    with pytest.raises(OrthogonalizeError, match="finished measurements were kept"):
         judge(file, name, engine="hf")
     assert judge(file, name, engine="hf") == whole
     assert asked == [2, 1, 1]
@@ -303,9 +303,9 @@ def test_answers_in_a_folder_that_cannot_be_written_are_judged_all_the_same(answ
     def locked(*_arguments):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("pathlib.Path.replace", locked)
+    monkeypatch.setattr("orthogonalize.core.journal.write_after", locked)
     assert judge(answers, name, engine="hf").harmful.value == 1.0
-    assert "Read-only file system, so nothing is kept" in notes[0]
+    assert "Read-only file system, so an interrupted run could not resume" in notes[0]
 
 
 def run(*words) -> tuple[int, str]:

@@ -18,6 +18,7 @@ from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.commands.verify import verify
 from orthogonalize.core import interrupts as interruption
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.files import write_after
 from orthogonalize.core.journal import Journal
 from orthogonalize.engines.base import EngineOptions, engine_state
 from orthogonalize.engines.transformers import TransformersEngine
@@ -143,7 +144,7 @@ def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
     for kind in ("answers", "scores", "choices"):
         monkeypatch.setattr(TransformersEngine, kind, mortal(kind))
     for _ in range(3):
-        with pytest.raises(OrthogonalizeError, match=r"died; what was measured is kept"):
+        with pytest.raises(OrthogonalizeError, match=r"died; finished measurements were kept"):
             evaluate(edited, str(model), run, tmp_path / "cut", **settings)
     resumed = evaluate(edited, str(model), run, tmp_path / "cut", **settings)
     assert resumed.model_dump() == whole.model_dump()
@@ -155,9 +156,9 @@ def test_a_suite_that_dies_half_way_goes_on_with_the_portion_that_was_lost(
 
 
 def test_the_portions_of_a_suite_are_forgotten_when_it_is_done(tmp_path):
-    journal = Journal(tmp_path / "out")
+    journal = Journal.beside(tmp_path / "out")
     journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
-    assert Journal(tmp_path / "out").done == {"base/mmlu": [1, 2]}
+    assert Journal.beside(tmp_path / "out").done == {"base/mmlu": [1, 2]}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -172,7 +173,7 @@ def test_a_signal_to_stop_that_python_swallows_stops_what_is_asked_next(tmp_path
         def answers(self, prompts, most):
             return [[1]] * len(prompts)
 
-    journal = Journal(tmp_path / "out")
+    journal = Journal.beside(tmp_path / "out")
     before = signal.getsignal(signal.SIGTERM)
     with interruption.signals_handled():
         Last()
@@ -195,21 +196,32 @@ def test_a_job_that_was_started_to_ignore_ctrl_c_does():
 
 
 def test_a_disk_that_fills_up_says_where_and_keeps_what_it_had(tmp_path, monkeypatch):
-    journal = Journal(tmp_path / "out")
+    journal = Journal.beside(tmp_path / "out")
     journal.step("a", lambda: 1)
-    monkeypatch.setattr("pathlib.Path.replace", full_disk)
-    kept = r"out.partial-measured cannot be written: No space left on device; make room; what was measured is kept"
+    monkeypatch.setattr("orthogonalize.core.journal.write_after", cut_by_full_disk)
+    kept = (
+        r"out.partial-measured cannot be written: No space left on device; make room; finished measurements were kept"
+    )
     with pytest.raises(OrthogonalizeError, match=kept), journal.kept():
         journal.step("b", lambda: 2)
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial-measured"]
-    assert Journal(tmp_path / "out").done == {"a": 1}
-    fresh = Journal(tmp_path / "other")
+    assert Journal.beside(tmp_path / "out").done == {"a": 1}
+    fresh = Journal.beside(tmp_path / "other")
     with pytest.raises(OrthogonalizeError, match=r"device; make room$"), fresh.kept():  # nothing is kept of this one
         fresh.step("b", lambda: 2)
-    unlocked = Journal(tmp_path / "out", needed=False)
+    unlocked = Journal.beside(tmp_path / "out", needed=False)
     assert unlocked.step("b", lambda: 2) == 2
+    with monkeypatch.context() as patch:  # the disk has room again: what could not be written before is written now
+        patch.setattr("orthogonalize.core.journal.write_after", write_after)
+        unlocked.step("c", lambda: 3)
+        assert Journal.beside(tmp_path / "out").done == {"a": 1, "b": 2, "c": 3}
     monkeypatch.setattr("pathlib.Path.unlink", full_disk)
     unlocked.close()
+
+
+def cut_by_full_disk(file, size, data):
+    write_after(file, size, data[: len(data) // 2])
+    full_disk()
 
 
 def full_disk(*_arguments, **_named):
@@ -217,12 +229,18 @@ def full_disk(*_arguments, **_named):
 
 
 def test_a_line_of_a_journal_that_was_cut_is_not_taken(tmp_path):
-    journal = Journal(tmp_path / "out")
+    journal = Journal.beside(tmp_path / "out")
     journal.step("a", lambda: 1)
     journal.step("b", lambda: 2)
     with journal.file.open("a") as file:
         file.write('{"step": "c", "resu')
-    assert Journal(tmp_path / "out").done == {"a": 1, "b": 2}
+    resumed = Journal.beside(tmp_path / "out")
+    assert resumed.done == {"a": 1, "b": 2}
+    resumed.step("d", lambda: 4)
+    assert Journal.beside(tmp_path / "out").done == {"a": 1, "b": 2, "d": 4}
+    assert resumed.file.read_text() == "".join(
+        f'{{"step": "{step}", "result": {result}}}\n' for step, result in [("a", 1), ("b", 2), ("d", 4)]
+    )
 
 
 def test_the_state_of_a_checkpoint_is_that_of_every_file_that_it_computes_with(model, tmp_path):
@@ -243,7 +261,7 @@ def test_what_an_engine_measured_that_is_not_to_be_trusted_is_forgotten(model, e
         "orthogonalize.evals.setup.open_engine", lambda _, folder, tokenizer, *__: TransformersEngine(folder, tokenizer)
     )
     prints = iter("abcdefgh")
-    monkeypatch.setattr(WeightSwap, "not_taken", lambda *_: None)
+    monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: next(prints))
     settings = {"suites": ["refusal"], "max_new_tokens": 4}
     with pytest.raises(OrthogonalizeError, match=r"use --separate-engines$"):
@@ -287,7 +305,7 @@ def test_a_base_that_was_swapped_into_another_s_engine_is_not_taken_for_one_in_i
     settings = {"suites": ["refusal"], "max_new_tokens": 4}
     fingerprint = TransformersEngine.fingerprint
     with monkeypatch.context() as patch:
-        patch.setattr(WeightSwap, "not_taken", lambda *_: None)
+        patch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
         patch.setattr("orthogonalize.commands.evaluate.partial", lambda *_: pytest.fail("the second swap"))
         with pytest.raises(BaseException, match="the second swap"):
             evaluate(edited, str(model), run, tmp_path / "out", **settings)
@@ -327,7 +345,9 @@ def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, 
     settings = {"engine": "hf", "max_new_tokens": 8, "suites": ["refusal", "kl"]}
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "likeliest", full)
-        with pytest.raises(OrthogonalizeError, match=r"memory ran out: CUDA out of memory.*kept, so the same command"):
+        with pytest.raises(
+            OrthogonalizeError, match=r"memory ran out: CUDA out of memory.*kept: re-run the same command"
+        ):
             evaluate(edited, str(model), run, tmp_path / "x", **settings)
     assert evaluate(edited, str(model), run, tmp_path / "x", **settings).edited.refusal is not None
 
