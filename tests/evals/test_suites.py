@@ -236,7 +236,7 @@ def test_a_missing_shard_of_a_split_is_named(tmp_path):
         file.unlink()
     for number in (0, 2):
         write(home, mmlu_rows(3), f"test-0000{number}-of-00003", ".parquet")
-    with pytest.raises(OrthogonalizeError, match=r"test-00001-of-00003.parquet is not there; fetch it again"):
+    with pytest.raises(OrthogonalizeError, match=r"test-00001-of-00003.parquet is missing; download it again"):
         mmlu(folder, None)
     write(home, mmlu_rows(4), "test-00001-of-00003", ".parquet")
     assert len(mmlu(folder, None)) == 10
