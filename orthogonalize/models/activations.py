@@ -6,17 +6,16 @@ neither mask nor shifted positions are needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..core.errors import OrthogonalizeError
+from ..core.progress import Progress
 from .hooks import Stream, capturing_inputs
 
 TOKENS_PER_BATCH = 4096
-
-Progress = Callable[[int], None]
 
 
 def batches(ids: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:

