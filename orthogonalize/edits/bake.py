@@ -12,7 +12,7 @@ from ..checkpoints.quantization import real_rows
 from ..checkpoints.safetensors_file import DTYPES, row_blocks
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, Intervention, Site, conjugated
+from ..core.interventions import AffineMap, Intervention, Site, conjugate
 from ..models.sites import Located
 from .constant_vectors import place_constant
 from .site_plan import SitePlan
@@ -38,7 +38,7 @@ class EditPlan(SitePlan):
     def _plan_part(self, site: Site, part: Part, affine: AffineMap) -> None:
         layer = int(site.layer or 0)
         if part.post_norm is not None:
-            affine = conjugated(affine, self.norm_weight(self.sites.in_layer(f"{part.post_norm}.weight", layer), site))
+            affine = conjugate(affine, self.norm_weight(self.sites.in_layer(f"{part.post_norm}.weight", layer), site))
         for write in self.sites.writes(part, layer):
             self.edit(write.name, site, write.axis, affine, "matrix")
             bias = bias_name(write.name)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..architectures.schema import Architecture, Norms, Part, architecture_of
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, Intervention, Site, conjugated, shift
+from ..core.interventions import AffineMap, Intervention, Site, conjugate, shift
 
 Handles = Iterator[torch.utils.hooks.RemovableHandle]
 
@@ -77,7 +77,7 @@ def _map_before_norm(norm: nn.Module, affine: AffineMap, offset: float) -> torch
     """Map what `norm`, behind a block, is given so that what it returns is mapped: as baked writers do."""
 
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
-        before = conjugated(affine, offset + norm.weight.detach().cpu())  # type: ignore[operator]
+        before = conjugate(affine, offset + norm.weight.detach().cpu())  # type: ignore[operator]
         result: torch.Tensor = norm.forward(before(inputs[0]))
         return result
 

@@ -18,7 +18,7 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..core.interrupts import check
-from ..core.interventions import AffineMap, centred_map, shift, stacked
+from ..core.interventions import AffineMap, centred_map, shift, stack_maps
 from ..core.progress import track
 from ..directions.direction_set import Directions
 from ..models.hooks import Stream
@@ -192,7 +192,7 @@ class _Scoring:
         maps = {p: centred_map(m) if self.centring else m for p, m in found.items() if m is not None}
         if not maps:
             return []
-        removals = stacked(list(maps.values()))
+        removals = stack_maps(list(maps.values()))
         bypassed = behaviour_score(self.on_positive.probabilities(layer, removals, projected=True), self.tokens)
         kept = self.on_negative.probabilities(layer, removals, projected=True)
         kl = divergence(self.base.expand_as(kept), kept).mean(-1)

@@ -203,7 +203,10 @@ def test_an_existing_folder_is_replaced_only_by_force_and_only_if_it_is_ours(tmp
     (other / "thesis.txt").write_text("years of work")
     with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(mine, RUN):
         pass
-    with pytest.raises(OrthogonalizeError, match="no earlier output"), complete_folder(other, RUN, force=True):
+    with (
+        pytest.raises(OrthogonalizeError, match="was not created by this command"),
+        complete_folder(other, RUN, force=True),
+    ):
         pass
     with complete_folder(mine, RUN, force=True) as partial:
         (partial / "stages.json").write_text("2")
@@ -258,7 +261,7 @@ def test_force_never_replaces_a_folder_of_another_kind_or_what_the_command_reads
     demo = tmp_path / "demo"
     (demo / "run").mkdir(parents=True)
     (demo / "report.json").write_text("{}")
-    with pytest.raises(OrthogonalizeError, match="no earlier output"):
+    with pytest.raises(OrthogonalizeError, match="was not created by this command"):
         check_free(demo, REPORT, force=True)
     edited = tmp_path / "edited"
     edited.mkdir()

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.core.interventions import Intervention, Site, conjugated, removal
+from orthogonalize.core.interventions import Intervention, Site, conjugate, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.hooks import Stream, capturing_inputs, intervened
@@ -70,7 +70,7 @@ def test_a_norm_that_lets_almost_nothing_through_does_not_crush_the_rest_of_the_
     ideal = ABLATE(behind(outputs))
     errors = {}
     for truncation in (0.0, 0.1):
-        before = conjugated(ABLATE, d, truncation)
+        before = conjugate(ABLATE, d, truncation)
         got = behind(before(outputs))
         assert (got @ BASIS[0]).abs().max() < 1e-8
         errors[truncation] = ((got - ideal).norm() / ideal.norm()).item()

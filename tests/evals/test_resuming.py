@@ -175,7 +175,7 @@ def test_a_signal_to_stop_that_python_swallows_stops_what_is_asked_next(tmp_path
 
     journal = Journal.beside(tmp_path / "out")
     before = signal.getsignal(signal.SIGTERM)
-    with interruption.signals_handled():
+    with interruption.handle_signals():
         Last()
         with pytest.raises(KeyboardInterrupt):
             ResumableEngine(Engine(), journal, "base").answers([[1]], 4)
@@ -189,7 +189,7 @@ def test_a_signal_to_stop_that_python_swallows_stops_what_is_asked_next(tmp_path
 def test_a_job_that_was_started_to_ignore_ctrl_c_does():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with interruption.signals_handled():
+        with interruption.handle_signals():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -346,7 +346,7 @@ def test_memory_that_runs_out_is_one_line_and_loses_nothing(model, edited, run, 
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "likeliest", full)
         with pytest.raises(
-            OrthogonalizeError, match=r"memory ran out: CUDA out of memory.*kept: re-run the same command"
+            OrthogonalizeError, match=r"out of memory: CUDA out of memory.*kept: re-run the same command"
         ):
             evaluate(edited, str(model), run, tmp_path / "x", **settings)
     assert evaluate(edited, str(model), run, tmp_path / "x", **settings).edited.refusal is not None

@@ -331,7 +331,7 @@ def test_memory_that_runs_out_is_one_line_in_every_command(model, run, tmp_path,
     monkeypatch.setattr("orthogonalize.editing._write", full)
     status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
     assert status == 1
-    assert "memory ran out: DefaultCPUAllocator" in said
+    assert "out of memory: DefaultCPUAllocator" in said
     assert "nothing half-finished was left" in said
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("orthogonalize.editing._write", lambda *_: [][1])
