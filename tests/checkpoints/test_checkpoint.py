@@ -149,7 +149,7 @@ def test_an_undescribed_architecture_and_a_wrong_width_are_refused(base, basis):
         bake(open_checkpoint(base), some_edit(torch.eye(7)[:1]))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
-    with pytest.raises(OrthogonalizeError, match="'unheard_of' has no description"):
+    with pytest.raises(OrthogonalizeError, match="'unheard_of' is not supported"):
         bake(open_checkpoint(base), some_edit(basis))
 
 

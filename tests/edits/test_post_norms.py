@@ -141,5 +141,5 @@ def test_an_uncentred_read_of_a_layer_norm_is_refused(bases):
 
 def test_a_stream_that_passes_through_a_norm_is_refused(tmp_path):
     source = store_tiny("opt", tmp_path / "base", do_layer_norm_before=False)
-    with pytest.raises(OrthogonalizeError, match="do_layer_norm_before = False has no description"):
+    with pytest.raises(OrthogonalizeError, match="do_layer_norm_before = False is not supported"):
         bake(open_checkpoint(source), ablation())

@@ -135,7 +135,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused_before_any_engine_starts(
             assert status == 1
             assert f"lacks {tensor}" in said, said
             assert "\n" not in said
-    with pytest.raises(OrthogonalizeError, match="it is incomplete"):
+    with pytest.raises(OrthogonalizeError, match="is incomplete: it lacks"):
         load_model(base)
 
 

@@ -286,7 +286,7 @@ def test_a_checkpoint_is_called_by_its_folder_wherever_one_stands(model, edited,
 @pytest.mark.parametrize(("words", "message"), [
     (["--judge", "prefix"], "refusals are counted anyway"),
     (["--judge", "wildguard="], "names no model"),
-    (["--revision", "main"], "--revision main is for models of the Hub, and .* lies here"),
+    (["--revision", "main"], "--revision main is only for models on the Hub, but .* is a local path"),
     (["--separate-engines"], "--separate-engines is for vLLM"),
 ])  # fmt: skip
 def test_what_would_do_nothing_is_refused(words, message, model, edited, run, tmp_path):

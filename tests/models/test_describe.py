@@ -20,7 +20,7 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.models.describe.discovery import Findings, discover
-from orthogonalize.models.describe.draft import draft, shrunk
+from orthogonalize.models.describe.draft import draft, shrink_config
 from orthogonalize.models.hooks import Stream
 from orthogonalize.models.sites import Sites
 
@@ -166,7 +166,7 @@ UNDESCRIBED = ["nemotron", "seed_oss", "glm", "bamba", "jamba", "minimax_m2"]
 def test_the_draft_of_an_undescribed_architecture_is_exact_at_once(model_type, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    config = shrunk(AutoConfig.for_model(model_type))
+    config = shrink_config(AutoConfig.for_model(model_type))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_the_draft_of_a_wrapper_is_of_the_wrapper_and_asks_what_images_pass_last
     (question,) = [q for q in drafted.open_questions if "images" in q]
     assert "multi_modal_projector.linear_1.weight or multi_modal_projector.linear_2.weight" in question
     monkeypatch.setattr(architectures, "families", lambda: {"llava": drafted.architecture})
-    with pytest.raises(OrthogonalizeError, match=r"does not say by which tensor .* add an \[embed\.images\]"):
+    with pytest.raises(OrthogonalizeError, match=r"does not say through which tensor .* add an \[embed\.images\]"):
         bake(open_checkpoint(tmp_path / "llava"), every_write())
     answer = (
         '\n[embed.images]\nweight = "multi_modal_projector.linear_2.weight"\naxis = 0\nrows = false\nimage = true\n'
@@ -221,7 +221,7 @@ def test_what_a_model_hears_is_not_left_unedited_in_silence(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"audio_config": {"hidden_size": 24}}))
     assert bake(open_checkpoint(folder), every_write()).edits  # the configuration's default, and nothing that hears
     heard = rewritten(folder, tmp_path / "hears", lambda t: t | {"audio_projector.weight": torch.zeros(48, 24)})
-    with pytest.raises(OrthogonalizeError, match=r"also hears \(audio_config\)"):
+    with pytest.raises(OrthogonalizeError, match=r"has an audio encoder \(audio_config\)"):
         bake(open_checkpoint(heard), every_write())
 
 
@@ -237,7 +237,7 @@ def test_a_wrapper_that_transformers_cannot_build_so_is_one_line(tmp_path):
 def test_describe_prints_a_draft_and_says_what_it_leaves_open(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(shrunk(AutoConfig.for_model("seed_oss")))
+    model = AutoModelForCausalLM.from_config(shrink_config(AutoConfig.for_model("seed_oss")))
     model.save_pretrained(tmp_path / "model")
     result = CliRunner().invoke(
         main, ["--quiet", "describe", str(tmp_path / "model"), "--out", str(tmp_path / "x.toml")]
@@ -245,7 +245,7 @@ def test_describe_prints_a_draft_and_says_what_it_leaves_open(tmp_path):
     assert result.exit_code == 0, result.output
     text = (tmp_path / "x.toml").read_text()
     assert parse(text, "x") is not None
-    assert "does vLLM run an untied head" in text
+    assert "does vLLM support an untied head" in text
     assert 'writes = { "mlp.down_proj.weight" = 0 }' in CliRunner().invoke(
         main, ["--quiet", "describe", str(tmp_path / "model")]
     ).output  # fmt: skip

@@ -288,7 +288,7 @@ def test_nan_weights_stop_the_extraction_by_layer(sources, tmp_path):
         "--negative", sources["negative"],
     )  # fmt: skip
     assert status == 1
-    assert "input of layer 1 hold NaN" in said
+    assert "input of layer 1 contain NaN" in said
 
 
 @pytest.mark.parametrize(
