@@ -26,7 +26,7 @@ class Journal:
     """
 
     def __init__(self, file: Path, inputs: Any = None, needed: bool = True) -> None:
-        """`needed` says whether a file that cannot be written is an error (else it is only reported)."""
+        """`needed` says whether failing to write the file is an error; otherwise it is only reported."""
         self.file, self.needed = file, needed
         self.done: dict[str, Any] = {}
         self._head = b"" if inputs is None else _line({"inputs": fingerprint(inputs)})
@@ -45,7 +45,7 @@ class Journal:
         except OSError:
             return
         if not content.startswith(self._head):
-            self.file.unlink()  # now, lest a run that is killed before its first step revive it
+            self.file.unlink()  # at once: if this run is killed before its first step, the next must not find it
             return
         self._end = len(self._head)
         for line in content[self._end :].split(b"\n")[:-1]:
@@ -112,7 +112,7 @@ class Journal:
             note(f"{failure}, so an interrupted run could not resume")
 
     def _append(self) -> None:
-        if not self.file.is_file():  # not yet, or somebody has removed it
+        if not self.file.is_file():  # first step, or the file was removed
             self._end, self._unwritten = 0, dict(self.done)
         lines = b"".join(_line({"step": name, "result": value}) for name, value in self._unwritten.items())
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +137,7 @@ class Journal:
         except (OrthogonalizeError, MemoryError, RuntimeError) as error:
             reason = str(error) if isinstance(error, OrthogonalizeError) else ran_out_of_memory(error)
             if reason is None:
-                raise  # a defect of this package
+                raise  # a bug, not for the user to fix
             advice = "; finished measurements were kept: re-run the same command to resume" if self.on_disk else ""
             raise OrthogonalizeError(reason + advice) from error
 

@@ -17,10 +17,8 @@ from ..core.interventions import Site
 # Suffixes of what quantized checkpoints store beside, or instead of, a weight.
 COMPANIONS = ("_scale", "_scale_inv", "_blocks", "_scales", "_packed", "_shape", "_zero_point", "_g_idx")
 
-ROOTS = (
-    "",
-    "model.",
-)  # possible prefixes of tensors outside the text model, depending on the library that wrote the checkpoint
+# Possible prefixes of tensors outside the text model, depending on the library that wrote the checkpoint.
+ROOTS = ("", "model.")
 AUDIO = re.compile(r"audio|speech|sound")  # audio encoders, in tensor names and configuration keys
 VISION = re.compile(r"(^|\.)vis(ion|ual)")  # vision encoders, in tensor names
 

@@ -2,7 +2,7 @@
 
 The experiments run on a small random model of the same class. What each block adds to the stream is decomposed into
 outputs of its modules, which reveals the modules, their factors and the norms after them. Then every tensor axis as
-wide as the stream is tested: if a direction is project_out out of all of them, no block writes or reads it; an axis
+wide as the stream is tested: if a direction is projected out of all of them, no block writes or reads it; an axis
 whose omission brings it back is a write or a read.
 """
 
@@ -122,7 +122,7 @@ class Experiments:
         return list(found)
 
     def project_out(self, axes: Iterable[tuple[str, int]]) -> ObservedModel:
-        """The model with the direction project_out out of all of `axes`."""
+        """The model with the direction projected out of all of `axes`."""
         by_group: dict[str, list[int]] = {}
         for group, axis in axes:
             by_group.setdefault(group, []).append(axis)
@@ -161,7 +161,7 @@ def _shift_reads(lab: Experiments, probe: ObservedModel, parts: Mapping[int, lis
 def _measure(
     lab: Experiments, probe: ObservedModel, parts: Mapping[int, list[FoundPart]]
 ) -> tuple[float, dict[tuple[int, str], float], dict[tuple[int, str], float]]:
-    """The direction's share of the first block's input and of each part's output, and the effect of a shift on these."""
+    """The direction's share of the first block's input and of each part's output, and the effect of a shift."""
     watched = {f"{layer}/{p.module}": probe.inner(layer)[p.module] for layer, found in parts.items() for p in found}
     ins, outs = probe.observe({"first": probe.blocks[0], **watched})
     with _shift_reads(lab, probe, parts):
@@ -215,7 +215,7 @@ def discover(folder: Path) -> Findings:
     first, written, change = _measure(lab, everything, parts)
     if max(first, *written.values(), *change.values()) > DETECTED:
         raise OrthogonalizeError(
-            "blocks write or read a direction even when it is project_out out of every tensor as wide as the stream "
+            "blocks write or read a direction even when it is projected out of every tensor as wide as the stream "
             f"(written {max(written.values()):.1e}, read {max(change.values()):.1e}, embedded {first:.1e})"
         )
     embed: dict[str, int] = {}
