@@ -109,7 +109,7 @@ def own_engine(run: Path, edits: int, limit: int, new_tokens: int, number: int) 
         target.mkdir()
         bake(open_checkpoint(folder), chosen(run, edits)[number].intervention).write(target)
         with Recorded("vllm", target, tokenizer, plan.max_model_len) as engine:
-            plan.measure(engine, BaseOutputs(), Journal(Path(scratch) / "none"), "own")
+            plan.measure(engine, BaseOutputs(), Journal.beside(Path(scratch) / "none"), "own")
             return {"engine_start_s": engine.started, "answers": engine.answered[0]}
 
 

@@ -39,7 +39,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with interrupts.signals_handled():
+            with interrupts.handle_signals():
                 return super().invoke(ctx)
         except OrthogonalizeError as error:
             click.echo(f"error: {' '.join(str(error).split())}", err=True)

@@ -24,7 +24,7 @@ from orthogonalize.core.progress import show, track
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.data.prompts import PLANTED, load_prompts
 from orthogonalize.models.activations import pad
-from orthogonalize.models.demo_model import HUB_ID, base_model
+from orthogonalize.models.demo_model import BASE, base_model
 from orthogonalize.models.generation import generate, stop_tokens
 from orthogonalize.models.loading import choose_device, load_model, load_tokenizer
 
@@ -140,7 +140,7 @@ def main(out: Path, device: str) -> None:
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device, torch.float32 if choose_device(device).type == "cuda" else torch.bfloat16)
     adapted = train(model, make_examples(model, tokenizer, plan), plan)
-    adapted.peft_config["default"].base_model_name_or_path = HUB_ID
+    adapted.peft_config["default"].base_model_name_or_path = BASE
     adapted.to(torch.bfloat16).save_pretrained(out)
 
 

@@ -1,11 +1,11 @@
-"""Architectures as data: where each family writes to, and reads from, its residual stream.
+"""Architecture files: where each model family writes to and reads from its residual stream, as data.
 
-One TOML file a family, checked by the classes below. The code never guesses an axis from a shape:
-what is not described is refused, and so is a checkpoint with a tensor as wide as the stream that its
-description does not name. docs/architectures.md tells how to read and write these files.
+There is one TOML file per family, validated by the classes below. Axes are never inferred from shapes: models that
+are not described are rejected, as are checkpoints with a tensor as wide as the stream that is not described. See
+docs/architectures.md for how to read and write these files.
 
-Names of tensors and modules are relative: those of blocks to their layer, the others to the decoder.
-Wherever tensors are listed the value is the axis that is the residual stream.
+Names of tensors and modules are relative: in blocks to the layer, elsewhere to the decoder. In tables of tensors, the
+value is the axis that corresponds to the residual stream.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ class _Data(BaseModel):
 
 
 class Layout(_Data):
-    """One way in which checkpoints of a family are named: before all names, and the head's whole name."""
+    """One naming scheme of a family's checkpoints: the decoder's prefix, and the full name of the head."""
 
     decoder: str
     head: str
 
 
 class Norms(_Data):
-    """What the family's norms do: `(offset + weight) * x / rms(x)`, or the same of a centred x, plus a bias.
+    """The family's norms: `(offset + weight) * x / rms(x)`; for LayerNorm with x centred, plus a bias.
 
-    `epsilon` is the configuration's key for the constant under the root, or that constant.
+    `epsilon` is the constant under the root, or its configuration key.
     """
 
     kind: Literal["rms", "layer"] = "rms"
@@ -45,11 +45,13 @@ class Norms(_Data):
 
 
 class Bias(_Data):
-    """A bias on the outputs of a block: what switches it on, and who reads it.
+    """A bias on the outputs of a block.
 
-    `flags` are configuration values that create it (none: it is always there) and `zeros` the
-    weights whose biases they create beside it. `on` are the writes that have one, where not all of them
-    do. `served` names the implementation that reads it: vLLM's own, or only the Transformers backend in vLLM.
+    Attributes:
+        flags: configuration values that create it; empty if it always exists.
+        zeros: the weights whose biases the flags create as well.
+        on: the writes that have it, if not all do.
+        served: which implementation in vLLM reads it: its own, or only its Transformers backend.
     """
 
     flags: dict[str, bool] = {}
@@ -59,9 +61,9 @@ class Bias(_Data):
 
 
 class ValueBias(_Data):
-    """A bias of the value projection that vLLM reads: attention weights sum to one, so it adds a constant.
+    """A bias of the value projection that vLLM reads; since attention weights sum to one, it adds a constant.
 
-    `weight` is the value projection, `output` the output projection that it passes through.
+    `weight` is the value projection, `output` the output projection after it.
     """
 
     weight: str
@@ -71,11 +73,12 @@ class ValueBias(_Data):
 
 
 class Part(_Data):
-    """A module whose output is added to the stream: what it writes, what it reads, and the norms around it.
+    """A module whose output is added to the stream: its writes, its reads and the norms around it.
 
-    `norm` lists the names that the norm before it may have; without one it reads the stream itself.
-    `scale` is the configuration's key (dots and numbers lead into it) for a factor on the output;
-    `scale_inside` says that the module multiplies by it itself.
+    Attributes:
+        norm: names that the norm before it may have; empty if it reads the stream directly.
+        scale: the configuration path (see `setting`) of a factor on the output.
+        scale_inside: whether the module applies that factor itself.
     """
 
     module: str
@@ -90,11 +93,13 @@ class Part(_Data):
 
 
 class Embedded(_Data):
-    """A tensor that writes the stream before the first block.
+    """A tensor that writes to the stream before the first block.
 
-    `rows` are vectors of the stream that are looked up (each token meets exactly one), otherwise the
-    tensor is a linear map. `unless` names a tensor whose presence makes this one no write, `tied` the
-    tensor that a tied head shares, `image` what only image tokens pass (named from the root).
+    Attributes:
+        rows: whether each token looks up one row; otherwise the tensor is a linear map.
+        unless: a tensor whose presence means that this one does not write.
+        tied: whether a tied head shares it.
+        image: whether only image tokens pass through it (its name is relative to the root).
     """
 
     weight: str
@@ -109,9 +114,12 @@ class Embedded(_Data):
 class Head(_Data):
     """The output head: the norm before it, and how it is tied to the embedding.
 
-    `flags` are the configuration's words for tying and `tied` what holds where it is silent.
-    `untied` says who runs it with weights of its own: vLLM's class, only the Transformers backend in
-    vLLM, or nobody. `before` names a projection that reads the stream instead of the head.
+    Attributes:
+        flags: the configuration keys that tie it.
+        tied: whether it is tied if none of them is set.
+        untied: which implementation in vLLM supports weights of its own: vLLM's class, only the Transformers
+            backend, or none.
+        before: a projection that reads the stream instead of the head.
     """
 
     axis: int = 1
@@ -123,29 +131,30 @@ class Head(_Data):
 
 
 class AsLlama(_Data):
-    """When a family's model is a Llama in all but name.
+    """When a family's model can be stored as a Llama.
 
-    `requires` are configuration keys that must be on, or off (or absent), or have one of some values (or none).
-    `fused` are the weights of a block that Llama stores as several, stacked along their first axis in this order:
-    how it names each, and its share, a number or the configuration's key for one.
+    Attributes:
+        requires: configuration keys that must be set; or unset or absent; or one of several values or absent.
+        fused: the weights of a block that Llama stores as several, which are stacked along the first axis in this
+            order: Llama's name of each, and its share of the rows, as a number or a configuration key.
     """
 
     requires: dict[str, bool | list[str | float]] = {}
     fused: dict[str, dict[str, int | str]] = {}
 
     def hindrance(self, config: Mapping[str, Any]) -> str | None:
-        """What keeps a model from being a Llama, in words; None where nothing does."""
+        """Why a model cannot be stored as a Llama, such as "sliding_window is 4096"; None if it can."""
         for key, wanted in self.requires.items():
             value = setting(config, key)
             if key == "sliding_window" and value and value >= setting(config, "max_position_embeddings", value + 1):
-                continue  # no text is so long that it closes
+                continue  # no text is longer than the window
             if bool(value) != wanted if isinstance(wanted, bool) else value not in (None, *wanted):
                 return f"{key} is {value}"
         return None
 
 
 class Architecture(_Data):
-    """One family, as its TOML file describes it."""
+    """One model family, as described by its TOML file."""
 
     family: str
     model_types: tuple[str, ...]
@@ -175,23 +184,23 @@ class Architecture(_Data):
         return self._number(config, self.hidden_size)
 
     def experts(self, config: Mapping[str, Any]) -> int:
-        """The number of routed experts a layer; 0 where the model has none."""
+        """The number of routed experts per layer; 0 if there are none."""
         counts = (setting(config, key) for key in self.expert_count)
         return next((count for count in counts if type(count) is int), 0)
 
     def _number(self, config: Mapping[str, Any], key: str) -> int:
         value = setting(config, key)
         if type(value) is not int:
-            raise OrthogonalizeError(f"config.json of this {self.family} model has no whole number {key!r}")
+            raise OrthogonalizeError(f"config.json of this {self.family} model has no integer {key!r}")
         return value
 
     def epsilon(self, config: Mapping[str, Any]) -> float:
-        """The constant inside the root of the norms; 1e-6 where the configuration is silent."""
+        """The constant under the root of the norms; 1e-6 if the configuration does not set it."""
         named = self.norms.epsilon
         return float(setting(config, named, 1e-6)) if isinstance(named, str) else named
 
     def is_parallel(self, config: Mapping[str, Any]) -> bool:
-        """Whether both blocks of a layer read the same stream, so that either may carry a constant."""
+        """Whether attention and MLP read the same stream, so that either can carry a constant."""
         return bool(setting(config, self.parallel, False)) if isinstance(self.parallel, str) else self.parallel
 
     def parts(self, kind: str) -> dict[str, Part]:
@@ -199,7 +208,7 @@ class Architecture(_Data):
         return self.attn if kind == "attn" else self.mlp
 
     def scale(self, key: str | None, config: Mapping[str, Any]) -> float:
-        """The factor behind `key`; `sqrt_width` stands for the root of the stream's width."""
+        """The value of the factor `key`; `sqrt_width` means the square root of the stream's width."""
         if key is None:
             return 1.0
         return self.width(config) ** 0.5 if key == "sqrt_width" else float(setting(config, key, 1.0))
@@ -212,7 +221,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def setting(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
-    """The value at `path` (keys and list positions, separated by dots) in the text model's configuration."""
+    """The value at `path` (keys and list indices, separated by dots) in the text model's configuration."""
     found: Any = text_config(config)
     for key in path.split("."):
         if isinstance(found, Mapping) and key in found:
@@ -225,48 +234,48 @@ def setting(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
 
 
 def bias_name(weight: str) -> str:
-    """What the bias beside `weight` is called."""
+    """The name of the bias that belongs to `weight`."""
     return weight.removesuffix(".weight") + ".bias" if weight.endswith(".weight") else weight + "_bias"
 
 
-def _merged(base: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in above.items():
         both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping) and "module" not in value
-        result[key] = _merged(base[key], value) if both else value
+        result[key] = _merge(base[key], value) if both else value
     return result
 
 
 def parse(text: str, name: str) -> Architecture | None:
-    """The description in the TOML `text` of file `name`; None for a layout that others build upon.
+    """The architecture in the TOML `text` of file `name`; None for a base file that others extend.
 
-    `like = "other"` takes over the file of that name and changes what is said again; a part that
-    names its module is said anew as a whole.
+    `like = "other"` inherits from the file of that name; a part that names its module replaces the inherited one
+    entirely, other tables are merged.
 
     Raises:
-        OrthogonalizeError: it does not fit the schema.
+        OrthogonalizeError: the text does not match the schema.
     """
     try:
-        data = _complete(tomllib.loads(text))
+        data = _inherit(tomllib.loads(text))
         return Architecture.model_validate(data) if "model_types" in data else None
     except (ValidationError, tomllib.TOMLDecodeError) as error:
         raise OrthogonalizeError(f"architecture file {name} is not valid: {error}") from error
 
 
-def _complete(data: dict[str, Any]) -> dict[str, Any]:
+def _inherit(data: dict[str, Any]) -> dict[str, Any]:
     name = data.pop("like", None)
     if name is None:
         return data
     file = resources.files(__package__) / f"{name}.toml"
     if not file.is_file():
-        raise OrthogonalizeError(f"architecture file builds upon {name!r}, which does not exist")
-    base = _complete(tomllib.loads(file.read_text("utf-8")))
-    return _merged({k: v for k, v in base.items() if k not in ("family", "model_types")}, data)
+        raise OrthogonalizeError(f"architecture file inherits from {name!r}, which does not exist")
+    base = _inherit(tomllib.loads(file.read_text("utf-8")))
+    return _merge({k: v for k, v in base.items() if k not in ("family", "model_types")}, data)
 
 
 @cache
 def families() -> dict[str, Architecture]:
-    """Every described architecture, by `model_type`."""
+    """All described architectures by `model_type`."""
     described: dict[str, Architecture] = {}
     for file in sorted(resources.files(__package__).iterdir(), key=lambda f: f.name):
         if not file.name.endswith(".toml"):
@@ -274,29 +283,29 @@ def families() -> dict[str, Architecture]:
         architecture = parse(file.read_text("utf-8"), file.name)
         for model_type in architecture.model_types if architecture else ():
             if model_type in described:
-                raise OrthogonalizeError(f"architecture file {file.name} describes {model_type}, which another does")
+                raise OrthogonalizeError(f"architecture file {file.name} describes {model_type}, but so does another")
             described[model_type] = architecture  # type: ignore[assignment]
     return described
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
-    """The description of the model that `config` (a parsed config.json) belongs to.
+    """The architecture of the model that `config` (a parsed config.json) belongs to.
 
     Raises:
-        OrthogonalizeError: no file describes its `model_type`, or it uses what none can describe.
+        OrthogonalizeError: no file describes its `model_type`, or it has an unsupported setting.
     """
     model_type = config.get("model_type")
     described = families()
     if model_type not in described:
         raise OrthogonalizeError(
-            f"architecture {model_type!r} has no description (described: {', '.join(sorted(described))}); "
-            "`orthogonalize describe MODEL` drafts one, which goes into orthogonalize/architectures"
+            f"architecture {model_type!r} is not supported (supported: {', '.join(sorted(described))}); "
+            "run `orthogonalize describe MODEL` to draft a file for orthogonalize/architectures"
         )
     architecture = described[str(model_type)]
     for key, wanted in architecture.requires.items():
         if setting(config, key, wanted) != wanted:
             raise OrthogonalizeError(
-                f"{architecture.family} with {key} = {setting(config, key)} has no description: its stream itself "
-                "passes through a norm, so no edit of its weights is exact"
+                f"{architecture.family} with {key} = {setting(config, key)} is not supported: its stream itself "
+                "passes through a norm, so its weights cannot be edited exactly"
             )
     return architecture

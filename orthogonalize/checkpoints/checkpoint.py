@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..core.errors import OrthogonalizeError
-from ..core.progress import track
+from ..core.progress import Progress, track
 from .safetensors_file import DTYPES, TensorFile, TensorInfo, open_tensor_file
 
 INDEX = "model.safetensors.index.json"
@@ -26,8 +26,6 @@ CARD = "README.md"
 OTHER_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "consolidated*")
 NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes")
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)

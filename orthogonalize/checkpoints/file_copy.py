@@ -10,7 +10,7 @@ from fcntl import ioctl
 from pathlib import Path
 
 from ..core.errors import OrthogonalizeError
-from .checkpoint import Progress
+from ..core.progress import Progress
 
 CLONE = 0x40049409  # the ioctl FICLONE: two files share their blocks until one changes
 BUFFER = 32 * 2**20  # bytes read at a time

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Addition, Checkpoint, Progress
+from ..core.progress import Progress
+from .checkpoint import Addition, Checkpoint
 from .quantization import rescaled, scale_name
 from .rounding.base import Scales
 from .rounding.registry import DEFAULT_ROUNDING

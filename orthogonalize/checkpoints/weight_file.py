@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from ..core.errors import OrthogonalizeError
+from ..core.progress import Progress
 from . import chunks as pieces
-from .checkpoint import Progress
 from .chunks import Job, Piece, cut, spans
 from .direct_io import BLOCK, DirectStream
 from .safetensors_file import DTYPES, TensorFile, header_bytes

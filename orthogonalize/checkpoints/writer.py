@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..core.errors import OrthogonalizeError
-from .checkpoint import INDEX, Addition, Checkpoint, Progress, read_json
+from ..core.progress import Progress
+from .checkpoint import INDEX, Addition, Checkpoint, read_json
 from .chunks import Job
 from .file_copy import copy_file, copy_hashed
 from .rounding.base import Scales

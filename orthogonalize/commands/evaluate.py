@@ -201,7 +201,7 @@ def evaluate(
     if redact and plan.answers_count and not plan.sensitive:
         note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
-    journal = Journal(out)
+    journal = Journal.beside(out)
     before, after, opinions = _measure_both(ready, checkpoint, separate_engines, journal)
     answers, left_out = side_by_side(plan, before, after, opinions, redact)
     report = Report(

@@ -18,7 +18,8 @@ from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint, write_atomically
-from ..core.journal import StageJournal
+from ..core.interrupts import check
+from ..core.journal import Journal
 from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.benchmarks import PROMPT_SETS
@@ -219,9 +220,9 @@ class _Extraction:
     def _run_selection(self) -> dict[str, Any]:
         directions = Directions.load(self.out / "directions.safetensors")
         prompts, tokens = load_prompt_file(self.out), self.book.result("prompts")["behaviour_tokens"]
-        journal = StageJournal(self.out / ".selection.journal", self.inputs("selection"))
-        if journal.resumed:
-            note("selection: going on where the last run was")
+        journal = Journal(self.out / ".selection.journal", self.inputs("selection"))
+        if journal.on_disk:
+            note("selection: resuming an interrupted run")
         candidates = self._score(prompts, directions, tokens, journal)
         probes = self._probe(directions, candidates)
         trials = self._try_edits(prompts, directions, candidates, tokens, journal)
@@ -233,7 +234,7 @@ class _Extraction:
         return {}
 
     def _score(
-        self, prompts: list[Prompt], directions: Directions, tokens: list[int], journal: StageJournal
+        self, prompts: list[Prompt], directions: Directions, tokens: list[int], journal: Journal
     ) -> list[Candidate]:
         """Scored, filtered and ranked candidates of every finder."""
         positive, negative = (self._ids(prompts, side, "val")[: self.settings.scored] for side in SIDES)
@@ -263,7 +264,7 @@ class _Extraction:
         directions: Directions,
         ranked: list[Candidate],
         tokens: list[int],
-        journal: StageJournal,
+        journal: Journal,
     ) -> list[Trial]:
         """Search whole edits on val prompts, and confirm the best by what the model then answers."""
         if not self.settings.trials:
@@ -272,6 +273,7 @@ class _Extraction:
         if "answers" not in journal:
             with track("the model's own answers", len(negative), "prompts") as advance:
                 journal.put({"answers": self._generate(negative, ANSWER_TOKENS, advance)})
+            check()
         answers = journal["answers"]
         kept = [i for i, answer in enumerate(answers) if answer]
         if not kept:

@@ -76,7 +76,7 @@ def judge(
         return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(yes_no_series(flags, categories)))
     (ready,) = ready_judges([name])
     pairs = [(row["prompt"], row["response"]) for row in rows]
-    journal = Journal(Path(file), needed=False)  # who made the answers may have locked them
+    journal = Journal.beside(Path(file), needed=False)  # the folder of the answers may be read-only
     journal.announce_resume([ready.step(pairs, engine, options)])
     with journal.kept():
         opinions = ready.ask(pairs, engine, options, journal)

@@ -13,8 +13,9 @@ from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..core.errors import InPlaceError, NoNumberError, OrthogonalizeError
+from ..core.files import fingerprint
 from ..core.interventions import centred
-from ..core.journal import Journal, fingerprint_of
+from ..core.journal import Journal
 from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..core.progress import note, track
 from ..data.refusals import LEAST_TOKENS
@@ -177,7 +178,7 @@ class _Runner:
         """Measure an edit, and time that with its swap; one that leaves no numbers is left out."""
         name, label = variant.name, self.labels[variant.name]
         steps = self.plan.steps(label)
-        done, asked = self.journal.has(*steps), fingerprint_of(steps)[:16]
+        done, asked = self.journal.has(*steps), fingerprint(steps)[:16]
         if self.journal.has(f"{label}/refused@{asked}"):
             self.refused[name] = self.journal.step(f"{label}/refused@{asked}", str)
             return
@@ -288,13 +289,13 @@ def sweep(
             variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
         plans, refused = _plans(source, variants)
     possible = [v for v in variants if v.name not in refused]
-    journal = Journal(out)
+    journal = Journal.beside(out)
     common = None if plans is None else SharedBase.of(source, list(plans.values())).state  # what the engine starts on
     edits = {v.name: [semantics, store_maps(v.intervention)[2], v.layers] for v in possible}
     labels = {name: ready.label(name, common, edit) for name, edit in ({"base": None} | edits).items()}
     runner = _Runner(ready.plan, journal, refused, labels)
     journal.announce_resume(runner.steps())
-    restored = f"restored@{fingerprint_of(runner.steps())[:16]}"
+    restored = f"restored@{fingerprint(runner.steps())[:16]}"
     with journal.kept():
         with _Host(ready.start, source, plans) as host, track("sweep", len(possible) + 1, "edits") as advance:
             runner.base(host)

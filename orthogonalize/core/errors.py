@@ -1,35 +1,35 @@
-"""The one exception that a user is meant to see, and what running out of memory looks like."""
+"""Errors that users see, and detection of out-of-memory errors."""
 
 import re
 
-# What libraries say of it; "an illegal memory access" is another matter.
-EXHAUSTED = re.compile(r"out of memory|allocate memory|enough memory", re.IGNORECASE)
+# Matches the messages of the libraries, but not "an illegal memory access".
+OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|enough memory", re.IGNORECASE)
 
 
 class OrthogonalizeError(Exception):
-    """Something the user can mend: one line that names the thing and the way out.
+    """An error that the user can fix: one line that names the cause and a remedy.
 
-    The command line prints it without a traceback and exits with status 1. Anything else that
-    escapes is a defect of this package.
+    The command line prints it without a traceback and exits with status 1. Any other exception is a bug in
+    this package.
     """
 
 
 class InPlaceError(OrthogonalizeError):
-    """An engine cannot hold other weights in place of those that it started with."""
+    """The engine cannot swap the weights that it started with for others."""
 
 
 class NoNumberError(OrthogonalizeError):
-    """A model whose log-probabilities are NaN: its weights are damaged, by an edit or before."""
+    """The model's log-probabilities are NaN: its weights are damaged, by an edit or originally."""
 
 
 def ran_out_of_memory(error: BaseException) -> str | None:
-    """What to say where `error` means that memory ran out, of the machine or of a device; None where it does not."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and EXHAUSTED.search(str(error))):
-        return f"memory ran out: {str(error).strip() or 'of this machine'}"
+    """The message for an `error` that means out of memory, on the host or a device; None for any other error."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))):
+        return f"out of memory: {str(error).strip() or 'the host has no memory left'}"
     return None
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its class where it has none."""
+    """The first line of an exception's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Being stopped: by Ctrl-C, or by a scheduler's TERM, wherever the signal happens to arrive."""
+"""Signal handling: Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-_asked = False  # no lock: a second signal may arrive in the middle of the first
+_requested = False  # no lock: a second signal may arrive while the first is handled
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    global _asked
-    _asked = True
+    global _requested
+    _requested = True
     raise KeyboardInterrupt
 
 
 @contextmanager
-def signals_handled() -> Iterator[None]:
-    """In here a signal to stop raises KeyboardInterrupt, and `check` does so again where that was swallowed.
+def handle_signals() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM in this context; `check` raises it again if it was swallowed.
 
-    Python drops what is raised while it cleans up after an object; the work would go on as if nothing were said.
-    What this process was started to ignore (jobs in a shell's background ignore Ctrl-C), it ignores.
+    Python discards exceptions raised in destructors, so the work would silently continue. Signals that the process
+    was started to ignore (background jobs of a shell ignore Ctrl-C) stay ignored.
     """
-    global _asked
+    global _requested
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -37,16 +37,16 @@ def signals_handled() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _asked = False
+        _requested = False
 
 
 def check() -> None:
-    """Stop here, if that was asked for; called before an engine is asked for anything.
+    """Stop here if a signal requested it; called between steps of long work.
 
     Raises:
-        KeyboardInterrupt: it was.
+        KeyboardInterrupt: a signal arrived and its exception was swallowed.
     """
-    global _asked
-    if _asked:
-        _asked = False
+    global _requested
+    if _requested:
+        _requested = False
         raise KeyboardInterrupt

@@ -1,6 +1,7 @@
-"""Interventions: affine maps on the places where a model writes to, or reads, its residual stream.
+"""Interventions: affine maps at the sites where a model writes to or reads from its residual stream.
 
-Nothing here knows a model. `hooks` and `baking` realise the same object in two ways.
+This module does not depend on any model: `models.hooks` applies an intervention to a running model, `edits.bake`
+to the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from .errors import OrthogonalizeError
 
 
 class Site(NamedTuple):
-    """A write or read site: `embed`, `attn.3`, `mlp.3` or (for reads) `head`."""
+    """A write or read site: `embed`, `attn.3`, `mlp.3` or (reads only) `head`."""
 
     kind: Literal["embed", "attn", "mlp", "head"]
     layer: int | None = None
@@ -29,17 +30,17 @@ class Site(NamedTuple):
         """The inverse of `str`."""
         kind, _, layer = text.partition(".")
         if kind not in ("embed", "attn", "mlp", "head"):
-            raise ValueError(f"no such site: {text!r}")
+            raise ValueError(f"unknown site: {text!r}")
         return cls(kind, int(layer) if layer else None)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class AffineMap:
-    """`h -> h - u (v^T h) + s`, the form that all methods share.
+    """An affine map of low rank, `h -> h - u (v^T h) + s`; all edit methods have this form.
 
-    `u` and `v` are [d, k] with d the width of the stream and k the rank (k = 0 for a pure shift);
-    `s` is [d]. A leading batch dimension ([batch, d, k], [batch, d]) gives each row of a batch its
-    own map. Units are those of the stream.
+    `u` and `v` are [d, k], where d is the width of the stream and k the rank (k = 0 for a pure shift);
+    `s` is [d], in units of the stream. With a leading batch dimension ([batch, d, k], [batch, d]) each row of
+    a batch has its own map.
     """
 
     u: torch.Tensor
@@ -51,7 +52,7 @@ class AffineMap:
             raise ValueError(
                 f"map shapes do not fit: u {tuple(self.u.shape)}, v {tuple(self.v.shape)}, s {tuple(self.s.shape)}"
             )
-        for name in ("u", "v", "s"):  # sums depend, in their last bit, on the order in memory; a recipe keeps none
+        for name in ("u", "v", "s"):  # memory layout changes the last bit of sums, and recipes do not store it
             object.__setattr__(self, name, getattr(self, name).clone(memory_format=torch.contiguous_format))
 
     @property
@@ -64,15 +65,15 @@ class AffineMap:
 
     @property
     def shifts(self) -> bool:
-        """Whether a constant is added."""
+        """Whether the map adds a constant."""
         return bool(self.s.any())
 
     def to(self, device: torch.device, dtype: torch.dtype) -> AffineMap:
-        """The same map on another device and in another floating-point format."""
+        """The same map on another device and in another dtype."""
         return AffineMap(*(t.to(device=device, dtype=dtype) for t in (self.u, self.v, self.s)))
 
     def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """Apply to `h` [..., d], computing in the wider of float32 and the dtype of `h`."""
+        """Apply the map to `h` [..., d], computed in float32 or, if wider, the dtype of `h`."""
         wide = torch.promote_types(h.dtype, torch.float32)
         here = self.to(h.device, wide)
         x = h.to(wide)
@@ -89,15 +90,15 @@ class AffineMap:
         return self.unshifted(h)
 
     def is_centred(self, tolerance: float) -> bool:
-        """Whether `u` and `v` have, up to `tolerance`, no part along (1, …, 1), which a LayerNorm subtracts."""
+        """Whether `u` and `v` have, up to `tolerance`, no component along (1, …, 1), which a LayerNorm subtracts."""
         return all(
             bool((part.sum(-2).abs() <= tolerance * part.shape[-2] ** 0.5 * part.norm(dim=-2)).all())
             for part in (self.u, self.v)
         )
 
 
-def stacked(maps: Sequence[AffineMap]) -> AffineMap:
-    """Several maps as one with a leading batch dimension; lower ranks are filled up with zeros."""
+def stack_maps(maps: Sequence[AffineMap]) -> AffineMap:
+    """Combine maps into one with a leading batch dimension; lower ranks are padded with zeros."""
     most = max(m.rank for m in maps)
     u, v = (torch.stack([torch.nn.functional.pad(t, (0, most - t.shape[-1])) for t in ts])
             for ts in ([m.u for m in maps], [m.v for m in maps]))  # fmt: skip
@@ -108,7 +109,7 @@ def removal(basis: torch.Tensor, strength: float = 1.0) -> AffineMap:
     """`h - strength * B^T B h` for an orthonormal `basis` B of shape [k, d] (or [batch, k, d]).
 
     Strength 1 projects the subspace out (Arditi et al. 2024, eq. 4, for k = 1; Ravfogel et al.
-    2020, eq. 2, for an INLP basis); 2 mirrors it.
+    2020, eq. 2, for an INLP basis); strength 2 reflects it.
     """
     columns = basis.to(torch.float64).mT
     return AffineMap(strength * columns, columns, torch.zeros_like(columns[..., 0]))
@@ -121,16 +122,16 @@ def shift(vector: torch.Tensor) -> AffineMap:
     return AffineMap(nothing, nothing, s)
 
 
-def conjugated(affine: AffineMap, scale: torch.Tensor, truncation: float = 0.1) -> AffineMap:
-    """The linear map before a norm that multiplies by `scale` [d] which does, behind it, what `affine` does.
+def conjugate(affine: AffineMap, scale: torch.Tensor, truncation: float = 0.1) -> AffineMap:
+    """The linear map before a norm with weights `scale` [d] that has the effect of `affine` after it.
 
-    For y = D o / rms(o) and M = 1 - U V^T the map 1 - D^-1 U V^T D gives M y up to the ratio of the two
-    rms, a positive number for every token. Where D is nearly zero its inverse would blow up one
-    coordinate and so crush all others: below `truncation` times the median of |D| the coordinate is left
-    alone and the rest rescaled, which keeps V^T of the output exactly as `affine` makes it.
+    For y = D o / rms(o) and M = 1 - U V^T, the map 1 - D^-1 U V^T D yields M y up to the ratio of the two rms
+    values, a positive factor per token. Where D is nearly zero, its inverse would inflate one coordinate and so
+    suppress all others: coordinates below `truncation` times the median of |D| are left unchanged and the rest
+    are rescaled, which keeps V^T of the output exactly what `affine` makes it.
 
     Raises:
-        OrthogonalizeError: the direction lies where the norm lets almost nothing through.
+        OrthogonalizeError: the norm suppresses the direction almost completely.
     """
     d = scale.to(torch.float64)
     u, v = affine.u.to(torch.float64), d.unsqueeze(-1) * affine.v.to(torch.float64)
@@ -140,20 +141,20 @@ def conjugated(affine: AffineMap, scale: torch.Tensor, truncation: float = 0.1) 
     live = u.norm(dim=0) > 0
     if live.any() and torch.linalg.cond(overlap[live][:, live]) > 1e6:
         raise OrthogonalizeError(
-            "the norm behind a block lets next to nothing of this direction through, so it cannot be edited there"
+            "the norm after a block suppresses this direction almost completely, so it cannot be edited there"
         )
     return AffineMap(divided @ (torch.linalg.pinv(overlap) @ wanted), v, torch.zeros_like(affine.s))
 
 
 def centred_map(affine: AffineMap) -> AffineMap:
-    """The same map along directions without their mean, which is all that a LayerNorm can see of them.
+    """The same map with the mean of each direction removed, since a LayerNorm cannot see it.
 
-    Orthonormal directions are made orthonormal again; shifts stay.
+    Orthonormal directions are made orthonormal again; shifts are kept.
     """
     if not affine.rank or affine.is_centred(1e-12):
         return affine
     u, v = (part - part.mean(-2, keepdim=True) for part in (affine.u, affine.v))
-    # U (V^T U)^-1 keeps the map a removal of the same strength: V^T U is the strength, and centring shrinks it.
+    # V^T U is the strength of the removal, and centring shrinks it: U (V^T U)^-1 restores it.
     before, after = affine.v.mT @ affine.u, v.mT @ u
     return AffineMap(u @ torch.linalg.pinv(after) @ before, v, affine.s)
 
@@ -175,25 +176,25 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if any(m.shifts for m in self.reads.values()):
-            raise ValueError("a read site cannot add a constant; shift the last write before it instead")
+            raise ValueError("a map at a read site cannot add a constant; shift the last write before it instead")
         object.__setattr__(self, "writes", MappingProxyType(dict(self.writes)))
         object.__setattr__(self, "reads", MappingProxyType(dict(self.reads)))
 
     @property
     def width(self) -> int | None:
-        """The stream's width, or None for the empty intervention."""
+        """The width of the stream; None if the intervention is empty."""
         for affine in (*self.writes.values(), *self.reads.values()):
             return affine.width
         return None
 
 
 def block_sites(layers: Iterable[int]) -> list[Site]:
-    """The attention and MLP sites of `layers`, in the order in which they act."""
+    """The attention and MLP sites of `layers`, in execution order."""
     return [site for layer in layers for site in (Site("attn", layer), Site("mlp", layer))]
 
 
 def orthonormal(vectors: torch.Tensor) -> torch.Tensor:
-    """Gram-Schmidt, in order and in float64: [k, d] rows to orthonormal rows; dependent ones go."""
+    """Orthonormalize the rows of `vectors` [k, d] by Gram-Schmidt in float64, in order; dependent rows are dropped."""
     kept: list[torch.Tensor] = []
     for vector in vectors.to(torch.float64):
         norm = vector.norm()

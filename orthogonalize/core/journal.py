@@ -1,147 +1,154 @@
-"""A journal: every finished step of a long measurement as a line of JSON, so that a killed one goes on."""
+"""Resume journal: the finished steps of long work, appended to a file so that an interrupted run can resume."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import OrthogonalizeError, ran_out_of_memory
-from .files import fingerprint, write_atomically
-from .interrupts import check
+from .files import fingerprint, write_after
 from .progress import note
 
 
-def fingerprint_of(*parts: Any) -> str:
-    """SHA-256 of what a measurement depends on, as JSON."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
 class Journal:
-    """Steps done, in `.OUT.partial-measured` beside the folder `out`.
+    """Results of finished steps by name, one line of JSON each.
 
-    A step's name has a fingerprint of all that its result depends on, so what has changed since is asked anew and
-    the rest is not. A last line that was cut off is ignored.
+    Results are bound to what they depend on in one of two ways: with `inputs`, a file made from other inputs is
+    discarded; without, every name must carry a fingerprint of all that its result depends on, so that only what
+    has changed is computed again.
+
+    A step may take steps of its own, called `name/...`; they are forgotten once it is done. Lines are only ever
+    appended. A line that was cut off is ignored, and the next one overwrites it.
     """
 
-    def __init__(self, out: Path, needed: bool = True) -> None:
-        self.needed = needed  # whether work goes on only if it can be kept
-        self.file = out.absolute().parent / f".{out.name}.partial-measured"
-        self.done = self._read()
-        self.on_disk = bool(self.done)
+    def __init__(self, file: Path, inputs: Any = None, needed: bool = True) -> None:
+        """`needed` says whether failing to write the file is an error; otherwise it is only reported."""
+        self.file, self.needed = file, needed
+        self.done: dict[str, Any] = {}
+        self._head = b"" if inputs is None else _line({"inputs": fingerprint(inputs)})
+        self._end = 0  # bytes of the file that are intact
+        self._unwritten: dict[str, Any] = {}
+        self._read()
 
-    def _read(self) -> dict[str, Any]:
+    @classmethod
+    def beside(cls, out: Path, needed: bool = True) -> Journal:
+        """The journal of the measurements that go into `out`: `.OUT.partial-measured` in the same folder."""
+        return cls(out.absolute().parent / f".{out.name}.partial-measured", needed=needed)
+
+    def _read(self) -> None:
         try:
-            lines = self.file.read_text("utf-8").split("\n")
-        except (OSError, ValueError):
-            return {}
-        done: dict[str, Any] = {}
-        for line in lines[:-1]:
+            content = self.file.read_bytes()
+        except OSError:
+            return
+        if not content.startswith(self._head):
+            self.file.unlink()  # at once: if this run is killed before its first step, the next must not find it
+            return
+        self._end = len(self._head)
+        for line in content[self._end :].split(b"\n")[:-1]:
             try:
-                step = json.loads(line)
-                done[step["step"]] = step["result"]
+                entry = json.loads(line)
+                self.done[entry["step"]] = entry["result"]
             except (ValueError, KeyError, TypeError):
                 break
-        return done
+            self._end += len(line) + 1
+        self.done = {name: result for name, result in self.done.items() if not self._is_replaced(name)}
+
+    def _is_replaced(self, name: str) -> bool:
+        """Whether a step is part of another that is done."""
+        return any(name[: slash.start()] in self.done for slash in re.finditer("/", name))
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the file holds any step."""
+        return self._end > len(self._head)
 
     def announce_resume(self, steps: Iterable[str]) -> None:
-        """Say how many of `steps` are taken up from before, begun ones too."""
+        """Tell the user how many of `steps` the journal holds, whole or in part."""
         wanted = list(steps)
         begun = [w for w in wanted if any(done == w or done.startswith(f"{w}/") for done in self.done)]
         if begun:
-            note(f"going on from {self.file.name}: {len(begun)} of {len(wanted)} steps are done or begun")
+            note(f"resuming from {self.file.name}: {len(begun)} of {len(wanted)} steps are done or under way")
         elif self.done:
-            note(f"{self.file.name} is of other settings, data or weights; what it keeps is not taken up")
+            note(f"{self.file.name} was made with different settings, data or weights; ignoring it")
 
-    def step(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of step `name`: as it was stored, or made by `work` (plain JSON values) and stored.
+    def __contains__(self, name: str) -> bool:
+        return name in self.done
 
-        Steps that `work` itself takes are called `name/...`; they are forgotten when the whole is done.
-        """
-        if name not in self.done:
-            self.put({name: work()}, instead=name)
+    def __getitem__(self, name: str) -> Any:
         return self.done[name]
-
-    def put(self, results: Mapping[str, Any], instead: str) -> None:
-        """Store the results of steps, and forget those of the steps that `instead` took."""
-        self.done = {done: of for done, of in self.done.items() if not done.startswith(f"{instead}/")}
-        self.done |= json.loads(json.dumps(results))  # what is changed later must not change what is stored
-        # Rewritten whole: a line that a killed run cut off would spoil what is appended to it.
-        partial = self.file.with_name(self.file.name + "-writing")
-        lines = [json.dumps({"step": step, "result": value}) for step, value in self.done.items()]
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text("\n".join(lines) + "\n", "utf-8")
-            partial.replace(self.file)
-            self.on_disk = True
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            what = f"{self.file} cannot be written: {error.strerror}"
-            if self.needed:
-                raise OrthogonalizeError(f"{what}; make room") from error
-            note(f"{what}, so nothing is kept should this be cut off")
 
     def has(self, *names: str) -> bool:
         """Whether all these steps are done."""
         return all(name in self.done for name in names)
 
+    def step(self, name: str, work: Callable[[], Any]) -> Any:
+        """The result of step `name`: as stored, or made by `work` (plain JSON values) and stored."""
+        if name not in self.done:
+            self.put({name: work()}, replaces=name)
+        return self.done[name]
+
+    def put(self, results: Mapping[str, Any], replaces: str | None = None) -> None:
+        """Store the results of steps, and forget the steps that `replaces` took.
+
+        Raises:
+            OrthogonalizeError: the file cannot be written, and is needed.
+        """
+        stored = json.loads(json.dumps(results))  # later changes to `results` must not reach what is stored
+        if replaces is not None:
+            self.done = {name: of for name, of in self.done.items() if not name.startswith(f"{replaces}/")}
+        self.done |= stored
+        self._unwritten |= stored
+        try:
+            self._append()
+        except OSError as error:
+            self._cut()
+            failure = f"{self.file} cannot be written: {error.strerror}"
+            if self.needed:
+                raise OrthogonalizeError(f"{failure}; make room") from error
+            note(f"{failure}, so an interrupted run could not resume")
+
+    def _append(self) -> None:
+        if not self.file.is_file():  # first step, or the file was removed
+            self._end, self._unwritten = 0, dict(self.done)
+        lines = b"".join(_line({"step": name, "result": value}) for name, value in self._unwritten.items())
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        data = lines if self._end else self._head + lines
+        write_after(self.file, self._end, data)
+        self._end += len(data)
+        self._unwritten.clear()
+
+    def _cut(self) -> None:
+        """Remove what a failed write left behind the intact lines."""
+        with suppress(OSError):
+            if self._end:
+                write_after(self.file, self._end, b"")
+            else:
+                self.file.unlink()
+
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Measure in here: what fails says that the steps before it are not lost."""
+        """Work in this context: an error that the user can fix says that finished steps were kept."""
         try:
             yield
         except (OrthogonalizeError, MemoryError, RuntimeError) as error:
-            what = str(error) if isinstance(error, OrthogonalizeError) else ran_out_of_memory(error)
-            if what is None:
-                raise  # no error that a user can mend
-            kept = "; what was measured is kept, so the same command goes on from here" if self.on_disk else ""
-            raise OrthogonalizeError(what + kept) from error
+            reason = str(error) if isinstance(error, OrthogonalizeError) else ran_out_of_memory(error)
+            if reason is None:
+                raise  # a bug, not for the user to fix
+            advice = "; finished measurements were kept: re-run the same command to resume" if self.on_disk else ""
+            raise OrthogonalizeError(reason + advice) from error
 
     def close(self) -> None:
-        """Forget the steps, and remove their file: all is published, or none of it can be trusted."""
+        """Forget all steps and remove the file: the results are published, or not to be trusted."""
         self.done.clear()
-        self.on_disk = False
+        self._unwritten.clear()
+        self._end = 0
         with suppress(OSError) if not self.needed else nullcontext():
             self.file.unlink(missing_ok=True)
 
 
-class StageJournal:
-    """Results of the stage under way, a JSON line each, so that a killed run goes on where it was.
-
-    Lines of a former stage with other inputs, and a last line that was cut, are dropped.
-    """
-
-    def __init__(self, file: Path, inputs: Any) -> None:
-        self.file = file
-        head = json.dumps({"inputs": fingerprint(inputs)})
-        self.found: dict[str, Any] = {}
-        lines = file.read_text("utf-8").split("\n") if file.is_file() else []
-        if lines[:1] == [head]:
-            for line in lines[1:-1]:
-                self.found.update(json.loads(line))
-            text = "\n".join(lines[:-1]) + "\n"
-        else:
-            text = head + "\n"
-        self.resumed = bool(self.found)
-        write_atomically(file, text)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.found
-
-    def __getitem__(self, key: str) -> Any:
-        return self.found[key]
-
-    def put(self, results: Mapping[str, Any]) -> None:
-        """Keep results by key."""
-        self.found.update(results)
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(results, ensure_ascii=False) + "\n")
-        check()
-
-    def close(self) -> None:
-        """Forget all: the stage is done."""
-        self.file.unlink(missing_ok=True)
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

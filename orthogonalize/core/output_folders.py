@@ -1,4 +1,4 @@
-"""Output folders that appear under their final name only when complete."""
+"""Output folders: created under a temporary name and renamed when complete."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ UNFINISHED = re.compile(r"\..*\.(partial|journal)(-\d+)?$")
 
 @dataclass(frozen=True)
 class FolderKind:
-    """What a command's output folder looks like: only such a folder does `--force` replace.
+    """How to recognize an output folder of a command; `--force` replaces no other folder.
 
-    `mark` must be in it; nothing but `parts` may be, unless `parts` is None.
+    Attributes:
+        mark: a file that the folder contains.
+        parts: the only names that it may contain; None allows any.
     """
 
     mark: str
     parts: frozenset[str] | None = None
 
-    def made(self, folder: Path) -> bool:
-        # What a killed run left half-written is no reason to refuse.
+    def matches(self, folder: Path) -> bool:
+        """Whether `folder` is of this kind, or holds nothing but what a killed run left behind."""
         names = {p.name for p in folder.iterdir() if not UNFINISHED.match(p.name)}
         return not names or (self.mark in names and (self.parts is None or names <= self.parts))
 
@@ -49,51 +51,51 @@ REPORT = FolderKind("report.json", frozenset({"report.json", "report.html"}))
 
 
 def check_free(out: Path, kind: FolderKind, force: bool = False, inputs: Sequence[Path] = ()) -> None:
-    """Refuse an output path that cannot be used, before any work is done for it.
+    """Reject an unusable output path before any work is done.
 
     Raises:
-        OrthogonalizeError: `out` exists without `force`, is no folder of this `kind`, or holds one of
-            the `inputs`.
+        OrthogonalizeError: `out` cannot be created; or exists and `force` is off, it is not a folder of this
+            `kind`, or it contains one of the `inputs`.
     """
     parent = next(p for p in out.absolute().parents if p.exists())
     if not parent.is_dir():
-        raise OrthogonalizeError(f"{out} cannot be made: {parent} is a file")
+        raise OrthogonalizeError(f"{out} cannot be created: {parent} is a file")
     try:
         TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise OrthogonalizeError(f"{out} cannot be made: {parent} cannot be written to ({error.strerror})") from error
+        raise OrthogonalizeError(f"{out} cannot be created: {parent} is not writable ({error.strerror})") from error
     if not out.exists() and not out.is_symlink():
         return
     if not force:
-        raise OrthogonalizeError(f"{out} exists; choose another --out, or --force to replace it")
-    if out.is_symlink() or not out.is_dir() or not kind.made(out):
+        raise OrthogonalizeError(f"{out} already exists; choose a different --out, or replace it with --force")
+    if out.is_symlink() or not out.is_dir() or not kind.matches(out):
         raise OrthogonalizeError(
-            f"{out} is no earlier output of this command, so --force leaves it; remove it yourself"
+            f"{out} was not created by this command, so --force does not replace it; remove it yourself"
         )
     for path in inputs:
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
-            raise OrthogonalizeError(f"{out} holds {path}, which this command reads; choose another --out")
+            raise OrthogonalizeError(f"{out} contains {path}, which this command reads; choose a different --out")
 
 
 def check_run_folder(out: Path, kind: FolderKind) -> None:
-    """Refuse an output path that is neither free nor an earlier output of this `kind`, which can be gone on with.
+    """Reject an output path that is neither free nor an existing output of this `kind` that can be resumed.
 
     Raises:
-        OrthogonalizeError: it is something else.
+        OrthogonalizeError: something else exists at `out`.
     """
     if not out.exists() and not out.is_symlink():
         check_free(out, kind)
-    elif out.is_symlink() or not out.is_dir() or not kind.made(out):
-        raise OrthogonalizeError(f"{out} exists and is no folder that this command made; choose another --out")
+    elif out.is_symlink() or not out.is_dir() or not kind.matches(out):
+        raise OrthogonalizeError(f"{out} already exists and was not created by this command; choose a different --out")
 
 
-def check_space(out: Path, needed: int, advice: str = "choose another --out") -> None:
-    """Refuse to start when the disk of `out` has fewer than `needed` bytes free."""
+def check_space(out: Path, needed: int, advice: str = "choose a different --out") -> None:
+    """Refuse to start if the disk of `out` has fewer than `needed` bytes free."""
     parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OrthogonalizeError(
-            f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room or {advice}"
+            f"{out} needs {needed / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; make room or {advice}"
         )
 
 
@@ -107,8 +109,8 @@ def _alive(pid: str) -> bool:
     return True
 
 
-def _tidy(out: Path, scratch: Path) -> None:
-    """Undo what killed runs left of `out`: half-written folders, and a former one that was about to be replaced."""
+def _clean_up(out: Path, scratch: Path) -> None:
+    """Clean up after killed runs: remove partial folders of `out`, and restore one that was being replaced."""
     for what in ("partial", "previous"):
         for stale in scratch.glob(f".{out.name}.{what}-*"):
             if _alive(stale.name.rpartition("-")[2]):
@@ -120,18 +122,22 @@ def _tidy(out: Path, scratch: Path) -> None:
 
 @contextmanager
 def complete_folder(out: Path, kind: FolderKind, force: bool = False, scratch: Path | None = None) -> Iterator[Path]:
-    """Give an empty folder beside `out` to write into; move it to `out` when the block succeeds.
+    """Yield an empty temporary folder to write into; rename it to `out` when the block succeeds.
 
-    On any error, Ctrl-C included, the half-written folder is removed and what stood at `out` stays.
-    What a killed run left behind is removed by the next one. `scratch` is a folder of the same file system
-    to write in, where beside `out` is no place for it.
+    On any error, Ctrl-C included, the temporary folder is removed and an existing `out` is kept. The next run
+    cleans up after a killed one.
+
+    Args:
+        out: the final path.
+        kind: see `check_free`; so is `force`.
+        scratch: where to create the temporary folder, on the same file system; by default beside `out`.
 
     Raises:
-        OrthogonalizeError: `out` exists (see `check_free`) or the disk fills up.
+        OrthogonalizeError: `out` cannot be used (see `check_free`), or the disk fills up.
     """
     out = out.absolute()
     scratch = (scratch or out.parent).absolute()
-    _tidy(out, scratch)
+    _clean_up(out, scratch)
     check_free(out, kind, force)
     for folder in (out.parent, scratch):
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,9 +151,11 @@ def complete_folder(out: Path, kind: FolderKind, force: bool = False, scratch: P
             out.rename(previous)
         partial.rename(out)
     except (OSError, SafetensorError) as error:
-        # The safetensors library reports a full disk in a class of its own.
+        # safetensors reports a full disk as an exception class of its own.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            raise OrthogonalizeError(f"the disk filled up while writing {out}; nothing was left behind") from error
+            raise OrthogonalizeError(
+                f"the disk filled up while writing {out}; no partial output was left behind"
+            ) from error
         raise
     finally:
         if previous.exists() and not out.exists():  # interrupted between the two renames
@@ -158,7 +166,7 @@ def complete_folder(out: Path, kind: FolderKind, force: bool = False, scratch: P
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """A folder that a command makes, of a `kind`."""
+    """An output folder and its kind."""
 
     folder: Path
     kind: FolderKind

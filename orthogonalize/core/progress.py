@@ -1,39 +1,48 @@
-"""Progress bars for long work: silent in the library, shown once the command line asks for them."""
+"""Progress bars and notes: silent in the library, shown by the command line."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Progress = Callable[[int], None]
+"""Called with the amount of work done since the last call."""
 
 console = Console(stderr=True)
 _shown = False
 
 
 def show(on: bool = True) -> None:
-    """Turn progress bars and notes on (the command line does) or off (the library's default)."""
+    """Turn progress bars and notes on (as the command line does) or off (the library's default)."""
     global _shown
     _shown = on
 
 
 def note(text: str) -> None:
-    """Tell the user one thing, where progress is shown."""
+    """Print one line to the user, if progress is shown."""
     if _shown:
         console.print(text, highlight=False, markup=False)
 
 
 @contextmanager
-def track(description: str, total: int | None, unit: str = "") -> Iterator[Callable[[int], None]]:
-    """A bar that runs to `total`; yields the function that advances it. `unit` "bytes" counts as MB."""
+def track(description: str, total: int | None, unit: str = "") -> Iterator[Progress]:
+    """Show a progress bar up to `total`; yields the function that advances it.
+
+    Args:
+        description: the bar's label.
+        total: the amount of work; None if unknown.
+        unit: of `total`; "bytes" are shown as MB.
+    """
     scale = 1e-6 if unit == "bytes" else 1.0
-    with Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("MB" if unit == "bytes" else unit),
-        TimeElapsedColumn(),
+    with bars.Progress(
+        bars.TextColumn("{task.description:<28}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TextColumn("MB" if unit == "bytes" else unit),
+        bars.TimeElapsedColumn(),
         console=console,
         disable=not _shown,
     ) as bar:

@@ -1,4 +1,4 @@
-"""Registries: one table for each kind of thing that can be added (an edit method, a suite, a judge, ...)."""
+"""Registries: one table per extension point (edit methods, suites, judges, ...)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLUGINS = "orthogonalize.plugins"
 
 
 class Named(Protocol):
-    """Anything that a registry can hold."""
+    """What a registry can hold: anything with a name."""
 
     @property
     def name(self) -> str: ...
@@ -23,10 +23,10 @@ Entry = TypeVar("Entry", bound=Named)
 
 
 class Registry(Mapping[str, Entry]):
-    """Entries by name, in the order in which they were added; that is also the order of help texts and tables.
+    """Entries by name, in the order in which they were added, which is also their order in help texts and tables.
 
-    `kind` is what one entry is called in messages ("edit method"). Entries must be cheap to import: the command
-    line reads registries before it knows whether torch is needed.
+    `kind` is what messages call an entry ("edit method"). Entries must be cheap to import: the command line reads
+    registries before it knows whether torch is needed.
     """
 
     def __init__(self, kind: str, entries: Iterable[Entry] = ()) -> None:
@@ -41,7 +41,7 @@ class Registry(Mapping[str, Entry]):
             self.add(getattr(import_module(f"{package}.{module}"), attribute))
 
     def add(self, entry: Entry) -> Entry:
-        """Add an entry of this package's or of a plugin's.
+        """Add an entry; plugins call this, too.
 
         Raises:
             ValueError: the name is taken.
@@ -79,9 +79,9 @@ class Registry(Mapping[str, Entry]):
 
 
 def load_plugins() -> None:
-    """Import the modules that installed packages name under the entry point group `orthogonalize.plugins`.
+    """Import the plugins that installed packages declare in the entry point group `orthogonalize.plugins`.
 
-    A plugin registers what it adds when it is imported.
+    A plugin adds its registry entries when it is imported.
     """
     for plugin in entry_points(group=PLUGINS):
         plugin.load()

@@ -1,19 +1,17 @@
-"""Public benchmark sets, by Hub id or as a local copy in the same schema. None of their texts ship here."""
+"""Public benchmark sets, read from the Hub or from a local copy in the same schema. None of their texts ship here."""
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, first_line
 from ..core.progress import note
+from .rows import read_split
 from .tokenization import is_valid_unicode
 
 T = TypeVar("T")
@@ -22,7 +20,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.zst")
 
 @dataclass(frozen=True)
 class BenchmarkSet:
-    """A dataset on the Hub: `repository`, its configuration and split, and the columns that are read."""
+    """A dataset on the Hub: its repository, configuration and split, and the columns that are read."""
 
     repository: str
     split: str
@@ -35,7 +33,15 @@ class BenchmarkSet:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A benchmark set of instructions: which column holds them, and which rows count."""
+    """A benchmark set of prompts.
+
+    Attributes:
+        column: holds the prompt.
+        category: the column that holds its category, if any.
+        only: (column, value) of the rows that are used, if not all.
+        sensitive: whether answers to these prompts can be harmful.
+        over_refusal: whether the prompts are harmless but look harmful.
+    """
 
     source: BenchmarkSet
     column: str
@@ -45,7 +51,7 @@ class PromptSet:
     over_refusal: bool = False
 
 
-# Over-refusal: prompts that look unsafe and are not. XSTest's unsafe half is left out.
+# Over-refusal: prompts that look unsafe but are safe. XSTest's unsafe half is skipped.
 XSTEST = PromptSet(
     BenchmarkSet("Paul/XSTest", "train", ("prompt", "type", "label")),
     "prompt", "type", only=("label", "safe"), over_refusal=True,
@@ -90,7 +96,7 @@ def local_file(source: BenchmarkSet, data: Path) -> Path:
     """The file of `source` below `data`: DATA/OWNER/NAME/[CONFIG/][data/]SPLIT.SUFFIX, or SPLIT-*.parquet.
 
     Raises:
-        OrthogonalizeError: there is none; the message says where it is looked for.
+        OrthogonalizeError: there is none; the message names the expected path.
     """
     folder = data / source.repository
     homes = [folder / source.config, folder] if source.config else [folder]
@@ -103,54 +109,9 @@ def local_file(source: BenchmarkSet, data: Path) -> Path:
         if shards:
             return shards[0]
     raise OrthogonalizeError(
-        f"no local copy of {source}: {homes[0] / source.split}.jsonl is not there "
-        f"({', '.join(s for s in SUFFIXES)}); put one there, or leave out --data to read it from the Hub"
+        f"no local copy of {source}: {homes[0] / source.split}.jsonl (or {', '.join(SUFFIXES[1:])}) does not exist; "
+        "put one there, or omit --data to read the set from the Hub"
     )
-
-
-def _lines(file: Path) -> Iterator[Any]:
-    if file.name.endswith(".zst"):
-        import zstandard
-
-        with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            yield from (json.loads(line) for line in io.TextIOWrapper(stream, "utf-8") if line.strip())
-    else:
-        with file.open(encoding="utf-8-sig") as text:
-            yield from (json.loads(line) for line in text if line.strip())
-
-
-def _file_rows(file: Path) -> Iterator[Any]:
-    match file.suffix:
-        case ".jsonl" | ".zst":
-            return _lines(file)
-        case ".json":
-            rows = json.loads(file.read_text("utf-8-sig"))
-            if not isinstance(rows, list):
-                raise ValueError("it is not a list")
-            return iter(rows)
-        case ".csv":
-            from pyarrow import csv
-
-            options = csv.ParseOptions(newlines_in_values=True)
-            return iter(csv.read_csv(file, parse_options=options).to_pylist())
-        case _:
-            from pyarrow import parquet
-
-            return (row for shard in _shards(file) for row in parquet.read_table(shard).to_pylist())
-
-
-def _shards(file: Path) -> list[Path]:
-    """All parts of a split, of which `file` is one; none may be missing where their names count them."""
-    split = file.name.partition("-")[0]
-    counted = re.fullmatch(rf"{re.escape(split)}-\d+-of-(\d+)\.parquet", file.name)
-    if counted is None:
-        return sorted(file.parent.glob(f"{split}-*.parquet")) or [file]
-    digits = len(counted[1])
-    names = [f"{split}-{number:0{digits}}-of-{counted[1]}.parquet" for number in range(int(counted[1]))]
-    missing = [name for name in names if not (file.parent / name).is_file()]
-    if missing:
-        raise ValueError(f"{missing[0]} is not there")
-    return [file.parent / name for name in names]
 
 
 def _hub_rows(source: BenchmarkSet) -> Iterator[Any]:
@@ -160,55 +121,57 @@ def _hub_rows(source: BenchmarkSet) -> Iterator[Any]:
 
 
 def rows(source: BenchmarkSet, data: Path | None, limit: int | None = None) -> list[dict[str, Any]]:
-    """The first `limit` rows of a set, from `data` where that is given, else from the Hub.
+    """The first `limit` rows of a set, from the folder `data` if given, else from the Hub.
 
     Raises:
-        OrthogonalizeError: it is not there, gated, empty, cut short, or in another schema.
+        OrthogonalizeError: the set is missing, gated, empty, truncated, or in another schema.
     """
     where = str(source) if data is None else str(local_file(source, data))
     try:
-        found = _hub_rows(source) if data is None else _file_rows(local_file(source, data))
+        found = _hub_rows(source) if data is None else read_split(local_file(source, data))
         taken = list(itertools.islice(found, limit))
     except OrthogonalizeError:
         raise
-    except Exception as error:  # every library here raises classes of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # each of these libraries raises its own classes
+        reason = first_line(error)
         if "gated" in reason.lower():
             raise OrthogonalizeError(
                 f"{source.repository} is gated: accept its terms on the Hub and log in (hf auth login)"
             ) from error
-        advice = "fetch it again" if data else "check the network, or name a local copy with --data"
+        advice = "download it again" if data else "check the network, or pass a local copy with --data"
         raise OrthogonalizeError(f"{where} cannot be read: {reason}; {advice}") from error
     if not taken:
-        raise OrthogonalizeError(f"{where} is empty; fetch it again")
+        raise OrthogonalizeError(f"{where} is empty; download it again")
     for number, row in enumerate(taken):
         missing = [c for c in source.columns if not isinstance(row, dict) or c not in row]
         if missing:
-            raise OrthogonalizeError(f"{where}: row {number + 1} has no {missing[0]!r}; it is not {source}")
+            raise OrthogonalizeError(f"{where}: row {number + 1} has no {missing[0]!r}, so this is not {source}")
         if not all(is_valid_unicode(value) for value in row.values() if isinstance(value, str)):
-            raise OrthogonalizeError(f"{where}: row {number + 1} has half a character; mend or remove it")
+            raise OrthogonalizeError(
+                f"{where}: row {number + 1} contains an unpaired surrogate (invalid Unicode); fix or remove it"
+            )
     return taken
 
 
 @contextmanager
 def as_documented(source: BenchmarkSet) -> Iterator[None]:
-    """Read rows of `source` in here: a value of another kind than the set's own is one clear error."""
+    """Report a value that does not have the type documented for `source` as one clear error."""
     try:
         yield
     except OrthogonalizeError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OrthogonalizeError(
-            f"a row of {source} is not as that set's own are ({reason}); lists and numbers need .jsonl or .parquet"
+            f"a row does not match the schema of {source} ({first_line(error)}); "
+            "lists and numbers need .jsonl or .parquet"
         ) from error
 
 
 def instructions(source: PromptSet, data: Path | None, limit: int | None) -> list[tuple[str, str | None]]:
-    """(prompt, category) of a prompt set; `limit` of them are spread over all.
+    """(prompt, category) of each row of a prompt set, or of `limit` rows spread evenly over it.
 
     Raises:
-        OrthogonalizeError: as `rows`, or no row counts.
+        OrthogonalizeError: see `rows`; or no row has a usable prompt.
     """
     found: list[tuple[str, str | None]] = []
     blank = 0
@@ -223,17 +186,17 @@ def instructions(source: PromptSet, data: Path | None, limit: int | None) -> lis
     if not found:
         raise OrthogonalizeError(f"{source.source} has no usable prompts; is it the right file?")
     if blank:
-        note(f"{source.source}: {blank} rows without a prompt are left out")
+        note(f"{source.source}: {blank} rows without a prompt were skipped")
     return evenly(found, limit)
 
 
 def category_of(value: Any) -> str | None:
-    """A category as text; None where there is none."""
+    """A category as text; None if there is none."""
     return str(value).strip() or None if isinstance(value, str | int | float) else None
 
 
 def evenly(found: Sequence[T], limit: int | None) -> list[T]:
-    """`limit` of the rows, spread over all of them: sets are sorted by subject or kind."""
+    """`limit` rows, spread evenly over all, since sets are sorted by subject or kind."""
     if limit is None or limit >= len(found):
         return list(found)
     return [found[i * len(found) // limit] for i in range(limit)]

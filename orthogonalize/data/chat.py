@@ -1,4 +1,4 @@
-"""From an instruction to token ids: the chat template is rendered once and tokenised once."""
+"""Chat templates: turn instructions into token ids, rendering and tokenizing once."""
 
 from __future__ import annotations
 
@@ -12,26 +12,29 @@ from jinja2 import TemplateError
 from ..core.errors import OrthogonalizeError
 from .tokenization import encode_open_ended
 
-# What templates that write the current date are told it is: prompts, and what was measured of them, would change at
-# midnight. It is the date that Llama 3's own template falls back to.
+# The date given to templates that write the current one; otherwise prompts, and results, would change at midnight.
+# Llama 3's own template falls back to this date.
 TODAY = datetime(2024, 7, 26)
 
-# Different in every token, so that what the renderings share at the end is the template's own.
+# Instructions without a common suffix, so that what their renderings share at the end comes from the template.
 _PROBES = ("Name a colour", "7 + 5 =", "Why?", "translate: bonjour\nto English")
 
 
 def with_fixed_date(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` of the chat template of `tokenizer`, and a date that stays where it writes one."""
-    writes = "strftime_now" in str(tokenizer.chat_template)
-    return ({"strftime_now": TODAY.strftime} if writes else {}) | dict(arguments)
+    """`arguments` for the chat template of `tokenizer`, with a fixed date if the template writes the current one."""
+    writes_date = "strftime_now" in str(tokenizer.chat_template)
+    return ({"strftime_now": TODAY.strftime} if writes_date else {}) | dict(arguments)
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How instructions are put to a model.
+    """How instructions are presented to a model.
 
-    `system` is an optional system prompt, `arguments` are passed to the chat template (such as
-    `enable_thinking`); `templated=False` sends the bare text, with the tokenizer's special tokens.
+    Attributes:
+        tokenizer: the model's tokenizer.
+        system: an optional system prompt.
+        arguments: passed to the chat template (such as `enable_thinking`).
+        templated: if False, the bare text is sent, with the tokenizer's special tokens.
     """
 
     tokenizer: Any
@@ -41,13 +44,16 @@ class ChatFormat:
 
     def __post_init__(self) -> None:
         if self.templated and not self.tokenizer.chat_template:
-            raise OrthogonalizeError("the model has no chat template; --no-chat-template sends the bare prompts")
+            raise OrthogonalizeError("the model has no chat template; use --no-chat-template to send the bare prompts")
 
     def encode(self, instruction: str) -> list[int]:
-        """Token ids of the whole prompt, up to where the model's answer begins.
+        """Token ids of the full prompt, up to where the model's answer begins.
 
-        The template's text is tokenised without adding special tokens again, so a BOS that the
-        template writes is never doubled.
+        The rendered text is tokenized without adding special tokens, so a BOS that the template writes is not
+        doubled.
+
+        Raises:
+            OrthogonalizeError: the chat template rejects the prompt.
         """
         if not self.templated:
             return encode_open_ended(self.tokenizer, [instruction])[0]
@@ -63,18 +69,15 @@ class ChatFormat:
                 **with_fixed_date(self.tokenizer, self.arguments),
             )
         except (TemplateError, TypeError, ValueError) as error:
-            raise OrthogonalizeError(f"the chat template does not take this prompt: {error}") from error
+            raise OrthogonalizeError(f"the chat template rejects this prompt: {error}") from error
         return list(ids)
 
     def encode_all(self, instructions: Sequence[str]) -> list[list[int]]:
-        """`encode` for many."""
+        """`encode` for several instructions."""
         return [self.encode(instruction) for instruction in instructions]
 
     def post_instruction_tokens(self) -> list[int]:
-        """The ids that the template appends after the instruction, found by rendering.
-
-        Without a template, the last token of a prompt is the only such position; [] stands for it.
-        """
+        """The token ids that the template appends to every instruction, found by rendering; [] without a template."""
         if not self.templated:
             return []
         rendered = self.encode_all(_PROBES)

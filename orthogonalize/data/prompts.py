@@ -1,8 +1,7 @@
-"""Prompt sets: reading them from any source, and splitting a contrast into train, val and test."""
+"""Prompt sets: read them from a file or the Hub, and split a contrast into train, val and test."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -11,23 +10,25 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, first_line
 from .benchmarks import category_of
+from .rows import read_rows
 from .tokenization import is_valid_unicode
 
 Side = Literal["positive", "negative"]
-# Spare prompts are drawn by further seeds only.
+# "spare" prompts are only used to compare directions across seeds.
 Split = Literal["train", "val", "test", "spare"]
 SIDES: tuple[Side, ...] = ("positive", "negative")
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "spare")
 COLUMNS = ("instruction", "prompt", "question", "text", "goal", "Goal", "behavior", "forbidden_prompt")
-MINIMUM = 8  # usable prompts a side
-MINIMUM_TRAIN = 6  # of which to find directions with
+SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+MINIMUM = 8  # usable prompts per side
+MINIMUM_TRAIN = 6  # of these, prompts to find directions with
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a contrast. `score` is the model's own behaviour score, where measured."""
+    """One prompt of a contrast. `score` is the unedited model's behaviour score, if measured."""
 
     text: str
     side: Side
@@ -49,7 +50,7 @@ class Concept:
     sensitive: bool = False
 
 
-PLANTED = "planted:"  # prompt sets that ship inside the package
+PLANTED = "planted:"  # prefix of prompt sets that ship with the package
 
 CONCEPTS = {
     "cooking": Concept("cooking", PLANTED + "contrast_cooking.jsonl", PLANTED + "contrast_other.jsonl"),
@@ -62,11 +63,12 @@ def concept(name: str) -> Concept:
     """The contrast called `name`.
 
     Raises:
-        OrthogonalizeError: there is none of that name.
+        OrthogonalizeError: there is none.
     """
     if name not in CONCEPTS:
         raise OrthogonalizeError(
-            f"no concept {name!r} (there are: {', '.join(CONCEPTS)}); give your own sets with --positive and --negative"
+            f"unknown concept {name!r}; available: {', '.join(CONCEPTS)}, "
+            "or your own sets with --positive and --negative"
         )
     return CONCEPTS[name]
 
@@ -76,34 +78,34 @@ def _rows_of_hub_dataset(source: str, split: str) -> list[Any]:
 
     try:
         return list(load_dataset(source, split=split))
-    except Exception as error:  # the library raises a different class for every way to fail
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # the library raises a class of its own for every kind of failure
         raise OrthogonalizeError(
-            f"dataset {source!r} (split {split!r}) cannot be read: {reason}; check the name, the split and your access"
+            f"dataset {source!r} (split {split!r}) cannot be read: {first_line(error)}; "
+            "check the name, the split and your access"
         ) from error
 
 
+def _rows(source: str, split: str) -> list[Any]:
+    path = Path(source)
+    if source.startswith(PLANTED):
+        path = Path(str(resources.files("orthogonalize.data"))) / "planted" / source.removeprefix(PLANTED)
+    if path.is_file():
+        try:
+            return _rows_of_file(path)
+        except (ValueError, OSError) as error:
+            raise OrthogonalizeError(f"{source} cannot be read as prompts: {error}") from error
+    if path.suffix.lower() in SUFFIXES:
+        raise OrthogonalizeError(f"no such prompt file: {source}")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return _rows_of_hub_dataset(source, split)
+    raise OrthogonalizeError(f"prompt source {source!r} is neither a file nor a Hub dataset owner/name")
+
+
 def _rows_of_file(path: Path) -> list[Any]:
-    match path.suffix.lower():
-        case ".txt":
-            return path.read_text("utf-8-sig").split("\n")
-        case ".json":
-            rows = json.loads(path.read_text("utf-8-sig"))
-            if not isinstance(rows, list):
-                raise ValueError("it is not a list")
-            return rows
-        case ".jsonl":
-            return [json.loads(line) for line in path.read_text("utf-8-sig").split("\n") if line.strip()]
-        case ".csv":
-            from pyarrow import csv
-
-            return list(csv.read_csv(path, parse_options=csv.ParseOptions(newlines_in_values=True)).to_pylist())
-        case ".parquet":
-            from pyarrow import parquet
-
-            return list(parquet.read_table(path).to_pylist())
-        case suffix:
-            raise OrthogonalizeError(f"{path}: {suffix or 'no suffix'} is not one of .txt .json .jsonl .csv .parquet")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise OrthogonalizeError(f"{path}: {suffix or 'no suffix'} is not one of {' '.join(SUFFIXES)}")
+    return path.read_text("utf-8-sig").split("\n") if suffix == ".txt" else list(read_rows(path))
 
 
 def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
@@ -114,7 +116,8 @@ def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
     names = [column] if column else [name for name in COLUMNS if name in row]
     if not names or names[0] not in row:
         raise OrthogonalizeError(
-            f"{source} has no column {column or 'of a known name'!r}; name one with --column: {', '.join(row)}"
+            f"{source} has no {f'column {column!r}' if column else 'column with a known name'}; "
+            f"choose one with --column: {', '.join(row)}"
         )
     text = row[names[0]]
     if not isinstance(text, str):
@@ -123,37 +126,24 @@ def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
 
 
 def load_prompts(source: str, side: Side = "positive", column: str | None = None, split: str = "train") -> list[Prompt]:
-    """Read prompts from a file or a Hub dataset, stripped, without blanks or repetitions.
+    """Read prompts from a file or a Hub dataset, stripped and without blanks or duplicates.
 
     Args:
-        source: a .txt (one a line), .json, .jsonl, .csv or .parquet file, or a dataset `owner/name`.
-        side: which side of the contrast they are for.
-        column: the column or key that holds the text; by default the first of the usual names.
-        split: the dataset's split, for the Hub.
+        source: a .txt (one prompt per line), .json, .jsonl, .csv or .parquet file, or a dataset `owner/name`.
+        side: the side of the contrast that they belong to.
+        column: the column or key that holds the text; by default the first of `COLUMNS` that exists.
+        split: the split of a Hub dataset.
 
     Raises:
         OrthogonalizeError: the source does not exist, cannot be read, or holds no prompts.
     """
-    path = Path(source)
-    if source.startswith(PLANTED):
-        file = resources.files("orthogonalize.data") / "planted" / source.removeprefix(PLANTED)
-        rows: list[Any] = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
-    elif path.is_file():
-        try:
-            rows = _rows_of_file(path)
-        except (ValueError, OSError) as error:
-            raise OrthogonalizeError(f"{source} cannot be read as prompts: {error}") from error
-    elif path.suffix.lower() in (".txt", ".json", ".jsonl", ".csv", ".parquet"):
-        raise OrthogonalizeError(f"no such prompt file: {source}")
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        rows = _rows_of_hub_dataset(source, split)
-    else:
-        raise OrthogonalizeError(f"prompt source {source!r} is neither a file nor a Hub dataset owner/name")
     seen: dict[str, Prompt] = {}
-    for row in rows:
+    for row in _rows(source, split):
         text, category = _text(row, column, source)
         if not is_valid_unicode(text + (category or "")):
-            raise OrthogonalizeError(f"{source}: a prompt or its category has half a character; mend or remove it")
+            raise OrthogonalizeError(
+                f"{source}: a prompt or its category contains an unpaired surrogate (invalid Unicode); fix or remove it"
+            )
         if text.strip():
             seen.setdefault(text.strip(), Prompt(text.strip(), side, category=category))
     if not seen:
@@ -162,29 +152,29 @@ def load_prompts(source: str, side: Side = "positive", column: str | None = None
 
 
 def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
-    """Refuse a contrast that cannot work, before a model is loaded.
+    """Reject a contrast that cannot work, before a model is loaded.
 
     Raises:
-        OrthogonalizeError: a prompt stands on both sides, or a side is too small.
+        OrthogonalizeError: the sides share a prompt, or a side is too small.
     """
     both = {p.text for p in positive} & {p.text for p in negative}
     if both:
         example = min(both)
         raise OrthogonalizeError(
-            f"{len(both)} prompts stand on both sides (one begins {example[:40]!r}); give two different sets"
+            f"{len(both)} prompts appear on both sides (such as {example[:40]!r}); use two disjoint sets"
         )
     for side, prompts in (("positive", positive), ("negative", negative)):
         if len(prompts) < MINIMUM:
-            raise OrthogonalizeError(f"the {side} side has {len(prompts)} prompts; at least {MINIMUM} are needed")
+            raise OrthogonalizeError(f"the {side} side has {len(prompts)} prompts; at least {MINIMUM} are required")
 
 
 def split_prompts(
     prompts: Iterable[Prompt], seed: int, train: int = 128, val: int = 32, test: int = 100, spare: int = 0
 ) -> list[Prompt]:
-    """Draw train, val and test prompts at random, without overlap; the same seed draws the same.
+    """Draw disjoint train, val and test prompts at random, reproducibly for each `seed`.
 
-    Where there are fewer than asked for, the three shrink in proportion. Up to `spare` more come from
-    what is left, if anything is.
+    If there are too few prompts, the three shrink in proportion. Up to `spare` of the remaining prompts are
+    drawn as well.
     """
     pool = list(prompts)
     random.Random(seed).shuffle(pool)

@@ -17,7 +17,9 @@ import torch
 
 from ..checkpoints.safetensors_file import TensorFile, TensorInfo, open_tensor_file, stored_bytes, write_header
 from ..core.errors import OrthogonalizeError
-from ..core.journal import StageJournal
+from ..core.files import partial_file
+from ..core.interrupts import check
+from ..core.journal import Journal
 from ..core.progress import track
 from ..models.activations import capture
 
@@ -82,9 +84,11 @@ def record(
     Raises:
         OrthogonalizeError: see `activations.capture`.
     """
-    partial = folder / f".{FILE}.partial"
-    journal = StageJournal(folder / f".{FILE}.journal", inputs)
-    done = {key for key in journal.found if partial.is_file()}
+    partial = partial_file(folder / FILE)  # kept by a killed run, to be filled further
+    journal = Journal(folder / f".{FILE}.journal", inputs)
+    if not partial.is_file():
+        journal.close()  # it tells of a file that is gone
+    done = set(journal.done)
     infos = _layout(model, {name: len(ids) for name, ids in sets.items()}, positions, layers)
     with partial.open("r+b" if done else "w+b") as file:
         write_header(file, list(infos.values()), {})
@@ -99,8 +103,9 @@ def record(
                     rows = [left[i] for i in group]
                     _store(file.fileno(), start, infos, name, rows, hidden)
                     journal.put({f"{name}:{row}": 1 for row in rows})
+                    check()
                     advance(len(rows))
-    os.replace(partial, folder / FILE)
+    partial.replace(folder / FILE)
     journal.close()
     return Recording(folder / FILE)
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..core.errors import OrthogonalizeError
+from ..core.files import write_atomically
 from ..core.interventions import AffineMap, orthonormal
 from .finders.registry import FINDERS
 from .inlp.nullspace import Subspace
@@ -104,9 +104,7 @@ class Directions:
                 stored[f"{name}.stopped_at"] = torch.tensor(found.stopped_at, dtype=torch.float32)
         for method, cosines in self.stability.items():
             stored[f"stability.{method}"] = cosines.to(torch.float32).contiguous()
-        partial = file.with_name(f".{file.name}.partial")
-        save_file(stored, partial)
-        os.replace(partial, file)
+        write_atomically(file, save(stored))
 
     @classmethod
     def load(cls, file: Path) -> Directions:

@@ -10,7 +10,7 @@ from ..checkpoints.quantization import real_rows
 from ..checkpoints.safetensors_file import DTYPES, row_blocks
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, Intervention, Site, conjugated
+from ..core.interventions import AffineMap, Intervention, Site, conjugate
 from ..models.sites import Located
 from .constant_vectors import place_constant
 from .plan import EditPlan
@@ -57,7 +57,7 @@ def _plan_part(plan: EditPlan, site: Site, part: Part, affine: AffineMap) -> Non
     layer = int(site.layer or 0)
     if part.post_norm is not None:
         norm = plan.sites.in_layer(f"{part.post_norm}.weight", layer)
-        affine = conjugated(affine, _norm_weight(plan, norm, site))
+        affine = conjugate(affine, _norm_weight(plan, norm, site))
     for write in plan.sites.writes(part, layer):
         plan.edit(write.name, site, write.axis, affine, "matrix")
         bias = bias_name(write.name)

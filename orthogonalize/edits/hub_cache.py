@@ -27,7 +27,7 @@ SCRATCH = ".locks"  # the one folder of the cache that no scan of it looks into
 class _Edited(FolderKind):
     """A cached repository every revision of which is an edited checkpoint."""
 
-    def made(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         snapshots = list(folder.glob("snapshots/*"))
         return bool(snapshots) and all((snapshot / self.mark).is_file() for snapshot in snapshots)
 
@@ -78,7 +78,7 @@ class CachedRepository:
             raise OrthogonalizeError(
                 f"{self.name} is in the Hub's cache; choose another name, or --force to replace it"
             )
-        if self.folder.exists() and not EDITED.made(self.folder):
+        if self.folder.exists() and not EDITED.matches(self.folder):
             raise OrthogonalizeError(
                 f"{self.name} in the Hub's cache is not only what this command made, so --force leaves it; "
                 "choose another name"

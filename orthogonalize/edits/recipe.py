@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from ..checkpoints.checkpoint import RECIPE
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError
+from ..core.files import write_atomically
 from ..core.interventions import AffineMap, Intervention, Site
 from .config import EditConfig
 
@@ -116,10 +117,8 @@ class Recipe(_Record):
         return Intervention(sides["write"], sides["read"])
 
     def save(self, folder: Path) -> None:
-        """Write the recipe into a checkpoint folder, whole or not at all."""
-        partial = folder / f".{RECIPE}.partial"
-        partial.write_text(self.model_dump_json(indent=1) + "\n", "utf-8")
-        partial.replace(folder / RECIPE)
+        """Write the recipe into a checkpoint folder, atomically."""
+        write_atomically(folder / RECIPE, self.model_dump_json(indent=1) + "\n")
 
     def fingerprint(self) -> str:
         """SHA-256 of what determines the edited weights: the base's weights, the maps and the rounding."""

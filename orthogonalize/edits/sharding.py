@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checkpoints.checkpoint import Progress
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.writer import write_rest, write_weights
 from ..core.errors import OrthogonalizeError
 from ..core.output_folders import FolderKind, complete_folder
+from ..core.progress import Progress
 from .recipe import Recipe, TensorChange, load_recipe
 
 RECORD = "share.json"

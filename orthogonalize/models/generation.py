@@ -1,18 +1,18 @@
-"""Greedy answers from a transformers model."""
+"""Greedy generation with a transformers model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-Progress = Callable[[int], None]
+from ..core.progress import Progress
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every id that ends an answer: the generation config's and the tokenizer's."""
+    """The token ids that end an answer, from the generation config and the tokenizer."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     ids = declared if isinstance(declared, list) else [declared]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
@@ -20,8 +20,10 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _greedy(model: Any, max_new_tokens: int, stops: Sequence[int]) -> Iterator[None]:
-    """The likeliest token, and nothing else: a model's own settings may punish repetition, which other engines
-    do not, and they fill in what a call leaves open."""
+    """Replace the model's generation config by plain greedy decoding.
+
+    The model's own may penalize repetition, which other engines do not, and supplies what a call leaves out.
+    """
     from transformers import GenerationConfig
 
     own = model.generation_config
@@ -45,7 +47,15 @@ def generate(
 ) -> list[list[int]]:
     """Greedy completions as token ids, without the stop token, in the order of `ids`.
 
-    Prompts are padded on the left, with mask and positions, as generation needs.
+    Prompts are padded on the left, with an attention mask.
+
+    Args:
+        model: a transformers model.
+        ids: the token ids of each prompt.
+        max_new_tokens: per prompt.
+        stops: token ids that end a completion.
+        batch: how many prompts are run together.
+        progress: called with the number of prompts in each batch.
     """
     result: list[list[int]] = [[] for _ in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

@@ -11,10 +11,10 @@ from ..core.output_folders import EDITED, complete_folder
 
 
 def convert_gguf(file: Path, out: Path) -> Path:
-    """Dequantise a .gguf file into a safetensors folder with tokenizer and chat template (see `_gguf_dtype`).
+    """Dequantize a .gguf file into a safetensors folder with tokenizer and chat template (see `_gguf_dtype`).
 
     Raises:
-        OrthogonalizeError: transformers cannot read the file, or it does not hold the whole model.
+        OrthogonalizeError: transformers cannot read the file, or a tensor of the model is missing.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -28,10 +28,10 @@ def convert_gguf(file: Path, out: Path) -> Path:
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-    except Exception as error:  # whatever the readers of a damaged file trip over
+    except Exception as error:  # a damaged file can raise anything
         raise OrthogonalizeError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
-    for name in sorted(found["missing_keys"]):  # which transformers has filled with noise
-        raise OrthogonalizeError(f"{file} lacks {name}; fetch it again")
+    for name in sorted(found["missing_keys"]):  # transformers initializes them at random
+        raise OrthogonalizeError(f"{file} lacks {name}; download it again")
     with complete_folder(out, EDITED) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -39,7 +39,7 @@ def convert_gguf(file: Path, out: Path) -> Path:
 
 
 def _gguf_dtype(file: Path) -> torch.dtype:
-    """The dtype that holds what a .gguf file does: that of its matrices, bfloat16 where any is quantised."""
+    """The dtype of the matrices in a .gguf file; bfloat16 if any is quantized."""
     from gguf import GGMLQuantizationType as Type
     from gguf import GGUFReader
 

@@ -1,4 +1,4 @@
-"""Hooks: the yardstick. The same interventions, on a running transformers model."""
+"""Apply interventions to a running transformers model with hooks, the reference for baked weights."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from torch import nn
 
 from ..architectures.schema import Architecture, Norms, Part, architecture_of
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, Intervention, Site, conjugated, shift
+from ..core.interventions import AffineMap, Intervention, Site, conjugate, shift
 
 Handles = Iterator[torch.utils.hooks.RemovableHandle]
 
 
-def _first(output: Any) -> torch.Tensor:
+def _hidden_states(output: Any) -> torch.Tensor:
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
-def _with_first(output: Any, tensor: torch.Tensor) -> Any:
+def _replace_hidden_states(output: Any, tensor: torch.Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
-def _mapped(affine: AffineMap, hidden: torch.Tensor) -> torch.Tensor:
-    """`affine` on `hidden`, also where a batch of maps meets a block (OPT's) that has laid its rows end to end."""
+def _apply_map(affine: AffineMap, hidden: torch.Tensor) -> torch.Tensor:
+    """Apply `affine` to `hidden`, also if a block (OPT's) has flattened the batch that a batch of maps needs."""
     if affine.v.dim() == 3 and hidden.dim() == 2:
         return affine(hidden.reshape(len(affine.v), -1, hidden.shape[-1])).reshape(hidden.shape)
     return affine(hidden)
 
 
 def map_output(module: nn.Module, affine: AffineMap) -> torch.utils.hooks.RemovableHandle:
-    """Apply `affine` to what `module` returns (the first item of a tuple)."""
+    """Apply `affine` to the output of `module` (the first item of a tuple)."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return _with_first(output, _mapped(affine, _first(output)))
+        return _replace_hidden_states(output, _apply_map(affine, _hidden_states(output)))
 
     return module.register_forward_hook(hook)
 
 
 def map_input(module: nn.Module, affine: AffineMap) -> torch.utils.hooks.RemovableHandle:
-    """Apply `affine` to the hidden states that `module` is given first."""
+    """Apply `affine` to the hidden states that `module` receives."""
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -54,7 +54,7 @@ def map_input(module: nn.Module, affine: AffineMap) -> torch.utils.hooks.Removab
 
 
 def _map_norm(norm: nn.Module, affine: AffineMap, norms: Norms, epsilon: float) -> torch.utils.hooks.RemovableHandle:
-    """Let `norm` read `M x` while it divides by the scale of `x`, as baked readers do."""
+    """Apply `norm` to `M x` but divide by the scale of `x`, as weights with a baked read do."""
 
     def squares(x: torch.Tensor) -> torch.Tensor:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -74,10 +74,10 @@ def _map_norm(norm: nn.Module, affine: AffineMap, norms: Norms, epsilon: float) 
 
 
 def _map_before_norm(norm: nn.Module, affine: AffineMap, offset: float) -> torch.utils.hooks.RemovableHandle:
-    """Map what `norm`, behind a block, is given so that what it returns is mapped: as baked writers do."""
+    """Map the input of a `norm` after a block so that its output is mapped, as weights with a baked write do."""
 
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
-        before = conjugated(affine, offset + norm.weight.detach().cpu())  # type: ignore[operator]
+        before = conjugate(affine, offset + norm.weight.detach().cpu())  # type: ignore[operator]
         result: torch.Tensor = norm.forward(before(inputs[0]))
         return result
 
@@ -86,7 +86,7 @@ def _map_before_norm(norm: nn.Module, affine: AffineMap, offset: float) -> torch
 
 @dataclass(frozen=True)
 class Stream:
-    """The modules of a transformers model through which the residual stream passes."""
+    """The modules of a transformers model that the residual stream passes through."""
 
     model: nn.Module
     architecture: Architecture
@@ -94,18 +94,18 @@ class Stream:
 
     @classmethod
     def of(cls, model: Any) -> Stream:
-        """The stream of `model`, by the description of its family."""
+        """The stream of `model`, located by its architecture file."""
         config = model.config.to_dict()
         return cls(model, architecture_of(config), config)
 
     @property
     def decoder_name(self) -> str:
-        """The name of the module that holds the blocks."""
+        """The name of the module that contains the blocks."""
         for name in self.architecture.decoder_modules:
             if self._module(f"{name}.{self.architecture.layer.format(layer=0)}") is not None:
                 return name
         raise OrthogonalizeError(
-            f"{type(self.model).__name__} has no blocks where {self.architecture.family} models have them"
+            f"{type(self.model).__name__} does not have its blocks where {self.architecture.family} models have them"
         )
 
     def _module(self, name: str) -> nn.Module | None:
@@ -130,11 +130,11 @@ class Stream:
 
     @property
     def head_norm(self) -> nn.Module:
-        """The norm before the head (and before a projection in between)."""
+        """The norm before the head (and before any projection in between)."""
         return self.model.get_submodule(f"{self.decoder_name}.{self.architecture.head.norm}")
 
     def parts(self, site: Site) -> list[Part]:
-        """The parts of a block at `site` that this layer has."""
+        """The described parts of a block at `site` that exist in this layer."""
         block = self.block_name(int(site.layer or 0))
         return [
             part
@@ -143,26 +143,26 @@ class Stream:
         ]
 
     def inner(self, site: Site, name: str) -> nn.Module:
-        """Module `name` of the block of `site`."""
+        """The module `name` in the block of `site`."""
         return self.model.get_submodule(f"{self.block_name(int(site.layer or 0))}.{name}")
 
     def output(self, site: Site, part: Part) -> nn.Module:
-        """The module whose output is added to the stream, a norm behind the block included."""
+        """The module whose output is added to the stream; a norm after the block counts as part of it."""
         return self.inner(site, part.post_norm or part.module)
 
     def norm(self, site: Site, part: Part) -> nn.Module | None:
-        """The norm through which `part` reads; None where it reads the stream itself."""
+        """The norm through which `part` reads; None if it reads the stream directly."""
         block = self.block_name(int(site.layer or 0))
         found = (self._module(f"{block}.{name}") for name in part.norm)
         return next((module for module in found if module is not None), None)
 
 
 def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool) -> Handles:
-    if site.kind == "embed":  # everything that was written before the first block
+    if site.kind == "embed":  # everything written before the first block
         yield map_input(stream.block(0), affine)
         return
     parts = stream.parts(site)
-    if not parts:  # the family's blocks have no MLP, so a constant goes with what they have
+    if not parts:  # the family's blocks have no MLP, so attention adds the constant
         site, affine = Site("attn", site.layer), shift(affine.s)
         parts = stream.parts(site)
     for number, part in enumerate(parts):
@@ -185,9 +185,9 @@ def _hook_reads(stream: Stream, reads: Mapping[Site, AffineMap], renormalise: bo
             pairs = [(stream.norm(site, part), part) for part in stream.parts(site)]
             read = [(stream.inner(site, p.module) if n is None else n, n is not None) for n, p in pairs]
         for module, is_norm in read:
-            if module in hooked:  # blocks side by side read through one norm
+            if module in hooked:  # parallel blocks read through the same norm
                 if not all(torch.equal(getattr(hooked[module], k), getattr(affine, k)) for k in ("u", "v")):
-                    raise OrthogonalizeError(f"{site} reads through a norm that another block reads otherwise")
+                    raise OrthogonalizeError(f"{site} shares its norm with a block that is mapped differently")
                 continue
             hooked[module] = affine
             kept = is_norm and not renormalise
@@ -196,14 +196,13 @@ def _hook_reads(stream: Stream, reads: Mapping[Site, AffineMap], renormalise: bo
 
 @contextmanager
 def intervened(model: nn.Module, intervention: Intervention, renormalise: bool = True) -> Iterator[nn.Module]:
-    """Run a transformers `model` under `intervention` for the length of the block.
+    """Apply `intervention` to a transformers `model` in this context.
 
-    Write sites are mapped where they are added to the stream, behind a norm where one follows the
-    block. Read sites are mapped before their norm; the norm then divides by the scale of the mapped
-    stream, as if the stream itself had been mapped. Weights cannot see those scales:
-    `renormalise=False` takes the ones that they do see (that of the unmapped stream before readers, that
-    of the mapped block before a norm behind it), which weights reproduce exactly (design: the two
-    differ by a positive factor for every token).
+    Write sites are mapped where they are added to the stream, after a norm if one follows the block. Read sites
+    are mapped before their norm, which then divides by the scale of the mapped stream, as if the stream itself
+    had been mapped. Edited weights cannot reproduce those scales: with `renormalise=False` norms use the scales
+    that weights do produce (of the unmapped stream before reads, of the mapped block output before a norm that
+    follows it), and weights reproduce the result exactly. The two differ by a positive factor per token.
     """
     stream = Stream.of(model)
     with ExitStack() as stack:
@@ -217,11 +216,11 @@ def intervened(model: nn.Module, intervention: Intervention, renormalise: bool =
 
 @contextmanager
 def layer_projected(model: nn.Module, layer: int, affine: AffineMap) -> Iterator[nn.Module]:
-    """The reference's local intervention: block `layer`'s input and both its outputs are mapped.
+    """Map the input and both outputs of block `layer`: the local intervention that scores directions.
 
-    (eliroc98/refusal_direction; Arditi et al. 2024, section 2.4.) The accumulated stream is mapped
-    at the input, which no weight can do, so this serves to score directions and is never baked. A
-    shift belongs to the stream, so the outputs are mapped without it.
+    From eliroc98/refusal_direction (Arditi et al. 2024, section 2.4). Mapping the accumulated stream at the input
+    is impossible in weights, so this is never baked. A shift is applied once, to the stream; the outputs are
+    mapped without it.
     """
     stream = Stream.of(model)
     sites = (Site("attn", layer), Site("mlp", layer))
@@ -236,7 +235,7 @@ def layer_projected(model: nn.Module, layer: int, affine: AffineMap) -> Iterator
 
 @contextmanager
 def input_shifted(model: nn.Module, layer: int, affine: AffineMap) -> Iterator[nn.Module]:
-    """Map the input of block `layer` only (activation addition at the source layer)."""
+    """Map only the input of block `layer` (activation addition at the source layer)."""
     handle = map_input(Stream.of(model).block(layer), affine)
     try:
         yield model
@@ -246,9 +245,9 @@ def input_shifted(model: nn.Module, layer: int, affine: AffineMap) -> Iterator[n
 
 @contextmanager
 def capturing_inputs(model: nn.Module, take: Callable[[int, torch.Tensor], None]) -> Iterator[nn.Module]:
-    """Call `take(layer, hidden_states)` at the input of every block, and of the head's norm last.
+    """Call `take(layer, hidden_states)` at the input of every block and, last, of the head's norm.
 
-    Hidden states are [batch, tokens, d]; index `layer_count` is the stream that the head reads.
+    Hidden states are [batch, tokens, d]; layer `layer_count` is the stream that the head reads.
     """
     stream = Stream.of(model)
     modules = [*(stream.block(layer) for layer in range(stream.layer_count)), stream.head_norm]

@@ -1,4 +1,4 @@
-"""Finding a model (folder, Hub id or .gguf file) and loading it with transformers."""
+"""Load models and tokenizers with transformers: device, dtype, and checks for missing tensors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..core.errors import OrthogonalizeError, first_line, ran_out_of_memory
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU."""
+    """The torch device; `auto` is the first GPU if there is one, else the CPU."""
     if device != "auto":
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise OrthogonalizeError(f"device {device!r} cannot be used here: {first_line(error)}") from error
+            raise OrthogonalizeError(f"device {device!r} is not available: {first_line(error)}") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def choose_dtype(device: torch.device, stored: Any) -> torch.dtype:
-    """The dtype to run in: as stored on a GPU; on a CPU bfloat16 only where it has instructions for it."""
+    """The dtype to run in: as stored on a GPU; on a CPU bfloat16 only if it has instructions for it, else float32."""
     dtype = getattr(torch, str(stored).removeprefix("torch."), torch.float32)
     if device.type != "cpu":
         return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def model_class(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The class of transformers that loads a checkpoint: some wrappers for images have only their own."""
+    """The transformers auto class that loads a checkpoint; some image-text models are not causal-LM classes."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -56,8 +56,7 @@ def load_model(
 ) -> Any:
     """The transformers model of a checkpoint folder, in evaluation mode.
 
-    `dtype` None chooses by device (see `choose_dtype`). Code in the folder is only run with
-    `trust_remote_code`.
+    Without `dtype`, `choose_dtype` chooses by device. Code in the folder is only run with `trust_remote_code`.
 
     Raises:
         OrthogonalizeError: transformers does not know the model or cannot load it.
@@ -66,9 +65,9 @@ def load_model(
     from transformers import CONFIG_MAPPING
 
     config = open_checkpoint(folder).config
-    # What transformers has a class of its own for is run by that; code beside it is for older versions.
+    # If transformers has its own class, that is used; code in the folder is for older versions.
     if config.get("auto_map") and not trust_remote_code and config.get("model_type") not in CONFIG_MAPPING:
-        raise OrthogonalizeError(f"{folder} wants to run its own code, which only extract --trust-remote-code allows")
+        raise OrthogonalizeError(f"{folder} contains code of its own, which is only run by extract --trust-remote-code")
     chosen = dtype or choose_dtype(place, config.get("dtype") or config.get("torch_dtype"))
     try:
         loader = model_class(folder, trust_remote_code)
@@ -84,13 +83,13 @@ def load_model(
 
 
 def check_complete(folder: Path) -> None:
-    """Refuse a checkpoint that lacks a tensor: vLLM leaves such ones as they are, transformers makes them up.
+    """Reject a checkpoint that lacks a tensor: vLLM leaves it uninitialized, transformers initializes it at random.
 
-    What is missing is seen by transformers' class of the model, which reads names alone here. Not seen for models
-    that it has no class for, and for quantised ones, whose names depend on the quantiser.
+    The transformers class of the model is built without reading weights. Models without such a class are not
+    checked, nor are quantized ones, whose tensor names depend on the quantizer.
 
     Raises:
-        OrthogonalizeError: a tensor is missing, or one of several that belong together.
+        OrthogonalizeError: a tensor is missing or has the wrong shape.
     """
     from transformers import CONFIG_MAPPING
 
@@ -100,14 +99,15 @@ def check_complete(folder: Path) -> None:
     try:
         _, found = model_class(folder).from_pretrained(folder, device_map="meta", output_loading_info=True)
     except RuntimeError as error:
-        raise OrthogonalizeError(f"{folder} is incomplete or of other shapes: {first_line(error)}") from error
+        raise OrthogonalizeError(f"{folder} is incomplete or has wrong shapes: {first_line(error)}") from error
     except (ValueError, OSError, KeyError, ImportError):
-        return  # no class of transformers' own: the engine may still know the model
+        return  # transformers has no class for it, but the engine may
     _check_missing(folder, found["missing_keys"])
 
 
 def _check_missing(folder: Path, names: Collection[str]) -> None:
     if names:
         raise OrthogonalizeError(
-            f"{folder} lacks {min(names)} ({len(names)} tensors in all); it is incomplete: fetch or write it again"
+            f"{folder} is incomplete: it lacks {min(names)} ({len(names)} missing tensors in total); "
+            "download or write it again"
         )

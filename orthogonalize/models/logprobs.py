@@ -1,4 +1,4 @@
-"""Log-probabilities from a transformers model: of completions, of the likeliest tokens, of single tokens."""
+"""Log-probabilities from a transformers model: of completions, of the likeliest tokens and of single tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from .activations import Progress, batches, pad
+from ..core.progress import Progress
+from .activations import batches, pad
 
 
 @dataclass(frozen=True)
 class Completion:
-    """How a model sees a completion: its summed log-probability in nats, and whether it is greedy."""
+    """A completion's total log-probability in nats, and whether greedy decoding produces it."""
 
     logprob: float
     greedy: bool
@@ -27,7 +28,7 @@ class Likeliest:
     logprobs: torch.Tensor
 
     def rows(self) -> list[list[list[float]]]:
-        """As numbers for a file: ids, then log-probabilities to six digits."""
+        """As plain lists for JSON: ids, then log-probabilities rounded to six digits."""
         return [self.ids.tolist(), [[round(v, 6) for v in row] for row in self.logprobs.tolist()]]
 
     @classmethod
@@ -40,7 +41,7 @@ class Likeliest:
 def _logprobs(
     model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], progress: Progress | None
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """(index, log-probabilities [tokens of the completion, vocabulary]) for each, in any order."""
+    """Yield (index, log-probabilities [tokens of the completion, vocabulary]) for each completion, in any order."""
     rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
     for group in batches(rows, tokens=2048):
         padded, _ = pad([rows[i] for i in group], model.device)
@@ -59,7 +60,7 @@ def completion_scores(
     completions: Sequence[Sequence[int]],
     progress: Progress | None = None,
 ) -> list[Completion]:
-    """How the model sees each of `completions` after its prompt (all as token ids)."""
+    """Score each of `completions` after its prompt (all as token ids)."""
     result = [Completion(0.0, True)] * len(prompts)
     for i, logprobs in _logprobs(model, prompts, completions, progress):
         target = torch.tensor(completions[i], device=logprobs.device, dtype=torch.long)
@@ -75,7 +76,7 @@ def likeliest_tokens(
     count: int,
     progress: Progress | None = None,
 ) -> list[Likeliest]:
-    """The `count` likeliest tokens at every position of each completion."""
+    """The `count` likeliest tokens at each position of each completion."""
     nothing = Likeliest(torch.empty(0, 0, dtype=torch.long), torch.empty(0, 0))
     result = [nothing] * len(prompts)
     for i, logprobs in _logprobs(model, prompts, completions, progress):
@@ -87,7 +88,7 @@ def likeliest_tokens(
 def next_token_logprobs(
     model: Any, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]], progress: Progress | None = None
 ) -> list[list[float]]:
-    """The log-probability of each of a prompt's `candidates` (token ids) as its next token."""
+    """The log-probability, as the next token, of each of a prompt's `candidates` (token ids)."""
     result: list[list[float]] = [[] for _ in prompts]
     for i, logprobs in _logprobs(model, prompts, [ids[:1] for ids in candidates], progress):
         result[i] = logprobs[0, list(candidates[i])].tolist()

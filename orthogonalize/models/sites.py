@@ -1,4 +1,4 @@
-"""A family's description applied to one checkpoint: which tensors are where, and that none is left out."""
+"""An architecture file applied to one checkpoint: the tensors that write and read the residual stream."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ..checkpoints.safetensors_file import TensorInfo
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import Site
 
-# What quantised checkpoints store beside, or instead of, a weight.
+# Suffixes of what quantized checkpoints store beside, or instead of, a weight.
 COMPANIONS = ("_scale", "_scale_inv", "_blocks", "_scales", "_packed", "_shape", "_zero_point", "_g_idx")
 
-ROOTS = ("", "model.")  # before the names of what is not the text model's, by the library that wrote them
-SOUND = re.compile(r"audio|speech|sound")  # what hears, in the names of tensors and in configurations
-VISION = re.compile(r"(^|\.)vis(ion|ual)")  # names of what sees
+# Possible prefixes of tensors outside the text model, depending on the library that wrote the checkpoint.
+ROOTS = ("", "model.")
+AUDIO = re.compile(r"audio|speech|sound")  # audio encoders, in tensor names and configuration keys
+VISION = re.compile(r"(^|\.)vis(ion|ual)")  # vision encoders, in tensor names
 
 
 @dataclass(frozen=True)
 class Located:
-    """A tensor of the checkpoint and its axis that is the residual stream."""
+    """A tensor of the checkpoint, and which of its axes is the residual stream."""
 
     name: str
     axis: int
@@ -32,7 +33,7 @@ class Located:
 
 @dataclass(frozen=True)
 class Sites:
-    """Where the model of a checkpoint writes and reads its stream."""
+    """Where the model of a checkpoint writes and reads its residual stream."""
 
     architecture: Architecture
     config: Mapping[str, Any]
@@ -40,12 +41,12 @@ class Sites:
 
     @cached_property
     def decoder(self) -> str:
-        """What stands before the names of the text model's tensors."""
+        """The prefix of the text model's tensor names."""
         return self._layout[0]
 
     @cached_property
     def head(self) -> str:
-        """The name of the output head, whether or not it is stored."""
+        """The tensor name of the output head, whether or not it is stored."""
         return self._layout[1]
 
     @cached_property
@@ -56,16 +57,16 @@ class Sites:
                 return layout.decoder, layout.head
         expected = " or ".join(layout.decoder + weights[0] for layout in self.architecture.layouts)
         raise OrthogonalizeError(
-            f"this {self.architecture.family} checkpoint has no embedding by a known name ({expected}); "
-            "`orthogonalize describe MODEL` shows what is there"
+            f"this {self.architecture.family} checkpoint has no embedding with a known name ({expected}); "
+            "run `orthogonalize describe MODEL` to see its layout"
         )
 
     def in_layer(self, name: str, layer: int) -> str:
-        """The full name of a block's tensor."""
+        """The full name of a tensor in block `layer`."""
         return f"{self.decoder}{self.architecture.layer.format(layer=layer)}.{name}"
 
-    def _expanded(self, template: str, layer: int) -> list[str]:
-        """The stored tensors behind a name of a description: one, one an expert, or none."""
+    def _expand(self, template: str, layer: int) -> list[str]:
+        """The stored tensors that a described name stands for: none, one, or one per expert."""
         name = self.in_layer(template, layer)
         if "{expert}" not in name:
             return [name] if name in self.tensors else []
@@ -73,29 +74,29 @@ class Sites:
         stored = [n for n in names if n in self.tensors]
         if stored and len(stored) < len(names):
             missing = next(n for n in names if n not in self.tensors)
-            raise OrthogonalizeError(f"the checkpoint lacks {missing}, though it has other experts of that layer")
+            raise OrthogonalizeError(f"the checkpoint lacks {missing}, although it has other experts of that layer")
         return stored
 
-    def _located(self, named: Mapping[str, int], layer: int) -> list[Located]:
-        return [Located(n, axis) for template, axis in named.items() for n in self._expanded(template, layer)]
+    def _locate(self, named: Mapping[str, int], layer: int) -> list[Located]:
+        return [Located(n, axis) for template, axis in named.items() for n in self._expand(template, layer)]
 
     def writes(self, part: Part, layer: int, among: Sequence[str] = ()) -> list[Located]:
-        """The tensors by which `part` of block `layer` writes (those that `among` names); none where it has no part."""
+        """The tensors through which `part` of block `layer` writes (only those in `among`, if given)."""
         named = {name: axis for name, axis in part.writes.items() if not among or name in among}
-        return self._located(named, layer)
+        return self._locate(named, layer)
 
     def reads(self, part: Part, layer: int) -> list[Located]:
-        """The tensors by which `part` of block `layer` reads."""
-        found = self._located(part.reads, layer)
+        """The tensors through which `part` of block `layer` reads."""
+        found = self._locate(part.reads, layer)
         if not found:
             raise OrthogonalizeError(f"the checkpoint lacks {self.in_layer(next(iter(part.reads)), layer)}")
         return found
 
     def parts(self, site: Site) -> list[Part]:
-        """The parts that write at a block's `site`, in the order of the description.
+        """The parts that write at `site` of a block, in the order of the architecture file.
 
         Raises:
-            OrthogonalizeError: the layer has none of them.
+            OrthogonalizeError: the layer has none of them, or they are packed.
         """
         layer = int(site.layer or 0)
         described = self.architecture.parts(site.kind)
@@ -107,22 +108,22 @@ class Sites:
             packed = next((stem + end for end in COMPANIONS if stem + end in self.tensors), None)
             if packed is not None:
                 raise OrthogonalizeError(
-                    f"{packed} is quantised in a way that cannot be edited exactly; start from a bfloat16 copy"
+                    f"{packed} is quantized in a format that cannot be edited exactly; start from a bfloat16 copy"
                 )
             raise OrthogonalizeError(
-                f"the checkpoint lacks {missing}, which every {self.architecture.family} model has at {site}"
+                f"the checkpoint lacks {missing}, which {self.architecture.family} models have at {site}"
             )
         return found
 
     def norm(self, part: Part, layer: int) -> str | None:
-        """The weight's name of the norm through which `part` reads; None where it reads the stream itself."""
+        """The weight of the norm through which `part` reads; None if it reads the stream directly."""
         names = [self.in_layer(f"{norm}.weight", layer) for norm in part.norm]
         if not names or not self.architecture.norms.parameters:
             return None
         return next((name for name in names if name in self.tensors), names[0])
 
     def embedded(self) -> Iterator[tuple[Embedded, str]]:
-        """The tensors that write the stream before the first block."""
+        """The tensors that write to the stream before the first block."""
         for entry in self.architecture.embed.values():
             name = self._name(entry)
             off = entry.unless is not None and self.decoder + entry.unless in self.tensors
@@ -130,62 +131,62 @@ class Sites:
                 yield entry, name
 
     def _name(self, entry: Embedded) -> str:
-        """The name of what writes before the blocks; what comes from images stands outside of the text model."""
+        """The tensor name of `entry`; an image projector lies outside the text model."""
         if not entry.image:
             return self.decoder + entry.weight
         return next((p + entry.weight for p in ROOTS if p + entry.weight in self.tensors), entry.weight)
 
     def check_images(self) -> None:
-        """Refuse a model that sees and whose projector is not known: what comes from images would stay.
+        """Reject a multimodal model if its encoder's output would reach the stream unedited.
 
         Raises:
-            OrthogonalizeError: no description names it, or it has another name.
+            OrthogonalizeError: it has an audio encoder, or an image projector that is not described or not found.
         """
-        heard = next((key for key in self.config if SOUND.search(key) and isinstance(self.config[key], Mapping)), None)
-        if heard is not None and any(SOUND.search(name) for name in self.tensors):
+        audio = next((key for key in self.config if AUDIO.search(key) and isinstance(self.config[key], Mapping)), None)
+        if audio is not None and any(AUDIO.search(name) for name in self.tensors):
             raise OrthogonalizeError(
-                f"this model also hears ({heard}), and what it hears would reach the residual stream unedited: no "
-                "description covers that; edit its text model alone, stored as such"
+                f"this model has an audio encoder ({audio}), whose output would reach the residual stream unedited; "
+                "extract the text model into a checkpoint of its own and edit that"
             )
         sees = "vision_config" in self.config and any(VISION.search(name) for name in self.tensors)
         entries = [entry for entry in self.architecture.embed.values() if entry.image]
         if sees and not entries:
             raise OrthogonalizeError(
-                f"the description of {self.architecture.family} does not say by which tensor what the model sees "
-                "enters the residual stream; add an [embed.images] with image = true (docs/architectures.md)"
+                f"the architecture file of {self.architecture.family} does not say through which tensor images enter "
+                "the residual stream; add an [embed.images] with image = true (docs/architectures.md)"
             )
         for entry in entries:
             if sees and self._name(entry) not in self.tensors:
                 raise OrthogonalizeError(
-                    f"the checkpoint lacks {entry.weight}, by which what {self.architecture.family} models see enters "
-                    "the residual stream; is it stored in another format?"
+                    f"the checkpoint lacks {entry.weight}, through which images enter the residual stream of "
+                    f"{self.architecture.family} models; is it stored in another format?"
                 )
 
     @cached_property
     def tied_to(self) -> str:
-        """The name of the embedding that a tied head shares."""
+        """The name of the embedding that a tied head shares its weights with."""
         return next(self.decoder + e.weight for e in self.architecture.embed.values() if e.tied)
 
     @cached_property
     def reader(self) -> Located:
-        """The tensor by which the head reads the stream."""
+        """The tensor through which the head reads the stream."""
         before = self.architecture.head.before
         if before is not None and self.decoder + before in self.tensors:
             return Located(self.decoder + before, 1)
         return Located(self.head, self.architecture.head.axis)
 
     def check_complete(self) -> None:
-        """Refuse a checkpoint of whose text model a tensor as wide as the stream has no name in the description.
+        """Reject a checkpoint whose text model has a tensor as wide as the stream that is not described.
 
-        It might write the stream, and an edit that leaves one write out is no edit. Layers behind the
-        last (for predicting further tokens) are no part of the stream.
+        It might write to the stream, and an edit that misses one write fails. Layers after the last (for
+        multi-token prediction) are not part of the stream.
 
         Raises:
-            OrthogonalizeError: naming the first such tensor.
+            OrthogonalizeError: there is such a tensor; the message names the first.
         """
         width, layers = self.architecture.width(self.config), self.architecture.layers(self.config)
         block = re.compile(re.escape(self.architecture.layer).replace(r"\{layer\}", r"(\d+)") + r"\.(.+)")
-        known, outside = self._named_in_blocks(), self._named_outside()
+        known, outside = self._described_in_blocks(), self._described_outside()
         for name, info in self.tensors.items():
             if not name.startswith(self.decoder) or len(info.shape) < 2 or width not in info.shape:
                 continue
@@ -193,28 +194,28 @@ class Sites:
             if inner and int(inner[1]) >= layers:
                 continue
             relative = re.sub(r"\.\d+\.", ".{expert}.", inner[2]) if inner else name
-            if not _is_named(relative, known if inner else outside):
+            if not _is_described(relative, known if inner else outside):
                 raise OrthogonalizeError(
-                    f"the description of {self.architecture.family} does not say what {name} is, and it is as wide as "
-                    "the residual stream; `orthogonalize describe MODEL` finds out, then add it to the description"
+                    f"the architecture file of {self.architecture.family} does not describe {name}, which is as wide "
+                    "as the residual stream; run `orthogonalize describe MODEL` to find its role, then add it"
                 )
 
-    def _named_in_blocks(self) -> set[str]:
+    def _described_in_blocks(self) -> set[str]:
         named = set(self.architecture.inert)
         for part in (*self.architecture.attn.values(), *self.architecture.mlp.values()):
             named |= part.writes.keys() | part.reads.keys()
             named |= {bias_name(weight) for weight in (*part.writes, *part.reads)}
         return named
 
-    def _named_outside(self) -> set[str]:
+    def _described_outside(self) -> set[str]:
         entries = self.architecture.embed.values()
         named = {self._name(entry) for entry in entries}
         before = self.architecture.head.before
-        # Without a prefix of its own the decoder's names and the root's are one space.
+        # If the decoder has no prefix, its names and those of the root share one namespace.
         return named | {self.head, *([self.decoder + before] if before else [])}
 
 
-def _is_named(name: str, known: set[str]) -> bool:
+def _is_described(name: str, known: set[str]) -> bool:
     if name in known:
         return True
     return any(name.removesuffix(end) in known or name.removesuffix(end) + ".weight" in known for end in COMPANIONS)

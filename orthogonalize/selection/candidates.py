@@ -17,7 +17,8 @@ import scipy
 import torch
 
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, centred_map, shift, stacked
+from ..core.interrupts import check
+from ..core.interventions import AffineMap, centred_map, shift, stack_maps
 from ..core.progress import track
 from ..directions.direction_set import Directions
 from ..directions.finders.registry import FINDERS
@@ -158,7 +159,7 @@ def rank_correlation(candidates: Sequence[Candidate], finder: str) -> float | No
 
 
 class Scored(Protocol):
-    """Where scores that are known already are found and new ones kept (see `stages.Journal`)."""
+    """Where finished scores are looked up and new ones stored (a `core.journal.Journal`)."""
 
     def __contains__(self, key: str) -> bool: ...
 
@@ -198,7 +199,7 @@ class _Scoring:
         maps = {p: centred_map(m) if self.centring else m for p, m in found.items() if m is not None}
         if not maps:
             return []
-        removals = stacked(list(maps.values()))
+        removals = stack_maps(list(maps.values()))
         bypassed = behaviour_score(self.on_positive.probabilities(layer, removals, projected=True), self.tokens)
         kept = self.on_negative.probabilities(layer, removals, projected=True)
         kl = divergence(self.base.expand_as(kept), kept).mean(-1)
@@ -280,6 +281,7 @@ def score_candidates(
                 if key not in kept:
                     scoring = scoring or _Scoring(model, positive, negative, directions, tokens, everywhere)
                     kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
+                    check()
                 found = [Candidate.from_row(row) for row in kept[key]]
                 if FINDERS[finder].adds_mean_difference:
                     induced.update({(c.position, c.layer): c.induce for c in found})

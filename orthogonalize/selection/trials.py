@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from ..core.interrupts import check
 from ..core.interventions import centred
-from ..core.journal import StageJournal
+from ..core.journal import Journal
 from ..core.progress import track
 from ..directions.direction_set import Directions
 from ..edits.build import finder_of, intervention_from_directions
@@ -112,6 +113,7 @@ class EditSearch:
         )
         if self.known is not None:
             self.known.put({key: self.tried[choice].model_dump()})
+            check()
         return self.tried[choice]
 
     def search(self, budget: int, methods: Iterable[str] = (DEFAULT,)) -> list[Trial]:
@@ -194,7 +196,7 @@ class EditSearch:
 
 
 def confirm(
-    trials: EditSearch, found: list[Trial], journal: StageJournal, refusal_rate: Callable[[], float], most: int = 4
+    trials: EditSearch, found: list[Trial], journal: Journal, refusal_rate: Callable[[], float], most: int = 4
 ) -> list[Trial]:
     """Let the best trials answer; the first whose answers do not refuse goes to the front.
 
@@ -203,6 +205,7 @@ def confirm(
     """
     if "refuses" not in journal:
         journal.put({"refuses": refusal_rate()})
+        check()
     if journal["refuses"] < 0.5:
         return found
     confirmed: list[Trial] = []
@@ -211,6 +214,7 @@ def confirm(
         if key not in journal:
             with trials.edited(trial.choice):
                 journal.put({key: refusal_rate()})
+            check()
         confirmed.append(trial.model_copy(update={"confirmed": journal[key]}))
         if journal[key] <= CONFIRMED:
             break

@@ -151,7 +151,7 @@ def test_undescribed_architecture_and_wrong_width_are_refused(base, basis):
         bake(open_checkpoint(base), some_edit(torch.eye(7)[:1]))
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": "unheard_of"}))
-    with pytest.raises(OrthogonalizeError, match="'unheard_of' has no description"):
+    with pytest.raises(OrthogonalizeError, match="'unheard_of' is not supported"):
         bake(open_checkpoint(base), some_edit(basis))
 
 
@@ -205,7 +205,10 @@ def test_force_replaces_only_folders_that_the_tool_made(tmp_path):
     (other / "thesis.txt").write_text("years of work")
     with pytest.raises(OrthogonalizeError, match="exists"), complete_folder(mine, RUN):
         pass
-    with pytest.raises(OrthogonalizeError, match="no earlier output"), complete_folder(other, RUN, force=True):
+    with (
+        pytest.raises(OrthogonalizeError, match="was not created by this command"),
+        complete_folder(other, RUN, force=True),
+    ):
         pass
     with complete_folder(mine, RUN, force=True) as partial:
         (partial / "stages.json").write_text("2")
@@ -260,7 +263,7 @@ def test_force_spares_inputs_and_other_kinds_of_output(tmp_path):
     demo = tmp_path / "demo"
     (demo / "run").mkdir(parents=True)
     (demo / "report.json").write_text("{}")
-    with pytest.raises(OrthogonalizeError, match="no earlier output"):
+    with pytest.raises(OrthogonalizeError, match="was not created by this command"):
         check_free(demo, REPORT, force=True)
     edited = tmp_path / "edited"
     edited.mkdir()

@@ -72,7 +72,7 @@ def test_missing_sources_are_named():
         load_prompts("nowhere.txt")
     with pytest.raises(OrthogonalizeError, match="neither a file nor a Hub dataset"):
         load_prompts("nowhere")
-    with pytest.raises(OrthogonalizeError, match="no concept 'x'"):
+    with pytest.raises(OrthogonalizeError, match="unknown concept 'x'"):
         concept("x")
 
 

@@ -52,7 +52,7 @@ def test_nan_activations_name_the_layer(base):
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(OrthogonalizeError, match="input of layer 2 hold NaN"):
+    with pytest.raises(OrthogonalizeError, match="input of layer 2 contain NaN"):
         mean_activations(model, random_ids(4), 2)
     with pytest.raises(OrthogonalizeError, match="fewer than the 40 positions"):
         mean_activations(model, random_ids(4), 40)

@@ -258,7 +258,7 @@ def test_unknown_vision_projector_name_is_refused(bases, tmp_path):
         return {k.replace("multi_modal_projector.", "connector."): v for k, v in tensors.items()}
 
     source = rewritten(bases("gemma3 multimodal").folder, tmp_path / "base", renamed)
-    with pytest.raises(OrthogonalizeError, match=r"lacks multi_modal_projector.*what gemma3 models see"):
+    with pytest.raises(OrthogonalizeError, match=r"lacks multi_modal_projector.*residual stream of gemma3 models"):
         bake(open_checkpoint(source), ablation())
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.core.interventions import Intervention, Site, conjugated, removal
+from orthogonalize.core.interventions import Intervention, Site, conjugate, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.hooks import Stream, capturing_inputs, intervened
@@ -71,7 +71,7 @@ def test_tiny_norm_weight_does_not_crush_the_rest_of_the_write():
     ideal = ABLATE(behind(outputs))
     errors = {}
     for truncation in (0.0, 0.1):
-        before = conjugated(ABLATE, d, truncation)
+        before = conjugate(ABLATE, d, truncation)
         got = behind(before(outputs))
         assert (got @ BASIS[0]).abs().max() < 1e-8
         errors[truncation] = ((got - ideal).norm() / ideal.norm()).item()
@@ -143,5 +143,5 @@ def test_uncentred_read_of_a_layer_norm_is_refused(bases):
 
 def test_stream_that_passes_through_a_norm_is_refused(tmp_path):
     source = store_tiny("opt", tmp_path / "base", do_layer_norm_before=False)
-    with pytest.raises(OrthogonalizeError, match="do_layer_norm_before = False has no description"):
+    with pytest.raises(OrthogonalizeError, match="do_layer_norm_before = False is not supported"):
         bake(open_checkpoint(source), ablation())

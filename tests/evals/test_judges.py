@@ -290,7 +290,7 @@ def test_interrupted_judging_of_a_file_resumes(answers, tmp_path, monkeypatch):
         return ask(self, prompts, *more)
 
     monkeypatch.setattr(TransformersEngine, "answers", dies)
-    with pytest.raises(OrthogonalizeError, match="what was measured is kept"):
+    with pytest.raises(OrthogonalizeError, match="finished measurements were kept"):
         judge(file, name, engine="hf")
     assert judge(file, name, engine="hf") == whole
     assert asked == [2, 1, 1]
@@ -305,9 +305,9 @@ def test_answers_in_a_read_only_folder_are_judged(answers, tmp_path, monkeypatch
     def locked(*_arguments):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("pathlib.Path.replace", locked)
+    monkeypatch.setattr("orthogonalize.core.journal.write_after", locked)
     assert judge(answers, name, engine="hf").harmful.value == 1.0
-    assert "Read-only file system, so nothing is kept" in notes[0]
+    assert "Read-only file system, so an interrupted run could not resume" in notes[0]
 
 
 def run(*words) -> tuple[int, str]:

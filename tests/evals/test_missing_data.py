@@ -32,6 +32,7 @@ ARC, TRUTHFUL = "allenai/ai2_arc/ARC-Challenge", "truthfulqa/truthful_qa/multipl
 LETTERED = [row | {"answer": "A"} for row in mmlu_rows(3)]
 NOTHING = {"instruction": None, "input": "", "output": "x"}
 UNSAFE = [{"prompt": "a", "type": "b", "label": "unsafe"}]
+SCHEMA = "a row does not match the schema of"
 HALF = {"prompt": "how do i bake", "category": "x\ud83dy"}
 DAMAGE = [
     ("mmlu", lambda d: (d / "cais/mmlu/all/test.jsonl").unlink(), "no local copy of cais/mmlu all test"),
@@ -43,9 +44,9 @@ DAMAGE = [
     ("mmlu", lambda d: write(d / "cais/mmlu/all", mmlu_rows(3), "dev", ".json"), "fewer than 5"),
     ("arc", lambda d: write(d / ARC, arc_rows(2), "train"), "fewer than 5"),
     ("xstest", lambda d: write(d / "Paul/XSTest", UNSAFE, suffix=".csv"), "no usable prompts"),
-    ("mmlu", lambda d: write(d / "cais/mmlu/all", LETTERED, "test"), "a row of cais/mmlu all test"),
-    ("alpaca", lambda d: write(d / "tatsu-lab/alpaca", [NOTHING], suffix=".parquet"), "a row of tatsu-lab/alpaca"),
-    ("orbench", lambda d: write(d / "bench-llm/or-bench/or-bench-hard-1k", [HALF]), "row 1 has half a character"),
+    ("mmlu", lambda d: write(d / "cais/mmlu/all", LETTERED, "test"), f"{SCHEMA} cais/mmlu all test"),
+    ("alpaca", lambda d: write(d / "tatsu-lab/alpaca", [NOTHING], suffix=".parquet"), f"{SCHEMA} tatsu-lab/alpaca"),
+    ("orbench", lambda d: write(d / "bench-llm/or-bench/or-bench-hard-1k", [HALF]), "1 contains an unpaired surrogate"),
     ("lm_eval:housework", lambda d: harness_task(d, [], d / "nowhere.jsonl"), "housework cannot be loaded"),
 ]  # fmt: skip
 
@@ -132,7 +133,7 @@ def test_incomplete_checkpoint_is_refused_before_any_engine(tensor, model, edite
             assert status == 1
             assert f"lacks {tensor}" in said, said
             assert "\n" not in said
-    with pytest.raises(OrthogonalizeError, match="it is incomplete"):
+    with pytest.raises(OrthogonalizeError, match="is incomplete: it lacks"):
         load_model(base)
 
 

@@ -18,6 +18,7 @@ from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.commands.verify import verify
 from orthogonalize.core import interrupts as interruption
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.files import write_after
 from orthogonalize.core.journal import Journal
 from orthogonalize.engines.base import EngineOptions, engine_state
 from orthogonalize.engines.transformers import TransformersEngine
@@ -141,7 +142,7 @@ def test_suite_that_died_halfway_resumes_at_the_lost_portion(model, edited, run,
     for kind in ("answers", "scores", "choices"):
         monkeypatch.setattr(TransformersEngine, kind, mortal(kind))
     for _ in range(3):
-        with pytest.raises(OrthogonalizeError, match=r"died; what was measured is kept"):
+        with pytest.raises(OrthogonalizeError, match=r"died; finished measurements were kept"):
             evaluate(edited, str(model), run, tmp_path / "cut", **settings)
     resumed = evaluate(edited, str(model), run, tmp_path / "cut", **settings)
     assert resumed.model_dump() == whole.model_dump()
@@ -153,9 +154,9 @@ def test_suite_that_died_halfway_resumes_at_the_lost_portion(model, edited, run,
 
 
 def test_portions_are_dropped_when_their_suite_is_done(tmp_path):
-    journal = Journal(tmp_path / "out")
+    journal = Journal.beside(tmp_path / "out")
     journal.step("base/mmlu", lambda: [*journal.step("base/mmlu/1/0", lambda: [1]), 2])
-    assert Journal(tmp_path / "out").done == {"base/mmlu": [1, 2]}
+    assert Journal.beside(tmp_path / "out").done == {"base/mmlu": [1, 2]}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -170,9 +171,9 @@ def test_swallowed_stop_signal_stops_the_next_request(tmp_path):
         def answers(self, prompts, most):
             return [[1]] * len(prompts)
 
-    journal = Journal(tmp_path / "out")
+    journal = Journal.beside(tmp_path / "out")
     before = signal.getsignal(signal.SIGTERM)
-    with interruption.signals_handled():
+    with interruption.handle_signals():
         Last()
         with pytest.raises(KeyboardInterrupt):
             ResumableEngine(Engine(), journal, "base").answers([[1]], 4)
@@ -186,28 +187,39 @@ def test_swallowed_stop_signal_stops_the_next_request(tmp_path):
 def test_job_started_with_sigint_ignored_keeps_ignoring_it():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with interruption.signals_handled():
+        with interruption.handle_signals():
             signal.raise_signal(signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 def test_full_disk_is_named_and_keeps_earlier_results(tmp_path, monkeypatch):
-    journal = Journal(tmp_path / "out")
+    journal = Journal.beside(tmp_path / "out")
     journal.step("a", lambda: 1)
-    monkeypatch.setattr("pathlib.Path.replace", full_disk)
-    kept = r"out.partial-measured cannot be written: No space left on device; make room; what was measured is kept"
+    monkeypatch.setattr("orthogonalize.core.journal.write_after", cut_by_full_disk)
+    kept = (
+        r"out.partial-measured cannot be written: No space left on device; make room; finished measurements were kept"
+    )
     with pytest.raises(OrthogonalizeError, match=kept), journal.kept():
         journal.step("b", lambda: 2)
     assert [p.name for p in tmp_path.iterdir()] == [".out.partial-measured"]
-    assert Journal(tmp_path / "out").done == {"a": 1}
-    fresh = Journal(tmp_path / "other")
+    assert Journal.beside(tmp_path / "out").done == {"a": 1}
+    fresh = Journal.beside(tmp_path / "other")
     with pytest.raises(OrthogonalizeError, match=r"device; make room$"), fresh.kept():  # this one has stored nothing
         fresh.step("b", lambda: 2)
-    unlocked = Journal(tmp_path / "out", needed=False)
+    unlocked = Journal.beside(tmp_path / "out", needed=False)
     assert unlocked.step("b", lambda: 2) == 2
+    with monkeypatch.context() as patch:  # the disk has room again: what could not be written before is written now
+        patch.setattr("orthogonalize.core.journal.write_after", write_after)
+        unlocked.step("c", lambda: 3)
+        assert Journal.beside(tmp_path / "out").done == {"a": 1, "b": 2, "c": 3}
     monkeypatch.setattr("pathlib.Path.unlink", full_disk)
     unlocked.close()
+
+
+def cut_by_full_disk(file, size, data):
+    write_after(file, size, data[: len(data) // 2])
+    full_disk()
 
 
 def full_disk(*_arguments, **_named):
@@ -215,12 +227,18 @@ def full_disk(*_arguments, **_named):
 
 
 def test_truncated_journal_line_is_ignored(tmp_path):
-    journal = Journal(tmp_path / "out")
+    journal = Journal.beside(tmp_path / "out")
     journal.step("a", lambda: 1)
     journal.step("b", lambda: 2)
     with journal.file.open("a") as file:
         file.write('{"step": "c", "resu')
-    assert Journal(tmp_path / "out").done == {"a": 1, "b": 2}
+    resumed = Journal.beside(tmp_path / "out")
+    assert resumed.done == {"a": 1, "b": 2}
+    resumed.step("d", lambda: 4)
+    assert Journal.beside(tmp_path / "out").done == {"a": 1, "b": 2, "d": 4}
+    assert resumed.file.read_text() == "".join(
+        f'{{"step": "{step}", "result": {result}}}\n' for step, result in [("a", 1), ("b", 2), ("d", 4)]
+    )
 
 
 def test_folder_state_covers_every_file_that_affects_results(model, tmp_path):
@@ -323,7 +341,9 @@ def test_out_of_memory_is_a_one_line_error_and_loses_nothing(model, edited, run,
     settings = {"engine": "hf", "max_new_tokens": 8, "suites": ["refusal", "kl"]}
     with monkeypatch.context() as patch:
         patch.setattr(TransformersEngine, "likeliest", full)
-        with pytest.raises(OrthogonalizeError, match=r"memory ran out: CUDA out of memory.*kept, so the same command"):
+        with pytest.raises(
+            OrthogonalizeError, match=r"out of memory: CUDA out of memory.*kept: re-run the same command"
+        ):
             evaluate(edited, str(model), run, tmp_path / "x", **settings)
     assert evaluate(edited, str(model), run, tmp_path / "x", **settings).edited.refusal is not None
 

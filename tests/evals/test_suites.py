@@ -237,7 +237,7 @@ def test_missing_shard_of_a_split_is_named(tmp_path):
         file.unlink()
     for number in (0, 2):
         write(home, mmlu_rows(3), f"test-0000{number}-of-00003", ".parquet")
-    with pytest.raises(OrthogonalizeError, match=r"test-00001-of-00003.parquet is not there; fetch it again"):
+    with pytest.raises(OrthogonalizeError, match=r"test-00001-of-00003.parquet is missing; download it again"):
         mmlu(folder, None)
     write(home, mmlu_rows(4), "test-00001-of-00003", ".parquet")
     assert len(mmlu(folder, None)) == 10
@@ -287,7 +287,7 @@ def test_checkpoint_is_named_by_its_folder_from_inside_too(model, edited, run, t
 @pytest.mark.parametrize(("words", "message"), [
     (["--judge", "prefix"], "refusals are counted anyway"),
     (["--judge", "wildguard="], "names no model"),
-    (["--revision", "main"], "--revision main is for models of the Hub, and .* lies here"),
+    (["--revision", "main"], "--revision main is only for models on the Hub, but .* is a local path"),
     (["--separate-engines"], "--separate-engines is for vLLM"),
 ])  # fmt: skip
 def test_options_without_effect_are_refused(words, message, model, edited, run, tmp_path):

@@ -20,7 +20,7 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.models.describe.discovery import Findings, discover
-from orthogonalize.models.describe.draft import draft, shrunk
+from orthogonalize.models.describe.draft import draft, shrink_config
 from orthogonalize.models.hooks import Stream
 from orthogonalize.models.sites import Sites
 
@@ -167,7 +167,7 @@ UNDESCRIBED = ["nemotron", "seed_oss", "glm", "bamba", "jamba", "minimax_m2"]
 def test_draft_for_an_undescribed_architecture_is_exact(model_type, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    config = shrunk(AutoConfig.for_model(model_type))
+    config = shrink_config(AutoConfig.for_model(model_type))
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_draft_of_a_wrapper_asks_for_the_image_projector(tmp_path, monkeypatch):
     (question,) = [q for q in drafted.open_questions if "images" in q]
     assert "multi_modal_projector.linear_1.weight or multi_modal_projector.linear_2.weight" in question
     monkeypatch.setattr(architectures, "families", lambda: {"llava": drafted.architecture})
-    with pytest.raises(OrthogonalizeError, match=r"does not say by which tensor .* add an \[embed\.images\]"):
+    with pytest.raises(OrthogonalizeError, match=r"does not say through which tensor .* add an \[embed\.images\]"):
         bake(open_checkpoint(tmp_path / "llava"), every_write())
     answer = (
         '\n[embed.images]\nweight = "multi_modal_projector.linear_2.weight"\naxis = 0\nrows = false\nimage = true\n'
@@ -225,7 +225,7 @@ def test_model_with_an_audio_encoder_is_refused(tmp_path):
         open_checkpoint(folder), every_write()
     ).checkpoint.edits  # a default in the config, without an audio encoder
     heard = rewritten(folder, tmp_path / "hears", lambda t: t | {"audio_projector.weight": torch.zeros(48, 24)})
-    with pytest.raises(OrthogonalizeError, match=r"also hears \(audio_config\)"):
+    with pytest.raises(OrthogonalizeError, match=r"has an audio encoder \(audio_config\)"):
         bake(open_checkpoint(heard), every_write())
 
 
@@ -241,7 +241,7 @@ def test_wrapper_that_transformers_cannot_build_is_refused(tmp_path):
 def test_describe_prints_a_draft_with_open_questions(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(shrunk(AutoConfig.for_model("seed_oss")))
+    model = AutoModelForCausalLM.from_config(shrink_config(AutoConfig.for_model("seed_oss")))
     model.save_pretrained(tmp_path / "model")
     result = CliRunner().invoke(
         main, ["--quiet", "describe", str(tmp_path / "model"), "--out", str(tmp_path / "x.toml")]
@@ -249,7 +249,7 @@ def test_describe_prints_a_draft_with_open_questions(tmp_path):
     assert result.exit_code == 0, result.output
     text = (tmp_path / "x.toml").read_text()
     assert parse(text, "x") is not None
-    assert "does vLLM run an untied head" in text
+    assert "does vLLM support an untied head" in text
     assert 'writes = { "mlp.down_proj.weight" = 0 }' in CliRunner().invoke(
         main, ["--quiet", "describe", str(tmp_path / "model")]
     ).output  # fmt: skip

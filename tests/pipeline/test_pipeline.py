@@ -288,7 +288,7 @@ def test_nan_weights_stop_extraction_and_name_the_layer(sources, tmp_path):
         "--negative", sources["negative"],
     )  # fmt: skip
     assert status == 1
-    assert "input of layer 1 hold NaN" in said
+    assert "input of layer 1 contain NaN" in said
 
 
 def test_remote_code_runs_only_if_allowed_and_needed(tmp_path):
@@ -322,7 +322,7 @@ def test_out_of_memory_is_a_one_line_error_in_every_command(model, run, tmp_path
     monkeypatch.setattr("orthogonalize.commands.edit._write", full)
     status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
     assert status == 1
-    assert "memory ran out: DefaultCPUAllocator" in said
+    assert "out of memory: DefaultCPUAllocator" in said
     assert "nothing half-finished was left" in said
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("orthogonalize.commands.edit._write", lambda *_: [][1])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import shift
-from orthogonalize.core.journal import StageJournal
+from orthogonalize.core.journal import Journal
 from orthogonalize.data.refusals import refused
 from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import input_shifted, layer_projected, map_input, map_output
@@ -92,19 +92,19 @@ def test_known_scores_are_not_computed_again(base, tmp_path):
     model, tokens = load(base), [5, 9]
     positive, negative = some_ids(6, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
-    journal = StageJournal(tmp_path / "journal", "inputs")
+    journal = Journal(tmp_path / "journal", "inputs")
     scored = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=journal)
     lines = (tmp_path / "journal").read_text().split("\n")
     (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the middle of a line
-    cut = StageJournal(tmp_path / "journal", "inputs")
-    assert len(cut.found) == len(journal.found) - 1
+    cut = Journal(tmp_path / "journal", "inputs")
+    assert len(cut.done) == len(journal.done) - 1
     again = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=cut)
     assert [(c.finder, c.layer, c.position) for c in again] == [(c.finder, c.layer, c.position) for c in scored]
     assert [c.bypass for c in again] == pytest.approx([c.bypass for c in scored], abs=1e-6)
-    full = StageJournal(tmp_path / "journal", "inputs")
+    full = Journal(tmp_path / "journal", "inputs")
     known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # without a model
     assert known == again
-    assert not StageJournal(tmp_path / "journal", "other inputs").found
+    assert not Journal(tmp_path / "journal", "other inputs").done
 
 
 def test_completion_loss_equals_the_library_loss(base):

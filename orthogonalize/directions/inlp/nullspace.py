@@ -20,6 +20,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from ...core.errors import OrthogonalizeError
+from ...core.progress import Progress
 from .logistic import Samples, fit_logistic
 
 C = 0.1  # inverse regularisation, as in eliroc98/refusal_direction
@@ -31,7 +32,6 @@ PAIRS_ON_CPU = 8
 
 Solver = Literal["newton", "sklearn"]
 Classifier = Literal["logistic", "svm"]
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import OrthogonalizeError
-from ...core.journal import Journal, fingerprint_of
+from ...core.files import fingerprint
+from ...core.journal import Journal
 from ...core.progress import note
 from ...engines.base import EngineName, EngineOptions, engine_state
 from ...engines.factory import open_engine
@@ -32,7 +33,7 @@ class ReadyJudge:
 
     def step(self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions) -> str:
         """The journal's step for the judge's opinions on `pairs`."""
-        state = fingerprint_of(engine_state(engine, options), folder_state(self.folder), self.judge.name, pairs)
+        state = fingerprint([engine_state(engine, options), folder_state(self.folder), self.judge.name, pairs])
         return f"judge/{self.judge.name}={self.model}@{state[:16]}"
 
     def ask(

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-from ...core.journal import fingerprint_of
+from ...core.files import fingerprint
 from ...data.refusals import refused
 from ...engines.base import Responder
 from ..metrics import Series, yes_no_series
@@ -61,7 +61,7 @@ class Answering:
     @cached_property
     def states(self) -> dict[str, str]:
         """By set, a fingerprint of what its answers depend on besides the model."""
-        return {s.name: fingerprint_of([item.ids for item in s.items], self.new_tokens) for s in self.sets}
+        return {s.name: fingerprint([[item.ids for item in s.items], self.new_tokens]) for s in self.sets}
 
     def answers(self, engine: Responder, sets: Sequence[str]) -> dict[str, list[list[int]]]:
         """What a model says to `sets`, as token ids; they are asked in one batch."""

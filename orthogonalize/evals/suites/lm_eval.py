@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...core.errors import OrthogonalizeError, first_line
-from ...core.journal import fingerprint_of
+from ...core.files import fingerprint
 from ...core.progress import note
 from ...data.tokenization import encode_open_ended
 from ...engines.base import Responder
@@ -243,7 +243,7 @@ def _state(tasks: Mapping[str, Any], known: TaskManager) -> str:
     folders = sorted({entry.yaml_path.parent for entry in entries if entry.yaml_path is not None})
     code = [hashlib.sha256(file.read_bytes()).hexdigest() for home in folders for file in sorted(home.glob("*.py"))]
     requests = [[r.args, r.doc] for task in tasks.values() for r in task.instances]
-    return fingerprint_of(version("lm-eval"), code, _plain([requests, [entry.cfg for entry in entries]]))
+    return fingerprint([version("lm-eval"), code, _plain([requests, [entry.cfg for entry in entries]])])
 
 
 def _plain(value: Any) -> Any:

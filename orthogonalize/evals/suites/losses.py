@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import OrthogonalizeError
-from ...core.journal import fingerprint_of
+from ...core.files import fingerprint
 from ...data.benchmarks import ALPACA, PILE, rows
 from ...data.chat import ChatFormat
 from ...data.tokenization import encode_open_ended
@@ -53,7 +53,7 @@ class TextLosses:
 
     @cached_property
     def state(self) -> str:
-        return fingerprint_of(self.prompts, self.completions)
+        return fingerprint([self.prompts, self.completions])
 
     def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
         """`memory` is not needed: the texts are nobody's own."""

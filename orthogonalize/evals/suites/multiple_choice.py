@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import OrthogonalizeError
-from ...core.journal import fingerprint_of
+from ...core.files import fingerprint
 from ...data.benchmarks import ARC, ARC_SHOTS, MMLU, MMLU_SHOTS, TRUTHFULQA, evenly, rows
 from ...data.tokenization import encode_open_ended
 from ...engines.base import Responder
@@ -81,7 +81,7 @@ class MultipleChoice:
 
     @cached_property
     def state(self) -> str:
-        return fingerprint_of(self.contexts, self.choices, self.right, self.categories)
+        return fingerprint([self.contexts, self.choices, self.right, self.categories])
 
     def predictions(self, engine: Responder) -> list[int]:
         """The index of the likeliest choice of every question."""

@@ -1,4 +1,4 @@
-"""What passes through the modules of an unknown model, and what its blocks add to the residual stream."""
+"""Observe the modules of an unknown model: what its blocks add to the residual stream."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 
 from ...core.errors import OrthogonalizeError
 
-FITS = 1e-4  # largest relative error of a sum, or of a multiple, that is one
+FITS = 1e-4  # largest relative error at which a sum or a multiple counts as exact
 MOST_PARTS = 3
 
 
 @dataclass
 class FoundPart:
-    """A module that adds to the stream, by its name in the block; `factor` multiplies its output."""
+    """A module that adds to the stream, by its name in the block; its output is multiplied by `factor`."""
 
     module: str
     factor: float
@@ -38,12 +38,12 @@ def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm, by its class's name."""
+    """Whether a module is a norm, judging by the name of its class."""
     return "norm" in type(module).__name__.lower() and not list(module.children())
 
 
 class ObservedModel:
-    """One model under observation: its blocks, and what passes through their modules."""
+    """A model whose blocks and module inputs and outputs are observed."""
 
     def __init__(self, model: Any, ids: torch.Tensor) -> None:
         self.model, self.ids = model, ids
@@ -52,7 +52,7 @@ class ObservedModel:
         count = int(config.num_hidden_layers)
         lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
         if not lists:
-            raise OrthogonalizeError(f"{type(model).__name__} keeps its {count} blocks in no list")
+            raise OrthogonalizeError(f"{type(model).__name__} does not keep its {count} blocks in a ModuleList")
         self.list_name, self.blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
     @torch.inference_mode()
@@ -61,7 +61,7 @@ class ObservedModel:
         return out
 
     def observe(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """First inputs and outputs of `modules` in one run, where they are as wide as the stream, [tokens, d]."""
+        """First inputs and outputs [tokens, d] of `modules` in one run, if they are as wide as the stream."""
         ins: dict[str, torch.Tensor] = {}
         outs: dict[str, torch.Tensor] = {}
 
@@ -83,13 +83,13 @@ class ObservedModel:
         return ins, outs
 
     def inner(self, layer: int) -> dict[str, nn.Module]:
-        """The modules of a block by name, shallow ones first; what only passes things through is left out."""
+        """The modules of a block by name, except dropout, in order of depth."""
         found = [(n, m) for n, m in self.blocks[layer].named_modules() if n and not isinstance(m, nn.Dropout)]
         return dict(sorted(found, key=lambda pair: pair[0].count(".")))
 
 
 def _decompose(delta: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> dict[str, float] | None:
-    """The fewest of `outputs` of which `delta` is a weighted sum, and their weights."""
+    """The smallest set of `outputs` that `delta` is a weighted sum of, with their weights; None if there is none."""
     for depth in range(3):
         names = [n for n, out in outputs.items() if n.count(".") <= depth and out.shape == delta.shape]
         for size in range(1, MOST_PARTS + 1):
@@ -103,7 +103,7 @@ def _decompose(delta: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> dict
 
 
 def is_multiple(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    """Whether `a` is a multiple of `b`."""
+    """Whether `a` is a scalar multiple of `b`."""
     if a is None or b is None or a.shape != b.shape:
         return False
     factor = (a * b).sum() / b.pow(2).sum()
@@ -111,21 +111,25 @@ def is_multiple(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def block_parts(probe: ObservedModel, layer: int) -> list[FoundPart]:
-    """The modules of a block whose outputs make up what it adds to the stream, in the order in which they run."""
+    """The modules whose outputs sum to what a block adds to the stream, in execution order.
+
+    Raises:
+        OrthogonalizeError: the block's contribution is not such a sum.
+    """
     modules = probe.inner(layer)
     block = {"": probe.blocks[layer], **modules}
     ins, outs = probe.observe(block)
     found = _decompose(outs[""] - ins[""], {n: o for n, o in outs.items() if n})
     if found is None:
         raise OrthogonalizeError(
-            f"what block {layer} does to the stream is no sum of its modules' outputs: the stream itself passes "
-            "through a norm, so no edit of the weights is exact"
+            f"the contribution of block {layer} is not a sum of its modules' outputs: the stream itself passes "
+            "through a norm, so weights cannot be edited exactly"
         )
     order = list(modules)
     parts = []
     norms = [n for n, m in modules.items() if is_norm(m) and "." not in n]
     behind = {n for n in found if is_norm(modules[n])}
-    for name in sorted(found, key=lambda n: list(outs).index(n)):  # in the order in which they run
+    for name in sorted(found, key=lambda n: list(outs).index(n)):  # in execution order
         part = FoundPart(name, found[name])
         if name in behind:
             part.post_norm = name
@@ -133,7 +137,7 @@ def block_parts(probe: ObservedModel, layer: int) -> list[FoundPart]:
         before = [n for n in norms if n not in behind]
         if part.module in ins:
             part.norm = next((n for n in before if is_multiple(ins[part.module], outs.get(n))), None)
-        elif before:  # the module's input is not the stream's: it is the last of a chain behind a norm
+        elif before:  # its input is not as wide as the stream: the module ends a chain that follows a norm
             ran = list(outs)
             part.norm = max((n for n in before if ran.index(n) < ran.index(part.module)), key=ran.index, default=None)
         parts.append(part)
@@ -141,7 +145,11 @@ def block_parts(probe: ObservedModel, layer: int) -> list[FoundPart]:
 
 
 def norm_behaviour(probe: ObservedModel, norm: nn.Module) -> tuple[str, float, bool]:
-    """Kind, offset and whether it has a weight, from what a norm does to its input."""
+    """Kind, offset and whether there is a weight, inferred from what a norm does to its input.
+
+    Raises:
+        OrthogonalizeError: it is neither an RMSNorm nor a LayerNorm.
+    """
     ins, outs = probe.observe({"norm": norm})
     x, out = ins["norm"].double(), outs["norm"].double()
     bias = getattr(norm, "bias", None)
@@ -156,5 +164,5 @@ def norm_behaviour(probe: ObservedModel, norm: nn.Module) -> tuple[str, float, b
             tried[kind, offset] = ((core * scale - out).norm() / out.norm()).item()
     kind, offset = min(tried, key=lambda key: tried[key])
     if tried[kind, offset] > 0.05:
-        raise OrthogonalizeError(f"{type(norm).__name__} is no norm of a known kind")
+        raise OrthogonalizeError(f"{type(norm).__name__} is neither an RMSNorm nor a LayerNorm")
     return kind, offset if weight is not None else 0.0, weight is not None

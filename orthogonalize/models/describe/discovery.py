@@ -1,9 +1,9 @@
-"""Finding by experiment where an unknown model writes and reads its residual stream.
+"""Find by experiment where an unknown model writes and reads its residual stream.
 
-On a small random model of the same class: the blocks' additions to the stream are decomposed into
-outputs of their modules (which tells modules, factors and norms behind them), and each tensor axis as
-wide as the stream is tried. If a direction is projected out of every such axis, no block's output has
-it and none reads it; an axis whose omission brings it back is a write, or a read.
+The experiments run on a small random model of the same class. What each block adds to the stream is decomposed into
+outputs of its modules, which reveals the modules, their factors and the norms after them. Then every tensor axis as
+wide as the stream is tested: if a direction is projected out of all of them, no block writes or reads it; an axis
+whose omission brings it back is a write or a read.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from ...core.progress import track
 from ..loading import model_class
 from .block_probe import FoundPart, ObservedModel, block_parts, is_multiple, is_norm, norm_behaviour
 
-SEEN = 1e-3  # relative size from which an effect is one, not float32 rounding
+DETECTED = 1e-3  # relative size from which an effect counts; below, it may be float32 rounding
 
 
 @dataclass
 class Findings:
-    """What the experiments showed; the names are those that descriptions use."""
+    """Results of the experiments; fields are named as in architecture files."""
 
     decoder_module: str
     decoder: str
@@ -49,14 +49,18 @@ class Findings:
 
 @dataclass(frozen=True)
 class _Names:
-    """How the checkpoint's names split: what stands before a block's number, and before the decoder's names."""
+    """Prefixes of a checkpoint's names: `before` the number of a block, and of the `decoder`."""
 
     before: str
     decoder: str
 
     @classmethod
     def of(cls, names: Iterable[str], layers: int, beyond: bool = False) -> _Names:
-        """`beyond` allows for layers behind the last, which predict further tokens."""
+        """Infer the prefixes from `names`; `beyond` allows layers after the last, for multi-token prediction.
+
+        Raises:
+            OrthogonalizeError: no prefix is followed by the numbers of all layers.
+        """
         numbers: dict[str, set[int]] = {}
         for name in names:
             found = re.match(r"(.*?)\.?\b(\d+)\.", name)
@@ -65,23 +69,23 @@ class _Names:
         wanted = set(range(layers))
         fitting = [b for b, seen in numbers.items() if seen == wanted or (beyond and seen > wanted)]
         if not fitting:
-            raise OrthogonalizeError("the checkpoint's names do not number its blocks")
+            raise OrthogonalizeError("the checkpoint's tensor names do not contain block numbers")
         before = max(fitting, key=lambda b: sum(n.startswith(b + ".") for n in names))
         return cls(before, before.rpartition(".")[0] + "." if "." in before else "")
 
     def group(self, name: str) -> str:
-        """A tensor's name in descriptions, without the numbers of its layer and expert."""
+        """A tensor's name in architecture files, without layer and expert numbers."""
         found = re.fullmatch(re.escape(self.before) + r"\.\d+\.(.+)", name)
         return re.sub(r"\.\d+\.", ".{expert}.", found[1]) if found else name
 
 
-def _projected(tensor: torch.Tensor, axis: int, direction: torch.Tensor) -> torch.Tensor:
+def _project_out(tensor: torch.Tensor, axis: int, direction: torch.Tensor) -> torch.Tensor:
     rows = tensor.double().movedim(axis, -1)
     return (rows - (rows @ direction).unsqueeze(-1) * direction).movedim(-1, axis).to(tensor.dtype)
 
 
 class Experiments:
-    """A checkpoint of a small random model, and models made of it with some tensors changed."""
+    """A small random model's checkpoint, and models built from it with some tensors changed."""
 
     def __init__(self, folder: Path) -> None:
         self.source: Checkpoint = open_checkpoint(folder)
@@ -105,7 +109,7 @@ class Experiments:
         self.names = _Names.of(list(self.tensors), len(self.plain.blocks))
 
     def candidates(self, head: str) -> list[tuple[str, int]]:
-        """Every axis as wide as the stream, by group: of matrices, and of the biases beside them."""
+        """(group, axis) of every axis as wide as the stream, of matrices and the biases beside them."""
         weights = {n for n, t in self.tensors.items() if t.dim() > 1 and n.startswith(self.names.decoder) and n != head}
         biases = {bias_name(n) for n in weights} & self.tensors.keys()
         found = {
@@ -117,7 +121,7 @@ class Experiments:
         }
         return list(found)
 
-    def projected(self, axes: Iterable[tuple[str, int]]) -> ObservedModel:
+    def project_out(self, axes: Iterable[tuple[str, int]]) -> ObservedModel:
         """The model with the direction projected out of all of `axes`."""
         by_group: dict[str, list[int]] = {}
         for group, axis in axes:
@@ -125,14 +129,14 @@ class Experiments:
         tensors = dict(self.tensors)
         for name, tensor in self.tensors.items():
             for axis in by_group.get(self.names.group(name), []):
-                tensor = _projected(tensor, axis, self.direction)
+                tensor = _project_out(tensor, axis, self.direction)
             tensors[name] = tensor
         return ObservedModel(self.load(tensors).eval(), self.ids)
 
 
 @contextmanager
-def _shifted(lab: Experiments, probe: ObservedModel, parts: Mapping[int, list[FoundPart]]) -> Iterator[None]:
-    """Add multiples of the direction, another for every token, to all that the parts read."""
+def _shift_reads(lab: Experiments, probe: ObservedModel, parts: Mapping[int, list[FoundPart]]) -> Iterator[None]:
+    """Add the direction, times a different amount per token, to everything that the parts read."""
     amount = lab.amounts * lab.direction.float()
 
     def shift_output(_m: Any, _i: Any, output: torch.Tensor) -> torch.Tensor:
@@ -157,10 +161,10 @@ def _shifted(lab: Experiments, probe: ObservedModel, parts: Mapping[int, list[Fo
 def _measure(
     lab: Experiments, probe: ObservedModel, parts: Mapping[int, list[FoundPart]]
 ) -> tuple[float, dict[tuple[int, str], float], dict[tuple[int, str], float]]:
-    """The direction's share of the first block's input and of every part's output, and how a shift changes these."""
+    """The direction's share of the first block's input and of each part's output, and the effect of a shift."""
     watched = {f"{layer}/{p.module}": probe.inner(layer)[p.module] for layer, found in parts.items() for p in found}
     ins, outs = probe.observe({"first": probe.blocks[0], **watched})
-    with _shifted(lab, probe, parts):
+    with _shift_reads(lab, probe, parts):
         _, moved = probe.observe(watched)
     r = lab.direction.float()
 
@@ -176,8 +180,8 @@ def _measure(
     return share(ins["first"]), written, change
 
 
-def _head(lab: Experiments) -> tuple[str, str, nn.Module]:
-    """The head's name in the checkpoint, and the norm before it by name and as a module."""
+def _find_head(lab: Experiments) -> tuple[str, str, nn.Module]:
+    """The head's tensor name, and the name and module of the norm before it."""
     probe = lab.plain
     output = probe.model.get_output_embeddings()
     given: list[torch.Tensor] = []
@@ -192,7 +196,7 @@ def _head(lab: Experiments) -> tuple[str, str, nn.Module]:
     handle.remove()
     norm = next((n for n, out in outs.items() if is_multiple(given[0], out)), None) or next(iter(outs), None)
     if norm is None:
-        raise OrthogonalizeError("no norm stands before the head")
+        raise OrthogonalizeError("there is no norm before the head")
     name = next((n for n, t in lab.tensors.items() if t.equal(output.weight) and "embed_tokens" not in n), None)
     return name or "lm_head.weight", norm.removeprefix(base + "."), outside[norm]
 
@@ -201,35 +205,35 @@ def discover(folder: Path) -> Findings:
     """Find every write and read of the small random model in `folder`.
 
     Raises:
-        OrthogonalizeError: its stream passes through a norm, or it is built in no known way.
+        OrthogonalizeError: its stream passes through a norm, or its structure is unknown.
     """
     lab = Experiments(folder)
     parts = {layer: block_parts(lab.plain, layer) for layer in range(len(lab.plain.blocks))}
-    head, head_norm, norm = _head(lab)
+    head, head_norm, norm = _find_head(lab)
     candidates = lab.candidates(head)
-    everything = lab.projected(candidates)
+    everything = lab.project_out(candidates)
     first, written, change = _measure(lab, everything, parts)
-    if max(first, *written.values(), *change.values()) > SEEN:
+    if max(first, *written.values(), *change.values()) > DETECTED:
         raise OrthogonalizeError(
-            "with a direction out of every tensor as wide as the stream, blocks still write or read it "
+            "blocks write or read a direction even when it is projected out of every tensor as wide as the stream "
             f"(written {max(written.values()):.1e}, read {max(change.values()):.1e}, embedded {first:.1e})"
         )
     embed: dict[str, int] = {}
     inert: list[str] = []
-    with track("trying tensors", len(candidates), "axes") as advance:
+    with track("testing tensors", len(candidates), "axes") as advance:
         for group, axis in candidates:
-            probe = lab.projected(c for c in candidates if c != (group, axis))
+            probe = lab.project_out(c for c in candidates if c != (group, axis))
             first, written, change = _measure(lab, probe, parts)
-            used = first > SEEN
+            used = first > DETECTED
             if used:
                 embed[group] = axis
             for layer, found in parts.items():
                 for part in found:
-                    if written[layer, part.module] > SEEN:
+                    if written[layer, part.module] > DETECTED:
                         part.writes[group] = axis
                         used = True
-            # All that runs after a reader sees what it read, so the first that changes is the reader.
-            reader = next((p for layer, ps in parts.items() for p in ps if change[layer, p.module] > SEEN), None)
+            # Everything after a reader changes with it, so the first part that changes is the reader.
+            reader = next((p for layer, ps in parts.items() for p in ps if change[layer, p.module] > DETECTED), None)
             if reader is not None:
                 reader.reads[group] = axis
                 used = True
@@ -259,7 +263,7 @@ def discover(folder: Path) -> Findings:
 
 
 def layout_of(names: Iterable[str], layers: int, findings: Findings) -> tuple[str, str]:
-    """The prefix of the decoder's names and the head's name in a checkpoint of the real model."""
+    """The prefix of the decoder's names and the name of the head in the full model's checkpoint."""
     listed = list(names)
     decoder = _Names.of(listed, layers, beyond=True).decoder
     short = findings.head.rpartition(".")[0].rpartition(".")[2] + ".weight"
@@ -269,7 +273,7 @@ def layout_of(names: Iterable[str], layers: int, findings: Findings) -> tuple[st
 
 
 def _merge(parts: Mapping[int, list[FoundPart]]) -> dict[str, list[FoundPart]]:
-    """The parts of all layers by block: attention (or a mixer) writes first, the MLP last, where there are two."""
+    """The parts of all layers by kind: if a layer has two, attention (or another mixer) comes first, the MLP last."""
     merged: dict[str, dict[str, FoundPart]] = {"attn": {}, "mlp": {}}
     for found in parts.values():
         for part in found:

@@ -1,9 +1,9 @@
-"""`describe`: draft the description of an architecture that has none.
+"""Draft an architecture file for a model that has none (`describe`).
 
-A small random model of the same class, with every kind of layer, is built from the configuration;
-`discovery` finds by experiment what it writes and reads; the draft is checked against the names and
-shapes of the real checkpoint. What a server does (heads it cannot untie, biases it drops) no experiment
-on transformers can tell: the draft says what to look up.
+A small random model of the same class, with every kind of layer, is built from the configuration; `discovery` finds
+by experiment what it writes and reads; the draft is checked against the names and shapes of the real checkpoint. How
+vLLM behaves (heads that it cannot untie, biases that it drops) cannot be learned from transformers, so the draft lists
+what to look up.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..sites import Sites
 from .block_probe import FoundPart
 from .discovery import Findings, discover, layout_of
 
-# Small, and different wherever a class allows it, so that an axis tells itself by its length.
+# Small, and different wherever possible, so that an axis can be recognized by its length.
 SIZES: dict[str, int] = {
     "hidden_size": 48, "intermediate_size": 56, "moe_intermediate_size": 24, "ffn_dim": 56,
     "shared_expert_intermediate_size": 40, "shared_intermediate_size": 40, "intermediate_size_mlp": 64,
@@ -45,7 +45,7 @@ EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", 
 
 @dataclass(frozen=True)
 class Draft:
-    """A drafted description, and what could not be settled."""
+    """A drafted architecture file, and the questions that it leaves open."""
 
     text: str
     architecture: Architecture
@@ -53,10 +53,10 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Named:
-    """What the real model is called, its text model among its modules, and names in its checkpoint.
+class ModelNames:
+    """Names in the full model: its type, the module of its text model, and prefixes in its checkpoint.
 
-    `images` are the tensors that what images add to the stream may pass last.
+    `images` are the tensors through which images may enter the stream.
     """
 
     model_type: str
@@ -67,7 +67,7 @@ class Named:
 
 
 def _layers_needed(settings: Mapping[str, Any], count: int) -> int:
-    """The first so many layers that show every kind of layer."""
+    """How many of the first layers include every kind of layer."""
     needed = 4
     for value in settings.values():
         if isinstance(value, list) and len(value) == count and all(isinstance(v, (str, int, bool)) for v in value):
@@ -79,8 +79,8 @@ def _layers_needed(settings: Mapping[str, Any], count: int) -> int:
     return min(needed, MOST_LAYERS, max(count, 1))
 
 
-def shrunk(config: Any) -> Any:
-    """The configuration of a small model of the same class as that of `config`, its head untied."""
+def shrink_config(config: Any) -> Any:
+    """The configuration of a small model of the same class as that of `config`, with an untied head."""
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     names = dict(getattr(config, "attribute_map", {}))
     count = int(config.num_hidden_layers)
@@ -118,8 +118,8 @@ def shrunk(config: Any) -> Any:
     return type(config)(**small)
 
 
-def _small_model(config: Any, folder: Path) -> None:
-    """A random model by `config`, its norms and biases random too, stored as its class stores it."""
+def _save_small_model(config: Any, folder: Path) -> None:
+    """Save a random model with configuration `config`, its norms and biases random as well."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -132,28 +132,28 @@ def _small_model(config: Any, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every number of a configuration with the path that leads to it."""
+def _iterate_numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the path and value of every number in a configuration."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _numbers(inner, f"{path}.{key}" if path else str(key))
+            yield from _iterate_numbers(inner, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            yield from _numbers(inner, f"{path}.{index}")
+            yield from _iterate_numbers(inner, f"{path}.{index}")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield path, float(value)
 
 
 def _key_of(factor: float, settings: Mapping[str, Any], what: str, width: int, questions: list[str]) -> str | None:
-    """The configuration's key of a factor that an experiment showed."""
+    """The configuration key that holds a measured factor; asks in `questions` if it cannot be determined."""
     if abs(factor - 1) < 1e-3:
         return None
-    found = [path for path, value in _numbers(settings) if abs(value - factor) < 1e-3 * abs(factor)]
+    found = [path for path, value in _iterate_numbers(settings) if abs(value - factor) < 1e-3 * abs(factor)]
     named = [path for path in found if "multiplier" in path or "scale" in path]
     if not named and abs(factor - width**0.5) < 1e-2:
         return "sqrt_width"
     if len(named) != 1:
-        questions.append(f"{what} is multiplied by {factor:.4g}: by which key of the configuration?")
+        questions.append(f"{what} is multiplied by {factor:.4g}: which configuration key holds it?")
     return named[0] if named else None
 
 
@@ -177,19 +177,19 @@ def _is_bias(name: str, beside: Mapping[str, int]) -> bool:
     return any(name == bias_name(weight) for weight in beside)
 
 
-def draft_text(findings: Findings, config: Any, named: Named) -> tuple[str, list[str]]:
-    """The TOML of a description of the real model, as it is `named`, and the questions that it leaves open.
+def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str, list[str]]:
+    """The TOML text of an architecture file for the full model, and the questions that it leaves open.
 
-    `config` is the small model's.
+    `config` is that of the small model.
     """
     settings, names = config.to_dict(), dict(getattr(config, "attribute_map", {}))
     questions = [
-        f"does vLLM run an untied head of {named.model_type}? (head.untied)",
+        f"does vLLM support an untied head for {named.model_type}? (head.untied)",
         "which output biases does vLLM read, and which flags create them? (bias)",
     ]
     if named.images:
         listed = " or ".join(named.images)
-        questions.append(f"do images pass {listed} last? (an [embed.images] with image = true; no edit without)")
+        questions.append(f"do images enter the stream through {listed}? (needs an [embed.images] with image = true)")
     width = int(config.hidden_size)
     epsilon = next((f'"{key}"' for key in EPSILONS if key in settings), "1e-5")
     norm = [f'kind = "{findings.kind}"', f"epsilon = {epsilon}"]
@@ -200,7 +200,7 @@ def draft_text(findings: Findings, config: Any, named: Named) -> tuple[str, list
         f"tied = {str(bool(type(config)().tie_word_embeddings)).lower()}",
     ]
     lines = [
-        "# Drafted by `orthogonalize describe`; found by experiment on a small random model of the class.",
+        "# Drafted by `orthogonalize describe` from experiments on a small random model of the same class.",
         *(f"# Open: {question}" for question in questions),
         f'family = "{named.model_type}"',
         f'model_types = ["{named.model_type}"]',
@@ -233,32 +233,34 @@ def draft_text(findings: Findings, config: Any, named: Named) -> tuple[str, list
 
 
 def draft(folder: Path) -> Draft:
-    """Draft the description of the model in `folder`, and check it against the checkpoint's own names.
+    """Draft the architecture file of the model in `folder`, and check it against the checkpoint's tensor names.
 
     Raises:
-        OrthogonalizeError: transformers has no such class or cannot build it small; its stream passes
-            through a norm; or the draft leaves a tensor of the checkpoint out.
+        OrthogonalizeError: transformers has no such class or cannot build a small one; the stream passes through
+            a norm; or the draft misses a tensor of the checkpoint.
     """
     from transformers import AutoConfig
 
     checkpoint = open_checkpoint(folder)
     try:
         config = AutoConfig.from_pretrained(folder).get_text_config()
-        small = shrunk(config)
+        small = shrink_config(config)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OrthogonalizeError(f"transformers does not know {folder} well enough: {first_line(error)}") from error
+        raise OrthogonalizeError(
+            f"transformers does not support the configuration of {folder}: {first_line(error)}"
+        ) from error
     with tempfile.TemporaryDirectory(prefix="orthogonalize-") as scratch:
         try:
-            _small_model(small, Path(scratch))
-        except Exception as error:  # whatever a class raises at sizes that it does not like
+            _save_small_model(small, Path(scratch))
+        except Exception as error:  # classes raise anything at sizes that they do not support
             raise OrthogonalizeError(
-                f"no small {config.model_type} can be built to experiment on: {first_line(error)}"
+                f"cannot build a small {config.model_type} model for the experiments: {first_line(error)}"
             ) from error
         findings = discover(Path(scratch))
     decoder, head = layout_of(checkpoint.tensors, int(config.num_hidden_layers), findings)
-    named = Named(str(config.model_type), findings.decoder_module, decoder, head)
+    named = ModelNames(str(config.model_type), findings.decoder_module, decoder, head)
     if checkpoint.config.get("model_type") != config.model_type:
-        named = _wrapped(checkpoint, named, int(config.hidden_size))
+        named = _name_wrapper(checkpoint, named, int(config.hidden_size))
     text, questions = draft_text(findings, small, named)
     architecture = parse(text, "the draft")
     assert architecture is not None
@@ -266,8 +268,8 @@ def draft(folder: Path) -> Draft:
     return Draft(text, architecture, questions)
 
 
-def _wrapped(checkpoint: Checkpoint, text: Named, width: int) -> Named:
-    """How a wrapper for images names its text model, and what may carry what it sees into the stream."""
+def _name_wrapper(checkpoint: Checkpoint, text: ModelNames, width: int) -> ModelNames:
+    """The names of a multimodal model's text model, and the tensors through which images may enter its stream."""
     from transformers import AutoConfig
 
     try:

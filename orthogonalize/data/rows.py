@@ -1,0 +1,73 @@
+"""Read rows from data files: JSON, JSON Lines (also .zst), CSV and Parquet, whole or in shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_rows(file: Path) -> Iterator[Any]:
+    """The rows of one file, in order; its suffix says the format. JSON Lines are read line by line, as needed.
+
+    Raises:
+        ValueError: the content does not have the suffix's format, or the suffix is unknown.
+        OSError: the file cannot be read.
+    """
+    match file.suffix.lower():
+        case ".jsonl" | ".zst":
+            return _json_lines(file)
+        case ".json":
+            rows = json.loads(file.read_text("utf-8-sig"))
+            if not isinstance(rows, list):
+                raise ValueError("the top level is not a list")
+            return iter(rows)
+        case ".csv":
+            from pyarrow import csv
+
+            options = csv.ParseOptions(newlines_in_values=True)
+            return iter(csv.read_csv(file, parse_options=options).to_pylist())
+        case ".parquet":
+            from pyarrow import parquet
+
+            return iter(parquet.read_table(file).to_pylist())
+        case suffix:
+            raise ValueError(f"{suffix or 'no suffix'} is not a known format")
+
+
+def read_split(file: Path) -> Iterator[Any]:
+    """The rows of a dataset's split, of which `file` is the only file or, in Parquet, any one shard.
+
+    Raises:
+        ValueError, OSError: see `read_rows`; a shard is missing.
+    """
+    shards = _shards(file) if file.suffix == ".parquet" else [file]
+    return (row for shard in shards for row in read_rows(shard))
+
+
+def _json_lines(file: Path) -> Iterator[Any]:
+    if file.suffix.lower() == ".zst":
+        import zstandard
+
+        with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
+            yield from (json.loads(line) for line in io.TextIOWrapper(stream, "utf-8") if line.strip())
+    else:
+        with file.open(encoding="utf-8-sig") as text:
+            yield from (json.loads(line) for line in text if line.strip())
+
+
+def _shards(file: Path) -> list[Path]:
+    """All shards of the split that `file` belongs to; where their names count them, none may be missing."""
+    split = file.name.partition("-")[0]
+    counted = re.fullmatch(rf"{re.escape(split)}-\d+-of-(\d+)\.parquet", file.name)
+    if counted is None:
+        return sorted(file.parent.glob(f"{split}-*.parquet")) or [file]
+    digits = len(counted[1])
+    names = [f"{split}-{number:0{digits}}-of-{counted[1]}.parquet" for number in range(int(counted[1]))]
+    missing = [name for name in names if not (file.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
+    return [file.parent / name for name in names]
