@@ -19,9 +19,10 @@ from helpers.llama import LAYERS, WIDTH
 from safetensors.torch import load_file
 
 from orthogonalize.commands import extract as extraction
-from orthogonalize.commands.extract import extract, read_contrast
+from orthogonalize.commands.extract import extract
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Site
+from orthogonalize.data.contrast import read_contrast
 from orthogonalize.data.prompts import Prompt
 from orthogonalize.directions import activation_store as recording
 from orthogonalize.directions import fit as contrast
@@ -124,7 +125,7 @@ import sys
 from pathlib import Path
 from helpers.command_line import SMALL
 from importlib import import_module
-from orthogonalize.commands.extract import extract, read_contrast
+from orthogonalize.commands.extract import extract
 module = import_module('orthogonalize.{module}')
 count = 0
 real = module.{name}
@@ -341,7 +342,7 @@ def test_prompts_are_marked_sensitive_by_option_or_known_source(copy, model, sou
     marked = extract(str(model), copy, **sources, settings=changed(sensitive=True), force=True)
     assert marked.info.sensitive == ["positive", "negative"]
     monkeypatch.setattr(
-        "orthogonalize.commands.extract.load_prompts",
+        "orthogonalize.data.contrast.load_prompts",
         lambda source, side, *_: [Prompt(f"{source} {i}", side) for i in range(8)],
     )
     assert read_contrast(None, "walledai/AdvBench", "tatsu-lab/alpaca")[2] == ["positive"]
