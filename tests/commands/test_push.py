@@ -227,5 +227,5 @@ def test_local_copies_in_every_format_give_the_same_rows(tmp_path):
         assert rows(MMLU, tmp_path / name) == questions, name
     cut = tmp_path / "compressed" / "cais/mmlu/all/test.jsonl.zst"
     cut.write_bytes(cut.read_bytes()[:-9])
-    with pytest.raises(OrthogonalizeError, match=r"test\.jsonl\.zst .*fetch it again"):
+    with pytest.raises(OrthogonalizeError, match=r"test\.jsonl\.zst .*download it again"):
         rows(MMLU, tmp_path / "compressed")
