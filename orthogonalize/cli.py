@@ -15,6 +15,7 @@ from .commands._options import (
     choice,
     device_option,
     edit_options,
+    engine_option,
     engine_options,
     extract_options,
     hf_device_option,
@@ -336,7 +337,7 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
     "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, …, NAME=MODEL."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
+@engine_option
 @parallel_options
 @hf_device_option
 def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> None:
@@ -362,7 +363,7 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
 
 @main.command()
 @click.option("--out", type=path(), default=Path("demo"), show_default=True, help="Folder for all that it makes.")
-@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
+@engine_option
 @click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
 def demo(out: Path, engine: Any, force: bool) -> None:
     """All of it on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""

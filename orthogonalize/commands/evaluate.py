@@ -15,7 +15,8 @@ from ..core.progress import note
 from ..data.refusals import LEAST_TOKENS, refused
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
-from ..engines.base import Engine, EngineName, EngineOptions
+from ..engines.base import Engine, EngineOptions
+from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
 from ..evals.judges.opinions import Opinions
 from ..evals.metrics import same_kind
@@ -125,8 +126,8 @@ def _measure_both(
 ) -> tuple[Measurements, Measurements, tuple[Opinions, Opinions]]:
     """What is measured of base and edited, judges' opinions among it, and these by prompt."""
     plan, memory = ready.plan, BaseOutputs()
-    # vLLM alone can: in transformers two models cost no more than one after the other.
-    weights = None if separate or ready.engine == "hf" else base_weights(checkpoint, ready.folder)
+    shared = ENGINES.find(ready.engine).shared and not separate
+    weights = base_weights(checkpoint, ready.folder) if shared else None
     state = folder_state(checkpoint)
     base_label, edited_label = ready.label("base", None if weights is None else state), ready.label("edited", state)
     base_steps, edited_steps = plan.steps(base_label, is_base=True), plan.steps(edited_label)
@@ -150,7 +151,7 @@ def evaluate(
     out: Path | str,
     *,
     suites: Sequence[str] = DEFAULT_SUITES,
-    engine: EngineName = "vllm",
+    engine: str = "vllm",
     max_new_tokens: int = LEAST_TOKENS,
     limit: int | None = None,
     data: Path | str | None = None,
@@ -185,8 +186,10 @@ def evaluate(
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
     options = options or EngineOptions(device=device)
     check_asked(suites, engine, options, data)
-    if separate_engines and engine == "hf":
-        raise OrthogonalizeError("--separate-engines is for vLLM; with --engine hf each model has one anyway")
+    if separate_engines and not ENGINES.find(engine).shared:
+        raise OrthogonalizeError(
+            f"--separate-engines is redundant: --engine {engine} always loads each model separately"
+        )
     found = load_run(run)
     folder = find_model(base, revision)
     check_pair(checkpoint, folder)

@@ -11,7 +11,8 @@ from ..core.journal import Journal
 from ..data.benchmarks import category_of
 from ..data.refusals import refused
 from ..data.tokenization import is_valid_unicode
-from ..engines.base import ONE_DEVICE, EngineName, EngineOptions, check_engine
+from ..engines.base import ONE_DEVICE, EngineOptions
+from ..engines.registry import check_engine
 from ..evals.judges.catalogue import find_judge
 from ..evals.judges.runner import PREFIX, ready_judges
 from ..evals.metrics import Rate, Record, Series, yes_no_series
@@ -53,7 +54,7 @@ def judge(
     file: Path | str,
     name: str = PREFIX,
     *,
-    engine: EngineName = "vllm",
+    engine: str = "vllm",
     options: EngineOptions = ONE_DEVICE,
 ) -> JudgedFile:
     """Score answers made elsewhere: `file` is a JSON list of {prompt, response, category}.

@@ -19,8 +19,8 @@ from ..core.progress import note, track
 from ..data.refusals import LEAST_TOKENS
 from ..edits.bake import EditPlan, bake
 from ..edits.recipe import store_maps
-from ..engines.base import ONE_DEVICE, Engine, EngineName, EngineOptions
-from ..engines.transformers import TransformersEngine
+from ..engines.base import ONE_DEVICE, Engine, EngineOptions
+from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
 from ..evals.plan import DEFAULT_SUITES, EvalPlan, Measurements
 from ..evals.setup import check_asked, prepare
@@ -129,8 +129,8 @@ class _Host:
             swap.apply(edited_weights(self.plans[variant.name]))
             yield engine
         else:
-            assert isinstance(engine, TransformersEngine)
-            with residual_hooks(engine.model, variant):
+            model: Any = engine.model  # type: ignore[attr-defined]  # an engine with `hooks` has one
+            with residual_hooks(model, variant):
                 yield engine
 
     def start_afresh(self) -> bool | None:
@@ -236,7 +236,7 @@ def sweep(
     suites: Sequence[str] = DEFAULT_SUITES,
     methods: Sequence[str] = (),
     scopes: Sequence[str] = SCOPES,
-    engine: EngineName = "vllm",
+    engine: str = "vllm",
     semantics: Semantics = "weights",
     max_new_tokens: int = LEAST_TOKENS,
     limit: int | None = None,
@@ -265,9 +265,9 @@ def sweep(
     """
     out, run = Path(out), Path(run)
     check_free(out, SWEEP, force, [Path(model), run])
-    if semantics == "residual" and engine != "hf":
-        raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
     check_asked(suites, engine, options, data)
+    if semantics == "residual" and not ENGINES.find(engine).hooks:
+        raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
     found = load_run(run)
     variants = make_variants(found, methods, scopes)
     folder = find_model(model, revision)

@@ -1,4 +1,4 @@
-"""The engine that runs models with transformers."""
+"""The transformers engine, which defines the results that others are checked against."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from ..core.progress import track
 from ..models.generation import generate, stop_tokens
 from ..models.loading import load_model
 from ..models.logprobs import Completion, Likeliest, completion_scores, likeliest_tokens, next_token_logprobs
-from .base import LIKELIEST, Ids, Part, fingerprint
+from .base import LIKELIEST, EngineOptions, Ids, Part, fingerprint
+
+
+def open_transformers(folder: Path, tokenizer: Any, max_model_len: int, options: EngineOptions) -> TransformersEngine:
+    """`TransformersEngine` on a checkpoint; it needs no limit on the context."""
+    return TransformersEngine(folder, tokenizer, options.device)
 
 
 def single_tokens(choices: Sequence[Ids]) -> bool:
-    """Whether the choices of a question are single tokens, all different: then one step scores them all."""
+    """Whether the choices of a question are distinct single tokens, so that one forward pass scores them all."""
     return all(len(c) == 1 for c in choices) and len({c[0] for c in choices}) == len(choices)
 
 
 class TransformersEngine:
-    """The reference engine: a transformers model in this process."""
+    """A transformers model in this process."""
 
     def __init__(self, folder: Path, tokenizer: Any, device: str = "auto", batch: int = 32) -> None:
         self.folder, self.tokenizer, self.device, self.batch = folder, tokenizer, device, batch
@@ -71,7 +76,7 @@ class TransformersEngine:
         parameters = dict(self.model.named_parameters())
         missing = sorted(set(weights) - set(parameters))
         if missing:
-            raise InPlaceError(f"transformers keeps {missing[0]} under another name, so it cannot be swapped")
+            raise InPlaceError(f"transformers has no parameter named {missing[0]}, so it cannot be replaced in place")
         for name, make in weights.items():
             parameters[name].copy_(make())
 

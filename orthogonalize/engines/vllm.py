@@ -19,8 +19,9 @@ from ..checkpoints.checkpoint import open_checkpoint
 from ..core.errors import InPlaceError, OrthogonalizeError
 from ..core.progress import track
 from ..models.logprobs import Completion, Likeliest
-from .base import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, Part, check_engine, fingerprint
+from .base import LIKELIEST, ONE_DEVICE, Engine, EngineOptions, Ids, Part, fingerprint
 from .choice_search import ChoiceSearch
+from .registry import check_engine
 
 SLICE = 256  # prompts between two signs of progress; each slice keeps the engine's batch full
 # Families whose queries reach the rotary embedding as [token, head, dimension]: the CPU kernel of vLLM 0.32 takes
@@ -73,6 +74,15 @@ def patch_llvmlite_introspection() -> None:
         return find(self, name)
 
     wrapper.__getattr__, wrapper._keeps_to_symbols = symbol, True
+
+
+def open_vllm(folder: Path, tokenizer: Any, max_model_len: int, options: EngineOptions) -> Engine:
+    """One vLLM engine, or a group of them if `options` ask for data parallelism. The tokenizer is not needed."""
+    if options.data_parallel_size > 1:
+        from .data_parallel import EngineGroup
+
+        return EngineGroup(folder, max_model_len, options)
+    return VllmEngine(folder, max_model_len, options)
 
 
 class VllmEngine:

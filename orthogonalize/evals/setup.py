@@ -10,8 +10,8 @@ from typing import Any
 
 from ..core.errors import OrthogonalizeError
 from ..core.journal import Journal, fingerprint_of
-from ..engines.base import Engine, EngineName, EngineOptions, check_engine, engine_state, engine_version
-from ..engines.factory import open_engine
+from ..engines.base import Engine, EngineOptions
+from ..engines.registry import ENGINES, check_engine, engine_state, open_engine
 from ..models.loading import load_tokenizer
 from ..models.resolve import context_length, folder_state, public_name
 from ..selection.run_folder import Run
@@ -28,7 +28,7 @@ class EvalSetup:
     tokenizer: Any
     plan: EvalPlan
     judges: list[ReadyJudge]
-    engine: EngineName
+    engine: str
     options: EngineOptions
     suites: list[str]
     max_new_tokens: int
@@ -58,7 +58,7 @@ class EvalSetup:
         """What a report says of how it was measured."""
         return {
             "engine": self.engine,
-            "engine_version": engine_version(self.engine),
+            "engine_version": ENGINES.find(self.engine).version,
             "suites": self.suites,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
@@ -68,7 +68,7 @@ class EvalSetup:
         }
 
 
-def check_asked(suites: Sequence[str], engine: EngineName, options: EngineOptions, data: Path | str | None) -> None:
+def check_asked(suites: Sequence[str], engine: str, options: EngineOptions, data: Path | str | None) -> None:
     """Refuse what cannot be measured, before anything is fetched or read for it."""
     check_names(suites)
     check_engine(engine, options)
@@ -81,7 +81,7 @@ def prepare(
     folder: Path,
     *,
     suites: Sequence[str],
-    engine: EngineName,
+    engine: str,
     max_new_tokens: int,
     limit: int | None,
     data: Path | str | None,

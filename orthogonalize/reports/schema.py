@@ -9,7 +9,6 @@ from typing import Literal
 from pydantic import Field
 
 from ..core.errors import OrthogonalizeError
-from ..engines.base import EngineName
 from ..evals.judges.catalogue import Judgement
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, Record, Score, Series, compare, nested
 
@@ -128,7 +127,7 @@ class Report(Record):
     """
 
     format: Literal[2] = 2
-    engine: EngineName
+    engine: str
     engine_version: str
     base_model: str
     checkpoint: str

@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field
 
 from ..edits.config import EditConfig
-from ..engines.base import EngineName
 from ..evals.metrics import Loss, Paired, Rate, Record
 from .schema import Measures
 from .tables import title
@@ -37,7 +36,7 @@ class Sweep(Record):
     """
 
     format: Literal[1] = 1
-    engine: EngineName
+    engine: str
     engine_version: str
     semantics: Semantics
     model: str

@@ -287,7 +287,7 @@ def test_a_checkpoint_is_called_by_its_folder_wherever_one_stands(model, edited,
     (["--judge", "prefix"], "refusals are counted anyway"),
     (["--judge", "wildguard="], "names no model"),
     (["--revision", "main"], "--revision main is for models of the Hub, and .* lies here"),
-    (["--separate-engines"], "--separate-engines is for vLLM"),
+    (["--separate-engines"], "--separate-engines is redundant: --engine hf always loads each model separately"),
 ])  # fmt: skip
 def test_what_would_do_nothing_is_refused(words, message, model, edited, run, tmp_path):
     code, said = command(

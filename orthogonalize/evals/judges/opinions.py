@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ...core.errors import OrthogonalizeError
 from ...core.journal import Journal
-from ...engines.base import EngineName, EngineOptions
+from ...engines.base import EngineOptions
 from ..plan import EvalPlan, Measurements
 from .catalogue import Judgement
 from .runner import ReadyJudge, opinion_series, ready_judges
@@ -28,7 +28,7 @@ def ask_judges(
     judges: Sequence[ReadyJudge],
     plan: EvalPlan,
     models: dict[str, Measurements],
-    engine: EngineName,
+    engine: str,
     options: EngineOptions,
     journal: Journal,
 ) -> dict[str, Opinions]:

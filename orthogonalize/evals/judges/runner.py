@@ -10,8 +10,8 @@ from typing import Any
 from ...core.errors import OrthogonalizeError
 from ...core.journal import Journal, fingerprint_of
 from ...core.progress import note
-from ...engines.base import EngineName, EngineOptions, engine_state
-from ...engines.factory import open_engine
+from ...engines.base import EngineOptions
+from ...engines.registry import engine_state, open_engine
 from ...models.loading import check_complete, load_tokenizer
 from ...models.resolve import context_length, find_model, folder_state
 from ..metrics import Series, yes_no_series
@@ -30,13 +30,13 @@ class ReadyJudge:
     folder: Path
     tokenizer: Any
 
-    def step(self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions) -> str:
+    def step(self, pairs: Sequence[tuple[str, str]], engine: str, options: EngineOptions) -> str:
         """The journal's step for the judge's opinions on `pairs`."""
         state = fingerprint_of(engine_state(engine, options), folder_state(self.folder), self.judge.name, pairs)
         return f"judge/{self.judge.name}={self.model}@{state[:16]}"
 
     def ask(
-        self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions, journal: Journal
+        self, pairs: Sequence[tuple[str, str]], engine: str, options: EngineOptions, journal: Journal
     ) -> list[Judgement]:
         """The judge's opinion on every (prompt, response), kept in `journal`; its model is started for it.
 
