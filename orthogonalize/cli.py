@@ -222,9 +222,8 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, judge: str, **options: Any) -> None:
     """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
 
-    Suites: refusal, behaviour (its first token), loss and kl need no data of their own. pile, alpaca, mmlu,
-    arc, truthfulqa, xstest, orbench and further prompt sets are read from the Hub, or from --data. Any task of
-    lm-eval is lm_eval:TASK. A command that was cut off goes on where it stopped.
+    The default suites need no data but the run's; public sets are read from the Hub, or from --data. Re-run an
+    interrupted command to resume it.
     """
     from .commands.evaluate import evaluate
 

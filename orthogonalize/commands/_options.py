@@ -48,6 +48,35 @@ class Entry(click.ParamType[str]):
         return str(value)
 
 
+class ListingOption(click.Option):
+    """An option whose help ends with `listing()`, which is read only when help is shown."""
+
+    def __init__(self, *arguments: Any, listing: Callable[[], str], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.listing = listing
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        said, self.help = self.help, f"{self.help} {self.listing()}"
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.help = said
+
+
+def suite_listing() -> str:
+    """Every value of --suite."""
+    from ..evals.suites.registry import suite_names
+
+    return f"One or more of {', '.join(suite_names())}."
+
+
+def judge_listing() -> str:
+    """Every value of --judge."""
+    from ..evals.judges.registry import model_judges
+
+    return f"One or more of {', '.join(model_judges())}, or NAME=MODEL."
+
+
 def engine_names() -> list[str]:
     """The names of all engines."""
     from ..engines.registry import ENGINES
@@ -103,9 +132,23 @@ parallel_options = together(
     ),
 )  # fmt: skip
 measuring_options = together(
-    click.option("--suite", default="refusal,behaviour,loss,kl", show_default=True, help="What to measure."),
+    click.option(
+        "--suite",
+        cls=ListingOption,
+        listing=suite_listing,
+        default="refusal,behaviour,loss,kl",
+        show_default=True,
+        help="What to measure.",
+    ),
     click.option("--data", type=path(), metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."),
-    click.option("--judge", default="none", show_default=True, help="llama-guard-3, wildguard, …, or NAME=MODEL."),
+    click.option(
+        "--judge",
+        cls=ListingOption,
+        listing=judge_listing,
+        default="none",
+        show_default=True,
+        help="Judge models for the answers.",
+    ),
     engine_option,
     number("--max-new-tokens", 1, LEAST_TOKENS),
     number("--limit", 1, None, "Most items of any set."),

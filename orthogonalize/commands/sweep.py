@@ -22,10 +22,11 @@ from ..edits.recipe import store_maps
 from ..engines.base import ONE_DEVICE, Engine, EngineOptions
 from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
-from ..evals.plan import DEFAULT_SUITES, EvalPlan, Measurements
-from ..evals.setup import check_asked, prepare
+from ..evals.plan import EvalPlan, Measurements
+from ..evals.setup import check_request, prepare
 from ..evals.shared_engine import SharedBase, check_room, common_folder, edited_weights, own_folder
 from ..evals.suites.base import BaseOutputs
+from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.hooks import input_shifted, layer_projected
 from ..models.loading import check_complete
 from ..models.resolve import find_model, public_name
@@ -265,7 +266,7 @@ def sweep(
     """
     out, run = Path(out), Path(run)
     check_free(out, SWEEP, force, [Path(model), run])
-    check_asked(suites, engine, options, data)
+    check_request(suites, engine, options, data)
     if semantics == "residual" and not ENGINES.find(engine).hooks:
         raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
     found = load_run(run)
@@ -304,9 +305,9 @@ def sweep(
             runner.trust(held)
             if held:
                 journal.step(restored, lambda: True)
-        ready.opinions(runner.measured, journal)
+        ready.judgements(runner.measured, journal)
     result = Sweep(
-        **ready.described(),
+        **ready.description(),
         semantics=semantics,
         model=public_name(model),
         effect=None,

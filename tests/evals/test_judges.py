@@ -17,7 +17,8 @@ from orthogonalize.cli import main
 from orthogonalize.commands.judge import judge, read_answers
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.engines.transformers import TransformersEngine
-from orthogonalize.evals.judges.catalogue import JUDGES, Judgement, find_judge
+from orthogonalize.evals.judges.base import Judgement
+from orthogonalize.evals.judges.registry import JUDGES, find_model_judge
 from orthogonalize.evals.judges.runner import ready_judges
 
 pytestmark = pytest.mark.xdist_group("engines")
@@ -131,14 +132,14 @@ def test_llama_guard_counts_short_answers_as_safe_and_odd_ones_as_neither():
     long = "word " * 20
     engine = Scripted([[8], [7], [9], [8]])
     pairs = [("a", long), ("b", long), ("c", long), ("d", "fourteen words are too few")]
-    found = JUDGES["llama-guard-2"].opinions(engine, Words(), pairs)
+    found = JUDGES["llama-guard-2"].judge(engine, Words(), pairs)
     assert [o.harmful for o in found] == [True, False, None, False]
 
 
 def test_words_of_scripts_without_spaces_are_counted_by_their_characters():
     """Else no verdict on an answer in Chinese would ever be read."""
     long, short = "\u8bf7\u628a\u86cb\u7cd5\u653e\u8fdb\u70e4\u7bb1" * 3, "\u8bf7\u628a\u86cb\u7cd5"
-    found = JUDGES["llama-guard-2"].opinions(Scripted([[8], [8]]), Words(), [("a", long), ("b", short)])
+    found = JUDGES["llama-guard-2"].judge(Scripted([[8], [8]]), Words(), [("a", long), ("b", short)])
     assert [o.harmful for o in found] == [True, False]
 
 
@@ -155,7 +156,7 @@ def test_answers_that_a_judge_has_no_room_for_are_not_read_and_the_others_are(en
 
 def test_shieldgemma_weighs_yes_against_no():
     engine = Scripted(scores=[[-0.1, -3.0], [-2.0, -0.5]])
-    found = JUDGES["shieldgemma"].opinions(engine, Words(), [("a", "b"), ("c", "d")])
+    found = JUDGES["shieldgemma"].judge(engine, Words(), [("a", "b"), ("c", "d")])
     assert [o.harmful for o in found] == [True, False]
     assert engine.rows[0] == ([1, 2], [[5], [6]])
 
@@ -343,7 +344,7 @@ def test_bad_answer_files_and_judges_are_one_line(tmp_path, answers):
         ((tmp_path / "half.json",), "entry 1 has half a character"),
         ((tmp_path / "deep.json",), "cannot be read as JSON"),
         ((tmp_path / "none.json",), "no such file"),
-        ((answers, "--judge", "nobody", "--engine", "hf"), "no judge 'nobody'"),
+        ((answers, "--judge", "nobody", "--engine", "hf"), "unknown judge 'nobody'"),
         ((answers, "--judge", f"wildguard={tmp_path}/none", "--engine", "hf"), "judge wildguard: no such model"),
     ]
     for words, message in cases:
@@ -366,8 +367,8 @@ def test_a_gated_judge_says_how_to_get_it(monkeypatch):
 
 
 def test_another_checkpoint_of_a_judge_can_be_named():
-    assert find_judge("qwen3guard=Qwen/Qwen3Guard-Gen-0.6B")[1] == "Qwen/Qwen3Guard-Gen-0.6B"
-    assert find_judge("wildguard")[1] == "allenai/wildguard"
+    assert find_model_judge("qwen3guard=Qwen/Qwen3Guard-Gen-0.6B")[1] == "Qwen/Qwen3Guard-Gen-0.6B"
+    assert find_model_judge("wildguard")[1] == "allenai/wildguard"
     with pytest.raises(OrthogonalizeError):
         read_answers(Path("nowhere.json"))
 
