@@ -48,14 +48,14 @@ class TransformersEngine:
             return generate(self.model, prompts, max_new_tokens, stops, self.batch, advance)
 
     def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
-        with track("cross-entropy", len(prompts), "texts") as advance:
+        with track("scoring completions", len(prompts), "texts") as advance:
             return completion_scores(self.model, prompts, completions, advance)
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
         result: list[list[float]] = [[] for _ in contexts]
         one = [i for i, c in enumerate(choices) if single_tokens(c)]
         more = [i for i, c in enumerate(choices) if not single_tokens(c)]
-        with track("multiple choice", len(contexts), "questions") as advance:
+        with track("scoring choices", len(contexts), "questions") as advance:
             ids = [[c[0] for c in choices[i]] for i in one]
             for i, found in zip(
                 one, next_token_logprobs(self.model, [contexts[i] for i in one], ids, advance), strict=True
@@ -68,7 +68,7 @@ class TransformersEngine:
         return result
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
-        with track("distributions", len(prompts), "prompts") as advance:
+        with track("reading distributions", len(prompts), "prompts") as advance:
             return likeliest_tokens(self.model, prompts, completions, LIKELIEST, advance)
 
     @torch.no_grad()

@@ -11,16 +11,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.chat import tiny_tokenizer
+from helpers.command_line import UNTRIED, command
 from helpers.tiny_models import build
 
 from orthogonalize.cli import main
 from orthogonalize.commands.judge import judge, read_answers
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.engines.transformers import TransformersEngine
-from orthogonalize.evals.judges.base import Judgement
-from orthogonalize.evals.judges.registry import JUDGES, find_model_judge
+from orthogonalize.evals.judges.base import Judgement, WritingJudge
+from orthogonalize.evals.judges.registry import JUDGES, find_model_judge, model_judges
 from orthogonalize.evals.judges.runner import ready_judges
+from orthogonalize.reports.schema import load_report
 
+RUN_SETTINGS = UNTRIED
 pytestmark = pytest.mark.xdist_group("engines")
 
 PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake today {prompt} 100%"
@@ -379,3 +382,60 @@ def test_categories_are_printed_as_they_are_called(tmp_path):
     status, said = run("judge", tmp_path / "answers.json")
     assert status == 0
     assert all(c in said for c in ("[/violence]", "hate [self]"))
+
+
+@pytest.fixture
+def toy(tmp_path) -> str:
+    """A judge that this test registers, as code outside the package does; its model always replies "bad"."""
+    folder = checkpoint(tmp_path / "toy", "llama", "bad")
+    template = "how do i {prompt} please {response} now :"
+    JUDGES.add(
+        WritingJudge("toy", str(folder), ("harmful",), lambda text: Judgement(text == "bad"), 2, "raw", template)
+    )
+    yield "toy"
+    JUDGES.remove("toy")
+
+
+def test_a_registered_judge_reaches_the_report_and_its_page(toy, model, edited, run, tmp_path):
+    status, said = command(
+        "eval", edited, "--base", model, "--run", run, "--out", tmp_path / "out", "--engine", "hf",
+        "--max-new-tokens", "4", "--suite", "refusal", "--judge", toy,
+    )  # fmt: skip
+    assert status == 0, said
+    assert "harmful by toy, target prompts (n = 6)" in said
+    report = load_report(tmp_path / "out")
+    assert report.judges == {"toy": "toy"}
+    assert report.base.judges["toy"].harmful.target.value == 1.0
+    assert report.base.judges["toy"].refusal is None
+    assert all(answer.judges["toy"].edited_harmful for answer in report.answers)
+    assert "toy: harmful" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_registered_judge_reaches_the_sweep_and_the_judge_command(toy, answers, model, run, tmp_path):
+    from orthogonalize.reports.sweep import Sweep, sweep_columns
+
+    status, said = command(
+        "sweep", model, "--run", run, "--out", tmp_path / "out", "--engine", "hf", "--max-new-tokens", "4",
+        "--suite", "refusal,loss", "--judge", toy, "--methods", "ablate", "--scopes", "all",
+    )  # fmt: skip
+    assert status == 0, said
+    found = Sweep.model_validate_json((tmp_path / "out" / "sweep.json").read_text())
+    assert "harmful by toy, target prompts" in sweep_columns(found)
+    status, said = command("judge", answers, "--judge", toy, "--engine", "hf", "--json")
+    assert status == 0, said
+    assert json.loads(said)["harmful"]["value"] == 1.0
+
+
+def test_every_judge_is_in_help_in_messages_and_in_the_documentation(toy, answers):
+    _, said = command("eval", "--help")
+    assert all(name in "".join(said.split()) for name in model_judges())
+    _, said = command("judge", answers, "--judge", "nobody")
+    assert said.endswith(f"unknown judge 'nobody'; available: {', '.join(JUDGES)}")
+    text = (Path(__file__).parents[2] / "docs" / "measuring.md").read_text()
+    assert all(f"`{name}`" in text for name in JUDGES if name != "toy")
+
+
+def test_a_judge_by_wording_takes_no_model(answers):
+    status, said = command("judge", answers, "--judge", "prefix=gpt2")
+    assert status == 1
+    assert "judge prefix has no model" in said
