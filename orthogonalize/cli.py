@@ -33,6 +33,7 @@ from .commands._options import (
 )
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory
+from .core.registry import load_plugins
 
 
 class Commands(click.Group):
@@ -78,6 +79,7 @@ def main(quiet: bool) -> None:
     file. A prompt source is a .txt, .json, .jsonl, .csv or .parquet file, or a Hub dataset.
     """
     progress.show(not quiet)
+    load_plugins()
     _quieten_libraries()
 
 

@@ -203,7 +203,7 @@ def evaluate(
         options=options,
     )  # fmt: skip
     plan = ready.plan
-    if redact and plan.answers_count and not plan.sensitive:
+    if redact and plan.every_model_answers and not plan.sensitive:
         note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
     journal = Journal(out)

@@ -62,7 +62,7 @@ class EvalPlan:
         return any(each.sensitive for each in self.sets)
 
     @property
-    def answers_count(self) -> bool:
+    def every_model_answers(self) -> bool:
         """Whether every model answers the prompts, and not only the base for suites that need its answers."""
         return self.answering is not None and self.answering.counts
 
@@ -177,17 +177,17 @@ def make_plan(
     chat = ChatFormat(tokenizer, run.info.system, run.info.template_arguments, run.info.chat_template)
     context = SuiteContext(run, tokenizer, chat, data, limit, new_tokens, positions)
     context = replace(context, answering=_answering(context, entries, [name for name in names if name in PROMPT_SETS]))
-    suites = [_built(entry, context) for entry in entries if entry.make is not None]
-    of_families = [
+    suites = [_build(entry, context) for entry in entries if entry.make is not None]
+    family_suites = [
         suite
         for family in FAMILIES.values()
         if (arguments := family_arguments(family, names))
         for suite in family.make(context, arguments)
     ]
     plan = EvalPlan(
-        [*suites, *of_families],
+        [*suites, *family_suites],
         context.answering,
-        _sources(names, data) | {suite.name: suite.source for suite in of_families},
+        _sources(names, data) | {suite.name: suite.source for suite in family_suites},
         any(entry.needs == "base answers" for entry in entries),
     )
     if positions is not None and plan.max_model_len > positions:
@@ -197,7 +197,7 @@ def make_plan(
 
 def _answering(context: SuiteContext, entries: Sequence[SuiteEntry], public: Sequence[str]) -> Answering | None:
     """The prompts to answer for `entries` and for the public prompt sets `public`; None if no suite needs answers."""
-    counted = bool(public) or any(entry.needs == "answers" for entry in entries)
+    counted = bool(public) or any(entry.make is None for entry in entries)
     if not counted and all(entry.needs == "nothing" for entry in entries):
         return None
     contrast = _contrast_sets(context.run, context.chat, context.limit)
@@ -220,7 +220,7 @@ def _answering(context: SuiteContext, entries: Sequence[SuiteEntry], public: Seq
     return answering
 
 
-def _built(entry: SuiteEntry, context: SuiteContext) -> Suite:
+def _build(entry: SuiteEntry, context: SuiteContext) -> Suite:
     assert entry.make is not None
     with nullcontext() if entry.source is None else as_documented(entry.source):
         return entry.make(context)

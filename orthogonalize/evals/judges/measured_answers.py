@@ -20,7 +20,7 @@ def judges_for(plan: EvalPlan, names: Sequence[str]) -> list[ReadyJudge]:
     Raises:
         OrthogonalizeError: as `ready_judges`, or no answers are generated under `plan`.
     """
-    if names and not plan.answers_count:
+    if names and not plan.every_model_answers:
         raise OrthogonalizeError("judges need answers; add --suite refusal")
     try:
         return ready_judges(names)

@@ -99,14 +99,12 @@ ENTRIES = (
         "refusal",
         "refusals by wording in the answers to the run's test prompts, both sides",
         {f"refusal.{name}": f"refusal, {title}" for name, title in CONTRAST_TITLES.items()},
-        needs="answers",
         columns=(),  # a sweep's table has them as its effect
     ),
     SuiteEntry(
         "behaviour",
         "answers to the run's test prompts that begin with one of its behaviour tokens, both sides",
         {f"behaviour.{name}": f"behaviour's first token, {title}" for name, title in CONTRAST_TITLES.items()},
-        needs="answers",
         columns=(),
     ),
 )

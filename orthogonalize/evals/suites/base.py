@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..metrics import Series
     from .answers import Answering
 
-Needs = Literal["nothing", "base answers", "answers"]
+Needs = Literal["nothing", "base answers"]
 
 
 @dataclass
@@ -119,10 +119,10 @@ class SuiteEntry:
         name: the value; no dots, commas, colons or spaces.
         summary: one line for `--help` and docs/measuring.md.
         titles: what reports call each series that the suite returns, by its key.
-        make: builds the suite; None for one that only counts something in the answers.
+        make: builds the suite; None for `refusal` and `behaviour`, which are counted in every model's answers to the
+            run's prompts (see `Answering`).
         source: the public set that it reads, if any. While `make` runs, a row of another schema is one clear error.
-        needs: "base answers" if the base's answers to harmless prompts must be in `BaseOutputs`; "answers" if every
-            model has to answer the run's prompts.
+        needs: "base answers" if `measure` needs the base's answers to the run's harmless prompts in `BaseOutputs`.
         columns: the series that get a column in a sweep's table; by default all.
     """
 
