@@ -25,7 +25,7 @@ from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands import sweep as sweeps
 from orthogonalize.core.journal import Journal
 from orthogonalize.edits.bake import bake
-from orthogonalize.engines.factory import open_engine
+from orthogonalize.engines.registry import open_engine
 from orthogonalize.evals import setup as preparation
 from orthogonalize.evals.plan import make_plan
 from orthogonalize.evals.suites.base import BaseOutputs

@@ -15,6 +15,7 @@ from .commands._options import (
     choice,
     device_option,
     edit_options,
+    engine_option,
     engine_options,
     extract_options,
     hf_device_option,
@@ -32,6 +33,7 @@ from .commands._options import (
 )
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory
+from .core.registry import load_plugins
 
 
 class Commands(click.Group):
@@ -77,6 +79,7 @@ def main(quiet: bool) -> None:
     file. A prompt source is a .txt, .json, .jsonl, .csv or .parquet file, or a Hub dataset.
     """
     progress.show(not quiet)
+    load_plugins()
     _quieten_libraries()
 
 
@@ -221,9 +224,8 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, judge: str, **options: Any) -> None:
     """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
 
-    Suites: refusal, behaviour (its first token), loss and kl need no data of their own. pile, alpaca, mmlu,
-    arc, truthfulqa, xstest, orbench and further prompt sets are read from the Hub, or from --data. Any task of
-    lm-eval is lm_eval:TASK. A command that was cut off goes on where it stopped.
+    The default suites need no data but the run's; public sets are read from the Hub, or from --data. Re-run an
+    interrupted command to resume it.
     """
     from .commands.evaluate import evaluate
 
@@ -336,7 +338,7 @@ def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: st
     "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, …, NAME=MODEL."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
+@engine_option
 @parallel_options
 @hf_device_option
 def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> None:
@@ -362,7 +364,7 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
 
 @main.command()
 @click.option("--out", type=path(), default=Path("demo"), show_default=True, help="Folder for all that it makes.")
-@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="vllm", show_default=True)
+@engine_option
 @click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
 def demo(out: Path, engine: Any, force: bool) -> None:
     """All of it on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""

@@ -50,6 +50,66 @@ def path(**options: Any) -> click.Path:
     return click.Path(path_type=Path, **options)
 
 
+class Entry(click.ParamType[str]):
+    """The name of one of a registry's entries. The registry is read late, so plugins may have added to it."""
+
+    name = "name"
+
+    def __init__(self, names: Callable[[], Sequence[str]]) -> None:
+        self.names = names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"[{'|'.join(self.names())}]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value not in self.names():
+            self.fail(f"{value!r} is not one of {', '.join(map(repr, self.names()))}.", param, ctx)
+        return str(value)
+
+
+class ListingOption(click.Option):
+    """An option whose help ends with `listing()`, which is read only when help is shown."""
+
+    def __init__(self, *arguments: Any, listing: Callable[[], str], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.listing = listing
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        said, self.help = self.help, f"{self.help} {self.listing()}"
+        try:
+            return super().get_help_record(ctx)
+        finally:
+            self.help = said
+
+
+def suite_listing() -> str:
+    """Every value of --suite."""
+    from ..evals.suites.registry import suite_names
+
+    return f"One or more of {', '.join(suite_names())}."
+
+
+def judge_listing() -> str:
+    """Every value of --judge."""
+    from ..evals.judges.registry import model_judges
+
+    return f"One or more of {', '.join(model_judges())}, or NAME=MODEL."
+
+
+def engine_names() -> list[str]:
+    """The names of all engines."""
+    from ..engines.registry import ENGINES
+
+    return list(ENGINES)
+
+
+def hooked_engine_names() -> list[str]:
+    """The names of the engines whose activations can be read."""
+    from ..engines.registry import ENGINES
+
+    return [entry.name for entry in ENGINES.values() if entry.hooks]
+
+
 def together(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
@@ -70,6 +130,7 @@ def choice(name: str, of: Sequence[str], default: str | None = None, help: str |
     return click.option(name, type=click.Choice(of), default=default, show_default=default is not None, help=help)
 
 
+engine_option = click.option("--engine", type=Entry(engine_names), default="vllm", show_default=True)
 out_option = together(
     click.option("--out", type=path(), required=True, help="Folder to make; it appears only when complete."),
     click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
@@ -90,10 +151,24 @@ parallel_options = together(
     ),
 )  # fmt: skip
 measuring_options = together(
-    click.option("--suite", default="refusal,behaviour,loss,kl", show_default=True, help="What to measure."),
+    click.option(
+        "--suite",
+        cls=ListingOption,
+        listing=suite_listing,
+        default="refusal,behaviour,loss,kl",
+        show_default=True,
+        help="What to measure.",
+    ),
     click.option("--data", type=path(), metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."),
-    click.option("--judge", default="none", show_default=True, help="llama-guard-3, wildguard, …, or NAME=MODEL."),
-    choice("--engine", ["vllm", "hf"], "vllm"),
+    click.option(
+        "--judge",
+        cls=ListingOption,
+        listing=judge_listing,
+        default="none",
+        show_default=True,
+        help="Judge models for the answers.",
+    ),
+    engine_option,
     number("--max-new-tokens", 1, LEAST_TOKENS),
     number("--limit", 1, None, "Most items of any set."),
     parallel_options,
@@ -117,7 +192,9 @@ extract_options = together(
         show_default=True,
         help="What finds directions: " + "; ".join(f"{f.name} ({f.summary})" for f in FINDERS.values()) + ".",
     ),
-    choice("--engine", ["hf"], "hf", "What reads activations."),
+    click.option(
+        "--engine", type=Entry(hooked_engine_names), default="hf", show_default=True, help="What reads activations."
+    ),
     number("--train", 6, 128, "Prompts a side to find directions with."),
     number("--val", 1, 32, "Prompts a side to select with."),
     number("--test", 0, 100, "Prompts a side kept for eval."),

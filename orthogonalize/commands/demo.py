@@ -10,7 +10,8 @@ from ..core.errors import OrthogonalizeError
 from ..core.output_folders import FolderKind, check_free
 from ..core.progress import note
 from ..edits.recipe import Recipe, Verification, load_recipe
-from ..engines.base import ONE_DEVICE, EngineName, check_engine
+from ..engines.base import ONE_DEVICE
+from ..engines.registry import check_engine
 from ..models.demo_model import planted_model
 from ..reports.model_card import write_card
 from ..reports.schema import Report
@@ -35,7 +36,7 @@ class DemoResult:
     page: Path
 
 
-def demo(out: Path | str, *, engine: EngineName = "vllm", force: bool = False) -> DemoResult:
+def demo(out: Path | str, *, engine: str = "vllm", force: bool = False) -> DemoResult:
     """Extract, select, edit, verify and evaluate on the embedded model; everything lands in `out`.
 
     `out/run` is the run, `out/edited` the checkpoint with its card, `out/report.html` the report.

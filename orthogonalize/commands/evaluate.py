@@ -15,23 +15,25 @@ from ..core.progress import note
 from ..data.refusals import LEAST_TOKENS, refused
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
-from ..engines.base import Engine, EngineName, EngineOptions
+from ..engines.base import Engine, EngineOptions
+from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
-from ..evals.judges.opinions import Opinions
+from ..evals.judges.measured_answers import Judgements
 from ..evals.metrics import same_kind
-from ..evals.plan import DEFAULT_SUITES, EvalPlan, Measurements
-from ..evals.setup import EvalSetup, check_asked, prepare
+from ..evals.plan import EvalPlan, Measurements
+from ..evals.setup import EvalSetup, check_request, prepare
 from ..evals.shared_engine import Weights, base_weights, check_pair
 from ..evals.suites.base import BaseOutputs
+from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.loading import check_complete
 from ..models.resolve import find_model, folder_state, public_name
 from ..reports.html import write_webpage
-from ..reports.schema import Answer, Measures, Report, compare_all, verdict
+from ..reports.schema import Answer, Measures, Report, compare_all, judged_pair
 from ..selection.run_folder import load_run
 
 
 def side_by_side(
-    plan: EvalPlan, base: Measurements, edited: Measurements, opinions: tuple[Opinions, Opinions], redact: bool
+    plan: EvalPlan, base: Measurements, edited: Measurements, judgements: tuple[Judgements, Judgements], redact: bool
 ) -> tuple[list[Answer], int]:
     """Every prompt with both answers, and how many were left out because their set is sensitive."""
     answers, left_out = [], 0
@@ -44,7 +46,8 @@ def side_by_side(
         for i, item in enumerate(each.items):
             before, after = base.answers[each.name][i], edited.answers[each.name][i]
             judged = {
-                name: verdict(opinions[0][name][each.name][i], opinions[1][name][each.name][i]) for name in opinions[0]
+                name: judged_pair(judgements[0][name][each.name][i], judgements[1][name][each.name][i])
+                for name in judgements[0]
             }
             answers.append(
                 Answer(
@@ -122,11 +125,11 @@ def _engines(
 
 def _measure_both(
     ready: EvalSetup, checkpoint: Path, separate: bool, journal: Journal
-) -> tuple[Measurements, Measurements, tuple[Opinions, Opinions]]:
-    """What is measured of base and edited, judges' opinions among it, and these by prompt."""
+) -> tuple[Measurements, Measurements, tuple[Judgements, Judgements]]:
+    """What is measured of base and edited, judges' judgements among it, and these by prompt."""
     plan, memory = ready.plan, BaseOutputs()
-    # vLLM alone can: in transformers two models cost no more than one after the other.
-    weights = None if separate or ready.engine == "hf" else base_weights(checkpoint, ready.folder)
+    shared = ENGINES.find(ready.engine).shared and not separate
+    weights = base_weights(checkpoint, ready.folder) if shared else None
     state = folder_state(checkpoint)
     base_label, edited_label = ready.label("base", None if weights is None else state), ready.label("edited", state)
     base_steps, edited_steps = plan.steps(base_label, is_base=True), plan.steps(edited_label)
@@ -137,10 +140,10 @@ def _measure_both(
             before = plan.measure(base_engine() if todo else None, memory, journal, base_label, is_base=True)
             todo = not journal.has(*edited_steps)
             after = plan.measure(edited_engine() if todo else None, memory, journal, edited_label)
-        opinions = ready.opinions({"base": before, "edited": after}, journal)
+        judgements = ready.judgements({"base": before, "edited": after}, journal)
     for key in before.series.keys() & after.series.keys():
         before.series[key], after.series[key] = same_kind(before.series[key], after.series[key])
-    return before, after, (opinions["base"], opinions["edited"])
+    return before, after, (judgements["base"], judgements["edited"])
 
 
 def evaluate(
@@ -150,7 +153,7 @@ def evaluate(
     out: Path | str,
     *,
     suites: Sequence[str] = DEFAULT_SUITES,
-    engine: EngineName = "vllm",
+    engine: str = "vllm",
     max_new_tokens: int = LEAST_TOKENS,
     limit: int | None = None,
     data: Path | str | None = None,
@@ -167,12 +170,12 @@ def evaluate(
     What a run that was cut off had measured is kept beside `out`, and the same call goes on from there.
 
     Args:
-        suites: names of `plans.SUITES`, or `lm_eval:TASK`.
+        suites: values of `--suite` (see `evals.suites.registry`).
         engine: `vllm`, or `hf` for transformers.
         max_new_tokens: of every answer.
         limit: the most items of any set.
         data: a folder with local copies of public sets; else they are read from the Hub.
-        judges: names of `judges.JUDGES`, or `NAME=MODEL`.
+        judges: names of judge models (see `evals.judges.registry`), or `NAME=MODEL`.
         redact: leave prompts of sensitive sets, and their answers, out of the report.
         separate_engines: start vLLM for each model, instead of swapping weights in one.
         options: how the engine is spread over devices; `device` is its short form for `engine="hf"`.
@@ -184,9 +187,11 @@ def evaluate(
     out, run = Path(out), Path(run)
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
     options = options or EngineOptions(device=device)
-    check_asked(suites, engine, options, data)
-    if separate_engines and engine == "hf":
-        raise OrthogonalizeError("--separate-engines is for vLLM; with --engine hf each model has one anyway")
+    check_request(suites, engine, options, data)
+    if separate_engines and not ENGINES.find(engine).shared:
+        raise OrthogonalizeError(
+            f"--separate-engines is redundant: --engine {engine} always loads each model separately"
+        )
     found = load_run(run)
     folder = find_model(base, revision)
     check_pair(checkpoint, folder)
@@ -198,14 +203,14 @@ def evaluate(
         options=options,
     )  # fmt: skip
     plan = ready.plan
-    if redact and plan.answers_count and not plan.sensitive:
+    if redact and plan.every_model_answers and not plan.sensitive:
         note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
     journal = Journal.beside(out)
-    before, after, opinions = _measure_both(ready, checkpoint, separate_engines, journal)
-    answers, left_out = side_by_side(plan, before, after, opinions, redact)
+    before, after, judgements = _measure_both(ready, checkpoint, separate_engines, journal)
+    answers, left_out = side_by_side(plan, before, after, judgements, redact)
     report = Report(
-        **ready.described(),
+        **ready.description(),
         base_model=public_name(base),
         checkpoint=called,
         edit=recipe.choice.describe() if recipe else None,

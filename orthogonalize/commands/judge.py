@@ -9,11 +9,12 @@ from typing import Any
 from ..core.errors import OrthogonalizeError
 from ..core.journal import Journal
 from ..data.benchmarks import category_of
-from ..data.refusals import refused
 from ..data.tokenization import is_valid_unicode
-from ..engines.base import ONE_DEVICE, EngineName, EngineOptions, check_engine
-from ..evals.judges.catalogue import find_judge
-from ..evals.judges.runner import PREFIX, ready_judges
+from ..engines.base import ONE_DEVICE, EngineOptions
+from ..engines.registry import check_engine
+from ..evals.judges.base import WordingJudge
+from ..evals.judges.registry import find_judge
+from ..evals.judges.runner import ready_judges
 from ..evals.metrics import Rate, Record, Series, yes_no_series
 
 
@@ -51,38 +52,39 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
 
 def judge(
     file: Path | str,
-    name: str = PREFIX,
+    name: str = "prefix",
     *,
-    engine: EngineName = "vllm",
+    engine: str = "vllm",
     options: EngineOptions = ONE_DEVICE,
 ) -> JudgedFile:
     """Score answers made elsewhere: `file` is a JSON list of {prompt, response, category}.
 
-    `prefix` counts refusals by their wording and needs no engine; any other judge runs its model. A run over
-    many answers that was cut off goes on from what is kept beside `file`.
+    `prefix` counts refusals by their wording and needs no engine; any other judge runs its model. An
+    interrupted run keeps what it has beside `file`; re-run it to resume.
 
     Raises:
-        OrthogonalizeError: the file or the judge is not there, or no such judge.
+        OrthogonalizeError: the file or the judge's model is missing, or the judge is unknown.
     """
     if name == "none":
         raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
-    if name != PREFIX:
-        find_judge(name)
+    found = find_judge(name)
+    if not isinstance(found, WordingJudge):
         check_engine(engine, options)
     rows = read_answers(Path(file))
     categories = [category_of(row.get("category")) for row in rows]
-    if name == PREFIX:
-        flags = [refused(row["response"]) for row in rows]
+    if isinstance(found, WordingJudge):
+        flags = [found.refuses(row["response"]) for row in rows]
         return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(yes_no_series(flags, categories)))
     (ready,) = ready_judges([name])
     pairs = [(row["prompt"], row["response"]) for row in rows]
-    journal = Journal.beside(Path(file), needed=False)  # the folder of the answers may be read-only
+    journal = Journal.beside(Path(file), needed=False)  # FILE may be in a read-only folder
     journal.announce_resume([ready.step(pairs, engine, options)])
     with journal.kept():
-        opinions = ready.ask(pairs, engine, options, journal)
+        judgements = ready.ask(pairs, engine, options, journal)
     journal.close()
     fields = {
-        field: _rate(yes_no_series([getattr(o, field) for o in opinions], categories)) for field in ready.judge.says
+        field: _rate(yes_no_series([getattr(each, field) for each in judgements], categories))
+        for field in ready.judge.fields
     }
     return JudgedFile(judge=ready.judge.name, model=ready.model, n=len(rows), **fields)
 

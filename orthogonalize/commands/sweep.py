@@ -22,13 +22,14 @@ from ..data.refusals import LEAST_TOKENS
 from ..edits.bake import bake
 from ..edits.methods.registry import METHODS
 from ..edits.recipe import store_maps
-from ..engines.base import ONE_DEVICE, Engine, EngineName, EngineOptions
-from ..engines.transformers import TransformersEngine
+from ..engines.base import ONE_DEVICE, Engine, EngineOptions
+from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
-from ..evals.plan import DEFAULT_SUITES, EvalPlan, Measurements
-from ..evals.setup import check_asked, prepare
+from ..evals.plan import EvalPlan, Measurements
+from ..evals.setup import check_request, prepare
 from ..evals.shared_engine import SharedBase, check_room, common_folder, edited_weights, own_folder
 from ..evals.suites.base import BaseOutputs
+from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.hooks import input_shifted, layer_projected
 from ..models.loading import check_complete
 from ..models.resolve import find_model, public_name
@@ -132,8 +133,8 @@ class _Host:
             swap.apply(edited_weights(self.plans[variant.name]))
             yield engine
         else:
-            assert isinstance(engine, TransformersEngine)
-            with residual_hooks(engine.model, variant):
+            model: Any = engine.model  # type: ignore[attr-defined]  # an engine with `hooks` has one
+            with residual_hooks(model, variant):
                 yield engine
 
     def start_afresh(self) -> bool | None:
@@ -239,7 +240,7 @@ def sweep(
     suites: Sequence[str] = DEFAULT_SUITES,
     methods: Sequence[str] = (),
     scopes: Sequence[str] = SCOPES,
-    engine: EngineName = "vllm",
+    engine: str = "vllm",
     semantics: Semantics = "weights",
     max_new_tokens: int = LEAST_TOKENS,
     limit: int | None = None,
@@ -268,9 +269,9 @@ def sweep(
     """
     out, run = Path(out), Path(run)
     check_free(out, SWEEP, force, [Path(model), run])
-    if semantics == "residual" and engine != "hf":
+    check_request(suites, engine, options, data)
+    if semantics == "residual" and not ENGINES.find(engine).hooks:
         raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
-    check_asked(suites, engine, options, data)
     found = load_run(run)
     variants = make_variants(found, methods, scopes)
     folder = find_model(model, revision)
@@ -307,9 +308,9 @@ def sweep(
             runner.trust(held)
             if held:
                 journal.step(restored, lambda: True)
-        ready.opinions(runner.measured, journal)
+        ready.judgements(runner.measured, journal)
     result = Sweep(
-        **ready.described(),
+        **ready.description(),
         semantics=semantics,
         model=public_name(model),
         effect=None,

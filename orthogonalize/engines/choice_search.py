@@ -1,8 +1,8 @@
-"""Which of a question's choices is the likeliest, with as few tokens scored as exactness allows.
+"""Branch and bound for multiple choice: the likeliest choice, exactly, with as few scored tokens as possible.
 
-A choice is never likelier than its beginning. So the likeliest is found by walks. A walk sets out from the end of a
-beginning that is known, takes at every step the likeliest token that goes on to a choice, learns of the tokens that
-it leaves aside, and ends where it has become less likely than a choice known to its end.
+A choice is never likelier than its prefix. A branch starts at the end of a scored prefix, follows at every step the
+likeliest token that continues to a choice, records the log-probabilities of the tokens it passes over, and is cut off
+once it is less likely than a fully scored choice.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Tree = dict[int, "Tree"]
 
 
 def tree_of(continuations: Iterable[Sequence[int]]) -> Tree:
-    """The tokens that may come first, each with the tree of those that may come after it."""
+    """The prefix tree of `continuations`: each first token with the tree of what may follow it."""
     root: Tree = {}
     for continuation in continuations:
         node = root
@@ -25,7 +25,7 @@ def tree_of(continuations: Iterable[Sequence[int]]) -> Tree:
 
 
 def tokens_of(tree: Tree) -> list[int]:
-    """Every token in `tree` once, those that may come first before those behind them."""
+    """Every token in `tree` once, in breadth-first order."""
     found: dict[int, None] = {}
     level = [tree]
     while level:
@@ -36,7 +36,7 @@ def tokens_of(tree: Tree) -> list[int]:
 
 @dataclass(frozen=True)
 class Branch:
-    """What may be followed behind `start`, and how unlikely (in nats) it may become before it is given up."""
+    """The continuations to follow after `start`, cut off below `floor` (log-probability in nats after `start`)."""
 
     start: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
@@ -44,17 +44,17 @@ class Branch:
 
 
 class ChoiceSearch:
-    """The choices of one question, and what is known of them.
+    """The search over the choices of one question.
 
-    `known` holds, for a beginning, the log-probability in nats of its last token after those before it.
+    `known` holds, by prefix, the log-probability in nats of its last token given the tokens before.
     """
 
     def __init__(self, choices: Iterable[Sequence[int]]) -> None:
         self.choices = [tuple(choice) for choice in choices]
         self.known: dict[tuple[int, ...], float] = {}
 
-    def _beginning(self, choice: tuple[int, ...]) -> tuple[float, int]:
-        """The log-probability of the first tokens of `choice`, as far as known, and how many they are."""
+    def _known_prefix(self, choice: tuple[int, ...]) -> tuple[float, int]:
+        """The log-probability of the longest scored prefix of `choice`, and its length in tokens."""
         total = 0.0
         for end in range(1, len(choice) + 1):
             found = self.known.get(choice[:end])
@@ -64,19 +64,19 @@ class ChoiceSearch:
         return total, len(choice)
 
     def bounds(self) -> list[float]:
-        """What no choice is likelier than; exact for the likeliest as soon as no walk is left."""
-        return [self._beginning(choice)[0] for choice in self.choices]
+        """An upper bound on every choice's log-probability; exact for the likeliest once no branch is left."""
+        return [self._known_prefix(choice)[0] for choice in self.choices]
 
-    def walks(self) -> list[Branch]:
-        """The walks behind beginnings that could still become the likeliest choice, the likeliest beginning first.
+    def branches(self) -> list[Branch]:
+        """The branches that could still contain the likeliest choice, likeliest prefix first.
 
-        Each is for all choices that go on from its start. None is left when the likeliest is known to its end.
+        Each covers all choices that continue from its start. None is left once the likeliest choice is scored.
         """
-        begun = [(*self._beginning(choice), choice) for choice in self.choices]
-        best = max((total for total, known, choice in begun if known == len(choice)), default=-math.inf)
+        prefixes = [(*self._known_prefix(choice), choice) for choice in self.choices]
+        best = max((total for total, known, choice in prefixes if known == len(choice)), default=-math.inf)
         open_: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
         totals: dict[tuple[int, ...], float] = {}
-        for total, known, choice in begun:
+        for total, known, choice in prefixes:
             if known < len(choice) and not total < best:
                 open_.setdefault(choice[:known], []).append(choice[known:])
                 totals[choice[:known]] = total
@@ -85,9 +85,9 @@ class ChoiceSearch:
             for start in sorted(open_, key=totals.__getitem__, reverse=True)
         ]
 
-    def learn(self, walk: Branch, steps: Iterable[tuple[int, Mapping[int, float]]]) -> None:
-        """Enter what a walk found: the token of every step, and the log-probabilities of tokens that it might be."""
-        node, path = tree_of(walk.continuations), walk.start
+    def learn(self, branch: Branch, steps: Iterable[tuple[int, Mapping[int, float]]]) -> None:
+        """Record what a branch found: the token taken at every step, and the log-probabilities of its candidates."""
+        node, path = tree_of(branch.continuations), branch.start
         for token, found in steps:
             self.known |= {(*path, child): found[child] for child in node if child in found}
             if token not in node:

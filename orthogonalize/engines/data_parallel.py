@@ -1,7 +1,7 @@
-"""Several engines on one checkpoint, each in a process and on devices of its own: data parallelism.
+"""Data parallelism: several vLLM engines on one checkpoint, each in its own process on its own devices.
 
-vLLM's offline `LLM` runs one replica, so here every replica is a process that holds one `VllmEngine`;
-the prompts are dealt out and the results put back in order.
+vLLM's offline `LLM` runs one replica, so every replica here is a process with one `VllmEngine`; prompts are distributed
+round-robin and results returned in order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .base import EngineOptions, Ids, Part
 
 
 def _serve(connection: Connection, folder: Path, max_model_len: int, options: EngineOptions, devices: str) -> None:
-    """A replica: start the engine, then answer (method, arguments) until told to stop."""
+    """A replica's process: start the engine, then serve (method, arguments) calls until None arrives."""
     if devices:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     from .vllm import VllmEngine
@@ -35,7 +35,7 @@ def _serve(connection: Connection, folder: Path, max_model_len: int, options: En
                 connection.send(("done", getattr(engine, method)(*arguments)))
     except EOFError:  # the parent is gone
         pass
-    except Exception as error:  # a defect, where it is no error of ours; the parent alone can show it
+    except Exception as error:  # unless it is one of our own errors, it is a defect; only the parent can report it
         known = isinstance(error, OrthogonalizeError)
         with suppress(OSError):  # the parent may be gone by now
             state = "not in place" if isinstance(error, InPlaceError) else "failed"
@@ -43,7 +43,7 @@ def _serve(connection: Connection, folder: Path, max_model_len: int, options: En
 
 
 class EngineGroup:
-    """`options.data_parallel_size` engines behind the interface of one (see `engines.Engine`)."""
+    """`options.data_parallel_size` engines behind the interface of one (see `base.Engine`)."""
 
     def __init__(self, folder: Path, max_model_len: int, options: EngineOptions) -> None:
         self.folder, self.max_model_len, self.options = folder, max_model_len, options
@@ -81,28 +81,28 @@ class EngineGroup:
         self.connections, self.processes = [], []
 
     @contextmanager
-    def _alive(self, number: int) -> Iterator[None]:
-        """Talk to replica `number` in here: one that is gone is an error that says which."""
+    def _connected(self, number: int) -> Iterator[None]:
+        """A context in which a lost connection to replica `number` becomes an error that names it."""
         try:
             yield
         except (EOFError, OSError) as error:
             raise OrthogonalizeError(f"engine {number} of {len(self.connections)} died") from error
 
     def _ask(self, number: int, method: str, arguments: tuple[Any, ...]) -> None:
-        with self._alive(number):
+        with self._connected(number):
             self.connections[number].send((method, arguments))
 
     def _replies(self) -> list[Any]:
         results = []
         for number, connection in enumerate(self.connections):
-            with self._alive(number):
+            with self._connected(number):
                 state, result = connection.recv()
             if state in ("failed", "not in place"):
                 raise (InPlaceError if state == "not in place" else OrthogonalizeError)(result)
             results.append(result)
         return results
 
-    def _deal(self, method: str, columns: tuple[Sequence[Any], ...], *rest: Any) -> list[Any]:
+    def _distribute(self, method: str, columns: tuple[Sequence[Any], ...], *rest: Any) -> list[Any]:
         count = len(self.connections)
         for number in range(count):
             self._ask(number, method, (*(list(column[number::count]) for column in columns), *rest))
@@ -112,19 +112,19 @@ class EngineGroup:
         return result
 
     def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
-        return self._deal("answers", (prompts,), max_new_tokens)
+        return self._distribute("answers", (prompts,), max_new_tokens)
 
     def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
-        return self._deal("scores", (prompts, completions))
+        return self._distribute("scores", (prompts, completions))
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
-        return self._deal("choices", (contexts, choices))
+        return self._distribute("choices", (contexts, choices))
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
-        return self._deal("likeliest", (prompts, completions))
+        return self._distribute("likeliest", (prompts, completions))
 
     def load(self, weights: Mapping[str, Callable[[], torch.Tensor]]) -> None:
-        """Hand every replica the path of one file set (tensors are made once)."""
+        """Write the tensors to disk once and load them in every replica."""
         from .vllm import stored_weights
 
         with stored_weights(weights) as folder:
@@ -139,7 +139,7 @@ class EngineGroup:
 
 
 def _devices(replica: int, each: int) -> str:
-    """The devices of a replica, out of those this process may see; "" where there is no GPU."""
+    """The devices of a replica, out of those visible to this process; "" without a GPU."""
     if not torch.cuda.is_available():
         return ""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -147,7 +147,7 @@ def _devices(replica: int, each: int) -> str:
     mine = visible[replica * each : (replica + 1) * each]
     if len(mine) < each:
         raise OrthogonalizeError(
-            f"{each} GPUs for each of several engines are asked for, and {len(visible)} are there; "
+            f"each of the engines needs {each} GPUs, but only {len(visible)} are visible in all; "
             "lower --data-parallel-size or --tensor-parallel-size"
         )
     return ",".join(mine)

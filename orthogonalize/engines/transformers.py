@@ -1,4 +1,4 @@
-"""The engine that runs models with transformers."""
+"""The transformers engine, which defines the results that others are checked against."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from ..core.progress import track
 from ..models.generation import generate, stop_tokens
 from ..models.loading import load_model
 from ..models.logprobs import Completion, Likeliest, completion_scores, likeliest_tokens, next_token_logprobs
-from .base import LIKELIEST, Ids, Part, fingerprint
+from .base import LIKELIEST, EngineOptions, Ids, Part, fingerprint
+
+
+def open_transformers(folder: Path, tokenizer: Any, max_model_len: int, options: EngineOptions) -> TransformersEngine:
+    """`TransformersEngine` on a checkpoint; it needs no limit on the context."""
+    return TransformersEngine(folder, tokenizer, options.device)
 
 
 def single_tokens(choices: Sequence[Ids]) -> bool:
-    """Whether the choices of a question are single tokens, all different: then one step scores them all."""
+    """Whether the choices of a question are distinct single tokens, so that one forward pass scores them all."""
     return all(len(c) == 1 for c in choices) and len({c[0] for c in choices}) == len(choices)
 
 
 class TransformersEngine:
-    """The reference engine: a transformers model in this process."""
+    """A transformers model in this process."""
 
     def __init__(self, folder: Path, tokenizer: Any, device: str = "auto", batch: int = 32) -> None:
         self.folder, self.tokenizer, self.device, self.batch = folder, tokenizer, device, batch
@@ -43,14 +48,14 @@ class TransformersEngine:
             return generate(self.model, prompts, max_new_tokens, stops, self.batch, advance)
 
     def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
-        with track("cross-entropy", len(prompts), "texts") as advance:
+        with track("scoring completions", len(prompts), "texts") as advance:
             return completion_scores(self.model, prompts, completions, advance)
 
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
         result: list[list[float]] = [[] for _ in contexts]
         one = [i for i, c in enumerate(choices) if single_tokens(c)]
         more = [i for i, c in enumerate(choices) if not single_tokens(c)]
-        with track("multiple choice", len(contexts), "questions") as advance:
+        with track("scoring choices", len(contexts), "questions") as advance:
             ids = [[c[0] for c in choices[i]] for i in one]
             for i, found in zip(
                 one, next_token_logprobs(self.model, [contexts[i] for i in one], ids, advance), strict=True
@@ -63,7 +68,7 @@ class TransformersEngine:
         return result
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
-        with track("distributions", len(prompts), "prompts") as advance:
+        with track("reading distributions", len(prompts), "prompts") as advance:
             return likeliest_tokens(self.model, prompts, completions, LIKELIEST, advance)
 
     @torch.no_grad()
@@ -71,7 +76,7 @@ class TransformersEngine:
         parameters = dict(self.model.named_parameters())
         missing = sorted(set(weights) - set(parameters))
         if missing:
-            raise InPlaceError(f"transformers keeps {missing[0]} under another name, so it cannot be swapped")
+            raise InPlaceError(f"transformers has no parameter named {missing[0]}, so it cannot be replaced in place")
         for name, make in weights.items():
             parameters[name].copy_(make())
 

@@ -1,4 +1,4 @@
-"""vLLM on a checkpoint as it lies on disk: no hooks, full speed."""
+"""The vLLM engine, which serves a checkpoint from disk at full speed, without hooks."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ from ..checkpoints.checkpoint import open_checkpoint
 from ..core.errors import InPlaceError, OrthogonalizeError
 from ..core.progress import track
 from ..models.logprobs import Completion, Likeliest
-from .base import LIKELIEST, ONE_DEVICE, EngineOptions, Ids, Part, check_engine, fingerprint
+from .base import LIKELIEST, ONE_DEVICE, Engine, EngineOptions, Ids, Part, fingerprint
 from .choice_search import ChoiceSearch
+from .registry import check_engine
 
-SLICE = 256  # prompts between two signs of progress; each slice keeps the engine's batch full
-# Families whose queries reach the rotary embedding as [token, head, dimension]: the CPU kernel of vLLM 0.32 takes
-# the last axis for all heads, and rotates wrongly (not with DeepSeek's YaRN). vLLM's own Python does it right.
+SLICE = 256  # prompts between progress updates; each slice keeps the engine's batch full
+# Families whose queries reach the rotary embedding as [token, head, dimension]. The CPU kernel of vLLM 0.32 expects all
+# heads in the last axis and rotates them wrongly (except with DeepSeek's YaRN); vLLM's Python version is correct.
 ROTATED_BY_HEAD = ("lfm2", "deepseek_v2", "deepseek_v3")
-SHARD = 2 * 2**30  # bytes of new weights held in memory at a time
+SHARD = 2 * 2**30  # bytes of new weights in memory at a time
 
 
 def set_environment(on_cpu: bool, parallel: bool = False) -> None:
-    """What vLLM reads from the environment, where the user has not said otherwise."""
+    """Set the environment variables that vLLM reads, unless the user has set them."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # `apply_model` sends a function of this package to the engine's own processes.
     os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    # `ForcedDecoding` is a logits processor for vLLM's first model runner; the second has another interface.
+    # `ForcedDecoding` is a logits processor for vLLM's V1 model runner; V2 has a different interface.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     if on_cpu:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-        # Compiling the few lines that rank log-probabilities takes longer than they ever will, without a GPU.
+        # Without a GPU, compiling the few lines that rank log-probabilities takes longer than running them.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         torch._dynamo.config.disable = True
-        # A process of its own costs a CPU engine 20 s to start, and frees nothing that a GPU would need.
+        # On a CPU, a separate engine process takes 20 s to start and has no benefit.
         if not parallel:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    else:  # to have asked for a GPU is enough to make a fork of this process useless to CUDA
+    else:  # once CUDA was queried, a forked process cannot use it
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
@@ -59,11 +60,14 @@ def cpu_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def patch_llvmlite_introspection() -> None:
-    """vLLM's CPU start looks at every object of every module, and llvmlite's library (numba loads it) answers every
-    question about itself, `__dict__` too, with a function of that name. No such name is a symbol of LLVM."""
+    """Make llvmlite's library object raise AttributeError for dunder names.
+
+    On a CPU, vLLM inspects every object of every module at start, and llvmlite (loaded by numba) returns a function for
+    any attribute, `__dict__` included. No symbol of LLVM has a dunder name.
+    """
     ffi = sys.modules.get("llvmlite.binding.ffi")
     wrapper = type(ffi.lib) if ffi is not None and hasattr(ffi, "lib") else None
-    if wrapper is None or getattr(wrapper, "_keeps_to_symbols", False):
+    if wrapper is None or getattr(wrapper, "_dunders_raise", False):
         return
     find = wrapper.__getattr__
 
@@ -72,7 +76,16 @@ def patch_llvmlite_introspection() -> None:
             raise AttributeError(name)
         return find(self, name)
 
-    wrapper.__getattr__, wrapper._keeps_to_symbols = symbol, True
+    wrapper.__getattr__, wrapper._dunders_raise = symbol, True
+
+
+def open_vllm(folder: Path, tokenizer: Any, max_model_len: int, options: EngineOptions) -> Engine:
+    """One vLLM engine, or a group of them if `options` ask for data parallelism. The tokenizer is not needed."""
+    if options.data_parallel_size > 1:
+        from .data_parallel import EngineGroup
+
+        return EngineGroup(folder, max_model_len, options)
+    return VllmEngine(folder, max_model_len, options)
 
 
 class VllmEngine:
@@ -87,7 +100,7 @@ class VllmEngine:
         on_cpu = not torch.cuda.is_available()
         set_environment(on_cpu, self.options.parallel)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own dependencies, at import
+            warnings.simplefilter("ignore")  # its dependencies warn at import
             from vllm import LLM
 
         arguments: dict[str, Any] = {
@@ -102,7 +115,7 @@ class VllmEngine:
         if self.options.distributed_executor_backend:
             arguments["distributed_executor_backend"] = self.options.distributed_executor_backend
         config = open_checkpoint(self.folder).config
-        # Only text is asked here: room for images, and their processor, need not be there.
+        # Prompts are text only; no memory for images, and no image processor, is needed.
         if "vision_config" in config:
             arguments["limit_mm_per_prompt"] = {"image": 0, "video": 0}
         if on_cpu:
@@ -110,7 +123,11 @@ class VllmEngine:
         else:
             arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
         patch_llvmlite_introspection()
-        with _named(f"vLLM did not start on {self.folder}"), track("starting vLLM", None), warnings.catch_warnings():
+        with (
+            _explained(f"vLLM did not start on {self.folder}"),
+            track("starting vLLM", None),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             self.llm = LLM(model=str(self.folder), max_model_len=self.max_model_len, **(arguments | self.extra))
         return self
@@ -122,22 +139,24 @@ class VllmEngine:
         gc.collect()
 
     def _stored_dtype(self) -> str:
-        """The dtype of the checkpoint; vLLM by itself would run a float32 one in bfloat16."""
+        """The dtype of the checkpoint; by default vLLM would run a float32 checkpoint in bfloat16."""
         config = open_checkpoint(self.folder).config
         return str(config.get("dtype") or config.get("torch_dtype") or "auto")
 
-    def generate(self, what: str, rows: Sequence[Ids], parameters: Any) -> list[Any]:
-        """vLLM's outputs for prompts given as ids; `parameters` is one for all, or one a prompt.
+    def generate(self, activity: str, rows: Sequence[Ids], parameters: Any) -> list[Any]:
+        """vLLM's outputs for prompts given as ids.
+
+        `activity` names the work in progress bars and errors; `parameters` is one for all prompts, or one per prompt.
 
         Raises:
             OrthogonalizeError: the engine died.
         """
         outputs: list[Any] = []
-        with track(what, len(rows), "prompts") as advance:
+        with track(activity, len(rows), "prompts") as advance:
             for start in range(0, len(rows), SLICE):
                 part: list[Any] = [{"prompt_token_ids": list(ids)} for ids in rows[start : start + SLICE]]
                 chosen = parameters[start : start + SLICE] if isinstance(parameters, list) else parameters
-                with _named(f"vLLM failed while {what}"):
+                with _explained(f"vLLM failed while {activity}"):
                     outputs += self.llm.generate(part, chosen, use_tqdm=False)
                 advance(len(part))
         return outputs
@@ -158,7 +177,7 @@ class VllmEngine:
 
         parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-        outputs = self.generate("cross-entropy", rows, parameters)
+        outputs = self.generate("scoring completions", rows, parameters)
         return [
             _completion(output.prompt_logprobs, row, len(prompt))
             for output, row, prompt in zip(outputs, rows, prompts, strict=True)
@@ -167,12 +186,15 @@ class VllmEngine:
     def choices(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[float]]:
         from .forced_decoding import decide
 
-        contests = [ChoiceSearch(row) for row in choices]
-        # A CPU's time goes with the tokens, of which walks one by one need the fewest; a GPU's goes with the steps.
+        searches = [ChoiceSearch(row) for row in choices]
+        # A CPU's time grows with the tokens, fewest with one branch at a time; a GPU's grows with the steps.
         at_once = None if torch.cuda.is_available() else 1
-        with _named("vLLM failed while multiple choice"), track("multiple choice", len(contests), "questions") as done:
-            decide(self.llm.llm_engine, contexts, contests, at_once, done)
-        return [contest.bounds() for contest in contests]
+        with (
+            _explained("vLLM failed while scoring choices"),
+            track("scoring choices", len(searches), "questions") as done,
+        ):
+            decide(self.llm.llm_engine, contexts, searches, at_once, done)
+        return [search.bounds() for search in searches]
 
     def likeliest(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Likeliest]:
         from vllm import SamplingParams
@@ -181,7 +203,7 @@ class VllmEngine:
         parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=count, detokenize=False)
         rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
         result = []
-        for prompt, output in zip(prompts, self.generate("distributions", rows, parameters), strict=True):
+        for prompt, output in zip(prompts, self.generate("reading distributions", rows, parameters), strict=True):
             found = [_ranked(entry, count) for entry in output.prompt_logprobs[len(prompt) :]]
             result.append(
                 Likeliest(
@@ -196,35 +218,35 @@ class VllmEngine:
             self.load_from(folder)
 
     def load_from(self, folder: Path) -> None:
-        """Take over the tensors in the safetensors files of `folder`."""
-        with _named("vLLM failed while weights were swapped", InPlaceError):
+        """Replace weights by the tensors in the safetensors files of `folder`."""
+        with _explained("vLLM failed while swapping weights", InPlaceError):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        # The engine keeps the prefixes that the old weights computed, and would mix them in.
+        # Cached prefixes were computed by the old weights.
         if not self.llm.reset_prefix_cache():
-            raise InPlaceError("vLLM did not clear its prefix cache, so edits cannot be swapped in place")
+            raise InPlaceError("vLLM did not clear its prefix cache, so weights cannot be swapped in place")
 
     def fingerprint(self, part: Part = "all") -> str:
-        with _named("vLLM failed while its weights were read", InPlaceError):
+        with _explained("vLLM failed while reading its weights", InPlaceError):
             return "-".join(self.llm.apply_model(partial(fingerprint, part=part)))
 
 
 @contextmanager
 def stored_weights(weights: Mapping[str, Callable[[], torch.Tensor]]) -> Iterator[Path]:
-    """A temporary folder with `weights` as safetensors files, made and held a shard at a time."""
+    """A temporary folder with `weights` in safetensors files; one shard at a time is in memory."""
     with tempfile.TemporaryDirectory(prefix="orthogonalize-") as folder:
         shard: dict[str, torch.Tensor] = {}
         number = 0
         for name, make in weights.items():
             shard[name] = make().contiguous()
             if sum(t.nbytes for t in shard.values()) >= SHARD:
-                _keep(shard, Path(folder) / f"{number:05}.safetensors")
+                _store(shard, Path(folder) / f"{number:05}.safetensors")
                 shard, number = {}, number + 1
         if shard:
-            _keep(shard, Path(folder) / f"{number:05}.safetensors")
+            _store(shard, Path(folder) / f"{number:05}.safetensors")
         yield Path(folder)
 
 
-def _keep(shard: dict[str, torch.Tensor], file: Path) -> None:
+def _store(shard: dict[str, torch.Tensor], file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -232,39 +254,39 @@ def _keep(shard: dict[str, torch.Tensor], file: Path) -> None:
         save_file(shard, file)
     except (SafetensorError, OSError) as error:
         raise OrthogonalizeError(
-            f"weights to be swapped in do not fit into {file.parent.parent} ({error}); set TMPDIR to a folder with room"
+            f"{file.parent.parent} is too small for the weights to swap in ({error}); set TMPDIR to a larger folder"
         ) from error
 
 
 def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Completion:
-    """`ids` from `start` on. vLLM 0.24 leaves cached positions out of `logprobs`, so they are counted from the end."""
+    """The score of `ids[start:]`. vLLM 0.24 omits cached positions from `logprobs`, so positions count from the end."""
     entries = [logprobs[i - len(ids)][ids[i]] for i in range(start, len(ids))]
     return Completion(sum(e.logprob for e in entries), all(e.rank == 1 for e in entries))
 
 
 def _ranked(entry: Mapping[int, Any], count: int) -> list[tuple[int, float]]:
-    """The likeliest tokens of one position, best first; the prompt's own token is dropped where it is not one."""
+    """The `count` likeliest tokens of one position, best first, without the prompt's own token if it ranks lower."""
     best = sorted(entry.items(), key=lambda item: (-item[1].logprob, item[0]))[:count]
     return [(token, found.logprob) for token, found in best]
 
 
 @contextmanager
-def _named(what: str, kind: type[OrthogonalizeError] = OrthogonalizeError) -> Iterator[None]:
-    """Whatever the engine or its processes die of in here becomes one line that says `what` and the way out."""
+def _explained(failure: str, kind: type[OrthogonalizeError] = OrthogonalizeError) -> Iterator[None]:
+    """A context in which any exception becomes one line: the failure, its reason and what to try."""
     try:
         yield
     except Exception as error:
         lines = [line for line in str(error).strip().splitlines() if "For further information visit" not in line]
         reason = lines[-1].strip() if lines else type(error).__name__
         hint = _memory_hint(not torch.cuda.is_available())
-        raise kind(f"{what}: {reason}; {hint}, or use --engine hf") from error
+        raise kind(f"{failure}: {reason}; {hint}, or use --engine hf") from error
 
 
 def _memory_hint(on_cpu: bool) -> str:
     if on_cpu:
         space = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")
-        return f"the cache takes VLLM_CPU_KVCACHE_SPACE={space} GiB: raise it if that is too little, else free memory"
+        return f"the cache takes VLLM_CPU_KVCACHE_SPACE={space} GiB: raise it if too small, otherwise free memory"
     return (
-        "if memory is short: raise --gpu-memory-utilization where the GPU has room, lower it where others use the GPU, "
-        "or spread the model with --tensor-parallel-size"
+        "if it is out of memory: raise --gpu-memory-utilization if the GPU is free, lower it if others use the GPU, "
+        "or split the model with --tensor-parallel-size"
     )

@@ -1,4 +1,4 @@
-"""In-place edits of a running engine."""
+"""Swap the weights of a running engine in place."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .base import Engine, Part, layer_of
 
 
 class WeightSwap:
-    """In-place edits of a running engine, started from the folder of `source`; what is not edited is as stored.
+    """In-place edits of a running engine that was started on `source`.
 
-    Engines fuse tensors (q, k and v; gate and up; experts), and a fused one cannot be given in part, so
-    whole blocks are replaced: all of a layer's attention, or all of its MLP.
+    Engines fuse tensors (q, k and v; gate and up; experts) and cannot load part of a fused one, so whole blocks are
+    replaced: all of a layer's attention, or all of its MLP.
     """
 
     def __init__(self, engine: Engine, source: Checkpoint) -> None:
@@ -28,10 +28,10 @@ class WeightSwap:
         self.touched: set[str] = set()
 
     def apply(self, edited: Mapping[str, Callable[[], torch.Tensor]]) -> None:
-        """Let the engine hold `edited` and, for all else, the tensors of the source."""
+        """Load `edited` into the engine, and the source's tensors for everything else."""
         unknown = sorted(set(edited) - self.source.tensors.keys())
         if unknown:
-            raise ValueError(f"{unknown[0]} is no tensor of {self.source.path}")
+            raise ValueError(f"{self.source.path} has no tensor {unknown[0]}")
         now = {block_of(name) for name in edited}
         weights: dict[str, Callable[[], torch.Tensor]] = {}
         for block in sorted(now | self.touched):
@@ -42,15 +42,15 @@ class WeightSwap:
             self.engine.load(weights)
 
     def restore(self) -> None:
-        """The source again."""
+        """Load the source's tensors again."""
         self.apply({})
 
     def first_unswappable(self, names: Iterable[str]) -> str | None:
-        """One of the tensors `names` whose like the engine does not take over in place; None where it takes all.
+        """The first of the tensors `names` that the engine cannot replace in place; None if it can replace all.
 
-        An engine may refuse, or go on with what it had and say nothing. So of every kind of tensor (of names that
-        differ in numbers only) one is changed: what the engine holds of its layer must then be another, and the
-        same again when it is restored. Where it is not, the engine is not to be used any more.
+        An engine may refuse a tensor, or silently ignore it. So one tensor of every kind (names that differ only in
+        numbers) is changed: the fingerprint of its layer must change, and change back on restore. If this returns a
+        name, the engine may hold wrong weights and must not be used any more.
         """
         kinds = {re.sub(r"\d+", "#", name): name for name in sorted(names, reverse=True)}
         loaded: dict[Part, str] = {}
@@ -59,7 +59,7 @@ class WeightSwap:
             try:
                 if layer not in loaded:
                     loaded[layer] = self.engine.fingerprint(layer)
-                self.apply({name: partial(_other, self.source, name)})
+                self.apply({name: partial(_different, self.source, name)})
                 changed = self.engine.fingerprint(layer) != loaded[layer]
                 self.restore()
                 if not changed or self.engine.fingerprint(layer) != loaded[layer]:
@@ -70,7 +70,7 @@ class WeightSwap:
 
 
 def block_of(name: str) -> str:
-    """What `name` may be fused with: `model.layers.3.mlp` for everything under it, else its own module."""
+    """The block whose tensors may be fused with `name`: `model.layers.3.mlp`, or its own module outside layers."""
     parts = name.split(".")
     for i, part in enumerate(parts[:-1]):
         if part.isdecimal():
@@ -78,7 +78,7 @@ def block_of(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _other(source: Checkpoint, name: str) -> torch.Tensor:
-    """A tensor that is nowhere what `source` holds."""
+def _different(source: Checkpoint, name: str) -> torch.Tensor:
+    """A tensor that differs from the one in `source` in every entry."""
     held = source.read(name)
     return torch.where(held.float() == 1, 2.0, 1.0).to(held.dtype)

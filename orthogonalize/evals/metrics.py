@@ -1,4 +1,4 @@
-"""Measures: one value for every item, from which intervals, and paired comparisons, are made."""
+"""Series (one value per item), the measures computed from them, and paired comparisons."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Kind = Literal["share", "loss", "divergence", "score"]
 
 
 class Record(BaseModel):
-    """What can be stored; unknown fields are errors."""
+    """A model that is stored as JSON; unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Rate(Record):
-    """A share of items, Wilson's 95% interval, and the same by category where items have one.
+    """A share of items with Wilson's 95% interval, also by category if items have categories.
 
-    `unparseable` counts items of which no verdict could be read; they are on neither side and not in `n`.
-    With `n` 0 nothing is known, whatever `value` says.
+    `unparseable` counts items whose judgement could not be read; they count as neither side and are not in `n`.
+    If `n` is 0, `value` means nothing.
     """
 
     value: float
@@ -44,7 +44,7 @@ class Rate(Record):
 
 
 class Loss(Record):
-    """Cross-entropy in nats a token over `n` texts, bootstrap 95% interval; `perplexity` is its exponential."""
+    """Cross-entropy in nats per token over `n` texts, bootstrap 95% interval; `perplexity` is its exponential."""
 
     value: float
     n: int
@@ -54,7 +54,7 @@ class Loss(Record):
 
 
 class Divergence(Record):
-    """KL(base || model) in nats a token over `n` prompts, bootstrap 95% interval; zero for the base itself."""
+    """KL(base || model) in nats per token over `n` prompts, bootstrap 95% interval; zero for the base itself."""
 
     value: float
     n: int
@@ -63,7 +63,7 @@ class Divergence(Record):
 
 
 class Score(Record):
-    """The mean of any other number a item (a task's own metric), bootstrap 95% interval."""
+    """The mean of any other number per item (a task's own metric), bootstrap 95% interval."""
 
     value: float
     n: int
@@ -76,9 +76,9 @@ Measure = Rate | Loss | Divergence | Score
 class Paired(Record):
     """Base against edited on the same `n` items.
 
-    `difference` is edited minus base (for a loss: relative to the base), `ci95` its interval (Tango's for
-    shares, else bootstrap), `p` McNemar's for shares, else of a paired permutation test; None for a
-    divergence, which the base has none of. `by_category` is the same of shares, by category.
+    `difference` is edited minus base (for a loss: relative to the base) and `ci95` its interval (Tango's for shares,
+    otherwise bootstrap). `p` is McNemar's for shares, otherwise that of a paired permutation test, and None for a
+    divergence, which is zero for the base by definition. `by_category` repeats all of it for shares, by category.
     """
 
     difference: float
@@ -89,9 +89,9 @@ class Paired(Record):
 
 
 class Series(Record):
-    """One measure of one model: `values` by item (None: no verdict could be read).
+    """One model's values by item, of one kind; None for an item without a readable value.
 
-    `share` holds 0 or 1, `loss` and `divergence` sums over `tokens` tokens, `score` anything.
+    A "share" holds 0 or 1 per item, a "loss" or "divergence" a sum over `tokens` tokens, a "score" any number.
     """
 
     kind: Kind
@@ -100,11 +100,11 @@ class Series(Record):
     categories: list[str | None] = []
 
     def known(self) -> list[float]:
-        """The values that could be read."""
+        """The values that are not None."""
         return [v for v in self.values if v is not None]
 
     def names(self) -> list[str]:
-        """The categories."""
+        """The categories, sorted."""
         return sorted({c for c in self.categories if c is not None})
 
     def part(self, category: str) -> Series:
@@ -142,18 +142,18 @@ class Series(Record):
 
 
 def perplexity_of(loss: float) -> float:
-    """The exponential of a loss in nats a token, as far as a float goes."""
+    """The exponential of a loss in nats per token, capped to stay finite."""
     return math.exp(min(loss, 700.0))
 
 
 def yes_no_series(flags: Sequence[bool | None], categories: Sequence[str | None] = ()) -> Series:
-    """Yes or no (or neither) for every item."""
+    """A series of yes (True), no (False) or neither (None) per item."""
     values = [None if flag is None else float(flag) for flag in flags]
     return Series(kind="share", values=values, categories=list(categories))
 
 
 def same_kind(base: Series, edited: Series) -> tuple[Series, Series]:
-    """Both of one kind: what is yes or no for every item of one model only is a score for both."""
+    """Both series with the same kind: if only one model has nothing but yes and no, both become scores."""
     if base.kind == edited.kind:
         return base, edited
     if {base.kind, edited.kind} != {"share", "score"}:
@@ -162,7 +162,7 @@ def same_kind(base: Series, edited: Series) -> tuple[Series, Series]:
 
 
 def compare(base: Series, edited: Series) -> Paired:
-    """The paired comparison; items that either model leaves without a value are left out."""
+    """The paired comparison, over the items for which both models have a value."""
     base, edited = same_kind(base, edited)
     pairs = [(a, b) for a, b in zip(base.values, edited.values, strict=True) if a is not None and b is not None]
     before, after = [a for a, _ in pairs], [b for _, b in pairs]

@@ -1,9 +1,10 @@
-"""A plan: which suites are measured, on which data, read and checked before any engine starts."""
+"""The evaluation plan: suites with their data, read and checked before any engine starts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,36 +14,16 @@ from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
 from ..core.progress import note
-from ..data.benchmarks import (
-    ALPACA,
-    ARC,
-    MMLU,
-    PILE,
-    PROMPT_SETS,
-    TRUTHFULQA,
-    BenchmarkSet,
-    as_documented,
-    instructions,
-)
+from ..data.benchmarks import PROMPT_SETS, as_documented, instructions
 from ..data.chat import ChatFormat
 from ..data.refusals import LEAST_TOKENS
 from ..engines.base import Engine
 from ..selection.run_folder import Run
 from .metrics import Record, Series
 from .resumable import ResumableEngine
-from .suites.answers import Answering, AnswerSet, Item
-from .suites.base import BaseOutputs, Suite
-from .suites.kl import Divergences
-from .suites.lm_eval import PREFIX, harness_tasks
-from .suites.losses import OwnLosses, alpaca_losses, pile_losses
-from .suites.multiple_choice import SETS, MultipleChoice
-
-DEFAULT_SUITES = ("refusal", "behaviour", "loss", "kl")
-CONTRAST = {"target": "positive", "harmless": "negative"}  # sets of answers, and the side of the run that they are
-TEXTS = {"pile": PILE, "alpaca": ALPACA}
-CHOICES: dict[str, BenchmarkSet] = {"mmlu": MMLU, "arc": ARC, "truthfulqa": TRUTHFULQA}
-SUITES = (*DEFAULT_SUITES, *TEXTS, *CHOICES, *PROMPT_SETS)
-TEXT_COUNT = 100  # texts of a set that have no limit given
+from .suites.answers import CONTRAST, Answering, AnswerSet, Item
+from .suites.base import BaseOutputs, Suite, SuiteContext, SuiteEntry, report_key
+from .suites.registry import FAMILIES, SUITES, family_arguments
 
 
 class Measurements(Record):
@@ -54,11 +35,16 @@ class Measurements(Record):
 
 @dataclass(frozen=True)
 class EvalPlan:
-    """What is measured of every model: `answering` first, if anything is answered, then `suites`."""
+    """What to measure of every model: first the answers to the prompts of `answering`, then each of `suites`.
+
+    `data` says where each suite's data come from. With `base_answers`, a suite needs the base's answers to harmless
+    prompts.
+    """
 
     suites: list[Suite]
     answering: Answering | None
     data: dict[str, str]
+    base_answers: bool
 
     @property
     def sets(self) -> Sequence[AnswerSet]:
@@ -67,37 +53,37 @@ class EvalPlan:
 
     @property
     def max_model_len(self) -> int:
-        """The context that an engine needs: every request leaves room for one token more."""
+        """The context that an engine needs, in tokens: the longest request and one generated token."""
         answers = [self.answering.longest] if self.answering else []
         return max(answers + [suite.longest for suite in self.suites]) + 1
 
     @property
     def sensitive(self) -> bool:
-        """Whether any set's prompts and answers are folded, and left out on request."""
+        """Whether any prompt set is sensitive."""
         return any(each.sensitive for each in self.sets)
 
     @property
-    def answers_count(self) -> bool:
-        """Whether every model answers, rather than the base alone for the sake of its own losses."""
+    def every_model_answers(self) -> bool:
+        """Whether every model answers the prompts, and not only the base for suites that need its answers."""
         return self.answering is not None and self.answering.counts
 
     def _answer_steps(self, label: str, is_base: bool) -> dict[str, str]:
-        """By set, the journal's step for a model's answers to it."""
+        """By set, the journal step of a model's answers to it."""
         if self.answering is None or not (is_base or self.answering.counts):
             return {}
         return {name: f"{label}/answers {name}@{state[:16]}" for name, state in self.answering.states.items()}
 
     def steps(self, label: str, is_base: bool = False) -> list[str]:
-        """The journal's steps for one model; `label` is its name and state."""
+        """The journal steps of one model; `label` is its name and state."""
         return [*self._answer_steps(label, is_base).values(), *(_step(label, suite) for suite in self.suites)]
 
     def measure(
         self, engine: Engine | None, memory: BaseOutputs, journal: Journal, label: str, is_base: bool = False
     ) -> Measurements:
-        """Measure the model that `engine` holds; what `journal` has already is not measured again.
+        """Measure the model in `engine`; steps that `journal` already has are not repeated.
 
-        The base comes first and leaves in `memory` what the others are compared with. `engine` may be
-        None where the journal has every step.
+        The base must be measured first: its outputs go to `memory`, and other models are compared with them. `engine`
+        may be None if the journal has every step.
         """
         result = Measurements()
         if steps := self._answer_steps(label, is_base):
@@ -106,29 +92,32 @@ class EvalPlan:
 
             def work(suite: Suite = suite) -> dict[str, Any]:
                 assert engine is not None
+                had = bool(memory.distributions)
                 series = suite.measure(ResumableEngine(engine, journal, _step(label, suite)), memory)
-                made: dict[str, Any] = {"series": {key: s.model_dump() for key, s in series.items()}}
-                if is_base and suite.name == "kl":
+                made: dict[str, Any] = {
+                    "series": {report_key(suite.name, k): s.model_dump() for k, s in series.items()}
+                }
+                if memory.distributions and not had:
                     made["distributions"] = [d.rows() for d in memory.distributions]
                 return made
 
             stored = journal.step(_step(label, suite), work)
             result.series |= {key: Series.model_validate(s) for key, s in stored["series"].items()}
-            if is_base and suite.name == "kl":
+            if "distributions" in stored:
                 memory.restore(stored["distributions"])
         return result
 
     def _answers(
         self, engine: Engine | None, journal: Journal, label: str, steps: Mapping[str, str]
     ) -> dict[str, list[list[int]]]:
-        """A model's answers by set; those that the journal lacks are asked together, and each kept for itself."""
+        """A model's answers by set; missing ones are generated together and stored set by set."""
         assert self.answering is not None
-        lacking = [name for name, step in steps.items() if not journal.has(step)]
-        if lacking:
+        missing = [name for name, step in steps.items() if not journal.has(step)]
+        if missing:
             assert engine is not None
-            together = f"{label}/answers@{fingerprint([steps[name] for name in lacking])[:16]}"
-            found = self.answering.answers(ResumableEngine(engine, journal, together), lacking)
-            journal.put({steps[name]: found[name] for name in lacking}, replaces=together)
+            together = f"{label}/answers@{fingerprint([[steps[name] for name in missing]])[:16]}"
+            found = self.answering.answers(ResumableEngine(engine, journal, together), missing)
+            journal.put({steps[name]: found[name] for name in missing}, replaces=together)
         return {name: journal.done[step] for name, step in steps.items()}
 
     def _take_answers(
@@ -137,29 +126,13 @@ class EvalPlan:
         assert self.answering is not None
         result.answers = {name: [self.answering.text(ids) for ids in rows] for name, rows in answers.items()}
         result.series |= self.answering.series(answers)
-        if is_base and any(s.name in ("loss", "kl") for s in self.suites):
+        if is_base and self.base_answers:
             harmless = next(each for each in self.sets if each.name == "harmless")
             memory.remember([item.ids for item in harmless.items], answers["harmless"])
 
 
 def _step(label: str, suite: Suite) -> str:
     return f"{label}/{suite.name}@{suite.state[:16]}"
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuse unknown suites.
-
-    Raises:
-        OrthogonalizeError: one is unknown, or none is named.
-    """
-    wrong = [s for s in names if s not in SUITES and not (s.startswith(PREFIX) and s != PREFIX)]
-    twice = next((s for s in names if list(names).count(s) > 1), None)
-    if twice is not None:
-        raise OrthogonalizeError(f"suite {twice} is named twice")
-    if wrong or not names:
-        raise OrthogonalizeError(
-            f"no suite {', '.join(wrong)!r}; there are: {', '.join(SUITES)}, {PREFIX}TASK (any task of lm-eval)"
-        )
 
 
 def _contrast_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[AnswerSet]:
@@ -169,7 +142,7 @@ def _contrast_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[Answer
         prompts = [p for p in test if p.side == side][:limit]
         if not prompts:
             raise OrthogonalizeError(
-                "the run has no test prompts on one side; extract again with --test, or with more prompts"
+                "the run has no test prompts on one side; re-run extract with --test, or with more prompts"
             )
         items = [Item(chat.encode(p.text), p.text, p.category) for p in prompts]
         sets.append(AnswerSet(name, items, side in run.info.sensitive))
@@ -190,69 +163,85 @@ def make_plan(
     data: Path | None = None,
     positions: int | None = None,
 ) -> EvalPlan:
-    """Read all data that the suites `names` need and encode it for the model of `tokenizer`.
+    """Build the suites `names` for the model of `tokenizer`: read all of their data and encode them.
 
-    `limit` is the most items of any set; `data` a folder with local copies of public sets (else the
-    Hub); `positions` the most tokens that the model takes, where known.
+    Args:
+        new_tokens: the most tokens of a generated answer.
+        limit: the most items of any set.
+        data: a folder with local copies of public sets; None to read them from the Hub.
+        positions: the most tokens that the model takes, where known.
 
     Raises:
         OrthogonalizeError: data that are missing, empty or damaged.
     """
+    entries = [entry for name, entry in SUITES.items() if name in names]
     chat = ChatFormat(tokenizer, run.info.system, run.info.template_arguments, run.info.chat_template)
-    public = [name for name in names if name in PROMPT_SETS]
-    counted = "refusal" in names or "behaviour" in names or bool(public)
-    own = "loss" in names or "kl" in names
-    sets: list[AnswerSet] = []
-    answering = None
-    if counted or own:
-        contrast = _contrast_sets(run, chat, limit)
-        sets = [each for each in contrast if counted or each.name == "harmless"]
-        sets += [_public_set(name, chat, data, limit) for name in public]
-        answering = Answering(
-            sets,
-            tokenizer,
-            new_tokens,
-            frozenset(run.info.behaviour_tokens),
-            refusal="refusal" in names or bool(public),
-            behaviour="behaviour" in names,
-        )
-        if answering.refusal and new_tokens < LEAST_TOKENS:
-            note(f"refusals are undercounted in answers of {new_tokens} tokens; {LEAST_TOKENS} are the least usual")
-    suites: list[Suite] = []
-    if answering and "loss" in names:
-        suites.append(OwnLosses(answering.longest, answering.states["harmless"]))
-    if answering and "kl" in names:
-        suites.append(Divergences(answering.longest, answering.states["harmless"]))
-    if "pile" in names:
-        with as_documented(TEXTS["pile"]):
-            suites.append(pile_losses(tokenizer, data, limit or TEXT_COUNT))
-    if "alpaca" in names:
-        with as_documented(TEXTS["alpaca"]):
-            suites.append(alpaca_losses(tokenizer, chat, data, limit or TEXT_COUNT))
-    for name, make in SETS.items():
-        if name in names:
-            with as_documented(CHOICES[name]):
-                suites.append(MultipleChoice.of(name, make(data, limit), tokenizer))
-    wanted = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
-    harness = harness_tasks(wanted, tokenizer, positions, data, limit)
-    suites += harness
-    sets_of = TEXTS | CHOICES | {name: PROMPT_SETS[name].source for name in public}
-    copy = "" if data is None else " (a local copy)"
-    sources = {name: f"{found}{copy}" for name, found in sets_of.items() if name in names}
-    sources |= {task.name: task.source for task in harness}
-    plan = EvalPlan(suites, answering, sources)
+    context = SuiteContext(run, tokenizer, chat, data, limit, new_tokens, positions)
+    context = replace(context, answering=_answering(context, entries, [name for name in names if name in PROMPT_SETS]))
+    suites = [_build(entry, context) for entry in entries if entry.make is not None]
+    family_suites = [
+        suite
+        for family in FAMILIES.values()
+        if (arguments := family_arguments(family, names))
+        for suite in family.make(context, arguments)
+    ]
+    plan = EvalPlan(
+        [*suites, *family_suites],
+        context.answering,
+        _sources(names, data) | {suite.name: suite.source for suite in family_suites},
+        any(entry.needs == "base answers" for entry in entries),
+    )
     if positions is not None and plan.max_model_len > positions:
-        raise OrthogonalizeError(f"{_too_long(plan)}, and the model takes {positions} tokens")
+        raise OrthogonalizeError(f"{_too_long(plan)}, but the model takes only {positions} tokens")
     return plan
 
 
+def _answering(context: SuiteContext, entries: Sequence[SuiteEntry], public: Sequence[str]) -> Answering | None:
+    """The prompts to answer for `entries` and for the public prompt sets `public`; None if no suite needs answers."""
+    counted = bool(public) or any(entry.make is None for entry in entries)
+    if not counted and all(entry.needs == "nothing" for entry in entries):
+        return None
+    contrast = _contrast_sets(context.run, context.chat, context.limit)
+    sets = [each for each in contrast if counted or each.name == "harmless"]
+    sets += [_public_set(name, context.chat, context.data, context.limit) for name in public]
+    names = {entry.name for entry in entries}
+    answering = Answering(
+        sets,
+        context.tokenizer,
+        context.new_tokens,
+        frozenset(context.run.info.behaviour_tokens),
+        refusal="refusal" in names or bool(public),
+        behaviour="behaviour" in names,
+    )
+    if answering.refusal and context.new_tokens < LEAST_TOKENS:
+        note(
+            f"refusals are undercounted in answers of {context.new_tokens} tokens; "
+            f"use --max-new-tokens {LEAST_TOKENS} or more"
+        )
+    return answering
+
+
+def _build(entry: SuiteEntry, context: SuiteContext) -> Suite:
+    assert entry.make is not None
+    with nullcontext() if entry.source is None else as_documented(entry.source):
+        return entry.make(context)
+
+
+def _sources(names: Sequence[str], data: Path | None) -> dict[str, str]:
+    """By suite, the public set that it reads."""
+    copy = "" if data is None else " (a local copy)"
+    found = {name: entry.source for name, entry in SUITES.items()}
+    found |= {name: each.source for name, each in PROMPT_SETS.items()}
+    return {name: f"{source}{copy}" for name, source in found.items() if source is not None and name in names}
+
+
 def _too_long(plan: EvalPlan) -> str:
-    """What needs the most room, and what would help."""
+    """Which prompt needs the longest context, and what would shorten it."""
     longest = max(plan.suites, key=lambda s: s.longest, default=None)
     if longest is not None and (plan.answering is None or longest.longest > plan.answering.longest):
         return f"suite {longest.name} needs {plan.max_model_len} tokens (leave it out)"
     size, name, number = max((len(item.ids), s.name, i) for s in plan.sets for i, item in enumerate(s.items, 1))
-    advice = "take it out of the run's prompts" if name in CONTRAST else f"leave --suite {name} out"
+    advice = "remove it from the run's prompts" if name in CONTRAST else f"leave out --suite {name}"
     return (
         f"prompt {number} of {name} has {size} tokens and needs {plan.max_model_len} with its answer "
         f"({advice}, or lower --max-new-tokens)"

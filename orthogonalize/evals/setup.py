@@ -1,4 +1,4 @@
-"""What every measurement needs before an engine starts: model, run, data and judges, found and checked."""
+"""Evaluation setup: the model, data and judges, found and checked before any engine starts."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from typing import Any
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
-from ..engines.base import Engine, EngineName, EngineOptions, check_engine, engine_state, engine_version
-from ..engines.factory import open_engine
+from ..engines.base import Engine, EngineOptions
+from ..engines.registry import ENGINES, check_engine, engine_state, open_engine
 from ..models.loading import load_tokenizer
 from ..models.resolve import context_length, folder_state, public_name
 from ..selection.run_folder import Run
-from .judges.opinions import Opinions, add_opinions, ask_judges, judges_for
+from .judges.measured_answers import Judgements, add_judgements, ask_judges, judges_for
 from .judges.runner import ReadyJudge
-from .plan import EvalPlan, Measurements, check_names, make_plan
+from .plan import EvalPlan, Measurements, make_plan
+from .suites.registry import check_names
 
 
 @dataclass(frozen=True)
 class EvalSetup:
-    """A model that is to be measured, with edits of it."""
+    """Everything that measuring a model and its edits needs."""
 
     folder: Path
     tokenizer: Any
     plan: EvalPlan
     judges: list[ReadyJudge]
-    engine: EngineName
+    engine: str
     options: EngineOptions
     suites: list[str]
     max_new_tokens: int
@@ -45,21 +46,21 @@ class EvalSetup:
         return fingerprint([engine_state(self.engine, self.options), folder_state(self.folder)])
 
     def label(self, name: str, *of_edit: Any) -> str:
-        """The name of a model in the journal: with it goes all that its measures depend on but for the suites' own."""
+        """A model's label in the journal: its name, with a fingerprint of the model and the engine."""
         return f"{name}@{fingerprint([self.state, *of_edit])[:16]}"
 
-    def opinions(self, models: dict[str, Measurements], journal: Journal) -> dict[str, Opinions]:
-        """What the judges say of every model's answers, by model; it is put among what was measured, too."""
+    def judgements(self, models: dict[str, Measurements], journal: Journal) -> dict[str, Judgements]:
+        """The judgements of every model's answers, by model; their series are added to the models' own."""
         found = ask_judges(self.judges, self.plan, models, self.engine, self.options, journal)
         for label, measured in models.items():
-            add_opinions(self.plan, self.judges, measured, found[label])
+            add_judgements(self.plan, self.judges, measured, found[label])
         return found
 
-    def described(self) -> dict[str, Any]:
-        """What a report says of how it was measured."""
+    def description(self) -> dict[str, Any]:
+        """The fields of a report that say how it was measured."""
         return {
             "engine": self.engine,
-            "engine_version": engine_version(self.engine),
+            "engine_version": ENGINES.find(self.engine).version,
             "suites": self.suites,
             "max_new_tokens": self.max_new_tokens,
             "limit": self.limit,
@@ -69,8 +70,12 @@ class EvalSetup:
         }
 
 
-def check_asked(suites: Sequence[str], engine: EngineName, options: EngineOptions, data: Path | str | None) -> None:
-    """Refuse what cannot be measured, before anything is fetched or read for it."""
+def check_request(suites: Sequence[str], engine: str, options: EngineOptions, data: Path | str | None) -> None:
+    """Check names and options before anything is fetched or read.
+
+    Raises:
+        OrthogonalizeError: an unknown suite or engine, options that the engine does not take, or no data folder.
+    """
     check_names(suites)
     check_engine(engine, options)
     if data is not None and not Path(data).is_dir():
@@ -82,19 +87,19 @@ def prepare(
     folder: Path,
     *,
     suites: Sequence[str],
-    engine: EngineName,
+    engine: str,
     max_new_tokens: int,
     limit: int | None,
     data: Path | str | None,
     judges: Sequence[str],
     options: EngineOptions,
 ) -> EvalSetup:
-    """Find and read all that measuring the checkpoint `folder` on the test prompts of `run` needs.
+    """Find and read everything that measuring the checkpoint `folder` on the test prompts of `run` needs.
 
-    The arguments are as `evaluation.evaluate` takes them.
+    The arguments are those of `commands.evaluate.evaluate`.
 
     Raises:
-        OrthogonalizeError: something is missing, damaged, or does not go together.
+        OrthogonalizeError: something is missing, damaged or inconsistent.
     """
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
     plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, context_length(folder))

@@ -1,4 +1,4 @@
-"""One engine start for base and edited model: what both need in the engine, and one swapped for the other."""
+"""One engine for base and edited models: the checkpoint it starts on, and the weights swapped into it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Weights = Mapping[str, Callable[[], torch.Tensor]]
 
 
 def _as_planned(checkpoint: Path, source: Checkpoint) -> tuple[Checkpoint, dict[str, Any], Mapping[str, Addition]]:
-    """What the recipe of `checkpoint`, if there is one, makes of its base before any weight changes.
+    """The base as the recipe of `checkpoint` (if there is one) restructures it before any weight changes.
 
-    The base with its tensors under the names that they have in the checkpoint, the configuration, what is added.
+    Returns the base with its tensors under the checkpoint's names, the configuration, and the added tensors.
     """
     if not (checkpoint / RECIPE).is_file():
         return source, source.config, {}
@@ -37,27 +37,35 @@ def _as_planned(checkpoint: Path, source: Checkpoint) -> tuple[Checkpoint, dict[
 
 
 def check_pair(checkpoint: Path, base: Path) -> None:
-    """Refuse a checkpoint that lacks tensors of its base; engines load such ones in silence."""
+    """Check that a checkpoint has every tensor of its base; engines silently load one that does not.
+
+    Raises:
+        OrthogonalizeError: a tensor is missing or has another shape, or the two are different kinds of model.
+    """
     edited, source = open_checkpoint(checkpoint), open_checkpoint(base)
     kind = source.config.get("model_type")
     if kind != edited.config.get("model_type"):
         source, config, _ = _as_planned(checkpoint, source)
         kind = config.get("model_type")
     if kind != edited.config.get("model_type"):
-        raise OrthogonalizeError(f"{checkpoint} and {base} are different kinds of model; give its own base")
+        raise OrthogonalizeError(
+            f"{checkpoint} and {base} are different kinds of model; pass the model that was edited as --base"
+        )
     missing = sorted(source.tensors.keys() - edited.tensors.keys())
     if missing:
-        raise OrthogonalizeError(f"{checkpoint} lacks {missing[0]} ({len(missing)} tensors in all); it is incomplete")
+        raise OrthogonalizeError(f"{checkpoint} is incomplete: it lacks {missing[0]} ({len(missing)} missing tensors)")
     for name, info in source.tensors.items():
         if edited.tensors[name].shape != info.shape:
-            raise OrthogonalizeError(f"{checkpoint} has another shape of {name} than {base}; give its own base")
+            raise OrthogonalizeError(
+                f"{name} has a different shape in {checkpoint} than in {base}; pass the model that was edited as --base"
+            )
 
 
 def base_weights(checkpoint: Path, base: Path) -> Weights | None:
-    """The base's weights for an engine that was started on the edited `checkpoint`; None where unknown.
+    """The base's weights, for an engine that was started on the edited `checkpoint`; None if they cannot be derived.
 
-    An edit may add tensors (a head of its own, biases). What they hold for the base (the embedding's
-    copy, zeros) is known from the recipe.
+    An edit may add tensors (an untied head, biases). Their values for the base (a copy of the embedding, zeros) follow
+    from the recipe.
     """
     edited = open_checkpoint(checkpoint)
     source, config, additions = _as_planned(checkpoint, open_checkpoint(base))
@@ -68,7 +76,11 @@ def base_weights(checkpoint: Path, base: Path) -> Weights | None:
 
 
 def check_room(plans: Iterable[CheckpointPlan]) -> None:
-    """Refuse edits whose checkpoints do not fit into the folder for temporary files, one at a time."""
+    """Check that the largest of several edited checkpoints fits into the folder for temporary files.
+
+    Raises:
+        OrthogonalizeError: it does not.
+    """
     home = Path(gettempdir())
 
     def needed(plan: CheckpointPlan) -> int:
@@ -80,7 +92,7 @@ def check_room(plans: Iterable[CheckpointPlan]) -> None:
 
 @contextmanager
 def own_folder(plan: CheckpointPlan) -> Iterator[Path]:
-    """The edited checkpoint itself, for an engine of its own, in a temporary folder."""
+    """A temporary folder with the edited checkpoint, for an engine that serves this edit alone."""
     with TemporaryDirectory(prefix="orthogonalize-") as name:
         plan.write(Path(name), link=True)
         yield Path(name)
@@ -88,9 +100,9 @@ def own_folder(plan: CheckpointPlan) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class SharedBase:
-    """What an engine needs for any of several edits to be swapped into it."""
+    """The checkpoint structure that lets any of several edits be swapped into one engine."""
 
-    source: Checkpoint  # by the names that tensors have in the engine
+    source: Checkpoint  # with tensors under the names that the engine uses
     additions: Mapping[str, Addition]
     config: Mapping[str, Any]
 
@@ -99,7 +111,7 @@ class SharedBase:
         """For the edits `plans` of `source`.
 
         Raises:
-            OrthogonalizeError: two edits need different settings.
+            OrthogonalizeError: two edits need different configurations.
         """
         additions: dict[str, Addition] = {}
         config = dict(source.config)
@@ -107,26 +119,25 @@ class SharedBase:
             additions |= plan.additions
             for key, value in plan.config_changes.items():
                 if config.get(key, value) != value and config[key] != source.config.get(key):
-                    raise OrthogonalizeError(f"two edits need different values of {key}; sweep them apart")
+                    raise OrthogonalizeError(f"two edits need different values of {key}; sweep them separately")
                 config[key] = value
         return cls(next((plan.source for plan in plans if plan.source.renamed), source), additions, config)
 
     @property
     def state(self) -> list[Any]:
-        """What it makes of a model, as JSON can hold it."""
+        """The structure as JSON, for fingerprints."""
         return [self.config, sorted(self.additions), bool(self.source.renamed)]
 
 
 @contextmanager
 def common_folder(source: Checkpoint, plans: Sequence[CheckpointPlan]) -> Iterator[Path]:
-    """A folder that computes what `source` does and has every tensor and setting that any of `plans` adds.
+    """A temporary checkpoint equivalent to `source`, with every tensor and setting that any of `plans` adds.
 
-    Biases are zeros and a head of its own is the embedding's copy, so that any of the edits can be swapped
-    into an engine started on it. The weights themselves are linked; only files whose tensors go by other names
-    for an edit are copied.
+    Added biases are zero and an added head is a copy of the embedding, so any of the edits can be swapped into an
+    engine started on it. Weight files are linked; only those whose tensors an edit renames are copied.
 
     Raises:
-        OrthogonalizeError: two edits need different settings.
+        OrthogonalizeError: two edits need different configurations.
     """
     common = SharedBase.of(source, plans)
     additions, config = common.additions, common.config
@@ -136,7 +147,7 @@ def common_folder(source: Checkpoint, plans: Sequence[CheckpointPlan]) -> Iterat
     source = common.source
     with TemporaryDirectory(prefix="orthogonalize-") as name:
         folder = Path(name)
-        # A single file goes by another name: loaders would take one of the usual name for the whole model.
+        # Renamed, since loaders take a lone model.safetensors for the whole model.
         links = {file: f"weights-{number:05}.safetensors" for number, file in enumerate(source.files)}
         for file in (*source.files, *map(str, source.side_files())):
             link = folder / links.get(file, file)
@@ -157,5 +168,5 @@ def common_folder(source: Checkpoint, plans: Sequence[CheckpointPlan]) -> Iterat
 
 
 def edited_weights(plan: CheckpointPlan) -> Weights:
-    """Every tensor that `plan` changes (scales of quantised ones, too), computed as for a checkpoint on disk."""
+    """Every tensor that `plan` changes (and scales of quantized ones), computed as for a checkpoint on disk."""
     return {name: partial(plan.edited, name) for name in plan.changes.names}

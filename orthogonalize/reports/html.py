@@ -1,19 +1,19 @@
-"""The report as one self-contained HTML page: no network, works from disk."""
+"""The report as one self-contained HTML page, which needs no network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from .findings import verdicts
-from .rate_plot import as_png, embedded, rates_figure
+from .findings import findings
+from .rate_plot import as_png, base64_of, rates_figure
 from .schema import Judged, Report
-from .tables import SETS, category_rows, summary_rows
+from .tables import category_rows, set_title, summary_rows
 from .templating import templates
 
 
 def _judged(measured: Judged | None, harmful: bool | None, refusal: bool | None) -> str:
-    """What a judge, of which `measured` tells what it says at all, says of one answer."""
+    """A judge's judgement of one answer, in words; `measured` tells which fields the judge fills."""
     parts = []
     if measured is None or measured.harmful is not None:
         parts.append({True: "harmful", False: "not harmful", None: "unreadable"}[harmful])
@@ -33,10 +33,10 @@ def write_webpage(report: Report, plots: Sequence[Path], file: Path) -> None:
             judged=_judged,
             rows=summary_rows(report),
             categories=category_rows(report),
-            verdicts=verdicts(report),
-            rates=None if figure is None else embedded(as_png(figure)),
-            images=[(p.stem, embedded(p.read_bytes())) for p in plots],
-            sets=[(name, SETS.get(name, name)) for name in dict.fromkeys(a.set for a in report.answers)],
+            findings=findings(report),
+            rates=None if figure is None else base64_of(as_png(figure)),
+            images=[(p.stem, base64_of(p.read_bytes())) for p in plots],
+            sets=[(name, set_title(name)) for name in dict.fromkeys(a.set for a in report.answers)],
         )
     )
     file.write_text(page, "utf-8")

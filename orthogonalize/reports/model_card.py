@@ -1,4 +1,4 @@
-"""The model card: written from the recipe and, once there is one, the report."""
+"""The model card of an edited checkpoint, written from its recipe and, if there is one, its report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .templating import templates
 
 
 def _base_metadata(base: Path) -> dict[str, Any]:
-    """The licence and language that the base's own card declares; nothing else is carried over."""
+    """The licence and language that the base's own card declares."""
     file = base / CARD
     try:
         metadata = metadata_load(file) or {} if file.is_file() else {}
@@ -52,5 +52,5 @@ def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None =
 
 
 def write_card(folder: Path, recipe: Recipe, base: Path | None = None, report: Report | None = None) -> None:
-    """Write README.md into a checkpoint folder; without `base`, the licence of its present card stays."""
+    """Write README.md into a checkpoint folder; without `base`, the licence in its current README.md is kept."""
     (folder / CARD).write_text(card_text(recipe, _base_metadata(base or folder), report), "utf-8")

@@ -1,4 +1,4 @@
-"""The picture of a sweep: how much of the behaviour each edit removes, against the harm it does."""
+"""The figure of a sweep: how much of the behaviour each edit removes, against the harm it does."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .run_plots import COLOURS, MARKERS
+from .style import COLOURS, MARKERS
 from .sweep import Sweep, outcome
 from .tables import title
 
 
 def pareto_figure(sweep: Sweep) -> Figure:
-    """One point an edit, coloured by method; a line through those that no other beats."""
+    """One point per edit, coloured by method; a line through the edits on the Pareto front."""
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     methods = list(dict.fromkeys(s.choice.method for s in sweep.variants))
     points = {s.name: (p, s) for s in sweep.variants if (p := outcome(sweep, s)) is not None}
@@ -40,7 +40,7 @@ def pareto_figure(sweep: Sweep) -> Figure:
 
 
 def write_pareto_plot(sweep: Sweep, file: Path) -> None:
-    """Write the picture as a PNG file."""
+    """Write the figure as a PNG file."""
     figure = pareto_figure(sweep)
     figure.savefig(file, dpi=130)
     plt.close(figure)

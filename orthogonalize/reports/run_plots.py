@@ -1,4 +1,4 @@
-"""Pictures of a run, the same in `run/plots` and in the report; readable in print and by colour-blind readers."""
+"""The figures of a run, for `run/plots` and the HTML report."""
 
 from __future__ import annotations
 
@@ -21,12 +21,10 @@ from ..directions.activation_store import Recording
 from ..directions.finders.registry import FINDERS
 from ..selection.candidates import MAX_KL, MIN_INDUCE, PRUNED_LAYERS
 from ..selection.run_folder import Run
+from .style import BLUE, COLOURS, MARKERS, VERMILION
 
-# Okabe and Ito's colours, told apart by colour-blind readers; markers tell them apart in grey print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SIDE_STYLES = {"positive": (COLOURS[1], "^"), "negative": (COLOURS[0], "o")}
-PANELS = 24  # most layers that have a panel of their own
+SIDE_STYLES = {"positive": (VERMILION, "^"), "negative": (BLUE, "o")}
+PANELS = 24  # most layers that get a panel each
 
 
 def _subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
@@ -58,12 +56,12 @@ def candidate_figure(run: Run, finder: str) -> Figure:
         axis.set(title=title, xlabel="layer")
     axes[0].legend(title="position", fontsize=7)
     title = FINDERS[finder].title
-    figure.suptitle(f"{title}: scores by layer and position (right of the dotted line: layers left out)")
+    figure.suptitle(f"{title}: scores by layer and position (layers right of the dotted line are excluded)")
     return figure
 
 
 def _best(run: Run, finder: str) -> tuple[int, int]:
-    """Position and layer of the best candidate of `finder`, else of any."""
+    """Position and layer of the best candidate of `finder`, or of the best candidate if `finder` has none."""
     best = next((c for c in run.candidates if c.finder == finder), run.candidates[0])
     return best.position, best.layer
 
@@ -95,14 +93,14 @@ def cosine_figure(run: Run) -> Figure | None:
         axis.plot(layers, between.mean(0), linestyle="--", label=label, **_style(i + 3))
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(
-        xlabel="layer", ylabel="cosine", title=f"directions against each other, position {position}", ylim=(-1.05, 1.05)
+        xlabel="layer", ylabel="cosine", title=f"cosines between directions, position {position}", ylim=(-1.05, 1.05)
     )
     axis.legend(fontsize=8)
     return figure
 
 
 def accuracy_figure(run: Run) -> Figure:
-    """Held-out accuracy of every INLP classifier, against its number, a line a layer at the best position."""
+    """Held-out accuracy of every INLP classifier by its number, one line per layer, at the best position."""
     position, chosen = _best(run, "inlp")
     figure, axis = _subplots(figsize=(8, 4))
     shades = plt.get_cmap("cividis")
@@ -116,19 +114,20 @@ def accuracy_figure(run: Run) -> Figure:
         axis.plot(
             range(1, len(curve) + 1), curve, color=shades(layer / count), linewidth=width, marker=".", markersize=4
         )
-    axis.axhline(0.55, color="black", linestyle=":", linewidth=0.8, label="stops under this")
+    axis.axhline(0.55, color="black", linestyle=":", linewidth=0.8, label="INLP stops below")
     scale = plt.cm.ScalarMappable(cmap=shades, norm=plt.Normalize(0, count))
     figure.colorbar(scale, ax=axis, label="layer")
     axis.set(
         xlabel="classifier", ylabel="held-out accuracy",
-        title=f"INLP at position {position} (thick: layer {chosen}; a last point under the line is not kept)",
+        title=f"INLP at position {position} (thick: layer {chosen}; a last point below the line is not kept)",
     )  # fmt: skip
     axis.legend(fontsize=8)
     return figure
 
 
 def _projected(run: Run, recording: Recording, position: int, layer: int, rows: torch.Tensor) -> dict[str, np.ndarray]:
-    """Val (else train) activations of both sides along `rows` [k, d], centred between the sides: [prompts, k]."""
+    """Val (else train) activations of both sides along `rows` [k, d], centred between the sides and scaled to unit
+    standard deviation: [prompts, k]."""
     index = run.directions.positions.index(position)
     found = {}
     for side in SIDE_STYLES:
@@ -140,7 +139,7 @@ def _projected(run: Run, recording: Recording, position: int, layer: int, rows: 
 
 
 def projection_figure(run: Run, recording: Recording) -> Figure:
-    """Both sides' val prompts along each layer's own mean difference at the chosen position, layer by layer."""
+    """Both sides' val prompts along each layer's own mean difference, by layer, at the best position."""
     position, chosen = _best(run, "dim")
     figure, axis = _subplots(figsize=(13, 4))
     for layer in range(run.directions.layer_count + 1):
@@ -169,7 +168,7 @@ def _side_legend(axis: Axes) -> None:
 
 
 def plane_figure(run: Run, recording: Recording) -> Figure | None:
-    """Both sides' val prompts on INLP's first two directions, a panel a layer; None without two."""
+    """Both sides' val prompts on INLP's first two directions, one panel per layer; None if no layer has two."""
     position, chosen = _best(run, "inlp")
     found = {layer: run.directions.subspaces.get((position, layer)) for layer in range(run.directions.layer_count + 1)}
     layers = [layer for layer, subspace in found.items() if subspace is not None and subspace.rank >= 2]
@@ -198,14 +197,14 @@ def plane_figure(run: Run, recording: Recording) -> Figure | None:
 
 
 def probe_figure(run: Run) -> Figure | None:
-    """What a fresh probe reads from the stream before and after each finder's best edit there; None without probes."""
+    """Accuracy of a fresh probe before and after each finder's best edit; None without probes."""
     if not run.probes:
         return None
     figure, axis = _subplots(figsize=(8, 0.45 * len(run.probes) + 1.6))
     for i, found in enumerate(reversed(run.probes)):
         axis.plot([found.after, found.before], [i, i], color="grey", linewidth=1)
-        axis.scatter(found.before, i, color=COLOURS[0], marker="o", label="before" if not i else None)
-        axis.scatter(found.after, i, color=COLOURS[1], marker="^", label="after" if not i else None)
+        axis.scatter(found.before, i, color=BLUE, marker="o", label="before" if not i else None)
+        axis.scatter(found.after, i, color=VERMILION, marker="^", label="after" if not i else None)
         axis.plot(
             [found.chance] * 2, [i - 0.3, i + 0.3], color="black", linestyle=":", label="chance" if not i else None
         )
@@ -221,28 +220,28 @@ def probe_figure(run: Run) -> Figure | None:
 
 
 def figures(run: Run, recording: Recording) -> Iterator[tuple[str, Figure]]:
-    """Every picture of a run by its name."""
+    """Every figure of a run, by name."""
     for finder in run.info.finders:
         yield f"candidates-{finder}", candidate_figure(run, finder)
     if run.directions.subspaces:
         yield "inlp-accuracy", accuracy_figure(run)
     yield "projections-dim", projection_figure(run, recording)
-    where_there_is_any = {
+    optional = {
         "cosines": cosine_figure(run),
         "projections-inlp": plane_figure(run, recording),
         "probes": probe_figure(run),
     }
-    for name, figure in where_there_is_any.items():
+    for name, figure in optional.items():
         if figure is not None:
             yield name, figure
 
 
 def plot_run(run: Run, folder: Path) -> None:
-    """Write a run's pictures into `plots` of its folder; the run's activations are read from there too."""
+    """Write a run's figures into the folder's `plots`; its activations are read from the same folder."""
     plots = folder / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    for former in plots.glob("*.png"):
-        former.unlink()
+    for old in plots.glob("*.png"):
+        old.unlink()
     for name, figure in figures(run, Recording(folder / ACTIVATIONS)):
         figure.savefig(plots / f"{name}.png", dpi=130)
         plt.close(figure)

@@ -1,21 +1,20 @@
-"""`report.json`: the schema of what `eval` measures (docs/report.md says it in prose)."""
+"""The schema of `report.json`, which docs/report.md documents."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ..core.errors import OrthogonalizeError
-from ..engines.base import EngineName
-from ..evals.judges.catalogue import Judgement
+from ..evals.judges.base import Judgement
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, Record, Score, Series, compare, nested
 
 
 class Rates(Record):
-    """Rates on the contrast's positive and negative test prompts, and on further prompt sets by name."""
+    """Rates on the contrast's positive (target) and negative (harmless) test prompts, and on prompt sets by name."""
 
     target: Rate | None = None
     harmless: Rate | None = None
@@ -30,21 +29,21 @@ class Refusals(Rates):
 
 
 class Behaviours(Rates):
-    """Answers that begin with one of the run's behaviour tokens, whatever the contrast is about."""
+    """Answers that begin with one of the run's behaviour tokens."""
 
     target: Rate
     harmless: Rate
 
 
 class Judged(Record):
-    """What a judge model says: the share of harmful answers and, where it tells, of refusals."""
+    """A judge model's rates of harmful answers and of refusals; None for what it does not judge."""
 
     harmful: Rates | None = None
     refusal: Rates | None = None
 
 
 class Losses(Record):
-    """Cross-entropy: of the base's own harmless answers, of general text, of the answers in instruction data."""
+    """Cross-entropy of the base's own answers to harmless prompts, of general text, of answers in instruction data."""
 
     own_completions: Loss | None = None
     pile: Loss | None = None
@@ -52,14 +51,18 @@ class Losses(Record):
 
 
 class Divergences(Record):
-    """KL(base || model) on harmless prompts: first token, and along the base's own answers."""
+    """KL(base || model) on harmless prompts: at the first token, and along the base's own answers."""
 
     first_token: Divergence
     completions: Divergence
 
 
 class Measures(Record):
-    """What was measured of one model; the same keys for base and edited."""
+    """All measures of one model; base and edited have the same keys.
+
+    `suites` holds, by suite and then by series, the measures of suites that have no field of their own here. It is
+    left out of the file when empty.
+    """
 
     behaviour: Behaviours | None = None
     refusal: Refusals | None = None
@@ -68,6 +71,14 @@ class Measures(Record):
     kl: Divergences | None = None
     choices: dict[str, Rate] = Field(default_factory=dict)
     tasks: dict[str, dict[str, Score | Rate | Loss]] = Field(default_factory=dict)
+    suites: dict[str, dict[str, Score | Rate | Divergence | Loss]] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_suites(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stored: dict[str, Any] = serialize(self)
+        if not self.suites:
+            stored.pop("suites", None)
+        return stored
 
     @classmethod
     def of(cls, series: Mapping[str, Series]) -> Measures:
@@ -75,7 +86,7 @@ class Measures(Record):
         return cls.model_validate(nested({key: s.measure().model_dump() for key, s in series.items()}))
 
     def flat(self) -> dict[str, Measure]:
-        """Every measure by its dotted key, in the order of the schema."""
+        """Every measure by its dotted key, in schema order."""
         found: dict[str, Measure] = {}
 
         def walk(prefix: str, value: object) -> None:
@@ -93,12 +104,12 @@ class Measures(Record):
 
 
 def compare_all(base: Mapping[str, Series], edited: Mapping[str, Series]) -> dict[str, Paired]:
-    """The paired comparison of every measure that both have, by the same dotted key."""
+    """The paired comparison of every series that both models have, by dotted key."""
     return {key: compare(base[key], edited[key]) for key in base if key in edited}
 
 
-class Verdict(Record):
-    """What a judge model said of both answers to a prompt; None where its answer could not be read."""
+class JudgedPair(Record):
+    """A judge model's judgements of both answers to a prompt; None where its reply could not be read."""
 
     base_harmful: bool | None = None
     edited_harmful: bool | None = None
@@ -107,7 +118,7 @@ class Verdict(Record):
 
 
 class Answer(Record):
-    """One prompt with both answers, whether each refuses by its wording, and what judges say."""
+    """One prompt with both answers, whether each refuses by its wording, and the judgements by judge."""
 
     set: str
     category: str | None
@@ -117,18 +128,18 @@ class Answer(Record):
     base_refused: bool
     edited_refused: bool
     sensitive: bool = False
-    judges: dict[str, Verdict] = Field(default_factory=dict)
+    judges: dict[str, JudgedPair] = Field(default_factory=dict)
 
 
 class Report(Record):
-    """`report.json`; `recipe` is the fingerprint of the edited checkpoint's recipe.
+    """The contents of `report.json`.
 
-    `data` says where each set was read from; `redacted` how many answers to sensitive prompts were left
-    out of `answers` on request.
+    `recipe` is the fingerprint of the edited checkpoint's recipe, `data` says where each set was read from, and
+    `redacted` is the number of answers to sensitive prompts left out of `answers` by `--redact`.
     """
 
     format: Literal[2] = 2
-    engine: EngineName
+    engine: str
     engine_version: str
     base_model: str
     checkpoint: str
@@ -148,23 +159,23 @@ class Report(Record):
 
 
 def load_report(folder: Path) -> Report:
-    """Read the report.json of a folder that `eval` made.
+    """Read the report.json in a folder written by `eval`.
 
     Raises:
-        OrthogonalizeError: there is none, or it is damaged.
+        OrthogonalizeError: it is missing or damaged.
     """
     file = folder / "report.json" if folder.is_dir() else folder
     if not file.is_file():
-        raise OrthogonalizeError(f"no report at {file}; make one with eval")
+        raise OrthogonalizeError(f"no report at {file}; create one with eval")
     try:
         return Report.model_validate_json(file.read_text("utf-8"))
     except ValueError as error:
-        raise OrthogonalizeError(f"{file} is not a report that this version reads") from error
+        raise OrthogonalizeError(f"{file} is not a report that this version can read") from error
 
 
-def verdict(base: Judgement, edited: Judgement) -> Verdict:
-    """What a judge says of both answers to one prompt."""
-    return Verdict(
+def judged_pair(base: Judgement, edited: Judgement) -> JudgedPair:
+    """The record of one judge's judgements of both answers to a prompt."""
+    return JudgedPair(
         base_harmful=base.harmful,
         edited_harmful=edited.harmful,
         base_refusal=base.refusal,

@@ -1,4 +1,4 @@
-"""What a sweep found: the record of every edit beside the base, and which edits no other beats."""
+"""The schema of `sweep.json`, its Pareto front and its table."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from ..edits.config import EditConfig
-from ..engines.base import EngineName
 from ..evals.metrics import Loss, Paired, Rate, Record
+from ..evals.suites.registry import has_column
 from .schema import Measures
 from .tables import title
 
@@ -16,7 +16,7 @@ Semantics = Literal["weights", "residual"]
 
 
 class SweepRow(Record):
-    """One edit's measures and their comparison with the base; `refused` says why it cannot be baked or measured."""
+    """One edit's measures and their comparison with the base; `refused` says why there are none."""
 
     name: str
     choice: EditConfig
@@ -29,15 +29,15 @@ class SweepRow(Record):
 
 
 class Sweep(Record):
-    """`sweep.json`: the base, every edit, and the names of those that no other beats at both ends.
+    """The contents of `sweep.json`: the base, every edit, and the names of the edits on the Pareto front.
 
-    `effect` and `harm` are the dotted keys that the comparison is about: how much of the behaviour is
-    gone, and how much worse the base's own answers (or its next words) have become. `restored` says that the
-    engine held the base's weights again, bit for bit, at the end (None for hooks, and where that was not seen).
+    `effect` and `harm` are the dotted keys of the two axes of that front: how much of the behaviour is gone, and how
+    much worse the base's own answers (or next tokens) are predicted. `restored` is True if the engine held the base's
+    weights again at the end, bit for bit, and None for hooks or if that was not checked.
     """
 
     format: Literal[1] = 1
-    engine: EngineName
+    engine: str
     engine_version: str
     semantics: Semantics
     model: str
@@ -56,7 +56,7 @@ class Sweep(Record):
 
 
 def effect_key(base: Measures) -> str | None:
-    """Refusal where the base refuses its target prompts, else the behaviour's first token."""
+    """The key of the effect: refusal if the base refuses target prompts, else the behaviour's first token."""
     found = base.flat()
     for key in ("refusal.target", "behaviour.target"):
         rate = found.get(key)
@@ -66,13 +66,14 @@ def effect_key(base: Measures) -> str | None:
 
 
 def harm_key(base: Measures) -> str | None:
+    """The key of the harm: the first of three measures that was taken."""
     return next((k for k in ("loss.own_completions", "kl.completions", "loss.pile") if k in base.flat()), None)
 
 
 def outcome(sweep: Sweep, swept: SweepRow) -> tuple[float, float] | None:
-    """(how much of the behaviour is gone, harm), both as shares; None where either is not known.
+    """(share of the behaviour that is gone, harm); None if either is unknown.
 
-    Harm is the relative increase of the loss, or the KL in nats a token.
+    Harm is the relative increase of the loss, or the KL in nats per token.
     """
     if swept.measures is None or sweep.effect is None or sweep.harm is None:
         return None
@@ -81,7 +82,7 @@ def outcome(sweep: Sweep, swept: SweepRow) -> tuple[float, float] | None:
 
 
 def pareto(sweep: Sweep) -> list[str]:
-    """The names of the edits that no other beats: none removes as much at less harm, or more at as little."""
+    """The names of the edits on the Pareto front: no other removes as much at less harm, or more at no more harm."""
     points = {s.name: p for s in sweep.variants if (p := outcome(sweep, s)) is not None}
     return [
         name
@@ -91,16 +92,13 @@ def pareto(sweep: Sweep) -> list[str]:
 
 
 def _columns(sweep: Sweep) -> list[str]:
-    """The measures of the table: the effect, on harmless prompts too, the harm, then what else was asked for."""
+    """The keys in the table: the effect, the same on harmless prompts, the harm, then all other measures."""
     first = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
-    asked = ("refusal.sets.", "judges.", "loss.", "kl.completions", "choices.", "tasks.")
-    return first + [
-        k for k in sweep.base.flat() if k.startswith(asked) and not k.endswith(".harmless") and k not in first
-    ]
+    return first + [k for k in sweep.base.flat() if has_column(k) and not k.endswith(".harmless") and k not in first]
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
-    """(edit, each of `_columns`, note) as text; the base first."""
+    """(edit, each of `_columns`, note) as text, the base first."""
     rows = []
     keys = _columns(sweep)
 
@@ -129,6 +127,6 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
 
 
 def sweep_columns(sweep: Sweep) -> list[str]:
-    """The headings of `sweep_rows`."""
+    """The column headings of `sweep_rows`."""
     keys = _columns(sweep)
     return ["edit", *(title(k) for k in keys), ""]

@@ -1,61 +1,42 @@
-"""A report's measures as rows of text, for the terminal, the card and the page."""
+"""Rows of text from a report's measures, for the terminal, the model card and the HTML page."""
 
 from __future__ import annotations
 
+from ..data.benchmarks import PROMPT_SETS
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, perplexity_of
+from ..evals.suites.answers import CONTRAST_TITLES
+from ..evals.suites.registry import series_title
 from .schema import Report
 
 Row = tuple[str, str, str, str]
 
-SETS = {
-    "target": "target prompts",
-    "harmless": "harmless prompts",
-    "xstest": "XSTest (safe, look unsafe)",
-    "orbench": "OR-Bench (safe, look unsafe)",
-    "jailbreakbench": "JailbreakBench",
-    "advbench": "AdvBench",
-    "harmbench": "HarmBench",
-    "maliciousinstruct": "MaliciousInstruct",
-    "strongreject": "StrongREJECT",
-    "tdc2023": "TDC 2023",
-}
-TITLES = {
-    "loss.own_completions": "cross-entropy, own answers",
-    "loss.pile": "cross-entropy, Pile",
-    "loss.alpaca": "cross-entropy, Alpaca answers",
-    "kl.first_token": "KL to base, first token",
-    "kl.completions": "KL to base, along own answers",
-    "choices.mmlu": "MMLU, 5-shot",
-    "choices.arc": "ARC-Challenge, 5-shot",
-    "choices.truthfulqa": "TruthfulQA MC1",
-}
 
-
-def set_name(key: str) -> str:
-    """What the prompt set at the end of a dotted key is called."""
-    name = key.rpartition(".")[2]
-    return SETS.get(name, name)
+def set_title(name: str) -> str:
+    """The title of a prompt set."""
+    if name in PROMPT_SETS:
+        return PROMPT_SETS[name].title
+    return CONTRAST_TITLES.get(name, name)
 
 
 def title(key: str) -> str:
-    """What a measure's dotted key is called."""
-    if key in TITLES:
-        return TITLES[key]
-    parts = key.split(".")
-    match parts[0]:
-        case "refusal":
-            return f"refusal, {set_name(key)}"
-        case "behaviour":
-            return f"behaviour's first token, {set_name(key)}"
-        case "judges":
-            return f"{parts[2]} by {parts[1]}, {set_name(key)}"
-        case "tasks":
-            return f"{parts[1]}, {parts[2]}"
+    """The title of a measure, given its dotted key."""
+    declared = series_title(key)
+    if declared is not None:
+        return declared
+    match key.split("."):
+        case ["refusal", *_, name]:
+            return f"refusal, {set_title(name)}"
+        case ["behaviour", *_, name]:
+            return f"behaviour's first token, {set_title(name)}"
+        case ["judges", judge, field, *_, name]:
+            return f"{field} by {judge}, {set_title(name)}"
+        case ["tasks" | "suites", group, name]:
+            return f"{group}, {name}"
     return key
 
 
 def loss_title(key: str) -> str:
-    """What a loss is called beside its perplexity, by which lm-eval's tasks name it."""
+    """The title of a loss; lm-eval names tasks by their perplexity, so theirs says that it is not one."""
     return f"{title(key)}: cross-entropy" if key.startswith("tasks.") else title(key)
 
 
@@ -70,15 +51,15 @@ def value(measure: Measure) -> str:
 
 
 def perplexity(loss: Loss) -> str:
-    """The perplexity with its interval, the exponential of the loss's."""
+    """The perplexity with its interval, both exponentials of the loss's."""
     interval = f" [{perplexity_of(loss.ci95[0]):.3f}, {perplexity_of(loss.ci95[1]):.3f}]" if loss.ci95 else ""
     return f"{loss.perplexity:.3f}{interval}"
 
 
 def change(measure: Measure, after: Measure, pair: Paired) -> str:
-    """The paired difference with its interval and p-value; of how many items, where not of all that each side has."""
+    """The paired difference with its interval and p-value, and its n if some items are missing on either side."""
     if not pair.n:
-        return "nothing that both have"
+        return "no items in common"
     scale, unit, sign = (100, " points", "+.1f") if isinstance(measure, Rate) else (1, "", "+.4f")
     if isinstance(measure, Loss):
         scale, unit, sign = 100, "%", "+.1f"
@@ -86,7 +67,7 @@ def change(measure: Measure, after: Measure, pair: Paired) -> str:
     if pair.ci95:
         text += f" [{scale * pair.ci95[0]:{sign}}, {scale * pair.ci95[1]:{sign}}]"
     if not pair.n == measure.n == after.n:
-        text += f" on the {pair.n} that both have"
+        text += f" on the {pair.n} items in common"
     if pair.p is not None:
         test = "McNemar " if isinstance(measure, Rate) else ""
         text += f" ({test}p {'<' if pair.p < 0.001 else '='} {max(pair.p, 0.001):.2g})"
@@ -103,7 +84,7 @@ def summary_rows(report: Report) -> list[Row]:
             continue
         name = f"{loss_title(key) if isinstance(before, Loss) else title(key)} (n = {before.n})"
         if isinstance(before, Divergence):
-            rows.append((name, "0", value(after), "nats a token, at least"))
+            rows.append((name, "0", value(after), "nats per token, at least"))
             continue
         rows.append((name, value(before), value(after), change(before, after, pair)))
         if isinstance(before, Rate) and isinstance(after, Rate) and before.unparseable + after.unparseable:
@@ -115,7 +96,7 @@ def summary_rows(report: Report) -> list[Row]:
 
 
 def category_rows(report: Report) -> list[tuple[str, str, int, Rate, Rate, str]]:
-    """(measure, category, n, base, edited, change) wherever items have categories."""
+    """(measure, category, n, base, edited, change) for every measure whose items have categories."""
     rows = []
     edited = report.edited.flat()
     for key, before in report.base.flat().items():

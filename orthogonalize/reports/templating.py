@@ -1,4 +1,4 @@
-"""The package's templates, of which reports and cards are made."""
+"""The Jinja environment of the HTML report and the model card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .tables import value
 
 
 def templates() -> Environment:
-    """The package's templates; HTML is escaped, a missing value is an error."""
+    """The Jinja environment: HTML templates are escaped, and an undefined variable is an error."""
     environment = Environment(
         loader=PackageLoader("orthogonalize.reports"),
         autoescape=lambda name: bool(name and name.endswith(".html.j2")),

@@ -9,8 +9,8 @@ from tokenizers import processors
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.data.tokenization import encode_open_ended
 from orthogonalize.evals.suites.lm_eval import harness_model
-from orthogonalize.evals.suites.losses import pile_losses
 from orthogonalize.evals.suites.multiple_choice import MultipleChoice, Question
+from orthogonalize.evals.suites.text_losses import pile_losses
 
 AROUND = {"nothing": ("", 0), "a BOS": ("<s> ", 0), "both": ("<s> ", 1), "an EOS": ("", 1), "two": ("<s> ", 2)}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from orthogonalize.engines.choice_search import Branch, ChoiceSearch, tokens_of, tree_of
 
-following = pytest.importorskip("orthogonalize.engines.forced_decoding", reason="needs vLLM")
+forced = pytest.importorskip("orthogonalize.engines.forced_decoding", reason="needs vLLM")
 VOCABULARY = 300
 TREE = {1: {2: {}, 3: {4: {}}}, 5: {}}
 
@@ -36,10 +36,10 @@ class Model:
     def answer(self, prompt, parameters) -> list[tuple[int, dict[int, float]]]:
         """As vLLM answers: processors change which token is taken, not the reported log-probabilities."""
         taken: list[int] = []
-        processor = following.Following(None, torch.device("cpu"), False)
-        follower = following.Follower.of(parameters, None, taken)
+        processor = forced.ForcedDecoding(None, torch.device("cpu"), False)
+        follower = forced.ForcedSequence.of(parameters, None, taken)
         if follower is not None:
-            processor.followers = {1: follower}
+            processor.sequences = {1: follower}
         steps = []
         while len(taken) < parameters.max_tokens:
             raw = self.logits([*prompt, *taken])
@@ -57,10 +57,10 @@ class Model:
 def settle(model: Model, choices: Sequence[Sequence[int]], at_once: int | None = 1) -> tuple[list[float], int]:
     """The scores, and how many tokens were computed."""
     contest, steps = ChoiceSearch(choices), 0
-    while walks := contest.walks()[:at_once]:
+    while walks := contest.branches()[:at_once]:
         before = len(contest.known)
         for walk in walks:
-            found = model.answer(walk.start, following.following(walk))
+            found = model.answer(walk.start, forced.parameters_for(walk))
             contest.learn(walk, found)
             steps += len(found)
         assert len(contest.known) > before  # otherwise the loop would never end
@@ -107,7 +107,7 @@ class Engine:
 def test_concurrent_searches_find_what_each_finds_alone(rows, seed, at_once):
     model, contexts = Model(seed), [[100 + i, 7] for i in range(len(rows))]
     contests, advanced = [ChoiceSearch(row) for row in rows], []
-    following.decide(Engine(model), contexts, contests, at_once, advanced.append)
+    forced.decide(Engine(model), contexts, contests, at_once, advanced.append)
     assert sum(advanced) == len(rows)
     for contest, context, row in zip(contests, contexts, rows, strict=True):
         best = max(model.score(choice, context) for choice in row)
@@ -122,8 +122,8 @@ def test_engine_error_is_raised_and_open_requests_aborted():
 
     engine = Dying(Model(0))
     with pytest.raises(MemoryError, match="no room"):
-        following.decide(engine, [[1], [2]], [ChoiceSearch([[3, 4]]), ChoiceSearch([[5, 6]])], 1, lambda _: None)
-    assert engine.aborted == ["walk-0", "walk-1"]
+        forced.decide(engine, [[1], [2]], [ChoiceSearch([[3, 4]]), ChoiceSearch([[5, 6]])], 1, lambda _: None)
+    assert engine.aborted == ["branch-0", "branch-1"]
 
 
 def test_request_that_ends_with_nothing_is_an_error():
@@ -133,20 +133,20 @@ def test_request_that_ends_with_nothing_is_an_error():
         def answer(self, prompt, parameters):
             return []
 
-    with pytest.raises(RuntimeError, match="a request ended with nothing"):
-        following.decide(Engine(Silent(0)), [[1]], [ChoiceSearch([[3, 4]])], 1, lambda _: None)
+    with pytest.raises(RuntimeError, match="a request ended without a token"):
+        forced.decide(Engine(Silent(0)), [[1]], [ChoiceSearch([[3, 4]])], 1, lambda _: None)
 
 
 def test_more_tokens_than_vllm_lists_take_several_walks():
     model = Model(seed=4)
-    for choices in ([[i] for i in range(2 * following.LISTED + 9)], [[i, i + 1] for i in range(following.LISTED + 9)]):
+    for choices in ([[i] for i in range(2 * forced.LISTED + 9)], [[i, i + 1] for i in range(forced.LISTED + 9)]):
         found, _ = settle(model, choices)
         assert max(found) == pytest.approx(max(map(model.score, choices)), abs=1e-4)
 
 
 def test_single_token_choices_take_one_step():
-    (walk,) = ChoiceSearch([[7], [8], [9]]).walks()
-    parameters = following.following(walk)
+    (walk,) = ChoiceSearch([[7], [8], [9]]).branches()
+    parameters = forced.parameters_for(walk)
     assert (parameters.max_tokens, parameters.extra_args, parameters.logprob_token_ids) == (1, None, [7, 8, 9])
     assert settle(Model(seed=1), [[7], [8], [9]])[1] == 1
 
@@ -167,7 +167,7 @@ def test_walk_ends_where_a_known_choice_is_likelier():
     found, steps = settle(Told(0), choices)
     assert found.index(max(found)) == 1
     assert steps == 4 + 3 + 1
-    assert ChoiceSearch(choices).walks() == [Branch((), tuple(map(tuple, choices)), -math.inf)]
+    assert ChoiceSearch(choices).branches() == [Branch((), tuple(map(tuple, choices)), -math.inf)]
 
 
 def test_trees_list_their_tokens_level_by_level():

@@ -29,9 +29,9 @@ from orthogonalize.engines.data_parallel import EngineGroup
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.vllm import VllmEngine
 from orthogonalize.engines.weight_swap import WeightSwap
-from orthogonalize.evals.plan import DEFAULT_SUITES
 from orthogonalize.evals.shared_engine import common_folder, edited_weights
 from orthogonalize.evals.suites.kl import kl_bound
+from orthogonalize.evals.suites.registry import DEFAULT_SUITES
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.variants import make_variants
 

@@ -11,15 +11,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.chat import tiny_tokenizer
+from helpers.command_line import UNTRIED, command
 from helpers.tiny_models import build
 
 from orthogonalize.cli import main
 from orthogonalize.commands.judge import judge, read_answers
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.engines.transformers import TransformersEngine
-from orthogonalize.evals.judges.catalogue import JUDGES, Judgement, find_judge
+from orthogonalize.evals.judges.base import Judgement, WritingJudge
+from orthogonalize.evals.judges.registry import JUDGES, find_model_judge, model_judges
 from orthogonalize.evals.judges.runner import ready_judges
+from orthogonalize.reports.schema import load_report
 
+RUN_SETTINGS = UNTRIED
 pytestmark = pytest.mark.xdist_group("engines")
 
 PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake today {prompt} 100%"
@@ -132,14 +136,14 @@ def test_llama_guard_takes_short_answers_as_safe():
     long = "word " * 20
     engine = Scripted([[8], [7], [9], [8]])
     pairs = [("a", long), ("b", long), ("c", long), ("d", "fourteen words are too few")]
-    found = JUDGES["llama-guard-2"].opinions(engine, Words(), pairs)
+    found = JUDGES["llama-guard-2"].judge(engine, Words(), pairs)
     assert [o.harmful for o in found] == [True, False, None, False]
 
 
 def test_scripts_without_spaces_are_counted_by_characters():
     """Otherwise no verdict on an answer in Chinese would ever be read."""
     long, short = "\u8bf7\u628a\u86cb\u7cd5\u653e\u8fdb\u70e4\u7bb1" * 3, "\u8bf7\u628a\u86cb\u7cd5"
-    found = JUDGES["llama-guard-2"].opinions(Scripted([[8], [8]]), Words(), [("a", long), ("b", short)])
+    found = JUDGES["llama-guard-2"].judge(Scripted([[8], [8]]), Words(), [("a", long), ("b", short)])
     assert [o.harmful for o in found] == [True, False]
 
 
@@ -157,7 +161,7 @@ def test_answers_too_long_for_the_judge_are_unreadable(engine, tmp_path):
 
 def test_shieldgemma_compares_yes_with_no():
     engine = Scripted(scores=[[-0.1, -3.0], [-2.0, -0.5]])
-    found = JUDGES["shieldgemma"].opinions(engine, Words(), [("a", "b"), ("c", "d")])
+    found = JUDGES["shieldgemma"].judge(engine, Words(), [("a", "b"), ("c", "d")])
     assert [o.harmful for o in found] == [True, False]
     assert engine.rows[0] == ([1, 2], [[5], [6]])
 
@@ -345,7 +349,7 @@ def test_bad_answer_files_and_judges_are_one_line_errors(tmp_path, answers):
         ((tmp_path / "half.json",), "entry 1 has half a character"),
         ((tmp_path / "deep.json",), "cannot be read as JSON"),
         ((tmp_path / "none.json",), "no such file"),
-        ((answers, "--judge", "nobody", "--engine", "hf"), "no judge 'nobody'"),
+        ((answers, "--judge", "nobody", "--engine", "hf"), "unknown judge 'nobody'"),
         ((answers, "--judge", f"wildguard={tmp_path}/none", "--engine", "hf"), "judge wildguard: no such model"),
     ]
     for words, message in cases:
@@ -368,8 +372,8 @@ def test_gated_judge_explains_how_to_get_access(monkeypatch):
 
 
 def test_judge_checkpoint_can_be_given():
-    assert find_judge("qwen3guard=Qwen/Qwen3Guard-Gen-0.6B")[1] == "Qwen/Qwen3Guard-Gen-0.6B"
-    assert find_judge("wildguard")[1] == "allenai/wildguard"
+    assert find_model_judge("qwen3guard=Qwen/Qwen3Guard-Gen-0.6B")[1] == "Qwen/Qwen3Guard-Gen-0.6B"
+    assert find_model_judge("wildguard")[1] == "allenai/wildguard"
     with pytest.raises(OrthogonalizeError):
         read_answers(Path("nowhere.json"))
 
@@ -380,3 +384,60 @@ def test_category_names_are_printed_verbatim(tmp_path):
     status, said = run("judge", tmp_path / "answers.json")
     assert status == 0
     assert all(c in said for c in ("[/violence]", "hate [self]"))
+
+
+@pytest.fixture
+def toy(tmp_path) -> str:
+    """A judge that this test registers, as code outside the package does; its model always replies "bad"."""
+    folder = checkpoint(tmp_path / "toy", "llama", "bad")
+    template = "how do i {prompt} please {response} now :"
+    JUDGES.add(
+        WritingJudge("toy", str(folder), ("harmful",), lambda text: Judgement(text == "bad"), 2, "raw", template)
+    )
+    yield "toy"
+    JUDGES.remove("toy")
+
+
+def test_a_registered_judge_reaches_the_report_and_its_page(toy, model, edited, run, tmp_path):
+    status, said = command(
+        "eval", edited, "--base", model, "--run", run, "--out", tmp_path / "out", "--engine", "hf",
+        "--max-new-tokens", "4", "--suite", "refusal", "--judge", toy,
+    )  # fmt: skip
+    assert status == 0, said
+    assert "harmful by toy, target prompts (n = 6)" in said
+    report = load_report(tmp_path / "out")
+    assert report.judges == {"toy": "toy"}
+    assert report.base.judges["toy"].harmful.target.value == 1.0
+    assert report.base.judges["toy"].refusal is None
+    assert all(answer.judges["toy"].edited_harmful for answer in report.answers)
+    assert "toy: harmful" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_registered_judge_reaches_the_sweep_and_the_judge_command(toy, answers, model, run, tmp_path):
+    from orthogonalize.reports.sweep import Sweep, sweep_columns
+
+    status, said = command(
+        "sweep", model, "--run", run, "--out", tmp_path / "out", "--engine", "hf", "--max-new-tokens", "4",
+        "--suite", "refusal,loss", "--judge", toy, "--methods", "ablate", "--scopes", "all",
+    )  # fmt: skip
+    assert status == 0, said
+    found = Sweep.model_validate_json((tmp_path / "out" / "sweep.json").read_text())
+    assert "harmful by toy, target prompts" in sweep_columns(found)
+    status, said = command("judge", answers, "--judge", toy, "--engine", "hf", "--json")
+    assert status == 0, said
+    assert json.loads(said)["harmful"]["value"] == 1.0
+
+
+def test_every_judge_is_in_help_in_messages_and_in_the_documentation(toy, answers):
+    _, said = command("eval", "--help")
+    assert all(name in "".join(said.split()) for name in model_judges())
+    _, said = command("judge", answers, "--judge", "nobody")
+    assert said.endswith(f"unknown judge 'nobody'; available: {', '.join(JUDGES)}")
+    text = (Path(__file__).parents[2] / "docs" / "measuring.md").read_text()
+    assert all(f"`{name}`" in text for name in JUDGES if name != "toy")
+
+
+def test_a_judge_by_wording_takes_no_model(answers):
+    status, said = command("judge", answers, "--judge", "prefix=gpt2")
+    assert status == 1
+    assert "judge prefix has no model" in said

@@ -148,7 +148,7 @@ def test_task_prompts_are_truncated_only_where_they_must_be(model, tmp_path, mon
         assert task.longest <= positions
         assert (task.longest > 6000) == whole
         assert [text.partition(":")[2] for text in notes] == (
-            [] if whole else [" 2 of 2 prompts lose their beginning: the model takes 512 tokens"]
+            [] if whole else [" 2 of 2 prompts lose their beginning (the model takes 512 tokens)"]
         )
         asked.clear()
         task.measure(Asked(), BaseOutputs())
@@ -174,7 +174,7 @@ def test_answer_with_two_filters_gives_two_measures(model, edited, run, tmp_path
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("max_gen_toks: 4000", "answers of 4000 tokens and the model takes 512"),
+        ("max_gen_toks: 4000", "answers of 4000 tokens, but the model takes only 512"),
         ("do_sample: true", "samples its answers"),
         ("temperature: 0.7", "samples its answers"),
     ],
@@ -295,8 +295,8 @@ def test_missing_items_and_other_aggregations_are_handled(model, edited, run, tm
         "found": (1.0, right), "right": (right / len(rows), len(rows)), "most,mean": (right / len(rows), len(rows)),
     }  # fmt: skip
     assert measures["found"].unparseable == len(rows) - right
-    assert [text for text in notes if "left out" in text] == [
-        "lm-eval's housework: said has no number for single items, so it is left out"
+    assert [text for text in notes if "leaving it out" in text] == [
+        "lm-eval's housework: said has no number per item; leaving it out"
     ]
     assert found.data == {"lm_eval:housework": "json"}
 

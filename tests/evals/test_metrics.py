@@ -34,7 +34,7 @@ from orthogonalize.evals.metrics import (
     same_kind,
     yes_no_series,
 )
-from orthogonalize.reports.findings import verdicts
+from orthogonalize.reports.findings import findings
 from orthogonalize.reports.schema import Measures, Report, compare_all
 from orthogonalize.reports.tables import summary_rows
 
@@ -191,13 +191,13 @@ def test_finding_covers_the_items_that_both_models_have():
     base = {key: yes_no_series([True] * 60 + [False] * 20)}
     edited = {key: yes_no_series([None] * 60 + [True] * 8 + [False] * 12)}
     found = report_of(base, edited)
-    (sentence,) = verdicts(found)
-    assert "rose by 40% on the 20 items that both have (of 80 read)" in sentence
-    assert "on the 20 that both have" in summary_rows(found)[0][3]
+    (sentence,) = findings(found)
+    assert "rose by 40% on the 20 items in common (of 80 readable)" in sentence
+    assert "on the 20 items in common" in summary_rows(found)[0][3]
     few = report_of({key: yes_no_series([True] + [None] * 99)}, {key: yes_no_series([True] * 100)})
-    assert verdicts(few)[0].endswith("no change that the 1 item that both have (of 100 read) could show.")
+    assert findings(few)[0].endswith("no detectable change on the 1 item in common (of 100 readable).")
     none = report_of({key: yes_no_series([None, True])}, {key: yes_no_series([True, None])})
-    assert verdicts(none)[0].endswith("no item could be read of both models (1 of the base's, 1 of the edited one's).")
+    assert findings(none)[0].endswith("no item was readable for both models (base 1, edited 1).")
 
 
 def test_unreadable_verdicts_are_counted_separately():
@@ -316,7 +316,7 @@ def test_task_perplexities_and_scores_are_labelled_correctly():
     rows = {row[0]: row[1] for row in summary_rows(report)}
     assert rows["wiki, word_perplexity: cross-entropy (n = 20)"].startswith("3.0000")
     assert rows["wiki, word_perplexity"].startswith("20.086")
-    said = " ".join(verdicts(report))
+    said = " ".join(findings(report))
     assert "Wiki, word_perplexity: cross-entropy rose by 20.0%" in said
     assert "mt, bleu fell from 30.45 to 20.45 (n = 20)." in said
     assert "%" not in said.partition("mt, bleu")[2]

@@ -41,8 +41,8 @@ DAMAGE = [
     ("alpaca", lambda d: (d / "tatsu-lab/alpaca/train.parquet").write_bytes(b"PAR1"), "cannot be read"),
     ("pile", lambda d: (d / "monology/pile-uncopyrighted/test.jsonl").write_text('{"words": "x"}'), "has no 'text'"),
     ("truthfulqa", lambda d: write(d / TRUTHFUL, arc_rows(3), "validation"), "mc1_targets"),
-    ("mmlu", lambda d: write(d / "cais/mmlu/all", mmlu_rows(3), "dev", ".json"), "fewer than 5"),
-    ("arc", lambda d: write(d / ARC, arc_rows(2), "train"), "fewer than 5"),
+    ("mmlu", lambda d: write(d / "cais/mmlu/all", mmlu_rows(3), "dev", ".json"), "; 5 are needed"),
+    ("arc", lambda d: write(d / ARC, arc_rows(2), "train"), "has 2 examples; 5 are needed"),
     ("xstest", lambda d: write(d / "Paul/XSTest", UNSAFE, suffix=".csv"), "no usable prompts"),
     ("mmlu", lambda d: write(d / "cais/mmlu/all", LETTERED, "test"), f"{SCHEMA} cais/mmlu all test"),
     ("alpaca", lambda d: write(d / "tatsu-lab/alpaca", [NOTHING], suffix=".parquet"), f"{SCHEMA} tatsu-lab/alpaca"),
@@ -75,12 +75,12 @@ def test_missing_inputs_are_reported_before_any_engine_starts(model, edited, run
     common = ["-q", "eval", str(edited), "--base", str(model), "--run", str(run), "--out", str(tmp_path / "out"),
               "--engine", "hf"]  # fmt: skip
     cases = [
-        (["--judge", "nobody"], "no judge 'nobody'"),
+        (["--judge", "nobody"], "unknown judge 'nobody'"),
         (["--judge", "wildguard"], "judge wildguard: "),
         (["--judge", "wildguard=" + str(tmp_path / "nowhere")], "no such model"),
         (["--suite", "mmlu", "--data", str(tmp_path / "nowhere")], "no such folder"),
-        (["--suite", "refusal,magic"], "no suite 'magic'"),
-        (["--max-new-tokens", "600"], "the model takes 512"),
+        (["--suite", "refusal,magic"], "unknown suite 'magic'"),
+        (["--max-new-tokens", "600"], "the model takes only 512"),
     ]
     for words, message in cases:
         result = CliRunner().invoke(main, [*common, *words])
@@ -91,8 +91,8 @@ def test_missing_inputs_are_reported_before_any_engine_starts(model, edited, run
 
 def test_suites_and_judges_named_twice_are_refused(model, edited, run, tmp_path):
     for words, message in (
-        ({"suites": ["refusal", "loss", "refusal"]}, "suite refusal is named twice"),
-        ({"judges": [f"harmbench={model}", f"harmbench={edited}"]}, "judge harmbench is named twice"),
+        ({"suites": ["refusal", "loss", "refusal"]}, "suite refusal is given twice"),
+        ({"judges": [f"harmbench={model}", f"harmbench={edited}"]}, "judge harmbench is given twice"),
     ):
         with pytest.raises(OrthogonalizeError, match=message):
             evaluate(edited, str(model), run, tmp_path / "report", engine="hf", **words)

@@ -20,7 +20,8 @@ from orthogonalize.core import interrupts as interruption
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.files import write_after
 from orthogonalize.core.journal import Journal
-from orthogonalize.engines.base import EngineOptions, engine_state
+from orthogonalize.engines.base import EngineOptions
+from orthogonalize.engines.registry import engine_state
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.weight_swap import WeightSwap
 from orthogonalize.evals.plan import make_plan
@@ -62,9 +63,9 @@ def test_engine_state_holds_what_its_results_depend_on(monkeypatch):
     for change in ({"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}, {"data_parallel_size": 2}):
         assert engine_state("vllm", replace(whole, **change)) != engine_state("vllm", whole)
     on_cpu = engine_state("hf", replace(whole, device="cpu"))
-    monkeypatch.setattr("orthogonalize.engines.base.choose_device", lambda _: torch.device("cuda", 1))
+    monkeypatch.setattr("orthogonalize.models.loading.choose_device", lambda _: torch.device("cuda", 1))
     assert engine_state("hf", replace(whole, device="cuda:1")) != on_cpu
-    monkeypatch.setattr("orthogonalize.engines.base.version", lambda _: "another")
+    monkeypatch.setattr("orthogonalize.engines.registry.version", lambda _: "another")
     assert engine_state("hf", replace(whole, device="cpu"))[1:3] != on_cpu[1:3]
 
 

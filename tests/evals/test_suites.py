@@ -21,11 +21,11 @@ from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.engines.transformers import TransformersEngine
-from orthogonalize.evals.plan import DEFAULT_SUITES
 from orthogonalize.evals.suites.base import BaseOutputs
 from orthogonalize.evals.suites.kl import kl_bound
-from orthogonalize.evals.suites.losses import alpaca_losses, pile_losses
 from orthogonalize.evals.suites.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
+from orthogonalize.evals.suites.registry import DEFAULT_SUITES
+from orthogonalize.evals.suites.text_losses import alpaca_losses, pile_losses
 from orthogonalize.models.logprobs import Likeliest
 from orthogonalize.reports.schema import load_report
 from orthogonalize.selection.run_folder import load_run
@@ -285,10 +285,10 @@ def test_checkpoint_is_named_by_its_folder_from_inside_too(model, edited, run, t
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--judge", "prefix"], "refusals are counted anyway"),
+    (["--judge", "prefix"], "eval counts such refusals anyway"),
     (["--judge", "wildguard="], "names no model"),
-    (["--revision", "main"], "--revision main is only for models on the Hub, but .* is a local path"),
-    (["--separate-engines"], "--separate-engines is for vLLM"),
+    (["--revision", "main"], "--revision main is for models of the Hub, and .* lies here"),
+    (["--separate-engines"], "--separate-engines is redundant: --engine hf always loads each model separately"),
 ])  # fmt: skip
 def test_options_without_effect_are_refused(words, message, model, edited, run, tmp_path):
     code, said = command(

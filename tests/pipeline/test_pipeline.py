@@ -231,7 +231,7 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(model, run, sources, t
         (("edit", model, "--out", out, "--run", run, "--scope", "layers:99"), "no layer 99"),
         (("edit", model, "--out", existing, "--run", run), "exists"),
         (("eval", model, "--base", "nowhere", "--run", run, "--out", out, "--engine", "hf"), "no such model"),
-        (("eval", model, "--base", model, "--run", run, "--out", out, "--suite", "magic"), "no suite"),
+        (("eval", model, "--base", model, "--run", run, "--out", out, "--suite", "magic"), "unknown suite"),
         (("edit", model, "--out", out, "--run", run, "--strength", "nan"), "finite"),
         (("edit", model, "--out", out, "--run", run, "--strength", "0"), "changes nothing"),
         (("edit", model, "--out", out, "--run", run, "--coefficient", "2"), "--coefficient belongs to actadd"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 
 from orthogonalize.evals.metrics import Series, compare, yes_no_series
-from orthogonalize.reports.findings import verdicts
+from orthogonalize.reports.findings import findings
 from orthogonalize.reports.html import write_webpage
-from orthogonalize.reports.schema import Answer, Measures, Report, Verdict, compare_all
+from orthogonalize.reports.schema import Answer, JudgedPair, Measures, Report, compare_all
 from orthogonalize.reports.tables import change, summary_rows
 
 
@@ -30,22 +30,22 @@ def series(refused: int, harmless: int, loss: float, n: int = 40) -> dict[str, S
 
 
 def test_only_significant_changes_are_called_changes():
-    found = verdicts(report_of(series(38, 1, 5.0), series(2, 2, 5.5)))
+    found = findings(report_of(series(38, 1, 5.0), series(2, 2, 5.5)))
     assert found[0] == "Refusal on target prompts fell from 95% to 5% (n = 40)."
-    assert found[1] == "Refusal on harmless prompts: no change that 40 items could show (2% and 5%)."
+    assert found[1] == "Refusal on harmless prompts: no detectable change on 40 items (2% and 5%)."
     assert found[2].startswith("Cross-entropy, own answers rose by ")
-    assert "more than a twentieth" in found[2]
-    same = verdicts(report_of(series(38, 1, 5.0), series(38, 1, 5.0)))
-    assert all("no change" in sentence for sentence in same[:3])
+    assert "more than 5%, so other abilities may have suffered" in found[2]
+    same = findings(report_of(series(38, 1, 5.0), series(38, 1, 5.0)))
+    assert all("no detectable change" in sentence for sentence in same[:3])
 
 
 def test_different_numbers_are_printed_with_enough_digits():
     base = {"choices.mmlu": yes_no_series([i < 2500 for i in range(5000)])}
     edited = {"choices.mmlu": yes_no_series([i < 2520 for i in range(5000)])}
-    assert verdicts(report_of(base, edited)) == ["MMLU, 5-shot rose from 50.0% to 50.4% (n = 5000)."]
+    assert findings(report_of(base, edited)) == ["MMLU, 5-shot rose from 50.0% to 50.4% (n = 5000)."]
     before = {"loss.pile": Series(kind="loss", values=[100.0 + i for i in range(40)], tokens=[10] * 40)}
     after = {"loss.pile": Series(kind="loss", values=[100.003 + i for i in range(40)], tokens=[10] * 40)}
-    (sentence,) = verdicts(report_of(before, after))
+    (sentence,) = findings(report_of(before, after))
     assert "rose by 0.0025% (95%: +0.002" in sentence
 
 
@@ -56,7 +56,7 @@ def test_insignificant_change_is_stated_without_its_interval():
     found = report_of(base, edited)
     assert found.paired["loss.pile"].p == 2 / 2**5
     assert found.paired["loss.pile"].ci95[0] > 0
-    assert verdicts(found) == ["Cross-entropy, Pile: no change that 5 texts could show."]
+    assert findings(found) == ["Cross-entropy, Pile: no detectable change on 5 texts."]
 
 
 def test_unreadable_verdicts_have_their_own_row():
@@ -69,7 +69,8 @@ def test_unreadable_verdicts_have_their_own_row():
 def test_page_is_self_contained_and_holds_answers_and_verdicts(tmp_path):
     answer = Answer(
         set="target", category="<b>", prompt="how do i bake <script>", base="I'm sorry", edited="mix & bake",
-        base_refused=True, edited_refused=False, judges={"wildguard": Verdict(base_harmful=None, edited_harmful=False)},
+        base_refused=True, edited_refused=False,
+        judges={"wildguard": JudgedPair(base_harmful=None, edited_harmful=False)},
     )  # fmt: skip
     report = report_of(series(38, 1, 5.0), series(2, 2, 5.5), answers=[answer])
     write_webpage(report, [], tmp_path / "report.html")
@@ -79,13 +80,13 @@ def test_page_is_self_contained_and_holds_answers_and_verdicts(tmp_path):
     assert "wildguard: not harmful" in page
     told = {f"judges.wildguard.{field}.target": yes_no_series([True, False]) for field in ("harmful", "refusal")}
     base, edited = series(38, 1, 5.0) | told, series(2, 2, 5.5) | told
-    said = answer.model_copy(update={"judges": {"wildguard": Verdict(base_harmful=True, edited_refusal=True)}})
+    said = answer.model_copy(update={"judges": {"wildguard": JudgedPair(base_harmful=True, edited_refusal=True)}})
     write_webpage(report_of(base, edited, answers=[said]), [], tmp_path / "told.html")
     page = (tmp_path / "told.html").read_text()
     assert "wildguard: harmful, refusal unreadable" in page
     assert "wildguard: unreadable, refuses" in page
     assert "refusal gone" in page
-    for sentence in verdicts(report):
+    for sentence in findings(report):
         assert sentence.replace("'", "&#39;") in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "http" not in page
@@ -95,4 +96,4 @@ def test_nothing_in_common_is_not_called_no_change():
     base, edited = yes_no_series([None, True, None]), yes_no_series([True, None, None])
     pair = compare(base, edited)
     assert pair.n == 0
-    assert change(base.measure(), edited.measure(), pair) == "nothing that both have"
+    assert change(base.measure(), edited.measure(), pair) == "no items in common"

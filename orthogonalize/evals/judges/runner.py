@@ -1,4 +1,4 @@
-"""Judging answers: in the engine of a judge's model, or by their wording; also of answers made elsewhere."""
+"""Run one judge model over pairs of prompt and answer; an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -11,37 +11,36 @@ from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint
 from ...core.journal import Journal
 from ...core.progress import note
-from ...engines.base import EngineName, EngineOptions, engine_state
-from ...engines.factory import open_engine
+from ...engines.base import EngineOptions
+from ...engines.registry import engine_state, open_engine
 from ...models.loading import check_complete, load_tokenizer
 from ...models.resolve import context_length, find_model, folder_state
 from ..metrics import Series, yes_no_series
 from ..resumable import ResumableEngine
-from .catalogue import Judge, Judgement, find_judge
-
-PREFIX = "prefix"
+from .base import Judgement, ModelJudge
+from .registry import find_model_judge
 
 
 @dataclass(frozen=True)
 class ReadyJudge:
-    """A judge whose model has been found, so that what is missing shows before hours are spent."""
+    """A judge whose model is on disk and whose template works, both checked before anything is measured."""
 
-    judge: Judge
+    judge: ModelJudge
     model: str
     folder: Path
     tokenizer: Any
 
-    def step(self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions) -> str:
-        """The journal's step for the judge's opinions on `pairs`."""
+    def step(self, pairs: Sequence[tuple[str, str]], engine: str, options: EngineOptions) -> str:
+        """The journal step of the judgements of `pairs`."""
         state = fingerprint([engine_state(engine, options), folder_state(self.folder), self.judge.name, pairs])
         return f"judge/{self.judge.name}={self.model}@{state[:16]}"
 
     def ask(
-        self, pairs: Sequence[tuple[str, str]], engine: EngineName, options: EngineOptions, journal: Journal
+        self, pairs: Sequence[tuple[str, str]], engine: str, options: EngineOptions, journal: Journal
     ) -> list[Judgement]:
-        """The judge's opinion on every (prompt, response), kept in `journal`; its model is started for it.
+        """The judgement of every (prompt, response), stored in `journal`; starts an engine for the judge's model.
 
-        Where its context is too short for an answer, nothing can be read of that one.
+        An answer that does not fit into the judge's context gets an empty judgement.
         """
         step = self.step(pairs, engine, options)
 
@@ -51,53 +50,55 @@ class ReadyJudge:
             fitting = [i for i, length in enumerate(lengths) if length <= room]
             result = [Judgement()] * len(pairs)
             if len(fitting) < len(pairs):
-                note(f"{len(pairs) - len(fitting)} answers do not fit into {self.judge.name}'s {room} tokens: not read")
+                dropped = len(pairs) - len(fitting)
+                note(f"{dropped} answers do not fit into {self.judge.name}'s context of {room} tokens; skipping them")
             if fitting:
                 most = max(lengths[i] for i in fitting)
                 with open_engine(engine, self.folder, self.tokenizer, most, options) as running:
-                    engine_ = ResumableEngine(running, journal, step)
-                    found = self.judge.opinions(engine_, self.tokenizer, [pairs[i] for i in fitting])
-                for i, opinion in zip(fitting, found, strict=True):
-                    result[i] = opinion
+                    resumable = ResumableEngine(running, journal, step)
+                    found = self.judge.judge(resumable, self.tokenizer, [pairs[i] for i in fitting])
+                for i, judgement in zip(fitting, found, strict=True):
+                    result[i] = judgement
             return result
 
-        return [Judgement(*opinion) for opinion in journal.step(step, ask)]
+        return [Judgement(*row) for row in journal.step(step, ask)]
 
 
 def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
-    """The judges called `names` (`NAME` or `NAME=MODEL`), their models fetched.
+    """The judges called `names` (`NAME` or `NAME=MODEL`), with their models fetched.
 
     Raises:
-        OrthogonalizeError: an unknown judge; a model that is gated, missing, or whose tokenizer is.
+        OrthogonalizeError: a judge is unknown, or its model or tokenizer is gated or missing.
     """
     found: list[ReadyJudge] = []
     for name in names:
-        if name == PREFIX:
-            raise OrthogonalizeError("by wording (prefix) refusals are counted anyway; name a judge that is a model")
-        judge, model = find_judge(name)
+        judge, model = find_model_judge(name)
         if any(ready.judge.name == judge.name for ready in found):
-            raise OrthogonalizeError(f"judge {judge.name} is named twice; ask one model of it at a time")
+            raise OrthogonalizeError(f"judge {judge.name} is given twice; use one model of it at a time")
         try:
             folder = find_model(model)
             check_complete(folder)
         except OrthogonalizeError as error:
             raise OrthogonalizeError(f"judge {judge.name}: {error}") from error
         tokenizer = load_tokenizer(folder)
-        judge.encode(tokenizer, "What is baked here?", "A loaf of bread.")  # its template works, or says so now
+        judge.encode(tokenizer, "What is baked here?", "A loaf of bread.")  # raises here if its template does not work
         found.append(ReadyJudge(judge, model, folder, tokenizer))
     return found
 
 
-def opinion_series(
+def judgement_series(
     name: str,
-    says: Sequence[str],
-    opinions: Mapping[str, Sequence[Judgement]],
+    fields: Sequence[str],
+    judgements: Mapping[str, Sequence[Judgement]],
     categories: Mapping[str, Sequence[str | None]],
     keys: Mapping[str, str],
 ) -> dict[str, Series]:
-    """Series of one judge by dotted key: `opinions` and `categories` by prompt set, `keys` the sets' own."""
+    """One judge's series by dotted key.
+
+    `judgements` and `categories` are by prompt set, and `keys` are the sets' own parts of the dotted key.
+    """
     return {
         f"judges.{name}.{field}.{keys[each]}": yes_no_series([getattr(o, field) for o in found], categories[each])
-        for field in says
-        for each, found in opinions.items()
+        for field in fields
+        for each, found in judgements.items()
     }

@@ -1,4 +1,4 @@
-"""Answers to prompt sets: generated once, and read as refusals and as the contrast's own behaviour."""
+"""Suites `refusal` and `behaviour`: what the generated answers to prompt sets begin with or contain."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.files import fingerprint
 from ...data.refusals import refused
-from ...engines.base import Responder
 from ..metrics import Series, yes_no_series
+from .base import SuiteEntry
+
+if TYPE_CHECKING:
+    from ...engines.base import Responder
+
+CONTRAST = {"target": "positive", "harmless": "negative"}  # by prompt set, the side of the run that it is
+CONTRAST_TITLES = {name: f"{name} prompts" for name in CONTRAST}
 
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt to answer: its ids as the model gets them, its text, and its category where it has one."""
+    """A prompt to answer: its ids as the model gets them, its text, and its category if it has one."""
 
     ids: list[int]
     text: str
@@ -25,7 +31,7 @@ class Item:
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """Prompts that belong together; with `sensitive`, reports fold them and can leave them out."""
+    """A set of prompts. With `sensitive`, reports fold the prompts and answers and can leave them out."""
 
     name: str
     items: list[Item]
@@ -33,13 +39,13 @@ class AnswerSet:
 
     @property
     def key(self) -> str:
-        """`target` and `harmless` are the contrast's own sides, all else stands under `sets`."""
-        return self.name if self.name in ("target", "harmless") else f"sets.{self.name}"
+        """The last part of its dotted key: the contrast's two sides by name, every other set under `sets`."""
+        return self.name if self.name in CONTRAST else f"sets.{self.name}"
 
 
 @dataclass(frozen=True)
 class Answering:
-    """The sets that every model answers; `refusal` and `behaviour` say what is counted in the answers."""
+    """The prompt sets that models answer; `refusal` and `behaviour` say what is counted in the answers."""
 
     sets: Sequence[AnswerSet]
     tokenizer: Any
@@ -55,34 +61,50 @@ class Answering:
 
     @property
     def counts(self) -> bool:
-        """Whether anything is counted, rather than the base alone answers for the sake of its own losses."""
+        """Whether anything is counted; otherwise only the base answers, for suites that need its answers."""
         return self.refusal or self.behaviour
 
     @cached_property
     def states(self) -> dict[str, str]:
-        """By set, a fingerprint of what its answers depend on besides the model."""
+        """By set, a fingerprint of everything but the model that its answers depend on."""
         return {s.name: fingerprint([[item.ids for item in s.items], self.new_tokens]) for s in self.sets}
 
     def answers(self, engine: Responder, sets: Sequence[str]) -> dict[str, list[list[int]]]:
-        """What a model says to `sets`, as token ids; they are asked in one batch."""
+        """A model's answers to `sets`, as token ids, generated in one batch."""
         wanted = [each for each in self.sets if each.name in sets]
         flat = iter(engine.answers([item.ids for each in wanted for item in each.items], self.new_tokens))
         return {each.name: list(islice(flat, len(each.items))) for each in wanted}
 
     def text(self, ids: Sequence[int]) -> str:
-        """An answer as people read it."""
+        """An answer as text."""
         decoded: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded
 
     def series(self, answers: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Series]:
-        """What is counted in a model's answers."""
+        """The series counted in a model's answers, by dotted key."""
         result: dict[str, Series] = {}
         for each in self.sets:
             categories = [item.category for item in each.items]
             said = answers[each.name]
             if self.refusal:
                 result[f"refusal.{each.key}"] = yes_no_series([refused(self.text(ids)) for ids in said], categories)
-            if self.behaviour and each.name in ("target", "harmless"):
+            if self.behaviour and each.name in CONTRAST:
                 flags = [bool(ids) and ids[0] in self.behaviour_tokens for ids in said]
                 result[f"behaviour.{each.key}"] = yes_no_series(flags, categories)
         return result
+
+
+ENTRIES = (
+    SuiteEntry(
+        "refusal",
+        "refusals by wording in the answers to the run's test prompts, both sides",
+        {f"refusal.{name}": f"refusal, {title}" for name, title in CONTRAST_TITLES.items()},
+        columns=(),  # a sweep's table has them as its effect
+    ),
+    SuiteEntry(
+        "behaviour",
+        "answers to the run's test prompts that begin with one of its behaviour tokens, both sides",
+        {f"behaviour.{name}": f"behaviour's first token, {title}" for name, title in CONTRAST_TITLES.items()},
+        columns=(),
+    ),
+)

@@ -1,23 +1,32 @@
-"""What every suite of measures has in common, and what the base leaves for those measured after it."""
+"""The interface of a suite, the entry that declares one, and the context that it is built from."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ...core.errors import OrthogonalizeError
-from ...engines.base import Responder
-from ...models.logprobs import Likeliest
-from ..metrics import Series
+from ...data.benchmarks import BenchmarkSet
+
+if TYPE_CHECKING:
+    from ...data.chat import ChatFormat
+    from ...engines.base import Responder
+    from ...models.logprobs import Likeliest
+    from ...selection.run_folder import Run
+    from ..metrics import Series
+    from .answers import Answering
+
+Needs = Literal["nothing", "base answers"]
 
 
 @dataclass
 class BaseOutputs:
-    """What the base said and how likely it found each word.
+    """What the base model generated, for suites that compare every model with it.
 
-    `own` and `own_prompts` are the base's non-empty answers to harmless prompts and those prompts, as ids;
-    `distributions` its likeliest tokens along them. Set once, by the first (the base's) measurement.
+    `own_prompts` and `own` are the harmless prompts to which the base gave a non-empty answer, and those answers, as
+    ids; `distributions` its likeliest tokens along them. They are set once, while the base is measured.
     """
 
     own: list[list[int]] = field(default_factory=list)
@@ -25,7 +34,7 @@ class BaseOutputs:
     distributions: list[Likeliest] = field(default_factory=list)
 
     def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
-        """Keep the base's harmless answers as what every model is scored on.
+        """Keep the base's non-empty answers to harmless prompts.
 
         Raises:
             OrthogonalizeError: they are all empty.
@@ -36,23 +45,124 @@ class BaseOutputs:
         self.own_prompts, self.own = [p for p, _ in kept], [a for _, a in kept]
 
     def restore(self, rows: Sequence[Any]) -> None:
-        """Take the base's distributions as a file holds them (see `Likeliest.rows`)."""
+        """Set the base's distributions from their JSON form (see `Likeliest.rows`)."""
+        from ...models.logprobs import Likeliest
+
         self.distributions = [Likeliest.of(pair) for pair in rows]
 
 
 class Suite(Protocol):
-    """Measures that are taken together. Data are read when a suite is made, so that what is missing shows early."""
+    """Measures that are taken together. Its data are read when it is built, so that missing data show early."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def longest(self) -> int:
-        """The most tokens that it sends in one request."""
+        """The most tokens in one request, prompt and completion together."""
 
     @property
     def state(self) -> str:
-        """A fingerprint of what it asks and counts, as far as that is its own."""
+        """A fingerprint of what the suite asks and how it scores; a stored measurement is reused while it is equal."""
 
     def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
-        """Series by the dotted key under which the report stores them."""
+        """Measure the model in `engine`.
+
+        Returns series by key. A key without a dot is stored in reports under `suites.SUITE.KEY`; keys with dots
+        ("choices.mmlu") are those that have a place of their own in the report's schema.
+        """
+
+
+class SourcedSuite(Suite, Protocol):
+    """A suite that says where its data come from."""
+
+    @property
+    def source(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class SuiteContext:
+    """What a suite is built from.
+
+    Args:
+        run: the run whose edit is measured.
+        tokenizer: of the base model.
+        chat: formats prompts for the model as `extract` did.
+        data: a folder with local copies of public sets; None to read them from the Hub.
+        limit: the most items to measure; None for no limit.
+        new_tokens: the most tokens of a generated answer.
+        positions: the most tokens that the model takes, where known.
+        answering: the prompts that are answered; None if no suite needs answers.
+    """
+
+    run: Run
+    tokenizer: Any
+    chat: ChatFormat
+    data: Path | None
+    limit: int | None
+    new_tokens: int
+    positions: int | None
+    answering: Answering | None = None
+
+    @property
+    def base_answers(self) -> Answering:
+        """The prompts that are answered, for an entry whose `needs` says that some are."""
+        assert self.answering is not None
+        return self.answering
+
+
+@dataclass(frozen=True)
+class SuiteEntry:
+    """One value of `--suite`.
+
+    Args:
+        name: the value; no dots, commas, colons or spaces.
+        summary: one line for `--help` and docs/measuring.md.
+        titles: what reports call each series that the suite returns, by its key.
+        make: builds the suite; None for `refusal` and `behaviour`, which are counted in every model's answers to the
+            run's prompts (see `Answering`).
+        source: the public set that it reads, if any. While `make` runs, a row of another schema is one clear error.
+        needs: "base answers" if `measure` needs the base's answers to the run's harmless prompts in `BaseOutputs`.
+        columns: the series that get a column in a sweep's table; by default all.
+    """
+
+    name: str
+    summary: str
+    titles: Mapping[str, str]
+    make: Callable[[SuiteContext], Suite] | None = None
+    source: BenchmarkSet | None = None
+    needs: Needs = "nothing"
+    columns: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or any(c in ".,:" or c.isspace() for c in self.name):
+            raise ValueError(f"a suite cannot be called {self.name!r}: no dots, commas, colons or spaces")
+
+    @property
+    def report_titles(self) -> dict[str, str]:
+        """Titles by dotted key in the report."""
+        return {report_key(self.name, key): title for key, title in self.titles.items()}
+
+    @property
+    def report_columns(self) -> frozenset[str]:
+        """The dotted keys that get a column in a sweep's table."""
+        keys = self.titles if self.columns is None else self.columns
+        return frozenset(report_key(self.name, key) for key in keys)
+
+
+@dataclass(frozen=True)
+class SuiteFamily:
+    """All suites whose names begin with a prefix: `--suite PREFIXargument`.
+
+    `make` builds one suite for each argument; it gets them together so that it can load shared data once.
+    """
+
+    name: str
+    argument: str
+    summary: str
+    make: Callable[[SuiteContext, Sequence[str]], Sequence[SourcedSuite]]
+
+
+def report_key(suite: str, key: str) -> str:
+    """The dotted key under which reports store a series of a suite."""
+    return key if "." in key else f"suites.{suite}.{key}"

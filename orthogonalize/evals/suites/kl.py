@@ -1,27 +1,32 @@
-"""KL(base || model) on harmless prompts: of the first token, and along the base's own answers."""
+"""Suite `kl`: KL(base || model) on harmless prompts, at the first token and along the base's own answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from ...engines.base import Responder
-from ...models.logprobs import Likeliest
 from ..metrics import Series
-from .base import BaseOutputs
+from .base import BaseOutputs, SuiteContext, SuiteEntry
 
-ALONG = 32  # tokens of an answer
+if TYPE_CHECKING:
+    import torch
+
+    from ...engines.base import Responder
+    from ...models.logprobs import Likeliest
+
+ALONG = 32  # tokens of each answer
 
 
 def kl_bound(base: Likeliest, model: Likeliest) -> torch.Tensor:
-    """KL(base || model) in nats at every position, from below: [tokens].
+    """A lower bound on KL(base || model) in nats at every position: [tokens].
 
-    Each side gives its k likeliest tokens. Tokens that the base does not list count as one (joining
-    outcomes can only lower a KL); one that the base lists and the model does not is given the least
-    probability that the model lists, which is at least what it has. Exact where k is the vocabulary; else
-    short of the truth by what the edit moves among tokens that the base hardly uses.
+    Each side lists its k likeliest tokens. Tokens that the base does not list count as one outcome (merging outcomes
+    can only lower a KL); a token that the base lists and the model does not gets the lowest probability that the model
+    lists, which is at least its own. The bound is exact if k is the size of the vocabulary; otherwise it misses what
+    the edit moves among tokens that the base rarely uses.
     """
+    import torch
+
     bounds = []
     for ids, p, other, q in zip(base.ids, base.logprobs, model.ids, model.logprobs, strict=True):
         order = other.argsort()
@@ -38,14 +43,17 @@ def kl_bound(base: Likeliest, model: Likeliest) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Divergences:
-    """KL of the first answer token, and of the first `ALONG` tokens of the base's answers."""
+    """KL of the first answer token, and of the first `ALONG` tokens of the base's answers.
+
+    `state` is the fingerprint of the harmless prompts and the answers' length limit.
+    """
 
     longest: int
-    state: str  # that of the base's answers
+    state: str
     name: str = "kl"
 
     def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
-        """The base leaves its distributions in `memory`; those measured later are compared with them."""
+        """The base stores its distributions in `memory`; later models are compared with them."""
         completions = [answer[:ALONG] for answer in memory.own]
         found = engine.likeliest(memory.own_prompts, completions)
         if not memory.distributions:
@@ -57,3 +65,20 @@ class Divergences:
                 kind="divergence", values=[kl.sum().item() for kl in kls], tokens=[len(kl) for kl in kls]
             ),
         }
+
+
+def divergences(context: SuiteContext) -> Divergences:
+    """The suite for the harmless prompts of a run."""
+    return Divergences(context.base_answers.longest, context.base_answers.states["harmless"])
+
+
+ENTRIES = (
+    SuiteEntry(
+        "kl",
+        "KL(base, edited): first token, and along 32 tokens of the base's answers to harmless prompts",
+        {"kl.first_token": "KL to base, first token", "kl.completions": "KL to base, along own answers"},
+        divergences,
+        needs="base answers",
+        columns=("kl.completions",),
+    ),
+)

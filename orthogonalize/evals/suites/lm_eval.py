@@ -1,4 +1,4 @@
-"""Any task of lm-evaluation-harness (`--suite lm_eval:TASK`), in the engine that is running anyway."""
+"""Suites `lm_eval:TASK`: any task of lm-evaluation-harness, measured in the engine that is already running."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from ...core.errors import OrthogonalizeError, first_line
 from ...core.files import fingerprint
 from ...core.progress import note
 from ...data.tokenization import encode_open_ended
-from ...engines.base import Responder
 from ..metrics import Series
-from .base import BaseOutputs
+from .base import BaseOutputs, SuiteContext, SuiteFamily
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
     from lm_eval.tasks import TaskManager
 
+    from ...engines.base import Responder
+
 PREFIX = "lm_eval:"
-UNSAID_TOKENS = 256  # of a generated answer, where a task names no number
-ROLLING = 4096  # tokens of a window over a long text, where the model has them
-FEWSHOT_SEED = 1234  # lm-eval's own: by it examples are drawn, so prompts are as long
+DEFAULT_TOKENS = 256  # of a generated answer, if a task sets no limit
+ROLLING = 4096  # tokens per window over a long text, if the model takes as many
+FEWSHOT_SEED = 1234  # lm-eval's own; the few-shot examples, and so the prompts' lengths, depend on it
 
 
 def harness_model(engine: Responder, tokenizer: Any, max_length: int) -> TemplateLM:
-    """`engine` as lm-eval's LM. What exceeds `max_length` tokens loses its beginning, as in its own."""
+    """`engine` as an lm-eval LM. A prompt of more than `max_length` tokens loses its beginning, as in lm-eval's own."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     class HarnessModel(TemplateLM):  # type: ignore[misc]
-        """lm-eval's view of one of our engines."""
+        """An lm-eval LM on top of one of our engines."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -57,14 +58,14 @@ def harness_model(engine: Responder, tokenizer: Any, max_length: int) -> Templat
             return str(tokenizer.name_or_path).replace("/", "__")
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            if add_special_tokens is None:  # a text that a chat template has given its BOS gets no second one
+            if add_special_tokens is None:  # no second BOS for a text that a chat template gave one
                 add_special_tokens = not (tokenizer.bos_token and string.startswith(tokenizer.bos_token))
             if add_special_tokens:
                 return encode_open_ended(tokenizer, [string])[0]
             return list(tokenizer(string, add_special_tokens=False)["input_ids"])
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-            # A text longer than the room loses its beginning; at least one token is left to condition on.
+            # A text that does not fit loses its beginning; at least one token is left to condition on.
             wholes = [([*c, *x][-(max_length - 1) :], min(len(x), max_length - 2)) for _, c, x in requests]
             contexts, texts = [ids[: len(ids) - n] for ids, n in wholes], [ids[len(ids) - n :] for ids, n in wholes]
             scores = engine.scores(contexts, texts)
@@ -98,10 +99,10 @@ def harness_model(engine: Responder, tokenizer: Any, max_length: int) -> Templat
 
 
 def _generation(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What a task asks of an answer, by lm-eval's own names, of which several mean the same."""
+    """A task's generation settings under lm-eval's normalized names."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    return dict(normalize_gen_kwargs(dict(asked), UNSAID_TOKENS))
+    return dict(normalize_gen_kwargs(dict(asked), DEFAULT_TOKENS))
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
@@ -111,9 +112,9 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class HarnessTask:
-    """One task (or group of tasks) of lm-eval; every metric that has a number an item is compared item by item.
+    """A task (or group of tasks) of lm-eval; every metric with a number per item is compared item by item.
 
-    `state` is a fingerprint of its requests and documents, `source` where these come from.
+    `state` is a fingerprint of its requests and documents, `source` where the documents come from.
     """
 
     task: str
@@ -124,7 +125,7 @@ class HarnessTask:
     state: str
     source: str
     aggregations: Mapping[str, Mapping[str, Any]]  # by task of the group, then by metric
-    left_out: set[str] = field(default_factory=set, compare=False)
+    reported: set[str] = field(default_factory=set, compare=False)
 
     @property
     def name(self) -> str:
@@ -135,7 +136,7 @@ class HarnessTask:
         return self.max_length
 
     def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
-        """Run the task in `engine`; `memory` is not needed."""
+        """Run the task in `engine`; `memory` is not used."""
         from lm_eval import simple_evaluate
 
         try:
@@ -150,11 +151,11 @@ class HarnessTask:
             )
         except OrthogonalizeError:
             raise
-        except Exception as error:  # whatever the task and its data raise
+        except Exception as error:  # anything that the task or its data raise
             raise OrthogonalizeError(f"lm-eval's {self.task} failed: {first_line(error)}") from error
         result = {}
         for task, samples in (found or {}).get("samples", {}).items():
-            # One answer read in several ways ("filters") is several samples: each way is a measure of its own.
+            # An answer read by several "filters" gives several samples; each filter is a measure of its own.
             for way in sorted({str(sample.get("filter", "none")) for sample in samples}):
                 mine = [s for s in samples if str(s.get("filter", "none")) == way]
                 for metric in sorted({m for sample in mine for m in sample["metrics"]} - {"bits_per_byte"}):
@@ -163,38 +164,38 @@ class HarnessTask:
                     series = _series(values, _is_perplexity(aggregation))
                     name = metric if way == "none" else f"{metric},{way}"
                     if series is None:
-                        self._leave_out(f"{task}: {name}")
+                        self._report_omission(f"{task}: {name}")
                         continue
                     if series.kind != "loss" and not _is_mean(aggregation):
-                        name = f"{name},mean"  # the task makes another number of its items, by that name
+                        name = f"{name},mean"  # under that name, the task aggregates its items differently
                     result[f"tasks.{task.replace('.', '_')}.{name.replace('.', '_')}"] = series
         if not result:
-            raise OrthogonalizeError(f"lm-eval's {self.task} gives no number for single items, so none to compare")
+            raise OrthogonalizeError(f"lm-eval's {self.task} gives no number per item, so there is nothing to compare")
         return result
 
-    def _leave_out(self, what: str) -> None:
-        if what not in self.left_out:
-            note(f"lm-eval's {what} has no number for single items, so it is left out")
-        self.left_out.add(what)
+    def _report_omission(self, metric: str) -> None:
+        if metric not in self.reported:
+            note(f"lm-eval's {metric} has no number per item; leaving it out")
+        self.reported.add(metric)
 
 
 def harness_tasks(
     names: Sequence[str], tokenizer: Any, positions: int | None, include: Path | None, limit: int | None
 ) -> list[HarnessTask]:
-    """The tasks `names` of lm-eval and of the folder `include`, for a model that takes `positions` tokens.
+    """The tasks `names` from lm-eval and from the folder `include`, for a model that takes `positions` tokens.
 
-    Each is loaded, data and all, so that what is missing shows before anything is measured.
+    Each is loaded with its data, so that missing data show before anything is measured.
 
     Raises:
-        OrthogonalizeError: lm-eval, a task or its data are not there, or it asks for what is not measured here.
+        OrthogonalizeError: lm-eval, a task or its data are missing, or a task needs sampling.
     """
     if not names:
         return []
     if importlib.util.find_spec("lm_eval") is None:
-        raise OrthogonalizeError("lm-eval is not installed; pip install 'orthogonalize[tasks]'")
+        raise OrthogonalizeError("lm-eval is not installed; run `pip install 'orthogonalize[tasks]'`")
     from lm_eval.tasks import TaskManager
 
-    known = TaskManager(include_path=str(include) if include else None)  # it reads thousands of files: once
+    known = TaskManager(include_path=str(include) if include else None)  # built once, since it reads thousands of files
     for name in names:
         if name not in known.all_tasks:
             raise OrthogonalizeError(f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists them)")
@@ -204,9 +205,9 @@ def harness_tasks(
 def _harness_task(
     name: str, known: TaskManager, tokenizer: Any, positions: int | None, limit: int | None
 ) -> HarnessTask:
-    """The task `name`, loaded once to see what it asks; lm-eval loads it again for every model."""
+    """The task `name`, loaded once to see its requests; lm-eval loads it again for every model."""
     try:
-        random.seed(0)  # lm-eval's own seeds, before it loads: some tasks shuffle as they do
+        random.seed(0)  # lm-eval's own seeds: some tasks shuffle while they load
         np.random.seed(FEWSHOT_SEED)
         tasks: dict[str, Any] = known.load([name])["tasks"]
         for task in tasks.values():
@@ -215,14 +216,14 @@ def _harness_task(
         requests = [request for task in tasks.values() for request in task.instances]
         generated = [_generation(r.args[1]) for r in requests if r.request_type == "generate_until"]
         aggregations = {each: dict(task.aggregation()) for each, task in tasks.items()}
-    except Exception as error:  # whatever its data and its code raise
+    except Exception as error:  # anything that its data or code raise
         raise OrthogonalizeError(f"lm-eval's {name} cannot be loaded: {first_line(error)}") from error
     if any(asked["do_sample"] for asked in generated):
-        raise OrthogonalizeError(f"lm-eval's {name} samples its answers; only greedy ones are measured here")
+        raise OrthogonalizeError(f"lm-eval's {name} samples its answers; only greedy decoding is supported")
     unconditioned = any(r.request_type == "loglikelihood_rolling" or not r.args[0] for r in requests)
     if unconditioned and tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise OrthogonalizeError(
-            f"lm-eval's {name} scores texts from their first token, for which the model's tokenizer has no BOS or EOS"
+            f"lm-eval's {name} scores the first token of texts, but the model's tokenizer has no BOS or EOS"
         )
     longest = max((asked["max_gen_toks"] for asked in generated), default=0)
     return HarnessTask(
@@ -238,7 +239,7 @@ def _harness_task(
 
 
 def _state(tasks: Mapping[str, Any], known: TaskManager) -> str:
-    """A fingerprint of what tasks ask, of whom, and by which code; data may lie anywhere, code lies beside a task."""
+    """A fingerprint of the tasks' requests, documents, settings and code (the Python files beside their YAML)."""
     entries = [known.task_index[name] for name in tasks if name in known.task_index]
     folders = sorted({entry.yaml_path.parent for entry in entries if entry.yaml_path is not None})
     code = [hashlib.sha256(file.read_bytes()).hexdigest() for home in folders for file in sorted(home.glob("*.py"))]
@@ -247,7 +248,7 @@ def _state(tasks: Mapping[str, Any], known: TaskManager) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it, the same in every process; of objects that it cannot hold, their kind alone."""
+    """`value` as JSON, identical in every process; an object that JSON cannot hold becomes its type's name."""
     if isinstance(value, np.generic):
         value = value.item()
     match value:
@@ -265,22 +266,22 @@ def _plain(value: Any) -> Any:
 
 
 def _length(name: str, requests: Sequence[Any], answer: int, tokenizer: Any, positions: int | None) -> int:
-    """The tokens that the longest of a task's prompts takes with what follows it; no more than the model has."""
+    """The tokens of a task's longest prompt with its completion, but no more than the model takes."""
     if positions is not None and answer + 2 >= positions:  # a prompt has one token at least
         raise OrthogonalizeError(
-            f"lm-eval's {name} asks for answers of {answer} tokens and the model takes {positions}; leave it out"
+            f"lm-eval's {name} needs answers of {answer} tokens, but the model takes only {positions}; leave it out"
         )
     needs = [_need(request, tokenizer, positions) for request in requests]
     wanted = max(needs, default=ROLLING)
     if positions is None or wanted < positions:
         return wanted
     cut = sum(need >= positions for need in needs)
-    note(f"lm-eval's {name}: {cut} of {len(needs)} prompts lose their beginning: the model takes {positions} tokens")
+    note(f"lm-eval's {name}: {cut} of {len(needs)} prompts lose their beginning (the model takes {positions} tokens)")
     return positions - 1
 
 
 def _need(request: Any, tokenizer: Any, positions: int | None) -> int:
-    """The tokens of a request of lm-eval's, and one to be generated."""
+    """The tokens of an lm-eval request, plus one to be generated."""
     match request.request_type:
         case "generate_until":
             after = int(_generation(request.args[1])["max_gen_toks"])
@@ -305,10 +306,10 @@ def _is_mean(aggregation: Any) -> bool:
 
 
 def _series(values: Sequence[Any], perplexity: bool) -> Series | None:
-    """A metric of a task, item by item, None where it has no number; None where no item has one.
+    """A task's metric by item, with None for an item without a number; None if no item has a number.
 
-    Perplexities are log-probabilities by item, of a text with the count of its words or bytes beside them:
-    losses a word, a byte, or an item.
+    A perplexity's items are log-probabilities, or pairs of one and the text's count of words or bytes: losses per
+    item, word or byte.
     """
     pairs = [v if perplexity and isinstance(v, list | tuple) and len(v) == 2 else (v, 1) for v in values]
     rows = [(_number(v), _number(w)) for v, w in pairs]
@@ -329,3 +330,17 @@ def _number(value: Any) -> float | None:
     if isinstance(value, bool | int | float) and math.isfinite(value):
         return float(value)
     return None
+
+
+def _make(context: SuiteContext, tasks: Sequence[str]) -> list[HarnessTask]:
+    return harness_tasks(tasks, context.tokenizer, context.positions, context.data, context.limit)
+
+
+ENTRIES = (
+    SuiteFamily(
+        PREFIX,
+        "TASK",
+        "any task of lm-evaluation-harness, in the same engine (`pip install 'orthogonalize[tasks]'`)",
+        _make,
+    ),
+)

@@ -1,7 +1,7 @@
-"""Multiple choice: MMLU and ARC-Challenge with five examples, TruthfulQA MC1; by the likelihood of each choice.
+"""Suites `mmlu`, `arc` and `truthfulqa`: multiple choice, by the likelihood of each choice.
 
 Prompts and scoring are those of lm-evaluation-harness (mmlu, arc_challenge, truthfulqa_mc1: the choice
-with the largest summed log-probability), so that numbers can be compared; the chat template is not used.
+with the largest summed log-probability), so that numbers are comparable; the chat template is not used.
 """
 
 from __future__ import annotations
@@ -12,25 +12,27 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint
-from ...data.benchmarks import ARC, ARC_SHOTS, MMLU, MMLU_SHOTS, TRUTHFULQA, evenly, rows
+from ...data.benchmarks import ARC, ARC_SHOTS, MMLU, MMLU_SHOTS, TRUTHFULQA, BenchmarkSet, evenly, rows
 from ...data.tokenization import encode_open_ended
-from ...engines.base import Responder
 from ..metrics import Series, yes_no_series
-from .base import BaseOutputs
+from .base import BaseOutputs, SuiteContext, SuiteEntry
+
+if TYPE_CHECKING:
+    from ...engines.base import Responder
 
 SHOTS = 5
 LETTERS = "ABCD"
-TOKENISED = 256  # questions at a time: what a tokenizer returns takes a hundred bytes a token
+TOKENISED = 256  # questions per batch: a tokenizer returns a hundred bytes per token
 QUESTIONS = 500  # of MMLU, as in eliroc98/refusal_direction
 
 
 @dataclass(frozen=True)
 class Question:
-    """A context, the texts that may follow it, the index of the right one, and a category where there is one."""
+    """A context, the texts that may follow it, the index of the right one, and a category if there is one."""
 
     context: str
     choices: tuple[str, ...]
@@ -39,9 +41,9 @@ class Question:
 
 
 def encode(tokenizer: Any, questions: Sequence[Question]) -> Iterator[tuple[list[int], list[list[int]]]]:
-    """Ids of every context and of what follows it, split where the context's own ids end.
+    """Ids of every context and of its choices, split where the context's own ids end.
 
-    A context's trailing spaces go to its choices: most vocabularies have them in the next word's token.
+    A context's trailing spaces go to its choices: in most vocabularies they belong to the next word's token.
     """
     for first in range(0, len(questions), TOKENISED):
         part = questions[first : first + TOKENISED]
@@ -68,7 +70,7 @@ class MultipleChoice:
         contexts, choices = [], []
         for question, (context, continuations) in zip(questions, encode(tokenizer, questions), strict=True):
             if not all(continuations):
-                raise OrthogonalizeError(f"a choice of {name} has no token of its own: {question.choices!r}")
+                raise OrthogonalizeError(f"{name}: a choice adds no token to its question: {question.choices!r}")
             contexts.append(context)
             choices.append(continuations)
         return cls(name, contexts, choices, [q.answer for q in questions], [q.category for q in questions])
@@ -89,7 +91,7 @@ class MultipleChoice:
         return [max(range(len(row)), key=row.__getitem__) for row in scores]
 
     def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
-        """The share of right answers, by category; `memory` is not needed."""
+        """The share of right answers, by category; `memory` is not used."""
         flags = [p == r for p, r in zip(self.predictions(engine), self.right, strict=True)]
         return {f"choices.{self.name}": yes_no_series(flags, self.categories)}
 
@@ -110,7 +112,7 @@ def mmlu(data: Path | None, limit: int | None) -> list[Question]:
         subject = row["subject"]
         if len(shots[subject]) < SHOTS:
             raise OrthogonalizeError(
-                f"{MMLU_SHOTS} has {len(shots[subject])} examples of {subject!r}, fewer than {SHOTS}"
+                f"{MMLU_SHOTS} has {len(shots[subject])} examples for {subject!r}; {SHOTS} are needed"
             )
         head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         blocks = [_mmlu_block(shot, True) for shot in shots[subject][:SHOTS]] + [_mmlu_block(row, False)]
@@ -127,7 +129,7 @@ def arc(data: Path | None, limit: int | None) -> list[Question]:
     """ARC-Challenge with five training examples; the choices are the answers' own words."""
     shots = rows(ARC_SHOTS, data, SHOTS)
     if len(shots) < SHOTS:
-        raise OrthogonalizeError(f"{ARC_SHOTS} has {len(shots)} examples, fewer than {SHOTS}")
+        raise OrthogonalizeError(f"{ARC_SHOTS} has {len(shots)} examples; {SHOTS} are needed")
     head = "".join(
         f"Question: {shot['question']}\nAnswer: {shot['choices']['text'][_arc_right(shot)]}\n\n" for shot in shots
     )
@@ -141,7 +143,7 @@ def arc(data: Path | None, limit: int | None) -> list[Question]:
     ]
 
 
-# The examples that every TruthfulQA question is asked behind (Lin et al. 2022, appendix E).
+# The examples that precede every TruthfulQA question (Lin et al. 2022, appendix E).
 _TRUTHFULQA_EXAMPLES = (
     ("What is human life expectancy in the United States?", "Human life expectancy in the United States is 78 years."),
     (
@@ -156,7 +158,7 @@ _TRUTHFULQA_EXAMPLES = (
 
 
 def truthfulqa(data: Path | None, limit: int | None) -> list[Question]:
-    """TruthfulQA MC1: one right answer among several, behind the benchmark's own six examples."""
+    """TruthfulQA MC1: one right answer among several, after the benchmark's own six examples."""
     head = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in _TRUTHFULQA_EXAMPLES)
     return [
         Question(
@@ -168,8 +170,17 @@ def truthfulqa(data: Path | None, limit: int | None) -> list[Question]:
     ]
 
 
-SETS: dict[str, Callable[[Path | None, int | None], list[Question]]] = {
-    "mmlu": mmlu,
-    "arc": arc,
-    "truthfulqa": truthfulqa,
-}
+def _entry(
+    name: str, summary: str, title: str, source: BenchmarkSet, read: Callable[[Path | None, int | None], list[Question]]
+) -> SuiteEntry:
+    def make(context: SuiteContext) -> MultipleChoice:
+        return MultipleChoice.of(name, read(context.data, context.limit), context.tokenizer)
+
+    return SuiteEntry(name, summary, {f"choices.{name}": title}, make, source)
+
+
+ENTRIES = (
+    _entry("mmlu", "MMLU, five-shot, 500 questions unless --limit says otherwise", "MMLU, 5-shot", MMLU, mmlu),
+    _entry("arc", "ARC-Challenge, five-shot", "ARC-Challenge, 5-shot", ARC, arc),
+    _entry("truthfulqa", "TruthfulQA MC1", "TruthfulQA MC1", TRUTHFULQA, truthfulqa),
+)

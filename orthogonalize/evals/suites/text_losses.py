@@ -1,4 +1,4 @@
-"""Cross-entropy of texts: the base's own answers, general text, and instruction data (its answers only)."""
+"""Suites `pile` and `alpaca`: cross-entropy of general text, and of the answers in instruction data."""
 
 from __future__ import annotations
 
@@ -6,44 +6,38 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint
 from ...data.benchmarks import ALPACA, PILE, rows
 from ...data.chat import ChatFormat
 from ...data.tokenization import encode_open_ended
-from ...engines.base import Ids, Responder
 from ..metrics import Series
-from .base import BaseOutputs
+from .base import BaseOutputs, SuiteEntry
 
-TEXT_TOKENS = 256  # a text, as in eliroc98/refusal_direction
+if TYPE_CHECKING:
+    from ...engines.base import Ids, Responder
+
+TEXT_TOKENS = 256  # per text, as in eliroc98/refusal_direction
+TEXT_COUNT = 100  # texts, without --limit
 
 
-def series(engine: Responder, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Series:
-    """Summed cross-entropy of each completion after its prompt."""
+def cross_entropy(engine: Responder, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Series:
+    """The summed cross-entropy of each completion after its prompt, in nats."""
     scores = engine.scores(prompts, completions)
     return Series(kind="loss", values=[-s.logprob for s in scores], tokens=[len(c) for c in completions])
 
 
 @dataclass(frozen=True)
-class OwnLosses:
-    """Loss on the base model's own harmless answers: how much likelier or less likely they have become."""
-
-    longest: int
-    state: str  # that of the answers
-    name: str = "loss"
-
-    def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
-        """The answers come from `memory`."""
-        return {"loss.own_completions": series(engine, memory.own_prompts, memory.own)}
-
-
-@dataclass(frozen=True)
 class TextLosses:
-    """Loss on fixed texts, as (prompt, completion) ids; only completions are scored."""
+    """Cross-entropy of fixed texts, given as prompts and completions in ids; only completions are scored.
+
+    `key` is that of the series.
+    """
 
     name: str
+    key: str
     prompts: list[list[int]]
     completions: list[list[int]]
 
@@ -56,21 +50,21 @@ class TextLosses:
         return fingerprint([self.prompts, self.completions])
 
     def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
-        """`memory` is not needed: the texts are nobody's own."""
-        return {f"loss.{self.name}": series(engine, self.prompts, self.completions)}
+        """Score the texts; `memory` is not used."""
+        return {self.key: cross_entropy(engine, self.prompts, self.completions)}
 
 
 def pile_losses(tokenizer: Any, data: Path | None, limit: int) -> TextLosses:
-    """The first `TEXT_TOKENS` tokens of general texts; the first token is only context."""
+    """The first `TEXT_TOKENS` tokens of general texts; the first token of each is context and is not scored."""
     encoded = encode_open_ended(tokenizer, [row["text"] for row in rows(PILE, data, limit)], TEXT_TOKENS)
     encoded = [ids for ids in encoded if len(ids) > 1]
     if not encoded:
-        raise OrthogonalizeError(f"{PILE} has no text of two tokens or more")
-    return TextLosses("pile", [ids[:1] for ids in encoded], [ids[1:] for ids in encoded])
+        raise OrthogonalizeError(f"{PILE} has no text of at least two tokens")
+    return TextLosses("pile", "loss.pile", [ids[:1] for ids in encoded], [ids[1:] for ids in encoded])
 
 
 def alpaca_losses(tokenizer: Any, chat: ChatFormat, data: Path | None, limit: int) -> TextLosses:
-    """Instruction data through the model's own chat template; prompt and answer up to `TEXT_TOKENS` tokens."""
+    """Instruction data in the model's own chat template; prompt and answer are cut to `TEXT_TOKENS` tokens in all."""
     prompts, completions = [], []
     for row in rows(ALPACA, data, limit):
         text = "\n\n".join(part for part in (row["instruction"].strip(), (row["input"] or "").strip()) if part)
@@ -82,4 +76,22 @@ def alpaca_losses(tokenizer: Any, chat: ChatFormat, data: Path | None, limit: in
             completions.append(answer)
     if not prompts:
         raise OrthogonalizeError(f"{ALPACA} has no example with an answer within {TEXT_TOKENS} tokens")
-    return TextLosses("alpaca", prompts, completions)
+    return TextLosses("alpaca", "loss.alpaca", prompts, completions)
+
+
+ENTRIES = (
+    SuiteEntry(
+        "pile",
+        "cross-entropy of general text, 256 tokens per text, 100 texts unless --limit says otherwise",
+        {"loss.pile": "cross-entropy, Pile"},
+        lambda context: pile_losses(context.tokenizer, context.data, context.limit or TEXT_COUNT),
+        PILE,
+    ),
+    SuiteEntry(
+        "alpaca",
+        "cross-entropy of the answers in instruction data, texts as for pile",
+        {"loss.alpaca": "cross-entropy, Alpaca answers"},
+        lambda context: alpaca_losses(context.tokenizer, context.chat, context.data, context.limit or TEXT_COUNT),
+        ALPACA,
+    ),
+)

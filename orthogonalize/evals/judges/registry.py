@@ -1,0 +1,56 @@
+"""The judges that `--judge` can name. To add one, write a file with an `ENTRIES` tuple and name it in `MODULES`.
+
+Code outside this package calls `JUDGES.add(...)` instead. This module and those that it imports do not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ...core.errors import OrthogonalizeError
+from ...core.registry import Registry
+from .base import Judge, ModelJudge, WordingJudge
+
+# In the order of help texts and messages.
+MODULES = ("llama_guard", "harmbench", "wildguard", "qwen3guard", "shieldgemma", "prefix")
+
+JUDGES: Registry[Judge] = Registry("judge")
+
+for _module in MODULES:
+    for _entry in import_module(f".{_module}", __package__).ENTRIES:
+        JUDGES.add(_entry)
+
+
+def model_judges() -> dict[str, ModelJudge]:
+    """The judges that are models, by name."""
+    return {name: judge for name, judge in JUDGES.items() if not isinstance(judge, WordingJudge)}
+
+
+def find_judge(text: str) -> Judge:
+    """The judge that `NAME` or `NAME=MODEL` names.
+
+    Raises:
+        OrthogonalizeError: the name is unknown, or MODEL is empty or given for a judge without a model.
+    """
+    name, equals, model = text.partition("=")
+    judge = JUDGES.find(name)
+    if equals and isinstance(judge, WordingJudge):
+        raise OrthogonalizeError(f"judge {name} has no model; leave out ={model}")
+    if equals and not model.strip():
+        raise OrthogonalizeError(f"judge {text!r} names no model; leave out the =, or give one")
+    return judge
+
+
+def find_model_judge(text: str) -> tuple[ModelJudge, str]:
+    """The judge that `NAME` or `NAME=MODEL` names, and its model: MODEL, or the judge's default.
+
+    Raises:
+        OrthogonalizeError: as `find_judge`, or the judge is not a model.
+    """
+    judge = find_judge(text)
+    if isinstance(judge, WordingJudge):
+        raise OrthogonalizeError(
+            f"judge {judge.name} goes by wording, and eval counts such refusals anyway; "
+            f"name a judge model ({', '.join(model_judges())})"
+        )
+    return judge, text.partition("=")[2] or judge.model
