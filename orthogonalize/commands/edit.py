@@ -20,7 +20,7 @@ from ..edits.bake import bake
 from ..edits.hub_cache import CachedRepository
 from ..edits.lora import write_adapter
 from ..edits.recipe import Base, ProbeResult, Recipe, Source, TensorChange, load_recipe, store_maps
-from ..edits.sharding import Share, put_together, remove_shares, share_bytes, waiting_for, write_share
+from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
 from ..models.resolve import commit_of, find_model, is_hub_id
 from ..reports.model_card import write_card
 from ..selection.resolve import _from_file, _from_run, _refuse_nothing
@@ -72,7 +72,7 @@ def edit(
     written at a time; with
     `link`, files in which nothing changes become hard links to the source's. The `format` `lora` writes
     the same edit as a PEFT adapter instead, where it changes linear layers only. With `shard` (`i/n`) only
-    a share of the files is written (see `shares`), and `out` appears with the last one.
+    a share of the files is written (see `sharding`), and `out` appears with the last one.
 
     Returns:
         The recipe, which is also written into the checkpoint as orthogonalize.json.
@@ -179,12 +179,12 @@ def _write_share(plan: CheckpointPlan, out: Path, share: Share, recipe: Recipe, 
     """Write one share, and the checkpoint where that was the last."""
     with track(f"writing share {share.number} of {share.of}", share_bytes(plan, share, link=False), "bytes") as advance:
         write_share(plan, out, share, recipe, force=force, progress=advance, **how)
-    waiting = waiting_for(share, out)
+    waiting = missing_shares(share, out)
     if waiting:
         note(f"{out} will be complete with {', '.join(folder.name for folder in waiting)}")
         return recipe
     with complete_folder(out, EDITED, force) as partial:
-        whole = put_together(plan, share, out, partial, how["link"])
+        whole = assemble(plan, share, out, partial, how["link"])
         whole.save(partial)
         write_card(partial, whole, plan.source.path)
     remove_shares(share, out)

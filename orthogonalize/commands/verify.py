@@ -11,7 +11,7 @@ import torch
 from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
 from ..checkpoints.diff import Audit, audit
 from ..checkpoints.plan import CheckpointPlan
-from ..checkpoints.quantization import real_values
+from ..checkpoints.quantization import dequantize
 from ..checkpoints.safetensors_file import stored_bytes
 from ..core.errors import OrthogonalizeError
 from ..core.progress import track
@@ -64,7 +64,7 @@ def _unrounded(model: Any, edited: Path, plan: CheckpointPlan) -> Any:
     exact: dict[str, torch.Tensor] = {}
     for name, edit in plan.edits.items():
         addition = plan.additions.get(name)
-        exact[name] = edit.exact(addition.make() if addition else real_values(plan.source, name))
+        exact[name] = edit.exact(addition.make() if addition else dequantize(plan.source, name))
     parameters = dict(model.named_parameters())
     if exact.keys() <= parameters.keys():
         for name, tensor in exact.items():

@@ -117,7 +117,7 @@ def test_the_same_numbers_in_another_dtype_are_called_that(tmp_path):
     weights = tensors()
     base = folder(tmp_path / "base", weights)
     found = verify(folder(tmp_path / "wide", {name: w.float() for name, w in weights.items()}), str(base))
-    assert found.verdict() == "the weights are the base's, in another number format"
+    assert found.verdict() == "the weights are identical to the base's, in another number format"
 
 
 def test_a_direction_is_recovered_from_scaled_fp8(tmp_path):
@@ -207,7 +207,7 @@ def test_what_else_differs_is_told_in_the_table_and_in_json(base, tmp_path):
 
 def test_a_copy_is_the_base(base, tmp_path):
     found = verify(folder(tmp_path / "copy", load_file(base / "model.safetensors")), str(base))
-    assert found.verdict() == "the weights are the base's"
+    assert found.verdict() == "the weights are identical to the base's"
     assert found.same == len(tensors())
 
 

@@ -93,7 +93,7 @@ def test_behind_a_post_norm_or_in_a_wrapper_an_adapter_gives_the_logits_of_the_b
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
 def test_experts_which_peft_would_leave_out_in_silence_are_refused(bases, tmp_path, family):
-    with pytest.raises(OrthogonalizeError, match=r"experts.* is no linear layer of its own in transformers"):
+    with pytest.raises(OrthogonalizeError, match=r"experts.* is not a separate linear layer in transformers"):
         write_adapter(bake(bases(family).checkpoint, every_write(embed=False)), tmp_path, "base")
 
 
