@@ -102,6 +102,11 @@ class CheckpointPlan:
         return Changes(self.edits, self.additions, scales, replaced, self.rounding)
 
     @property
+    def changed_tensors(self) -> set[str]:
+        """Every tensor that differs from the source's: edited, added, or a scale tensor with new values."""
+        return {*self.changes.names, *self.additions}
+
+    @property
     def touched(self) -> set[str]:
         """Every source tensor that may change, scales of quantised ones included; found without reading any."""
         scales = (scale_name(self.source, name) for name in self.edits)

@@ -69,10 +69,9 @@ def edit(
     edit, rebuilt bit for bit) says what to edit. The other arguments are those of `EditConfig`; what is
     not given comes from the run (see `choose`). `rounding` names a rounding scheme (default `cancelling`, which
     keeps the edit in the stored weights; see `checkpoints.rounding.registry`); `workers` is how many files are
-    written at a time; with
-    `link`, files in which nothing changes become hard links to the source's. The `format` `lora` writes
-    the same edit as a PEFT adapter instead, where it changes linear layers only. With `shard` (`i/n`) only
-    a share of the files is written (see `sharding`), and `out` appears with the last one.
+    written at a time; with `link`, files in which nothing changes become hard links to the source's. The `format`
+    `lora` writes the same edit as a PEFT adapter instead, where it changes linear layers only. With `shard` (`i/n`)
+    only a share of the files is written (see `sharding`), and `out` appears with the last one.
 
     Returns:
         The recipe, which is also written into the checkpoint as orthogonalize.json.
