@@ -1,4 +1,4 @@
-"""A checkpoint folder, opened and validated whole before anything is done with it."""
+"""A checkpoint folder: its configuration and safetensors weights, validated when opened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECIPE = "orthogonalize.json"
 CARD = "README.md"
-# Another format's copy of the same weights would ship the behaviour that the edit took out.
+# A copy of the same weights in another format would still have the behaviour that the edit removed.
 OTHER_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "consolidated*")
 NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes")
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
@@ -30,7 +30,7 @@ PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with a `config.json` and safetensors weights, every header validated."""
+    """A folder with a `config.json` and safetensors weights, whose headers have all been validated."""
 
     path: Path
     config: dict[str, Any]
@@ -39,20 +39,24 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor of the model's weight files."""
+        """Every tensor in the model's weight files."""
         return {name: info for file in self.files.values() for name, info in file.tensors.items()}
 
     @property
     def renamed(self) -> bool:
-        """Whether its tensors are called, or cut, in another way than its files have it."""
+        """Whether tensors have other names, or are split differently, than in the files on disk."""
         return any(file.renamed for file in self.files.values())
 
     def split(self, parts: Mapping[str, Mapping[str, int]]) -> Checkpoint:
-        """The same checkpoint with each tensor of `parts` as several (see `TensorFile.split`)."""
+        """The same checkpoint with each tensor in `parts` split into several (see `TensorFile.split`)."""
         return replace(self, files={name: file.split(parts) for name, file in self.files.items()})
 
     def file_of(self, name: str) -> TensorFile:
-        """The file that holds tensor `name`; KeyError where none does."""
+        """The file that holds tensor `name`.
+
+        Raises:
+            KeyError: there is none.
+        """
         for file in self.files.values():
             if name in file.tensors:
                 return file
@@ -62,8 +66,8 @@ class Checkpoint:
         """Tensor `name` in its stored dtype."""
         return self.file_of(name).read(name)
 
-    def home(self, additions: Mapping[str, Addition]) -> str:
-        """The weight file that takes `additions`: the one that holds what they copy, else the first."""
+    def file_for(self, additions: Mapping[str, Addition]) -> str:
+        """The name of the weight file to put `additions` in: the one with a tensor that they copy, else the first."""
         copied = [addition.copy_of for addition in additions.values() if addition.copy_of is not None]
         return next(
             (name for name, file in sorted(self.files.items()) if file.tensors.keys() & copied), min(self.files)
@@ -74,7 +78,7 @@ class Checkpoint:
         return sum(file.path.stat().st_size for file in self.files.values())
 
     def side_files(self) -> list[Path]:
-        """The files, relative to the folder, that an edit copies byte for byte."""
+        """The files that an edit copies byte for byte, relative to the folder."""
         weights = {*self.files, INDEX, "config.json"}
         return [
             name
@@ -83,11 +87,11 @@ class Checkpoint:
         ]
 
     def left_out(self) -> list[Path]:
-        """Copies of the weights in other formats, which an edit must not carry along."""
+        """Copies of the weights in other formats, which must not be copied into an edited checkpoint."""
         return [name for name in _walk(self.path) if str(name) not in self.files and self._holds_weights(name)]
 
     def _holds_weights(self, name: Path) -> bool:
-        """Whether a file holds weights of this model a second time; auxiliary tensors of their own may go along."""
+        """Whether a file duplicates weights of this model; auxiliary tensors under other names do not count."""
         if _matches(name, OTHER_WEIGHTS):
             return True
         if name.suffix != ".safetensors":
@@ -95,7 +99,7 @@ class Checkpoint:
         return bool(open_tensor_file(self.path / name).tensors.keys() & self.tensors.keys())
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of every weight file, by name."""
+        """SHA-256 of every weight file, by file name."""
         with track("fingerprint of the weights", self.weight_bytes, "bytes") as advance:
             return {name: _sha256(file.path, advance) for name, file in sorted(self.files.items())}
 
@@ -113,13 +117,18 @@ def _matches(name: Path, patterns: Iterable[str]) -> bool:
 def _sha256(path: Path, progress: Progress) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(2**22):
-            digest.update(piece)
-            progress(len(piece))
+        while chunk := file.read(2**22):
+            digest.update(chunk)
+            progress(len(chunk))
     return digest.hexdigest()
 
 
 def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        OrthogonalizeError: it is missing or damaged.
+    """
     try:
         return json.loads(path.read_text("utf-8"))
     except (ValueError, OSError) as error:
@@ -136,38 +145,40 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
             raise OrthogonalizeError(f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}")
         if any(_matches(name, PICKLES) for name in _walk(folder)):
             raise OrthogonalizeError(
-                f"{folder} has pickled weights only, which can run code when loaded; "
+                f"{folder} has pickled weights only, which can run arbitrary code when loaded; "
                 "convert them to safetensors first (the Hub's safetensors/convert Space does)"
             )
         raise OrthogonalizeError(f"{folder} has no weights ({SINGLE} or {INDEX})")
     if (folder / SINGLE).exists() and SINGLE not in index.read_text("utf-8"):
         raise OrthogonalizeError(
-            f"{folder} has both {INDEX} and {SINGLE}, and loaders differ in which they read; keep one"
+            f"{folder} has both {INDEX} and {SINGLE}, and loaders disagree on which to read; keep one"
         )
     listed = read_json(index)
     weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
     if not all(isinstance(name, str) for name in weight_map.values()):
-        raise OrthogonalizeError(f"{index} names files by something else than text; fetch it again")
+        raise OrthogonalizeError(f"{index} has a file name that is not a string; fetch it again")
     files: dict[str, TensorFile] = {}
     for name in sorted(set(weight_map.values())):
         if Path(name).name != name:
-            raise OrthogonalizeError(f"{index} points outside its folder ({name!r}); do not trust this checkpoint")
+            raise OrthogonalizeError(
+                f"{index} points outside its folder ({name!r}); this checkpoint is not to be trusted"
+            )
         if not (folder / name).exists():
-            raise OrthogonalizeError(f"{folder} lacks the shard {name}; download it again")
+            raise OrthogonalizeError(f"{folder} lacks the shard {name}; fetch it again")
         files[name] = open_tensor_file(folder / name)
     stored: dict[str, str] = {}
     for name, file in files.items():
         for tensor in file.tensors:
             if stored.setdefault(tensor, name) != name:
                 raise OrthogonalizeError(
-                    f"{folder} has {tensor!r} in more than one shard, and loaders differ in which they read; "
-                    "fetch them again"
+                    f"{folder} has {tensor!r} in more than one shard, and loaders disagree on which to read; "
+                    "fetch the shards again"
                 )
     if stored != weight_map:
         wrong = sorted(set(stored.items()) ^ set(weight_map.items()))[0][0]
-        raise OrthogonalizeError(f"{index} and the shards disagree about {wrong!r}; fetch them again")
+        raise OrthogonalizeError(f"{index} and the shards disagree about {wrong!r}; fetch the checkpoint again")
     return files, True
 
 
@@ -175,14 +186,14 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Open a checkpoint folder and validate the header of every weight file.
 
     Raises:
-        OrthogonalizeError: anything missing, truncated, inconsistent or unsafe.
+        OrthogonalizeError: something is missing, truncated, inconsistent or unsafe.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise OrthogonalizeError(f"no such model folder: {folder}")
     if (folder / "adapter_config.json").exists():
         raise OrthogonalizeError(
-            f"{folder} holds an adapter, which loaders apply on top; merge it into the model first"
+            f"{folder} holds an adapter, which loaders would apply on top of the weights; merge it into the model first"
         )
     if not (folder / "config.json").exists():
         raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
@@ -195,9 +206,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
 
 @dataclass(frozen=True)
 class Addition:
-    """A tensor that the edit adds: dtype and shape known beforehand, values made when written.
+    """A tensor that the edit adds: dtype and shape are known in advance, values are computed when it is written.
 
-    `copy_of` names the tensor of the source that it begins as a copy of, where it does.
+    `copy_of` is the name of the source tensor that it starts as a copy of, if any.
     """
 
     dtype: str

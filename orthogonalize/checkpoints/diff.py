@@ -1,4 +1,4 @@
-"""Everything in which two checkpoints differ, for any two: no recipe and no description of the model is needed."""
+"""Compare any two checkpoints, without a recipe or a description of the model."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 
 from ..core.progress import track
 from .checkpoint import Checkpoint
-from .quantization import real_rows
+from .quantization import row_reader
 from .safetensors_file import DTYPES, row_blocks
 from .tensor_diff import GRAIN, ChangeDirections, Difference, SharedDirections, common_directions, difference
 
-PROJECTED = 0.05  # of a component may be left where it was projected out and then rounded
-ALIGNED = 0.99  # the cosine from which on two directions are one
+PROJECTED = 0.05  # largest share of a component that counts as projected out (rounding leaves some)
+ALIGNED = 0.99  # smallest cosine of two directions that count as the same
 
 
 @dataclass
 class Audit:
-    """Every difference of two checkpoints, by tensor name.
+    """Every difference between two checkpoints, by tensor name.
 
-    `changed` is `|W' - W| / |W|` (infinite where shapes differ, 0 for the same numbers in another format),
-    `differences` says more of those whose numbers can be compared. `config` and `side_files` are configuration
-    values (base's, this one's) and other files; `notes` says of a file in what it differs. `common` are
-    directions that the changes share.
+    `changed` is `|W' - W| / |W|` (infinite if shapes differ, 0 for the same numbers in another format);
+    `differences` describes the tensors whose numbers can be compared. `config` holds the configuration values that
+    differ (base's, this one's) and `side_files` the other files that do; `notes` says how each of those differs.
+    `common` are the directions that the changes share.
     """
 
     changed: dict[str, float] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Audit:
     common: SharedDirections | None = None
 
     def along_common(self, name: str) -> ChangeDirections | None:
-        """The change of tensor `name` along the common directions, where it is one."""
+        """The change of tensor `name` along the common directions; None if it is not along them."""
         found = self.differences.get(name)
         if self.common is None or found is None:
             return None
@@ -54,23 +54,23 @@ class Audit:
         return None
 
     def projected(self) -> dict[str, float]:
-        """What is left of the common directions in each tensor that they were projected out of."""
+        """The share of the common directions left in each tensor that they were projected out of."""
         along = {name: self.along_common(name) for name in self.differences}
         return {name: d.left for name, d in along.items() if d is not None and d.left <= PROJECTED}
 
     def verdict(self) -> str:
-        """One sentence on what the change looks like."""
+        """One sentence that describes the change."""
         if not (self.changed or self.added or self.missing):
-            return "the weights are the base's"
+            return "the weights are identical to the base's"
         altered = [name for name, change in self.changed.items() if change != 0]
         if not (altered or self.added or self.missing):
-            return "the weights are the base's, in another number format"
+            return "the weights are identical to the base's, in another number format"
         compared = [d for d in self.differences.values() if d.rank is not None]
         if self.common is None or not compared:
             low = [d.rank for d in compared if d.rank]
             if low and len(low) == len(altered):
-                return f"changes of low rank (at most {max(low)}) along no common direction"
-            return "changes of high rank: other training, another model, or another number format"
+                return f"changes of low rank (at most {max(low)}) without a common direction"
+            return "changes of high rank: further training, another model, or another number format"
         rank, count = len(self.common.basis), self.common.shared_by[0]
         where = (
             f"{count} of {self.common.of} changed tensors share {'a direction' if rank == 1 else f'{rank} directions'}"
@@ -79,7 +79,7 @@ class Audit:
         if len(projected) >= count / 2:
             return (
                 f"an orthogonalisation of rank {rank}: {where}, projected out of {len(projected)} "
-                f"(at most {max(projected.values()):.1e} is left)"
+                f"(at most {max(projected.values()):.1e} of it is left)"
             )
         along = [self.along_common(name) for name in self.differences]
         strengths = sorted(d.strength for d in along if d is not None and math.isfinite(d.strength))
@@ -87,11 +87,11 @@ class Audit:
         return f"an edit of rank {rank}: {where} (strength about {middle:.2g}, where 1 projects and 2 mirrors)"
 
     def as_json(self) -> str:
-        """The whole of it; directions as lists of numbers."""
+        """The audit as JSON, with directions as lists of numbers."""
         tensors = {
             name: {
-                "change": _number(change),
-                **(_described(self.differences[name]) if name in self.differences else {}),
+                "change": _finite_or_none(change),
+                **(_difference_json(self.differences[name]) if name in self.differences else {}),
             }
             for name, change in self.changed.items()
         }
@@ -108,23 +108,28 @@ class Audit:
         return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _number(x: float) -> float | None:
+def _finite_or_none(x: float) -> float | None:
     return x if math.isfinite(x) else None
 
 
-def _described(found: Difference) -> dict[str, Any]:
+def _difference_json(found: Difference) -> dict[str, Any]:
     return {
         "rank": found.rank,
-        "energy": _number(found.energy),
+        "energy": _finite_or_none(found.energy),
         "axes": [
-            {"axis": d.axis, "rank": len(d.basis), "left": _number(d.left), "strength": _number(d.strength)}
+            {
+                "axis": d.axis,
+                "rank": len(d.basis),
+                "left": _finite_or_none(d.left),
+                "strength": _finite_or_none(d.strength),
+            }
             for d in found.directions
         ],
     }
 
 
 def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
-    """Compare tensors (some rows at a time), configuration and side files of two checkpoints."""
+    """Compare the tensors (a block of rows at a time), configuration and side files of two checkpoints."""
     result = Audit()
     mine, theirs = edited.tensors, base.tensors
     result.added = sorted(mine.keys() - theirs.keys())
@@ -145,7 +150,7 @@ def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
         if pair[0] != pair[1]:
             result.config[key] = pair
     for side in sorted({str(f) for f in base.side_files()} | {str(f) for f in edited.side_files()}):
-        note = _file_note(edited.path / side, base.path / side)
+        note = _describe_file_difference(edited.path / side, base.path / side)
         if note is not None:
             result.side_files.append(side)
             result.notes[side] = note
@@ -160,9 +165,9 @@ def _compare(edited: Checkpoint, base: Checkpoint, name: str, result: Audit) -> 
         result.changed[name] = math.nan if kinds[0] == kinds[1] else math.inf
         return
     if not (shape and all(kind.is_floating_point for kind in known)):
-        result.changed[name] = _plain_change(edited.read(name), base.read(name))
+        result.changed[name] = _relative_change(edited.read(name), base.read(name))
         return
-    old, new = real_rows(base, name), real_rows(edited, name)
+    old, new = row_reader(base, name), row_reader(edited, name)
 
     def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for first, last in row_blocks(shape):
@@ -174,7 +179,7 @@ def _compare(edited: Checkpoint, base: Checkpoint, name: str, result: Audit) -> 
         result.differences[name] = found
 
 
-def _plain_change(new: torch.Tensor, old: torch.Tensor) -> float:
+def _relative_change(new: torch.Tensor, old: torch.Tensor) -> float:
     return float((new.double() - old.double()).norm() / old.double().norm())
 
 
@@ -183,8 +188,8 @@ def _same_bytes(edited: Checkpoint, base: Checkpoint, name: str) -> bool:
     return all(a == b for a, b in pairs)
 
 
-def _file_note(mine: Path, theirs: Path) -> str | None:
-    """In what two files differ, in a few words; None where they are the same."""
+def _describe_file_difference(mine: Path, theirs: Path) -> str | None:
+    """How two files differ, in a few words; None if they are identical."""
     if not (mine.is_file() and theirs.is_file()):
         return "only here" if mine.is_file() else "only in the base"
     ours, other = mine.read_bytes(), theirs.read_bytes()
@@ -197,4 +202,4 @@ def _file_note(mine: Path, theirs: Path) -> str | None:
     if not (isinstance(new, dict) and isinstance(old, dict)):
         return "differs"
     keys = sorted(key for key in new.keys() | old.keys() if new.get(key) != old.get(key))
-    return f"differs in {', '.join(keys)}" if keys else "the same values, written in another way"
+    return f"differs in {', '.join(keys)}" if keys else "the same values, formatted differently"

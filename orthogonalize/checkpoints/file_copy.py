@@ -1,4 +1,4 @@
-"""Files taken over as they are, by the cheapest way that the file system has."""
+"""Copy unchanged files as cheaply as the file system allows."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ BUFFER = 32 * 2**20  # bytes read at a time
 
 
 def copy_file(source: Path, target: Path, link: bool = False) -> None:
-    """Copy a file by the cheapest way that the file system has: shared blocks, or a copy by the kernel.
+    """Copy a file as cheaply as the file system allows: by shared blocks (reflink), else by a copy in the kernel.
 
-    With `link` the two become one file under two names, where that is possible.
+    With `link` it becomes a hard link where possible.
+
+    Raises:
+        OrthogonalizeError: the source shrank meanwhile.
     """
-    source = source.resolve()  # the Hub's cache holds links to its files
+    source = source.resolve()  # files in the Hub's cache are symbolic links
     if link:
         try:
             os.link(source, target)
@@ -39,7 +42,7 @@ def copy_file(source: Path, target: Path, link: bool = False) -> None:
             while left:
                 count = os.copy_file_range(old.fileno(), new.fileno(), left)
                 if not count:
-                    raise OrthogonalizeError(f"{source} became shorter while it was copied; fetch it again")
+                    raise OrthogonalizeError(f"{source} was truncated while it was being copied; fetch it again")
                 left -= count
         except OSError:
             if left != size:
@@ -48,8 +51,8 @@ def copy_file(source: Path, target: Path, link: bool = False) -> None:
         os.fsync(new.fileno())
 
 
-def copy_hashed(source: Path, target: Path, link: bool, advance: Progress) -> str:
-    """Copy a file (see `copy_file`) and hash it meanwhile; its SHA-256."""
+def copy_and_hash(source: Path, target: Path, link: bool, advance: Progress) -> str:
+    """Copy a file (see `copy_file`) and return its SHA-256, computed meanwhile."""
     digest = hashlib.sha256()
     with ThreadPoolExecutor(1) as copier:
         copying = copier.submit(copy_file, source, target, link)

@@ -12,11 +12,11 @@ import torch
 
 from ..core.progress import Progress
 from .checkpoint import Addition, Checkpoint
-from .quantization import rescaled, scale_name
+from .quantization import edited_scales, scale_name
 from .rounding.base import Scales
 from .rounding.registry import DEFAULT_ROUNDING
 from .tensor_edit import TensorEdit
-from .writer import Changes, Written, write_rest, write_weights
+from .writer import Changes, Written, write_other_files, write_weights
 
 
 @dataclass
@@ -56,18 +56,18 @@ class CheckpointPlan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of weights in the edited checkpoint."""
+        """Total size of the edited checkpoint's weight files, in bytes."""
         return self.bytes_of(self.source.files)
 
     @property
     def changed_bytes(self) -> int:
-        """Bytes of the weight files in it that are not the source's, byte for byte."""
+        """Total size of the weight files that differ from the source's, in bytes."""
         return self.bytes_of(self.changed_files)
 
     @property
     def changed_files(self) -> set[str]:
-        """The names of the weight files that are not the source's, byte for byte."""
-        names, home = self.changes.names, self._home
+        """The names of the weight files that differ from the source's."""
+        names, home = self.changes.names, self._file_of_additions
         return {
             name
             for name, file in self.source.files.items()
@@ -75,21 +75,21 @@ class CheckpointPlan:
         }
 
     @property
-    def _home(self) -> str | None:
-        return self.source.home(self.additions) if self.additions else None
+    def _file_of_additions(self) -> str | None:
+        return self.source.file_for(self.additions) if self.additions else None
 
     def bytes_of(self, files: Iterable[str]) -> int:
-        """Bytes of these weight files in the edited checkpoint."""
-        added = {self._home: sum(addition.size for addition in self.additions.values())}
+        """Total size of these weight files in the edited checkpoint, in bytes."""
+        added = {self._file_of_additions: sum(addition.size for addition in self.additions.values())}
         return sum(self.source.files[name].path.stat().st_size + added.get(name, 0) for name in files)
 
     @cached_property
     def _scales(self) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:
-        """The scales of edited FP8 tensors, and the scale tensors that get other values; the plan must be complete."""
+        """The scales of edited FP8 tensors, and the new values of scale tensors; the plan must be complete."""
         scales: dict[str, Scales] = {}
         replaced: dict[str, torch.Tensor] = {}
         for name, edit in self.edits.items():
-            found = rescaled(self.source, edit) if name in self.source.tensors else None
+            found = edited_scales(self.source, edit) if name in self.source.tensors else None
             if found is not None:
                 scales[name], table = found
                 if table is not None:
@@ -98,18 +98,23 @@ class CheckpointPlan:
 
     @property
     def changes(self) -> Changes:
-        """What is done to the tensors."""
+        """The changes to tensors, as `write_weights` takes them."""
         scales, replaced = self._scales
         return Changes(self.edits, self.additions, scales, replaced, self.rounding)
 
     @property
+    def changed_tensors(self) -> set[str]:
+        """Every tensor that differs from the source's: edited, added, or a scale tensor with new values."""
+        return {*self.changes.names, *self.additions}
+
+    @property
     def touched(self) -> set[str]:
-        """Every tensor of the source that may change, found without reading one: scales of quantised ones, too."""
+        """Every source tensor that may change, scales of quantised ones included; found without reading any."""
         scales = (scale_name(self.source, name) for name in self.edits)
         return {*self.edits, *(name for name in scales if name is not None)}
 
     def edited(self, name: str) -> torch.Tensor:
-        """Tensor `name` of the edited checkpoint, rounded to its stored dtype."""
+        """Tensor `name` of the edited checkpoint, in its stored dtype."""
         addition = self.additions.get(name)
         tensor = addition.make() if addition else self.source.read(name)
         changes = self.changes
@@ -130,5 +135,5 @@ class CheckpointPlan:
         written = write_weights(
             self.source, target, self.changes, progress, workers=workers, link=link, expected=expected
         )
-        write_rest(self.source, target, self.additions, self.config_changes, link=link)
+        write_other_files(self.source, target, self.additions, self.config_changes, link=link)
         return written

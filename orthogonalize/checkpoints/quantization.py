@@ -1,8 +1,8 @@
-"""Quantised checkpoints: which can be edited as they are stored, and the scales that their numbers have.
+"""Quantised checkpoints: which ones can be edited as stored, and the scales of FP8 weights.
 
-FP8 weights (`X.weight` as float8_e4m3fn) come with `X.weight_scale_inv` (blocks, as DeepSeek-V3 and Qwen3 ship
-them) or `X.weight_scale` (compressed-tensors: one, one a row, or blocks), which multiply the stored numbers.
-An edit of such a tensor is computed on the real numbers and rounded to the same layout; a scale changes only
+FP8 weights (`X.weight` as float8_e4m3fn) come with `X.weight_scale_inv` (per block, as DeepSeek-V3 and Qwen3 ship
+them) or `X.weight_scale` (compressed-tensors: per tensor, row or block), which multiply the stored numbers.
+An edit of such a tensor is computed on the dequantised numbers and rounded to the same layout; a scale changes only
 where the edited numbers would not fit under it.
 """
 
@@ -21,12 +21,12 @@ from .safetensors_file import DTYPES, EDITABLE
 from .tensor_edit import TensorEdit
 
 FP8 = "F8_E4M3"
-SCALES = ("_scale_inv", "_scale")  # behind the name of the weight
-VECTORS = 2048  # looked at together
+SCALES = ("_scale_inv", "_scale")  # suffixes of the weight's name
+VECTORS = 2048  # processed at a time
 LARGEST = GRIDS[DTYPES[FP8]].largest
-# A number just above the largest is rounded to it like any other: a scale stays for these.
+# Numbers just above the largest value round to it, so the scale can stay.
 FITS = LARGEST * (1 + 2.0**-6)
-# Other formats, by what stands beside or instead of the weight, and the way out.
+# Packed formats, by the suffix of the tensor that accompanies or replaces the weight.
 PACKED = {
     "_blocks": "MXFP4", "_packed": "packed integers (compressed-tensors)", "qweight": "GPTQ or AWQ integers",
     ".absmax": "bitsandbytes integers", ".SCB": "bitsandbytes integers",
@@ -39,15 +39,15 @@ WAY_OUT = (
 
 
 def scale_name(source: Checkpoint, name: str) -> str | None:
-    """The tensor that holds the scales of weight `name`, or None."""
+    """The name of the tensor that holds the scales of weight `name`, or None."""
     return next((name + suffix for suffix in SCALES if name + suffix in source.tensors), None)
 
 
 def refuse_packed(tensors: Container[str], name: str) -> None:
-    """Refuse a weight that is there in a packed format only.
+    """Refuse a weight that exists in a packed format only.
 
     Raises:
-        OrthogonalizeError: among `tensors` is a packed form of `name`.
+        OrthogonalizeError: `tensors` has a packed form of `name`.
     """
     stem = name.removesuffix(".weight").removesuffix("weight")
     for suffix, what in PACKED.items():
@@ -56,17 +56,17 @@ def refuse_packed(tensors: Container[str], name: str) -> None:
 
 
 def check_editable(source: Checkpoint, name: str) -> None:
-    """Refuse a tensor that an edit cannot be stored in.
+    """Refuse a tensor whose format cannot store an edit.
 
     Raises:
-        OrthogonalizeError: `name` is there in a format that cannot be edited, or only in a packed one.
+        OrthogonalizeError: `name` is stored in a format that cannot be edited, or only in packed form.
     """
     refuse_packed(source.tensors, name)
     info = source.tensors.get(name)
     if info is None or info.dtype in EDITABLE:
         return
     if info.dtype == FP8 and scale_name(source, name) is not None:
-        scales_of(source, name, 0)
+        read_scales(source, name, 0)
         return
     scales = " without scales" if info.dtype == FP8 else ""
     raise OrthogonalizeError(
@@ -74,8 +74,8 @@ def check_editable(source: Checkpoint, name: str) -> None:
     )
 
 
-def _every(size: int, count: int, block: int | None) -> int | None:
-    """How many entries share a scale, where `size` entries have `count` scales."""
+def _group_size(size: int, count: int, block: int | None) -> int | None:
+    """How many entries share a scale if `size` entries have `count` scales; None if they do not divide."""
     if count == 1:
         return size
     if count == size:
@@ -83,38 +83,36 @@ def _every(size: int, count: int, block: int | None) -> int | None:
     return block if block and math.ceil(size / block) == count else None
 
 
-def scales_of(source: Checkpoint, name: str, axis: int) -> Scales | None:
-    """The scales of weight `name` as the vectors along `axis` meet them; None where it has none.
+def read_scales(source: Checkpoint, name: str, axis: int) -> Scales | None:
+    """The scales of weight `name`, laid out for vectors along `axis`; None if it has none.
 
     Raises:
-        OrthogonalizeError: a layout that is not known.
+        OrthogonalizeError: the layout of the scales is unknown.
     """
     other = scale_name(source, name) if source.tensors[name].dtype == FP8 else None
     if other is None:
         return None
     weight, info = source.tensors[name], source.tensors[other]
     if len(weight.shape) != 2 or info.dtype not in EDITABLE:
-        raise OrthogonalizeError(
-            f"{name} {list(weight.shape)} has {info.dtype} scales, a layout that is not known; {WAY_OUT}"
-        )
+        raise OrthogonalizeError(f"{name} {list(weight.shape)} has {info.dtype} scales in an unknown layout, {WAY_OUT}")
     table = source.read(other).float()
     table = table.reshape(1, 1) if table.numel() == 1 else table.reshape(len(table), -1)
     settings = source.config.get("quantization_config") or {}
     blocks = settings.get("weight_block_size") or _group_blocks(settings) or (None, None)
-    every = tuple(_every(size, count, b) for size, count, b in zip(weight.shape, table.shape, blocks, strict=True))
+    every = tuple(_group_size(size, count, b) for size, count, b in zip(weight.shape, table.shape, blocks, strict=True))
     if every[0] is None or every[1] is None:
         raise OrthogonalizeError(
-            f"{other} {list(info.shape)} does not divide {name} {list(weight.shape)} into the blocks that "
-            "config.json names; fetch the checkpoint again"
+            f"{other} {list(info.shape)} does not divide {name} {list(weight.shape)} into the blocks given in "
+            "config.json; fetch the checkpoint again"
         )
     if axis % 2 == 0:
         return Scales(table.numpy(), (every[0], every[1]))
     return Scales(table.mT.contiguous().numpy(), (every[1], every[0]))
 
 
-def real_values(source: Checkpoint, name: str) -> torch.Tensor:
-    """Tensor `name`, and where it is FP8 the numbers that it stands for, in float64."""
-    stored, scales = source.read(name), scales_of(source, name, 0)
+def dequantize(source: Checkpoint, name: str) -> torch.Tensor:
+    """Tensor `name` as stored, or dequantised to float64 if it is FP8."""
+    stored, scales = source.read(name), read_scales(source, name, 0)
     if scales is None:
         return stored
     rows, columns = (torch.arange(n) // every for n, every in zip(stored.shape, scales.every, strict=True))
@@ -122,7 +120,7 @@ def real_values(source: Checkpoint, name: str) -> torch.Tensor:
 
 
 def _group_blocks(settings: dict[str, object]) -> tuple[int, int] | None:
-    """The block structure that a compressed-tensors configuration names, where it does."""
+    """The block structure in a compressed-tensors configuration, if it has one."""
     groups = settings.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
         blocks = (group.get("weights") or {}).get("block_structure")
@@ -131,12 +129,12 @@ def _group_blocks(settings: dict[str, object]) -> tuple[int, int] | None:
     return None
 
 
-def rescaled(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.Tensor | None] | None:
-    """The scales of a tensor before and after its edit, and the scale tensor to store where it changed.
+def edited_scales(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.Tensor | None] | None:
+    """The scales of a tensor before and after its edit, and the new scale tensor, or None where it does not change.
 
-    None where the tensor has no scales. The weights are read once for it.
+    None if the tensor has no scales. Reads the weights once.
     """
-    scales = scales_of(source, edit.name, edit.axis)
+    scales = read_scales(source, edit.name, edit.axis)
     if scales is None:
         return None
     stored = source.read(edit.name).movedim(edit.axis, 0)
@@ -165,9 +163,9 @@ def rescaled(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.Tensor
     return scales._replace(edited=grown.float().numpy()), table.reshape(info.shape).contiguous()
 
 
-def real_rows(source: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
-    """Gives rows of tensor `name` from one to another as they are stored; of FP8 the numbers that they stand for."""
+def row_reader(source: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
+    """A function of (first, last) that reads those rows of tensor `name`: as stored, or dequantised if it is FP8."""
     if source.tensors[name].dtype == FP8 and scale_name(source, name) is not None:
-        values = real_values(source, name)
+        values = dequantize(source, name)
         return lambda first, last: values[first:last]
     return partial(source.file_of(name).rows, name)

@@ -1,7 +1,7 @@
-"""One safetensors file: its header checked before use, its tensors read and written one at a time.
+"""A safetensors file: validate its header, read and write its tensors one at a time.
 
-The safetensors library saves a file whole from memory; editing a checkpoint needs it tensor by
-tensor, so header and spans are handled here. The format: 8 bytes of header length (little-endian),
+The safetensors library saves a whole file from memory; editing a checkpoint needs access tensor by
+tensor, so headers and offsets are handled here. The format: 8 bytes of header length (little-endian),
 a JSON header, then the tensors' bytes without gaps.
 """
 
@@ -22,7 +22,7 @@ from ..core.errors import OrthogonalizeError
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 CHUNK = 16 * 2**20  # bytes copied at a time
-BLOCK = 2**22  # entries computed with at a time
+BLOCK = 2**22  # entries processed at a time
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -38,7 +38,8 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-# Every format that the library knows, those without arithmetic here too: their spans are checked and they are copied.
+# Every format that the library knows. Those not in DTYPES cannot be edited: their sizes are checked, and they are
+# copied.
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "U16": 16, "U32": 32, "U64": 64, "C64": 64,
@@ -48,7 +49,7 @@ EDITABLE = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: `start` and `end` are byte offsets in the data part of the file."""
+    """The place of a tensor in its file: `start` and `end` are byte offsets in the data section."""
 
     name: str
     dtype: str
@@ -61,11 +62,15 @@ class TensorInfo:
         return self.end - self.start
 
     def split(self, parts: Mapping[str, int]) -> dict[str, TensorInfo]:
-        """Its rows as several tensors: their names, and how many of them each has."""
+        """Split the tensor by rows into `parts`: names, and how many rows each gets.
+
+        Raises:
+            ValueError: the numbers of rows do not add up.
+        """
         row = self.size // self.shape[0]
         ends = list(accumulate(parts.values(), initial=0))
         if ends[-1] != self.shape[0]:
-            raise ValueError(f"{self.name} has {self.shape[0]} rows, and its parts {ends[-1]}")
+            raise ValueError(f"{self.name} has {self.shape[0]} rows, and its parts have {ends[-1]}")
         return {
             name: TensorInfo(
                 name, self.dtype, (rows, *self.shape[1:]), self.start + row * first, self.start + row * last
@@ -76,9 +81,9 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A safetensors file whose header has been validated against the file's length.
+    """A safetensors file whose header has been validated against the length of the file.
 
-    `renamed` says that `tensors` are called, or cut, in another way than the file's own header has it.
+    `renamed`: whether `tensors` have other names, or are split differently, than in the header on disk.
     """
 
     path: Path
@@ -88,9 +93,9 @@ class TensorFile:
     renamed: bool = False
 
     def split(self, parts: Mapping[str, Mapping[str, int]]) -> TensorFile:
-        """The same file, in which each tensor of `parts` is several: their names, and how many rows each has.
+        """The same file with each tensor in `parts` split by rows: names, and how many rows each gets.
 
-        Rows lie one after the other, so no byte of the data part moves.
+        Rows are contiguous, so no byte of the data section moves.
         """
         if not parts.keys() & self.tensors.keys():
             return self
@@ -100,51 +105,57 @@ class TensorFile:
         return replace(self, tensors=tensors, renamed=True)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor `name`, in its stored dtype, in memory of its own."""
+        """Tensor `name` in its stored dtype, in newly allocated memory."""
         info = self.tensors[name]
         buffer = bytearray(info.size)
         with self.path.open("rb") as file:
             file.seek(self.data_start + info.start)
             if file.readinto(buffer) != info.size:
-                raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+                raise OrthogonalizeError(
+                    f"{self.path} is truncated: {name} ends before the offset in its header; fetch the file again"
+                )
         if not info.size:
             return torch.empty(info.shape, dtype=DTYPES[info.dtype])
         return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
-        """The tensor `name` from `first` to `last` along its first axis, in its stored dtype."""
+        """Rows `first` to `last` of tensor `name`, along its first axis, in its stored dtype."""
         info = self.tensors[name]
         row = info.size // info.shape[0] if info.shape[0] else 0
         buffer = bytearray((last - first) * row)
         with self.path.open("rb") as file:
             file.seek(self.data_start + info.start + first * row)
             if file.readinto(buffer) != len(buffer):
-                raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
+                raise OrthogonalizeError(
+                    f"{self.path} is truncated: {name} ends before the offset in its header; fetch the file again"
+                )
         dtype, shape = DTYPES[info.dtype], (last - first, *info.shape[1:])
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape) if buffer else torch.empty(shape, dtype=dtype)
 
     def chunks(self, name: str) -> Iterator[bytes]:
-        """The stored bytes of `name`, in pieces."""
+        """The stored bytes of `name`, in chunks."""
         info = self.tensors[name]
         with self.path.open("rb") as file:
             file.seek(self.data_start + info.start)
             left = info.size
             while left:
-                piece = file.read(min(left, CHUNK))
-                if not piece:
-                    raise OrthogonalizeError(f"{self.path}: {name} ends before its header says; fetch the file again")
-                left -= len(piece)
-                yield piece
+                chunk = file.read(min(left, CHUNK))
+                if not chunk:
+                    raise OrthogonalizeError(
+                        f"{self.path} is truncated: {name} ends before the offset in its header; fetch the file again"
+                    )
+                left -= len(chunk)
+                yield chunk
 
 
 def _bad(path: Path, why: str) -> OrthogonalizeError:
-    return OrthogonalizeError(f"{path} is not a sound safetensors file: {why}; fetch it again")
+    return OrthogonalizeError(f"{path} is not a valid safetensors file: {why}; fetch it again")
 
 
 def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
+        raise ValueError("a name appears twice")
     return result
 
 
@@ -159,11 +170,11 @@ def _tensor_info(path: Path, name: str, entry: object, data_size: int) -> Tensor
     if not start <= end <= data_size:
         raise _bad(path, f"{name!r} spans bytes {start}-{end} of {data_size}")
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _bad(path, f"{name!r} is of an unknown number format {dtype!r}")
+        raise _bad(path, f"{name!r} has an unknown number format {dtype!r}")
     bits = 0 if 0 in shape else BITS[dtype]
     for n in shape:
         bits *= n
-        if bits > 8 * data_size:  # enough to refuse it; the product of a hostile shape need not be known
+        if bits > 8 * data_size:  # already too large; the product of a hostile shape could take forever
             break
     if bits != 8 * (end - start):
         raise _bad(path, f"{name!r} claims to be {dtype}{str(shape)[:60]}, but spans {end - start} bytes")
@@ -174,7 +185,8 @@ def open_tensor_file(path: Path) -> TensorFile:
     """Read and validate the header of `path` without touching the data.
 
     Raises:
-        OrthogonalizeError: truncated, oversized, malformed, overlapping, gapped or lying header.
+        OrthogonalizeError: the header is truncated, oversized or malformed, or its tensors overlap, leave gaps or
+            do not match the data.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -199,10 +211,10 @@ def open_tensor_file(path: Path) -> TensorFile:
     end = 0
     for info in sorted(tensors.values(), key=lambda t: (t.start, t.end)):
         if info.start != end:
-            raise _bad(path, f"{info.name!r} starts at byte {info.start}, where {end} was expected")
+            raise _bad(path, f"{info.name!r} starts at byte {info.start} instead of {end}")
         end = info.end
     if end != data_size:
-        raise _bad(path, f"its tensors end at byte {end} and the file at {data_size}")
+        raise _bad(path, f"its tensors end at byte {end} and its data at {data_size}")
     return TensorFile(path, 8 + length, tensors, metadata)
 
 
@@ -213,7 +225,7 @@ def stored_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def header_bytes(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
-    """Length and header for `tensors`, which must follow in this order, without gaps."""
+    """The header for `tensors`, length included; their data must follow in this order, without gaps."""
     header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
     for info in tensors:
         header[info.name] = {
@@ -227,12 +239,12 @@ def header_bytes(tensors: list[TensorInfo], metadata: dict[str, str]) -> bytes:
 
 
 def write_header(file: BinaryIO, tensors: list[TensorInfo], metadata: dict[str, str]) -> None:
-    """Write length and header (see `header_bytes`) into an open file."""
+    """Write the header (see `header_bytes`) into an open file."""
     file.write(header_bytes(tensors, metadata))
 
 
 def row_blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, last) along the first axis of a tensor of `shape`, by blocks of `BLOCK` entries."""
+    """(first, last) along the first axis of a tensor of `shape`, in blocks of about `BLOCK` entries."""
     rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
     for first in range(0, shape[0], rows):
         yield first, min(first + rows, shape[0])

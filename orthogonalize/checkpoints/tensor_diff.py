@@ -1,6 +1,6 @@
-"""What the difference of two tensors looks like: its rank, its directions, and whether something was projected out.
+"""Rank and directions of the difference of two tensors, and whether a projection explains it.
 
-Nothing here knows a model or reads more than a block of rows at a time.
+Nothing here knows a model, and only a block of rows is in memory at a time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-MOST = 24  # singular values looked at; a difference of a higher rank counts as full
+MOST = 24  # singular values computed; a difference of higher rank counts as full rank
 GRAIN = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24, torch.float8_e4m3fn: 2.0**-4}
-ABOVE_NOISE = 1.5  # times the largest singular value that rounding alone would give
+ABOVE_NOISE = 1.5  # singular values count from this many times the largest that rounding alone would give
 
 Blocks = Callable[[], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 
@@ -23,7 +23,7 @@ class ChangeDirections:
     """The leading directions of a difference along one axis of a tensor.
 
     `basis` is [k, width], orthonormal rows in float64. `left` is the share of the base's component along
-    them that the other tensor still has: 0 after a projection. `strength` is what was taken out, in units
+    them that the other tensor still has: 0 after a projection. `strength` is how much was removed, in units
     of a projection (2: mirrored).
     """
 
@@ -35,7 +35,7 @@ class ChangeDirections:
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor's difference: `change` is `|W' - W| / |W|`; `rank` None means more than was looked at.
+    """One tensor's difference: `change` is `|W' - W| / |W|`; `rank` None means more than `MOST`.
 
     `energy` is the share of the squared change that lies in `rank` (or the first `MOST`) directions.
     """
@@ -46,16 +46,16 @@ class Difference:
     directions: tuple[ChangeDirections, ...] = ()
 
 
-def _unfolded(block: torch.Tensor, axis: int) -> torch.Tensor:
+def _unfold(block: torch.Tensor, axis: int) -> torch.Tensor:
     """[entries of all other axes, size of `axis`] of a block, in float32."""
     return block.movedim(axis, -1).reshape(-1, block.shape[axis]).float()
 
 
-def _range(blocks: Blocks, axis: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The leading singular values of the difference unfolded along `axis`, and its directions [k, width] there.
+def _leading_directions(blocks: Blocks, axis: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The leading singular values of the difference unfolded along `axis`, and their directions [k, width].
 
-    Randomised subspace iteration (Halko et al. 2011, algorithm 4.4): three passes, of which each forms
-    `D^T D Q` block by block. Exact where `width` is small.
+    Randomised subspace iteration (Halko et al. 2011, algorithm 4.4): three passes, each of which forms
+    `D^T D Q` block by block. Exact for small `width`.
     """
     generator = torch.Generator().manual_seed(0)
     size = min(width, MOST + 8)
@@ -63,23 +63,23 @@ def _range(blocks: Blocks, axis: int, width: int) -> tuple[torch.Tensor, torch.T
     for _ in range(3):
         product = torch.zeros(width, size, dtype=torch.float64)
         for old, new in blocks():
-            difference = _unfolded(new.float() - old.float(), axis)
+            difference = _unfold(new.float() - old.float(), axis)
             product += (difference.mT @ (difference @ q.float())).double()
         values = product.norm()
         q = torch.linalg.qr(product)[0] if values else q
     gram = torch.zeros(size, size, dtype=torch.float64)
     for old, new in blocks():
-        part = (_unfolded(new.float() - old.float(), axis) @ q.float()).double()
+        part = (_unfold(new.float() - old.float(), axis) @ q.float()).double()
         gram += part.mT @ part
     squares, vectors = torch.linalg.eigh(gram)
     order = squares.argsort(descending=True)[: min(MOST, width)]
     return squares[order].clamp(min=0).sqrt(), (q @ vectors[:, order]).mT
 
 
-def _across_rows(blocks: Blocks, values: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
-    """The directions [k, rows] of a matrix's rows that belong to those of its columns: `D v / s`.
+def _left_directions(blocks: Blocks, values: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The left singular vectors [k, rows] of a matrix's difference that belong to the right ones, `basis`: `D v / s`.
 
-    Blocks are some rows each, so directions of length `rows` are pieced together from them.
+    A block is a range of rows, so the vectors are concatenated from blocks.
     """
     parts = [(new.float() - old.float()) @ basis.float().mT for old, new in blocks()]
     return (torch.cat(parts).double() / values.clamp(min=1e-300)).mT
@@ -88,10 +88,10 @@ def _across_rows(blocks: Blocks, values: torch.Tensor, basis: torch.Tensor) -> t
 def _components(
     blocks: Blocks, axis: int, basis: torch.Tensor, matrix: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What base and edited tensor hold along `basis`, in pieces."""
+    """The components of base and edited tensor along `basis`, block by block."""
     if not (matrix and axis == 0):
         for old, new in blocks():
-            yield _unfolded(old, axis).double() @ basis.mT, _unfolded(new, axis).double() @ basis.mT
+            yield _unfold(old, axis).double() @ basis.mT, _unfold(new, axis).double() @ basis.mT
         return
     sums: list[torch.Tensor] = []
     start = 0
@@ -103,8 +103,8 @@ def _components(
     yield sums[0], sums[1]
 
 
-def _taken_out(blocks: Blocks, axis: int, basis: torch.Tensor, matrix: bool) -> tuple[float, float]:
-    """What is left of the base's component along `basis`, and how much of it was taken out."""
+def _measure_removal(blocks: Blocks, axis: int, basis: torch.Tensor, matrix: bool) -> tuple[float, float]:
+    """The share of the base's component along `basis` that is left, and the strength of the removal."""
     before = after = product = 0.0
     for a, b in _components(blocks, axis, basis, matrix):
         before += a.square().sum().item()
@@ -114,9 +114,9 @@ def _taken_out(blocks: Blocks, axis: int, basis: torch.Tensor, matrix: bool) -> 
 
 
 def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Difference:
-    """Describe the difference of two tensors of `shape`, of which `blocks()` gives rows of both, as often as asked.
+    """Describe the difference of two tensors of `shape`; each call of `blocks` iterates over blocks of rows of both.
 
-    `dtype` is the coarser of those that they are stored in; what its rounding may do is no part of the rank.
+    `dtype` is the coarser of their stored dtypes; what its rounding explains does not count towards the rank.
     """
     change = total = noise = 0.0
     for old, new in blocks():
@@ -133,26 +133,26 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
         return Difference(share, 1 if directions else None, 1.0 if directions else math.nan, directions)
     found, ranks = [], []
     entries = math.prod(shape)
-    # A stored value is off by up to half its grain, evenly: a twelfth of the square on average.
+    # The rounding error of a stored value is uniform over its grain: its variance is a twelfth of the square.
     deviation = GRAIN.get(dtype, 0.0) * 2 * math.sqrt(noise / entries / 12)
     matrix = len(shape) == 2 and shape[1] > 1
-    across: tuple[torch.Tensor, torch.Tensor] | None = None  # of the columns, found first
+    across: tuple[torch.Tensor, torch.Tensor] | None = None  # along the columns, computed first
     for axis, width in sorted(enumerate(shape), reverse=matrix):
         if width < 2 or (len(shape) > 2 and axis == 0):
             continue
         if axis == 0 and across is not None:
             values = across[0][:width]
-            basis = _across_rows(blocks, across[0], across[1])[:width]
+            basis = _left_directions(blocks, across[0], across[1])[:width]
         else:
-            values, basis = _range(blocks, axis, width)
+            values, basis = _leading_directions(blocks, axis, width)
             across = (values, basis) if matrix else None
         edge = ABOVE_NOISE * deviation * (math.sqrt(width) + math.sqrt(entries / width))
         rank = int((values > max(edge, 1e-6 * values[0].item())).sum())
         ranks.append((rank, values.square()))
         if 0 < rank < len(values):
-            found.append(ChangeDirections(axis, basis[:rank], *_taken_out(blocks, axis, basis[:rank], matrix)))
+            found.append(ChangeDirections(axis, basis[:rank], *_measure_removal(blocks, axis, basis[:rank], matrix)))
         elif rank == len(values) == width:
-            found.append(ChangeDirections(axis, basis, *_taken_out(blocks, axis, basis, matrix)))
+            found.append(ChangeDirections(axis, basis, *_measure_removal(blocks, axis, basis, matrix)))
     found.sort(key=lambda directions: directions.axis)
     if not ranks:
         return Difference(share, None, math.nan)
@@ -164,7 +164,7 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
 
 @dataclass(frozen=True)
 class SharedDirections:
-    """Directions that many differences share: `basis` [k, width], how many have each, and of how many."""
+    """Directions that many differences share: `basis` [k, width], how many tensors share each, and of how many."""
 
     basis: torch.Tensor
     shared_by: tuple[int, ...]
@@ -172,7 +172,7 @@ class SharedDirections:
 
 
 def common_directions(differences: dict[str, Difference]) -> SharedDirections | None:
-    """The directions along which at least half of the tensors of one width, and two or more, were changed."""
+    """The directions along which at least half of the tensors of one width, and at least two, were changed."""
     best: SharedDirections | None = None
     widths = {d.basis.shape[1] for found in differences.values() for d in found.directions}
     for width in widths:

@@ -1,9 +1,9 @@
-"""How an edit changes one tensor.
+"""The edit of one tensor.
 
 With `M h = h - u (v^T h) + s` at a write site, a stored matrix becomes `W - u (v^T W)` along its
 stream axis and its bias `b - u (v^T b) + s`; an embedding row is a vector of the stream itself.
-At a read site the norm stands between: `W D M D^-1`, with D the norm's weight. `exact` says so in
-float64, as a reference; `rounding` computes and rounds what is stored.
+At a read site a norm with weight D comes first, so the matrix becomes `W D M D^-1`. `exact` computes this in
+float64, as the reference; `apply` and `kernel` compute and round what is stored (see `rounding`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What an edit did to one tensor, for the recipe.
+    """The stats effect of an edit on one tensor, for the recipe.
 
     `leak` is the share of the edit along its directions that rounding lost: with c the component that the
-    map looks at (`v^T W`, or `W D u` for a read; along the shift for a pure shift), it is
+    map reads (`v^T W`, or `W D u` for a read; along the shift for a pure shift), it is
     `|c(W') - c(exact)| / |c(exact) - c(W)|` (Frobenius), which for a projection is `|v^T W'| / |v^T W|`.
-    None where the edit had nothing to change there. `change` is `|W' - W| / |W|`.
+    None if the edit had nothing to change. `change` is `|W' - W| / |W|`.
     """
 
     name: str
@@ -38,20 +38,20 @@ class TensorRecord:
     change: float
 
 
-def matrix_written(weight: torch.Tensor, axis: int, affine: AffineMap) -> torch.Tensor:
+def edit_matrix(weight: torch.Tensor, axis: int, affine: AffineMap) -> torch.Tensor:
     """`W - u (v^T W)` along the stream `axis`, in float64."""
     return affine.linear(weight.to(torch.float64).movedim(axis, -1)).movedim(-1, axis)
 
 
-def vectors_written(vectors: torch.Tensor, axis: int, affine: AffineMap) -> torch.Tensor:
+def edit_vectors(vectors: torch.Tensor, axis: int, affine: AffineMap) -> torch.Tensor:
     """The full map, shift included, on vectors of the stream (a bias, embedding rows), in float64."""
     return affine(vectors.to(torch.float64).movedim(axis, -1)).movedim(-1, axis)
 
 
-def matrix_read(weight: torch.Tensor, axis: int, affine: AffineMap, norm: torch.Tensor) -> torch.Tensor:
+def edit_reader(weight: torch.Tensor, axis: int, affine: AffineMap, norm: torch.Tensor) -> torch.Tensor:
     """`W D M D^-1` along the stream `axis`, in float64; `norm` [d] is the diagonal of D.
 
-    A coordinate where D is zero is never read, so nothing can be moved out of it: its column stays.
+    A coordinate where D is zero is never read, so nothing can be moved out of it: its column stays as it is.
     """
     rows = weight.to(torch.float64).movedim(axis, -1)
     scale = norm.to(torch.float64)
@@ -62,7 +62,11 @@ def matrix_read(weight: torch.Tensor, axis: int, affine: AffineMap, norm: torch.
 
 @dataclass(frozen=True)
 class TensorEdit:
-    """One tensor's edit: how its stream `axis` meets the map of `site`."""
+    """The edit of one tensor: the map of `site`, applied along the tensor's stream `axis`.
+
+    `part`: `matrix` (writes the stream; no shift), `vectors` (holds vectors of the stream: biases, embedding rows)
+    or `read` (reads the stream through a norm with weight `norm` [d]).
+    """
 
     name: str
     site: Site
@@ -75,17 +79,17 @@ class TensorEdit:
         """The edited tensor in float64, before rounding."""
         match self.part:
             case "matrix":
-                return matrix_written(weight, self.axis, self.affine)
+                return edit_matrix(weight, self.axis, self.affine)
             case "vectors":
-                return vectors_written(weight, self.axis, self.affine)
+                return edit_vectors(weight, self.axis, self.affine)
             case "read":
                 assert self.norm is not None
-                return matrix_read(weight, self.axis, self.affine, self.norm)
+                return edit_reader(weight, self.axis, self.affine, self.norm)
 
     def vectors_map(self) -> AffineMap:
-        """The edit as a map of the tensor's own vectors, `x - u (v^T x) + s`: what rounding keeps is `v^T x`.
+        """The edit as a map of the tensor's own vectors, `x - u (v^T x) + s`; rounding preserves `v^T` of the result.
 
-        A pure shift is kept along itself.
+        A pure shift is preserved along itself.
         """
         u, v, s = (t.to("cpu", torch.float64) for t in (self.affine.u, self.affine.v, self.affine.s))
         if self.part == "read":
@@ -100,11 +104,11 @@ class TensorEdit:
         return AffineMap(u, v, s)
 
     def component(self, weight: torch.Tensor) -> torch.Tensor:
-        """The part of `weight` that the map looks at, [..., k] with the stream axis taken out, in float64."""
+        """The component of `weight` that the map reads, [..., k] without the stream axis, in float64."""
         return weight.to(torch.float64).movedim(self.axis, -1) @ self.vectors_map().v
 
     def layout(self, shape: Sequence[int]) -> VectorLayout:
-        """How a tensor of `shape` lies in memory as vectors of the stream."""
+        """The memory layout of a tensor of `shape` as vectors of the stream."""
         axis = self.axis % len(shape)
         return VectorLayout(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
 
@@ -112,41 +116,43 @@ class TensorEdit:
         """The edit with its rounding (a name in `ROUNDING_SCHEMES`), to be applied to a tensor of `dtype` in chunks."""
         return ROUNDING_SCHEMES.find(rounding).load()(self.vectors_map(), dtype)
 
-    def record(self, measured: EditStats, dtype: torch.dtype) -> TensorRecord:
-        """What was measured over the whole tensor, for the recipe.
+    def record(self, stats: EditStats, dtype: torch.dtype) -> TensorRecord:
+        """The record of the whole tensor, for the recipe.
 
         Raises:
-            OrthogonalizeError: the tensor held NaN or infinite values, or a result does not fit its format.
+            OrthogonalizeError: the tensor holds NaN or infinite values, or a result does not fit its format.
         """
-        if not math.isfinite(measured.before):
+        if not math.isfinite(stats.before):
             raise OrthogonalizeError(f"{self.name} holds NaN or infinite values; the checkpoint is damaged")
-        if measured.beyond or not math.isfinite(measured.change):
-            raise OrthogonalizeError(f"the edit of {self.name} overflows {dtype}; use a smaller strength or length")
-        leak = math.sqrt(measured.lost / measured.wanted) if measured.wanted else None
-        change = math.sqrt(measured.change / measured.before) if measured.before else 0.0
+        if stats.beyond or not math.isfinite(stats.change):
+            raise OrthogonalizeError(
+                f"the edit of {self.name} overflows {dtype}; use a smaller --strength or --coefficient"
+            )
+        leak = math.sqrt(stats.lost / stats.wanted) if stats.wanted else None
+        change = math.sqrt(stats.change / stats.before) if stats.before else 0.0
         return TensorRecord(self.name, str(self.site), leak, change)
 
     def apply(
         self, weight: torch.Tensor, rounding: str = DEFAULT_ROUNDING, scales: Scales | None = None
     ) -> tuple[torch.Tensor, TensorRecord]:
-        """The edited tensor in the dtype of `weight`, and what was measured.
+        """The edited tensor in the dtype of `weight`, and its record.
 
         Raises:
             OrthogonalizeError: `weight` holds NaN or infinite values, or a result does not fit its dtype.
         """
         edited = weight.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         layout, edit = self.layout(weight.shape), self.kernel(weight.dtype, rounding)
-        measured = EditStats()
+        stats = EditStats()
         for matrix in edited.reshape(layout.matrices, *layout.matrix):
             numbers = to_numbers(matrix)
-            measured = measured.plus(edit(numbers, layout.by_rows, 0, layout.count, scales))
+            stats = stats.plus(edit(numbers, layout.by_rows, 0, layout.count, scales))
             from_numbers(numbers, matrix)
-        return edited, self.record(measured, weight.dtype)
+        return edited, self.record(stats, weight.dtype)
 
 
 @dataclass(frozen=True)
 class VectorLayout:
-    """A tensor as `before` x `width` x `after` numbers, of which the middle axis is the stream."""
+    """A tensor as `before` x `width` x `after` numbers; the middle axis is the stream."""
 
     before: int
     width: int
@@ -154,12 +160,12 @@ class VectorLayout:
 
     @property
     def by_rows(self) -> bool:
-        """Whether the vectors are contiguous; the tensor is then one matrix of rows."""
+        """Whether vectors are contiguous; the tensor is then one matrix whose rows they are."""
         return self.after == 1
 
     @property
     def matrices(self) -> int:
-        """How many matrices, each contiguous."""
+        """The number of matrices, each of them contiguous."""
         return 1 if self.by_rows else self.before
 
     @property
@@ -169,12 +175,12 @@ class VectorLayout:
 
     @property
     def count(self) -> int:
-        """The vectors of one matrix."""
+        """The number of vectors in one matrix."""
         return self.before if self.by_rows else self.after
 
 
 def to_numbers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A contiguous tensor as the numbers that `VectorEdit` takes; shared memory for bfloat16 and float64."""
+    """A contiguous tensor as an array for a `VectorKernel`; bfloat16 and float64 share its memory."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy()
     wide = torch.float64 if tensor.dtype in (torch.float32, torch.float64) else torch.float32
@@ -182,6 +188,6 @@ def to_numbers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def from_numbers(numbers: np.ndarray[Any, Any], tensor: torch.Tensor) -> None:
-    """Put edited numbers back into the tensor that they came from."""
+    """Store edited numbers in the tensor that they came from."""
     if tensor.dtype not in (torch.bfloat16, torch.float64):
         tensor.copy_(torch.from_numpy(numbers))

@@ -1,4 +1,4 @@
-"""Writing an edited checkpoint: its weight files in one pass each, and all else as it was."""
+"""Write an edited checkpoint: each weight file in one pass, everything else unchanged where possible."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.progress import Progress
 from .checkpoint import INDEX, Addition, Checkpoint, read_json
 from .chunks import Job
-from .file_copy import copy_file, copy_hashed
+from .file_copy import copy_and_hash, copy_file
 from .rounding.base import Scales
 from .rounding.registry import DEFAULT_ROUNDING
 from .safetensors_file import DTYPES, TensorFile, TensorInfo, stored_bytes
@@ -27,7 +27,7 @@ from .weight_file import FileWriter, StoppedError
 
 @dataclass(frozen=True)
 class Written:
-    """SHA-256 by weight file of what was read and of what was written, and what was done to each tensor."""
+    """SHA-256 of each weight file as read and as written, and the record of each edited tensor."""
 
     source: dict[str, str]
     result: dict[str, str]
@@ -36,9 +36,9 @@ class Written:
 
 @dataclass(frozen=True)
 class Changes:
-    """What is done to the tensors of a checkpoint, by name, and how to round.
+    """Changes to the tensors of a checkpoint, by name, and how to round.
 
-    `scales` are those of edited FP8 tensors, `replaced` tensors that get other values altogether.
+    `scales` are those of edited FP8 tensors; `replaced` are tensors with entirely new values.
     """
 
     edits: Mapping[str, TensorEdit]
@@ -54,7 +54,7 @@ class Changes:
 
 
 def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Mapping[str, Addition]) -> list[Job]:
-    """The tensors of the new file: the old ones where they were, additions behind."""
+    """The tensors of the new file: the old ones in their order, then `additions`."""
     jobs = [
         Job(info, file.data_start + info.start, True) for info in sorted(file.tensors.values(), key=lambda t: t.start)
     ]
@@ -74,12 +74,12 @@ def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Map
 
 
 def _addition_bytes(source: Checkpoint, file: TensorFile, name: str, addition: Addition) -> int | memoryview:
-    """Where an addition's bytes are: in this very file, where they are a copy of a tensor of it, else in memory."""
+    """The bytes of an addition: an offset in this file if it copies one of its tensors, else in memory."""
     if addition.copy_of is not None and addition.copy_of in file.tensors:
         return file.data_start + file.tensors[addition.copy_of].start
     tensor = addition.make()
     if tensor.shape != addition.shape or tensor.dtype != DTYPES[addition.dtype]:
-        raise AssertionError(f"the addition of {name} has another shape or dtype than it said")
+        raise AssertionError(f"the addition {name} has another shape or dtype than it declared")
     return stored_bytes(tensor)
 
 
@@ -96,13 +96,16 @@ def write_weights(
 ) -> Written:
     """Write the weight files of `source`, edited, into the empty folder `target`.
 
-    `names` are the files to write (all of them by default), `workers` how many at a time. Files in which
-    nothing is edited are copied, or linked with `link`. `expected` are the SHA-256 that the source must have.
+    Args:
+        names: the files to write; None: all.
+        workers: how many files are written at a time.
+        link: make unedited files hard links to the source's instead of copies.
+        expected: the SHA-256 by file that the source must have.
 
     Raises:
-        OrthogonalizeError: a tensor cannot be edited, or the source is not the one expected.
+        OrthogonalizeError: a tensor cannot be edited, or the source is not the expected one.
     """
-    home = source.home(changes.additions)
+    home = source.file_for(changes.additions)
     lock, stop = threading.Lock(), threading.Event()
     written = Written({}, {}, {})
 
@@ -130,7 +133,7 @@ def write_weights(
             jobs = _jobs(source, file, changes, here)
             hashes = FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
         else:
-            hashes = (copy_hashed(file.path, target / name, link, advance),) * 2
+            hashes = (copy_and_hash(file.path, target / name, link, advance),) * 2
         written.source[name], written.result[name] = hashes
         if expected is not None and expected.get(name) != hashes[0]:
             raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: {name} differs")
@@ -148,7 +151,7 @@ def write_weights(
 
 
 def _wait(futures: Sequence[Future[None]]) -> None:
-    """Wait for all; raise what went wrong first, and not what stopped because of it."""
+    """Wait for all; raise the original failure rather than a `StoppedError` that it caused."""
     stopped: BaseException | None = None
     for future in futures:
         try:
@@ -159,7 +162,7 @@ def _wait(futures: Sequence[Future[None]]) -> None:
         raise stopped
 
 
-def write_rest(
+def write_other_files(
     source: Checkpoint,
     target: Path,
     additions: Mapping[str, Addition],
@@ -167,15 +170,15 @@ def write_rest(
     *,
     link: bool = False,
 ) -> None:
-    """Write all of a checkpoint but its weights: index, configuration and side files, unchanged where they can be.
+    """Write everything but the weights: index, configuration and side files.
 
-    What does not change is copied, or linked with `link`.
+    Files that do not change are copied, or hard-linked with `link`.
     """
     if source.indexed and (additions or source.renamed):
         index = read_json(source.path / INDEX)
         if source.renamed:
             index["weight_map"] = {tensor: name for name, file in source.files.items() for tensor in file.tensors}
-        index["weight_map"].update(dict.fromkeys(additions, source.home(additions)))
+        index["weight_map"].update(dict.fromkeys(additions, source.file_for(additions)))
         metadata = index.get("metadata")
         if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
             metadata["total_size"] += sum(addition.size for addition in additions.values())

@@ -20,7 +20,7 @@ from ..edits.hub_cache import CachedRepository
 from ..edits.lora import write_adapter
 from ..edits.recipe import Base, Recipe, Source, TensorChange, store_maps
 from ..edits.settings import EditSettings
-from ..edits.sharding import Share, put_together, remove_shares, share_bytes, waiting_for, write_share
+from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
 from ..models.resolve import commit_of, find_model, is_hub_id
 from ..reports.model_card import write_card
 from ..selection.resolve import ResolvedEdit, resolve_file, resolve_recipe, resolve_run
@@ -169,12 +169,12 @@ def _write_share(plan: CheckpointPlan, out: Path, share: Share, recipe: Recipe, 
             link=how.link,
             expected=how.expected,
         )
-    waiting = waiting_for(share, out)
+    waiting = missing_shares(share, out)
     if waiting:
         note(f"{out} will be complete with {', '.join(folder.name for folder in waiting)}")
         return recipe
     with complete_folder(out, EDITED, how.force) as partial:
-        whole = put_together(plan, share, out, partial, how.link)
+        whole = assemble(plan, share, out, partial, how.link)
         whole.save(partial)
         write_card(partial, whole, plan.source.path)
     remove_shares(share, out)

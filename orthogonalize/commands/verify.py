@@ -11,7 +11,7 @@ import torch
 from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
 from ..checkpoints.diff import Audit, audit
 from ..checkpoints.plan import CheckpointPlan
-from ..checkpoints.quantization import real_values
+from ..checkpoints.quantization import dequantize
 from ..checkpoints.safetensors_file import stored_bytes
 from ..core.errors import OrthogonalizeError
 from ..core.progress import track
@@ -35,7 +35,7 @@ class Verified(Audit):
 
 def _rebuilds(edited: Checkpoint, plan: CheckpointPlan) -> bool:
     """Whether the recipe's plan gives, tensor by tensor, the bytes that are stored."""
-    names = sorted(plan.edits.keys() | plan.additions.keys() | plan.changes.replaced.keys())
+    names = sorted(plan.changed_tensors)
     with track("rebuilding from the recipe", len(names), "tensors") as advance:
         for name in names:
             if name not in edited.tensors or stored_bytes(plan.edited(name)) != stored_bytes(edited.read(name)):
@@ -64,7 +64,7 @@ def _unrounded(model: Any, edited: Path, plan: CheckpointPlan) -> Any:
     exact: dict[str, torch.Tensor] = {}
     for name, edit in plan.edits.items():
         addition = plan.additions.get(name)
-        exact[name] = edit.exact(addition.make() if addition else real_values(plan.source, name))
+        exact[name] = edit.exact(addition.make() if addition else dequantize(plan.source, name))
     parameters = dict(model.named_parameters())
     if exact.keys() <= parameters.keys():
         for name, tensor in exact.items():
@@ -124,19 +124,18 @@ def verify(
     if source.fingerprint() != recipe.base.weights:
         raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
     plan = bake(source, recipe.intervention())
-    changes = plan.checkpoint
-    changes.rounding = recipe.rounding
-    result = Verified(**vars(audit(edited, changes.source)))  # which may know tensors by other names than the base
-    expected = changes.edits.keys() | changes.additions.keys() | changes.changes.replaced.keys()
+    planned = plan.checkpoint
+    planned.rounding = recipe.rounding
+    result = Verified(**vars(audit(edited, planned.source)))  # which may know tensors by other names than the base
     found = {*result.changed, *result.added, *result.missing}
-    unexpected = sorted(found - expected) + result.side_files
-    wanted = {**source.config, **changes.config_changes}
+    unexpected = sorted(found - planned.changed_tensors) + result.side_files
+    wanted = {**source.config, **planned.config_changes}
     unexpected += [
         f"config.json: {key}"
         for key in sorted(wanted.keys() | edited.config.keys())
         if wanted.get(key) != edited.config.get(key)
     ]
-    rebuilt = _rebuilds(edited, changes)
+    rebuilt = _rebuilds(edited, planned)
     gaps: dict[str, float | None] = {"hooks_gap": None, "stored_gap": None}
     if logits and not unexpected:  # another configuration is another model, which need not even load
         gaps = _gaps(folder, source.path, recipe, plan, device)

@@ -6,7 +6,7 @@ import torch
 
 from ..architectures.schema import Part, bias_name
 from ..checkpoints.checkpoint import Addition, Checkpoint
-from ..checkpoints.quantization import real_rows
+from ..checkpoints.quantization import row_reader
 from ..checkpoints.safetensors_file import DTYPES, row_blocks
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
@@ -132,7 +132,7 @@ def _restore_norm_bias(plan: EditPlan, edit: TensorEdit, bias: torch.Tensor) -> 
     """Add back what the edited reader no longer sees of the norm's own `bias`, which is not part of the stream."""
     addition, affine = plan.checkpoint.additions.get(edit.name), edit.vectors_map()
     name = edit.name if addition is None else addition.copy_of or edit.name
-    rows = real_rows(plan.source, name)
+    rows = row_reader(plan.source, name)
     component, square = torch.zeros((), dtype=torch.float64), 0.0
     parts: list[torch.Tensor] = []
     for first, last in row_blocks(plan.source.tensors[name].shape):

@@ -1,7 +1,7 @@
-"""A checkpoint as a repository of the Hub's cache, which libraries load by its name.
+"""Write a checkpoint into the Hub's local cache (`--cache OWNER/NAME`), where libraries load it by name.
 
-The layout is huggingface_hub's: `models--OWNER--NAME` holds the files under the hashes of their content (`blobs`),
-a folder of links to them by commit (`snapshots`), and the commit of each branch (`refs`).
+The layout is huggingface_hub's: `models--OWNER--NAME` holds the files by content hash (`blobs`),
+a folder of links to them per commit (`snapshots`), and the commit of each branch (`refs`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..models.resolve import is_hub_id
 from .recipe import load_recipe
 
-LARGE = 10 * 2**20  # bytes from which on the Hub stores a file outside git
-LARGE_KINDS = (".safetensors", ".model", ".bin")  # and what it stores so whatever the size
-SCRATCH = ".locks"  # the one folder of the cache that no scan of it looks into
+LARGE = 10 * 2**20  # bytes; the Hub stores larger files in LFS
+LARGE_KINDS = (".safetensors", ".model", ".bin")  # stored in LFS whatever their size
+SCRATCH = ".locks"  # the one folder that scans of the cache skip
 
 
 class _Edited(FolderKind):
-    """A cached repository every revision of which is an edited checkpoint."""
+    """A cached repository whose every revision is an edited checkpoint."""
 
     def matches(self, folder: Path) -> bool:
         snapshots = list(folder.glob("snapshots/*"))
@@ -37,23 +37,23 @@ EDITED = _Edited(RECIPE)
 
 @dataclass(frozen=True)
 class CachedRepository:
-    """The repository `name` (`owner/name`) in the Hub's cache of this machine."""
+    """The repository `name` (`owner/name`) in the local Hub cache."""
 
     name: str
 
     @property
     def folder(self) -> Path:
-        """Where it is, or would be."""
+        """Its folder, whether or not it exists."""
         from huggingface_hub import constants
         from huggingface_hub.file_download import repo_folder_name
 
         return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=self.name, repo_type="model")
 
     def snapshot(self) -> Path | None:
-        """The folder of its main revision, if that is an edited checkpoint.
+        """The folder of its main revision if that is an edited checkpoint, else None.
 
         Raises:
-            OrthogonalizeError: the name cannot be one of a repository.
+            OrthogonalizeError: the name is not a valid repository name.
         """
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
@@ -61,46 +61,46 @@ class CachedRepository:
         try:
             recipe = try_to_load_from_cache(self.name, RECIPE, cache_dir=self.folder.parent)
         except HFValidationError as error:
-            raise OrthogonalizeError(f"{self.name} is no name of a repository: {error}") from error
+            raise OrthogonalizeError(f"{self.name} is not a valid repository name: {error}") from error
         return Path(recipe).parent if isinstance(recipe, str) else None
 
     def check_free(self, force: bool = False, inputs: Sequence[Path] = ()) -> None:
-        """Refuse a name that cannot be written to, before any work is done for it.
+        """Refuse a name that cannot be written to, before any work is done.
 
         Raises:
-            OrthogonalizeError: it is no name of a repository, or is there without `force`, or is no edited
+            OrthogonalizeError: the name is invalid; or the repository exists without `force`, is not an edited
                 checkpoint, or holds one of the `inputs`.
         """
-        self.snapshot()  # refuses what is no name
+        self.snapshot()  # refuses invalid names
         if self.name.count("/") != 1:
-            raise OrthogonalizeError(f"--cache {self.name} is not of the form owner/name")
+            raise OrthogonalizeError(f"--cache {self.name}: give OWNER/NAME")
         if self.folder.exists() and not force:
             raise OrthogonalizeError(
-                f"{self.name} is in the Hub's cache; choose another name, or --force to replace it"
+                f"{self.name} already exists in the Hub's cache; choose another name, or replace it with --force"
             )
         if self.folder.exists() and not EDITED.matches(self.folder):
             raise OrthogonalizeError(
-                f"{self.name} in the Hub's cache is not only what this command made, so --force leaves it; "
-                "choose another name"
+                f"{self.name} in the Hub's cache has revisions that this command did not create, so --force does not "
+                "replace it; choose another name"
             )
         check_free(self.folder, EDITED, force, inputs)
 
     @contextmanager
     def complete(self, force: bool = False) -> Iterator[Path]:
-        """Give an empty folder to write a checkpoint into; it becomes the repository when the block succeeds.
+        """Yield an empty folder for the checkpoint; it becomes the repository when the block succeeds.
 
-        As with `complete_folder`, nothing is seen of it before, and nothing is left of it on an error.
+        As with `complete_folder`, nothing is visible until then, and nothing is left behind on an error.
         """
         scratch = self.folder.parent / SCRATCH
         with complete_folder(self.folder, EDITED, force, scratch=scratch) as partial:
             files = partial / "files"
             files.mkdir()
             yield files
-            _arrange(files, partial)
+            _move_into_layout(files, partial)
 
 
-def _arrange(files: Path, repository: Path) -> None:
-    """Move the checkpoint in `files` into the layout of a `repository` of one revision, and name that `main`."""
+def _move_into_layout(files: Path, repository: Path) -> None:
+    """Move the checkpoint in `files` into the cache layout of a `repository` whose only revision is `main`."""
     known = load_recipe(files).weights
     blobs = repository / "blobs"
     blobs.mkdir()
@@ -109,7 +109,7 @@ def _arrange(files: Path, repository: Path) -> None:
         name = path.relative_to(files)
         names[name] = known.get(str(name)) or blob_name(path)
         path.replace(blobs / names[name])
-    commit = _commit(names)
+    commit = _commit_id(names)
     snapshot = repository / "snapshots" / commit
     for name, blob in names.items():
         link = snapshot / name
@@ -121,13 +121,13 @@ def _arrange(files: Path, repository: Path) -> None:
         folder.rmdir()
 
 
-def _commit(names: Mapping[Path, str]) -> str:
-    """A name for a revision, in the form of git's, that depends on its files alone."""
+def _commit_id(names: Mapping[Path, str]) -> str:
+    """A revision id in git's format that depends only on the files."""
     return hashlib.sha1("".join(f"{blob} {name}\n" for name, blob in sorted(names.items())).encode()).hexdigest()
 
 
 def blob_name(file: Path) -> str:
-    """What the Hub names a file's content: its SHA-256 where it is stored outside git, else git's hash."""
+    """The Hub's name for a file's content: its SHA-256 if it is stored in LFS, else its git hash."""
     from huggingface_hub.utils.sha import git_hash
 
     if file.stat().st_size <= LARGE and file.suffix not in LARGE_KINDS:
@@ -137,6 +137,6 @@ def blob_name(file: Path) -> str:
 
 
 def edited_folder(checkpoint: Path | str) -> Path:
-    """The folder of an edited checkpoint that is given by its path, or by its name in the Hub's cache."""
+    """The folder of an edited checkpoint, given by its path or by its name in the Hub's cache."""
     found = CachedRepository(str(checkpoint)).snapshot() if is_hub_id(str(checkpoint)) else None
     return found or Path(checkpoint)

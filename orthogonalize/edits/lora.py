@@ -1,8 +1,8 @@
-"""The same edit as a LoRA adapter (PEFT's format): `W - u (v^T W)` is `W + B A` with `B = -u`, `A = v^T W`.
+"""Write an edit as a LoRA adapter in PEFT's format: `W - u (v^T W)` is `W + B A` with `B = -u`, `A = v^T W`.
 
-Exact and of the edit's rank. Only linear layers can be changed so: an edit that reaches an embedding, a bias, a
-tied head or experts (which transformers holds fused, however they are stored) is refused with the reason. PEFT
-goes by the names of transformers' modules and leaves out in silence what it does not find, so each is looked up.
+Exact, and of the edit's own rank. Only linear layers can be adapted: an edit of an embedding, a bias, a tied
+head or experts (which transformers holds fused, however they are stored) is refused with the reason. PEFT
+finds layers by their module names in transformers and silently skips those it does not find, so each is looked up.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ..core.errors import OrthogonalizeError
 from ..models.loading import model_class
 from .plan import EditPlan
 
-VECTORS = 4096  # of a weight held in float64 at a time
+VECTORS = 4096  # vectors of a weight held in float64 at a time
 
 
 def _refuse_unless_linear(plan: EditPlan) -> None:
-    """An adapter that leaves part of the edit out would be another edit."""
+    """Refuse an edit that an adapter cannot hold completely."""
     for name in plan.checkpoint.additions:
         raise OrthogonalizeError(
             f"an adapter cannot add {name}, which this edit needs; write a checkpoint (--format checkpoint), "
@@ -40,18 +40,21 @@ def _refuse_unless_linear(plan: EditPlan) -> None:
             what = "a layer stored transposed"
         if what or not name.endswith(".weight"):
             raise OrthogonalizeError(
-                f"{name} is {what or 'no linear layer'}, which an adapter cannot change exactly; write a checkpoint "
+                f"{name} is {what or 'not a linear layer'}, which an adapter cannot change exactly; write a checkpoint "
                 "(--format checkpoint), or choose a --scope without it (layers:0-3 has no embedding)"
             )
     if not plan.checkpoint.edits or plan.checkpoint.config_changes:
-        raise OrthogonalizeError("this edit changes no linear layer, so an adapter cannot hold it; write a checkpoint")
+        raise OrthogonalizeError(
+            "an adapter can only change linear layers, and this edit changes none, or the configuration too; "
+            "write a checkpoint (--format checkpoint)"
+        )
 
 
-def _layers(plan: EditPlan) -> dict[str, str]:
-    """What transformers calls the linear layer of each edited weight.
+def _linear_layers(plan: EditPlan) -> dict[str, str]:
+    """The module name in transformers of each edited weight's linear layer, by tensor name.
 
     Raises:
-        OrthogonalizeError: a weight is no linear layer there.
+        OrthogonalizeError: a weight is not a linear layer there.
     """
     from transformers import AutoConfig
 
@@ -69,8 +72,8 @@ def _layers(plan: EditPlan) -> dict[str, str]:
         layer = head if name == plan.sites.head else f"{decoder}.{stem.removeprefix(plan.sites.decoder)}"
         if layer not in linear:
             raise OrthogonalizeError(
-                f"{name} is no linear layer of its own in transformers, where PEFT would look for it (experts are held "
-                "fused there), so an adapter would leave it out in silence; write a checkpoint (--format checkpoint)"
+                f"{name} is not a separate linear layer in transformers, where PEFT would look for it (experts are "
+                "fused there), so an adapter would silently leave it out; write a checkpoint (--format checkpoint)"
             )
         layers[name] = layer
     return layers
@@ -99,15 +102,15 @@ def write_adapter(plan: EditPlan, folder: Path, base: str) -> None:
     """Write the planned edit as an adapter for the model `base` into the empty `folder`.
 
     Raises:
-        OrthogonalizeError: the edit is not one of linear layers alone.
+        OrthogonalizeError: the edit changes anything but linear layers.
     """
     _refuse_unless_linear(plan)
-    layers = _layers(plan)
+    layers = _linear_layers(plan)
     rank = max(edit.affine.rank for edit in plan.checkpoint.edits.values())
     tensors = {}
     for name, edit in plan.checkpoint.edits.items():
         a, b = _factors(plan, edit)
-        # One rank for all, as servers want it: what is missing is zeros.
+        # Servers expect one rank for all layers: pad with zeros.
         missing = rank - len(a)
         a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
         tensors[f"base_model.model.{layers[name]}.lora_A.weight"] = a.float().contiguous()
@@ -119,7 +122,7 @@ def write_adapter(plan: EditPlan, folder: Path, base: str) -> None:
 
 
 def _config(layers: list[str], rank: int, base: str) -> dict[str, Any]:
-    """PEFT's configuration: the layers by their full names, and a scale of 1."""
+    """PEFT's configuration: layers by full name, and a scale (alpha over rank) of 1."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

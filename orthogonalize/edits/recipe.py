@@ -1,4 +1,4 @@
-"""`orthogonalize.json`: the recipe, enough to rebuild an edited checkpoint bit for bit from its base."""
+"""The recipe (`orthogonalize.json`): everything needed to rebuild an edited checkpoint bit for bit from its base."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Record(BaseModel):
 
 
 class Base(_Record):
-    """The model that was edited; `weights` are SHA-256 by file."""
+    """The model that was edited; `weights` is the SHA-256 of each weight file."""
 
     model: str
     revision: str | None
@@ -35,7 +35,7 @@ class Base(_Record):
 
 
 class Source(_Record):
-    """Where the direction came from: `run` or `file`, the SHA-256 of the vectors, and of what run."""
+    """The source of the direction: `run` or `file`, the SHA-256 of the vectors, and the run's prompt sources."""
 
     kind: Literal["run", "file"]
     fingerprint: str
@@ -50,7 +50,7 @@ class Array(_Record):
 
 
 class MapRecord(_Record):
-    """One affine map and the sites it acts on; `u`, `v` and `s` name entries of `arrays`."""
+    """One affine map and the sites where it acts; `u`, `v` and `s` are keys of `arrays`."""
 
     side: Literal["write", "read"]
     sites: list[str]
@@ -60,7 +60,7 @@ class MapRecord(_Record):
 
 
 class TensorChange(_Record):
-    """One edited tensor (see `tensoredits.TensorRecord`)."""
+    """One edited tensor (see `tensor_edit.TensorRecord`)."""
 
     name: str
     site: str
@@ -69,11 +69,11 @@ class TensorChange(_Record):
 
 
 class Verification(_Record):
-    """What `verify` measured. Gaps are the largest difference of a logit, float32 arithmetic.
+    """The results of `verify`. A gap is the largest difference of any logit, in float32 arithmetic.
 
     `hooks_gap`: hooks on the base against the edit before rounding. `stored_gap`: against the
     checkpoint as stored. `renormalised_gap`: as `hooks_gap`, but with hooks that divide by the scale of
-    the edited stream (read-side edits only). `rebuilt`: whether the recipe gives the stored bytes.
+    the edited stream (read-side edits and post-norm models only). `rebuilt`: whether the recipe gives the stored bytes.
     """
 
     rebuilt: bool
@@ -86,7 +86,10 @@ class Verification(_Record):
 
 
 class Recipe(_Record):
-    """Everything about an edit; `weights` are the SHA-256 of the edited checkpoint's weight files."""
+    """Everything about an edit; `weights` is the SHA-256 of each weight file of the edited checkpoint.
+
+    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`).
+    """
 
     format: Literal[2] = 2
     version: str
@@ -121,16 +124,16 @@ class Recipe(_Record):
         write_atomically(folder / RECIPE, self.model_dump_json(indent=1) + "\n")
 
     def fingerprint(self) -> str:
-        """SHA-256 of what determines the edited weights: the base's weights, the maps and the rounding."""
+        """SHA-256 of everything that determines the edited weights: the base's weights, the maps and the rounding."""
         parts = self.model_dump_json(include={"maps", "arrays", "rounding"}) + repr(sorted(self.base.weights.items()))
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def load_recipe(path: Path) -> Recipe:
-    """Read a recipe: the file, or the checkpoint folder that holds it.
+    """Read a recipe, given as a file or as the checkpoint folder that contains it.
 
     Raises:
-        OrthogonalizeError: there is none, or it is damaged.
+        OrthogonalizeError: there is none, or it cannot be read.
     """
     file = path / RECIPE if path.is_dir() else path
     if not file.is_file():
@@ -138,8 +141,8 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate_json(file.read_text("utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:
-        raise OrthogonalizeError(f"{file} is not a recipe that this version reads") from error
-    except OrthogonalizeError as error:  # a name that no registry has
+        raise OrthogonalizeError(f"{file} is not a recipe that this version can read") from error
+    except OrthogonalizeError as error:  # a name that is not registered
         raise OrthogonalizeError(f"{file}: {error}") from error
 
 
@@ -157,7 +160,7 @@ def _decode(array: Array) -> torch.Tensor:
 
 
 def store_maps(intervention: Intervention) -> tuple[list[MapRecord], dict[str, Array], str]:
-    """An intervention as records and arrays, each array once, and the SHA-256 of them all."""
+    """An intervention as records and arrays (each distinct array once), and the SHA-256 of all arrays."""
     arrays: dict[str, Array] = {}
     records: dict[tuple[str, ...], MapRecord] = {}
     for side, maps in (("write", intervention.writes), ("read", intervention.reads)):
@@ -180,8 +183,8 @@ def store_maps(intervention: Intervention) -> tuple[list[MapRecord], dict[str, A
 class ProbeResult(BaseModel):
     """A fresh logistic regression on train activations, scored on val activations at one position and layer.
 
-    `before` and `after`: its accuracy without and with the edit's map on both. `chance`: the larger
-    side's share of the val prompts, which says nothing. `n`: how many val prompts there are.
+    `before` and `after`: its accuracy without and with the edit's map applied to both. `chance`: the accuracy of
+    always answering the larger side. `n`: the number of val prompts.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

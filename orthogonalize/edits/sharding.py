@@ -1,7 +1,8 @@
-"""One edit by several machines: each writes a share of the weight files, and the last puts the checkpoint together.
+"""Split one edit over several machines (`--shard I/N`): each writes a share of the weight files.
 
-Share i of n of the checkpoint OUT is a folder beside it, OUT.share-i-of-n, complete when it is there. Who finishes
-and finds all n of them (on a disk that the machines share, or copied together) makes OUT of them and removes them.
+Share i of n of the checkpoint OUT is the folder OUT.share-i-of-n beside it; the folder appears only when complete.
+The process that writes the last share (on a shared disk, or after copying the others there) assembles OUT and
+deletes the share folders.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoints.plan import CheckpointPlan
-from ..checkpoints.writer import write_rest, write_weights
+from ..checkpoints.writer import write_other_files, write_weights
 from ..core.errors import OrthogonalizeError
 from ..core.output_folders import FolderKind, complete_folder
 from ..core.progress import Progress
@@ -26,7 +27,7 @@ SHARE = FolderKind(RECORD)
 
 
 class Share(NamedTuple):
-    """Share `number` (from 1) of `of`."""
+    """Share `number` (counted from 1) of `of`."""
 
     number: int
     of: int
@@ -36,7 +37,7 @@ class Share(NamedTuple):
         """Read `i/n`.
 
         Raises:
-            OrthogonalizeError: it is not of that form.
+            OrthogonalizeError: `text` does not have this form.
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text)
         share = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
@@ -45,7 +46,7 @@ class Share(NamedTuple):
         return share
 
     def folder(self, out: Path) -> Path:
-        """Where this share of the checkpoint `out` is written."""
+        """The folder of this share of the checkpoint `out`."""
         return out.absolute().with_name(f"{out.absolute().name}.share-{self.number}-of-{self.of}")
 
     def all(self) -> list[Share]:
@@ -59,7 +60,7 @@ def share_files(plan: CheckpointPlan, share: Share) -> list[str]:
 
 
 def share_bytes(plan: CheckpointPlan, share: Share, link: bool) -> int:
-    """Bytes that the weight files of `share` take; with `link` those that are not the source's."""
+    """Total size of the weight files of `share` in bytes; with `link`, only of those that differ from the source's."""
     kept = plan.changed_files if link else plan.source.files.keys()
     return plan.bytes_of(name for name in share_files(plan, share) if name in kept)
 
@@ -76,7 +77,7 @@ def write_share(
     expected: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Write the weight files of `share` into its folder, with what `recipe` gains by them."""
+    """Write the weight files of `share` into its folder, and `recipe` with their hashes and records."""
     names = share_files(plan, share)
     with complete_folder(share.folder(out), SHARE, force) as partial:
         done = write_weights(
@@ -87,46 +88,46 @@ def write_share(
         (partial / RECORD).write_text(recipe.model_dump_json(indent=1) + "\n", "utf-8")
 
 
-def put_together(plan: CheckpointPlan, share: Share, out: Path, partial: Path, link: bool = False) -> Recipe:
-    """Fill the folder `partial` with all shares of `out`, the index and the rest; returns the whole recipe.
+def assemble(plan: CheckpointPlan, share: Share, out: Path, partial: Path, link: bool = False) -> Recipe:
+    """Assemble the checkpoint in the folder `partial` from all shares of `out`; returns the complete recipe.
 
     Raises:
-        OrthogonalizeError: the shares are not of one edit, or a file is in none.
+        OrthogonalizeError: the shares belong to different edits, or a file is in none of them.
     """
     folders = [other.folder(out) for other in share.all()]
     recipes = [load_recipe(folder / RECORD) for folder in folders]
-    what = {"choice", "maps", "arrays", "rounding", "added", "config_changes"}
+    compared = {"choice", "maps", "arrays", "rounding", "added", "config_changes"}
     for folder, recipe in zip(folders, recipes, strict=True):
-        if recipe.model_dump_json(include=what) != recipes[0].model_dump_json(include=what):
-            raise OrthogonalizeError(f"{folder} is a share of another edit than {folders[0]}; write it again")
+        if recipe.model_dump_json(include=compared) != recipes[0].model_dump_json(include=compared):
+            raise OrthogonalizeError(f"{folder} and {folders[0]} are shares of different edits; write one again")
     whole = recipes[0].model_copy(deep=True)
     for folder, recipe in zip(folders, recipes, strict=True):
         whole.base.weights |= recipe.base.weights
         whole.weights |= recipe.weights
         for name in recipe.weights:
-            _move(folder / name, partial / name)
+            _link_or_copy(folder / name, partial / name)
     whole.tensors = sorted((t for recipe in recipes for t in recipe.tensors), key=lambda t: t.name)
     missing = sorted(plan.source.files.keys() - whole.weights.keys())
     if missing:
-        raise OrthogonalizeError(f"no share of {out} has {missing[0]}; write the shares again, all of the same number")
-    write_rest(plan.source, partial, plan.additions, plan.config_changes, link=link)
+        raise OrthogonalizeError(f"no share of {out} has {missing[0]}; write all shares again with the same N")
+    write_other_files(plan.source, partial, plan.additions, plan.config_changes, link=link)
     return whole
 
 
-def _move(file: Path, target: Path) -> None:
-    """A second name for a file of a share; what it had stays until the whole is there."""
+def _link_or_copy(file: Path, target: Path) -> None:
+    """Link (or copy) a file of a share to `target`; the share keeps it until the checkpoint is complete."""
     try:
         os.link(file, target)
     except OSError:
         shutil.copyfile(file, target)
 
 
-def waiting_for(share: Share, out: Path) -> list[Path]:
-    """The folders of the shares that are not there yet."""
+def missing_shares(share: Share, out: Path) -> list[Path]:
+    """The folders of the shares that do not exist yet."""
     return [folder for other in share.all() if not (folder := other.folder(out)).is_dir()]
 
 
 def remove_shares(share: Share, out: Path) -> None:
-    """Remove the folders of all shares, once they are put together."""
+    """Delete the folders of all shares, after `assemble`."""
     for other in share.all():
         shutil.rmtree(other.folder(out), ignore_errors=True)

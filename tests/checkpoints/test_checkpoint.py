@@ -100,7 +100,7 @@ def damaged(base: Path, how: str) -> None:
         ("no config", "no config.json"),
         ("no weights", "has no weights"),
         ("pickled only", "pickled weights only"),
-        ("truncated", "not a sound safetensors file"),
+        ("truncated", "not a valid safetensors file"),
         ("config not JSON", "cannot be read as JSON"),
         ("unnamed weights", "neither"),
     ],
@@ -120,8 +120,11 @@ def test_index_that_disagrees_with_the_shards_is_refused(tmp_path):
             (lambda f, i: i["weight_map"].update({"nowhere": "model-00001-of-00002.safetensors"}), "disagree"),
             (lambda f, i: i["weight_map"].pop("model.norm.weight"), "disagree"),
             (lambda f, i: i.pop("weight_map"), "no weight_map"),
-            (lambda f, i: i["weight_map"].update({"model.norm.weight": ["a", "list"]}), "something else than text"),
-            (lambda f, i: i["weight_map"].update({"model.norm.weight": 3}), "something else than text"),
+            (
+                lambda f, i: i["weight_map"].update({"model.norm.weight": ["a", "list"]}),
+                "a file name that is not a string",
+            ),
+            (lambda f, i: i["weight_map"].update({"model.norm.weight": 3}), "a file name that is not a string"),
         ]
     ):
         folder = store(tiny_llama(), tmp_path / f"base{number}", shards=2)

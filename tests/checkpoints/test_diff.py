@@ -117,7 +117,7 @@ def test_same_numbers_in_another_dtype_are_recognised(tmp_path):
     weights = tensors()
     base = folder(tmp_path / "base", weights)
     found = verify(folder(tmp_path / "wide", {name: w.float() for name, w in weights.items()}), str(base))
-    assert found.verdict() == "the weights are the base's, in another number format"
+    assert found.verdict() == "the weights are identical to the base's, in another number format"
 
 
 def test_direction_is_recovered_from_scaled_fp8(tmp_path):
@@ -209,7 +209,7 @@ def test_every_other_difference_is_in_the_table_and_the_json(base, tmp_path):
 
 def test_copy_is_recognised_as_the_base(base, tmp_path):
     found = verify(folder(tmp_path / "copy", load_file(base / "model.safetensors")), str(base))
-    assert found.verdict() == "the weights are the base's"
+    assert found.verdict() == "the weights are identical to the base's"
     assert found.same == len(tensors())
 
 

@@ -67,7 +67,7 @@ def test_bytes_are_copied_where_the_kernel_cannot(file, tmp_path, asked, monkeyp
         raise OSError(18, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "copy_file_range", across)
-    digest = copying.copy_hashed(file, tmp_path / "copy", link=False, advance=lambda _: None)
+    digest = copying.copy_and_hash(file, tmp_path / "copy", link=False, advance=lambda _: None)
     assert (tmp_path / "copy").read_bytes() == file.read_bytes()
     assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
 

@@ -19,10 +19,7 @@ from click.testing import CliRunner
 from helpers.llama import LAYERS, WIDTH, store, tiny_llama
 from safetensors.torch import load_file, save_file
 
-from orthogonalize.checkpoints import chunks as pieces
-from orthogonalize.checkpoints import direct_io as directstream
-from orthogonalize.checkpoints import weight_file as weightfile
-from orthogonalize.checkpoints import writer as writing
+from orthogonalize.checkpoints import chunks, direct_io, weight_file, writer
 from orthogonalize.checkpoints.checkpoint import INDEX, open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.commands.edit import edit
@@ -61,19 +58,19 @@ def written(source: Path, out: Path, basis, scope: str = "all", **options):
 @pytest.mark.parametrize("scope", ["all", "layers:1", "from:0"])
 def test_bytes_do_not_depend_on_pieces_or_workers(source, basis, tmp_path, monkeypatch, scope):
     plan, whole = written(source, tmp_path / "whole", basis, scope)
-    monkeypatch.setattr(pieces, "PIECE", 1024)
-    monkeypatch.setattr(pieces, "WHOLE", 2048)  # so every matrix is cut, and some across their columns
-    monkeypatch.setattr(pieces, "RUN", 16)
-    monkeypatch.setattr(weightfile, "CALL", 100)
-    monkeypatch.setattr(weightfile, "FLUSH", 1)
+    monkeypatch.setattr(chunks, "CHUNK", 1024)
+    monkeypatch.setattr(chunks, "WHOLE", 2048)  # so every matrix is cut, and some across their columns
+    monkeypatch.setattr(chunks, "RUN", 16)
+    monkeypatch.setattr(weight_file, "CALL", 100)
+    monkeypatch.setattr(weight_file, "FLUSH", 1)
     parts = [
-        piece
+        chunk
         for file in plan.source.files.values()
-        for job in writing._jobs(plan.source, file, plan.checkpoint.changes, {})
-        for piece in pieces.cut(job)
+        for job in writer._jobs(plan.source, file, plan.checkpoint.changes, {})
+        for chunk in chunks.split_job(job)
     ]
     assert len(parts) > 1.5 * len(plan.source.tensors)
-    assert any(piece.columns for piece in parts) or scope == "from:0"
+    assert any(chunk.columns for chunk in parts) or scope == "from:0"
     for number, workers in enumerate((1, 3)):
         _, again = written(source, tmp_path / f"cut{number}", basis, scope, workers=workers)
         assert weights(tmp_path / f"cut{number}") == weights(tmp_path / "whole")
@@ -139,12 +136,12 @@ def test_direct_io_writes_the_same_bytes(basis, tmp_path, monkeypatch, inner):
     source = store(tiny_llama(intermediate_size=inner), tmp_path / "base", torch.bfloat16, shards=2)
     _, through = written(source, tmp_path / "through", basis)
     used = []
-    real = directstream.DirectStream.rest
-    monkeypatch.setattr(directstream.DirectStream, "rest", lambda self: used.append(self.done) or real(self))
-    monkeypatch.setattr(weightfile, "DIRECT", 0)
-    monkeypatch.setattr(pieces, "PIECE", 2**14)
-    monkeypatch.setattr(pieces, "WHOLE", 2**15)
-    monkeypatch.setattr(directstream, "REQUEST", 4096)
+    real = direct_io.DirectStream.tail
+    monkeypatch.setattr(direct_io.DirectStream, "tail", lambda self: used.append(self.done) or real(self))
+    monkeypatch.setattr(weight_file, "DIRECT", 0)
+    monkeypatch.setattr(chunks, "CHUNK", 2**14)
+    monkeypatch.setattr(chunks, "WHOLE", 2**15)
+    monkeypatch.setattr(direct_io, "REQUEST", 4096)
     _, past = written(source, tmp_path / "past", basis)
     if not used:
         pytest.skip("this file system cannot be written past its cache")
@@ -163,7 +160,7 @@ def test_header_of_a_file_without_additions_is_unchanged(basis, tmp_path):
 def test_damaged_shard_stops_the_edit_before_any_write(source, direction, tmp_path):
     last = max(source.glob("*.safetensors"))
     last.write_bytes(last.read_bytes()[:-7])
-    with pytest.raises(OrthogonalizeError, match="not a sound safetensors file"):
+    with pytest.raises(OrthogonalizeError, match="not a valid safetensors file"):
         edit(str(source), tmp_path / "out", direction=direction)
     assert not list(tmp_path.glob("*out*"))
 
@@ -178,7 +175,7 @@ def test_recipe_applied_to_another_base_leaves_nothing(source, direction, tmp_pa
 
 @pytest.mark.parametrize("where", ["_read", "_edit", "_write"])
 def test_failure_in_any_stage_of_the_pipeline_stops_all(source, direction, tmp_path, monkeypatch, where):
-    real, calls = getattr(weightfile.FileWriter, where), []
+    real, calls = getattr(weight_file.FileWriter, where), []
 
     def failing(*args):
         calls.append(1)
@@ -186,8 +183,8 @@ def test_failure_in_any_stage_of_the_pipeline_stops_all(source, direction, tmp_p
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
-    monkeypatch.setattr(pieces, "PIECE", 512)
-    monkeypatch.setattr(weightfile.FileWriter, where, failing)
+    monkeypatch.setattr(chunks, "CHUNK", 512)
+    monkeypatch.setattr(weight_file.FileWriter, where, failing)
     before = weights(source)
     with pytest.raises(OrthogonalizeError, match="disk filled up"):
         edit(str(source), tmp_path / "out", direction=direction, scope="all", workers=3)
@@ -240,11 +237,11 @@ def test_edit_killed_while_writing_is_cleaned_up_by_the_next(source, direction, 
     if shard:
         edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
     code = (
-        "import sys, time\nfrom orthogonalize.checkpoints import weight_file as weightfile\n"
+        "import sys, time\nfrom orthogonalize.checkpoints import weight_file\n"
         "from orthogonalize.commands.edit import edit\n"
-        "real = weightfile.FileWriter._write\n"
+        "real = weight_file.FileWriter._write\n"
         "def slow(*a):\n    real(*a); print('writing', flush=True); time.sleep(60)\n"
-        "weightfile.FileWriter._write = slow\n"
+        "weight_file.FileWriter._write = slow\n"
         f"edit(sys.argv[1], sys.argv[2], direction=sys.argv[3], scope='all', shard={shard!r})\n"
     )
     words = [sys.executable, "-c", code, str(source), str(tmp_path / "out"), str(direction)]
@@ -296,7 +293,7 @@ def test_shard_needs_disk_space_only_for_itself(source, direction, tmp_path, mon
 
 def test_shards_of_two_edits_are_not_mixed(source, direction, tmp_path):
     edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="1/2")
-    with pytest.raises(OrthogonalizeError, match="a share of another edit"):
+    with pytest.raises(OrthogonalizeError, match="are shares of different edits"):
         edit(str(source), tmp_path / "out", direction=direction, scope="layers:1", shard="2/2")
     assert not (tmp_path / "out").exists()
     edit(str(source), tmp_path / "out", direction=direction, scope="all", shard="2/2", force=True)

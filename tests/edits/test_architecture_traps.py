@@ -122,14 +122,14 @@ def test_sliding_window_qwen2_uses_its_value_bias(tmp_path):
     assert compare(base, Intervention({Site("attn", 1): shift(BASIS[0])}), tmp_path / "edited") <= EXACT
     plan = bake(base.checkpoint, Intervention({Site("attn", 1): shift(BASIS[0])}))
     assert plan.checkpoint.edits.keys() == {"model.layers.1.self_attn.v_proj.bias"}
-    with pytest.raises(OrthogonalizeError, match=r"no Llama in all but name, for use_sliding_window is True"):
+    with pytest.raises(OrthogonalizeError, match=r"cannot be stored as a Llama: use_sliding_window is True"):
         bake(base.checkpoint, Intervention({Site("mlp", 1): shift(BASIS[0])}))
 
 
 def test_value_bias_that_misses_part_of_the_vector_is_refused(tmp_path):
     """One value head, repeated for all queries, spans a third of the stream at most."""
     narrow = open_checkpoint(store_tiny("qwen2_moe", tmp_path / "narrow", num_key_value_heads=1))
-    with pytest.raises(OrthogonalizeError, match=r"reaches all but \d+% of the vector"):
+    with pytest.raises(OrthogonalizeError, match=r"bias of the value projection misses \d+% of the vector"):
         bake(narrow, Intervention({Site("attn", 1): shift(BASIS[0])}))
 
 

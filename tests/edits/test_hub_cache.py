@@ -251,10 +251,16 @@ def test_adapter_can_be_written_to_the_cache(tmp_path, cache):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--cache", "some/model"], "some/model is in the Hub's cache; choose another name, or --force"),
-        (["--cache", "some/model", "--force"], "is not only what this command made, so --force leaves it"),
-        (["--cache", "me/a--b"], "me/a--b is no name of a repository"),
-        (["--cache", "name"], "not of the form owner/name"),
+        (
+            ["--cache", "some/model"],
+            "some/model already exists in the Hub's cache; choose another name, or replace it with --force",
+        ),
+        (
+            ["--cache", "some/model", "--force"],
+            "has revisions that this command did not create, so --force does not replace it",
+        ),
+        (["--cache", "me/a--b"], "me/a--b is not a valid repository name"),
+        (["--cache", "name"], "--cache name: give OWNER/NAME"),
         (["--cache", "me/x", "--out", "x"], "give either --out or --cache"),
         ([], "give either --out or --cache"),
         (["--cache", "me/x", "--shard", "1/2"], "give --out with --shard"),
@@ -282,11 +288,11 @@ def test_killed_edit_leaves_the_cache_intact(cache):
     edit("some/model", cache="me/edited", direction=cache.direction, scope=SCOPE)
     before = cache.files()
     code = (
-        "import sys, time\nfrom orthogonalize.checkpoints import weight_file as weightfile\n"
+        "import sys, time\nfrom orthogonalize.checkpoints import weight_file\n"
         "from orthogonalize.commands.edit import edit\n"
-        "real = weightfile.FileWriter._write\n"
+        "real = weight_file.FileWriter._write\n"
         "def slow(*a):\n    real(*a); print('writing', flush=True); time.sleep(60)\n"
-        "weightfile.FileWriter._write = slow\n"
+        "weight_file.FileWriter._write = slow\n"
         "edit('some/model', cache='me/edited', direction=sys.argv[1], scope='layers:2', force=True)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}

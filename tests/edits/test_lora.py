@@ -91,7 +91,7 @@ def test_peft_equals_baked_with_post_norms_and_in_wrappers(bases, tmp_path, fami
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2"])
 def test_experts_that_peft_would_silently_skip_are_refused(bases, tmp_path, family):
-    with pytest.raises(OrthogonalizeError, match=r"experts.* is no linear layer of its own in transformers"):
+    with pytest.raises(OrthogonalizeError, match=r"experts.* is not a separate linear layer in transformers"):
         write_adapter(bake(bases(family).checkpoint, every_write(embed=False)), tmp_path, "base")
 
 

@@ -1,4 +1,4 @@
-"""Single entries flipped to their other neighbour, where multipliers are too coarse; compiled (see `kernels`)."""
+"""Flip single entries to their other grid neighbour, where multipliers are too coarse; compiled (see `kernels`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numba import njit
 from .float_grid import round_row, steps
 from .tiles import STEP, add_combination, add_combinations, add_squares, copy_rows
 
-FLIPS = 8  # single entries flipped at most, a vector: of every vector, whatever others are in its tile
+FLIPS = 8  # largest number of entries flipped per vector, whatever other vectors are in its tile
 
 
 @njit(nogil=True)
@@ -28,7 +28,7 @@ def round_all(y: Any, v: Any, multiplier: Any, scales: Any, every: Any, grid: An
 
 @njit(nogil=True)
 def best_flips(y: Any, q: Any, v: Any, e: Any, scales: Any, every: Any, grid: Any) -> Any:
-    """The entry [n] of every vector whose flip leaves the smallest error, or -1 where none makes it smaller."""
+    """The entry [n] of each vector whose flip leaves the smallest error, or -1 if no flip reduces it."""
     d, n = y.shape
     k = v.shape[1]
     least, gain, step = np.zeros(n, y.dtype), np.empty(n, y.dtype), np.empty(n, y.dtype)
@@ -52,7 +52,7 @@ def best_flips(y: Any, q: Any, v: Any, e: Any, scales: Any, every: Any, grid: An
 
 @njit(nogil=True)
 def _beyond(e: Any, tolerance: Any) -> Any:
-    """The vectors whose error, a column of `e` [k, n], is not within their `tolerance` [n]."""
+    """The vectors whose error, a column of `e` [k, n], exceeds their `tolerance` [n]."""
     found = []
     for j in range(e.shape[1]):
         size = 0.0
@@ -65,10 +65,10 @@ def _beyond(e: Any, tolerance: Any) -> Any:
 
 @njit(nogil=True)
 def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any) -> Any:
-    """In every vector of `q` that is not within its tolerance, flip the one entry that leaves the smallest error.
+    """In each vector of `q` beyond its tolerance, flip the one entry that leaves the smallest error.
 
-    `e` [k, n] is the error `v^T (q - y)` before and after. Where these are few, all is left to `flip_rest`.
-    Returns how many flips a vector may still have.
+    `e` [k, n] is the error `v^T (q - y)`, updated in place. If such vectors are few, they are left to `flip_rest`.
+    Returns how many flips are left per vector.
     """
     going = _beyond(e, tolerance)
     if 3 * len(going) <= 2 * y.shape[1]:
@@ -88,8 +88,8 @@ def flip_all(y: Any, v: Any, tolerance: Any, scales: Any, every: Any, grid: Any,
 
 
 @njit(nogil=True)
-def _widths(scales: Any, every: Any, j: Any, d: Any) -> Any:
-    """The scale of every entry of vector `j`, [1, d]; None of None."""
+def _entry_scales(scales: Any, every: Any, j: Any, d: Any) -> Any:
+    """The scale of every entry of vector `j`, [1, d]; None if there are no scales."""
     if scales is None:
         return None
     result = np.empty((1, d), scales.dtype)
@@ -102,9 +102,9 @@ def _widths(scales: Any, every: Any, j: Any, d: Any) -> Any:
 def flip_rest(
     y: Any, v: Any, flips: Any, tolerance: Any, scales: Any, every: Any, grid: Any, q: Any, e: Any
 ) -> None:  # fmt: skip
-    """Flip up to `flips` further entries, one at a time, of the vectors that are not within their tolerance yet.
+    """Flip up to `flips` more entries, one at a time, in each vector still beyond its tolerance.
 
-    Each is taken out of the tile, so that the loops run along its entries.
+    Each vector is copied out of the tile, so that the loops run along its entries.
     """
     d, k = v.shape
     left = _beyond(e, tolerance)
@@ -115,7 +115,7 @@ def flip_rest(
     for a in range(k):
         add_squares(directions[a], squares)
     for j in left:
-        exact, flipped, widths = y[:, j].copy(), q[:, j].copy(), _widths(scales, every, j, d)
+        exact, flipped, widths = y[:, j].copy(), q[:, j].copy(), _entry_scales(scales, every, j, d)
         for _ in range(flips):
             steps(flipped, exact, widths, 0, grid, step)
             gain[:] = 0

@@ -1,4 +1,4 @@
-"""The values that a number format can hold, and the steps between them, in compiled loops (see `kernels`)."""
+"""The grid of a number format: round to its values, and step between them; compiled (see `kernels`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 
 @intrinsic
 def power_of_two(_context: Any, x: Any) -> Any:
-    """The largest power of two not above |x| (0 for subnormal x), by masking the exponent."""
+    """The largest power of two not above |x| (0 for subnormal x), by masking all bits but the exponent's."""
     width, mask = {types.float32: (32, 0x7F800000), types.float64: (64, 0x7FF0000000000000)}[x]
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -23,8 +23,8 @@ def power_of_two(_context: Any, x: Any) -> Any:
 
 
 @intrinsic
-def converted(_context: Any, x: Any, like: Any) -> Any:
-    """A number on the grid in the type of `like`: the bits of a bfloat16 as a float or the reverse, else as it is."""
+def convert(_context: Any, x: Any, like: Any) -> Any:
+    """Convert `x` to the type of `like`: between the bits of a bfloat16 and a float32, else unchanged."""
     narrow, whole, kept = x == types.uint16, ir.IntType(32), 16
     if x == like:
         return x(x, like), lambda _context, _builder, _signature, arguments: arguments[0]
@@ -40,29 +40,29 @@ def converted(_context: Any, x: Any, like: Any) -> Any:
 
 
 @njit(nogil=True, inline="always")
-def rounded(x: Any, lowest: Any, unit: Any, magic: Any, largest: Any) -> Any:
-    """`x` to the nearest value of the grid, ties to even: adding and taking away 1.5 x 2^23 units drops the rest."""
+def round_number(x: Any, lowest: Any, unit: Any, magic: Any, largest: Any) -> Any:
+    """Round `x` to the grid, ties to even: adding and subtracting 1.5 x 2^23 units drops the lower bits."""
     step = max(power_of_two(x), lowest) * unit * magic
     return min(max((x + step) - step, -largest), largest)
 
 
 @njit(nogil=True, inline="always")
-def factor(scales: Any, group: Any, j: Any, like: Any) -> Any:
-    """The scale of entry `group`, `j`; 1, which costs nothing, where there are no scales."""
+def scale_at(scales: Any, group: Any, j: Any, like: Any) -> Any:
+    """The scale of entry `group`, `j`; 1, at no cost, if there are no scales."""
     return type(like)(1) if scales is None else scales[group, j]
 
 
 @njit(nogil=True)
 def round_row(row: Any, scales: Any, group: Any, grid: Any) -> None:
-    """`row` [n] to the grid, times the scale of each entry."""
+    """Round `row` [n] to the grid times the scale of each entry, in place."""
     lowest, unit, magic, largest = grid
     for j in range(row.shape[0]):
-        scale = factor(scales, group, j, unit)
-        row[j] = rounded(row[j] / scale, lowest, unit, magic, largest) * scale
+        scale = scale_at(scales, group, j, unit)
+        row[j] = round_number(row[j] / scale, lowest, unit, magic, largest) * scale
 
 
 @njit(nogil=True, inline="always")
-def other_way(q: Any, y: Any, lowest: Any, unit: Any) -> Any:
+def step_across(q: Any, y: Any, lowest: Any, unit: Any) -> Any:
     """The step from `q` to its neighbour on the other side of `y`."""
     step = max(power_of_two(q), lowest) * unit
     return -step if q > y else step
@@ -70,9 +70,9 @@ def other_way(q: Any, y: Any, lowest: Any, unit: Any) -> Any:
 
 @njit(nogil=True)
 def steps(q: Any, y: Any, scales: Any, group: Any, grid: Any, step: Any) -> None:
-    """The step [n] of every entry of a row to its other neighbour; 0 where that is beyond the largest value."""
+    """The step [n] from each entry of a row to its other neighbour; 0 if that is beyond the largest value."""
     lowest, unit, _, largest = grid
     for j in range(q.shape[0]):
-        scale = factor(scales, group, j, unit)
-        step[j] = other_way(q[j] / scale, y[j] / scale, lowest, unit) * scale
+        scale = scale_at(scales, group, j, unit)
+        step[j] = step_across(q[j] / scale, y[j] / scale, lowest, unit) * scale
         step[j] = step[j] if abs(q[j] + step[j]) <= largest * scale else 0

@@ -1,14 +1,14 @@
-"""The loops of `rounding`, compiled: vectors edited and rounded a tile at a time, in the cache of a core.
+"""Compiled kernel of `vector_edit`: edit and round vectors one cache-sized tile at a time.
 
-Every vector is computed on its own, in one order and without fused multiply-add, so the result does
-not depend on threads, on how a tensor is cut, or on the processor. Arithmetic is float32 for
-formats of 16 bits and fewer, with sums carried in float64 every 32 terms: that is good to 1e-6 of a
+Every vector is computed independently, in a fixed order and without fused multiply-add, so the result does
+not depend on threads, on how a tensor is split, or on the processor. Arithmetic is float32 for
+formats of up to 16 bits, with sums carried to float64 every 32 terms, which is accurate to 1e-6 of a
 typical component. Formats of 32 and 64 bits are computed in float64.
 
-In all of them: `y` [d, n] holds n vectors, `v` [d, k] the directions, `e` [k, n] errors of components,
-`multiplier` [k, n] is m, `scales` [., n] multiplies the entries of every `every` rows (None: no scales),
-and `grid` is the lowest normal value, the unit of the last place at 1, the number that drops what lies
-below a unit when it is added and taken away, and the largest value.
+Throughout, `y` [d, n] holds n vectors, `v` [d, k] the directions, `e` [k, n] errors of components,
+`multiplier` [k, n] is m, row i of `scales` [., n] applies to rows i * `every` onwards (None: no scales),
+and `grid` is the smallest normal value, the unit in the last place of 1, the number that drops everything below
+a unit when it is added and subtracted, and the largest value.
 """
 
 from __future__ import annotations
@@ -20,22 +20,21 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from . import flips, multipliers, tiles
-from . import float_grid as gridpoints
+from . import flips, float_grid, multipliers, tiles
 from .flips import flip_all, flip_rest, round_all
-from .float_grid import factor, round_row
+from .float_grid import round_row, scale_at
 from .multipliers import best_multipliers
-from .tiles import RUN, STEP, add_components, apply, carry, copy_rows, load, save, scales_of
+from .tiles import RUN, STEP, add_components, apply, carry, copy_rows, load, save, tile_scales
 
-VECTORS = 64  # rounded together: a tile of them stays in the cache of a core
+VECTORS = 64  # vectors per tile, which then fits in the cache of a core
 
 
 @njit(nogil=True)
 def finish(y: Any, q: Any, rounds: bool, v: Any, scales: Any, every: Any, grid: Any, e: Any, beyond: Any) -> Any:
-    """`y` becomes `q`, or its own rounding where `q` is None; `e` its error `v^T (q - y)`.
+    """Set `y` to `q`, or to its own rounding if `q` is None, and `e` to the error `v^T (q - y)`.
 
-    `beyond` [n] becomes by how much the largest entry of a vector exceeds what its scale can hold. Returns
-    the sum of `(q - y)^2`.
+    `beyond` [n] is set to the amount by which the largest entry of a vector exceeds what its scale can hold.
+    Returns the sum of `(q - y)^2`.
     """
     d, n = y.shape
     largest = grid[3]
@@ -58,7 +57,7 @@ def finish(y: Any, q: Any, rounds: bool, v: Any, scales: Any, every: Any, grid: 
                     if rounds:
                         round_row(row, scales, i // every, grid)
                 for j in range(n):
-                    beyond[j] = max(beyond[j], abs(old[j]) / factor(scales, i // every, j, largest) - largest)
+                    beyond[j] = max(beyond[j], abs(old[j]) / scale_at(scales, i // every, j, largest) - largest)
                 for j in range(n):
                     new = row[j]
                     row[j] = new - old[j]
@@ -80,28 +79,28 @@ def _compiled(sources: str) -> Any:
         scales: Any, rescaled: Any, every: Any, grid: Any, rounds: bool, cancel: bool, enough: Any,
         sums: Any, before: Any,
     ) -> None:  # fmt: skip
-        """Edit and round the vectors `first` to `last` of `stored` in place; add to `sums` what was measured.
+        """Edit and round the vectors `first` to `last` of `stored` in place; add their statistics to `sums`.
 
-        Stored numbers have the `scales` before and are `rescaled` afterwards. The components that the vectors
-        had go to `before` [k, last - first].
+        Stored numbers have the scales `scales` before and `rescaled` after. The vectors' components before the edit
+        are written to `before` [k, last - first].
         """
         _ = sources
         d, k = v.shape
         length = np.sqrt(np.sum(v * v))
-        room = grid[3] * grid[1] / 4  # what exceeds the largest value by half a unit is rounded to it
+        room = grid[3] * grid[1] / 4  # up to half a unit above the largest value rounds down to it
         x, q = np.empty((d, VECTORS), u.dtype), np.empty((d if cancel else 0, VECTORS), u.dtype)
         for start in range(first, last, VECTORS):
             n = min(VECTORS, last - start)
             if n < VECTORS:
                 x, q = np.empty((d, n), u.dtype), np.empty((d if cancel else 0, n), u.dtype)
-            tile, former = scales_of(rescaled, start, n, every[1]), scales_of(scales, start, n, every[1])
+            tile, former = tile_scales(rescaled, start, n, every[1]), tile_scales(scales, start, n, every[1])
             seen, e, beyond = np.zeros((k, n)), np.zeros((k, n)), np.zeros(n, u.dtype)
             squares = load(stored, start, by_rows, v, former, every[0], x, seen)
             copy_rows(seen, before[:, start - first : start - first + n])
             apply(x, u, s, seen.astype(u.dtype))
             if cancel:
-                tolerance = enough * np.sqrt(k * squares / d)  # of a vector's typical component
-                # A flip finishes what is within its reach: some times the typical step of a component.
+                tolerance = enough * np.sqrt(k * squares / d)  # relative to a typical component of the vector
+                # Flips finish errors within their reach: a few times the typical step of a component.
                 reach = np.maximum(tolerance, 4 * grid[1] * length * np.sqrt(squares) / d) if k == 1 else tolerance
                 multiplier = best_multipliers(x, v, inverse, reach, tile, every[0], grid, e)
                 round_all(x, v, multiplier, tile, every[0], grid, q)
@@ -120,7 +119,7 @@ def _compiled(sources: str) -> Any:
 
 def _sources() -> str:
     """SHA-256 of the modules whose loops are compiled into `edit_tiles`."""
-    files = [str(module.__file__) for module in (flips, gridpoints, multipliers, tiles)]
+    files = [str(module.__file__) for module in (flips, float_grid, multipliers, tiles)]
     return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The multipliers of `rounding`, in compiled loops (see `kernels`), by fixed-point iteration."""
+"""Lagrange multipliers of the cancelling scheme, by fixed-point iteration; compiled (see `kernels`)."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .float_grid import round_row, rounded
-from .tiles import RUN, STEP, add_combinations, add_components, carry, copy_rows, gathered
+from .float_grid import round_number, round_row
+from .tiles import RUN, STEP, add_combinations, add_components, carry, copy_rows, select_columns
 
 ITERATIONS = 8  # at most
-# Of several directions in formats without scales: then few vectors are left, and flips cost less than more steps.
+# For several directions without scales: few vectors are then left, and flips cost less than further iterations.
 ITERATIONS_OF_SEVERAL = 3
 
 
 @njit(nogil=True)
 def _errors(y: Any, v: Any, multiplier: Any, plain: bool, scales: Any, every: Any, grid: Any, e: Any) -> None:
-    """`e` [k, n] becomes `v^T (round(y + v m) - y)`; `plain` where m is 0."""
+    """Set `e` [k, n] to `v^T (round(y + v m) - y)`; `plain`: m is 0."""
     d, n = y.shape
     rows, partial = np.empty((STEP, n), y.dtype), np.zeros(e.shape, y.dtype)
     e[:] = 0.0
@@ -39,7 +39,7 @@ def _errors(y: Any, v: Any, multiplier: Any, plain: bool, scales: Any, every: An
 
 @njit(nogil=True)
 def _errors_of_one(y: Any, v: Any, multiplier: Any, grid: Any, e: Any) -> None:
-    """`_errors` for one direction and no scales, which most edits are, in one loop."""
+    """`_errors` for one direction and no scales, the most common edit, in a single loop."""
     lowest, unit, magic, largest = grid
     d, n = y.shape
     m, partial = multiplier[0], np.zeros((1, n), y.dtype)
@@ -52,26 +52,26 @@ def _errors_of_one(y: Any, v: Any, multiplier: Any, grid: Any, e: Any) -> None:
             w0, w1, w2, w3 = v[i, 0], v[i + 1, 0], v[i + 2, 0], v[i + 3, 0]
             y0, y1, y2, y3 = y[i], y[i + 1], y[i + 2], y[i + 3]
             for j in range(n):
-                r0 = rounded(y0[j] + w0 * m[j], lowest, unit, magic, largest) - y0[j]
-                r1 = rounded(y1[j] + w1 * m[j], lowest, unit, magic, largest) - y1[j]
-                r2 = rounded(y2[j] + w2 * m[j], lowest, unit, magic, largest) - y2[j]
-                r3 = rounded(y3[j] + w3 * m[j], lowest, unit, magic, largest) - y3[j]
+                r0 = round_number(y0[j] + w0 * m[j], lowest, unit, magic, largest) - y0[j]
+                r1 = round_number(y1[j] + w1 * m[j], lowest, unit, magic, largest) - y1[j]
+                r2 = round_number(y2[j] + w2 * m[j], lowest, unit, magic, largest) - y2[j]
+                r3 = round_number(y3[j] + w3 * m[j], lowest, unit, magic, largest) - y3[j]
                 total[j] += (w0 * r0 + w1 * r1) + (w2 * r2 + w3 * r3)
             i += STEP
         while i < last:
             w0, y0 = v[i, 0], y[i]
             for j in range(n):
-                total[j] += w0 * (rounded(y0[j] + w0 * m[j], lowest, unit, magic, largest) - y0[j])
+                total[j] += w0 * (round_number(y0[j] + w0 * m[j], lowest, unit, magic, largest) - y0[j])
             i += 1
         carry(partial, e)
 
 
 @njit(nogil=True)
 def best_multipliers(y: Any, v: Any, inverse: Any, tolerance: Any, scales: Any, every: Any, grid: Any, e: Any) -> Any:
-    """The multipliers [k, n] that leave the smallest error, which `e` [k, n] becomes.
+    """The multipliers [k, n] that leave the smallest error; that error is written to `e` [k, n].
 
-    `inverse` is `(V^T V)^-1`; a vector is done when its error is below its `tolerance` [n], or when
-    shorter steps no longer help. The others go on without it.
+    `inverse` is `(V^T V)^-1`. A vector is done when its error is within its `tolerance` [n], or when
+    shorter steps no longer help; the iteration continues with the others only.
     """
     k, n = e.shape
     best, least, length = np.zeros((k, n), y.dtype), np.full(n, np.inf), np.ones(n)
@@ -113,6 +113,6 @@ def best_multipliers(y: Any, v: Any, inverse: Any, tolerance: Any, scales: Any, 
         if len(left) == 0:
             break
         if 3 * len(left) <= 2 * len(here):
-            y, trial, here = gathered(y, left), gathered(trial, left), here[left]
-            scales = gathered(scales, left)
+            y, trial, here = select_columns(y, left), select_columns(trial, left), here[left]
+            scales = select_columns(scales, left)
     return best

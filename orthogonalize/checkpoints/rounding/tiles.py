@@ -1,6 +1,6 @@
-"""Tiles of vectors, in compiled loops (see `kernels`): read and edited, written, and their components summed.
+"""Tiles of vectors: read, edit and write them, and sum their components; compiled (see `kernels`).
 
-Sums are kept in the tile's own format for 32 terms and then carried in float64.
+Sums run in the tile's own format for 32 terms and are then carried to float64.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from .float_grid import converted, factor, rounded
+from .float_grid import convert, round_number, scale_at
 
-RUN = 32  # terms summed in the narrow format before the sum is carried in float64
-STEP = 4  # rows taken at once, so that sums stay in registers; divides RUN
+RUN = 32  # terms summed in the tile's format before the sum is carried to float64
+STEP = 4  # rows processed together, so that sums stay in registers; divides RUN
 
 
 @njit(nogil=True)
@@ -38,7 +38,7 @@ def add_combination(row: Any, weights: Any, vectors: Any) -> None:
 def add_combinations(rows: Any, weights: Any, first: Any, vectors: Any) -> None:
     """`rows` [count, n] += `weights` [first : first + count] `vectors` [k, n]; count is at most 4.
 
-    Four rows and four vectors at a time: a number that is read once takes part in four products.
+    Four rows and four vectors at a time, so that every number read is used in four products.
     """
     count, n = rows.shape
     k = vectors.shape[0] // STEP * STEP if count == STEP else 0
@@ -101,7 +101,7 @@ def add_squares(row: Any, squares: Any) -> None:
 
 @njit(nogil=True)
 def copy_rows(source: Any, target: Any) -> None:
-    """`target` becomes `source`, both [m, n]: a loop, where assigning one slice to another takes seconds to compile."""
+    """Copy `source` to `target`, both [m, n]. A loop, because assigning slices takes seconds to compile."""
     for i in range(source.shape[0]):
         for j in range(source.shape[1]):
             target[i, j] = source[i, j]
@@ -118,18 +118,18 @@ def carry(partial: Any, total: Any) -> None:
 
 @njit(nogil=True)
 def _copy(source: Any, at: Any, target: Any, to: Any, shape: Any) -> None:
-    """Copy `shape` numbers of `source` from `at` on to `target` from `to` on, in the target's type."""
+    """Copy a block of `shape` from `source` at `at` to `target` at `to`, converting to the target's type."""
     like = target[0, 0]
     for i in range(shape[0]):
         old = source[at[0] + i, at[1] : at[1] + shape[1]]
         new = target[to[0] + i, to[1] : to[1] + shape[1]]
         for j in range(shape[1]):
-            new[j] = converted(old[j], like)
+            new[j] = convert(old[j], like)
 
 
 @njit(nogil=True)
 def _read_strip(stored: Any, start: Any, by_rows: bool, first: Any, strip: Any) -> None:
-    """`strip` [m, n] becomes the numbers at `first` and after of the vectors from `start`."""
+    """Set `strip` [m, n] to the entries from `first` on of the vectors from `start` on."""
     m, n = strip.shape
     if by_rows:
         _copy(stored, (start, first), strip.T, (0, 0), (n, m))
@@ -149,9 +149,9 @@ def _write_strip(strip: Any, start: Any, by_rows: bool, first: Any, stored: Any)
 
 @njit(nogil=True)
 def load(stored: Any, start: Any, by_rows: bool, v: Any, scales: Any, every: Any, x: Any, before: Any) -> Any:
-    """Read the tile `x` [d, n] of `stored` from vector `start` on; its components go to `before` [k, n].
+    """Read the tile `x` [d, n] of `stored` from vector `start` on, and write its components to `before` [k, n].
 
-    Returns the square of every vector's norm, [n].
+    Returns the squared norm of each vector, [n].
     """
     d, n = x.shape
     partial, squares, square = np.zeros(before.shape, x.dtype), np.zeros((1, n)), np.zeros((1, n), x.dtype)
@@ -176,7 +176,7 @@ def load(stored: Any, start: Any, by_rows: bool, v: Any, scales: Any, every: Any
 
 @njit(nogil=True)
 def apply(y: Any, u: Any, s: Any, before: Any) -> None:
-    """`y` becomes `y - u before + s`."""
+    """Set `y` to `y - u before + s`."""
     d, n = y.shape
     minus = -before
     for first in range(0, d, STEP):
@@ -190,9 +190,9 @@ def apply(y: Any, u: Any, s: Any, before: Any) -> None:
 
 @njit(nogil=True)
 def save(q: Any, start: Any, by_rows: bool, before: Any, scales: Any, every: Any, grid: Any, stored: Any) -> Any:
-    """Write the tile `q` [d, n] into `stored` from vector `start` on; returns the sum of the squared changes.
+    """Write the tile `q` [d, n] to `stored` from vector `start` on; returns the sum of squared changes.
 
-    What is stored there has the scales `before`.
+    The numbers stored there so far have the scales `before`.
     """
     lowest, unit, magic, largest = grid
     d, n = q.shape
@@ -205,10 +205,10 @@ def save(q: Any, start: Any, by_rows: bool, before: Any, scales: Any, every: Any
         for i in range(last - first):
             row, difference, group = q[first + i], old[i], (first + i) // every
             for j in range(n):
-                difference[j] = difference[j] * factor(before, group, j, unit) - row[j]
+                difference[j] = difference[j] * scale_at(before, group, j, unit) - row[j]
             if scales is not None:
                 for j in range(n):
-                    row[j] = rounded(row[j] / scales[group, j], lowest, unit, magic, largest)
+                    row[j] = round_number(row[j] / scales[group, j], lowest, unit, magic, largest)
             add_squares(difference, square[0])
         carry(square, squares)
         _write_strip(q[first:last], start, by_rows, first, stored)
@@ -216,8 +216,8 @@ def save(q: Any, start: Any, by_rows: bool, before: Any, scales: Any, every: Any
 
 
 @njit(nogil=True)
-def scales_of(scales: Any, start: Any, n: Any, every: Any) -> Any:
-    """The scales of the `n` vectors from `start` on, a column each; None of None."""
+def tile_scales(scales: Any, start: Any, n: Any, every: Any) -> Any:
+    """The scales of the `n` vectors from `start` on, one column each; None if there are no scales."""
     if scales is None:
         return None
     result = np.empty((scales.shape[0], n), scales.dtype)
@@ -228,8 +228,8 @@ def scales_of(scales: Any, start: Any, n: Any, every: Any) -> Any:
 
 
 @njit(nogil=True)
-def gathered(x: Any, columns: Any) -> Any:
-    """The `columns` of `x`, side by side; None of None."""
+def select_columns(x: Any, columns: Any) -> Any:
+    """The `columns` of `x`; None if `x` is None."""
     if x is None:
         return None
     result = np.empty((x.shape[0], len(columns)), x.dtype)
