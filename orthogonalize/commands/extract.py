@@ -114,8 +114,8 @@ class _Extraction:
             case "activations":
                 own = {}
             case "directions":
-                own = asdict(self._direction_settings)
-                own["methods"] = own.pop("finders")  # as stages.json calls them
+                found = asdict(self._direction_settings)
+                own = {"methods": found.pop("finders"), **found}  # stages.json calls the finders `methods`
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
