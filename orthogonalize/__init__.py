@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from .core.interventions import removal as removal
     from .core.interventions import shift as shift
     from .core.registry import Registry as Registry
+    from .directions.conditional import ConditionalMap as ConditionalMap
+    from .directions.conditional import InputMoments as InputMoments
+    from .directions.conditional import solve_from_moments as solve_from_moments
+    from .directions.conditional import solve_from_samples as solve_from_samples
     from .directions.direction_set import Directions as Directions
     from .directions.direction_set import GivenDirection as GivenDirection
     from .directions.direction_set import load_direction as load_direction
@@ -66,6 +70,7 @@ _MODULES = {
     "AffineMap": "core.interventions",
     "Audit": "checkpoints.diff",
     "Candidate": "selection.candidates",
+    "ConditionalMap": "directions.conditional",
     "DirectionFinder": "directions.finders.base",
     "Directions": "directions.direction_set",
     "Draft": "models.describe.draft",
@@ -75,6 +80,7 @@ _MODULES = {
     "EngineOptions": "engines.base",
     "Eraser": "directions.leace",
     "GivenDirection": "directions.direction_set",
+    "InputMoments": "directions.conditional",
     "Intervention": "core.interventions",
     "Moments": "directions.leace",
     "OrthogonalizeError": "core.errors",
@@ -110,6 +116,8 @@ _MODULES = {
     "rank": "selection.candidates",
     "removal": "core.interventions",
     "shift": "core.interventions",
+    "solve_from_moments": "directions.conditional",
+    "solve_from_samples": "directions.conditional",
     "sweep": "commands.sweep",
     "verify": "commands.verify",
 }

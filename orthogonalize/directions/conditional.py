@@ -1,0 +1,189 @@
+"""Conditional edits: take directions out of a write only where its input looks like the target's.
+
+A write matrix computes `W x` from its input x [n]. With orthonormal rows R [k, d] of directions in the stream that it
+writes into, `W' = W - R^T C` takes `C x` out along them. C [k, n] is the solution of a ridge regression
+
+    min_C  w_T E_T |R W x - m - C x|^2  +  E_H |C x|^2  +  w_K E_K |C x|^2  +  l |C|^2
+
+over target tokens T (whose component along R is brought to m, what harmless tokens write on average), harmless tokens
+H, and preserved tokens K (whose outputs should not move). Its normal equations are
+
+    C (S_H + w_K S_K + w_T S_T + l I) = w_T E_T[(R W x - m) x^T],        S = E[x x^T] over the tokens of a set,
+
+with `l = ridge * mean(diag(S_H + w_K S_K))`, so that `ridge` has no unit. This is the update of MEMIT (Meng et al.
+2023, eq. 14) with values restricted to the span of R. AlphaEdit (Fang et al. 2024) and AlphaSteer (arXiv 2506.07022)
+are relatives, which project on the null space of what is preserved instead. Bringing a component to the harmless mean
+is ACE's idea (arXiv 2411.09003).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+
+
+@dataclass(frozen=True)
+class ConditionalMap:
+    """`W x -> W x - r^T (c x)` on a write matrix: `r` [k, d] are rows in the stream, `c` [k, n] read the input."""
+
+    r: torch.Tensor
+    c: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.r.dim() != 2 or self.c.dim() != 2 or len(self.r) != len(self.c):
+            raise ValueError(f"shapes do not match: r {tuple(self.r.shape)}, c {tuple(self.c.shape)}")
+
+    def __repr__(self) -> str:
+        return f"ConditionalMap(rank {len(self.r)}, {self.c.shape[-1]} inputs, width {self.r.shape[-1]})"
+
+    def __call__(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+        """Edited outputs [..., d] of the matrix, from its inputs [..., n] and unedited outputs."""
+        return outputs - (inputs @ self.c.to(inputs).mT) @ self.r.to(outputs)
+
+    def edit(self, weight: torch.Tensor) -> torch.Tensor:
+        """The edited matrix [d, n], in float64."""
+        return weight.to(torch.float64) - self.r.to(torch.float64).mT @ self.c.to(torch.float64)
+
+    def scaled(self, strength: float) -> ConditionalMap:
+        """The same map at another strength."""
+        return ConditionalMap(self.r, strength * self.c)
+
+
+class InputMoments:
+    """Streaming second moments of a matrix's inputs over one set of tokens, in float64.
+
+    Holds E[x x^T] [n, n] and, where values y [k] come with the inputs, E[y x^T] [k, n] and E[y] [k]; never the tokens.
+    """
+
+    def __init__(self, inputs: int, values: int = 0, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self._second = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self._cross = torch.zeros(values, inputs, dtype=torch.float64, device=device)
+        self._inputs = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self._values = torch.zeros(values, dtype=torch.float64, device=device)
+
+    def update(self, inputs: torch.Tensor, values: torch.Tensor | None = None) -> InputMoments:
+        """Add tokens: inputs [tokens, n] and, where the moments have any, values [tokens, k]."""
+        x = inputs.to(self._second)
+        if (values is None) != (len(self._values) == 0):
+            raise ValueError("these moments take values with every input, or with none")
+        self._second += x.mT @ x
+        self._inputs += x.sum(0)
+        if values is not None:
+            y = values.to(self._second)
+            self._cross += y.mT @ x
+            self._values += y.sum(0)
+        self.count += len(x)
+        return self
+
+    @property
+    def second(self) -> torch.Tensor:
+        """E[x x^T], [n, n]."""
+        return self._second / self._number
+
+    @property
+    def value_mean(self) -> torch.Tensor:
+        """E[y], [k]."""
+        return self._values / self._number
+
+    def cross(self, origin: torch.Tensor) -> torch.Tensor:
+        """E[(y - origin) x^T], [k, n]."""
+        return (self._cross - torch.outer(origin.to(self._cross), self._inputs)) / self._number
+
+    @property
+    def _number(self) -> int:
+        if not self.count:
+            raise OrthogonalizeError("a set of tokens for a conditional edit is empty")
+        return self.count
+
+
+def solve_from_moments(
+    r: torch.Tensor,
+    target: InputMoments,
+    harmless: InputMoments,
+    preserved: Sequence[InputMoments] = (),
+    *,
+    origin: torch.Tensor | None = None,
+    target_weight: float = 0.1,
+    preserve_weight: float = 1.0,
+    ridge: float = 0.01,
+) -> ConditionalMap:
+    """The conditional map from second moments; the cost is one [n, n] Cholesky factorisation.
+
+    Args:
+        r: orthonormal rows [k, d] of the stream.
+        target: moments of target tokens; the values are their components `R W x` [k].
+        harmless: moments of harmless tokens; with values, their mean is where the target is brought.
+        preserved: moments of further sets, each weighted by `preserve_weight`.
+        origin: where the target's component is brought [k], instead of the harmless mean.
+        target_weight: w_T; too small leaves part of the behaviour, too large moves harmless outputs.
+        ridge: l as a share of the mean squared input.
+
+    Raises:
+        OrthogonalizeError: a set is empty, or the system is singular (a zero `ridge` with dependent inputs).
+    """
+    _check_weights(target_weight, preserve_weight, ridge)
+    kept = harmless.second + preserve_weight * sum(
+        (each.second for each in preserved), torch.zeros_like(harmless.second)
+    )
+    system = kept + target_weight * target.second
+    system.diagonal().add_(ridge * kept.diagonal().mean())
+    m = harmless.value_mean if origin is None else origin
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed:
+        raise OrthogonalizeError("the inputs are linearly dependent, so a conditional edit needs a ridge above 0")
+    c = target_weight * torch.cholesky_solve(target.cross(m).mT, factor).mT
+    return ConditionalMap(r.to(torch.float64), c)
+
+
+def solve_from_samples(
+    r: torch.Tensor,
+    target: tuple[torch.Tensor, torch.Tensor],
+    harmless: tuple[torch.Tensor, torch.Tensor],
+    preserved: Sequence[torch.Tensor] = (),
+    *,
+    origin: torch.Tensor | None = None,
+    target_weight: float = 0.1,
+    preserve_weight: float = 1.0,
+    ridge: float = 0.01,
+) -> ConditionalMap:
+    """The same map from the tokens themselves: through the primal or the dual system, whichever is smaller.
+
+    `target` and `harmless` are inputs [tokens, n] and values [tokens, k]; `preserved` are inputs alone. With N tokens
+    in all, the dual solves an [N, N] system, since C lies in the span of the inputs: cheaper where N < n.
+
+    Raises:
+        OrthogonalizeError: see `solve_from_moments`.
+    """
+    _check_weights(target_weight, preserve_weight, ridge)
+    inputs = target[0].shape[-1]
+    tokens = len(target[0]) + len(harmless[0]) + sum(map(len, preserved))
+    settings = {"target_weight": target_weight, "preserve_weight": preserve_weight, "ridge": ridge}
+    if tokens >= inputs or not ridge:
+        values, device = target[1].shape[-1], target[0].device
+        t, h = (InputMoments(inputs, values, device).update(*pair) for pair in (target, harmless))
+        k = [InputMoments(inputs, device=device).update(x) for x in preserved]
+        return solve_from_moments(r, t, h, k, origin=origin, **settings)
+    if not all(len(x) for x in (target[0], harmless[0], *preserved)):
+        raise OrthogonalizeError("a set of tokens for a conditional edit is empty")
+    x, y = (part.to(torch.float64) for part in target)
+    m = harmless[1].to(torch.float64).mean(0) if origin is None else origin.to(x)
+    rows = [((target_weight / len(x)) ** 0.5) * x, harmless[0].to(x) / len(harmless[0]) ** 0.5]
+    rows += [((preserve_weight / len(each)) ** 0.5) * each.to(x) for each in preserved]
+    a = torch.cat(rows)  # S_H + w_K S_K + w_T S_T = a^T a
+    kept = a[len(x) :]
+    system = a @ a.mT
+    system.diagonal().add_(ridge * kept.square().sum() / inputs)
+    wanted = torch.zeros(len(a), y.shape[-1]).to(x)
+    wanted[: len(x)] = ((target_weight / len(x)) ** 0.5) * (y - m)
+    solution = torch.linalg.solve(system, wanted, left=True)
+    return ConditionalMap(r.to(torch.float64), solution.mT @ a)
+
+
+def _check_weights(target: float, preserve: float, ridge: float) -> None:
+    if not (target > 0 and preserve >= 0 and ridge >= 0):
+        raise OrthogonalizeError("a conditional edit needs a target weight above 0 and no negative weight or ridge")
