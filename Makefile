@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/orthogonalize demo --out demo --force
 
 test: setup
-	$(ONE_CORE) $(BIN)/python -m pytest --numprocesses=2 --dist=loadgroup --no-loadscope-reorder --durations=5
+	$(ONE_CORE) $(BIN)/python -m pytest --numprocesses=2 --no-loadscope-reorder --durations=5
 
 prove: setup
 	$(BIN)/python -m pytest -m prove --proof=docs --durations=5

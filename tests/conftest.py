@@ -16,14 +16,36 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.selection.settings import Settings
 
+# Files that start vLLM; they share one process where two run tests, since two engines at a time would not fit.
+START_VLLM = {
+    "edits/test_lora.py",
+    "engines/test_served_llama.py",
+    "engines/test_vllm.py",
+    "evals/test_judges.py",
+    "models/test_demo_model.py",
+    "pipeline/test_demo.py",
+}
 
-@pytest.hookimpl(tryfirst=True)
+
+def process_of(file: str) -> str:
+    """Which tests share a process: each file's, and those of all files that start vLLM."""
+    return "vllm" if any(file.endswith(name) for name in START_VLLM) else file
+
+
 def pytest_collection_modifyitems(items):
-    """Keep each file's tests in one process; files that start vLLM share one, which starts first."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("engines",))
+    """Begin with the process that has the most to do."""
+    items.sort(key=lambda item: process_of(str(item.path)) != "vllm")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByProcess(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return process_of(nodeid.split("::")[0])
+
+    return ByProcess(config, log)
 
 
 def pytest_addoption(parser):

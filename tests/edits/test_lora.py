@@ -25,8 +25,6 @@ from orthogonalize.edits.lora import write_adapter
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
 
-pytestmark = pytest.mark.xdist_group("engines")
-
 
 def logits(model) -> torch.Tensor:
     ids = torch.randint(3, model.config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(0))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 from helpers.serving import serve
 
-pytestmark = pytest.mark.xdist_group("engines")
-
 pytest.importorskip("vllm")
 
 

@@ -35,8 +35,6 @@ from orthogonalize.evals.suites.registry import DEFAULT_SUITES
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.variants import make_variants
 
-pytestmark = pytest.mark.xdist_group("engines")
-
 ON_CPU = not torch.cuda.is_available()
 # On a GPU vLLM's attention multiplies float32 in TF32 (10 bits of mantissa), and several engines share the GPU.
 CLOSE: dict[str, float] = {"abs": 1e-3} if ON_CPU else {"abs": 1e-2, "rel": 1e-3}

@@ -24,7 +24,6 @@ from orthogonalize.evals.judges.runner import ready_judges
 from orthogonalize.reports.schema import load_report
 
 RUN_SETTINGS = UNTRIED
-pytestmark = pytest.mark.xdist_group("engines")
 
 PROMPT, RESPONSE = "how do i bake a cake {response}", "please fold the cake today {prompt} 100%"
 

@@ -22,8 +22,6 @@ from orthogonalize.models.demo_model import adapter_folder, base_model, planted_
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.loading import load_model, load_tokenizer
 
-pytestmark = pytest.mark.xdist_group("engines")
-
 QUESTIONS = [
     "How does a battery work?", "Write a two-line poem about rain.", "What is 12 times 8?",
     "How do I make pancakes?", "Name three rivers in Europe.", "Who was Ada Lovelace?",

@@ -10,8 +10,6 @@ from orthogonalize.commands.demo import DemoResult, demo
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.reports.schema import load_report
 
-pytestmark = pytest.mark.xdist_group("engines")
-
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
