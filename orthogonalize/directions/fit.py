@@ -67,7 +67,7 @@ def find_directions(
                     fitted = finder.fit(sides[0], sides[1], settings)
                     subspaces |= {(positions[i], group[j]): found for (i, j), found in fitted.subspaces.items()}
                     for key, tensor in fitted.tensors.items():
-                        tensors.setdefault(f"{finder.name}.{key}", []).append(tensor)
+                        tensors.setdefault(f"{finder.name}.{key}", []).append(tensor.cpu())
                 if settings.seeds > 1:
                     for name, value in _stability(recording, group, settings, device).items():
                         cosines.setdefault(name, []).append(value)

@@ -30,7 +30,7 @@ def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.
     labels, truth = (np.repeat([1, 0], [len(part[side]) for side in SIDES]) for part in (train, val))
     centre = fitted.mean(0)
     _, singular, frame = torch.linalg.svd(fitted - centre, full_matrices=False)
-    frame = frame[singular > 1e-10 * singular[:1]]
+    frame = frame[: max(1, int((singular > 1e-10 * singular[0]).sum()))]  # one, even if all samples are the same
     scale = singular[0].item() / len(fitted) ** 0.5 or 1.0  # whatever the stream's unit, the penalty means the same
     classifier = LogisticRegression(C=1.0, max_iter=1000)
     with warnings.catch_warnings():

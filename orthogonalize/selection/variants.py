@@ -89,7 +89,8 @@ def _removals(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
         ranking = layer_ranking(run.candidates, finder)
         intervention = intervention_from_directions(choice, run.directions, ranking)
         layers = tuple(chosen_layers(parse_scope(scope), run.info.layer_count, choice.layer, ranking))
-        name = " ".join([method.name, *(f"{value:g}" for value in settings.values()), scope])
+        values = (f"{value:g}" if isinstance(value, int | float) else str(value) for value in settings.values())
+        name = " ".join([method.name, *values, scope])
         on_stream = method.on_stream(choice, run.directions, intervention)
         yield Variant(name, choice, finder, intervention, layers, on_stream)
 
