@@ -353,7 +353,7 @@ def extract(
     Raises:
         OrthogonalizeError: the model, the prompts, the settings or the output folder cannot be used.
     """
-    settings = (settings or Settings()).changed(**changes)
+    settings = (settings or Settings()).with_changes(**changes)
     settings.check()
     out = Path(out)
     check_run_folder(out, RUN)

@@ -47,7 +47,7 @@ def intervention_from_directions(
         OrthogonalizeError: there is no direction at the chosen position and layer.
     """
     if choice.position is None or (choice.layer is None and not choice.per_layer):
-        raise OrthogonalizeError("an edit needs the direction's position and layer; give --position and --layer")
+        raise OrthogonalizeError("an edit needs the position and layer of its direction; give --position and --layer")
     position = choice.position
     if position not in directions.positions:
         raise OrthogonalizeError(
@@ -58,7 +58,7 @@ def intervention_from_directions(
     return METHODS.find(choice.method).from_directions(choice, directions, ranking)
 
 
-def shared_map(
+def place_shared_map(
     method: EditMethod,
     choice: EditConfig,
     basis: torch.Tensor,
@@ -82,7 +82,7 @@ def shared_map(
     return method.place(scope, layer_count, lambda _: shared, choice.layer, ranking)
 
 
-def maps_along(
+def place_maps_along(
     method: EditMethod, choice: EditConfig, directions: Directions, ranking: Sequence[int] | None
 ) -> Intervention:
     """Maps of `method` along one shared direction, or at each site along the direction of its own layer."""

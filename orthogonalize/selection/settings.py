@@ -64,7 +64,7 @@ class Settings:
     answers: int = 32
     trust_remote_code: bool = False
 
-    def changed(self, **changes: Any) -> Settings:
+    def with_changes(self, **changes: Any) -> Settings:
         """A copy with other values.
 
         Raises:

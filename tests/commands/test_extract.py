@@ -107,7 +107,7 @@ def test_stages_run_one_by_one_give_the_same_run(run, model, sources, tmp_path, 
     out = tmp_path / "run"
     for stage in ("prompts", "activations", "directions"):
         assert extract(str(model), out, **sources, settings=SMALL, stage=stage) is None
-        with pytest.raises(OrthogonalizeError, match="is not finished; run the same extract again"):
+        with pytest.raises(OrthogonalizeError, match="is unfinished; re-run the same extract command"):
             load_run(out)
     with pytest.raises(OrthogonalizeError, match="--stage selection needs stage 'prompts'"):
         extract(str(model), out, **sources, settings=changed(seed=5), stage="selection")
@@ -326,7 +326,9 @@ def test_identical_activations_on_both_sides_are_reported(model, sources, tmp_pa
 
 
 def test_too_few_prompts_for_a_rank_states_how_many_are_needed(model, sources, tmp_path):
-    with pytest.raises(OrthogonalizeError, match=r"rank 30 needs at least 31 samples to fit \(about 20 prompts a side"):
+    with pytest.raises(
+        OrthogonalizeError, match=r"rank 30 needs at least 31 samples to fit \(about 20 prompts per side"
+    ):
         extract(str(model), tmp_path / "run", **sources, settings=changed(max_rank=30))
 
 

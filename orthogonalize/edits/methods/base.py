@@ -75,17 +75,17 @@ class EditMethod:
         ranking: Sequence[int] | None = None,
     ) -> Intervention:
         """The intervention of `choice` along one shared orthonormal `basis` [k, d]."""
-        from ..build import shared_map
+        from ..build import place_shared_map
 
-        return shared_map(self, choice, basis, norm, layer_count, ranking)
+        return place_shared_map(self, choice, basis, norm, layer_count, ranking)
 
     def from_directions(
         self, choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None
     ) -> Intervention:
         """The intervention of `choice` along extracted directions: one shared direction, or each layer's own."""
-        from ..build import maps_along
+        from ..build import place_maps_along
 
-        return maps_along(self, choice, directions, ranking)
+        return place_maps_along(self, choice, directions, ranking)
 
     def on_stream(self, choice: EditConfig, directions: Directions, intervention: Intervention) -> AffineMap:
         """The edit's effect on the whole stream as one map, for `sweep --semantics residual`."""
