@@ -1,4 +1,4 @@
-"""The command line: each command a thin layer over the function of the same name."""
+"""The command line: each command is a thin layer over the function of the same name."""
 
 from __future__ import annotations
 
@@ -7,37 +7,40 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.markup import escape
-from rich.table import Table
 
-from .commands._console import console, show_audit, show_candidates, show_report, show_run
+from .commands._console import console, show_audit, show_candidates, show_judged, show_report, show_run, show_sweep
 from .commands._options import (
+    ListingOption,
     choice,
+    converted_by,
     device_option,
     edit_options,
     engine_option,
     engine_options,
     extract_options,
     hf_device_option,
-    judge_names,
     measuring_options,
+    method_listing,
     number,
     out_option,
     parallel_options,
     path,
     revision_option,
     scope_names,
-    template_arguments,
-    tokens,
     words,
 )
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory
 from .core.registry import load_plugins
 
+RESUME = "no partial output was left behind. Re-run the command to resume."
+
 
 class Commands(click.Group):
-    """Turns what a user can mend into one line and exit status 1, and Ctrl-C (or a scheduler's TERM) into 130."""
+    """The group of all commands, which turns errors into one line and an exit status.
+
+    The status is 1 for errors that the user can fix, and 130 for Ctrl-C and SIGTERM.
+    """
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -50,19 +53,14 @@ class Commands(click.Group):
             click.echo(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
             ctx.exit(1)
         except (MemoryError, RuntimeError) as error:
-            what = ran_out_of_memory(error)
-            if what is None:
+            message = ran_out_of_memory(error)
+            if message is None:
                 raise
-            click.echo(
-                f"error: {' '.join(what.split())}; free some, or take another --device where the command has one: "
-                "nothing half-finished was left; extract, eval and sweep go on where they were",
-                err=True,
-            )
+            advice = "free some memory, or choose another --device if the command has one"
+            click.echo(f"error: {' '.join(message.split())}; {advice}; {RESUME}", err=True)
             ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
-            click.echo(
-                "interrupted: nothing half-finished was left; extract, eval and sweep go on where they were", err=True
-            )
+            click.echo(f"interrupted; {RESUME}", err=True)
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -75,7 +73,7 @@ class Commands(click.Group):
 def main(quiet: bool) -> None:
     """Edit a concept out of, or into, a language model's weights, and prove it.
 
-    The usual road is extract, edit, eval, push. MODEL is a checkpoint folder, a Hub id or a .gguf
+    The usual order is extract, edit, eval, push. MODEL is a checkpoint folder, a Hub id or a .gguf
     file. A prompt source is a .txt, .json, .jsonl, .csv or .parquet file, or a Hub dataset.
     """
     progress.show(not quiet)
@@ -84,7 +82,7 @@ def main(quiet: bool) -> None:
 
 
 def _quieten_libraries() -> None:
-    """Our bars say what happens; the libraries' own would tear them."""
+    """Silence the libraries' own logs and progress bars, which would break up ours."""
     import os
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -100,77 +98,38 @@ def _quieten_libraries() -> None:
 @main.command()
 @click.argument("model")
 @extract_options
-def extract(
-    model: str,
-    out: Path,
-    force: bool,
-    concept: str | None,
-    positive: str | None,
-    negative: str | None,
-    column: str | None,
-    hub_split: str,
-    finders: str,
-    engine: str,
-    scoring: str,
-    stage: Any,
-    behaviour_tokens: str | None,
-    no_filter: bool,
-    template_argument: tuple[str, ...],
-    no_chat_template: bool,
-    dtype: str | None,
-    revision: str | None,
-    **others: Any,
-) -> None:
+def extract(model: str, out: Path, **options: Any) -> None:
     """Find where MODEL represents a contrast, and which edit removes it at the least cost.
 
-    Four stages: prompts, activations, directions, selection. Called again on the same OUT, those whose
-    inputs are unchanged are kept, and one that was interrupted goes on where it was.
+    There are four stages: prompts, activations, directions, selection. Those whose inputs are unchanged are kept, so
+    re-running the command resumes an interrupted run.
     """
-    import torch
-
     from .commands.extract import extract as run_extract
-    from .selection.settings import Settings
 
-    settings = Settings(
-        finders=tuple(words(finders)),
-        scoring=tuple(words(scoring)),
-        behaviour_tokens=tokens(behaviour_tokens),
-        filtered=not no_filter,
-        template_arguments=template_arguments(template_argument),
-        chat_template=not no_chat_template,
-        dtype=getattr(torch, dtype) if dtype else None,
-        **others,
-    )
-    run = run_extract(
-        model,
-        out,
-        concept=concept,
-        positive=positive,
-        negative=negative,
-        column=column,
-        hub_split=hub_split,
-        revision=revision,
-        settings=settings,
-        stage=stage,
-        force=force,
-    )
-    if run is not None:
-        show_candidates(run.candidates)
-        show_run(run)
-    click.echo(f"run: {out}" if run is not None else f"run: {out} (not finished: extract without --stage goes on)")
+    run = run_extract(model, out, **options)
+    if run is None:
+        click.echo(f"run: {out} (unfinished; run extract without --stage to finish it)")
+        return
+    show_candidates(run.candidates)
+    show_run(run)
+    click.echo(f"run: {out}")
 
 
 @main.command("rank")
 @click.argument("run", type=path(exists=True, file_okay=False))
-@click.option("--kl", type=float, default=0.1, show_default=True, help="Most KL on the other side, nats.")
-@click.option("--induce", type=float, default=0.0, show_default=True, help="Least score when added, log-odds.")
+@click.option("--kl", type=float, default=0.1, show_default=True, help="Maximum KL on the other side, nats.")
+@click.option("--induce", type=float, default=0.0, show_default=True, help="Minimum score when added, log-odds.")
 @click.option(
-    "--prune", type=click.FloatRange(0, 1), default=0.2, show_default=True, help="Share of last layers left out."
+    "--prune",
+    type=click.FloatRange(0, 1),
+    default=0.2,
+    show_default=True,
+    help="Fraction of the last layers to exclude.",
 )
-@number("--most", 1, 10, "Candidates shown a method.")
+@number("--most", 1, 10, "Candidates to show per finder.")
 @click.option("--write", is_flag=True, help="Store the new ranks in RUN, for edit to use.")
 def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool) -> None:
-    """Filter and rank the directions of RUN again by their stored scores; no model is needed."""
+    """Filter and rank the directions of RUN again by their stored scores, without the model."""
     from .selection.candidates import explain_fallback, rank
     from .selection.run_folder import load_run, save_selection
 
@@ -193,8 +152,8 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.
 
-    With --run and nothing else, the best edit that extract tried is made. Naming any setting starts
-    from the best single direction instead, over --scope all (one for actadd) at strength 1.
+    With --run alone, this makes the best edit that extract tried. With any other setting, it starts from the best
+    single direction instead, over --scope all (one for actadd) at strength 1.
     """
     from .commands.edit import edit as run_edit
 
@@ -204,7 +163,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
         click.echo(f"{recipe.choice.describe()}; adapter: {where}")
         return
     if out is not None and not out.exists():
-        click.echo(f"{recipe.choice.describe()}: share {options['shard']} is written; {out} appears with the last")
+        click.echo(f"{recipe.choice.describe()}: share {options['shard']} written; {out} appears with the last share")
         return
     click.echo(
         f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
@@ -221,18 +180,16 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 @click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
 @click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
 @revision_option
-def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, judge: str, **options: Any) -> None:
+def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> None:
     """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
 
-    The default suites need no data but the run's; public sets are read from the Hub, or from --data. Re-run an
-    interrupted command to resume it.
+    The default suites need only the run's data; public sets are read from the Hub, or from --data. Re-run an
+    interrupted evaluation to resume it.
     """
     from .commands.evaluate import evaluate
 
     engine = engine_options(options)
-    report = evaluate(
-        checkpoint, base, run, out, suites=words(suite), judges=judge_names(judge), options=engine, **options
-    )
+    report = evaluate(checkpoint, base, run, out, options=engine, **options)
     show_report(report)
     click.echo(f"report: {out / 'report.html'}")
 
@@ -241,7 +198,7 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, suite: str, judge: 
 @click.argument("checkpoint", type=path())
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--public", is_flag=True, help="Make the repository public; by default it is private.")
-@click.option("--report", type=path(), metavar="DIR", help="A folder made by eval, for the card.")
+@click.option("--report", type=path(), metavar="DIR", help="Folder written by eval, for the card.")
 def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -> None:
     """Upload an edited CHECKPOINT with its card to the Hub."""
     from .commands.push import push as run_push
@@ -251,10 +208,10 @@ def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -
 
 @main.command()
 @click.argument("checkpoint", type=path())
-@click.option("--base", metavar="MODEL", help="The model that was edited; by default the recipe's.")
+@click.option("--base", metavar="MODEL", help="The model that was edited; default: the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
-@click.option("--json", "json_file", type=path(), metavar="FILE", help="Write everything found as JSON.")
+@click.option("--json", "json_file", type=path(), metavar="FILE", help="Write the full result as JSON.")
 @device_option
 def verify(
     checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, json_file: Path | None, device: str
@@ -276,13 +233,13 @@ def verify(
 
 @main.command()
 @click.argument("model")
-@click.option("--out", type=path(dir_okay=False), help="File for the draft; printed without it.")
+@click.option("--out", type=path(dir_okay=False), help="File for the draft; default: print it.")
 @revision_option
 def describe(model: str, out: Path | None, revision: str | None) -> None:
     """Draft the description of an architecture that has none.
 
-    Experiments on a small random model of MODEL's class find what writes and reads the residual stream.
-    The draft goes into orthogonalize/architectures once its open questions are answered.
+    Experiments on a small random model of MODEL's class find the modules that write and read the residual stream.
+    Move the draft to orthogonalize/architectures once its open questions are answered.
     """
     from .commands.describe import describe as describe_model
 
@@ -291,51 +248,47 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
         click.echo(found.text, nl=False)
     else:
         out.write_text(found.text, "utf-8")
-        console.print(f"{out}: a draft for {found.architecture.family}, {len(found.open_questions)} open questions")
+        console.print(f"{out}: draft for {found.architecture.family}, {len(found.open_questions)} open questions")
 
 
 @main.command()
 @click.argument("model")
 @click.option("--run", type=path(), required=True, help="The run whose directions and test prompts are used.")
 @out_option
-@click.option("--methods", default="", help="ablate,nullspace,… (default: all that the run has directions for).")
-@click.option("--scopes", default="one,top:50%,all", show_default=True)
-@choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's own hooks, with --engine hf.")
+@click.option(
+    "--methods",
+    cls=ListingOption,
+    listing=method_listing,
+    callback=converted_by(words),
+    help="Edit methods; default: all that the run has directions for.",
+)
+@click.option(
+    "--scopes",
+    callback=converted_by(scope_names),
+    default="one,top:50%,all",
+    show_default=True,
+    help="Scopes, as edit takes them, except from:.",
+)
+@choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's hooks; needs --engine hf.")
 @measuring_options
 @revision_option
-def sweep(model: str, run: Path, out: Path, methods: str, scopes: str, suite: str, judge: str, **options: Any) -> None:
+def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
     """Measure every method over every scope, in one engine: the comparison table.
 
-    The engine starts once and each edit's weights are swapped in place, where it takes them; else each edit has an
-    engine of its own. A sweep that was cut off goes on where it stopped.
+    The engine starts once and swaps in each edit's weights, if it can; otherwise each edit gets its own engine. Re-run
+    an interrupted sweep to resume it.
     """
     from .commands.sweep import sweep as run_sweep
-    from .reports.sweep import sweep_columns, sweep_rows
 
-    found = run_sweep(
-        model,
-        run,
-        out,
-        suites=words(suite),
-        methods=words(methods),
-        scopes=scope_names(scopes),
-        judges=judge_names(judge),
-        options=engine_options(options),
-        **options,
-    )
-    table = Table(title=escape(f"{found.model} ({found.engine_version})"))
-    for i, name in enumerate(sweep_columns(found)):
-        table.add_column(name, no_wrap=i == 0, overflow="fold")
-    for row in sweep_rows(found):
-        table.add_row(*map(escape, row))
-    console.print(table)
+    engine = engine_options(options)
+    show_sweep(run_sweep(model, run, out, options=engine, **options))
     click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
 
 
 @main.command()
 @click.argument("file", type=path())
 @click.option(
-    "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, …, NAME=MODEL."
+    "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, … or NAME=MODEL."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @engine_option
@@ -348,31 +301,21 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
     found = run_judge(file, name, engine=engine, options=engine_options(options))
     if as_json:
         click.echo(found.model_dump_json(indent=1, exclude_none=True))
-        return
-    from .reports.tables import value
-
-    table = Table(title=escape(f"{found.n} answers, judged by {found.model or found.judge}"))
-    for column in ("", "share", "n", "unreadable"):
-        table.add_column(column)
-    for field, rate in (("refusal", found.refusal), ("harmful", found.harmful)):
-        if rate is None:
-            continue
-        for label, part in [(field, rate), *((f"  {c}", r) for c, r in rate.by_category.items())]:
-            table.add_row(escape(label), escape(value(part)), str(part.n), str(part.unparseable))
-    console.print(table)
+    else:
+        show_judged(found)
 
 
 @main.command()
-@click.option("--out", type=path(), default=Path("demo"), show_default=True, help="Folder for all that it makes.")
+@click.option("--out", type=path(), default=Path("demo"), show_default=True, help="Folder for all output.")
 @engine_option
 @click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
 def demo(out: Path, engine: Any, force: bool) -> None:
-    """All of it on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""
+    """Run the full pipeline on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""
     from .commands.demo import demo as run_demo
 
     result = run_demo(out, engine=engine, force=force)
     click.echo(f"edit: {result.recipe.choice.describe()}")
-    click.echo(f"hooks = weights: largest difference of a logit {result.verification.hooks_gap:.1e}")
+    click.echo(f"hooks = weights: largest logit difference {result.verification.hooks_gap:.1e}")
     show_report(result.report)
     click.echo(f"model card: {out / 'edited' / 'README.md'}")
     click.echo(f"report: {result.page}")

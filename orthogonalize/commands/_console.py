@@ -1,4 +1,4 @@
-"""What the command line shows in tables."""
+"""The tables that the command line prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 console = Console()
-if not console.is_terminal and "COLUMNS" not in os.environ:  # a file or a pipe has no width of its own
+if not console.is_terminal and "COLUMNS" not in os.environ:  # a file or a pipe has no width
     console = Console(width=400)
 
 
@@ -33,7 +33,7 @@ def show_candidates(candidates: Sequence[Any], most: int = 3) -> None:
 
 
 def show_run(run: Any) -> None:
-    """A run's probes and the edits that it tried."""
+    """The probes of a run and the edits that it tried."""
     if run.probes:
         table = Table(title="a fresh linear probe on val prompts")
         for name in ("method", "rank", "layer", "before", "after", "chance"):
@@ -52,8 +52,35 @@ def show_run(run: Any) -> None:
         console.print(table)
 
 
+def show_sweep(sweep: Any) -> None:
+    """The edits of a sweep, one per row."""
+    from ..reports.sweep import sweep_columns, sweep_rows
+
+    table = Table(title=escape(f"{sweep.model} ({sweep.engine_version})"))
+    for i, name in enumerate(sweep_columns(sweep)):
+        table.add_column(name, no_wrap=i == 0, overflow="fold")
+    for row in sweep_rows(sweep):
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def show_judged(judged: Any) -> None:
+    """The rates that a judge found, in total and by category."""
+    from ..reports.tables import value
+
+    table = Table(title=escape(f"{judged.n} answers, judged by {judged.model or judged.judge}"))
+    for column in ("", "share", "n", "unreadable"):
+        table.add_column(column)
+    for field, rate in (("refusal", judged.refusal), ("harmful", judged.harmful)):
+        if rate is None:
+            continue
+        for label, part in [(field, rate), *((f"  {c}", r) for c, r in rate.by_category.items())]:
+            table.add_row(escape(label), escape(value(part)), str(part.n), str(part.unparseable))
+    console.print(table)
+
+
 def show_report(report: Any) -> None:
-    """Base against edited."""
+    """The measures of base and edited, and how they differ."""
     from ..reports.tables import summary_rows
 
     table = Table(title=f"base against edited ({report.engine_version})")
@@ -65,8 +92,10 @@ def show_report(report: Any) -> None:
 
 
 def show_differences(audit: Any, most: int = 16) -> None:
-    """How the tensors of two checkpoints differ."""
-    """The changed tensors, by rank and what was taken out of them; a long list is cut."""
+    """The changed tensors: how much changed, by what rank, and what is left along the common directions.
+
+    Only the first `most` are shown.
+    """
     table = Table(title="changed tensors")
     for name in ("tensor", "change", "rank", "energy", "left", "strength"):
         table.add_column(name, justify="left" if name == "tensor" else "right")
@@ -82,7 +111,7 @@ def show_differences(audit: Any, most: int = 16) -> None:
 
 
 def show_audit(audit: Any) -> None:
-    """What verify found."""
+    """The result of `verify`."""
     if audit.changed:
         show_differences(audit)
     table = Table(title="against the base", show_header=False)
@@ -100,10 +129,12 @@ def show_audit(audit: Any) -> None:
         table.add_section()
         table.add_row("recipe gives the stored bytes", "yes" if proof.rebuilt else "NO")
         if proof.hooks_gap is not None:
-            table.add_row("hooks = weights, before rounding", f"largest difference of a logit {proof.hooks_gap:.2e}")
+            table.add_row("hooks = weights, before rounding", f"largest logit difference {proof.hooks_gap:.2e}")
             table.add_row("hooks against the stored weights", f"{proof.stored_gap:.2e}")
         if proof.renormalised_gap is not None:
-            table.add_row("hooks that rescale the stream", f"{proof.renormalised_gap:.2e} (a positive factor a token)")
+            table.add_row(
+                "hooks that rescale the stream", f"{proof.renormalised_gap:.2e} (a positive factor per token)"
+            )
         table.add_row("not explained by the recipe", ", ".join(proof.unexpected_changes) or "nothing")
         table.add_row("verdict", "[green]verified[/]" if proof.passed else "[red]NOT verified[/]")
     console.print(table)

@@ -1,8 +1,9 @@
-"""What the commands ask for: groups of options, and the types and lists that their values are."""
+"""Groups of click options, their types and the conversion of their values."""
 
 from __future__ import annotations
 
 import json
+import operator
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,14 +13,13 @@ import click
 
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError
-from ..core.registry import Registry
 from ..data.refusals import LEAST_TOKENS
-from ..directions.finders.registry import FINDERS
+from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..edits.methods.registry import METHODS
 
 
 class Rank(click.ParamType[int | str]):
-    """A number from 1 on, acc99 or acc95."""
+    """A positive number, acc99 or acc95."""
 
     name = "K"
 
@@ -28,30 +28,16 @@ class Rank(click.ParamType[int | str]):
             return str(value)
         if str(value).isdecimal() and int(value) > 0:
             return int(value)
-        return self.fail(f"{value!r} is neither a number from 1 on nor acc99 or acc95", param, ctx)
-
-
-class NameIn(click.ParamType[str]):
-    """The name of an entry of a registry, which is read at parse time, when plugins have added theirs."""
-
-    name = "choice"
-
-    def __init__(self, registry: Registry[Any]) -> None:
-        self.registry = registry
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
-        return f"[{'|'.join(self.registry)}]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(click.Choice(list(self.registry)).convert(value, param, ctx))
+        return self.fail(f"{value!r} is neither a positive number nor acc99 or acc95", param, ctx)
 
 
 def path(**options: Any) -> click.Path:
+    """A type for paths, as `pathlib.Path`."""
     return click.Path(path_type=Path, **options)
 
 
 class Entry(click.ParamType[str]):
-    """The name of one of a registry's entries. The registry is read late, so plugins may have added to it."""
+    """The name of a registry entry. The registry is read on use, so that it includes the entries of plugins."""
 
     name = "name"
 
@@ -68,18 +54,28 @@ class Entry(click.ParamType[str]):
 
 
 class ListingOption(click.Option):
-    """An option whose help ends with `listing()`, which is read only when help is shown."""
+    """An option whose help ends with `listing()`, which is called only when the help is shown."""
 
     def __init__(self, *arguments: Any, listing: Callable[[], str], **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.listing = listing
 
     def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        said, self.help = self.help, f"{self.help} {self.listing()}"
+        plain, self.help = self.help, f"{self.help} {self.listing()}"
         try:
             return super().get_help_record(ctx)
         finally:
-            self.help = said
+            self.help = plain
+
+
+def finder_listing() -> str:
+    """Every value of --finders, and what it finds."""
+    return "; ".join(f"{finder.name} ({finder.summary})" for finder in FINDERS.values()) + "."
+
+
+def method_listing() -> str:
+    """Every value of --methods of `sweep`."""
+    return f"One or more of {', '.join(METHODS)}."
 
 
 def suite_listing() -> str:
@@ -110,7 +106,55 @@ def hooked_engine_names() -> list[str]:
     return [entry.name for entry in ENGINES.values() if entry.hooks]
 
 
+def words(text: str | None) -> list[str]:
+    """The words of a comma-separated list."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def judge_names(text: str) -> list[str]:
+    """The judges in a comma-separated list, in which `none` stands for no judge."""
+    return [name for name in words(text) if name != "none"]
+
+
+def scope_names(text: str) -> list[str]:
+    """The scopes in a comma-separated list; a comma before a number belongs to a scope's layers."""
+    return [part.strip() for part in re.split(r",(?!\s*\d)", text) if part.strip()]
+
+
+def tokens(text: str | None) -> list[int | str] | None:
+    """Behaviour tokens in a comma-separated list: numbers are token ids, anything else is text."""
+    return [int(w) if w.isdecimal() else w for w in words(text)] or None
+
+
+def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the chat template from `NAME=VALUE` pairs; a value is JSON, or else text."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise OrthogonalizeError(f"--template-argument {pair!r} is not of the form name=value")
+        try:
+            arguments[key] = json.loads(value)
+        except ValueError:
+            arguments[key] = value
+    return arguments
+
+
+def torch_dtype(name: str | None) -> Any:
+    """The torch dtype called `name`; None stays None."""
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+def converted_by(convert: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
+    """A click callback that replaces an option's value by `convert(value)`."""
+    return lambda _context, _parameter, value: convert(value)
+
+
 def together(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One decorator that adds several options."""
+
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for option in reversed(options):
             function = option(function)
@@ -120,7 +164,7 @@ def together(*options: Callable[..., Any]) -> Callable[[Callable[..., Any]], Cal
 
 
 def number(name: str, least: int, default: int | None = None, help: str | None = None) -> Callable[..., Any]:
-    """An option for a whole number from `least` on."""
+    """An option for a whole number, at least `least`."""
     kind = click.IntRange(min=least)
     return click.option(name, type=kind, default=default, show_default=default is not None, help=help)
 
@@ -130,31 +174,35 @@ def choice(name: str, of: Sequence[str], default: str | None = None, help: str |
     return click.option(name, type=click.Choice(of), default=default, show_default=default is not None, help=help)
 
 
-engine_option = click.option("--engine", type=Entry(engine_names), default="vllm", show_default=True)
+engine_option = click.option(
+    "--engine", type=Entry(engine_names), default="vllm", show_default=True, help="Inference engine."
+)
 out_option = together(
-    click.option("--out", type=path(), required=True, help="Folder to make; it appears only when complete."),
+    click.option("--out", type=path(), required=True, help="Folder to create; it appears only when complete."),
     click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
 )
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 hf_device_option = click.option(
-    "--device", default="auto", show_default=True, help="Of --engine hf: auto, cpu, cuda, cuda:1, …"
+    "--device", default="auto", show_default=True, help="Device for --engine hf: auto, cpu, cuda, cuda:1, …"
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 parallel_options = together(
-    number("--tensor-parallel-size", 1, 1, "GPUs that share every layer."),
-    number("--pipeline-parallel-size", 1, 1, "GPUs that share the layers."),
-    number("--data-parallel-size", 1, 1, "Engines, a process each."),
-    choice("--distributed-executor-backend", ["mp", "ray"], None, "vLLM's; ray: many machines."),
+    number("--tensor-parallel-size", 1, 1, "GPUs to split each layer over."),
+    number("--pipeline-parallel-size", 1, 1, "GPUs to distribute the layers over."),
+    number("--data-parallel-size", 1, 1, "Engines to run in parallel, each in its own process."),
+    choice("--distributed-executor-backend", ["mp", "ray"], None, "vLLM's executor; ray spans several machines."),
     click.option(
         "--gpu-memory-utilization", type=click.FloatRange(0.05, 1), default=0.85, show_default=True,
-        help="Share of each GPU's memory that vLLM takes.",
+        help="Fraction of each GPU's memory that vLLM uses.",
     ),
 )  # fmt: skip
 measuring_options = together(
     click.option(
         "--suite",
+        "suites",
         cls=ListingOption,
         listing=suite_listing,
+        callback=converted_by(words),
         default="refusal,behaviour,loss,kl",
         show_default=True,
         help="What to measure.",
@@ -162,93 +210,136 @@ measuring_options = together(
     click.option("--data", type=path(), metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."),
     click.option(
         "--judge",
+        "judges",
         cls=ListingOption,
         listing=judge_listing,
+        callback=converted_by(judge_names),
         default="none",
         show_default=True,
         help="Judge models for the answers.",
     ),
     engine_option,
-    number("--max-new-tokens", 1, LEAST_TOKENS),
-    number("--limit", 1, None, "Most items of any set."),
+    number("--max-new-tokens", 1, LEAST_TOKENS, "Maximum length of every answer."),
+    number("--limit", 1, None, "Maximum number of items per set."),
     parallel_options,
     hf_device_option,
 )
 extract_options = together(
-    click.option("--out", type=path(), required=True, help="Run folder to make, or to go on with."),
-    click.option(
-        "--force", is_flag=True, help="Do stages over that were done with other inputs (or all, if none was)."
-    ),
+    click.option("--out", type=path(), required=True, help="Run folder to create or resume."),
+    click.option("--force", is_flag=True, help="Redo the stages whose inputs changed (all of them if none did)."),
     click.option("--concept", help="A named contrast: cooking (the demo's), lists or refusal."),
     click.option("--positive", metavar="P", help="Prompts that show the concept."),
     click.option("--negative", metavar="P", help="Prompts that do not."),
-    click.option("--column", help="Column or key of the prompts' text."),
+    click.option("--column", help="Column or key that holds the prompt text."),
     click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset."),
     click.option(
         "--finders",
         "--methods",
         "finders",
-        default=",".join(FINDERS),
+        cls=ListingOption,
+        listing=finder_listing,
+        callback=converted_by(words),
+        default=",".join(DEFAULT_FINDERS),
         show_default=True,
-        help="What finds directions: " + "; ".join(f"{f.name} ({f.summary})" for f in FINDERS.values()) + ".",
+        help="How to find directions:",
     ),
-    click.option(
-        "--engine", type=Entry(hooked_engine_names), default="hf", show_default=True, help="What reads activations."
+    click.option(  # not passed on: there is only one such engine
+        "--engine",
+        type=Entry(hooked_engine_names),
+        default="hf",
+        show_default=True,
+        expose_value=False,
+        help="Reads the activations.",
     ),
-    number("--train", 6, 128, "Prompts a side to find directions with."),
-    number("--val", 1, 32, "Prompts a side to select with."),
-    number("--test", 0, 100, "Prompts a side kept for eval."),
+    number("--train", 6, 128, "Prompts per side to find directions with."),
+    number("--val", 1, 32, "Prompts per side to select with."),
+    number("--test", 0, 100, "Prompts per side kept for eval."),
     number("--trials", 0, 32, "Whole edits to try; 0 skips the search."),
-    click.option("--behaviour-tokens", metavar="T,T", help="First tokens of the behaviour; learnt by default."),
-    click.option("--no-filter", is_flag=True, help="Keep prompts on which the model does not behave as expected."),
-    click.option("--system", help="System prompt."),
-    click.option("--template-argument", multiple=True, metavar="NAME=VALUE", help="Passed to the chat template."),
-    click.option("--no-chat-template", is_flag=True, help="Send the bare prompts."),
-    click.option("--sensitive", is_flag=True, help="Your own prompts are: eval folds them, and can --redact them."),
-    number("--max-rank", 1, None, "Most INLP directions; default 20."),
-    choice("--solver", ["newton", "sklearn"], "newton", "For INLP."),
-    choice("--classifier", ["logistic", "svm"], "logistic", "For INLP; svm needs --solver sklearn."),
     click.option(
-        "--scoring", default="local", show_default=True, help="local, or local,global (edits everywhere too)."
+        "--behaviour-tokens",
+        metavar="T,T",
+        callback=converted_by(tokens),
+        help="First tokens of the behaviour; learnt by default.",
     ),
-    choice("--stage", ["prompts", "activations", "directions", "selection"], None, "Run this one alone."),
-    choice("--dtype", ["float32", "bfloat16", "float16"], None, "By default chosen by device."),
-    click.option("--seed", default=0, show_default=True),
-    number("--seeds", 1, 1, "Draws of the prompts, to show how stable the directions are."),
+    click.option(
+        "--no-filter",
+        "filtered",
+        is_flag=True,
+        callback=converted_by(operator.not_),
+        help="Keep prompts on which the model does not behave as expected.",
+    ),
+    click.option("--system", help="System prompt."),
+    click.option(
+        "--template-argument",
+        "template_arguments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=converted_by(template_arguments),
+        help="Passed to the chat template.",
+    ),
+    click.option(
+        "--no-chat-template",
+        "chat_template",
+        is_flag=True,
+        callback=converted_by(operator.not_),
+        help="Send prompts without the chat template.",
+    ),
+    click.option("--sensitive", is_flag=True, help="Mark your own prompts: eval folds them, and can --redact them."),
+    number("--max-rank", 1, None, "Maximum number of INLP directions; default 20."),
+    choice("--solver", ["newton", "sklearn"], "newton", "Solver for INLP."),
+    choice("--classifier", ["logistic", "svm"], "logistic", "Classifier for INLP; svm needs --solver sklearn."),
+    click.option(
+        "--scoring",
+        callback=converted_by(words),
+        default="local",
+        show_default=True,
+        help="local, or local,global to score edits at every layer, too.",
+    ),
+    choice("--stage", ["prompts", "activations", "directions", "selection"], None, "Run only this stage."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        callback=converted_by(torch_dtype),
+        help="Default: chosen by device.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Random seed."),
+    number("--seeds", 1, 1, "Draws of the prompts, to measure how stable the directions are."),
     click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
     revision_option,
     device_option,
 )
 edit_options = together(
-    click.option("--out", type=path(), help="Folder to make; it appears only when complete."),
+    click.option("--out", type=path(), help="Folder to create; it appears only when complete."),
     click.option(
-        "--cache", metavar="OWNER/NAME", help="Or write into the Hub's cache, to be loaded by this name offline."
+        "--cache", metavar="OWNER/NAME", help="Write into the Hub's cache instead, so that this name loads offline."
     ),
     click.option("--force", is_flag=True, help="Replace OUT, or OWNER/NAME, if this tool made it."),
-    click.option("--run", type=path(), help="A run folder made by extract."),
+    click.option("--run", type=path(), help="Run folder written by extract."),
     click.option("--direction", type=path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),
-    click.option("--recipe", type=path(), metavar="FILE", help="An orthogonalize.json: rebuild that edit."),
-    click.option("--method", type=NameIn(METHODS), help="How to edit; by default as the run's best trial."),
-    click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 or from:12."),
-    click.option("--strength", type=float, help="Scales the edit; 1 removes all of the direction."),
+    click.option("--recipe", type=path(), metavar="FILE", help="Rebuild the edit of this orthogonalize.json."),
     click.option(
-        "--per-layer/--shared", default=None, help="Each site along its own layer's direction, or all along one."
+        "--method", type=Entry(lambda: list(METHODS)), help="Edit method; default: that of the run's best trial."
+    ),
+    click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 or from:12."),
+    click.option("--strength", type=float, help="Scale of the edit; 1 removes the direction completely."),
+    click.option(
+        "--per-layer/--shared", default=None, help="Edit each site along its own layer's direction, or all along one."
     ),
     click.option("--position", type=int, help="Token position of the direction, from the end: -1, -2, …"),
     click.option("--layer", type=int, help="Layer of the direction."),
-    click.option("--rank", type=Rank(), help="First K directions of an INLP basis; acc99, acc95: by their accuracy."),
-    click.option("--orthogonal", is_flag=True, default=None, help="For leace: its orthogonal form."),
-    click.option("--alpha", type=float, help="For reflect: 1 projects, 2 mirrors (default)."),
-    click.option("--coefficient", type=float, help="For actadd: length added; default the mean difference's."),
+    click.option("--rank", type=Rank(), help="Use the first K INLP directions; acc99, acc95: choose K by accuracy."),
+    click.option("--orthogonal", is_flag=True, default=None, help="leace only: its orthogonal form."),
+    click.option("--alpha", type=float, help="reflect only: 1 projects, 2 mirrors (default)."),
+    click.option("--coefficient", type=float, help="actadd only: length to add; default: the mean difference's."),
     click.option(
         "--rounding",
-        type=NameIn(ROUNDING_SCHEMES),
-        help=f"Default: {DEFAULT_ROUNDING} ({ROUNDING_SCHEMES[DEFAULT_ROUNDING].summary}).",
+        type=Entry(lambda: list(ROUNDING_SCHEMES)),
+        help=f"Rounding scheme; default: {DEFAULT_ROUNDING} ({ROUNDING_SCHEMES[DEFAULT_ROUNDING].summary}).",
     ),
-    number("--workers", 1, 1, "Files written at a time."),
-    choice("--format", ["checkpoint", "lora"], "checkpoint", "lora: a PEFT adapter, where only linear layers change."),
+    number("--workers", 1, 1, "Files to write in parallel."),
+    choice("--format", ["checkpoint", "lora"], "checkpoint", "lora: a PEFT adapter, if only linear layers change."),
     click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share."),
-    click.option("--link", is_flag=True, help="Hard links instead of copies of files in which nothing changes."),
+    click.option("--link", is_flag=True, help="Hard-link unchanged files instead of copying them."),
     revision_option,
 )
 
@@ -262,34 +353,3 @@ def engine_options(options: dict[str, Any]) -> Any:
         "gpu_memory_utilization",
     )  # fmt: skip
     return EngineOptions(device=options.pop("device"), **{name: options.pop(name) for name in names})
-
-
-def judge_names(text: str) -> list[str]:
-    return [name for name in words(text) if name != "none"]
-
-
-def words(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
-
-
-def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    arguments: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise OrthogonalizeError(f"--template-argument {pair!r} is not of the form name=value")
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments
-
-
-def tokens(text: str | None) -> list[int | str] | None:
-    """Behaviour tokens: numbers are ids, all else is text; commas separate."""
-    return [int(w) if w.isdecimal() else w for w in words(text)] or None
-
-
-def scope_names(text: str) -> list[str]:
-    """Scopes apart; a comma followed by a number belongs to its layers."""
-    return [part.strip() for part in re.split(r",(?!\s*\d)", text) if part.strip()]

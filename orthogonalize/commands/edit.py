@@ -66,7 +66,7 @@ def edit(
     Raises:
         OrthogonalizeError: anything that cannot be done exactly; nothing is written then.
     """
-    settings = (settings or EditSettings()).changed(**changes)
+    settings = (settings or EditSettings()).with_changes(**changes)
     place = _place(out, cache)
     share = Share.parse(settings.shard) if settings.shard else None
     if share is not None and cache is not None:
@@ -80,10 +80,10 @@ def edit(
     if recipe is not None:
         resolved = resolve_recipe(Path(recipe), settings)
     elif run is not None:
-        resolved = resolve_run(Path(run), source, settings.chosen)
+        resolved = resolve_run(Path(run), source, settings.edit_fields)
     else:
-        resolved = resolve_file(Path(str(direction)), source, settings.chosen)
-    resolved.refuse_nothing()
+        resolved = resolve_file(Path(str(direction)), source, settings.edit_fields)
+    resolved.check_not_empty()
     plan = bake(source, resolved.intervention)
     planned = plan.checkpoint
     planned.rounding = resolved.rounding or settings.rounding or DEFAULT_ROUNDING

@@ -1,8 +1,8 @@
 """`extract`: from two prompt sets to directions, scored candidates and tried edits, in stages.
 
-Each stage reads what the one before wrote, and writes its own: prompts (prompts.jsonl), activations
+Each stage reads the output of the one before and writes its own: prompts (prompts.jsonl), activations
 (activations.safetensors), directions (directions.safetensors), selection (candidates.json, run.json, plots).
-One whose inputs are unchanged is kept; one that was killed goes on where it was.
+A stage whose inputs are unchanged is kept; an interrupted stage is resumed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class _Source:
 
 
 class _Extraction:
-    """The stages, each as `inputs_of_…` and `run_…`; what a stage needs of earlier ones it reads from the folder."""
+    """The stages; each reads the results of earlier stages from the run folder."""
 
     def __init__(self, source: _Source, settings: Settings, out: Path) -> None:
         self.source, self.settings, self.out = source, settings, out
@@ -90,7 +90,7 @@ class _Extraction:
         )
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
-        """What `stage` depends on, the fingerprint of the stage before included."""
+        """The inputs of `stage`, including the fingerprint of the stage before it."""
         s = self.settings
         before = {}
         if stage != "prompts":
@@ -101,7 +101,7 @@ class _Extraction:
                 texts = {side: [(p.text, p.category) for p in prompts] for side, prompts in self.source.prompts.items()}
                 own: dict[str, Any] = {
                     "weights": self.weights,
-                    "tokens": self.chat.encode("Why?"),  # any other template or tokenizer encodes otherwise
+                    "tokens": self.chat.encode("Why?"),  # changes with the template and the tokenizer
                     **{side: fingerprint(rows) for side, rows in texts.items()},
                     **{name: getattr(s, name) for name in ("seed", "train", "val", "test", "system")},
                     "spare": self._spare,
@@ -145,7 +145,7 @@ class _Extraction:
     # prompts
 
     def _run_prompts(self) -> dict[str, Any]:
-        """Split the prompts, learn the behaviour tokens, keep prompts on which the model behaves as it should."""
+        """Split the prompts, learn the behaviour tokens, keep the prompts on which the model behaves as expected."""
         s = self.settings
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
         prompts = [p for side in SIDES for p in split_prompts(self.source.prompts[side], s.seed, **counts)]
@@ -216,11 +216,11 @@ class _Extraction:
                 note(fallback)
             correlation = rank_correlation(ranked, finder)
             if correlation is not None:
-                note(f"{finder}: local and global scores rank alike with Spearman's correlation {correlation:.2f}")
+                note(f"{finder}: Spearman correlation of local and global scores {correlation:.2f}")
         return ranked
 
     def _probe(self, directions: Directions, ranked: list[Candidate]) -> list[ProbeResult]:
-        """Whether what each finder's best candidate removes can still be read from the stream it was found in."""
+        """Test with fresh probes what each finder's best candidate leaves in the stream that it was found in."""
         recording = Recording(self.out / ACTIVATIONS)
         best = {c.finder: c for c in reversed(ranked)}
         return [p for c in best.values() for p in probe_candidate(recording, directions, c.finder, c.position, c.layer)]
@@ -233,7 +233,7 @@ class _Extraction:
         tokens: list[int],
         journal: Journal,
     ) -> list[Trial]:
-        """Search whole edits on val prompts, and confirm the best by what the model then answers."""
+        """Search whole edits on val prompts, and confirm the best by the answers of the edited model."""
         if not self.settings.trials:
             return []
         negative = self._ids(prompts, "negative", "val")[: self.settings.answers]
@@ -244,7 +244,7 @@ class _Extraction:
         answers = journal["answers"]
         kept = [i for i, answer in enumerate(answers) if answer]
         if not kept:
-            note("the model answers nothing to the negative prompts, so no edit can be tried")
+            note("the model gives empty answers to the negative prompts, so no edits are tried")
             return []
         positive = self._ids(prompts, "positive", "val")
         trials = EditSearch(
@@ -292,19 +292,19 @@ class _Extraction:
 
 
 def _plan(work: _Extraction, only: Stage | None, force: bool) -> list[Stage]:
-    """The stages to run: those that are not done from the present inputs, and all after the first of them.
+    """The stages to run: the first that is not done from the present inputs, and all after it.
 
     Raises:
-        OrthogonalizeError: a finished stage would have to be done over and nothing said so, or `only`
-            lacks an earlier stage.
+        OrthogonalizeError: a finished stage would be redone without `force`, or an earlier stage than `only` is not
+            done.
     """
     stale = [stage for stage in STAGES if not work.book.unchanged(stage, work.inputs(stage))]
     if only is not None:
         missing = [stage for stage in STAGES[: STAGES.index(only)] if stage in stale]
         if missing:
             raise OrthogonalizeError(
-                f"--stage {only} needs stage {missing[0]!r} of {work.out} first, done with the same inputs; "
-                "run that, or leave --stage out"
+                f"--stage {only} needs stage {missing[0]!r} of {work.out}, done with the same inputs; "
+                "run that first, or omit --stage"
             )
         return [only] if only in stale or force else []
     if not stale:
@@ -312,8 +312,8 @@ def _plan(work: _Extraction, only: Stage | None, force: bool) -> list[Stage]:
     changed = work.book.changed_inputs(stale[0], work.inputs(stale[0]))
     if changed and not force:
         raise OrthogonalizeError(
-            f"{work.out} exists and its stage {stale[0]!r} was done with another {', '.join(changed)}; "
-            "--force does it over from there, or choose another --out"
+            f"stage {stale[0]!r} of {work.out} was done with a different {', '.join(changed)}; "
+            "use --force to redo it and the stages after it, or choose another --out"
         )
     return list(STAGES[STAGES.index(stale[0]) :])
 
@@ -331,27 +331,29 @@ def extract(
     settings: Settings | None = None,
     stage: Stage | None = None,
     force: bool = False,
+    **changes: Any,
 ) -> Run | None:
     """Find where `model` represents a contrast, and which edit removes it at the least cost.
 
-    Called again with the same arguments it goes on where it was, or finds all done.
+    Called again with the same arguments, it resumes an interrupted run, or returns the finished one.
 
     Args:
         model: a checkpoint folder, a Hub id or a .gguf file.
-        out: the run folder to make or to go on with.
-        concept: a named contrast; or `positive` and `negative`, two prompt sources.
-        column, hub_split: which column and dataset split hold the prompts.
+        out: the run folder to create or resume.
+        concept: a named contrast; the alternative is `positive` and `negative`, two prompt sources.
+        column, hub_split: the column and the dataset split that hold the prompts.
         settings: everything else.
-        stage: run this one alone; those before it must be done.
-        force: do stages over that were done with other inputs (all of them, if none was).
+        stage: run only this stage; those before it must be done.
+        force: redo the stages whose inputs changed (all of them if none did).
+        changes: fields of `Settings`, such as `trials=0`; they take precedence over `settings`.
 
     Returns:
-        The run, or None where a single stage leaves it unfinished.
+        The run, or None if a single stage leaves it unfinished.
 
     Raises:
-        OrthogonalizeError: anything in model, prompts or output that cannot work.
+        OrthogonalizeError: the model, the prompts, the settings or the output folder cannot be used.
     """
-    settings = settings or Settings()
+    settings = (settings or Settings()).with_changes(**changes)
     settings.check()
     out = Path(out)
     check_run_folder(out, RUN)
@@ -371,5 +373,5 @@ def extract(
         if name in stages:
             work.run(name)
         elif stage in (None, name):
-            note(f"{name}: done before, unchanged")
+            note(f"{name}: unchanged, kept")
     return load_run(out) if work.book.unchanged("selection", work.inputs("selection")) else None

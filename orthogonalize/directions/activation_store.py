@@ -1,7 +1,7 @@
-"""Activations on disk: written prompt by prompt as they are read, so that no number of prompts fills the memory.
+"""Activations on disk, written while they are captured, so that memory does not grow with the number of prompts.
 
-`activations.safetensors` holds a tensor [prompts, positions, d] for every set of prompts and layer, in the
-model's own dtype.
+`activations.safetensors` contains a tensor [prompts, positions, d] for every set of prompts and layer, in the dtype
+of the model.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Recording:
     def _tensors(self) -> TensorFile:
         return open_tensor_file(self.file)
 
-    def _named(self, name: str, layer: int) -> str:
+    def _key(self, name: str, layer: int) -> str:
         key = f"{name}.{layer}"
         if key not in self._tensors.tensors:
             raise OrthogonalizeError(f"{self.file} has no activations of {name} at layer {layer}")
@@ -51,18 +51,18 @@ class Recording:
     def read(self, name: str, layer: int, rows: slice = slice(None)) -> torch.Tensor:
         """Activations [prompts, positions, d] of a set at the input of block `layer`, as stored.
 
-        They are read into memory of their own: a mapped file's pages would count as this process's
-        for as long as they are not needed elsewhere.
+        They are copied into memory: the pages of a mapped file would count as this process's until the memory is
+        needed elsewhere.
         """
         first, last, _ = rows.indices(self.count(name))
-        return self._tensors.rows(self._named(name, layer), first, max(first, last))
+        return self._tensors.rows(self._key(name, layer), first, max(first, last))
 
     def count(self, name: str) -> int:
-        """How many prompts the set has."""
-        return self._tensors.tensors[self._named(name, 0)].shape[0]
+        """The number of prompts in a set."""
+        return self._tensors.tensors[self._key(name, 0)].shape[0]
 
     def mean(self, name: str, layer: int) -> torch.Tensor:
-        """Mean over the prompts of a set, [positions, d], summed in float64, some rows at a time."""
+        """The mean over the prompts of a set, [positions, d], summed in float64, `ROWS_AT_A_TIME` prompts at a time."""
         count = self.count(name)
         total: torch.Tensor | float = 0.0
         for start in range(0, count, ROWS_AT_A_TIME):
@@ -74,20 +74,20 @@ class Recording:
 def record(
     model: Any, sets: Mapping[str, Sequence[Sequence[int]]], positions: int, layers: int, folder: Path, inputs: Any
 ) -> Recording:
-    """Read the activations of `sets` of prompts (token ids) into `folder`; go on where a killed run was.
+    """Store the activations of `sets` of prompts (token ids) in `folder`; resumes an interrupted call.
 
     Args:
-        positions: how many tokens at the end of every prompt are read.
-        layers: how many streams there are to read (blocks + 1).
-        inputs: what the activations depend on; only progress made from the same is taken up.
+        positions: number of tokens to store, counted from the end of every prompt.
+        layers: number of streams to store (blocks + 1).
+        inputs: everything that the activations depend on; a call resumes only one with the same inputs.
 
     Raises:
         OrthogonalizeError: see `activations.capture`.
     """
-    partial = partial_file(folder / FILE)  # kept by a killed run, to be filled further
+    partial = partial_file(folder / FILE)  # left by an interrupted call, which this one completes
     journal = Journal(folder / f".{FILE}.journal", inputs)
     if not partial.is_file():
-        journal.close()  # it tells of a file that is gone
+        journal.close()  # its file is gone
     done = set(journal.done)
     infos = _layout(model, {name: len(ids) for name, ids in sets.items()}, positions, layers)
     with partial.open("r+b" if done else "w+b") as file:
@@ -99,7 +99,7 @@ def record(
             advance(len(done))
             for name, ids in sets.items():
                 left = [i for i in range(len(ids)) if f"{name}:{i}" not in done]
-                for group, hidden in _captured(model, [ids[i] for i in left], positions):
+                for group, hidden in _capture_all(model, [ids[i] for i in left], positions):
                     rows = [left[i] for i in group]
                     _store(file.fileno(), start, infos, name, rows, hidden)
                     journal.put({f"{name}:{row}": 1 for row in rows})
@@ -110,7 +110,7 @@ def record(
     return Recording(folder / FILE)
 
 
-def _captured(model: Any, ids: Sequence[Sequence[int]], positions: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+def _capture_all(model: Any, ids: Sequence[Sequence[int]], positions: int) -> Iterator[tuple[list[int], torch.Tensor]]:
     return capture(model, ids, positions) if ids else iter(())
 
 
@@ -130,7 +130,7 @@ def _layout(model: Any, counts: Mapping[str, int], positions: int, layers: int) 
 def _store(
     descriptor: int, start: int, infos: Mapping[str, TensorInfo], name: str, rows: list[int], hidden: torch.Tensor
 ) -> None:
-    """Write hidden [rows, positions, layers, d] to the places of prompts `rows`."""
+    """Write `hidden` [rows, positions, layers, d] at the offsets of the prompts `rows`."""
     here = hidden.cpu()
     for layer in range(here.shape[2]):
         info = infos[f"{name}.{layer}"]

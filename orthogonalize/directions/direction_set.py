@@ -1,4 +1,4 @@
-"""Directions of a contrast at every (position, layer), how they are stored, and how they are read."""
+"""The directions of a contrast at every (position, layer), and their file format."""
 
 from __future__ import annotations
 
@@ -18,22 +18,27 @@ from .finders.registry import FINDERS
 from .inlp.nullspace import Subspace
 from .leace import Eraser
 
-# Streams that no prompt can differ in (the first layer at a template's token) have no direction.
+# Streams that are the same for all prompts (the first layer at a token of the template) have no direction.
 NEGLIGIBLE = 1e-6
-OWN_FIELDS = ("inlp", "leace", "stability")  # tensors of these prefixes have fields of their own
+OWN_FIELDS = ("inlp", "leace", "stability")  # prefixes of the tensors that have their own fields
 
 
 @dataclass(frozen=True)
 class Directions:
-    """What tells the two sides apart at every position and layer: mean differences, INLP subspaces, LEACE erasers.
+    """The differences between the two sides at every position and layer, as the finders describe them.
 
-    `mean_diffs` is [positions, layers + 1, d], positive minus negative, in units of the stream; layer
-    l is the input of block l and the last what the head's norm reads. `means` is the mean over both
-    sides, in the same places. `positions` are counted from the prompt's end. `subspaces` maps
-    (position, layer) to what INLP found there; empty without INLP. `readers` are LEACE's v (see
-    `leace.Eraser`), None without it. `stability` gives, for each finder that has one first direction, the cosines
-    [seeds, seeds, positions, layers + 1] between the directions of several draws of the prompts. `tensors` are
-    what further finders found, [positions, layers + 1, ...] by `FINDER.KEY`.
+    Layer l is the input of block l; the last layer is the input of the head's norm.
+
+    Attributes:
+        positions: token positions, counted from the end of the prompt (-1 is the last token).
+        mean_diffs: [positions, layers + 1, d], mean of the positive side minus mean of the negative side, in units of
+            the stream.
+        subspaces: INLP's subspaces by (position, layer); empty without INLP.
+        means: [positions, layers + 1, d], means over both sides.
+        readers: [positions, layers + 1, d], LEACE's v (see `leace.Eraser`); None without LEACE.
+        stability: by finder, the cosines [seeds, seeds, positions, layers + 1] between its first directions for
+            several draws of the prompts.
+        tensors: the results of other finders, [positions, layers + 1, ...] by `FINDER.KEY`.
     """
 
     positions: tuple[int, ...]
@@ -53,6 +58,7 @@ class Directions:
 
     @property
     def layer_count(self) -> int:
+        """The number of blocks of the model."""
         return self.mean_diffs.shape[1] - 1
 
     def mean_diff(self, position: int, layer: int) -> torch.Tensor:
@@ -62,24 +68,24 @@ class Directions:
     def mean(self, position: int, layer: int) -> torch.Tensor:
         """The mean activation [d] of both sides at a position and layer, in float64."""
         if self.means is None:
-            raise OrthogonalizeError("these directions were stored without means; extract again")
+            raise OrthogonalizeError("these directions were stored without means; extract them again")
         return self.means[self.positions.index(position), layer].to(torch.float64)
 
     def difference_basis(self, position: int, layer: int) -> torch.Tensor | None:
-        """The unit mean difference [1, d] there; None where it is negligible beside the largest."""
+        """The unit mean difference [1, d] there; None if it is negligible compared to the largest."""
         diff = self.mean_diff(position, layer)
         typical = self.mean_diffs.norm(dim=-1).max().item()
         return orthonormal(diff[None]) if diff.norm() > NEGLIGIBLE * typical else None
 
     def basis(self, finder: str, position: int, layer: int, rank: int | None = None) -> torch.Tensor | None:
-        """The orthonormal basis [k, d] that `finder` found there, its first `rank` rows; None where there is none.
+        """The first `rank` rows of the orthonormal basis [k, d] that `finder` found there; None without a basis there.
 
-        For `leace` this is the direction that it removes, the mean difference's.
+        For `leace` this is the direction that it removes, that of the mean difference.
         """
         return FINDERS.find(finder).basis(self, position, layer, rank)
 
     def eraser(self, position: int, layer: int, orthogonal: bool = False) -> Eraser | None:
-        """LEACE's eraser there, or its orthogonal form; None where the sides do not differ, or without LEACE."""
+        """LEACE's eraser there, or its orthogonal form; None without LEACE, or if the sides do not differ there."""
         if self.readers is None or self.difference_basis(position, layer) is None:
             return None
         u = self.mean_diff(position, layer)
@@ -88,7 +94,7 @@ class Directions:
         return Eraser(u, v / product, self.mean(position, layer)) if product > 0 else None
 
     def removal(self, finder: str, position: int, layer: int) -> AffineMap | None:
-        """The map that removes all that `finder` found there; None where that is nothing."""
+        """The map that removes everything that `finder` found there; None if it found nothing."""
         return FINDERS.find(finder).removal(self, position, layer)
 
     def save(self, file: Path) -> None:
@@ -134,7 +140,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file.
 
     Raises:
-        OrthogonalizeError: missing or damaged.
+        OrthogonalizeError: the file is missing or damaged.
     """
     try:
         return load_file(file)
@@ -144,7 +150,11 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class GivenDirection:
-    """A direction or basis from a file: `basis` [k, d] orthonormal, with its origin where known."""
+    """A direction or basis from a file.
+
+    `basis` [k, d] is orthonormal, `norm` the length of its first vector in the file. `position` and `layer` say where
+    it was extracted, if the file says so.
+    """
 
     basis: torch.Tensor
     norm: float
@@ -160,11 +170,12 @@ def _reference_metadata(file: Path) -> dict[str, Any]:
 def load_direction(file: Path) -> GivenDirection:
     """Read a direction file: safetensors with `direction` [d] or `basis` [k, d], or `direction.pt`.
 
-    A `.pt` file is the refusal_direction repository's; it is unpickled with `weights_only=True`, and
-    `direction_metadata.json` beside it gives position and layer.
+    `.pt` files are those of the refusal_direction repository. They are unpickled with `weights_only=True`; position
+    and layer come from the `direction_metadata.json` in the same folder.
 
     Raises:
-        OrthogonalizeError: no such file, unreadable, of another shape, zero or not finite.
+        OrthogonalizeError: the file is missing or unreadable, or its tensor has the wrong shape, is zero or is not
+            finite.
     """
     if not file.is_file():
         raise OrthogonalizeError(f"no such direction file: {file}")
@@ -179,11 +190,11 @@ def load_direction(file: Path) -> GivenDirection:
         tensors = read_tensors(file)
         name = next((n for n in ("direction", "basis") if n in tensors), None)
         if name is None:
-            raise OrthogonalizeError(f"{file} holds neither 'direction' nor 'basis' (it has: {', '.join(tensors)})")
+            raise OrthogonalizeError(f"{file} contains neither 'direction' nor 'basis' (it has: {', '.join(tensors)})")
         vectors = tensors[name]
     if not isinstance(vectors, torch.Tensor) or vectors.dim() not in (1, 2):
-        raise OrthogonalizeError(f"{file} must hold one tensor of shape [d] or [k, d]")
+        raise OrthogonalizeError(f"{file} must contain one tensor of shape [d] or [k, d]")
     rows = vectors.to(torch.float64).reshape(-1, vectors.shape[-1])
     if not torch.isfinite(rows).all() or not rows.any():
-        raise OrthogonalizeError(f"{file} holds a direction that is zero, NaN or infinite")
+        raise OrthogonalizeError(f"{file} contains a direction that is zero, NaN or infinite")
     return GivenDirection(orthonormal(rows), rows[0].norm().item(), metadata.get("pos"), metadata.get("layer"))

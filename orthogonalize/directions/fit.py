@@ -1,4 +1,4 @@
-"""Fit directions to recorded activations, a group of layers at a time (the `directions` stage)."""
+"""Fit directions to stored activations, one group of layers at a time (the `directions` stage of `extract`)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from .direction_set import Directions
 from .finders.registry import FINDERS
 from .inlp.nullspace import Classifier, Solver, Subspace
 
-# Activations of so many bytes (in float64) are taken together, as many layers as fit.
+# Memory for a group of layers: the activations, in float64, of as many layers as fit.
 BUDGET = 512 * 2**20
-SEED_SHARE = 0.8  # of the prompts that there are, the most that each further seed draws
+SEED_SHARE = 0.8  # largest share of the prompts in each draw after the first
 
 
 @dataclass(frozen=True)
 class DirectionSettings:
-    """What the directions depend on besides the activations.
+    """The settings of the finders.
 
-    `seeds`: how many draws of the train prompts; the first is the run's own.
+    `seeds` is the number of draws of the prompts; the first consists of the run's train prompts. `max_rank`, `solver`
+    and `classifier` are those of `inlp`.
     """
 
     finders: tuple[str, ...]
@@ -40,13 +41,14 @@ def find_directions(
     settings: DirectionSettings,
     device: torch.device,
 ) -> Directions:
-    """What each finder of `settings` finds at every (position, layer) of the train prompts.
+    """Run the finders of `settings` on the train prompts, at every position and layer.
 
-    Diff-in-means alone reads a few prompts at a time, so its memory does not grow with their number.
+    Finders that need only the means (diff-in-means) read a few prompts at a time, so that memory does not grow with
+    the number of prompts.
 
     Args:
-        positions: what the recording's positions are, counted from the prompt's end.
-        layers: streams in the recording (blocks + 1).
+        positions: the positions in the recording, counted from the end of the prompt.
+        layers: number of streams in the recording (blocks + 1).
     """
     diffs, means = [], []
     subspaces: dict[tuple[int, int], Subspace] = {}
@@ -62,12 +64,12 @@ def find_directions(
                 diffs.append(positive - negative)
                 means.append((n * positive + m * negative) / (n + m))
             if not streamed:
-                sides = [_together(recording, f"{side}.train", group, device) for side in ("positive", "negative")]
+                sides = [_read_layers(recording, f"{side}.train", group, device) for side in ("positive", "negative")]
                 for finder in finders:
                     fitted = finder.fit(sides[0], sides[1], settings)
                     subspaces |= {(positions[i], group[j]): found for (i, j), found in fitted.subspaces.items()}
                     for key, tensor in fitted.tensors.items():
-                        tensors.setdefault(f"{finder.name}.{key}", []).append(tensor)
+                        tensors.setdefault(f"{finder.name}.{key}", []).append(tensor.cpu())
                 if settings.seeds > 1:
                     for name, value in _stability(recording, group, settings, device).items():
                         cosines.setdefault(name, []).append(value)
@@ -95,22 +97,22 @@ def _groups(recording: Recording, positions: Sequence[int], layers: int, streame
     return [range(start, min(start + size, layers)) for start in range(0, layers, size)]
 
 
-def _together(recording: Recording, name: str, layers: range, device: torch.device) -> torch.Tensor:
-    """[prompts, positions, layers, d] of a set."""
+def _read_layers(recording: Recording, name: str, layers: range, device: torch.device) -> torch.Tensor:
+    """The activations [prompts, positions, layers, d] of a set."""
     return torch.stack([recording.read(name, layer) for layer in layers], dim=2).to(device)
 
 
 def _stability(
     recording: Recording, layers: range, settings: DirectionSettings, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Cosines [seeds, seeds, positions, layers] between the directions of several draws of the prompts.
+    """Cosines [seeds, seeds, positions, layers] between each finder's first directions for several draws of prompts.
 
-    The first draw is the train prompts themselves. Each other seed draws as many, but at most four
-    fifths, of the train prompts and the spare ones.
+    The first draw consists of the train prompts. Each other draw has the same size, but at most four fifths of the
+    train and spare prompts together.
     """
     pools, sizes = [], []
     for side in ("positive", "negative"):
-        train, spare = (_together(recording, f"{side}.{split}", layers, device) for split in ("train", "spare"))
+        train, spare = (_read_layers(recording, f"{side}.{split}", layers, device) for split in ("train", "spare"))
         pools.append(torch.cat([train, spare]))
         sizes.append((len(train), min(len(train), int(SEED_SHARE * len(pools[-1])))))
     firsts: dict[str, list[torch.Tensor]] = {}

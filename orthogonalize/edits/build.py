@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def finder_of(method: str, directions: Directions) -> str:
-    """Whose directions `method` takes of those that `directions` hold."""
+    """The finder in `directions` whose results `method` uses."""
     return METHODS.find(method).finder(directions)
 
 
@@ -30,10 +30,10 @@ def intervention_from_basis(
 ) -> Intervention:
     """The intervention of `choice` along one shared orthonormal `basis` [k, d].
 
-    `norm` is the length that `actadd` adds where the choice names no coefficient.
+    `norm` is the length that `actadd` adds if the choice has no coefficient.
 
     Raises:
-        OrthogonalizeError: the method takes no such basis, or the scope does not fit the model.
+        OrthogonalizeError: the method does not accept this basis, or the scope does not fit the model.
     """
     return METHODS.find(choice.method).from_basis(choice, basis, norm, layer_count, ranking)
 
@@ -41,13 +41,13 @@ def intervention_from_basis(
 def intervention_from_directions(
     choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None
 ) -> Intervention:
-    """The intervention of `choice` along extracted directions, shared or each layer's own.
+    """The intervention of `choice` along extracted directions: one shared direction, or each layer's own.
 
     Raises:
-        OrthogonalizeError: no direction exists at the chosen position and layer.
+        OrthogonalizeError: there is no direction at the chosen position and layer.
     """
     if choice.position is None or (choice.layer is None and not choice.per_layer):
-        raise OrthogonalizeError("an edit needs the direction's position and layer; give --position and --layer")
+        raise OrthogonalizeError("an edit needs the position and layer of its direction; give --position and --layer")
     position = choice.position
     if position not in directions.positions:
         raise OrthogonalizeError(
@@ -58,7 +58,7 @@ def intervention_from_directions(
     return METHODS.find(choice.method).from_directions(choice, directions, ranking)
 
 
-def shared_map(
+def place_shared_map(
     method: EditMethod,
     choice: EditConfig,
     basis: torch.Tensor,
@@ -69,23 +69,23 @@ def shared_map(
     """The same map of `method` at every site of the scope (see `intervention_from_basis`)."""
     scope = parse_scope(choice.scope)
     if isinstance(choice.rank, str):
-        raise OrthogonalizeError(f"rank {choice.rank} needs INLP's accuracies; use --run, or give a number")
+        raise OrthogonalizeError(f"--rank {choice.rank} needs INLP's accuracies; use --run, or give a number")
     if choice.rank is not None and choice.rank > len(basis):
         raise OrthogonalizeError(
-            f"rank {choice.rank} was asked for, but the basis has {len(basis)} directions; "
-            "give a smaller --rank, or extract with more prompts and --max-rank"
+            f"--rank {choice.rank} exceeds the {len(basis)} directions of the basis; "
+            "give a smaller --rank, or extract with more prompts and a larger --max-rank"
         )
     basis = basis[: choice.rank]
     if method.one_direction and len(basis) > 1:
-        raise OrthogonalizeError(f"{method.name} takes one direction, not {len(basis)}; use nullspace, or --rank 1")
+        raise OrthogonalizeError(f"{method.name} takes one direction, not {len(basis)}; use --method nullspace")
     shared = method.map(choice, basis, norm)
     return method.place(scope, layer_count, lambda _: shared, choice.layer, ranking)
 
 
-def maps_along(
+def place_maps_along(
     method: EditMethod, choice: EditConfig, directions: Directions, ranking: Sequence[int] | None
 ) -> Intervention:
-    """Maps of `method` along one shared direction, or at each site along its own layer's."""
+    """Maps of `method` along one shared direction, or at each site along the direction of its own layer."""
     finder = method.finder(directions)
     position = choice.position
     assert position is not None
@@ -94,7 +94,10 @@ def maps_along(
         basis = directions.basis(finder, position, layer)
         if basis is None or not isinstance(choice.rank, str):
             return basis
-        return basis[: directions.subspaces[position, layer].leading(RANK_BY_ACCURACY[choice.rank])]
+        leading = FINDERS[finder].leading(directions, position, layer, RANK_BY_ACCURACY[choice.rank])
+        if leading is None:
+            raise OrthogonalizeError(f"--rank {choice.rank} needs INLP's accuracies, which {finder} does not have")
+        return basis[:leading]
 
     def norm_at(layer: int) -> float:
         return float(directions.mean_diff(position, layer).norm())
@@ -116,7 +119,7 @@ def maps_along(
 
 
 def no_direction(finder: str, position: int, layer: int, lacking: str | None = None) -> OrthogonalizeError:
-    """The error for a place where `finder` found nothing; `lacking` replaces the finder's own reason."""
+    """The error for a place where `finder` found nothing; `lacking` replaces the finder's own wording."""
     return OrthogonalizeError(
         f"{lacking or FINDERS[finder].lacking} direction at position {position}, layer {layer}; "
         f"choose another, or extract again with --finders {','.join(dict.fromkeys(('dim', finder)))}"

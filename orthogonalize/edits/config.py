@@ -1,4 +1,4 @@
-"""EditConfig: method, direction, scope and strength of an edit; everything but the directions themselves."""
+"""EditConfig: the method, direction, scope and strength of an edit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from .methods.registry import METHODS
 
 
 class EditConfig(BaseModel):
-    """Everything that determines an edit besides the directions themselves.
+    """Everything that determines an edit except the directions themselves.
 
-    `coefficient` is the length that `actadd` adds along the unit direction, in units of the stream;
-    None is the length of the mean difference itself. `alpha` is that of `reflect`: 1 projects, 2
-    mirrors. `rank` keeps the first directions of an INLP basis: that many, or those found before
-    a classifier's held-out accuracy fell below 99% (`acc99`) or 95% (`acc95`). `orthogonal` is LEACE's
-    orthogonal form. `strength` scales the whole map.
+    Attributes:
+        method: the name of an edit method.
+        scope: where to edit (see `scopes.parse_scope`).
+        strength: scale of the whole map.
+        per_layer: whether each site is edited along its own layer's direction, instead of all along one.
+        position, layer: where the direction was extracted; the position is counted from the end of the prompt.
+        rank: the number of directions to use of an INLP basis; `acc99` and `acc95` use those found before a
+            classifier's held-out accuracy fell below 99% or 95%; None uses all.
+        orthogonal: for `leace`, whether to use its orthogonal form.
+        alpha: for `reflect`, 1 projects and 2 mirrors.
+        coefficient: for `actadd`, the length added along the unit direction, in units of the stream; None is the length
+            of the mean difference.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -38,7 +45,7 @@ class EditConfig(BaseModel):
         return METHODS.find(method).name
 
     def describe(self) -> str:
-        """One line for people."""
+        """A description in one line."""
         words = [self.method, self.scope]
         if self.per_layer:
             words.append("each layer along its own direction")

@@ -12,26 +12,26 @@ from ..directions.direction_set import Directions
 from ..directions.leace import Eraser
 from .build import no_direction
 from .config import EditConfig
-from .scopes import chosen_layers, map_sites, parse_scope
+from .scopes import layers_in_scope, map_sites, parse_scope
 
 
 def erasure(choice: EditConfig, directions: Directions, ranking: Sequence[int] | None) -> Intervention:
     """LEACE on the write sites of a scope: the linear part at each, and the shift that restores the mean once.
 
-    What a set of writes adds to the stream has a mean, of which the linear part removes `u v^T mean`. With
-    the embedding in scope that is the stream's own mean where the eraser was fitted, and the shift
-    goes in with the embedding; else it is what the chosen blocks add on average, and the shift goes
-    in with the last of them. With each layer's own eraser, every block restores what it removed.
+    From the mean of what the writes add to the stream, the linear part removes `u v^T mean`, which the shift restores.
+    If the embedding is in scope, that mean is the mean of the stream where the eraser was fitted, and the embedding
+    adds the shift. Otherwise it is the mean of what the blocks in scope add, and the last of them adds the shift. With
+    each layer's own eraser, every block restores what it removes.
 
     Raises:
-        OrthogonalizeError: `from:l`, as no reader has a place for the shift.
+        OrthogonalizeError: the scope is `from:l`, where no site can add the shift, or there is no eraser.
     """
     position = choice.position
     assert position is not None
     scope = parse_scope(choice.scope)
     if scope.kind == "from":
         raise OrthogonalizeError(
-            "leace has no scope 'from': its shift has no exact place behind a reader's norm; "
+            "leace cannot use scope 'from', because its shift cannot be added exactly after a norm; "
             "use all, upto:l or layers:…, or nullspace with from:l"
         )
 
@@ -41,7 +41,7 @@ def erasure(choice: EditConfig, directions: Directions, ranking: Sequence[int] |
         return directions.eraser(position, source, choice.orthogonal)
 
     if not choice.per_layer and eraser_at(0) is None:
-        lacking = None if directions.readers is not None else "LEACE was not extracted, so it has no"
+        lacking = None if directions.readers is not None else "the run has no LEACE eraser, so there is no"
         raise no_direction("leace", position, choice.layer or 0, lacking)
 
     def linear_at(stream: int) -> AffineMap | None:
@@ -50,7 +50,7 @@ def erasure(choice: EditConfig, directions: Directions, ranking: Sequence[int] |
 
     count = directions.layer_count
     writes = dict(map_sites(scope, count, linear_at, choice.layer, ranking).writes)
-    layers = chosen_layers(scope, count, choice.layer, ranking)
+    layers = layers_in_scope(scope, count, choice.layer, ranking)
     added = {layer: directions.mean(position, layer + 1) - directions.mean(position, layer) for layer in layers}
     means: dict[Site, torch.Tensor] = {}
     if choice.per_layer:

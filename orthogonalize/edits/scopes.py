@@ -1,4 +1,4 @@
-"""Scopes: which write or read sites an edit touches, and which layer's direction each one uses."""
+"""Scopes: the write or read sites of an edit, and the layer whose direction each site uses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def parse_scope(text: str) -> Scope:
     """Read a scope as the command line takes it.
 
     Raises:
-        OrthogonalizeError: the text is none of the known forms.
+        OrthogonalizeError: the text is not a valid scope.
     """
     wrong = OrthogonalizeError(f"scope {text!r} is not one of: all, one, top:50%, layers:3,5-9, upto:12, from:12")
     if text in ("all", "one"):
@@ -65,7 +65,7 @@ def parse_scope(text: str) -> Scope:
         case "top" if re.fullmatch(r"\d+(\.\d+)?%?", rest):
             percent = float(rest.rstrip("%"))
             if not 0 < percent <= 100:
-                raise OrthogonalizeError(f"scope {text!r}: the percentage must lie in (0, 100]")
+                raise OrthogonalizeError(f"scope {text!r}: the percentage must be above 0 and at most 100")
             return Scope("top", percent=percent)
         case "layers" if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", rest):
             layers: set[int] = set()
@@ -78,14 +78,14 @@ def parse_scope(text: str) -> Scope:
     raise wrong
 
 
-def chosen_layers(scope: Scope, layer_count: int, source: int | None, ranking: Sequence[int] | None) -> list[int]:
-    """The layers that `scope` names in a model of `layer_count` layers.
+def layers_in_scope(scope: Scope, layer_count: int, source: int | None, ranking: Sequence[int] | None) -> list[int]:
+    """The layers of `scope` in a model of `layer_count` layers.
 
-    `source` is the layer that the direction was taken from (`one` needs it); `ranking` lists layers
-    from the best on (`top` needs it).
+    `source` is the layer that the direction comes from (needed by `one`); `ranking` lists layers, best first (needed
+    by `top`).
 
     Raises:
-        OrthogonalizeError: a layer does not exist, or what the scope needs is not known.
+        OrthogonalizeError: a layer does not exist, or the source or ranking is needed but not known.
     """
     last = layer_count - 1
     beyond = [layer for layer in scope.layers if layer > last + (scope.kind in ("upto", "from"))]
@@ -108,21 +108,21 @@ def chosen_layers(scope: Scope, layer_count: int, source: int | None, ranking: S
             return [min(source, last)]
         case "top":
             if ranking is None:
-                raise OrthogonalizeError("scope 'top' needs stored scores; use --run, or name layers:…")
-            # Layers that were not scored come after all that were.
+                raise OrthogonalizeError("scope 'top' needs stored scores; use --run, or give layers:…")
+            # Layers without scores come last.
             order = [*ranking, *(layer for layer in range(layer_count) if layer not in ranking)]
             count = max(1, math.floor(layer_count * scope.percent / 100 + 0.5))
             return sorted(order[:count])
 
 
 def removal_sites(scope: Scope, layers: Sequence[int]) -> list[Site]:
-    """The write sites of `scope` once its `layers` are known (design: `embed` only where all feeds in)."""
+    """The write sites of `scope`, given its `layers`; they include the embedding for `all` and `upto`."""
     embed = [Site("embed")] if scope.kind in ("all", "upto") else []
     return [*embed, *block_sites(layers)]
 
 
-def written_stream(site: Site) -> int:
-    """The stream that `site` writes into, as the index of the block that reads it next."""
+def stream_after(site: Site) -> int:
+    """The stream that `site` writes to, as the index of the next block that reads it."""
     return 0 if site.kind == "embed" else int(site.layer or 0) + 1
 
 
@@ -135,16 +135,15 @@ def map_sites(
 ) -> Intervention:
     """Place maps on the sites of `scope`.
 
-    `map_for(stream)` gives the map for the stream at the input of block `stream` (0 to
-    `layer_count`, the last being the head's input), or None where that stream is to be left alone.
-    A shared direction ignores its argument.
+    `map_for(stream)` returns the map for the stream at the input of block `stream` (0 to `layer_count`, the last being
+    the input of the head), or None to leave that stream unchanged. For a shared direction it ignores its argument.
     """
-    layers = chosen_layers(scope, layer_count, source, ranking)
+    layers = layers_in_scope(scope, layer_count, source, ranking)
     if scope.kind == "from":
         reads = {site: map_for(int(site.layer or 0)) for site in block_sites(layers)}
         reads[Site("head")] = map_for(layer_count)
         return Intervention(reads={site: m for site, m in reads.items() if m is not None})
-    writes = {site: map_for(written_stream(site)) for site in removal_sites(scope, layers)}
+    writes = {site: map_for(stream_after(site)) for site in removal_sites(scope, layers)}
     return Intervention(writes={site: m for site, m in writes.items() if m is not None})
 
 
@@ -157,21 +156,21 @@ def shift_sites(
 ) -> Intervention:
     """Place constant vectors so that the input of every block in `scope` is shifted.
 
-    The vector for block l goes into the last write before it: the MLP of layer l - 1, or the
-    embedding for l = 0. Under `from:l` the stream carries one shift at l on to every later block.
+    The vector for block l is added by the last write before it: the MLP of layer l - 1, or the embedding for l = 0. For
+    `from:l`, the stream carries a single shift at l to all later blocks.
 
     Raises:
-        OrthogonalizeError: `upto:l`, which would have to take the shift back.
+        OrthogonalizeError: the scope is `upto:l`, which would have to undo the shift.
     """
     if scope.kind == "upto":
         raise OrthogonalizeError(
-            "actadd has no scope 'upto': a shift stays in the stream; use 'one', 'from:l' or layers:…"
+            "actadd cannot use scope 'upto', because a shift stays in the stream; use 'one', 'from:l' or layers:…"
         )
-    layers = chosen_layers(scope, layer_count, source, ranking)
+    layers = layers_in_scope(scope, layer_count, source, ranking)
     if scope.kind == "from":
         layers = [scope.layers[0]]
     elif scope.kind == "one" and source is not None:
-        layers = [source]  # may be the head's input, behind the last block
+        layers = [source]  # may be the input of the head, after the last block
     writes: dict[Site, AffineMap] = {}
     for layer in layers:
         vector = vector_for(layer)

@@ -1,4 +1,4 @@
-"""EditSettings: which edit `edit` makes, and how it is written."""
+"""EditSettings: the settings of `edit`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .config import EditConfig
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Settings of `edit`. Those up to `coefficient` are fields of `EditConfig`; None takes the run's, or the default.
+    """Settings of `edit`. Those up to `coefficient` are fields of `EditConfig`; None: the run's, or the default.
 
     Attributes:
-        rounding: how stored weights are rounded (see `--rounding`); None is the default scheme, which keeps the edit.
-        workers: weight files written at a time.
-        link: make hard links to the source's files in which nothing changes.
-        shard: `i/n`: write only that share of the files; the output appears with the last one.
-        format: `lora` writes the edit as a PEFT adapter, where it changes linear layers only.
-        force: replace an output that this tool made.
+        rounding: the rounding scheme of stored weights (see `--rounding`); None is the default, which keeps the edit.
+        workers: number of weight files to write in parallel.
+        link: hard-link unchanged files of the source instead of copying them.
+        shard: `i/n` writes only that share of the files; the output appears with the last share.
+        format: `lora` writes the edit as a PEFT adapter, if it changes only linear layers.
+        force: replace an existing output of this tool.
         revision: branch, tag or commit of a model on the Hub.
     """
 
@@ -46,7 +46,7 @@ class EditSettings:
         if self.rounding is not None:
             ROUNDING_SCHEMES.find(self.rounding)
 
-    def changed(self, **changes: Any) -> EditSettings:
+    def with_changes(self, **changes: Any) -> EditSettings:
         """A copy with other values.
 
         Raises:
@@ -60,7 +60,7 @@ class EditSettings:
         return replace(self, **changes)
 
     @property
-    def chosen(self) -> dict[str, Any]:
+    def edit_fields(self) -> dict[str, Any]:
         """The fields of `EditConfig` that are given."""
         values = {name: getattr(self, name) for name in EditConfig.model_fields}
         return {name: value for name, value in values.items() if value is not None}

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from ..checkpoints.checkpoint import CARD
+from ..edits.methods.registry import METHODS
 from ..edits.recipe import Recipe
 from ..models.resolve import is_hub_id, public_name
 from .schema import Report
@@ -36,7 +37,8 @@ def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None =
         tags=["orthogonalize", recipe.choice.method],
         **inherited,
     )
-    leaks = [t.leak for t in recipe.tensors if t.leak is not None]
+    projected = METHODS[recipe.choice.method].projects and recipe.choice.strength == 1
+    leaks = [t.leak for t in recipe.tensors if t.leak is not None and projected]
     return (
         templates()
         .get_template("card.md.j2")

@@ -1,4 +1,4 @@
-"""A contrast's behaviour: its first tokens, each prompt's score, and which prompts show or lack it."""
+"""The behaviour of a contrast: its first tokens, the score of each prompt, and the prompts that show or lack it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .scoring import behaviour_score, first_token_probabilities, learn_behaviour
 def measure_behaviour(
     model: Any, tokenizer: Any, chat: ChatFormat, prompts: list[Prompt], given: Sequence[int | str]
 ) -> tuple[list[int], list[Prompt]]:
-    """Behaviour tokens, learnt on train and val prompts or given; every prompt but the test ones gets its score."""
+    """The behaviour tokens, `given` or learnt on train and val prompts, and the prompts, scored but for test."""
     used = [i for i, p in enumerate(prompts) if p.split != "test"]
     ids = chat.encode_all([prompts[i].text for i in used])
     with track("scoring prompts", len(used), "prompts") as advance:
         probabilities = first_token_probabilities(model, ids)
         advance(len(used))
     if not torch.isfinite(probabilities).all():
-        mean_activations(model, ids, 1)  # names the layer, where it is one
-        raise OrthogonalizeError("the model's outputs hold NaN or infinite values; the checkpoint is damaged")
+        mean_activations(model, ids, 1)  # its error names the layer, if a layer is the cause
+        raise OrthogonalizeError("the model's outputs contain NaN or infinite values; the checkpoint is damaged")
     if given:
         tokens = [_token(model, tokenizer, t) for t in given]
     else:
@@ -41,7 +41,11 @@ def measure_behaviour(
 
 
 def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], dict[str, dict[str, int]]]:
-    """Keep train and val prompts on which the model behaves as their side says (design, section 5)."""
+    """Keep the train and val prompts on which the model behaves as expected of their side, and count them.
+
+    Raises:
+        OrthogonalizeError: too few are left.
+    """
     kept = prompts
     if filtered:
         kept = [p for p in prompts if p.score is None or (p.score > 0) == (p.side == "positive")]
@@ -55,8 +59,8 @@ def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], 
             if left < needed:
                 verb = "shows" if side == "positive" else "lacks"
                 raise OrthogonalizeError(
-                    f"of {given} {side} {split} prompts the model {verb} the behaviour on {left}, and at least "
-                    f"{needed} are needed; give other prompts, --behaviour-tokens or --no-filter"
+                    f"the model {verb} the behaviour on {left} of {given} {side} {split} prompts, but at least "
+                    f"{needed} are needed; use other prompts, --behaviour-tokens or --no-filter"
                 )
     return kept, counts
 
@@ -64,9 +68,11 @@ def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], 
 def _token(model: Any, tokenizer: Any, token: int | str) -> int:
     if isinstance(token, int):
         if not 0 <= token < model.config.vocab_size:
-            raise OrthogonalizeError(f"behaviour token {token} is no id of this model's vocabulary")
+            raise OrthogonalizeError(f"behaviour token {token} is not in the model's vocabulary")
         return token
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
-        raise OrthogonalizeError(f"behaviour token {token!r} is {len(ids)} tokens for this model; it must be one")
+        raise OrthogonalizeError(
+            f"behaviour token {token!r} is {len(ids)} tokens in this model's vocabulary; it must be one"
+        )
     return int(ids[0])

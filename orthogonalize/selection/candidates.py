@@ -1,6 +1,6 @@
-"""Score, filter and rank every (finder, position, layer) as a place to edit.
+"""Score, filter and rank the directions of every (finder, position, layer).
 
-Scores are stored, so the choice can be redone without the model.
+Scores are stored, so that ranking again needs no model.
 """
 
 from __future__ import annotations
@@ -27,21 +27,25 @@ from .scoring import LocalScorer, behaviour_score, divergence, global_probabilit
 
 MAX_KL = 0.1  # nats; eliroc98/refusal_direction
 MIN_INDUCE = 0.0  # log-odds
-PRUNED_LAYERS = 0.2  # the share of last layers that is not eligible
-MULTIPLIERS = (0.5, 1.0, 2.0)  # of the mean difference, when it is added
+PRUNED_LAYERS = 0.2  # fraction of the last layers, which are excluded
+MULTIPLIERS = (0.5, 1.0, 2.0)  # lengths at which a direction is added, in units of the mean difference
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One (finder, position, layer) of a model of `layer_count` layers, and its scores.
+    """The direction of one (finder, position, layer) of a model with `layer_count` layers, and its scores.
 
-    `bypass`: mean behaviour score (log-odds) of positive val prompts with all that the method found
-    edited out at this layer; lower is better. `induce`: the same of negative prompts with the first
-    direction added at this layer's input, at 0.5, 1 and 2 times the mean difference's norm: the median of
-    the three. `kl`: mean first-token KL on negative prompts when edited out, nats. `global_bypass` and
-    `global_kl`: the same with the edit at every write of the model, where that was asked for.
-    `accuracy` is INLP's first classifier's. `failed` lists the filters it does not pass; `rank`
-    counts from 0 over those of its finder that pass.
+    Attributes:
+        bypass: mean behaviour score (log-odds) of positive val prompts with the direction removed at this layer; lower
+            is better.
+        induce: the same of negative val prompts with the direction added at this layer's input; the median over 0.5, 1
+            and 2 times the norm of the mean difference.
+        kl: mean KL of the first token, in nats, on negative val prompts with the direction removed.
+        rank_of_basis: the number of directions that are removed.
+        accuracy: of INLP's first classifier.
+        global_bypass, global_kl: `bypass` and `kl` with the edit at every write of the model; None if not scored.
+        failed: the filters that it fails.
+        rank: its place, from 0, among the candidates of its finder that pass; None if it fails.
     """
 
     finder: str
@@ -60,26 +64,26 @@ class Candidate:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Candidate:
-        """A candidate from an entry of candidates.json, which calls the finder `method`."""
+        """The candidate of an entry of candidates.json, in which the finder is called `method`."""
         rest = {key: value for key, value in row.items() if key != "method"}
         return cls(row["method"], **{**rest, "failed": tuple(row.get("failed", ()))})
 
     def row(self) -> dict[str, Any]:
-        """The entry of candidates.json."""
+        """The entry for candidates.json."""
         named = asdict(self)
         return {"method": named.pop("finder"), **named}
 
 
 def load_candidates(file: Path) -> list[Candidate]:
-    """The candidates of a candidates.json.
+    """Read the candidates of a candidates.json.
 
     Raises:
-        OrthogonalizeError: no such file, or it is damaged.
+        OrthogonalizeError: the file is missing or damaged.
     """
     try:
         return [Candidate.from_row(row) for row in json.loads(file.read_text("utf-8"))["candidates"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OrthogonalizeError(f"{file} is no candidates.json of this version ({error})") from error
+        raise OrthogonalizeError(f"{file} is not a candidates.json that this version can read ({error})") from error
 
 
 def rank(
@@ -88,25 +92,30 @@ def rank(
     induce: float = MIN_INDUCE,
     prune: float = PRUNED_LAYERS,
 ) -> list[Candidate]:
-    """Filter and rank by stored scores, no model needed: finder by finder, best first, failed ones last.
+    """Filter and rank candidates by their stored scores, finder by finder, best first.
 
-    Filters: a score that is not a number, KL over `kl`, induce under `induce`, and the last `prune`
-    share of layers. Those that pass are ranked by bypass (lowest first). Those that fail follow, the
-    least wrong first, so that the first of all is the best choice even where none passes.
+    A candidate fails if a score is not a number, its KL is above `kl`, its induce score is below `induce`, or it is
+    in the last `prune` of the layers. Candidates that pass are ranked by bypass, lowest first. Those that fail follow,
+    the closest to passing first, so that the first candidate is the best choice even if none passes.
 
     Args:
-        candidates: a run's candidates, or the path of a candidates.json.
+        candidates: the candidates of a run, or the path of a candidates.json.
+        kl: maximum KL, in nats.
+        induce: minimum induce score, in log-odds.
+        prune: fraction of the last layers to exclude.
     """
     given = load_candidates(Path(candidates)) if isinstance(candidates, Path | str) else list(candidates)
     ranked: list[Candidate] = []
     for finder in dict.fromkeys(c.finder for c in given):
-        judged = [replace(c, failed=_failed(c, kl, induce, prune), rank=None) for c in given if c.finder == finder]
+        judged = [
+            replace(c, failed=_failed_filters(c, kl, induce, prune), rank=None) for c in given if c.finder == finder
+        ]
         judged.sort(key=lambda c: _order(c, kl, induce))
         ranked += [c if c.failed else replace(c, rank=i) for i, c in enumerate(judged)]
     return ranked
 
 
-def _failed(candidate: Candidate, kl: float, induce: float, prune: float) -> tuple[str, ...]:
+def _failed_filters(candidate: Candidate, kl: float, induce: float, prune: float) -> tuple[str, ...]:
     failed = []
     if not all(math.isfinite(x) for x in (candidate.bypass, candidate.induce, candidate.kl)):
         failed.append("not a number")
@@ -120,17 +129,17 @@ def _failed(candidate: Candidate, kl: float, induce: float, prune: float) -> tup
 
 
 def _order(candidate: Candidate, kl: float, induce: float) -> tuple[float, ...]:
-    """Those that pass by bypass; then those that fail, the least wrong first."""
+    """Sort key: first those that pass, by bypass; then those that fail, the closest to passing first."""
     if not candidate.failed:
         return (0, candidate.bypass)
     if "not a number" in candidate.failed:
         return (3, candidate.layer)
-    wrong = max(candidate.kl / kl - 1, 0) + max(induce - candidate.induce, 0)
-    return (2 if "late layer" in candidate.failed else 1, candidate.bypass > 0, wrong)
+    excess = max(candidate.kl / kl - 1, 0) + max(induce - candidate.induce, 0)
+    return (2 if "late layer" in candidate.failed else 1, candidate.bypass > 0, excess)
 
 
 def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:
-    """Where no candidate of `finder` passes: how many each filter stops, and what the best of all fails by."""
+    """Why no candidate of `finder` passes: how many fail each filter, and how the closest fails; None if one passes."""
     mine = [c for c in ranked if c.finder == finder]
     if not mine or not mine[0].failed:
         return None
@@ -139,18 +148,18 @@ def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:
     counts = ", ".join(f"{names.get(s, s)} {stops.count(s)}" for s in dict.fromkeys(stops))
     best = mine[0]
     return (
-        f"no {finder} direction passes the filters (of {len(mine)}, each stops: {counts}); the least wrong is "
+        f"no {finder} direction passes the filters ({len(mine)} tried; failed: {counts}); the closest is "
         f"position {best.position}, layer {best.layer}, which fails {', '.join(best.failed)}"
     )
 
 
 def layer_ranking(ranked: Sequence[Candidate], finder: str) -> list[int]:
-    """Layers of `finder` from the best on, each by its best candidate."""
+    """The layers of `finder`, best first, each ranked by its best candidate."""
     return list(dict.fromkeys(c.layer for c in ranked if c.finder == finder))
 
 
 def rank_correlation(candidates: Sequence[Candidate], finder: str) -> float | None:
-    """Spearman's correlation of local and global bypass over the candidates of `finder`; None where unknown."""
+    """Spearman's correlation of local and global bypass over the candidates of `finder`; None if unknown."""
     pairs = [(c.bypass, c.global_bypass) for c in candidates if c.finder == finder and c.global_bypass is not None]
     if len(pairs) < 3:
         return None
@@ -158,8 +167,8 @@ def rank_correlation(candidates: Sequence[Candidate], finder: str) -> float | No
     return found if math.isfinite(found) else None
 
 
-class Scored(Protocol):
-    """Where finished scores are looked up and new ones stored (a `core.journal.Journal`)."""
+class ScoreStore(Protocol):
+    """A store of finished scores, such as a `core.journal.Journal`."""
 
     def __contains__(self, key: str) -> bool: ...
 
@@ -168,7 +177,7 @@ class Scored(Protocol):
     def put(self, results: Mapping[str, Any]) -> None: ...
 
 
-class _Kept(dict[str, Any]):
+class _MemoryStore(dict[str, Any]):
     """Scores in memory only."""
 
     def put(self, results: Mapping[str, Any]) -> None:
@@ -177,7 +186,7 @@ class _Kept(dict[str, Any]):
 
 @dataclass
 class _Scoring:
-    """What scoring needs at every layer."""
+    """The model, prompts and directions that are scored."""
 
     model: Any
     positive: Sequence[Sequence[int]]
@@ -194,7 +203,7 @@ class _Scoring:
         self.base = self.on_negative.probabilities(0, shift(torch.zeros(1, width)), projected=False)[0]
 
     def layer(self, finder: str, layer: int, induced: MutableMapping[tuple[int, int], float]) -> list[Candidate]:
-        """Score `finder` at every position of `layer`; `induced` holds what adding mean differences gave."""
+        """Score `finder` at every position of `layer`; `induced` keeps the scores of added mean differences."""
         found = {p: self.directions.removal(finder, p, layer) for p in self.directions.positions}
         maps = {p: centred_map(m) if self.centring else m for p, m in found.items() if m is not None}
         if not maps:
@@ -227,7 +236,7 @@ class _Scoring:
     def _induce(
         self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
     ) -> list[float]:
-        """Median over the multipliers of the mean score with the first direction added, a value a position."""
+        """The median over the multipliers of the mean score with the first direction added, per position."""
         shared = FINDERS[finder].adds_mean_difference  # which another finder may have scored
         if shared and all((p, layer) in induced for p in positions):
             return [induced[p, layer] for p in positions]
@@ -262,15 +271,15 @@ def score_candidates(
     finders: Sequence[str],
     tokens: Sequence[int],
     everywhere: bool = False,
-    known: Scored | None = None,
+    known: ScoreStore | None = None,
 ) -> list[Candidate]:
     """Score every (finder, position, layer) on val prompts (token ids), editing at that layer only.
 
     Args:
-        everywhere: score each edit at every write of the model as well (`global_bypass`, `global_kl`).
-        known: where scores are kept as they come; those already there are not computed again.
+        everywhere: also score each edit at every write of the model (`global_bypass`, `global_kl`).
+        known: a store for the scores; those that it contains are not computed again.
     """
-    kept = _Kept() if known is None else known
+    kept = _MemoryStore() if known is None else known
     scoring: _Scoring | None = None
     induced: dict[tuple[int, int], float] = {}
     result: list[Candidate] = []
@@ -288,7 +297,5 @@ def score_candidates(
                 result += found
                 advance(1)
     if not result:
-        raise OrthogonalizeError(
-            "the two sides have the same activations everywhere, so there is no direction between them"
-        )
+        raise OrthogonalizeError("the two sides have the same activations everywhere, so no direction separates them")
     return result

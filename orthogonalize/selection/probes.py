@@ -1,4 +1,4 @@
-"""Probes: whether an edit erased a concept from the stream, tested on prompts that no fit has seen."""
+"""Linear probes, which test on held-out prompts whether an edit erased a concept from the stream."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..edits.recipe import ProbeResult
 
 
 def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.Tensor]) -> float:
-    """Share of `val` that scikit-learn's logistic regression, fitted to `train`, puts on its side.
+    """The accuracy on `val` of scikit-learn's logistic regression, fitted to `train`.
 
-    Both map `positive` and `negative` to activations [n, d]. The fit is done in coordinates of the train
-    samples' span, in which the regularised solution lies.
+    Both map `positive` and `negative` to activations [n, d]. The fit uses coordinates of the span of the train
+    samples, which contains the regularised solution.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -30,8 +30,8 @@ def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.
     labels, truth = (np.repeat([1, 0], [len(part[side]) for side in SIDES]) for part in (train, val))
     centre = fitted.mean(0)
     _, singular, frame = torch.linalg.svd(fitted - centre, full_matrices=False)
-    frame = frame[singular > 1e-10 * singular[:1]]
-    scale = singular[0].item() / len(fitted) ** 0.5 or 1.0  # whatever the stream's unit, the penalty means the same
+    frame = frame[: max(1, int((singular > 1e-10 * singular[0]).sum()))]  # one, even if all samples are the same
+    scale = singular[0].item() / len(fitted) ** 0.5 or 1.0  # makes the penalty independent of the unit
     classifier = LogisticRegression(C=1.0, max_iter=1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
@@ -42,7 +42,7 @@ def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.
 def probe(
     recording: Recording, directions: Directions, method: str, position: int, layer: int, edit: AffineMap
 ) -> ProbeResult:
-    """Probe the stream at (position, layer) without and with the map `edit`."""
+    """Probe the stream at a position and layer before and after the map `edit`."""
     index = directions.positions.index(position)
     sets = {
         split: {side: recording.read(f"{side}.{split}", layer)[:, index].to(torch.float64) for side in SIDES}
@@ -65,7 +65,7 @@ def probe(
 def probe_candidate(
     recording: Recording, directions: Directions, finder: str, position: int, layer: int
 ) -> list[ProbeResult]:
-    """Probes of what `finder` found there: the direction, the eraser, or INLP's basis at its usual ranks."""
+    """Probe the removal of what `finder` found there: the direction, the eraser, or INLP's basis at its usual ranks."""
     return [
         probe(recording, directions, finder, position, layer, removal)
         for removal in FINDERS.find(finder).probed_removals(directions, position, layer)
@@ -75,7 +75,7 @@ def probe_candidate(
 def probe_choice(
     recording: Recording, directions: Directions, choice: EditConfig, maps: Mapping[int, AffineMap]
 ) -> list[ProbeResult]:
-    """Probes of an edit's own maps, by the stream (layer) that each was taken from."""
+    """Probe the maps of an edit, which are given by the layer of the direction that they use."""
     assert choice.position is not None
     return [
         probe(recording, directions, choice.method, choice.position, layer, edit)

@@ -1,4 +1,4 @@
-"""Resolve a run, a direction file or a recipe, with what the user gave, to an edit."""
+"""Resolve a run, a direction file or a recipe, together with the user's settings, to an edit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..edits.build import finder_of, intervention_from_basis, intervention_from_
 from ..edits.config import EditConfig
 from ..edits.methods.registry import DEFAULT, METHODS
 from ..edits.recipe import ProbeResult, load_recipe
-from ..edits.scopes import written_stream
+from ..edits.scopes import stream_after
 from ..edits.settings import EditSettings
 from .candidates import layer_ranking
 from .probes import probe_choice
@@ -30,9 +30,10 @@ from .run_folder import Run, load_run
 
 @dataclass(frozen=True)
 class ResolvedEdit:
-    """An edit ready to be baked, and where it came from.
+    """An edit that is ready to be baked, and its origin.
 
-    `prompts` are fingerprints of the prompt sets; `rounding` and `base_weights` (SHA-256 by file) are a recipe's.
+    `prompts` are fingerprints of the prompt sets. `rounding` and `base_weights` (SHA-256 by file) come from a recipe,
+    if there is one.
     """
 
     choice: EditConfig
@@ -44,8 +45,8 @@ class ResolvedEdit:
     rounding: str | None = None
     base_weights: dict[str, str] | None = None
 
-    def refuse_nothing(self) -> None:
-        """Refuse an edit that would write a copy of the base.
+    def check_not_empty(self) -> None:
+        """Check that the edit changes something.
 
         Raises:
             OrthogonalizeError: every map is zero.
@@ -53,20 +54,20 @@ class ResolvedEdit:
         maps = (*self.intervention.writes.values(), *self.intervention.reads.values())
         if not any(m.u.any() or m.s.any() for m in maps):
             raise OrthogonalizeError(
-                f"this edit changes nothing ({self.choice.describe()}): there is no direction, or its strength or "
-                "length is 0"
+                f"this edit changes nothing ({self.choice.describe()}): it has no direction, or its strength or length "
+                "is 0"
             )
 
 
 def choose(run: Run, **given: Any) -> EditConfig:
-    """Complete what was `given` (fields of `EditConfig`; None is not given) from a run.
+    """Complete the `given` fields of `EditConfig` from a run; None means not given.
 
-    With nothing but perhaps the method given, the best edit that the run tried is taken, if it tried
-    that method. Otherwise position and layer are those of the best candidate, the scope is `all` (`one`
-    for actadd) and the strength 1.
+    If at most the method is given, this is the best edit that the run tried (with that method). Otherwise, or if there
+    is none, position and layer are those of the best candidate, the scope is `all` (`one` for actadd) and the strength
+    is 1.
 
     Raises:
-        OrthogonalizeError: the run has no candidate that fits.
+        OrthogonalizeError: the run has no matching candidate.
     """
     named = {key: value for key, value in given.items() if value is not None}
     method = named.get("method")
@@ -85,18 +86,22 @@ def choose(run: Run, **given: Any) -> EditConfig:
     if not fitting and ("position" not in named or ("layer" not in named and not named.get("per_layer"))):
         have = ", ".join(run.info.finders)
         raise OrthogonalizeError(
-            f"the run has no {finder} candidate for {method} there (it has: {have}); "
+            f"the run has no {finder} candidate for {method} at that place (its finders: {have}); "
             f"give --position and --layer, or extract again with --finders {','.join(FINDERS)}"
         )
     if fitting:
         named.setdefault("position", fitting[0].position)
         if not named.get("per_layer"):
             named.setdefault("layer", fitting[0].layer)
-    return _config(named)
+    return _edit_config(named)
 
 
-def _config(named: dict[str, Any]) -> EditConfig:
-    """The `EditConfig` of these fields; settings that its method does not have are refused, not silently recorded."""
+def _edit_config(named: dict[str, Any]) -> EditConfig:
+    """The `EditConfig` of these fields.
+
+    Raises:
+        OrthogonalizeError: a value is invalid, or the method does not have that setting.
+    """
     method = METHODS.find(named["method"])
     for setting in named:
         takers = [each.name for each in METHODS.values() if setting in each.options]
@@ -109,11 +114,11 @@ def _config(named: dict[str, Any]) -> EditConfig:
         raise OrthogonalizeError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}") from error
 
 
-def _probes(folder: Path, run: Run, choice: EditConfig, intervention: Intervention) -> list[ProbeResult]:
-    """What a fresh probe reads, before and after, from the streams that the edit's maps came from."""
+def _probe_edit(folder: Path, run: Run, choice: EditConfig, intervention: Intervention) -> list[ProbeResult]:
+    """Probe an edit in the streams that its directions come from."""
     if METHODS[choice.method].adds or not (folder / ACTIVATIONS).is_file():
         return []
-    maps = {written_stream(site): m for site, m in intervention.writes.items()}
+    maps = {stream_after(site): m for site, m in intervention.writes.items()}
     maps |= {run.directions.layer_count if site.kind == "head" else int(site.layer or 0): m
              for site, m in intervention.reads.items()}  # fmt: skip
     if not choice.per_layer:
@@ -126,26 +131,30 @@ def _probes(folder: Path, run: Run, choice: EditConfig, intervention: Interventi
 
 
 def check_fits(run: Run, source: Checkpoint) -> None:
-    """Refuse a run whose directions are of a model of another shape than `source`."""
+    """Check that the directions of `run` fit the shape of `source`.
+
+    Raises:
+        OrthogonalizeError: they do not.
+    """
     architecture = architecture_of(source.config)
     width = architecture.width(source.config)
     if run.info.width != width:
         raise OrthogonalizeError(
-            f"the run's directions have width {run.info.width} and the model's residual stream {width}; "
-            "was it extracted from another model?"
+            f"the run's directions have width {run.info.width}, but the model's residual stream has width {width}; "
+            "was the run extracted from another model?"
         )
     if run.info.layer_count != architecture.layers(source.config):
         raise OrthogonalizeError(
-            f"the run is of a model of {run.info.layer_count} layers and this one has "
-            f"{architecture.layers(source.config)}; extract from this model"
+            f"the run's model has {run.info.layer_count} layers, but this one has "
+            f"{architecture.layers(source.config)}; was the run extracted from another model?"
         )
 
 
 def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any]) -> ResolvedEdit:
-    """The edit of `source` that a run and the fields of `EditConfig` that are `given` mean.
+    """The edit of `source` by a run and the `given` fields of `EditConfig`.
 
     Raises:
-        OrthogonalizeError: the run is of another model, or has nothing that fits.
+        OrthogonalizeError: the run is from another model, or has no matching direction.
     """
     run = load_run(folder)
     check_fits(run, source)
@@ -154,10 +163,10 @@ def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any]) -> Reso
     intervention = intervention_from_directions(choice, run.directions, ranking)
     return ResolvedEdit(
         choice,
-        _as_written(intervention, source),
+        _centre_if_layernorm(intervention, source),
         "run",
         prompts=run.info.prompts,
-        probes=_probes(folder, run, choice, intervention),
+        probes=_probe_edit(folder, run, choice, intervention),
         run=run,
     )
 
@@ -169,7 +178,7 @@ def resolve_file(file: Path, source: Checkpoint, given: dict[str, Any]) -> Resol
         OrthogonalizeError: the file cannot be read, or the settings do not fit it.
     """
     if given.get("per_layer"):
-        raise OrthogonalizeError("--per-layer needs each layer's own direction; use --run")
+        raise OrthogonalizeError("--per-layer needs the direction of each layer; use --run")
     layer_count = architecture_of(source.config).layers(source.config)
     direction = load_direction(file)
     named = dict(given)
@@ -177,21 +186,21 @@ def resolve_file(file: Path, source: Checkpoint, given: dict[str, Any]) -> Resol
     named.setdefault("scope", METHODS.find(method).default_scope)
     named.setdefault("position", direction.position)
     named.setdefault("layer", direction.layer)
-    choice = _config(named)
+    choice = _edit_config(named)
     if choice.layer is not None and not 0 <= choice.layer <= layer_count:
         raise OrthogonalizeError(f"the model has no layer {choice.layer} (its layers are 0-{layer_count - 1})")
     intervention = intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
-    return ResolvedEdit(choice, _as_written(intervention, source), "file")
+    return ResolvedEdit(choice, _centre_if_layernorm(intervention, source), "file")
 
 
 def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
-    """The edit that a recipe stores.
+    """The edit in a recipe.
 
     Raises:
-        OrthogonalizeError: the recipe is missing or damaged, or `settings` say something else.
+        OrthogonalizeError: the recipe is missing or damaged, or `settings` has values that the recipe determines.
     """
-    if settings.chosen or settings.rounding is not None:
-        raise OrthogonalizeError("a recipe already says everything; give no other settings with --recipe")
+    if settings.edit_fields or settings.rounding is not None:
+        raise OrthogonalizeError("a recipe determines the whole edit; omit the other settings")
     recipe = load_recipe(path)
     return ResolvedEdit(
         recipe.choice,
@@ -204,6 +213,6 @@ def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
     )
 
 
-def _as_written(intervention: Intervention, source: Checkpoint) -> Intervention:
-    """Centred for LayerNorm models, where what the norms subtract would bring the direction back."""
+def _centre_if_layernorm(intervention: Intervention, source: Checkpoint) -> Intervention:
+    """`intervention`, centred for models with LayerNorm, whose mean subtraction would restore the direction."""
     return centred(intervention) if architecture_of(source.config).norms.kind == "layer" else intervention

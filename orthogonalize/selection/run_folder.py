@@ -1,4 +1,4 @@
-"""A run: what `extract` found, on disk, enough to redo a choice without the model."""
+"""The run folder: the results of `extract`, which suffice to choose an edit without the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .trials import Trial
 
 
 class RunInfo(BaseModel):
-    """`run.json`: where the run came from and with which settings. The file calls the finders `methods`."""
+    """The contents of `run.json`: the origin and settings of a run. The file calls the finders `methods`."""
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
@@ -47,7 +47,7 @@ class RunInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run folder."""
+    """The contents of a run folder."""
 
     info: RunInfo
     prompts: list[Prompt]
@@ -76,7 +76,7 @@ def load_prompt_file(folder: Path) -> list[Prompt]:
 def save_selection(
     candidates: Sequence[Candidate], trials: Sequence[Trial], probes: Sequence[ProbeResult], folder: Path
 ) -> None:
-    """Write candidates.json: the scores with filters and ranks, tried edits, probes, and how well local scores rank."""
+    """Write candidates.json: candidates, tried edits, probes, and the correlation of local and global scores."""
     finders = dict.fromkeys(c.finder for c in candidates)
     found = {
         "spearman": {finder: rank_correlation(candidates, finder) for finder in finders},
@@ -91,12 +91,12 @@ def load_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        OrthogonalizeError: it is none, or a part is missing or damaged.
+        OrthogonalizeError: it is not a run folder, or a part is missing or damaged.
     """
     if not (folder / "run.json").is_file() and (folder / BOOK).is_file():
-        raise OrthogonalizeError(f"run folder {folder} is not finished; run the same extract again to go on")
+        raise OrthogonalizeError(f"run folder {folder} is unfinished; re-run the same extract command to resume it")
     if not (folder / "run.json").is_file():
-        raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); make one with extract")
+        raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); create one with extract")
     try:
         info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))
         prompts = load_prompt_file(folder)
@@ -107,5 +107,5 @@ def load_run(folder: Path) -> Run:
         directions = Directions.load(folder / "directions.safetensors")
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
-        raise OrthogonalizeError(f"run folder {folder} is damaged ({reason}); extract it again") from error
+        raise OrthogonalizeError(f"run folder {folder} is damaged ({reason}); extract again") from error
     return Run(info, prompts, directions, candidates, trials, probes)

@@ -1,4 +1,4 @@
-"""Scoring: how strongly a model is about to show a behaviour, and how far an edit moves its outputs."""
+"""Scores of a model's behaviour at the first token, and of how far an edit changes its outputs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..models.activations import batches, pad
 from ..models.hooks import Stream, capturing_inputs, input_shifted, intervened, layer_projected
 from ..models.logprobs import completion_scores
 
-SMOOTHING = 1e-6  # added to probabilities before a KL, as in eliroc98/refusal_direction
+SMOOTHING = 1e-6  # added to probabilities to compute a KL, as in eliroc98/refusal_direction
 
 
 def _last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, vocabulary] at each row's last real token; the head sees no other token."""
+    """Logits [batch, vocabulary] at the last real token of each row; the head is applied only there."""
     ends, row_end = torch.unique(lengths - 1, return_inverse=True)
     logits = model(input_ids=padded, use_cache=False, logits_to_keep=ends).logits
     return logits[torch.arange(len(padded), device=logits.device), row_end].float()  # type: ignore[no-any-return]
@@ -26,7 +26,7 @@ def _last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> tor
 
 @torch.inference_mode()
 def first_token_probabilities(model: Any, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Probabilities [prompts, vocabulary] of the first token of the answer, on the CPU."""
+    """The probabilities [prompts, vocabulary] of the first answer token, on the CPU."""
     result: torch.Tensor | None = None
     for group in batches(ids):
         padded, lengths = pad([ids[i] for i in group], model.device)
@@ -41,33 +41,33 @@ def first_token_probabilities(model: Any, ids: Sequence[Sequence[int]]) -> torch
 def behaviour_score(probabilities: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     """`log p - log(1 - p)` of the behaviour tokens' total probability p (Arditi et al. 2024, section 2.3).
 
-    Probabilities [..., vocabulary] in, log-odds [...] out; p is kept 1e-8 away from 0 and 1.
+    Takes probabilities [..., vocabulary], returns log-odds [...]; p is clamped to [1e-8, 1 - 1e-8].
     """
     p = probabilities[..., list(tokens)].sum(-1).double().clamp(1e-8, 1 - 1e-8)
     return p.log() - (1 - p).log()
 
 
 def divergence(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
-    """KL(base || edited) in nats over the last axis, each probability smoothed by 1e-6."""
+    """KL(base || edited) over the last axis, in nats; 1e-6 is added to every probability."""
     p, q = base.double() + SMOOTHING, edited.double() + SMOOTHING
     return (p * (p.log() - q.log())).sum(-1)
 
 
 def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most: int = 8) -> list[int]:
-    """The first tokens by which the model's answers to the two sides differ.
+    """The first tokens that distinguish the model's answers to the two sides, at most `most`.
 
-    Takes [prompts, vocabulary] first-token probabilities of each side. Tokens are taken in order of
-    how much likelier they are on the positive side, until nine tenths of that difference is covered.
+    Takes the first-token probabilities [prompts, vocabulary] of each side. Tokens are added in order of how much more
+    probable they are on the positive side, until they cover nine tenths of the total difference.
 
     Raises:
-        OrthogonalizeError: the answers' first tokens hardly differ.
+        OrthogonalizeError: the first tokens of the answers hardly differ.
     """
     gain = positive.double().mean(0) - negative.double().mean(0)
     total = gain.clamp(min=0).sum()
     if total < 0.05:
         raise OrthogonalizeError(
-            "the model begins its answers to both sides alike, so no behaviour tokens can be learnt; "
-            "name them with --behaviour-tokens"
+            "the model begins its answers to both sides in the same way, so no behaviour tokens can be learnt; "
+            "give them with --behaviour-tokens"
         )
     values, order = gain.topk(most)
     tokens: list[int] = []
@@ -80,16 +80,16 @@ def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most:
     return tokens
 
 
-def _passed_through(wrapped: bool) -> Any:
-    """A block's forward that returns its input, as the class's own returns its output."""
+def _identity_forward(wrapped: bool) -> Any:
+    """A `forward` for a block that returns its input, in a tuple if `wrapped`."""
     return lambda hidden_states, *_args, **_kwargs: (hidden_states,) if wrapped else hidden_states
 
 
 @contextmanager
-def _resumed(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Iterator[None]:
-    """Run `model` from block `layer` on, its input replaced by `hidden`; the blocks before do nothing.
+def _start_at(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Iterator[None]:
+    """Make `model` start at block `layer` with the input `hidden`; earlier blocks do nothing.
 
-    `wrapped` says that blocks return tuples.
+    `wrapped`: whether blocks return tuples.
     """
     stream = Stream.of(model)
     skipped = [stream.block(i) for i in range(layer)]
@@ -99,7 +99,7 @@ def _resumed(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Ite
 
     handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
     for block in skipped:
-        block.forward = _passed_through(wrapped)
+        block.forward = _identity_forward(wrapped)
     try:
         yield
     finally:
@@ -109,10 +109,10 @@ def _resumed(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Ite
 
 
 class LocalScorer:
-    """First-token probabilities under edits at one layer, for one fixed set of prompts.
+    """First-token probabilities under edits at one layer, for a fixed set of prompts.
 
-    An edit at layer l leaves the blocks before l as they are, so their outputs are computed once and
-    every run starts at l. Several maps (one a position) share a batch, each row with its own.
+    An edit at layer l does not affect the blocks before l, so their outputs are computed once and every pass starts at
+    l. Several maps (one per position) share a batch, in which each row has its own map.
     """
 
     def __init__(self, model: Any, ids: Sequence[Sequence[int]]) -> None:
@@ -136,9 +136,9 @@ class LocalScorer:
 
     @torch.inference_mode()
     def probabilities(self, layer: int, maps: AffineMap, projected: bool) -> torch.Tensor:
-        """[maps, prompts, vocabulary] with each of the batched `maps` at `layer`.
+        """Probabilities [maps, prompts, vocabulary] with each of the batched `maps` at `layer`.
 
-        `projected` maps the block's input and both its outputs; otherwise only the input.
+        If `projected`, the maps act on the block's input and both its outputs, otherwise only on the input.
         """
         count = len(maps.s)
         parts = []
@@ -147,7 +147,7 @@ class LocalScorer:
             rows = maps.to(self.model.device, torch.float32)
             rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
             edit = layer_projected if projected else input_shifted
-            resumed = _resumed(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
+            resumed = _start_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
             with resumed, edit(self.model, layer, rows):
                 logits = _last_logits(self.model, padded.repeat(count, 1), lengths.repeat(count))
             parts.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
@@ -157,10 +157,10 @@ class LocalScorer:
 
 @torch.inference_mode()
 def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineMap, layers: int) -> torch.Tensor:
-    """First-token probabilities [maps, prompts, vocabulary] with each of the batched `maps` on every write.
+    """First-token probabilities [maps, prompts, vocabulary] with each of the batched `maps` at every write.
 
-    For a projection this is what the reference's hooks on every block input and output do; a shift
-    is added once, with the embedding.
+    For a projection this equals the reference's hooks on every block input and output; a shift is added once, at the
+    embedding.
     """
     count = len(maps.s)
     result: torch.Tensor | None = None
@@ -180,5 +180,5 @@ def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineM
 
 
 def completion_loss(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
-    """Mean cross-entropy of `completions` after `prompts`, in nats a token."""
+    """Mean cross-entropy of `completions` after `prompts`, in nats per token."""
     return -sum(c.logprob for c in completion_scores(model, prompts, completions)) / sum(map(len, completions))

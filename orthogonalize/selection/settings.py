@@ -1,16 +1,16 @@
-"""How `extract` works: what can be set, and which settings cannot work."""
+"""Settings of `extract`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..core.errors import OrthogonalizeError
 from ..data.prompts import MINIMUM_TRAIN
-from ..directions.finders.registry import FINDERS
+from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..directions.inlp.nullspace import Classifier, Solver
 
 SCORINGS = ("local", "global")
@@ -18,16 +18,30 @@ SCORINGS = ("local", "global")
 
 @dataclass(frozen=True)
 class Settings:
-    """How `extract` works; the defaults are the reference's where it has them.
+    """Settings of `extract`; defaults follow the reference implementation where it has them.
 
-    `scored` is the most val prompts a side that score single directions (None is all of them); whole
-    edits are tried on all positive ones, and on the model's own answers to `answers` negative ones.
-    `trials` is how many edits; 0 skips that. `seeds` is how many draws of the prompts show how stable
-    the directions are (1 shows nothing). `scoring` may add `global`: every candidate at every write.
-    `sensitive` marks a contrast of one's own as that; eval then folds its prompts and answers.
+    Attributes:
+        finders: names of the direction finders.
+        device, dtype: where and how the model runs; None chooses the dtype by device.
+        seed: of the split of the prompts and of the draws.
+        seeds: number of draws of the prompts, to measure how stable the directions are; 1 measures nothing.
+        train, val, test: prompts per side in each split.
+        system: system prompt.
+        template_arguments: passed to the chat template.
+        chat_template: whether prompts are sent in the chat template.
+        sensitive: whether the prompts are sensitive, so that eval folds them and their answers.
+        behaviour_tokens: first tokens of the behaviour, as ids or text; None learns them.
+        filtered: whether to drop prompts on which the model does not behave as expected.
+        max_rank, solver, classifier: of INLP (see `inlp`).
+        scoring: `local`, and optionally `global` to score every candidate at every write, too.
+        scored: the most val prompts per side to score single directions on; None uses all. Whole edits are tried on
+            all positive prompts.
+        trials: number of whole edits to try; 0 skips the search.
+        answers: number of the model's own answers to negative prompts on which an edit's harm is measured.
+        trust_remote_code: whether to run code from the model's repository.
     """
 
-    finders: Sequence[str] = field(default_factory=lambda: tuple(FINDERS))
+    finders: Sequence[str] = DEFAULT_FINDERS
     device: str = "auto"
     dtype: torch.dtype | None = None
     seed: int = 0
@@ -50,11 +64,24 @@ class Settings:
     answers: int = 32
     trust_remote_code: bool = False
 
-    def check(self) -> None:
-        """Refuse settings that cannot work.
+    def with_changes(self, **changes: Any) -> Settings:
+        """A copy with other values.
 
         Raises:
-            OrthogonalizeError: naming the option.
+            OrthogonalizeError: there is no such setting.
+        """
+        unknown = sorted(changes.keys() - self.__dataclass_fields__.keys())
+        if unknown:
+            raise OrthogonalizeError(
+                f"extract has no setting {unknown[0]!r}; available: {', '.join(self.__dataclass_fields__)}"
+            )
+        return replace(self, **changes)
+
+    def check(self) -> None:
+        """Check the values.
+
+        Raises:
+            OrthogonalizeError: a value is not valid; the message names its option.
         """
         if set(self.finders) - set(FINDERS) or "dim" not in self.finders:
             others = " and ".join(name for name in FINDERS if name != "dim")
@@ -62,6 +89,8 @@ class Settings:
         if set(self.scoring) - set(SCORINGS) or "local" not in self.scoring:
             raise OrthogonalizeError(f"--scoring must name local, and may add global; got {','.join(self.scoring)}")
         if self.train < MINIMUM_TRAIN or self.val < 1 or self.test < 0 or self.seeds < 1:
-            raise OrthogonalizeError(f"--train must be at least {MINIMUM_TRAIN}, --val and --seeds 1 and --test 0")
+            raise OrthogonalizeError(
+                f"--train must be at least {MINIMUM_TRAIN}, --val and --seeds at least 1, --test at least 0"
+            )
         if self.classifier == "svm" and self.solver != "sklearn":
-            raise OrthogonalizeError("--classifier svm is scikit-learn's; give --solver sklearn with it")
+            raise OrthogonalizeError("--classifier svm needs --solver sklearn")

@@ -1,4 +1,4 @@
-"""Stages of an extraction: which are done, from which inputs, and how far the one under way has come."""
+"""The record of finished stages of an extraction and of their inputs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ BOOK = "stages.json"
 
 
 class StageBook:
-    """`stages.json` of a run folder: for every stage that is done its inputs and what it recorded.
+    """The `stages.json` of a run folder: the inputs and the result of every finished stage.
 
-    A stage's inputs include the fingerprint of the stage before, so a change runs on to all later ones.
+    The inputs of a stage include the fingerprint of the stage before, so that a change affects all later stages.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -28,13 +28,15 @@ class StageBook:
             try:
                 self.entries = dict(json.loads(self.file.read_text("utf-8")))
             except ValueError as error:
-                raise OrthogonalizeError(f"{self.file} is damaged; --force extracts again") from error
+                raise OrthogonalizeError(
+                    f"{self.file} is damaged; delete the folder, or choose a different --out"
+                ) from error
 
     def result(self, stage: Stage) -> dict[str, Any]:
-        """What a stage that is done recorded.
+        """The result that a finished stage recorded.
 
         Raises:
-            OrthogonalizeError: it is not done.
+            OrthogonalizeError: the stage is not done.
         """
         if stage not in self.entries:
             raise OrthogonalizeError(f"{self.file.parent} lacks stage {stage!r}; run extract with --stage {stage}")
@@ -46,21 +48,27 @@ class StageBook:
         return entry is not None and entry["fingerprint"] == fingerprint(inputs)
 
     def changed_inputs(self, stage: Stage, inputs: Mapping[str, Any]) -> list[str]:
-        """The names of inputs that differ from those a finished `stage` had; none where it is not done."""
+        """The names of the inputs that differ from those of a finished `stage`; none if it is not done."""
         entry = self.entries.get(stage)
         if entry is None:
             return []
         before = entry["inputs"]
-        return [key for key in sorted(before.keys() | inputs.keys()) if before.get(key) != _plain(inputs.get(key))]
+        return [
+            key for key in sorted(before.keys() | inputs.keys()) if before.get(key) != _through_json(inputs.get(key))
+        ]
 
     def complete(self, stage: Stage, inputs: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Record that `stage` is done; later stages were done from something else, and are forgotten."""
+        """Record that `stage` is done; later stages are forgotten, since their inputs may have changed."""
         kept = STAGES[: STAGES.index(stage)]
         self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
-        self.entries[stage] = {"fingerprint": fingerprint(inputs), "inputs": _plain(inputs), "result": dict(result)}
+        self.entries[stage] = {
+            "fingerprint": fingerprint(inputs),
+            "inputs": _through_json(inputs),
+            "result": dict(result),
+        }
         write_atomically(self.file, json.dumps(self.entries, indent=1, ensure_ascii=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
-    """`value` as it comes back from JSON (tuples as lists)."""
+def _through_json(value: Any) -> Any:
+    """`value` as read back from JSON, with tuples as lists."""
     return json.loads(json.dumps(value, ensure_ascii=False))

@@ -1,7 +1,7 @@
-"""Trying whole edits with hooks: how much of the behaviour is left, and what the edit costs.
+"""Search over whole edits, tried with hooks: how much of the behaviour is left, and how much harm the edit does.
 
-Scores at one layer rank directions; they do not say which scope and strength remove a behaviour at
-the least cost. So edits are tried on val prompts and refined from the best, one setting at a time.
+Scores at one layer rank directions, but do not tell which scope and strength remove a behaviour with the least harm. So
+edits are tried on val prompts, and the best are refined one setting at a time.
 """
 
 from __future__ import annotations
@@ -25,22 +25,23 @@ from ..edits.config import EditConfig
 from ..edits.methods.registry import DEFAULT
 from ..edits.scopes import parse_scope
 from ..models.hooks import Stream, intervened
-from .candidates import Candidate, Scored, layer_ranking
+from .candidates import Candidate, ScoreStore, layer_ranking
 from .scoring import behaviour_score, completion_loss, first_token_probabilities
 
-# A trial removes the behaviour if at most this share of positive prompts still begins with it. Real scores
-# have heavier tails than the normal distribution by which a few prompts stand for many, so it is small.
+# An edit removes the behaviour if at most this share of positive prompts still shows it. It is small, since real scores
+# have heavier tails than the normal distribution of `share_left`.
 LEFT = 0.01
-CONFIRMED = 0.05  # the most answers of a confirmed edit that may still refuse
+CONFIRMED = 0.05  # largest share of refusals among the answers of a confirmed edit
 
 
 class Trial(BaseModel):
     """One edit tried on val prompts.
 
-    `left`: share of positive prompts that still show the behaviour (see `share_left`). `score`: their mean
-    behaviour score (log-odds). `harm`: relative increase of the cross-entropy of the base model's
-    own answers to negative prompts (0.1 is 10%). `confirmed`: share of positive prompts whose
-    generated answer still shows the behaviour, where that was checked.
+    Attributes:
+        left: share of positive prompts that still show the behaviour (see `share_left`).
+        score: mean behaviour score (log-odds) of the positive prompts.
+        harm: relative increase of the cross-entropy of the base model's own answers to negative prompts (0.1 is 10%).
+        confirmed: share of positive prompts whose generated answer still shows the behaviour; None if not checked.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,15 +54,15 @@ class Trial(BaseModel):
 
     @property
     def order(self) -> tuple[float, float]:
-        """Sorts the best first: enough removed, then least harm; else least left."""
+        """Sort key, best first: edits that remove the behaviour, by harm; then the others, by what is left."""
         return (0.0, self.harm) if self.left <= LEFT else (self.left, self.score)
 
 
 def share_left(scores: torch.Tensor) -> float:
-    """The share of prompts whose behaviour score (log-odds) is above 0: as observed, or as a normal
-    distribution with the scores' mean and deviation predicts, whichever is more.
+    """The share of prompts whose behaviour score (log-odds) is above 0.
 
-    A few val prompts that all just miss 0 do not show that a hundred others will.
+    This is the observed share, or that of a normal distribution with the mean and standard deviation of the scores,
+    whichever is larger: a few val prompts just below 0 do not show that a hundred others are.
     """
     observed = (scores > 0).double().mean().item()
     deviation = scores.double().std(correction=0).item() or 1e-9
@@ -70,7 +71,13 @@ def share_left(scores: torch.Tensor) -> float:
 
 @dataclass
 class EditSearch:
-    """What edits are tried on: val prompts as token ids, and the base's answers to the negative ones."""
+    """A search over edits on val prompts.
+
+    Attributes:
+        positive, negative: prompts, as token ids.
+        answers: the base model's answers to the negative prompts, as token ids.
+        known: a store for trials; those that it contains are not repeated.
+    """
 
     model: Any
     directions: Directions
@@ -79,14 +86,14 @@ class EditSearch:
     positive: Sequence[Sequence[int]]
     negative: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
-    known: Scored | None = None  # trials of a run that was killed
+    known: ScoreStore | None = None
 
     def __post_init__(self) -> None:
         self.base_loss = completion_loss(self.model, self.negative, self.answers)
         self.tried: dict[EditConfig, Trial] = {}
 
     def edited(self, choice: EditConfig) -> AbstractContextManager[Any]:
-        """The model under an edit, reading the stream as the baked weights will."""
+        """Apply an edit to the model by hooks that act exactly as the baked weights would."""
         ranking = layer_ranking(self.ranked, finder_of(choice.method, self.directions))
         intervention = intervention_from_directions(choice, self.directions, ranking)
         if Stream.of(self.model).architecture.norms.kind == "layer":
@@ -94,7 +101,7 @@ class EditSearch:
         return intervened(self.model, intervention, renormalise=False)
 
     def run(self, choice: EditConfig) -> Trial:
-        """Try one edit (once)."""
+        """Try an edit; repeated calls return the first result."""
         if choice in self.tried:
             return self.tried[choice]
         key = f"trial:{choice.model_dump_json()}"
@@ -127,7 +134,7 @@ class EditSearch:
         return sorted(self.tried.values(), key=lambda t: t.order)
 
     def _starts(self, method: str) -> list[EditConfig]:
-        """Shared and per-layer directions of the best candidates, on both sides, over several spans."""
+        """The first edits to try: the best candidates' shared and per-layer directions over several spans of layers."""
         count = self.directions.layer_count
         finder = finder_of(method, self.directions)
         good = [c for c in self.ranked if c.finder == finder and not c.failed]
@@ -143,7 +150,7 @@ class EditSearch:
         return choices
 
     def _refine(self, budget: int, advance: Callable[[int], None]) -> None:
-        """Coordinate descent from the best trials, over span, strength, position and source layer."""
+        """Coordinate descent from the best trials over span, strength, position and source layer."""
         step = max(1, self.directions.layer_count // 6)
         while len(self.tried) < budget:
             best = min(self.tried.values(), key=lambda t: t.order)
@@ -162,7 +169,7 @@ class EditSearch:
                 trial = self.run(choice)
                 advance(1)
                 if trial.order < best.order:
-                    break  # go on from there
+                    break  # continue from the new best
 
     def _neighbours(self, choice: EditConfig, step: int) -> list[EditConfig]:
         count = self.directions.layer_count
@@ -198,10 +205,10 @@ class EditSearch:
 def confirm(
     trials: EditSearch, found: list[Trial], journal: Journal, refusal_rate: Callable[[], float], most: int = 4
 ) -> list[Trial]:
-    """Let the best trials answer; the first whose answers do not refuse goes to the front.
+    """Check the best trials by generated answers; the first whose answers do not refuse moves to the front.
 
-    `refusal_rate` is the share of the model's answers to the positive val prompts that refuse, as it is then.
-    Only where the unedited model's answers are refusals by wording can this be told.
+    `refusal_rate` measures the share of refusals among the current model's answers to the positive val prompts. If the
+    unedited model does not refuse these by wording, the check says nothing and the order stays as it is.
     """
     if "refuses" not in journal:
         journal.put({"refuses": refusal_rate()})
@@ -218,6 +225,6 @@ def confirm(
         confirmed.append(trial.model_copy(update={"confirmed": journal[key]}))
         if journal[key] <= CONFIRMED:
             break
-    # Only the last can have passed; where none did, the one that leaves least comes first.
+    # Only the last can have passed; if none did, the one with the fewest refusals comes first.
     confirmed.sort(key=lambda t: t.confirmed or 0.0)
     return [*confirmed, *found[len(confirmed) :]]

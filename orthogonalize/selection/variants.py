@@ -1,4 +1,4 @@
-"""The edits that a sweep compares: every method over every scope, as the papers' tables have them."""
+"""The edits that a sweep compares: every method over every scope, as in the tables of the papers."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from ..edits.build import finder_of, intervention_from_basis, intervention_from_
 from ..edits.config import EditConfig
 from ..edits.methods.base import EditMethod
 from ..edits.methods.registry import METHODS
-from ..edits.scopes import chosen_layers, parse_scope
+from ..edits.scopes import layers_in_scope, parse_scope
 from .candidates import layer_ranking
 from .resolve import choose
 from .run_folder import Run
 
 MULTIPLIERS = (0.5, 1.0, 2.0)
 SCOPES = ("one", "top:50%", "all")
-ADDED = ("dim", "inlp")  # finders whose first direction a sweep adds
+ADDED = ("dim", "inlp")  # finders whose first directions a sweep adds
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One edit of a sweep. `direction` is the finder whose direction it uses; `layers` are those of its scope.
+    """One edit of a sweep.
 
-    `on_stream` is what it does to a stream as a whole, where hooks can reach it.
+    `direction` is the finder of its direction and `layers` are those of its scope. `on_stream` is its effect on the
+    whole stream as one map, for hooks on block inputs and outputs.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Variant:
 
 
 def _first_direction(run: Run, finder: str, choice: EditConfig) -> torch.Tensor:
-    """The first direction [1, d] of `finder` at the place of `choice`, pointing to the positive side."""
+    """The first direction [1, d] of `finder` at the position and layer of `choice`, pointing to the positive side."""
     assert choice.position is not None
     assert choice.layer is not None
     basis = run.directions.basis(finder, choice.position, choice.layer, rank=1)
@@ -54,7 +55,7 @@ def _first_direction(run: Run, finder: str, choice: EditConfig) -> torch.Tensor:
 
 
 def _additions(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
-    """Constants along the finders' first directions, at multiples of the best mean difference's length."""
+    """Additions of each finder's first direction, at multiples of the length of the best mean difference."""
     best = choose(run, method=method.name, scope=scope)
     own = method.finder(run.directions)
     assert best.position is not None
@@ -68,7 +69,7 @@ def _additions(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
         if finder != own:
             found = next(c for c in run.candidates if c.finder == finder)
             place = best.model_copy(update={"position": found.position, "layer": found.layer})
-        layers = tuple(chosen_layers(parse_scope(scope), run.info.layer_count, place.layer, ranking))
+        layers = tuple(layers_in_scope(parse_scope(scope), run.info.layer_count, place.layer, ranking))
         for multiplier in (*(-m for m in reversed(MULTIPLIERS)), *MULTIPLIERS):
             choice = place.model_copy(update={"coefficient": multiplier * length})
             if finder == own:
@@ -88,8 +89,9 @@ def _removals(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
         finder = finder_of(choice.method, run.directions)
         ranking = layer_ranking(run.candidates, finder)
         intervention = intervention_from_directions(choice, run.directions, ranking)
-        layers = tuple(chosen_layers(parse_scope(scope), run.info.layer_count, choice.layer, ranking))
-        name = " ".join([method.name, *(f"{value:g}" for value in settings.values()), scope])
+        layers = tuple(layers_in_scope(parse_scope(scope), run.info.layer_count, choice.layer, ranking))
+        values = (f"{value:g}" if isinstance(value, int | float) else str(value) for value in settings.values())
+        name = " ".join([method.name, *values, scope])
         on_stream = method.on_stream(choice, run.directions, intervention)
         yield Variant(name, choice, finder, intervention, layers, on_stream)
 
@@ -98,14 +100,14 @@ def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = 
     """Every edit of `wanted` methods (by default all that the run has directions for) over `scopes`.
 
     Raises:
-        OrthogonalizeError: an unknown method or scope, one named twice, or no directions for it.
+        OrthogonalizeError: a method or scope is unknown or given twice, or the run has no directions for a method.
     """
     twice = next((name for names in (wanted, scopes) for name in names if list(names).count(name) > 1), None)
     if twice is not None:
-        raise OrthogonalizeError(f"{twice} is named twice")
+        raise OrthogonalizeError(f"{twice} is given twice")
     for scope in scopes:
         if parse_scope(scope).kind == "from":
-            raise OrthogonalizeError("a sweep edits what is written; scope 'from' edits what is read")
+            raise OrthogonalizeError("a sweep cannot use scope 'from', which edits reads; its other scopes edit writes")
     result: list[Variant] = []
     for method in [METHODS.find(name) for name in wanted or METHODS]:
         finder = method.finder(run.directions)
@@ -115,7 +117,7 @@ def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = 
                 raise OrthogonalizeError(
                     f"the run has no directions for {method.name}; extract again with --finders {needed}"
                 )
-            note(f"{method.name} is left out: the run has no directions for it (extract --finders {needed})")
+            note(f"skipping {method.name}: the run has no directions for it (extract --finders {needed})")
             continue
         for scope in scopes:
             result += _additions(run, method, scope) if method.adds else _removals(run, method, scope)

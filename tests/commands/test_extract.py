@@ -80,7 +80,7 @@ def test_repeated_extraction_does_nothing_and_loads_no_model(copy, model, source
 )
 def test_changed_setting_needs_force_and_redoes_later_stages(copy, model, sources, ran, settings, redone):
     before = files(copy)
-    with pytest.raises(OrthogonalizeError, match=f"was done with another {next(iter(settings))}; --force"):
+    with pytest.raises(OrthogonalizeError, match=f"was done with a different {next(iter(settings))}; use --force"):
         extract(str(model), copy, **sources, settings=changed(**settings))
     assert files(copy) == before
     extract(str(model), copy, **sources, settings=changed(**settings), force=True)
@@ -93,13 +93,13 @@ def test_changed_setting_needs_force_and_redoes_later_stages(copy, model, source
 def test_other_prompts_or_weights_are_noticed(copy, model, sources, tmp_path):
     text = Path(sources["negative"]).read_text().replace("wash", "paint the")
     (tmp_path / "other.txt").write_text(text)
-    with pytest.raises(OrthogonalizeError, match="another negative"):
+    with pytest.raises(OrthogonalizeError, match="a different negative"):
         extract(str(model), copy, positive=sources["positive"], negative=str(tmp_path / "other.txt"), settings=SMALL)
     other = Path(shutil.copytree(model, tmp_path / "other"))
     data = bytearray((other / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (other / "model.safetensors").write_bytes(data)
-    with pytest.raises(OrthogonalizeError, match="another weights"):
+    with pytest.raises(OrthogonalizeError, match="a different weights"):
         extract(str(other), copy, **sources, settings=SMALL)
 
 
@@ -107,7 +107,7 @@ def test_stages_run_one_by_one_give_the_same_run(run, model, sources, tmp_path, 
     out = tmp_path / "run"
     for stage in ("prompts", "activations", "directions"):
         assert extract(str(model), out, **sources, settings=SMALL, stage=stage) is None
-        with pytest.raises(OrthogonalizeError, match="is not finished; run the same extract again"):
+        with pytest.raises(OrthogonalizeError, match="is unfinished; re-run the same extract command"):
             load_run(out)
     with pytest.raises(OrthogonalizeError, match="--stage selection needs stage 'prompts'"):
         extract(str(model), out, **sources, settings=changed(seed=5), stage="selection")
@@ -290,6 +290,8 @@ def test_probe_tells_erased_from_not_erased():
         for side in part.values():
             side[:, 3] = 0
     assert probe_accuracy(sets["train"], sets["val"]) < 0.65
+    same = {side: torch.ones(8, 50) for side in ("positive", "negative")}
+    assert probe_accuracy(same, same) == 0.5
 
 
 @pytest.mark.parametrize("scope", ["all", "upto:3", "layers:1-2", "one"])
@@ -324,7 +326,9 @@ def test_identical_activations_on_both_sides_are_reported(model, sources, tmp_pa
 
 
 def test_too_few_prompts_for_a_rank_states_how_many_are_needed(model, sources, tmp_path):
-    with pytest.raises(OrthogonalizeError, match=r"rank 30 needs at least 31 samples to fit \(about 20 prompts a side"):
+    with pytest.raises(
+        OrthogonalizeError, match=r"rank 30 needs at least 31 samples to fit \(about 20 prompts per side"
+    ):
         extract(str(model), tmp_path / "run", **sources, settings=changed(max_rank=30))
 
 

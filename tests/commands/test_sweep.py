@@ -79,17 +79,17 @@ def test_method_without_directions_is_skipped_or_refused(run, monkeypatch):
     found = load_run(run)
     bare = replace(found, info=found.info.model_copy(update={"methods": ["dim"]}))
     assert "leace" not in {v.choice.method for v in make_variants(bare)}
-    assert notes == ["leace is left out: the run has no directions for it (extract --finders dim,leace)"]
+    assert notes == ["skipping leace: the run has no directions for it (extract --finders dim,leace)"]
     with pytest.raises(OrthogonalizeError, match="no directions for leace; extract again with --finders dim,leace"):
         make_variants(bare, ["ablate", "leace"])
     for wanted, scopes in ((["ablate", "ablate"], ["one"]), (["ablate"], ["one", "one"])):
-        with pytest.raises(OrthogonalizeError, match="is named twice"):
+        with pytest.raises(OrthogonalizeError, match="is given twice"):
             make_variants(found, wanted, scopes)
 
 
 @pytest.mark.parametrize(("changed", "message"), [
-    ({"num_hidden_layers": LAYERS + 2}, f"the run is of a model of {LAYERS} layers and this one has {LAYERS + 2}"),
-    ({"hidden_size": 40, "head_dim": 8}, "the run's directions have width 32 and the model's residual stream 40"),
+    ({"num_hidden_layers": LAYERS + 2}, f"the run's model has {LAYERS} layers, but this one has {LAYERS + 2}"),
+    ({"hidden_size": 40, "head_dim": 8}, "directions have width 32, but the model's residual stream has width 40"),
 ])  # fmt: skip
 @pytest.mark.parametrize("semantics", ["weights", "residual"])
 def test_run_of_another_model_shape_is_refused_before_any_engine(
@@ -372,7 +372,7 @@ def test_command_prints_the_table_and_refuses_unknown_names(model, run, tmp_path
     assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())["variants"]) == 3
     for more, message in (
         (["--methods", "magic"], "unknown edit method 'magic'"),
-        (["--scopes", "from:2"], "edits what is read"),
+        (["--scopes", "from:2"], "scope 'from', which edits reads"),
         (["--scopes", "some"], "scope 'some'"),
         ([], "exists"),
     ):

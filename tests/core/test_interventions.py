@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import AffineMap, Site, block_sites, orthonormal, removal, shift
-from orthogonalize.edits.scopes import chosen_layers, map_sites, parse_scope, removal_sites, shift_sites
+from orthogonalize.edits.scopes import layers_in_scope, map_sites, parse_scope, removal_sites, shift_sites
 
 sizes = st.tuples(st.integers(2, 12), st.integers(1, 5), st.integers(0, 10_000))
 
@@ -84,10 +84,10 @@ def test_malformed_scope_is_refused(text):
 
 def test_scopes_name_the_documented_sites():
     assert removal_sites(parse_scope("all"), [0, 1]) == [Site("embed"), *block_sites([0, 1])]
-    assert chosen_layers(parse_scope("upto:2"), 4, None, None) == [0, 1]
-    assert chosen_layers(parse_scope("one"), 4, 2, None) == [2]
-    assert chosen_layers(parse_scope("top:50%"), 4, None, [3, 1, 2, 0]) == [1, 3]
-    assert chosen_layers(parse_scope("top:1%"), 4, None, [3, 1, 2, 0]) == [3]
+    assert layers_in_scope(parse_scope("upto:2"), 4, None, None) == [0, 1]
+    assert layers_in_scope(parse_scope("one"), 4, 2, None) == [2]
+    assert layers_in_scope(parse_scope("top:50%"), 4, None, [3, 1, 2, 0]) == [1, 3]
+    assert layers_in_scope(parse_scope("top:1%"), 4, None, [3, 1, 2, 0]) == [3]
     reads = map_sites(parse_scope("from:3"), 4, lambda _: removal(torch.eye(4)[:1])).reads
     assert list(map(str, reads)) == ["attn.3", "mlp.3", "head"]
     shifted = shift_sites(parse_scope("layers:0,2"), 4, lambda _: torch.ones(4)).writes
@@ -107,12 +107,12 @@ def test_site_uses_the_direction_of_the_stream_it_writes_into():
 
 def test_scope_that_does_not_apply_is_refused():
     with pytest.raises(OrthogonalizeError, match="no layer 4"):
-        chosen_layers(parse_scope("layers:4"), 4, None, None)
+        layers_in_scope(parse_scope("layers:4"), 4, None, None)
     with pytest.raises(OrthogonalizeError, match="--layer"):
-        chosen_layers(parse_scope("one"), 4, None, None)
+        layers_in_scope(parse_scope("one"), 4, None, None)
     with pytest.raises(OrthogonalizeError, match="no layer 9"):
-        chosen_layers(parse_scope("one"), 4, 9, None)
+        layers_in_scope(parse_scope("one"), 4, 9, None)
     with pytest.raises(OrthogonalizeError, match="stored scores"):
-        chosen_layers(parse_scope("top:10%"), 4, None, None)
+        layers_in_scope(parse_scope("top:10%"), 4, None, None)
     with pytest.raises(OrthogonalizeError, match="no scope 'upto'"):
         shift_sites(parse_scope("upto:2"), 4, lambda _: torch.ones(4))

@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import orthonormal
-from orthogonalize.directions.inlp.logistic import Samples, fit_logistic, fit_together
+from orthogonalize.directions.inlp.logistic import Samples, fit_batch, fit_logistic
 from orthogonalize.directions.inlp.nullspace import Subspace, inlp, stratified_split
 
 
@@ -161,7 +161,7 @@ def test_unsuitable_input_is_refused():
 
 
 def test_too_few_samples_for_a_rank_states_how_many_are_needed():
-    with pytest.raises(OrthogonalizeError, match=r"at least 21 samples to fit \(about 14 prompts a side"):
+    with pytest.raises(OrthogonalizeError, match=r"at least 21 samples to fit \(about 14 prompts per side"):
         inlp(torch.randn(10, 64), torch.randn(10, 64), max_rank=20)
     assert inlp(*two_sides(14, 64), max_rank=20, min_accuracy=0.0).rank > 5  # enough samples to ask for that rank
 
@@ -191,7 +191,7 @@ def test_compiled_and_batched_iterations_agree(seed, shape, scale):
     labels = (torch.arange(shape[0]) % 3 > 0).double()
     data = Samples(x, x)
     data.project_off(fit_logistic(data, labels, 0.1)[0])
-    for one, other in zip(fit_logistic(data, labels, 0.1), fit_together(data, labels, 0.1), strict=True):
+    for one, other in zip(fit_logistic(data, labels, 0.1), fit_batch(data, labels, 0.1), strict=True):
         assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
 
 

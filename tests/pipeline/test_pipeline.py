@@ -236,17 +236,20 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(model, run, sources, t
         (("edit", model, "--out", out, "--run", run, "--strength", "0"), "changes nothing"),
         (("edit", model, "--out", out, "--run", run, "--coefficient", "2"), "--coefficient belongs to actadd"),
         (("edit", model, "--out", out, "--run", run, "--method", "nullspace", "--rank", "30"), "rank 30"),
-        (("edit", deeper, "--out", out, "--run", run), "a model of 4 layers and this one has 5"),
+        (("edit", deeper, "--out", out, "--run", run), "the run's model has 4 layers, but this one has 5"),
         (("edit", model, "--out", out, "--direction", wide, "--layer", "77"), "no layer 77"),
         (("edit", model, "--out", out, "--direction", wide, "--method", "ablate"), "one direction, not 3"),
         (("extract", model, "--out", out, *sides, "--device", "nonsense"), "device 'nonsense'"),
-        (("extract", model, "--out", out, *sides, "--behaviour-tokens", "999999"), "no id of this model"),
+        (("extract", model, "--out", out, *sides, "--behaviour-tokens", "999999"), "is not in the model's vocabulary"),
         (("extract", model, "--out", out, *sides, "--template-argument", "tokenize=false"), "rejects this prompt"),
         (("extract", model, "--out", narrow / "x", *sides), "narrow.safetensors"),
         (("extract", model, "--out", out, *sides, "--stage", "directions"), "needs stage 'prompts'"),
         (("extract", model, "--out", out, *sides, "--classifier", "svm"), "--solver sklearn"),
         (("extract", model, "--out", out, *sides, "--scoring", "global"), "--scoring must name local"),
-        (("edit", model, "--out", out, "--run", run, "--method", "leace", "--scope", "from:1"), "no scope 'from'"),
+        (
+            ("edit", model, "--out", out, "--run", run, "--method", "leace", "--scope", "from:1"),
+            "leace cannot use scope 'from'",
+        ),
         (("edit", model, "--out", out, "--direction", wide, "--method", "leace"), "leace needs the covariances"),
         (("edit", model, "--out", out, "--direction", wide, "--method", "nullspace", "--rank", "acc99"), "use --run"),
         (("edit", model, "--out", out, "--run", run, "--orthogonal"), "--orthogonal belongs to leace"),
@@ -323,7 +326,7 @@ def test_out_of_memory_is_a_one_line_error_in_every_command(model, run, tmp_path
     status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
     assert status == 1
     assert "out of memory: DefaultCPUAllocator" in said
-    assert "nothing half-finished was left" in said
+    assert "no partial output was left behind. Re-run the command to resume." in said
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("orthogonalize.commands.edit._write", lambda *_: [][1])
     assert isinstance(

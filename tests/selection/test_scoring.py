@@ -177,14 +177,14 @@ def test_stored_candidates_can_be_reranked_without_a_model(tmp_path):
     assert [(c.finder, c.layer) for c in rank(str(file), kl=0.5, prune=0.0) if not c.failed] == [
         ("dim", 8), ("dim", 5), ("dim", 3), ("leace", 8), ("leace", 5), ("leace", 3),
     ]  # fmt: skip
-    with pytest.raises(OrthogonalizeError, match=r"no candidates\.json"):
+    with pytest.raises(OrthogonalizeError, match=r"is not a candidates\.json that this version can read"):
         rank(tmp_path / "none.json")
 
 
 def test_fallback_states_which_filter_failed_and_by_how_much():
     given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(9, 1, induce=-1)]
     text = explain_fallback(rank(given), "dim")
-    assert "of 3, each stops: kl 2, induce 1, late layer 1" in text
+    assert "(3 tried; failed: kl 2, induce 1, late layer 1); the closest is position -1, layer 4" in text
     assert "layer 4, which fails kl 0.12 > 0.1" in text
     assert explain_fallback(rank([candidate(3, -1)]), "dim") is None
 

@@ -1,6 +1,6 @@
-"""What a direction finder is: one way to find what tells the two sides of a contrast apart.
+"""The base class of direction finders, each a way to find what separates the two sides of a contrast.
 
-Files in this folder import torch inside functions only: the command line reads the registry for its help.
+The modules in this folder import torch inside functions only: the command line reads the registry for its help.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a finder found in a group of layers.
+    """The results of a finder for a group of layers.
 
-    `tensors` are [positions, layers, ...] each, stored in directions.safetensors as `FINDER.KEY`. `subspaces`
-    maps (index of the position, index of the layer) to what INLP found there.
+    `tensors` are [positions, layers, ...] each, stored in directions.safetensors as `FINDER.KEY`. `subspaces` maps
+    (index of the position, index of the layer) to INLP's subspace.
     """
 
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
@@ -31,11 +31,16 @@ class Fitted:
 
 
 class DirectionFinder:
-    """A direction finder; subclasses say what they fit, and how to read it from a `Directions`.
+    """A direction finder. A subclass whose `fit` returns a tensor `basis` needs no other method.
 
-    `name` is the word for `--finders`; `title` names it in figures. `needs_samples` is false where the two
-    sides' means are enough. `adds_mean_difference` says that the first direction is the mean difference's, so that
-    adding it needs to be scored only once for all such finders. `lacking` begins the message where nothing was found.
+    Attributes:
+        name: the value of `--finders`; it prefixes the finder's tensors in directions.safetensors.
+        title: the finder's name in figures.
+        summary: what it finds, for `extract --help`.
+        needs_samples: false if the means of the two sides are enough.
+        adds_mean_difference: whether its first direction is that of the mean difference, so that adding it is scored
+            only once for all such finders.
+        lacking: how the message begins for a place without a direction.
     """
 
     name: str
@@ -46,21 +51,22 @@ class DirectionFinder:
     lacking = "the two sides have no"
 
     def fit(self, positive: torch.Tensor, negative: torch.Tensor, settings: DirectionSettings) -> Fitted:
-        """Fit to activations [prompts, positions, layers, d] of both sides."""
+        """Fit to the activations [prompts, positions, layers, d] of each side."""
         return Fitted()
 
     def first_direction(self, positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor | None:
-        """The first direction [positions, layers, d] of one draw of the prompts, by which stability is measured."""
+        """The first direction [positions, layers, d] of one draw of the prompts, to measure its stability; or None."""
         return None
 
     def found(self, directions: Directions) -> bool:
-        """Whether `directions` hold anything of this finder's."""
+        """Whether `directions` contain results of this finder."""
         return f"{self.name}.basis" in directions.tensors
 
     def basis(self, directions: Directions, position: int, layer: int, rank: int | None = None) -> torch.Tensor | None:
-        """The orthonormal basis [k, d] found there, its first `rank` rows; None where there is none.
+        """The first `rank` rows of the orthonormal basis [k, d] at a position and layer; None without a basis there.
 
-        By default the rows of the tensor `FINDER.basis` [positions, layers, k, d] that are not zero.
+        The default takes the nonzero rows of the tensor `FINDER.basis` [positions, layers, k, d]. The first row should
+        point to the positive side.
         """
         from ...core.interventions import orthonormal
 
@@ -71,22 +77,29 @@ class DirectionFinder:
         return basis if len(basis) else None
 
     def removal(self, directions: Directions, position: int, layer: int) -> AffineMap | None:
-        """The map that removes everything found there; None where that is nothing."""
+        """The map that removes everything found at a position and layer; None if nothing was found."""
         from ...core.interventions import removal
 
         basis = self.basis(directions, position, layer)
         return None if basis is None else removal(basis)
 
     def probed_removals(self, directions: Directions, position: int, layer: int) -> list[AffineMap]:
-        """The maps whose effect a fresh probe tests for a run."""
+        """The maps that `extract` tests with a fresh probe."""
         whole = self.removal(directions, position, layer)
         return [] if whole is None else [whole]
 
+    def leading(self, directions: Directions, position: int, layer: int, accuracy: float) -> int | None:
+        """The number of directions found before a classifier's held-out accuracy fell below `accuracy`.
+
+        None for finders that train no classifiers, and for places without a direction.
+        """
+        return None
+
     def axis(self, directions: Directions, position: int, layer: int) -> torch.Tensor | None:
-        """The unit direction [d] that figures compare with other finders'; None where there is none."""
+        """The unit direction [d] that figures compare with those of other finders; None without one."""
         basis = self.basis(directions, position, layer)
         return None if basis is None else basis[0]
 
     def accuracy(self, directions: Directions, position: int, layer: int) -> float | None:
-        """Held-out accuracy of the first classifier, for finders that train one."""
+        """The held-out accuracy of the first classifier; None for finders that train none."""
         return None

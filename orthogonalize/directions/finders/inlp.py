@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..direction_set import Directions
     from ..fit import DirectionSettings
 
-# `--rank acc99`: the directions found before a classifier's held-out accuracy fell below this.
+# `--rank acc99` keeps the directions found before a classifier's held-out accuracy fell below 0.99.
 RANK_BY_ACCURACY = {"acc99": 0.99, "acc95": 0.95}
 
 
@@ -57,7 +57,7 @@ class NullspaceProjection(DirectionFinder):
         return orthonormal(found.basis[:rank])
 
     def probed_removals(self, directions: Directions, position: int, layer: int) -> list[AffineMap]:
-        """One at each of the usual ranks: the first direction, acc99, acc95 and all."""
+        """One map for each of the usual ranks: the first direction, acc99, acc95 and all."""
         from ...core.interventions import removal
 
         found = directions.subspaces.get((position, layer))
@@ -65,6 +65,10 @@ class NullspaceProjection(DirectionFinder):
             return []
         ranks = {1, found.rank, *(found.leading(accuracy) for accuracy in RANK_BY_ACCURACY.values())}
         return [removal(found.basis[:rank]) for rank in sorted(ranks)]
+
+    def leading(self, directions: Directions, position: int, layer: int, accuracy: float) -> int | None:
+        found = directions.subspaces.get((position, layer))
+        return found.leading(accuracy) if found else None
 
     def accuracy(self, directions: Directions, position: int, layer: int) -> float | None:
         found = directions.subspaces.get((position, layer))

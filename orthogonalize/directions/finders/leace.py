@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class LeastSquaresEraser(DirectionFinder):
-    """Erases the mean difference, read along the direction `v` that moves the stream least."""
+    """Erases the mean difference along the direction `v` that changes the stream least."""
 
     name = "leace"
     title = "LEACE"
@@ -25,7 +25,7 @@ class LeastSquaresEraser(DirectionFinder):
     def fit(self, positive: torch.Tensor, negative: torch.Tensor, settings: DirectionSettings) -> Fitted:
         from ..leace import leace
 
-        return Fitted({"readers": leace(positive, negative).v.cpu()})
+        return Fitted({"readers": leace(positive, negative).v})
 
     def found(self, directions: Directions) -> bool:
         return directions.readers is not None

@@ -1,4 +1,4 @@
-"""The registry of direction finders. To add one: a file in this folder, and its name below."""
+"""The registry of direction finders. To add one, write a module in this folder and list it below."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from ...core.registry import Registry
 from .base import DirectionFinder
 
 MODULES = ("dim", "inlp", "leace")
+DEFAULT_FINDERS = MODULES  # a registered finder must be asked for, so that it does not change existing runs
 
 FINDERS: Registry[DirectionFinder] = Registry("direction finder")
 FINDERS.add_modules(__package__, MODULES, "FINDER")

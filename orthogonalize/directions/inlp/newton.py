@@ -1,6 +1,6 @@
-"""The Newton iteration of `logistic`, compiled: one problem after the other from their Gram matrices, on a CPU.
+"""The compiled Newton iteration of `logistic`: one problem after another, from their Gram matrices, on a CPU.
 
-The interpreter is not held meanwhile, so parts of a batch can be given to a thread each.
+It releases the interpreter lock, so that threads can share a batch.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.linalg  # noqa: F401 (numba's cholesky is SciPy's; here, so that a limit on BLAS threads finds it loaded)
+import scipy.linalg  # noqa: F401 (numba uses its cholesky; loaded here, before the number of BLAS threads is limited)
 from numba import njit
 
-STEPS = 100  # at most
-HALVINGS = 40  # of a step, at most
+STEPS = 100  # maximum number of Newton steps
+HALVINGS = 40  # maximum number of halvings of a step
 LEAST_CURVATURE = 1e-10
-RISE = 1e-12  # of the objective, which rounding alone may cause
-# Sums may be taken in any order: else no loop that sums is vectorised.
+RISE = 1e-12  # relative rise of the objective that rounding alone can cause
+# Let sums be reordered; otherwise the loops would not be vectorised.
 FREE = {"contract", "reassoc", "nsz"}
 
 
@@ -32,7 +32,7 @@ def _multiply(matrix: Any, x: Any, out: Any) -> None:
 
 @njit(nogil=True, cache=True, fastmath=FREE)
 def _solve(lower: Any, x: Any, y: Any) -> None:
-    """Solve `L L^T z = x`, and with y for x, in place, for a lower triangular L [n, n] stored by columns."""
+    """Solve `L L^T z = x`, and the same for y, in place, for a lower triangular L [n, n] stored by columns."""
     columns, n = lower.T, len(x)
     for k in range(n):
         column = columns[k]
@@ -52,7 +52,7 @@ def _solve(lower: Any, x: Any, y: Any) -> None:
 
 @njit(nogil=True, cache=True, fastmath=FREE)
 def _drop(idle: Any, x: Any) -> None:
-    """Take the part of `x` [n] along the orthonormal columns of `idle` [n, k] away."""
+    """Remove the part of `x` [n] along the orthonormal columns of `idle` [n, k]."""
     parts = np.zeros(idle.shape[1])
     for i in range(len(x)):
         for j in range(len(parts)):
@@ -73,7 +73,7 @@ def _objective(a: Any, b: float, margins: Any, labels: Any, c: float) -> float:
 
 @njit(nogil=True, cache=True)
 def _step(gram: Any, idle: Any, labels: Any, c: float, margins: Any, a: Any, m: Any) -> float:
-    """From `margins` to the next weights `a`, margins `m` and the intercept, as reweighted least squares."""
+    """One step of reweighted least squares from `margins`: fills weights `a` and margins `m`, returns the intercept."""
     n = len(labels)
     scale, target, ones = np.empty(n), np.empty(n), np.empty(n)
     for i in range(n):
@@ -82,7 +82,7 @@ def _step(gram: Any, idle: Any, labels: Any, c: float, margins: Any, a: Any, m: 
         scale[i] = np.sqrt(c * curvature)
         target[i] = scale[i] * (margins[i] + (labels[i] - p) / curvature)
         ones[i] = scale[i]
-    matrix = np.zeros((n, n))  # its lower triangle is all that is read
+    matrix = np.zeros((n, n))  # only its lower triangle is read
     for i in range(n):
         for j in range(i + 1):
             matrix[i, j] = gram[i, j] * (scale[i] * scale[j])
@@ -105,7 +105,7 @@ def _step(gram: Any, idle: Any, labels: Any, c: float, margins: Any, a: Any, m: 
 
 @njit(nogil=True, cache=True)
 def _fit(gram: Any, idle: Any, noise: float, labels: Any, c: float, tolerance: float, a: Any, m: Any) -> float:
-    """Fit one problem, from the weights `a` and margins `m`, which become the solution's; its intercept."""
+    """Fit one problem, starting from the weights `a` and margins `m`, which it updates; returns the intercept."""
     n = len(labels)
     b = 0.0
     next_a, next_m = np.empty(n), np.empty(n)
@@ -145,10 +145,10 @@ def fit_by_newton(
     """Fit the problems of `grams` [pairs, n, n] to `labels` [n] of 0 and 1, all in float64.
 
     Args:
-        idle: [pairs, n, k], orthonormal; the weights' part along it is dropped.
-        noise: [pairs], what rounding can put into the margins where no weight is over 1.
-        tolerance: of the margins' spread, the most that the last step may move one.
-        duals, margins: [pairs, n] and `intercepts` [pairs], to be filled.
+        idle: [pairs, n, k], orthonormal; the part of the weights along it is removed.
+        noise: [pairs], bound on the rounding error of the margins for weights up to 1.
+        tolerance: the fit ends when no margin moves by more than this share of their spread.
+        duals, intercepts, margins: [pairs, n], [pairs] and [pairs, n], to be filled.
     """
     for pair in range(len(grams)):
         duals[pair], margins[pair] = 0, 0

@@ -1,9 +1,9 @@
 """Iterative nullspace projection (Ravfogel et al. 2020), exact and batched, with an ordered basis.
 
-An L2-regularised classifier lies in the span of its samples, so with n samples in d >> n dimensions
-every fit is a problem in n unknowns: the weights are `w = X^T a`, and all that is needed of the data is
-their Gram matrix. Newton's method solves it, many (position, layer) pairs as one batch. Projecting the
-data off `w` changes the Gram matrix by one rank, so no step after the first sees d dimensions at all.
+The weights of an L2-regularised classifier lie in the span of its samples, `w = X^T a`. So with n samples in d >> n
+dimensions every fit has n unknowns and needs only the Gram matrix of the data. Newton's method solves many
+(position, layer) pairs as one batch. Projecting the data off `w` is a rank-one change of the Gram matrix, so no step
+after the first works in d dimensions.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ...core.errors import OrthogonalizeError
 from ...core.progress import Progress
 from .logistic import Samples, fit_logistic
 
-C = 0.1  # inverse regularisation, as in eliroc98/refusal_direction
+C = 0.1  # inverse of the regularisation strength, as in eliroc98/refusal_direction
 MIN_ACCURACY = 0.55
 MAX_RANK = 20
 HELD_OUT = 0.2
-# On a CPU, so many Gram matrices at a time stay in its cache.
+# Number of Gram matrices that fit into the cache of a CPU.
 PAIRS_ON_CPU = 8
 
 Solver = Literal["newton", "sklearn"]
@@ -36,10 +36,10 @@ Classifier = Literal["logistic", "svm"]
 
 @dataclass(frozen=True)
 class Subspace:
-    """What INLP found: `basis` [k, d] orthonormal, in the order found, and each classifier's held-out accuracy.
+    """A subspace found by INLP: an orthonormal `basis` [k, d] in the order found, and each classifier's accuracy.
 
-    The first direction points towards the positive side. The classifier that ended the search is not
-    part of it; its accuracy is `stopped_at`, None where the search ended for another reason.
+    The first direction points to the positive side; accuracies are on held-out samples. `stopped_at` is the accuracy of
+    the classifier that ended the search, which is not part of the basis; None if the search ended for another reason.
     """
 
     basis: torch.Tensor
@@ -48,17 +48,18 @@ class Subspace:
 
     @property
     def rank(self) -> int:
+        """The number of directions."""
         return len(self.basis)
 
     def leading(self, accuracy: float) -> int:
-        """How many directions were found before a classifier fell under `accuracy`; at least the first."""
+        """The number of directions found before a classifier's accuracy fell below `accuracy`; at least 1."""
         below = [i for i, a in enumerate(self.accuracies) if a < accuracy]
         return max(1, below[0] if below else self.rank)
 
 
 @dataclass(frozen=True)
 class Subspaces:
-    """One subspace for every index of a batch of `shape`; `found[i, j]` is a `Subspace`."""
+    """The subspaces of a batch of `shape`; `found[i, j]` is a `Subspace`."""
 
     shape: tuple[int, ...]
     found: tuple[Subspace, ...]
@@ -83,14 +84,14 @@ class Subspaces:
 
     @property
     def basis(self) -> torch.Tensor:
-        """All bases as one tensor [*shape, k, d], filled up with zeros to the largest rank k."""
+        """All bases as one tensor [*shape, k, d], padded with zeros to the largest rank k."""
         most = max(s.rank for s in self.found)
         filled = [torch.cat([s.basis, s.basis.new_zeros(most - s.rank, s.basis.shape[1])]) for s in self.found]
         return torch.stack(filled).reshape(*self.shape, most, -1)
 
     @property
     def accuracies(self) -> torch.Tensor:
-        """All accuracies as one tensor [*shape, k], filled up with NaN to the largest rank k."""
+        """All accuracies as one tensor [*shape, k], padded with NaN to the largest rank k."""
         most = max(s.rank for s in self.found)
         rows = [[*s.accuracies, *[float("nan")] * (most - s.rank)] for s in self.found]
         return torch.tensor(rows, dtype=torch.float64).reshape(*self.shape, most)
@@ -99,36 +100,40 @@ class Subspaces:
 def stratified_split(
     positive: int, negative: int, seed: int, share: float = HELD_OUT
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row numbers for fitting and for the held-out check, the same share of each side held out.
+    """Row numbers to fit on and to hold out; the same share of each side is held out, but at least two.
 
-    Rows 0 to `positive` - 1 are positive, the rest negative. At least two of each side are held out.
+    Rows 0 to `positive` - 1 are positive, the rest negative.
     """
     generator = torch.Generator().manual_seed(seed)
     fit, held = [], []
     for start, count in ((0, positive), (positive, negative)):
         order = start + torch.randperm(count, generator=generator)
-        out = _held_out(count, share)
+        out = _held_out_count(count, share)
         held.append(order[:out])
         fit.append(order[out:])
     return torch.cat(fit), torch.cat(held)
 
 
-def _held_out(count: int, share: float = HELD_OUT) -> int:
+def _held_out_count(count: int, share: float = HELD_OUT) -> int:
     return max(2, round(count * share))
 
 
 def _largest_rank(fitted: int, width: int, wanted: int | None) -> int:
-    """The rank to search to: what was `wanted`, refused where the samples cannot give it."""
-    possible = min(fitted - 1, width)  # one dimension of n samples is their mean's
+    """The largest rank to search for: `wanted`, if the samples allow it, or the default.
+
+    Raises:
+        OrthogonalizeError: the samples do not allow it.
+    """
+    possible = min(fitted - 1, width)  # centring removes one dimension
     if wanted is None:
         return min(MAX_RANK, possible)
     if wanted > width:
-        raise OrthogonalizeError(f"rank {wanted} was asked for, and the residual stream has {width} dimensions")
+        raise OrthogonalizeError(f"rank {wanted} exceeds the width of the residual stream, {width}")
     if wanted > possible:
-        side = next(n for n in range(4, 10 * wanted + 20) if 2 * (n - _held_out(n)) > wanted)
+        side = next(n for n in range(4, 10 * wanted + 20) if 2 * (n - _held_out_count(n)) > wanted)
         raise OrthogonalizeError(
-            f"rank {wanted} needs at least {wanted + 1} samples to fit (about {side} prompts a side, with a fifth "
-            f"held out), and there are {fitted}; give more prompts or a smaller rank"
+            f"rank {wanted} needs at least {wanted + 1} samples to fit (about {side} prompts per side, with a fifth "
+            f"held out), but there are {fitted}; give more prompts or a smaller rank"
         )
     return wanted
 
@@ -143,39 +148,39 @@ def inlp(
     classifier: Classifier = "logistic",
     progress: Progress | None = None,
 ) -> Subspace | Subspaces:
-    """Find the directions along which the two sides can be told apart, one after the other.
+    """Find directions that separate the two sides, one after another.
 
-    Each step fits an L2-regularised classifier on what the previous directions leave: logistic
-    regression that minimises `|w|^2 / 2 + C sum(log loss)` with C = 0.1 and a free intercept
-    (scikit-learn's objective). The direction is kept if the classifier is right on at least
-    `min_accuracy` of a stratified held-out fifth; where the sides differ in size, each counts half.
+    Each step projects the samples off the previous directions and fits an L2-regularised classifier: logistic
+    regression that minimises `|w|^2 / 2 + C sum(log loss)` with C = 0.1 and a free intercept (scikit-learn's
+    objective). The search ends at the first classifier whose balanced accuracy on a stratified held-out fifth is below
+    `min_accuracy`.
 
     Args:
         positive, negative: activations [n, d] and [m, d], or [n, ..., d] and [m, ..., d] for a batch
-            of problems on the same prompts. Solved in float64, on the device of the tensors.
-        max_rank: the most directions to keep; by default 20, or fewer where the samples allow fewer.
-        seed: of the split.
-        solver: `newton` solves all problems as one batch; `sklearn` fits scikit-learn's classifiers
-            one by one.
+            of problems on the same prompts. The problems are solved in float64, on the device of the tensors.
+        max_rank: the maximum number of directions; by default 20, or as many as the samples allow.
+        min_accuracy: balanced accuracy below which the search ends.
+        seed: seed of the split.
+        solver: `newton` solves all problems as one batch; `sklearn` fits scikit-learn's classifiers one by one.
         classifier: `logistic`, or (with `sklearn`) `svm`, a linear support vector machine.
-        progress: called with the number of problems that are done.
+        progress: called with the number of problems just solved.
 
     Returns:
         A `Subspace`, or `Subspaces` of shape [...] for a batch.
 
     Raises:
-        OrthogonalizeError: fewer than 4 samples on a side or fewer than `max_rank` needs, samples
-            that are not finite, or shapes that do not fit.
+        OrthogonalizeError: a side has fewer than 4 samples, `max_rank` needs more, samples are not finite, or the
+            shapes do not match.
     """
     if positive.dim() < 2 or positive.shape[1:] != negative.shape[1:]:
         raise OrthogonalizeError(
-            f"INLP takes two sets of activations of one width, [n, d] or [n, ..., d]; got "
+            f"INLP takes two sets of activations of the same width, [n, d] or [n, ..., d]; got "
             f"{list(positive.shape)} and {list(negative.shape)}"
         )
     if min(len(positive), len(negative)) < 4:
         raise OrthogonalizeError("INLP needs at least 4 samples on each side")
     if classifier == "svm" and solver != "sklearn":
-        raise OrthogonalizeError("the support vector machine is scikit-learn's; give --solver sklearn with it")
+        raise OrthogonalizeError("--classifier svm needs --solver sklearn")
     shape, width = positive.shape[1:-1], positive.shape[-1]
     fit, held = stratified_split(len(positive), len(negative), seed)
     most = _largest_rank(len(fit), width, max_rank)
@@ -185,28 +190,28 @@ def inlp(
 
     def search(part: torch.Tensor) -> list[Subspace]:
         if not torch.isfinite(part).all():
-            raise OrthogonalizeError("INLP was given NaN or infinite activations")
+            raise OrthogonalizeError("the activations given to INLP are NaN or infinite")
         wide = part.to(torch.float64)
         if solver == "newton":
             return _search(wide, labels, fit.to(wide.device), held.to(wide.device), most, min_accuracy)
         return [_search_sklearn(one, labels, fit, held, most, min_accuracy, classifier) for one in wide]
 
     found: list[Subspace] = []
-    # scikit-learn's warnings are kept back in a way that threads would undo for each other.
+    # Filters of warnings, which the scikit-learn solver needs, are not thread-safe.
     workers = torch.get_num_threads() if solver == "newton" else 1
-    for part in _in_parallel(search, torch.split(samples, size), workers):
+    for part in _map_in_threads(search, torch.split(samples, size), workers):
         found += part
         if progress:
             progress(len(part))
     return Subspaces(tuple(shape), tuple(found)) if shape else found[0]
 
 
-def _in_parallel(
+def _map_in_threads(
     search: Callable[[torch.Tensor], list[Subspace]], parts: Sequence[torch.Tensor], workers: int
 ) -> Iterator[list[Subspace]]:
-    """`search` of every part, in order; on a CPU by so many `workers`, each of which computes in one thread.
+    """The results of `search` for every part, in order; on a CPU by `workers` threads, each of which computes alone.
 
-    For matrices of a few hundred rows more threads an operation cost more than they gain.
+    For matrices of a few hundred rows, several threads per operation cost more than they gain.
     """
     if parts[0].device.type != "cpu":
         yield from map(search, parts)
@@ -223,7 +228,7 @@ def _in_parallel(
 
 
 def _balanced_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean over both sides of the share on the right side of 0: scores [..., n], labels [n] of 0 and 1."""
+    """Mean recall of the two sides for scores [..., n], positive above 0, and labels [n] of 0 and 1."""
     right = ((scores > 0) == (labels > 0)).to(torch.float64)
     recalls: list[torch.Tensor] = [right[..., labels == label].mean(-1) for label in (0, 1)]
     return torch.stack(recalls).mean(0)
@@ -233,7 +238,7 @@ def _search(
     samples: torch.Tensor, labels: torch.Tensor, fit: torch.Tensor, held: torch.Tensor, most: int, min_accuracy: float
 ) -> list[Subspace]:
     """INLP on a batch of samples [pairs, n, d] in float64."""
-    centre = samples[:, fit].mean(1, keepdim=True)  # the free intercept makes any shift of the data immaterial
+    centre = samples[:, fit].mean(1, keepdim=True)  # a shift of the data only changes the intercept
     fitted = samples[:, fit] - centre
     data = Samples(fitted, samples[:, held] - centre)
     pairs = len(samples)
@@ -245,7 +250,7 @@ def _search(
         dual, intercept, margins = fit_logistic(data, labels[fit], C)
         accuracy = _balanced_accuracy(data.held_scores(dual) + intercept[:, None], labels[held])
         spread = (margins - intercept[:, None]).abs().amax(-1)
-        learnt = spread > 100 * C * data.noise  # else nothing but rounding is left to learn from
+        learnt = spread > 100 * C * data.noise  # otherwise only rounding errors are left
         keep = learnt & (accuracy >= min_accuracy)
         rows = list(zip(alive, accuracy.tolist(), learnt.tolist(), keep.tolist(), strict=True))
         for pair, share, some, kept in rows:
@@ -263,7 +268,7 @@ def _search(
 
 
 def _bases(coefficients: list[list[torch.Tensor]], fitted: torch.Tensor) -> list[torch.Tensor]:
-    """Orthonormal bases [k, d] from combinations of the samples [pairs, n, d], all pairs of one rank together."""
+    """Orthonormal bases [k, d] from weights of the samples [pairs, n, d], all pairs of the same rank at once."""
     bases = [fitted.new_zeros(0, fitted.shape[-1])] * len(coefficients)
     by_rank: dict[int, list[int]] = {}
     for pair, rows in enumerate(coefficients):
@@ -271,13 +276,13 @@ def _bases(coefficients: list[list[torch.Tensor]], fitted: torch.Tensor) -> list
     for rank, pairs in by_rank.items():
         if rank:
             combined = torch.stack([torch.stack(coefficients[pair]) for pair in pairs])
-            for pair, basis in zip(pairs, _polished(combined @ fitted[pairs]), strict=True):
+            for pair, basis in zip(pairs, _orthonormalize_rows(combined @ fitted[pairs]), strict=True):
                 bases[pair] = basis.clone()
     return bases
 
 
-def _polished(rows: torch.Tensor) -> torch.Tensor:
-    """Nearly orthonormal rows [..., k, d] made orthonormal to the last bit, in order and with their signs."""
+def _orthonormalize_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Orthonormalize nearly orthonormal rows [..., k, d] to full precision; keeps their order and signs."""
     q, r = torch.linalg.qr(rows.mT)
     signed: torch.Tensor = q * torch.sign(r.diagonal(dim1=-2, dim2=-1))[..., None, :]
     return signed.mT.contiguous()
@@ -292,7 +297,7 @@ def _search_sklearn(
     min_accuracy: float,
     classifier: Classifier,
 ) -> Subspace:
-    """INLP on samples [n, d] with scikit-learn's classifiers, in coordinates of the fitted samples' span."""
+    """INLP on samples [n, d] with scikit-learn's classifiers, in coordinates of the span of the fitted samples."""
     from sklearn.exceptions import ConvergenceWarning
 
     fitted = samples[fit]
@@ -306,7 +311,7 @@ def _search_sklearn(
     while len(found) < min(most, len(frame)):
         model = _sklearn_classifier(classifier)
         with warnings.catch_warnings():
-            # Where the data leave the Newton step undefined, scikit-learn says so and uses L-BFGS.
+            # If the Newton step is undefined, scikit-learn warns and uses L-BFGS.
             warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(coordinates[fit].cpu().numpy(), labels[fit].cpu().numpy())
         weight = torch.from_numpy(model.coef_[0]).to(samples)

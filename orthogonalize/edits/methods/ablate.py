@@ -18,6 +18,7 @@ class Ablate(EditMethod):
     summary = "removes the component along one direction"
     needs = "difference of means"
     one_direction = True
+    projects = True
 
     def map(self, choice: EditConfig, basis: torch.Tensor, norm: float) -> AffineMap:
         from ...core.interventions import removal

@@ -1,6 +1,6 @@
-"""What an edit method is: how directions become maps on the places that write to, or read, the residual stream.
+"""The base class of edit methods, which turn directions into maps at the write and read sites of a model.
 
-Files in this folder import torch inside functions only: the command line reads the registry for its help.
+The modules in this folder import torch inside functions only: the command line reads the registry for its help.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
 
 class EditMethod:
-    """An edit method; a subclass says which map it puts at a site.
+    """An edit method. A subclass defines `map`, which gives the map for one site.
 
     Attributes:
-        name: the word for `--method`.
-        summary, needs: what it does, and what it needs: a row of the README's table.
-        finders: whose directions it takes, best first.
-        options: fields of `EditConfig` that belong to some methods only, and to this one.
+        name: the value of `--method`.
+        summary, needs: what the method does and what it needs, as in the README's table.
+        finders: names of the direction finders whose directions it takes, best first.
+        options: the fields of `EditConfig` that only some methods accept, this one among them.
         default_scope: the scope where none is given.
         one_direction: whether it takes a single direction rather than a subspace.
         adds: whether it adds a constant instead of removing a component.
-        grid: settings that a sweep tries, each as fields of `EditConfig`.
+        projects: whether strength 1 leaves nothing of the direction; the model card then gives what rounding leaves.
+        grid: the settings that a sweep tries, each a mapping from fields of `EditConfig` to values.
     """
 
     name: ClassVar[str]
@@ -41,6 +42,7 @@ class EditMethod:
     default_scope: ClassVar[str] = "all"
     one_direction: ClassVar[bool] = False
     adds: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
     grid: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 
     def finder(self, directions: Directions) -> str:
@@ -59,7 +61,7 @@ class EditMethod:
         source: int | None,
         ranking: Sequence[int] | None,
     ) -> Intervention:
-        """Put the maps on the sites of `scope` (see `scopes.map_sites`)."""
+        """Place the maps on the sites of `scope` (see `scopes.map_sites`)."""
         from ..scopes import map_sites
 
         return map_sites(scope, layer_count, map_for, source, ranking)
@@ -73,18 +75,18 @@ class EditMethod:
         ranking: Sequence[int] | None = None,
     ) -> Intervention:
         """The intervention of `choice` along one shared orthonormal `basis` [k, d]."""
-        from ..build import shared_map
+        from ..build import place_shared_map
 
-        return shared_map(self, choice, basis, norm, layer_count, ranking)
+        return place_shared_map(self, choice, basis, norm, layer_count, ranking)
 
     def from_directions(
         self, choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None
     ) -> Intervention:
-        """The intervention of `choice` along extracted directions, one shared or each layer's own."""
-        from ..build import maps_along
+        """The intervention of `choice` along extracted directions: one shared direction, or each layer's own."""
+        from ..build import place_maps_along
 
-        return maps_along(self, choice, directions, ranking)
+        return place_maps_along(self, choice, directions, ranking)
 
     def on_stream(self, choice: EditConfig, directions: Directions, intervention: Intervention) -> AffineMap:
-        """What the edit does to a stream as a whole, where hooks can reach it."""
+        """The edit's effect on the whole stream as one map, for `sweep --semantics residual`."""
         return next(iter(intervention.writes.values()))

@@ -1,4 +1,4 @@
-"""leace: make the two sides' means equal, moving the stream least (Belrose et al. 2023)."""
+"""leace: make the two sides' means equal, with the least change to the stream (Belrose et al. 2023)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LeastSquaresErasure(EditMethod):
         return erasure(choice, directions, ranking)
 
     def on_stream(self, choice: EditConfig, directions: Directions, intervention: Intervention) -> AffineMap:
-        """The whole eraser: of its writes only one has the shift that restores the mean."""
+        """The whole eraser; of the writes, only one has the shift that restores the mean."""
         assert choice.position is not None
         assert choice.layer is not None
         eraser = directions.eraser(choice.position, choice.layer, choice.orthogonal)

@@ -1,4 +1,4 @@
-"""nullspace: remove a subspace, INLP's (Ravfogel et al. 2020, eq. 2)."""
+"""nullspace: remove the subspace that INLP found (Ravfogel et al. 2020, eq. 2)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Nullspace(EditMethod):
     needs = "INLP basis, in the order found"
     finders = ("inlp",)
     options = frozenset({"rank"})
+    projects = True
 
     def map(self, choice: EditConfig, basis: torch.Tensor, norm: float) -> AffineMap:
         from ...core.interventions import removal

@@ -1,4 +1,4 @@
-"""reflect: mirror a subspace, or anything between removing (alpha 1) and mirroring (alpha 2)."""
+"""reflect: scale a subspace by 1 - alpha, which removes it at alpha 1 and mirrors it at alpha 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry of edit methods. To add one: a file in this folder, and its name below."""
+"""The registry of edit methods. To add one, write a module in this folder and list it below."""
 
 from __future__ import annotations
 
