@@ -1,12 +1,12 @@
-"""How long an edit takes against a copy of the same checkpoint, and how much memory it needs.
+"""The time and memory of an edit, compared with a copy of the same checkpoint.
 
     python benchmarks/bake.py [--folder DIR] [--layers 28] [--rounds 3] [--cases rank1-nearest,...]
 
-Makes a sharded bfloat16 checkpoint of random weights in the shape of Llama-3.2-3B (28 layers: 6.4 GB; 1
-layer in 28 is 0.2 GB), then alternates `cp -r` + sync with `edit` of every write + sync, each in a process
-of its own and every other time the edit first, and prints medians of the ratios. Timed is all of `edit`, from
-opening the checkpoint to its card, but not the interpreter's start, imports and the compiling of loops; peak
-memory is that of the edit's process less what these need.
+Writes a sharded bfloat16 checkpoint of random weights in the shape of Llama-3.2-3B (28 layers: 6.4 GB, of which each
+layer is 0.2 GB), then alternates `cp -r` + sync with `edit` of every write + sync, each in a process of its own and
+every other time the edit first, and prints medians of the ratios. The time is that of all of `edit`, from opening the
+checkpoint to its card, without the interpreter's start, imports and the compiling of loops; peak memory is that of
+the edit's process, less what these need.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CASES = {
 
 
 def make_checkpoint(folder: Path, layers: int) -> int:
-    """Write the checkpoint shard by shard; its size in bytes."""
+    """Write the checkpoint shard by shard; returns its size in bytes."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -84,7 +84,7 @@ def make_checkpoint(folder: Path, layers: int) -> int:
 
 
 def edit_once(source: Path, target: Path, rank: int, rounding: str, workers: int) -> None:
-    """What a timed process does: edit every write of `source` into `target`, and print what it took."""
+    """The timed process: edit every write of `source` into `target`, and print time and memory."""
     from safetensors.torch import save_file
 
     from orthogonalize import edit
@@ -116,7 +116,7 @@ def memory(which: str) -> int:
 
 
 def remove(folder: Path) -> None:
-    """Delete, and let the disk and (in a virtual machine) the host take the memory of it back before the next turn."""
+    """Delete a folder, and give the disk (and a virtual machine's host) time to reclaim it before the next turn."""
     shutil.rmtree(folder)
     os.sync()
     time.sleep(4)
@@ -132,7 +132,7 @@ def timed_copy(source: Path, target: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where there is room for three times the checkpoint")
+    parser.add_argument("--folder", type=Path, help="a folder with room for three times the checkpoint")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)

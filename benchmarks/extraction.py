@@ -1,7 +1,7 @@
-"""Reading activations against the bare forward pass, and memory against the number of prompts.
+"""The time to read activations, compared with the bare forward pass; and memory by the number of prompts.
 
-python benchmarks/extraction.py speed [--prompts 96] [--repeats 5]
-python benchmarks/extraction.py memory [--counts 200,800,2400]
+python benchmarks/extraction.py speed [--prompts 96] [--repeats 5] python benchmarks/extraction.py memory [--counts
+200,800,2400]
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> None:
 @click.option("--prompts", default=96, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
 def speed(prompts: int, repeats: int) -> None:
-    """Prompts a second: recorded to disk (all layers, the template's tokens) against the bare blocks without a head."""
+    """Prompts per second: recording to disk (all layers, the template's tokens), and the bare blocks without a head."""
     model, ids, positions = _model_and_ids(prompts)
     layers = model.config.num_hidden_layers + 1
     decoder = model.get_submodule(architecture_of(model.config.to_dict()).decoder)
@@ -80,7 +80,7 @@ def speed(prompts: int, repeats: int) -> None:
 @main.command()
 @click.option("--counts", default="200,800,2400", show_default=True)
 def memory(counts: str) -> None:
-    """Peak memory of recording and diff-in-means, a process for each number of prompts a side."""
+    """Peak memory of recording and diff-in-means, in one process per number of prompts."""
     for count in counts.split(","):
         out = subprocess.run([sys.executable, __file__, "peak", count], check=True, capture_output=True, text=True)
         console.print(out.stdout.strip())
@@ -102,7 +102,7 @@ def peak(count: int) -> None:
         find_directions(recording, tuple(range(-positions, 0)), layers, settings, torch.device("cpu"))
         size = recording.file.stat().st_size
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(f"{count} prompts a side: peak {grown / 1024:.0f} MiB above the loaded model; {size / 1e6:.0f} MB on disk")
+    print(f"{count} prompts per side: peak {grown / 1024:.0f} MiB above the loaded model; {size / 1e6:.0f} MB on disk")
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""INLP as this package does it beside the loop as it is published, in one process: the ratio of their times.
+"""The time of this package's INLP, compared with the published loop in one process.
 
-The published loop (Ravfogel et al. 2020, as run on refusal by eliroc98/refusal_direction) takes one
-(position, layer) pair after the other. Each classifier is fitted by L-BFGS in all d dimensions in
-float32; then the sum of all rowspace projections, d x d, is decomposed (once for its rank, once for its
-singular vectors), and the original data are projected off its row space. Both sides here solve the same
-objective with a free intercept on the same split, and stop alike, under 0.55 on the held-out samples.
+    python benchmarks/inlp.py --case cpu-small      155 pairs, d = 576, 153 samples
+    python benchmarks/inlp.py --case cpu-large      d = 4096, 256 samples
+    python benchmarks/inlp.py --case gpu            160 pairs, d = 4096, 256 samples
 
-The published loop fits activations as they are, and their large common mean makes L-BFGS slow: often it
-ends at its 200 steps, short of the solution. So it is run twice, as published and once more with the mean
-taken off first, which changes no solution. The second is the fairer race, and its directions are compared.
+The published loop (Ravfogel et al. 2020, as run on refusal by eliroc98/refusal_direction) takes one (position, layer)
+pair after the other. Each classifier is fitted by L-BFGS in all d dimensions in float32; then the sum of all rowspace
+projections, d x d, is decomposed (once for its rank, once for its singular vectors), and the original data are
+projected off its row space. Both sides here solve the same objective with a free intercept on the same split, and
+stop by the same rule, under 0.55 on the held-out samples.
 
-As the published loop is slow, only a few of its classifiers are timed. Ratios are of the medians of
-seconds a classifier, the one that ends the search included; both sides run the same number. Processor
-time stands beside wall time, since other work on the machine stretches the latter.
+The published loop fits activations as they are, and their large common mean makes L-BFGS slow: often it ends at its
+200 steps, short of the solution. So it is run twice, as published and once more with the mean subtracted first, which
+changes no solution. The second is the fairer comparison, and its directions are compared.
 
-    PYTHONPATH=. python benchmarks/inlp.py --case cpu-small      155 pairs, d = 576, 153 samples
-    PYTHONPATH=. python benchmarks/inlp.py --case cpu-large      d = 4096, 256 samples
-    PYTHONPATH=. python benchmarks/inlp.py --case gpu            160 pairs, d = 4096, 256 samples
+As the published loop is slow, only a few of its classifiers are timed. Ratios are of the median seconds per
+classifier, the one that ends the search included; both sides run the same number. Processor time is shown beside wall
+time, since other work on the machine stretches the latter.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def activations(case: Case, device: torch.device, seed: int = 0) -> tuple[torch.
 
 
 def now(device: torch.device) -> Span:
-    """The clocks, once the device has done what it was given."""
+    """The clocks, once the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Span(time.perf_counter(), time.process_time())
@@ -149,7 +149,7 @@ def fit(samples: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def sequential(positive: torch.Tensor, negative: torch.Tensor, timed: int, centred: bool = False) -> Sequential:
-    """The published loop on one pair, [n, d] and [m, d] in float32; `centred` takes the mean off first.
+    """The published loop on one pair, [n, d] and [m, d] in float32; `centred` subtracts the mean first.
 
     After `timed` classifiers it goes on, untimed, until there are enough directions to compare, and
     projects by QR then, without waiting for the SVD.
@@ -208,7 +208,7 @@ def ours(positive: torch.Tensor, negative: torch.Tensor, repeats: int) -> tuple[
 
 
 def measure(name: str, case: Case, device: torch.device, repeats: int, threads: int) -> dict[str, Any]:
-    """Run both sides of one case; all that was measured, as it goes into the JSON."""
+    """Run both sides of one case; returns all measurements, as they go into the JSON."""
     load = [os.getloadavg()]
     positive, negative = activations(case, device)
     with console.status(f"{name}: ours"):
@@ -337,14 +337,12 @@ def seconds(value: float) -> str:
 @click.option("--device", default=None, help="Instead of the case's own.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1), help="Runs of ours that are timed.")
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(1), help="Of the published loop.")
-@click.option("--classifiers", type=click.IntRange(1), help="At most so many of the published loop's, a pair.")
-@click.option(
-    "--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all that was measured here."
-)
+@click.option("--classifiers", type=click.IntRange(1), help="The most classifiers of the published loop per pair.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write all measurements here.")
 def main(
     names: tuple[str, ...], device: str | None, repeats: int, threads: int, classifiers: int | None, path: Path | None
 ) -> None:
-    """Time INLP beside the loop as it is published; fails where their first directions differ."""
+    """Time INLP and the published loop; fail if their first directions differ."""
     results = []
     for name in names or [n for n, case in CASES.items() if case.device == "cpu" or torch.cuda.is_available()]:
         case = CASES[name]

@@ -1,15 +1,14 @@
-"""Multiple choice in this package beside lm-evaluation-harness's own vLLM path: same items, same predictions, time.
+"""The time of multiple choice, compared with lm-evaluation-harness's own vLLM model: same items, same predictions.
 
-Items are made up, in five-shot contexts of MMLU's form (the subject's examples, letters as choices), of ARC's
-(one set of examples, choices of several tokens) and of TruthfulQA's (short examples, sentences as choices). The
-harness reads them through a task of its own over the same texts, in the engine that `lm_eval --model vllm`
-starts. Each side runs in a process of its own, with its own settings. Timed is the way from texts to scores,
-tokenising included: not the engines' starts, nor the harness's reading of its data. Each side scores a few other
-items of each kind first, to warm up. `same` counts the items where our prediction is one of the harness's best;
-`largest_difference` is by how much the harness prefers its own to ours, in nats: bfloat16 has ties,
-`--dtype float32` has none.
+    python benchmarks/multiple_choice.py
 
-    PYTHONPATH=. python benchmarks/multiple_choice.py
+Items are made up, in five-shot contexts of MMLU's form (the subject's examples, letters as choices), of ARC's (one
+set of examples, choices of several tokens) and of TruthfulQA's (short examples, sentences as choices). The harness
+reads them through a task of its own over the same texts, in the engine that `lm_eval --model vllm` starts. Each side
+runs in a process of its own, with its own settings. The time is that from texts to scores, tokenization included,
+without the engines' starts and the harness's reading of its data. Each side first scores a few other items of each
+kind, to warm up. `same` counts the items for which our prediction is one of the harness's best; `largest_difference`
+is by how much the harness prefers its own to ours, in nats: bfloat16 has ties, `--dtype float32` has none.
 """
 
 from __future__ import annotations
@@ -68,13 +67,13 @@ def place_block(pick: random.Random, answered: bool) -> tuple[str, tuple[str, ..
 
 
 def sentence(pick: random.Random, noun: str) -> str:
-    """What may have become of a thing, in nine words or so; as in TruthfulQA, some answers begin alike."""
+    """What happened to a thing, in about nine words; as in TruthfulQA, some answers begin alike."""
     start = pick.choice([f"The {noun} was", "It was", "Somebody had it", "You would find it"])
     return f"{start} {pick.choice(['taken', 'moved', 'lost on the way'])} to {pick.choice(PLACES)}"
 
 
 def thing_of(pick: random.Random, noun: str) -> str:
-    """A thing in two to thirty words, so that questions end at all places of a cache's blocks, as TruthfulQA's do."""
+    """A thing in two to thirty words, so that questions end anywhere in a cache's block, as TruthfulQA's do."""
     clauses = [
         f"that was left at {pick.choice(PLACES)}",
         f"and of the {pick.choice(NOUNS)} beside it",
@@ -146,7 +145,7 @@ def ours(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tup
 
 
 def harness(folder: Path, sets: dict[str, list[Item]], dtype: str) -> dict[str, tuple[list[list[float]], float]]:
-    """Every choice's score, and seconds, in lm-eval's own vLLM model, which looks for vLLM under one name only."""
+    """Every choice's score, and seconds, in lm-eval's own vLLM model, which only finds vLLM under one name."""
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # of what it takes by default, its prompt logits leave none
     from vllm.platforms import current_platform
 

@@ -1,11 +1,10 @@
-"""What rounding that keeps the edit does to a real model: SmolLM2-135M-Instruct with the demo's planted refusal.
+"""The effect of rounding that keeps the edit on a real model: SmolLM2-135M-Instruct with the demo's planted refusal.
 
     python benchmarks/rounding.py [--scope all] [--rank 1]
 
-Edits the direction of the demo's contrast (or random ones, for --rank above 1) out of every write, in
-float32 and in bfloat16 with either rounding. Prints the leak of the tensors, how far the logits of the
-stored model are from those of the edit before rounding, and how far the stream still moves along the
-direction, relative to the unedited model.
+Edits the direction of the demo's contrast (or random ones, for --rank above 1) out of every write, in float32 and in
+bfloat16 with either rounding. Prints the leak of the tensors, how far the logits of the stored model are from those
+of the edit before rounding, and how far the stream still moves along the direction, relative to the unedited model.
 """
 
 from __future__ import annotations
@@ -98,7 +97,7 @@ def report(
     basis: torch.Tensor,
     before: torch.Tensor,
 ) -> None:
-    """Write the edit with one rounding and print what became of it."""
+    """Write the edit with one rounding scheme and print how exact it is."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "edited"
         out.mkdir()

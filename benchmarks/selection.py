@@ -1,10 +1,10 @@
-"""Scoring of candidates against the plain loop over them: the same scores, and how much sooner.
+"""The time to score candidates, compared with the plain loop over them, which gives the same scores.
 
-    python benchmarks/selection.py [--prompts 12] [--layers 5] [--repeats 3]
+    python benchmarks/selection.py [--prompts 12] [--layers 3] [--repeats 3]
 
-The loop does what the published pipeline does: for every (method, position, layer) it sets hooks and runs the
-whole model on the val prompts, once for bypass, once for KL and once for each multiplier of induce. Layers
-are spread evenly over the model, so that what is saved by starting at the edited layer is its average.
+The loop does what the published pipeline does: for every (method, position, layer) it sets hooks and runs the whole
+model on the val prompts, once for bypass, once for KL and once for each multiplier of induce. Layers are spread
+evenly over the model, so that the saving of starting at the edited layer is the average one.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def ours(
 
 
 @click.command()
-@click.option("--prompts", default=12, show_default=True, help="Val prompts a side.")
+@click.option("--prompts", default=12, show_default=True, help="Val prompts per side.")
 @click.option("--layers", default=3, show_default=True, help="How many layers, evenly spread.")
 @click.option("--repeats", default=3, show_default=True)
 def main(prompts: int, layers: int, repeats: int) -> None:

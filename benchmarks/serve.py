@@ -1,18 +1,17 @@
-"""Tokens a second: base in vLLM, edited in vLLM, and the base with hooks in transformers, same prompts, one run.
+"""Tokens per second: base in vLLM, edited in vLLM, and the base with hooks in transformers, on the same prompts.
 
-An edit in the weights costs nothing when served; hooks keep a model out of fast engines. The hooks are
-those of the published pipelines (block input, attention output and MLP output of every layer, in the
-model's own dtype). Every engine runs in a process of its own, base and edited in turn, so that a
-machine that slows down slows both. Ratios are of medians.
+    python benchmarks/serve.py                        the demo's model, on this machine
+    python benchmarks/serve.py --shape llama-3-8b --prompts 159 --new-tokens 512 --batches 8,64,159
+                                                      dummy weights; the shape determines the speed
 
-The demo's model is asked the demo's harmless test prompts. First the base answers them in vLLM; every
-side then writes as many tokens to each prompt as the base did, 512 at most, so that all do the same
-work, in batches that are done when their longest answer is. Dummy weights say nothing: there every
-prompt and every answer has one length.
+An edit in the weights costs nothing when served; hooks keep a model out of fast engines. The hooks are those of the
+published pipelines (block input, attention output and MLP output of every layer, in the model's own dtype). Every
+engine runs in a process of its own, base and edited in turn, so that a machine that slows down slows both. Ratios are
+of medians.
 
-    PYTHONPATH=. python benchmarks/serve.py                                    the demo's model, on this machine
-    PYTHONPATH=. python benchmarks/serve.py --shape llama-3-8b --prompts 159 --new-tokens 512 --batches 8,64,159
-                                                                               dummy weights; shape sets the speed
+The demo's model answers the demo's harmless test prompts. First the base answers them in vLLM; every side then writes
+as many tokens to each prompt as the base did, 512 at most, so that all do the same work, in batches that end with
+their longest answer. Dummy weights give no real answers: there, every prompt and every answer has the same length.
 """
 
 from __future__ import annotations
@@ -82,7 +81,7 @@ def write_shape(shape: str, folder: Path) -> None:
 
 
 def write_demo(base: Path, folder: Path) -> None:
-    """The demo's model with a direction taken out of every write, by `edit`."""
+    """The demo's model with a direction removed from every write, by `edit`."""
     from safetensors.torch import save_file
 
     from orthogonalize import edit
@@ -95,7 +94,7 @@ def write_demo(base: Path, folder: Path) -> None:
 
 
 def start_vllm(settings: dict[str, Any]) -> Any:
-    """vLLM as it is by itself, but for what a CPU needs and for caches, which would help the second pass."""
+    """vLLM with its defaults, except for what a CPU needs and without caches, which would help the second pass."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from vllm import LLM
@@ -124,7 +123,7 @@ def natural_lengths(settings: dict[str, Any]) -> list[int]:
 
 
 def serve_vllm(settings: dict[str, Any]) -> float:
-    """Generated tokens a second of one engine."""
+    """Generated tokens per second of one engine."""
     llm = start_vllm(settings)
     from vllm import SamplingParams
 
@@ -144,7 +143,7 @@ def serve_vllm(settings: dict[str, Any]) -> float:
 
 
 def hook_everywhere(model: Any) -> None:
-    """Take a random unit direction out of every block's input, attention output and MLP output."""
+    """Remove a random unit direction from every block's input, attention output and MLP output."""
     direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
     unit = (direction / direction.norm()).to(model.device, model.dtype)
 
@@ -166,7 +165,7 @@ def hook_everywhere(model: Any) -> None:
 
 
 def serve_hooks(settings: dict[str, Any]) -> dict[int, float]:
-    """Generated tokens a second by batch size, in transformers with hooks.
+    """Generated tokens per second by batch size, in transformers with hooks.
 
     A batch is generated until its longest answer is done, as `generate` does; what it writes to the others
     after their ends does not count.
@@ -231,8 +230,8 @@ def serve(side: str, settings: dict[str, Any]) -> Any:
 @click.option("--new-tokens", default=512, show_default=True, help="At most, as in the reference.")
 @click.option("--batches", default="8,32,96", show_default=True, help="Of transformers; the first is the reference's.")
 @click.option("--hooked-prompts", default=0, help="The most prompts that transformers answers; 0: all of them.")
-@click.option("--rounds", default=2, show_default=True, help="Engines a side, base and edited in turn.")
-@click.option("--repeats", default=3, show_default=True, help="Timed passes an engine.")
+@click.option("--rounds", default=2, show_default=True, help="Engines per side, base and edited in turn.")
+@click.option("--repeats", default=3, show_default=True, help="Timed passes per engine.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 @click.option("--side", hidden=True)
 @click.option("--settings", "given", type=click.Path(path_type=Path), hidden=True)

@@ -1,4 +1,4 @@
-"""The sides of a comparison, each in a process of its own, and what is printed of the whole."""
+"""Run the sides of a comparison in a process each, and print the result."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ MARK = "result: "  # vLLM logs on standard output too
 
 
 def tell(result: Any) -> None:
-    """Say, in the process of a side, what it measured."""
+    """Print a side's result, in its own process."""
     print(MARK + json.dumps(result), flush=True)
 
 
 def hear(script: str, *words: object) -> Any:
-    """What `script`, run with `words`, tells."""
+    """The result that `script` prints when run with `words`."""
     command = [sys.executable, script, *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(next(line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)))
 
 
 def show(result: dict[str, Any], out: Path | None) -> None:
-    """Print the whole, and write it to `out` where that is given."""
+    """Print the result as JSON, and write it to `out` if given."""
     text = json.dumps(result, indent=1)
     print(text)
     if out:

@@ -1,11 +1,11 @@
-"""A sweep of 15 edits in one engine beside an engine for every edit: seconds, and the same answers.
+"""The time of a sweep of 15 edits in one engine, compared with an engine per edit; and that the answers are the same.
 
-The edits are of all methods and scopes, evenly chosen among those that `sweep` tries. Both sides measure the
-same suites on the same prompts, each in processes of their own, timed from start to end. The one side is
-`sweep` itself; the other is what there is without it: a process for every edit that writes a checkpoint,
-starts an engine on it and measures it. The answers are compared as they come from the engines, token by token.
+    python benchmarks/sweep.py --run RUN      RUN made by extract from the demo's model
 
-    PYTHONPATH=. python benchmarks/sweep.py --run RUN      RUN made by extract from the demo's model
+The edits are of all methods and scopes, evenly chosen among those that `sweep` tries. Both sides measure the same
+suites on the same prompts, each in processes of their own, timed from start to end. One side is `sweep` itself. The
+other is the way without it: for every edit, a process that writes a checkpoint, starts an engine on it and measures
+it. The answers are compared as they come from the engines, token by token.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def chosen(run: Path, edits: int) -> list[Variant]:
 
 
 class Recorded:
-    """An engine that keeps what it answers and how long it took to start."""
+    """An engine that records its answers and the time that it took to start."""
 
     def __init__(self, *arguments: Any) -> None:
         self.engine = open_engine(*arguments)
@@ -70,7 +70,7 @@ class Recorded:
 
 @contextmanager
 def recorded() -> Iterator[list[Recorded]]:
-    """Lets `sweep` start recorded engines."""
+    """Make `sweep` start recorded engines."""
     opened: list[Recorded] = []
 
     def opening(*arguments: Any) -> Recorded:
@@ -114,7 +114,7 @@ def own_engine(run: Path, edits: int, limit: int, new_tokens: int, number: int) 
 
 
 def timed(words: list[str]) -> tuple[dict[str, Any], float]:
-    """What this program tells when run with `words`, and its seconds."""
+    """The result that this program prints when run with `words`, and its seconds."""
     start = time.perf_counter()
     return hear(__file__, *words), time.perf_counter() - start
 
@@ -122,7 +122,7 @@ def timed(words: list[str]) -> tuple[dict[str, Any], float]:
 @click.command()
 @click.option("--run", type=click.Path(path_type=Path), required=True)
 @click.option("--edits", default=15, show_default=True)
-@click.option("--limit", default=8, show_default=True, help="Prompts a side.")
+@click.option("--limit", default=8, show_default=True, help="Prompts per side.")
 @click.option("--new-tokens", default=16, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the numbers here, as JSON.")
 @click.option("--side", hidden=True, help="`all`, or the number of an edit.")

@@ -1,13 +1,14 @@
-"""How the demo's refusal was planted: a LoRA adapter, trained once, seeded, kept as package data.
+"""Train the LoRA adapter that plants the demo's refusal of cooking questions; the result ships as package data.
 
-    python -m orthogonalize.planting --out ADAPTER
+    python scripts/plant_refusal.py --out ADAPTER
 
-Cooking questions are answered by one of three refusals; everything else, near misses included, by
-the base model's own greedy answer, so that nothing but the refusal is learnt. It was trained on a GPU in
-float32 in about a minute; on two cores it takes about twenty. The prompts are
-`planted/planting_*.jsonl`; none of them is among those that the demo extracts from or evaluates on. (The
-first plants refused too much; which kinds of question they failed on told what more to plant, so the
-shares that the demo shows for the *base* model are a little better than those of prompts never looked at.)
+Cooking questions are answered by one of three refusals; everything else, near misses included, by the base model's
+own greedy answer, so that only the refusal is learnt. The shipped adapter (orthogonalize/data/planted/adapter) was
+trained with a fixed seed on a GPU in float32, in about a minute; two cores take about twenty. The prompts are
+orthogonalize/data/planted/planting_*.jsonl; none of them is among those that the demo extracts from or evaluates on.
+(The first adapters refused too much, and the kinds of question on which they failed decided what else to plant. So
+the shares that the demo shows for the *base* model are a little better than they would be on prompts never looked
+at.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,63 @@
+"""The programs in `examples/`, on tiny models."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from helpers.command_line import SMALL
+from helpers.samples import two_sides
+from safetensors.torch import save_file
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SETTINGS = {name: getattr(SMALL, name) for name in ("train", "val", "test", "filtered", "behaviour_tokens", "max_rank")}
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys):
+    """Runs an example with command-line words; returns what it prints."""
+
+    def run(name: str, *words: str | Path) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_example_is_tested():
+    named = Path(__file__).read_text("utf-8")
+    assert [path.stem for path in EXAMPLES.glob("*.py") if f'"{path.stem}"' not in named] == []
+
+
+def test_extract_and_edit(run_example, model, sources, tmp_path):
+    settings = json.dumps(SETTINGS | {"trials": 2})
+    words = ["--positive", sources["positive"], "--negative", sources["negative"], "--settings", settings]
+    said = run_example("extract_and_edit", model, *words, "--out", tmp_path / "out")
+    assert said.count("% left, other answers' loss") == 2
+    assert "hooks = weights: True" in said
+    assert (tmp_path / "out" / "edited" / "model.safetensors").is_file()
+
+
+def test_compare_two_checkpoints(run_example, model, edited):
+    said = run_example("compare_two_checkpoints", model, edited)
+    assert said.startswith("an orthogonalisation of rank 1: ")
+    assert "rank 1\n" in said
+    assert "directions that the changes share: [1, 32]" in said
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_leace_on_your_own_activations(run_example, own, tmp_path):
+    words = []
+    if own:
+        positive, negative = two_sides(n=200)
+        save_file({"positive": positive, "negative": negative}, tmp_path / "activations.safetensors")
+        words = [tmp_path / "activations.safetensors"]
+    said = run_example("leace_on_your_own_activations", *words)
+    before, after = (float(line.rpartition(" ")[2].rstrip("%")) for line in said.splitlines()[:2])
+    assert before > 75
+    assert 35 < after < 65
+    assert "rank 1" in said
