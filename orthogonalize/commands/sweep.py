@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +13,6 @@ from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..core.errors import InPlaceError, NoNumberError, OrthogonalizeError
 from ..core.files import fingerprint
-from ..core.interventions import centred
 from ..core.journal import Journal
 from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..core.progress import note, track
@@ -38,7 +36,7 @@ from ..reports.schema import Measures, compare_all
 from ..reports.sweep import Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
 from ..selection.resolve import check_fits
 from ..selection.run_folder import load_run
-from ..selection.variants import SCOPES, Variant, make_variants
+from ..selection.variants import SCOPES, Variant, centre, make_variants
 
 SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
 
@@ -286,8 +284,8 @@ def sweep(
     plans: dict[str, CheckpointPlan] | None = None
     refused: dict[str, str] = {}
     if semantics == "weights":
-        if architecture_of(source.config).norms.kind == "layer":  # as `edit` does
-            variants = [replace(v, intervention=centred(v.intervention)) for v in variants]
+        if architecture_of(source.config).norms.kind == "layer":
+            variants = [centre(variant, found) for variant in variants]
         plans, refused = _plans(source, variants)
     possible = [v for v in variants if v.name not in refused]
     journal = Journal.beside(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,20 @@ class Directions:
     def removal(self, finder: str, position: int, layer: int) -> AffineMap | None:
         """The map that removes everything that `finder` found there; None if it found nothing."""
         return FINDERS.find(finder).removal(self, position, layer)
+
+    def centred(self) -> Directions:
+        """The same without their mean over the stream's coordinates, which is what a LayerNorm sees of them."""
+
+        def centre(vectors: torch.Tensor) -> torch.Tensor:
+            return vectors - vectors.mean(-1, keepdim=True)
+
+        return replace(
+            self,
+            mean_diffs=centre(self.mean_diffs),
+            subspaces={at: replace(s, basis=orthonormal(centre(s.basis))) for at, s in self.subspaces.items()},
+            means=None if self.means is None else centre(self.means),
+            readers=None if self.readers is None else centre(self.readers),
+        )
 
     def save(self, file: Path) -> None:
         """Write `directions.safetensors`."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, Intervention
+from ..core.interventions import AffineMap, Intervention, centred
 from ..directions.direction_set import Directions
 from ..directions.finders.inlp import RANK_BY_ACCURACY
 from ..directions.finders.registry import FINDERS
@@ -39,9 +39,12 @@ def intervention_from_basis(
 
 
 def intervention_from_directions(
-    choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None
+    choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None, *, layer_norm: bool = False
 ) -> Intervention:
     """The intervention of `choice` along extracted directions: one shared direction, or each layer's own.
+
+    With `layer_norm`, every map is centred: what a LayerNorm subtracts would otherwise bring the direction back. A
+    method that restores a mean then restores the mean that the norms see.
 
     Raises:
         OrthogonalizeError: there is no direction at the chosen position and layer.
@@ -55,7 +58,11 @@ def intervention_from_directions(
         )
     if choice.layer is not None and not 0 <= choice.layer <= directions.layer_count:
         raise OrthogonalizeError(f"the run has no layer {choice.layer}; its layers are 0 to {directions.layer_count}")
-    return METHODS.find(choice.method).from_directions(choice, directions, ranking)
+    method = METHODS.find(choice.method)
+    if layer_norm and method.restores_mean:
+        directions = directions.centred()
+    intervention = method.from_directions(choice, directions, ranking)
+    return centred(intervention) if layer_norm else intervention
 
 
 def place_shared_map(

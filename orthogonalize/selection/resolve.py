@@ -160,10 +160,11 @@ def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any]) -> Reso
     check_fits(run, source)
     choice = choose(run, **given)
     ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
-    intervention = intervention_from_directions(choice, run.directions, ranking)
+    layer_norm = architecture_of(source.config).norms.kind == "layer"
+    intervention = intervention_from_directions(choice, run.directions, ranking, layer_norm=layer_norm)
     return ResolvedEdit(
         choice,
-        _centre_if_layernorm(intervention, source),
+        intervention,
         "run",
         prompts=run.info.prompts,
         probes=_probe_edit(folder, run, choice, intervention),
@@ -190,7 +191,9 @@ def resolve_file(file: Path, source: Checkpoint, given: dict[str, Any]) -> Resol
     if choice.layer is not None and not 0 <= choice.layer <= layer_count:
         raise OrthogonalizeError(f"the model has no layer {choice.layer} (its layers are 0-{layer_count - 1})")
     intervention = intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
-    return ResolvedEdit(choice, _centre_if_layernorm(intervention, source), "file")
+    if architecture_of(source.config).norms.kind == "layer":  # otherwise the norms would bring the direction back
+        intervention = centred(intervention)
+    return ResolvedEdit(choice, intervention, "file")
 
 
 def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
@@ -211,8 +214,3 @@ def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
         rounding=recipe.rounding,
         base_weights=recipe.base.weights,
     )
-
-
-def _centre_if_layernorm(intervention: Intervention, source: Checkpoint) -> Intervention:
-    """`intervention`, centred for models with LayerNorm, whose mean subtraction would restore the direction."""
-    return centred(intervention) if architecture_of(source.config).norms.kind == "layer" else intervention

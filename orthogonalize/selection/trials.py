@@ -16,7 +16,6 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ..core.interrupts import check
-from ..core.interventions import centred
 from ..core.journal import Journal
 from ..core.progress import track
 from ..directions.direction_set import Directions
@@ -95,9 +94,8 @@ class EditSearch:
     def edited(self, choice: EditConfig) -> AbstractContextManager[Any]:
         """Apply an edit to the model by hooks that act exactly as the baked weights would."""
         ranking = layer_ranking(self.ranked, finder_of(choice.method, self.directions))
-        intervention = intervention_from_directions(choice, self.directions, ranking)
-        if Stream.of(self.model).architecture.norms.kind == "layer":
-            intervention = centred(intervention)  # as `edit` does
+        layer_norm = Stream.of(self.model).architecture.norms.kind == "layer"
+        intervention = intervention_from_directions(choice, self.directions, ranking, layer_norm=layer_norm)
         return intervened(self.model, intervention, renormalise=False)
 
     def run(self, choice: EditConfig) -> Trial:

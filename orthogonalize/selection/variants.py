@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, Intervention
+from ..core.interventions import AffineMap, Intervention, centred
 from ..core.progress import note
 from ..directions.finders.registry import FINDERS
 from ..edits.build import finder_of, intervention_from_basis, intervention_from_directions
@@ -94,6 +94,16 @@ def _removals(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
         name = " ".join([method.name, *values, scope])
         on_stream = method.on_stream(choice, run.directions, intervention)
         yield Variant(name, choice, finder, intervention, layers, on_stream)
+
+
+def centre(variant: Variant, run: Run) -> Variant:
+    """The variant as `edit` writes it into a model with LayerNorms."""
+    if METHODS[variant.choice.method].restores_mean:
+        ranking = layer_ranking(run.candidates, variant.direction)
+        edit = intervention_from_directions(variant.choice, run.directions, ranking, layer_norm=True)
+    else:
+        edit = centred(variant.intervention)
+    return replace(variant, intervention=edit)
 
 
 def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = SCOPES) -> list[Variant]:

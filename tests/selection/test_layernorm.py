@@ -69,6 +69,33 @@ def test_candidates_are_scored_with_centred_directions(scored):
     assert max(uncentred) > 1e-2
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("scope", ["all", "layers:1-2"])
+def test_leace_restores_the_mean_that_the_norms_see(scored, scope, per_layer):
+    """What the linear parts take from the mean of all writes, as far as a LayerNorm sees it, the shifts give back."""
+    *_, directions, _ = scored
+    choice = EditConfig(method="leace", scope=scope, position=-1, layer=None if per_layer else 2, per_layer=per_layer)
+    edit = intervention_from_directions(choice, directions, layer_norm=True)
+
+    def visible(vector):
+        return vector - vector.mean()
+
+    def written(site):
+        """The mean that the block of `site` adds to the stream, or the embedding's."""
+        if site.kind == "embed":
+            return directions.mean(-1, 0) if per_layer or scope != "all" else directions.mean(-1, 2)
+        return directions.mean(-1, site.layer + 1) - directions.mean(-1, site.layer)
+
+    restored = sum(affine.s for affine in edit.writes.values())
+    if scope == "all" and not per_layer:  # the stream's whole mean, where the eraser was fitted
+        sites = [site for site in edit.writes if site.kind == "embed"]
+    else:  # each block's own, which its last write restores
+        sites = [site for site in edit.writes if site.kind in ("embed", "mlp")]
+    lost = sum(edit.writes[site].u @ (edit.writes[site].v.mT @ written(site)) for site in sites)
+    assert visible(lost).norm() > 0
+    assert (visible(restored) - visible(lost)).norm() <= 1e-6 * visible(lost).norm()
+
+
 def test_trial_scores_as_the_written_checkpoint(scored, model, tmp_path):
     held, positive, negative, directions, candidates = scored
     choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)

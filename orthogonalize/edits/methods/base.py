@@ -30,6 +30,7 @@ class EditMethod:
         default_scope: the scope where none is given.
         one_direction: whether it takes a single direction rather than a subspace.
         adds: whether it adds a constant instead of removing a component.
+        restores_mean: whether its shift puts a mean back, so that it depends on what the norms see of that mean.
         projects: whether strength 1 leaves nothing of the direction; the model card then gives what rounding leaves.
         grid: the settings that a sweep tries, each a mapping from fields of `EditConfig` to values.
     """
@@ -42,6 +43,7 @@ class EditMethod:
     default_scope: ClassVar[str] = "all"
     one_direction: ClassVar[bool] = False
     adds: ClassVar[bool] = False
+    restores_mean: ClassVar[bool] = False
     projects: ClassVar[bool] = False
     grid: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
 

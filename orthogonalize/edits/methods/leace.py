@@ -21,6 +21,7 @@ class LeastSquaresErasure(EditMethod):
     summary = "makes the two sides' means equal, moving the stream least"
     needs = "fitted covariances"
     finders = ("leace",)
+    restores_mean = True
     options = frozenset({"orthogonal"})
 
     def from_basis(
