@@ -303,7 +303,7 @@ extract_options = together(
         help="Default: chosen by device.",
     ),
     click.option("--seed", default=0, show_default=True, help="Random seed."),
-    number("--seeds", 1, 1, "Draws of the prompts, to measure how stable the directions are."),
+    number("--seeds", 1, 1, "Times to halve the prompts and compare the halves' directions; 1 measures nothing."),
     click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
     revision_option,
     device_option,

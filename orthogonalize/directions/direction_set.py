@@ -36,8 +36,8 @@ class Directions:
         subspaces: INLP's subspaces by (position, layer); empty without INLP.
         means: [positions, layers + 1, d], means over both sides.
         readers: [positions, layers + 1, d], LEACE's v (see `leace.Eraser`); None without LEACE.
-        stability: by finder, the cosines [seeds, seeds, positions, layers + 1] between its first directions for
-            several draws of the prompts.
+        stability: by finder, the cosines [draws, positions, layers + 1] between its first directions for two
+            disjoint halves of the prompts (see `stability.split_half_cosines`).
         tensors: the results of other finders, [positions, layers + 1, ...] by `FINDER.KEY`.
     """
 

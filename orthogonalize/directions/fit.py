@@ -12,18 +12,18 @@ from .activation_store import Recording
 from .direction_set import Directions
 from .finders.registry import FINDERS
 from .inlp.nullspace import Classifier, Solver, Subspace
+from .stability import split_half_cosines
 
 # Memory for a group of layers: the activations, in float64, of as many layers as fit.
 BUDGET = 512 * 2**20
-SEED_SHARE = 0.8  # largest share of the prompts in each draw after the first
 
 
 @dataclass(frozen=True)
 class DirectionSettings:
     """The settings of the finders.
 
-    `seeds` is the number of draws of the prompts; the first consists of the run's train prompts. `max_rank`, `solver`
-    and `classifier` are those of `inlp`.
+    `seeds` is how often the prompts are halved to measure stability. `max_rank`, `solver` and `classifier` are those
+    of `inlp`.
     """
 
     finders: tuple[str, ...]
@@ -105,29 +105,10 @@ def _read_layers(recording: Recording, name: str, layers: range, device: torch.d
 def _stability(
     recording: Recording, layers: range, settings: DirectionSettings, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Cosines [seeds, seeds, positions, layers] between each finder's first directions for several draws of prompts.
-
-    The first draw consists of the train prompts. Each other draw has the same size, but at most four fifths of the
-    train and spare prompts together.
-    """
-    pools, sizes = [], []
+    """By finder, cosines [draws, positions, layers] between independent draws of train and spare prompts."""
+    pools, own = [], []
     for side in ("positive", "negative"):
         train, spare = (_read_layers(recording, f"{side}.{split}", layers, device) for split in ("train", "spare"))
         pools.append(torch.cat([train, spare]))
-        sizes.append((len(train), min(len(train), int(SEED_SHARE * len(pools[-1])))))
-    firsts: dict[str, list[torch.Tensor]] = {}
-    for draw in range(settings.seeds):
-        generator = torch.Generator().manual_seed(settings.seed + draw)
-        sides = []
-        for pool, (own, size) in zip(pools, sizes, strict=True):
-            rows = torch.randperm(len(pool), generator=generator)[:size] if draw else torch.arange(own)
-            sides.append(pool[rows.to(pool.device)])
-        for name in settings.finders:
-            first = FINDERS[name].first_direction(sides[0], sides[1], settings.seed + draw)
-            if first is not None:
-                firsts.setdefault(name, []).append(first)
-    result = {}
-    for name, found in firsts.items():
-        unit = torch.stack([torch.nn.functional.normalize(direction, dim=-1) for direction in found]).cpu()
-        result[name] = torch.einsum("apld,bpld->abpl", unit, unit)
-    return result
+        own.append(len(train))
+    return split_half_cosines(pools, own, settings.finders, settings.seeds, settings.seed)

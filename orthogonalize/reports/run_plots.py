@@ -85,12 +85,10 @@ def cosine_figure(run: Run) -> Figure | None:
         if both:
             cosines = [(at[layer][a] @ at[layer][b]).item() for layer in both]
             axis.plot(both, cosines, label=f"{FINDERS[a].title} and {FINDERS[b].title}", **_style(i))
-    for i, (finder, between_seeds) in enumerate(run.directions.stability.items()):
-        here = between_seeds[:, :, run.directions.positions.index(position)]
-        pairs = torch.triu_indices(len(here), len(here), 1)
-        between = here[pairs[0], pairs[1]]
-        label = f"{FINDERS[finder].title}, between seeds"
-        axis.plot(layers, between.mean(0), linestyle="--", label=label, **_style(i + 3))
+    for i, (finder, between) in enumerate(run.directions.stability.items()):
+        here = between[:, run.directions.positions.index(position)]
+        label = f"{FINDERS[finder].title}, independent draws"
+        axis.plot(layers, here.mean(0), linestyle="--", label=label, **_style(i + 3))
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(
         xlabel="layer", ylabel="cosine", title=f"cosines between directions, position {position}", ylim=(-1.05, 1.05)

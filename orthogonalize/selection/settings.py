@@ -24,7 +24,7 @@ class Settings:
         finders: names of the direction finders.
         device, dtype: where and how the model runs; None chooses the dtype by device.
         seed: of the split of the prompts and of the draws.
-        seeds: number of draws of the prompts, to measure how stable the directions are; 1 measures nothing.
+        seeds: how often the prompts are halved, to measure how stable the directions are; 1 measures nothing.
         train, val, test: prompts per side in each split.
         system: system prompt.
         template_arguments: passed to the chat template.

@@ -224,11 +224,11 @@ def test_several_seeds_show_the_stability_of_the_directions(model, sources, run,
     assert {p.split for p in found.prompts} == {"train", "val", "test", "spare"}
     for method in ("dim", "inlp"):
         cosines = found.directions.stability[method]
-        assert cosines.shape == (3, 3, 3, LAYERS + 1)
-        assert torch.allclose(cosines, cosines.transpose(0, 1), atol=1e-6)
-        assert torch.allclose(cosines[0, 0, :, 1:], torch.ones(3, LAYERS), atol=1e-5)
-        assert 0 < cosines[0, 1, -1, LAYERS] < 1 - 1e-4, "another draw is another direction"
-    # The first seed's directions are the run's own, whatever the number of seeds.
+        assert cosines.shape == (3, 3, LAYERS + 1)
+        assert (cosines.abs() <= 1 + 1e-6).all()
+        assert 0 < cosines[0, -1, LAYERS] < 1 - 1e-4, "halves without a common prompt have different directions"
+        assert len(set(cosines[:, -1, LAYERS].tolist())) == 3, "each draw halves the prompts anew"
+    # The run's own directions are the same, whatever the number of seeds.
     extract(str(model), tmp_path / "one", **sources, settings=changed(trials=0, train=10))
     one = load_run(tmp_path / "one").directions
     assert torch.equal(one.mean_diffs, found.directions.mean_diffs)

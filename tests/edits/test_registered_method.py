@@ -99,7 +99,7 @@ def test_registered_finder_is_stored_and_scored(run):
     tensors = load_file(run / "directions.safetensors")
     positions = tensors["mean_diffs"].shape[0]
     assert tensors["pca.basis"].shape == (positions, LAYERS + 1, 1, WIDTH)
-    assert tensors["stability.pca"].shape == (2, 2, positions, LAYERS + 1)
+    assert tensors["stability.pca"].shape == (2, positions, LAYERS + 1)
     stored = json.loads((run / "candidates.json").read_text())
     mine = [c for c in stored["candidates"] if c["method"] == "pca"]
     places = {(c["layer"], c["position"]) for c in mine}
