@@ -32,6 +32,10 @@ class Verified(Audit):
 
     verification: Verification | None = None
 
+    def __repr__(self) -> str:
+        proof = self.verification
+        return f"Verified({self._counts}{'' if proof is None else '; passed' if proof.passed else '; NOT passed'})"
+
 
 def _rebuilds(edited: Checkpoint, plan: CheckpointPlan) -> bool:
     """Whether the recipe's plan gives, tensor by tensor, the bytes that are stored."""

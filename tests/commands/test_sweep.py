@@ -89,7 +89,10 @@ def test_method_without_directions_is_skipped_or_refused(run, monkeypatch):
 
 @pytest.mark.parametrize(("changed", "message"), [
     ({"num_hidden_layers": LAYERS + 2}, f"the run's model has {LAYERS} layers, but this one has {LAYERS + 2}"),
-    ({"hidden_size": 40, "head_dim": 8}, "the run's directions have width 32, but the model's residual stream has width 40"),
+    (
+        {"hidden_size": 40, "head_dim": 8},
+        "the run's directions have width 32, but the model's residual stream has width 40",
+    ),
 ])  # fmt: skip
 @pytest.mark.parametrize("semantics", ["weights", "residual"])
 def test_run_of_another_model_shape_is_refused_before_any_engine(

@@ -120,7 +120,8 @@ def solve_positive(matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def fit_logistic(data: Samples, labels: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fit every problem of `data` to `labels` [n] of 0 and 1; all in float64.
 
-    Returns the dual weights a [pairs, n] (without their idle part), the intercepts b [pairs] and the margins [pairs, n].
+    Returns the dual weights a [pairs, n] (without their idle part), the intercepts b [pairs] and the margins
+    [pairs, n].
     """
     if not data.by_gram or labels.device.type != "cpu":
         return fit_batch(data, labels, c)

@@ -73,7 +73,7 @@ def _objective(a: Any, b: float, margins: Any, labels: Any, c: float) -> float:
 
 @njit(nogil=True, cache=True)
 def _step(gram: Any, idle: Any, labels: Any, c: float, margins: Any, a: Any, m: Any) -> float:
-    """One step of reweighted least squares from `margins`: fills the weights `a` and margins `m`, returns the intercept."""
+    """One step of reweighted least squares from `margins`: fills weights `a` and margins `m`, returns the intercept."""
     n = len(labels)
     scale, target, ones = np.empty(n), np.empty(n), np.empty(n)
     for i in range(n):
