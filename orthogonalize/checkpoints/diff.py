@@ -41,6 +41,13 @@ class Audit:
     differences: dict[str, Difference] = field(default_factory=dict)
     common: SharedDirections | None = None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._counts})"
+
+    @property
+    def _counts(self) -> str:
+        return f"{len(self.changed)} tensors changed, {len(self.added)} added, {len(self.missing)} missing"
+
     def along_common(self, name: str) -> ChangeDirections | None:
         """The change of tensor `name` along the common directions; None if it is not along them."""
         found = self.differences.get(name)

@@ -136,7 +136,7 @@ def write_weights(
             hashes = (copy_and_hash(file.path, target / name, link, advance),) * 2
         written.source[name], written.result[name] = hashes
         if expected is not None and expected.get(name) != hashes[0]:
-            raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: {name} differs")
+            raise OrthogonalizeError(f"{source.path} is not the base of the recipe: {name} differs")
 
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(workers) as files:

@@ -293,7 +293,7 @@ extract_options = together(
         callback=converted_by(words),
         default="local",
         show_default=True,
-        help="local, or local,global to score edits at every layer, too.",
+        help="local, or local,global to also score edits at every layer.",
     ),
     choice("--stage", ["prompts", "activations", "directions", "selection"], None, "Run only this stage."),
     click.option(

@@ -1,4 +1,4 @@
-"""`demo`: the whole road on the embedded model, whose planted refusal of cooking is taken out again."""
+"""`demo`: the full pipeline on the embedded model, which removes its planted refusal of cooking."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from .evaluate import evaluate
 from .extract import extract
 from .verify import verify
 
-# Sized so that all of it takes a few minutes on two cores.
+# Small enough that the demo takes a few minutes on two cores.
 SETTINGS = Settings(finders=("dim",), train=128, val=24, test=100, scored=3, trials=28, answers=14)
 PARTS = ("run", "edited", "report.json", "report.html")
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made."""
+    """The results of the demo."""
 
     recipe: Recipe
     verification: Verification
@@ -37,12 +37,12 @@ class DemoResult:
 
 
 def demo(out: Path | str, *, engine: str = "vllm", force: bool = False) -> DemoResult:
-    """Extract, select, edit, verify and evaluate on the embedded model; everything lands in `out`.
+    """Extract, select, edit, verify and evaluate on the embedded model; all output is written to `out`.
 
     `out/run` is the run, `out/edited` the checkpoint with its card, `out/report.html` the report.
 
     Raises:
-        OrthogonalizeError: `out` exists without `force`, or a step cannot work here.
+        OrthogonalizeError: `out` exists and `force` is not set, or a step fails.
     """
     out = Path(out)
     check_free(out, FolderKind("run", frozenset({*PARTS, ".report"})), force)

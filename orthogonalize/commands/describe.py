@@ -7,7 +7,7 @@ from ..models.resolve import find_model
 
 
 def describe(model: str, revision: str | None = None) -> Draft:
-    """Draft the description of `model`, a folder or a Hub id, that no file describes yet.
+    """Draft the description of `model`, a folder or a Hub id, whose architecture has none yet.
 
     Raises:
         OrthogonalizeError: as `draft` does, or there is no such model.

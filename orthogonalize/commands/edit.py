@@ -47,16 +47,16 @@ def edit(
 ) -> Recipe:
     """Write a copy of `model` with a direction edited out of, or into, its weights.
 
-    Exactly one of `run`, `direction` and `recipe` says what to edit.
+    Give exactly one of `run`, `direction` and `recipe`.
 
     Args:
         model: a checkpoint folder, a Hub id or a .gguf file.
-        out: the folder to make; it appears only when complete.
+        out: the folder to create; it appears only when complete.
         cache: write into the Hub's cache under this name (`owner/name`) instead, where libraries find it by that
-            name. What does not change of a model from the Hub is then a hard link to its own files.
-        run: a folder made by `extract`. What `settings` leave open comes from it (see `resolve.choose`).
+            name. Unchanged files of a model from the Hub are then hard links to the cached ones.
+        run: a folder written by `extract`. It completes `settings` (see `resolve.choose`).
         direction: a file with a direction or a basis (see `load_direction`).
-        recipe: an earlier edit's recipe, rebuilt bit for bit.
+        recipe: the recipe of an earlier edit, to rebuild it bit for bit.
         settings: everything else.
         changes: fields of `EditSettings`, such as `method="ablate"`; they take precedence over `settings`.
 
@@ -64,13 +64,13 @@ def edit(
         The recipe, which is also written into the checkpoint as orthogonalize.json.
 
     Raises:
-        OrthogonalizeError: anything that cannot be done exactly; nothing is written then.
+        OrthogonalizeError: the edit cannot be made exactly; nothing is written.
     """
     settings = (settings or EditSettings()).with_changes(**changes)
     place = _place(out, cache)
     share = Share.parse(settings.shard) if settings.shard else None
     if share is not None and cache is not None:
-        raise OrthogonalizeError("shares are written beside a folder; give --out with --shard")
+        raise OrthogonalizeError("--shard needs --out: shares are written beside that folder")
     place.check_free(settings.force, [Path(p) for p in (model, run, direction, recipe) if p is not None])
     if sum(source is not None for source in (run, direction, recipe)) != 1:
         raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
@@ -92,7 +92,7 @@ def edit(
         needed = planned.changed_bytes if link else planned.output_bytes
         check_space(place.folder, int(1.01 * (needed if share is None else share_bytes(planned, share, link))))
     if resolved.base_weights is not None and source.files.keys() != resolved.base_weights.keys():
-        raise OrthogonalizeError(f"{model} is not the base that the recipe was made from (its files differ)")
+        raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
     note(f"editing: {resolved.choice.describe()}")
     written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
     how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
@@ -111,14 +111,14 @@ def edit(
         written.save(partial)
         write_card(partial, written, source.path)
     if resolved.run is not None and resolved.run.info.weights != written.base.weights:
-        note("note: the run was extracted from other weights than these (a relative of this model?)")
+        note("the run was extracted from different weights (of a related model?)")
     return written
 
 
 def _recipe_of(
     model: str, revision: str | None, source: Checkpoint, resolved: ResolvedEdit, changes: CheckpointPlan
 ) -> Recipe:
-    """The recipe before anything is written: no checksums and no measurements yet."""
+    """The recipe before the checkpoint is written, without checksums and measurements."""
     maps, arrays, digest = store_maps(resolved.intervention)
     return Recipe(
         version=version("orthogonalize"),
@@ -142,7 +142,7 @@ def _recipe_of(
 
 @dataclass(frozen=True)
 class _HowToWrite:
-    """`expected` are the checksums that the source's weight files must have, where a recipe says so."""
+    """How to write a checkpoint; `expected` are the checksums of the source's weight files in a recipe."""
 
     force: bool
     workers: int
@@ -156,7 +156,7 @@ def _write(plan: CheckpointPlan, folder: Path, how: _HowToWrite) -> Written:
 
 
 def _write_share(plan: CheckpointPlan, out: Path, share: Share, recipe: Recipe, how: _HowToWrite) -> Recipe:
-    """Write one share, and the checkpoint where that was the last."""
+    """Write one share, and assemble the checkpoint if it was the last."""
     with track(f"writing share {share.number} of {share.of}", share_bytes(plan, share, link=False), "bytes") as advance:
         write_share(
             plan,

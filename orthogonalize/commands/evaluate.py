@@ -35,7 +35,7 @@ from ..selection.run_folder import load_run
 def side_by_side(
     plan: EvalPlan, base: Measurements, edited: Measurements, judgements: tuple[Judgements, Judgements], redact: bool
 ) -> tuple[list[Answer], int]:
-    """Every prompt with both answers, and how many were left out because their set is sensitive."""
+    """Every prompt with both answers, and the number of answers left out because their set is sensitive."""
     answers, left_out = [], 0
     for each in plan.sets:
         if each.name not in edited.answers:
@@ -69,11 +69,11 @@ def side_by_side(
 def _engines(
     ready: EvalSetup, edited: Path, weights: Weights | None, distrust: Callable[[], None]
 ) -> Iterator[tuple[Callable[[], Engine], Callable[[], Engine]]]:
-    """Functions that give an engine with the base, and then one with the edited checkpoint.
+    """Functions that return an engine with the base and then one with the edited checkpoint.
 
-    One is started, on the edited checkpoint; the base's `weights` are swapped in and out again, and the engine must
-    then hold what it loaded from disk, bit for bit, or `distrust` is called and nothing given. Without `weights`,
-    and where the engine does not take them over in place, each has an engine of its own.
+    There is one engine, started on the edited checkpoint; the base's `weights` are swapped in and out. If the engine
+    does not hold the edited weights again afterwards, bit for bit, `distrust` is called and an error raised. Without
+    `weights`, or if the engine cannot swap weights, base and edited get one engine each.
     """
     open_now: list[Engine] = []
     source = open_checkpoint(edited)
@@ -103,7 +103,7 @@ def _engines(
                 return running
         except InPlaceError as error:
             lacking = str(error)
-        note(f"this engine cannot hold other weights in place ({lacking}), so base and edited get one each")
+        note(f"this engine cannot hold other weights in place ({lacking}), so base and edited get an engine each")
         return start(ready.folder)
 
     def edited_again() -> Engine:
@@ -113,7 +113,7 @@ def _engines(
         if open_now[0].fingerprint() != loaded[0]:
             distrust()
             raise OrthogonalizeError(
-                "the engine does not hold the checkpoint's weights again after a swap; use --separate-engines"
+                "the engine does not hold the checkpoint's weights after swapping them back; use --separate-engines"
             )
         return open_now[0]
 
@@ -126,7 +126,7 @@ def _engines(
 def _measure_both(
     ready: EvalSetup, checkpoint: Path, separate: bool, journal: Journal
 ) -> tuple[Measurements, Measurements, tuple[Judgements, Judgements]]:
-    """What is measured of base and edited, judges' judgements among it, and these by prompt."""
+    """The measurements of base and edited, and the judgements of their answers."""
     plan, memory = ready.plan, BaseOutputs()
     shared = ENGINES.find(ready.engine).shared and not separate
     weights = base_weights(checkpoint, ready.folder) if shared else None
@@ -167,18 +167,18 @@ def evaluate(
 ) -> Report:
     """Measure `base` and `checkpoint` on the test prompts of `run`; write report.json and report.html to `out`.
 
-    What a run that was cut off had measured is kept beside `out`, and the same call goes on from there.
+    An interrupted call stores its progress beside `out`; call it again to resume.
 
     Args:
         suites: values of `--suite` (see `evals.suites.registry`).
         engine: `vllm`, or `hf` for transformers.
-        max_new_tokens: of every answer.
-        limit: the most items of any set.
-        data: a folder with local copies of public sets; else they are read from the Hub.
+        max_new_tokens: maximum length of every answer.
+        limit: maximum number of items per set.
+        data: a folder with local copies of public sets; by default they are read from the Hub.
         judges: names of judge models (see `evals.judges.registry`), or `NAME=MODEL`.
         redact: leave prompts of sensitive sets, and their answers, out of the report.
-        separate_engines: start vLLM for each model, instead of swapping weights in one.
-        options: how the engine is spread over devices; `device` is its short form for `engine="hf"`.
+        separate_engines: start vLLM for each model instead of swapping weights in one engine.
+        device, options: where the engine runs; `device` is a shorthand for `engine="hf"`.
 
     Raises:
         OrthogonalizeError: something is missing, or the engine does not start.
@@ -204,7 +204,7 @@ def evaluate(
     )  # fmt: skip
     plan = ready.plan
     if redact and plan.every_model_answers and not plan.sensitive:
-        note("no set here is marked sensitive, so nothing is left out; extract --sensitive marks prompts of your own")
+        note("no set is marked sensitive, so nothing is left out; extract --sensitive marks your own prompts")
     recipe = load_recipe(checkpoint) if (checkpoint / RECIPE).is_file() else None
     journal = Journal.beside(out)
     before, after, judgements = _measure_both(ready, checkpoint, separate_engines, journal)

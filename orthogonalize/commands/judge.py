@@ -1,4 +1,4 @@
-"""`judge`: score answers that were made elsewhere."""
+"""`judge`: score answers that were generated elsewhere."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..evals.metrics import Rate, Record, Series, yes_no_series
 
 
 class JudgedFile(Record):
-    """What `judge --json` prints. `refusal` is None for a judge that does not tell, `harmful` likewise."""
+    """The output of `judge --json`; `refusal` and `harmful` are None if the judge does not measure them."""
 
     judge: str
     model: str | None
@@ -29,24 +29,26 @@ class JudgedFile(Record):
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:
-    """A JSON list of {prompt, response, category}; the category may be missing.
+    """Read a JSON list of {prompt, response, category}; the category is optional.
 
     Raises:
-        OrthogonalizeError: no such file, cut short, empty, or in another form.
+        OrthogonalizeError: the file is missing, truncated or empty, or has another structure.
     """
     if not file.is_file():
         raise OrthogonalizeError(f"no such file: {file}")
     try:
         rows = json.loads(file.read_text("utf-8-sig"))
     except (ValueError, OSError, RecursionError) as error:
-        raise OrthogonalizeError(f"{file} cannot be read as JSON ({error}); is it cut short?") from error
+        raise OrthogonalizeError(f"{file} cannot be read as JSON ({error}); is it truncated?") from error
     if not isinstance(rows, list) or not rows:
-        raise OrthogonalizeError(f"{file} must hold a list of at least one answer")
+        raise OrthogonalizeError(f"{file} must contain a list of at least one answer")
     for number, row in enumerate(rows):
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in ("prompt", "response")):
-            raise OrthogonalizeError(f"{file}: entry {number + 1} needs the texts 'prompt' and 'response'")
+            raise OrthogonalizeError(f"{file}: entry {number + 1} must have the texts 'prompt' and 'response'")
         if not is_valid_unicode("".join(str(row.get(k)) for k in ("prompt", "response", "category"))):
-            raise OrthogonalizeError(f"{file}: entry {number + 1} has half a character; mend or remove it")
+            raise OrthogonalizeError(
+                f"{file}: entry {number + 1} contains an unpaired surrogate (invalid Unicode); fix or remove it"
+            )
     return rows
 
 
@@ -57,13 +59,13 @@ def judge(
     engine: str = "vllm",
     options: EngineOptions = ONE_DEVICE,
 ) -> JudgedFile:
-    """Score answers made elsewhere: `file` is a JSON list of {prompt, response, category}.
+    """Score answers generated elsewhere: `file` is a JSON list of {prompt, response, category}.
 
-    `prefix` counts refusals by their wording and needs no engine; any other judge runs its model. An
-    interrupted run keeps what it has beside `file`; re-run it to resume.
+    The judge `prefix` counts refusals by their wording and needs no engine; other judges run a model. An interrupted
+    call stores its progress beside `file`; call it again to resume.
 
     Raises:
-        OrthogonalizeError: the file or the judge's model is missing, or the judge is unknown.
+        OrthogonalizeError: the file or the model of the judge is missing, or the judge is unknown.
     """
     if name == "none":
         raise OrthogonalizeError("give --judge prefix, or the name of a judge model")

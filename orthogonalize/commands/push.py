@@ -1,4 +1,4 @@
-"""`push`: an edited checkpoint to the Hub, private unless asked otherwise."""
+"""`push`: upload an edited checkpoint to the Hub, private by default."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 def _stage(folder: Path, report: Path | None, stage: Path) -> None:
-    """Write what describes the checkpoint into `stage` as it is published: no path of this machine in it."""
+    """Write the recipe, card and report for publication, without local paths, into `stage`."""
     recipe = load_recipe(folder)
     found = load_report(report) if report is not None else None
     if found is not None and found.recipe not in (None, recipe.fingerprint()):
-        raise OrthogonalizeError(f"{report} measures another edit than {folder}; run eval on this checkpoint")
+        raise OrthogonalizeError(f"{report} reports on a different edit than {folder}; run eval on this checkpoint")
     recipe.base.model = public_name(recipe.base.model)
     recipe.save(stage)
     write_card(stage, recipe, base=folder, report=found)
@@ -43,19 +43,19 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     Args:
         checkpoint: a folder made by `edit`, or the name under which it wrote into the Hub's cache.
         repository: `owner/name`.
-        public: make the repository public. Otherwise it is created private, and one that exists and
-            is public is refused.
-        report: a folder made by `eval`, for the card and to upload beside it.
+        public: make the repository public. Otherwise it is created private, and an existing public repository is
+            refused.
+        report: a folder written by `eval`, which is included in the card and uploaded.
 
     Raises:
-        OrthogonalizeError: not an edited checkpoint, no token, or the Hub refused.
+        OrthogonalizeError: `checkpoint` is not an edited checkpoint, there is no token, or the Hub refuses.
     """
     from huggingface_hub import HfApi, get_token
 
     folder = edited_folder(checkpoint)
     open_checkpoint(folder)
     if not (folder / RECIPE).is_file():
-        raise OrthogonalizeError(f"{folder} has no recipe; push only uploads what `orthogonalize edit` made")
+        raise OrthogonalizeError(f"{folder} has no recipe; push only uploads output of `orthogonalize edit`")
     if not re.fullmatch(HUB_ID, repository):
         raise OrthogonalizeError(f"repository {repository!r} is not of the form owner/name")
     token = get_token()
@@ -68,7 +68,7 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
         except OrthogonalizeError:
             raise
         except Exception as error:  # whatever the network and its libraries raise
-            raise OrthogonalizeError(f"the Hub did not take {repository}: {first_line(error)}") from error
+            raise OrthogonalizeError(f"uploading to {repository} failed: {first_line(error)}") from error
     return url
 
 
@@ -86,5 +86,5 @@ def _upload(api: HfApi, folder: Path, stage: Path, repository: str, public: bool
         ignore_patterns=[RECIPE, CARD],
         commit_message="Upload an edited checkpoint",
     )
-    api.upload_folder(repo_id=repository, folder_path=stage, commit_message="Say what was edited and measured")
+    api.upload_folder(repo_id=repository, folder_path=stage, commit_message="Add the recipe, card and report")
     return str(url)

@@ -1,4 +1,4 @@
-"""`sweep`: every method over every scope, in one engine: the comparison table of the papers."""
+"""`sweep`: compare every method over every scope, in one engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
 
 @contextmanager
 def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
-    """The reference's own hooks: the input and both outputs of every block in scope (actadd: inputs only)."""
+    """The reference's hooks: on the input and both outputs of every block in scope (actadd: only inputs)."""
     with ExitStack() as stack:
         for layer in variant.layers:
             around = input_shifted if METHODS[variant.choice.method].adds else layer_projected
@@ -52,10 +52,10 @@ def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
 
 
 class _Host:
-    """A sweep's one engine, started when it is first asked for: it holds the base, then one edit after the other.
+    """The engine of a sweep, which holds the base and then one edit after another. It starts on first use.
 
-    `plans` are the edits' weights, to be swapped in place; None: the reference's hooks act instead. Where an engine
-    does not take weights over in place, every edit gets one of its own.
+    `plans` are the plans of the edits, whose weights are swapped in; None uses the reference's hooks instead. If the
+    engine cannot swap weights, every edit gets its own engine.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class _Host:
     def __exit__(self, *exc: object) -> None:
         self.stack.close()
 
-    def get_ready(self) -> None:
-        """Start the engine that edits are swapped into; leave it where it does not take them over."""
+    def prepare_swaps(self) -> None:
+        """Start the engine that edits are swapped into; stop it if it cannot swap them."""
         if self.running is not None or not self.in_place:
             return
         self._start()
@@ -89,14 +89,14 @@ class _Host:
         if lacking is None:
             self.running = engine, swap, loaded
             return
-        note(f"this engine cannot hold other weights in place ({lacking}), so every edit gets one of its own")
+        note(f"this engine cannot hold other weights in place ({lacking}), so every edit gets its own engine")
         self.in_place = False
-        self._leave()
+        self._stop()
         check_room(self.plans.values())
 
     def _start(self) -> None:
         folder = self.source.path
-        if self.in_place:  # else no edit is swapped into this one
+        if self.in_place:  # otherwise no edit is swapped into this engine
             folder = self.stack.enter_context(common_folder(self.source, list((self.plans or {}).values())))
         engine = self.stack.enter_context(self.start(folder))
         self.running = engine, WeightSwap(engine, open_checkpoint(folder)), ""
@@ -105,23 +105,23 @@ class _Host:
         assert self.running is not None
         return self.running
 
-    def _leave(self) -> None:
+    def _stop(self) -> None:
         self.stack.close()
         self.running = None
 
     def base(self) -> Engine:
-        """The engine as it started, if no edit has been asked for."""
-        self.get_ready()
+        """The engine with the base; call it before any edit."""
+        self.prepare_swaps()
         if self.running is None:
             self._start()
         return self._running()[0]
 
     @contextmanager
     def edited(self, variant: Variant) -> Iterator[Engine]:
-        """The engine under an edit. Its weights stay until others take their place; hooks end with the context."""
-        self.get_ready()
+        """The engine with an edit. Swapped weights stay until the next swap; hooks are removed with the context."""
+        self.prepare_swaps()
         if not self.in_place:
-            self._leave()
+            self._stop()
             assert self.plans is not None
             with own_folder(self.plans[variant.name]) as folder, self.start(folder) as engine:
                 yield engine
@@ -135,18 +135,18 @@ class _Host:
             with residual_hooks(model, variant):
                 yield engine
 
-    def start_afresh(self) -> bool | None:
-        """Leave the engine for another that starts when it is asked for; returns what `restored` says of the old one.
+    def restart(self) -> bool | None:
+        """Stop the engine, so that the next use starts another one; returns the old engine's `restored()`.
 
-        A cache that has held NaN spoils what shares a block with it, masked or not: nothing times NaN is NaN.
+        NaN in a cache spoils everything that shares a block with it, masked or not, since 0 times NaN is NaN.
         """
         held = self.restored()
         if self.plans is not None:
-            self._leave()
+            self._stop()
         return held
 
     def restored(self) -> bool | None:
-        """Swap the base in again: whether every engine so far held it, bit for bit; None where nothing was swapped."""
+        """Swap the base back in; whether every engine so far then held it, bit for bit, or None without a swap."""
         if self.plans is not None and self.running is not None and self.in_place:
             engine, swap, loaded = self.running
             swap.restore()
@@ -155,7 +155,7 @@ class _Host:
 
 
 class _Runner:
-    """Measures the base, then every edit, each step through the journal."""
+    """Measures the base and then every edit; every step is kept in the journal."""
 
     def __init__(self, plan: EvalPlan, journal: Journal, refused: Mapping[str, str], labels: Mapping[str, str]) -> None:
         self.plan, self.journal, self.memory, self.labels = plan, journal, BaseOutputs(), labels
@@ -174,7 +174,7 @@ class _Runner:
         self.measured["base"] = self.plan.measure(engine, self.memory, self.journal, label, is_base=True)
 
     def variant(self, variant: Variant, host: _Host) -> None:
-        """Measure an edit, and time that with its swap; one that leaves no numbers is left out."""
+        """Measure an edit and time it, including its swap; an edit that gives NaN is skipped."""
         name, label = variant.name, self.labels[variant.name]
         steps = self.plan.steps(label)
         done, asked = self.journal.has(*steps), fingerprint(steps)[:16]
@@ -182,27 +182,27 @@ class _Runner:
             self.refused[name] = self.journal.step(f"{label}/refused@{asked}", str)
             return
         if not done:
-            host.get_ready()  # before the time that an edit takes is counted
+            host.prepare_swaps()  # not part of the time of the edit
         start = time.perf_counter()
         try:
             with nullcontext() if done else host.edited(variant) as engine:
                 self.measured[name] = self.plan.measure(engine, self.memory, self.journal, label)
         except NoNumberError as error:
             reason = str(error)
-            note(f"{name} is left out: {reason}")
-            self.trust(host.start_afresh())
+            note(f"skipping {name}: {reason}")
+            self.check_restored(host.restart())
             self.refused[name] = self.journal.step(f"{label}/refused@{asked}", lambda: reason)
             return
         self.seconds[name] = float(self.journal.step(f"{label}/seconds@{asked}", lambda: time.perf_counter() - start))
 
-    def trust(self, restored: bool | None) -> None:
-        """Go on only if the engine held the base's weights again: else what was measured may be of others."""
+    def check_restored(self, restored: bool | None) -> None:
+        """Stop if the engine did not hold the base's weights again: the measurements may be of other weights."""
         if restored is False:
             self.journal.close()
-            raise OrthogonalizeError("the engine did not hold the base's weights again after its edits")
+            raise OrthogonalizeError("the engine did not hold the base's weights after its edits were swapped out")
 
-    def swept(self, variant: Variant) -> SweepRow:
-        """What is known of an edit at the end."""
+    def row(self, variant: Variant) -> SweepRow:
+        """The row of an edit."""
         result = SweepRow(
             name=variant.name, choice=variant.choice, direction=variant.direction, layers=list(variant.layers)
         )
@@ -217,14 +217,14 @@ class _Runner:
 
 
 def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, CheckpointPlan], dict[str, str]]:
-    """What every variant changes in the checkpoint, and why those that cannot be baked are refused."""
+    """The plan of every variant, and the reasons for those that cannot be baked."""
     plans, refused = {}, {}
     for variant in variants:
         try:
             plans[variant.name] = bake(source, variant.intervention).checkpoint
         except OrthogonalizeError as error:
             refused[variant.name] = str(error)
-            note(f"{variant.name} is left out: {error}")
+            note(f"skipping {variant.name}: {error}")
     if not plans:
         raise OrthogonalizeError(f"none of these edits can be baked into this model: {next(iter(refused.values()))}")
     return plans, refused
@@ -250,17 +250,17 @@ def sweep(
 ) -> Sweep:
     """Measure every edit that `run` allows against `model`; write sweep.json and pareto.png to `out`.
 
-    The engine starts once, on the base; each edit's tensors are computed as `edit` computes them, swapped
-    in place, and swapped out again (where the engine does not take them over, each edit has one of its own). A
-    sweep that was cut off goes on where it stopped.
+    The engine starts once, on the base. Each edit's tensors are computed as by `edit`, swapped in and swapped out; if
+    the engine cannot swap weights, each edit gets its own engine. An interrupted call stores its progress beside `out`;
+    call it again to resume.
 
     Args:
         methods: edit methods; by default all that the run has directions for.
-        scopes: as `edit` takes them, but for `from:`.
-        semantics: `weights`, or `residual` (with `engine="hf"`): the reference's own hooks on block inputs
-            and outputs, for those who must reproduce its numbers.
+        scopes: as for `edit`, except `from:`.
+        semantics: `weights`, or `residual` (with `engine="hf"`) for the reference's hooks on block inputs and outputs,
+            to reproduce its numbers.
 
-    Others as for `evaluate`.
+    The other arguments are those of `evaluate`.
 
     Raises:
         OrthogonalizeError: something is missing, or the engine does not start.
@@ -269,7 +269,7 @@ def sweep(
     check_free(out, SWEEP, force, [Path(model), run])
     check_request(suites, engine, options, data)
     if semantics == "residual" and not ENGINES.find(engine).hooks:
-        raise OrthogonalizeError("--semantics residual hooks a transformers model; add --engine hf")
+        raise OrthogonalizeError("--semantics residual needs --engine hf")
     found = load_run(run)
     variants = make_variants(found, methods, scopes)
     folder = find_model(model, revision)
@@ -303,7 +303,7 @@ def sweep(
                 runner.variant(variant, host)
                 advance(1)
             held = host.restored()
-            runner.trust(held)
+            runner.check_restored(held)
             if held:
                 journal.step(restored, lambda: True)
         ready.judgements(runner.measured, journal)
@@ -315,7 +315,7 @@ def sweep(
         harm=None,
         restored=True if journal.has(restored) else None,
         base=Measures.of(runner.measured["base"].series),
-        variants=[runner.swept(v) for v in variants],
+        variants=[runner.row(v) for v in variants],
         pareto=[],
     )
     result.effect, result.harm = effect_key(result.base), harm_key(result.base)

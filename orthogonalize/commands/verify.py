@@ -1,4 +1,4 @@
-"""`verify`: what differs between a checkpoint and its base, and whether hooks and weights agree."""
+"""`verify`: the differences between a checkpoint and its base, and the proof that hooks equal weights."""
 
 from __future__ import annotations
 
@@ -23,18 +23,22 @@ from ..models.hooks import intervened
 from ..models.loading import load_model
 from ..models.resolve import find_model
 
-TOLERANCE = 1e-3  # largest difference of a logit that float32 arithmetic explains
+TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains
 
 
 @dataclass
 class Verified(Audit):
-    """An audit, and with a recipe the proof that hooks and weights agree."""
+    """An audit and, if there is a recipe, the proof that hooks equal weights."""
 
     verification: Verification | None = None
 
+    def __repr__(self) -> str:
+        proof = self.verification
+        return f"Verified({self._counts}{'' if proof is None else '; passed' if proof.passed else '; NOT passed'})"
+
 
 def _rebuilds(edited: Checkpoint, plan: CheckpointPlan) -> bool:
-    """Whether the recipe's plan gives, tensor by tensor, the bytes that are stored."""
+    """Whether the plan of the recipe gives exactly the stored bytes of every tensor."""
     names = sorted(plan.changed_tensors)
     with track("rebuilding from the recipe", len(names), "tensors") as advance:
         for name in names:
@@ -45,7 +49,7 @@ def _rebuilds(edited: Checkpoint, plan: CheckpointPlan) -> bool:
 
 
 def _probe_ids(model: Any) -> torch.Tensor:
-    """Fixed random token ids, [4, 48]: they reach every row of the embedding alike."""
+    """Fixed random token ids [4, 48], drawn uniformly from the vocabulary."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, model.config.get_text_config().vocab_size, (4, 48), generator=generator)
 
@@ -55,12 +59,12 @@ def _logits(model: Any) -> torch.Tensor:
     ids = _probe_ids(model).to(model.device)
     logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float().cpu()
     if not torch.isfinite(logits).all():
-        raise OrthogonalizeError("the model's logits hold NaN or infinite values; the checkpoint is damaged")
+        raise OrthogonalizeError("the model's logits contain NaN or infinite values; the checkpoint is damaged")
     return logits
 
 
 def _unrounded(model: Any, edited: Path, plan: CheckpointPlan) -> Any:
-    """The edited model with the edit before rounding in place of its stored (rounded) weights."""
+    """The edited model with the exact edit in place of the stored, rounded weights."""
     exact: dict[str, torch.Tensor] = {}
     for name, edit in plan.edits.items():
         addition = plan.additions.get(name)
@@ -70,7 +74,7 @@ def _unrounded(model: Any, edited: Path, plan: CheckpointPlan) -> Any:
         for name, tensor in exact.items():
             parameters[name].data.copy_(tensor)
         return model
-    # Names or layouts differ in memory (fused experts, wrappers), and only the library knows how.
+    # Names or layouts differ in memory (fused experts, wrappers); let the library convert them.
     checkpoint = open_checkpoint(edited)
     tensors = {name: exact.get(name, checkpoint.read(name)).to(model.dtype) for name in checkpoint.tensors}
     options = {"config": model.config, "state_dict": tensors, "dtype": model.dtype}
@@ -103,30 +107,30 @@ def _gaps(edited: Path, base: Path, recipe: Recipe, plan: EditPlan, device: str)
 def verify(
     checkpoint: Path | str, base: str | None = None, *, device: str = "auto", logits: bool = True, record: bool = True
 ) -> Verified:
-    """Audit the difference of `checkpoint` and `base`; where a recipe is present, prove hooks = weights.
+    """Audit the difference of `checkpoint` and `base`; if there is a recipe, prove that hooks = weights.
 
-    With a recipe: the edit is recomputed and compared byte for byte, and the logits of the hooked base
-    are compared, in float32, with those of the edit before rounding and of the checkpoint as stored. The
-    result is written into the recipe unless `record` is False; `logits=False` compares bytes only.
+    For the proof, the edit is recomputed and compared byte for byte, and the logits of the hooked base are compared, in
+    float32, with those of the edit before rounding and of the checkpoint as stored. The result is written into the
+    recipe unless `record` is False; `logits=False` compares bytes only.
 
     Raises:
-        OrthogonalizeError: not a checkpoint, no base known, or a base that is not the recipe's.
+        OrthogonalizeError: `checkpoint` is not a checkpoint, or its base is unknown or not that of the recipe.
     """
     folder = edited_folder(checkpoint)
     edited = open_checkpoint(folder)
     recipe = load_recipe(folder) if (folder / RECIPE).is_file() else None
     if base is None and recipe is None:
-        raise OrthogonalizeError(f"{folder} has no recipe, so its base is not known; give --base")
+        raise OrthogonalizeError(f"{folder} has no recipe, so its base is unknown; give --base")
     revision = recipe.base.revision if recipe and not base else None
     source = open_checkpoint(find_model(base or (recipe.base.model if recipe else ""), revision))
     if recipe is None:
         return Verified(**vars(audit(edited, source)))
     if source.fingerprint() != recipe.base.weights:
-        raise OrthogonalizeError(f"{source.path} is not the base that the recipe was made from: its weights differ")
+        raise OrthogonalizeError(f"{source.path} is not the base of the recipe: its weights differ")
     plan = bake(source, recipe.intervention())
     planned = plan.checkpoint
     planned.rounding = recipe.rounding
-    result = Verified(**vars(audit(edited, planned.source)))  # which may know tensors by other names than the base
+    result = Verified(**vars(audit(edited, planned.source)))  # its tensors may have other names than the base's
     found = {*result.changed, *result.added, *result.missing}
     unexpected = sorted(found - planned.changed_tensors) + result.side_files
     wanted = {**source.config, **planned.config_changes}
@@ -137,7 +141,7 @@ def verify(
     ]
     rebuilt = _rebuilds(edited, planned)
     gaps: dict[str, float | None] = {"hooks_gap": None, "stored_gap": None}
-    if logits and not unexpected:  # another configuration is another model, which need not even load
+    if logits and not unexpected:  # with another configuration the model may not even load
         gaps = _gaps(folder, source.path, recipe, plan, device)
     gap = gaps["hooks_gap"]
     result.verification = Verification(

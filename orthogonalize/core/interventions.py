@@ -55,12 +55,19 @@ class AffineMap:
         for name in ("u", "v", "s"):  # memory layout changes the last bit of sums, and recipes do not store it
             object.__setattr__(self, name, getattr(self, name).clone(memory_format=torch.contiguous_format))
 
+    def __repr__(self) -> str:
+        batch = [f"batch {list(self.s.shape[:-1])}"] if self.s.dim() > 1 else []
+        shifts = ["with a shift"] if self.shifts else []
+        return f"AffineMap({', '.join([*batch, f'rank {self.rank}', f'width {self.width}', *shifts])})"
+
     @property
     def width(self) -> int:
+        """The width of the stream."""
         return self.u.shape[-2]
 
     @property
     def rank(self) -> int:
+        """The number of directions; 0 for a pure shift."""
         return self.u.shape[-1]
 
     @property
@@ -179,6 +186,18 @@ class Intervention:
             raise ValueError("a map at a read site cannot add a constant; shift the last write before it instead")
         object.__setattr__(self, "writes", MappingProxyType(dict(self.writes)))
         object.__setattr__(self, "reads", MappingProxyType(dict(self.reads)))
+
+    def __repr__(self) -> str:
+        maps = [*self.writes.values(), *self.reads.values()]
+        if not maps:
+            return "Intervention(empty)"
+        ranks = sorted({affine.rank for affine in maps})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        shifts = sum(affine.shifts for affine in maps)
+        parts = [f"{len(self.writes)} writes"] if self.writes else []
+        parts += [f"{len(self.reads)} reads"] if self.reads else []
+        parts += [rank, f"width {self.width}"] + ([f"{shifts} with a shift"] if shifts else [])
+        return f"Intervention({', '.join(parts)})"
 
     @property
     def width(self) -> int | None:

@@ -13,7 +13,7 @@ PLUGINS = "orthogonalize.plugins"
 
 
 class Named(Protocol):
-    """What a registry can hold: anything with a name."""
+    """An object that a registry can hold: it has a name."""
 
     @property
     def name(self) -> str: ...
@@ -36,7 +36,7 @@ class Registry(Mapping[str, Entry]):
             self.add(entry)
 
     def add_modules(self, package: str, modules: Iterable[str], attribute: str) -> None:
-        """Add what each of `modules` of `package` defines as `attribute`."""
+        """Add the object called `attribute` from each of `modules` in `package`."""
         for module in modules:
             self.add(getattr(import_module(f"{package}.{module}"), attribute))
 
@@ -59,7 +59,7 @@ class Registry(Mapping[str, Entry]):
         """The entry called `name`.
 
         Raises:
-            OrthogonalizeError: there is none.
+            OrthogonalizeError: there is no such entry.
         """
         if name not in self._entries:
             raise OrthogonalizeError(f"unknown {self.kind} {name!r}; available: {', '.join(self._entries)}")

@@ -175,6 +175,11 @@ class GivenDirection:
     position: int | None = None
     layer: int | None = None
 
+    def __repr__(self) -> str:
+        rank, width = self.basis.shape
+        place = f", position {self.position}, layer {self.layer}" if self.layer is not None else ""
+        return f"GivenDirection(rank {rank}, width {width}{place})"
+
 
 def _reference_metadata(file: Path) -> dict[str, Any]:
     metadata = file.with_name("direction_metadata.json")

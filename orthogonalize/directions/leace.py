@@ -30,6 +30,10 @@ class Eraser:
     v: torch.Tensor
     mean: torch.Tensor
 
+    def __repr__(self) -> str:
+        batch = f"batch {list(self.u.shape[:-1])}" if self.u.dim() > 1 else f"rank {self.rank}"
+        return f"Eraser({batch}, width {self.u.shape[-1]})"
+
     def __getitem__(self, index: int | tuple[int, ...]) -> Eraser:
         return Eraser(self.u[index], self.v[index], self.mean[index])
 

@@ -39,6 +39,10 @@ class EditPlan:
         """
         return cls(CheckpointPlan(source), Sites(architecture_of(source.config), source.config, source.tensors))
 
+    def __repr__(self) -> str:
+        edited, added = len(self.checkpoint.edits), len(self.checkpoint.additions)
+        return f"EditPlan({self.architecture.family}: {edited} tensors edited, {added} added)"
+
     @property
     def source(self) -> Checkpoint:
         """The checkpoint to edit, with its tensors under the names that they have in the result."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -106,6 +107,13 @@ class Recipe(_Record):
     left_out: list[str] = []
     probes: list[ProbeResult] = []
     verification: Verification | None = None
+
+    def __repr__(self) -> str:
+        edit = shorten(self.choice.describe(), 80, placeholder=" …")
+        verified = "" if self.verification is None else ", verified" if self.verification.passed else ", NOT verified"
+        return f"Recipe({edit}; {len(self.tensors)} tensors edited{verified})"
+
+    __str__ = __repr__
 
     def intervention(self) -> Intervention:
         """The intervention that the recipe stores."""

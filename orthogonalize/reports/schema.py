@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
@@ -156,6 +157,12 @@ class Report(Record):
     edited: Measures
     paired: dict[str, Paired]
     answers: list[Answer]
+
+    def __repr__(self) -> str:
+        suites = shorten(", ".join(self.suites), 40, placeholder=" …")
+        return f"Report({self.checkpoint} against {self.base_model}: {suites}; {len(self.answers)} answers)"
+
+    __str__ = __repr__
 
 
 def load_report(folder: Path) -> Report:

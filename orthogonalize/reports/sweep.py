@@ -54,6 +54,11 @@ class Sweep(Record):
     variants: list[SweepRow]
     pareto: list[str]
 
+    def __repr__(self) -> str:
+        return f"Sweep({self.model}: {len(self.variants)} edits, {len(self.pareto)} on the Pareto front)"
+
+    __str__ = __repr__
+
 
 def effect_key(base: Measures) -> str | None:
     """The key of the effect: refusal if the base refuses target prompts, else the behaviour's first token."""

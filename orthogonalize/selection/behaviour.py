@@ -19,7 +19,10 @@ from .scoring import behaviour_score, first_token_probabilities, learn_behaviour
 def measure_behaviour(
     model: Any, tokenizer: Any, chat: ChatFormat, prompts: list[Prompt], given: Sequence[int | str]
 ) -> tuple[list[int], list[Prompt]]:
-    """The behaviour tokens, `given` or learnt on train and val prompts, and the prompts, scored but for test."""
+    """The behaviour tokens, `given` or else learnt on train and val prompts, and `prompts` with scores.
+
+    Test prompts get no score.
+    """
     used = [i for i, p in enumerate(prompts) if p.split != "test"]
     ids = chat.encode_all([prompts[i].text for i in used])
     with track("scoring prompts", len(used), "prompts") as advance:

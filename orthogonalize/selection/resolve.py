@@ -16,7 +16,6 @@ from ..core.progress import track
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.direction_set import load_direction
-from ..directions.finders.registry import FINDERS
 from ..edits.build import finder_of, intervention_from_basis, intervention_from_directions
 from ..edits.config import EditConfig
 from ..edits.methods.registry import DEFAULT, METHODS
@@ -87,7 +86,7 @@ def choose(run: Run, **given: Any) -> EditConfig:
         have = ", ".join(run.info.finders)
         raise OrthogonalizeError(
             f"the run has no {finder} candidate for {method} at that place (its finders: {have}); "
-            f"give --position and --layer, or extract again with --finders {','.join(FINDERS)}"
+            f"give --position and --layer, or extract again with --finders {','.join(dict.fromkeys(('dim', finder)))}"
         )
     if fitting:
         named.setdefault("position", fitting[0].position)

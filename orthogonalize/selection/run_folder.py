@@ -15,6 +15,7 @@ from ..core.files import write_atomically
 from ..data.prompts import Prompt, Side, Split
 from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
+from ..models.resolve import public_name
 from .candidates import Candidate, rank_correlation
 from .stages import BOOK
 from .trials import Trial
@@ -55,6 +56,12 @@ class Run:
     candidates: list[Candidate]
     trials: list[Trial]
     probes: list[ProbeResult] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return (
+            f"Run({public_name(self.info.model)}: {', '.join(self.info.finders)}; "
+            f"{len(self.candidates)} candidates, {len(self.trials)} edits tried)"
+        )
 
     def texts(self, side: Side, split: Split) -> list[str]:
         """The prompts of one side and split."""

@@ -28,9 +28,7 @@ class StageBook:
             try:
                 self.entries = dict(json.loads(self.file.read_text("utf-8")))
             except ValueError as error:
-                raise OrthogonalizeError(
-                    f"{self.file} is damaged; delete the folder, or choose a different --out"
-                ) from error
+                raise OrthogonalizeError(f"{self.file} is damaged; delete its folder, or change --out") from error
 
     def result(self, stage: Stage) -> dict[str, Any]:
         """The result that a finished stage recorded.
@@ -53,9 +51,7 @@ class StageBook:
         if entry is None:
             return []
         before = entry["inputs"]
-        return [
-            key for key in sorted(before.keys() | inputs.keys()) if before.get(key) != _through_json(inputs.get(key))
-        ]
+        return [key for key in sorted(before.keys() | inputs.keys()) if before.get(key) != _as_json(inputs.get(key))]
 
     def complete(self, stage: Stage, inputs: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Record that `stage` is done; later stages are forgotten, since their inputs may have changed."""
@@ -63,12 +59,12 @@ class StageBook:
         self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
         self.entries[stage] = {
             "fingerprint": fingerprint(inputs),
-            "inputs": _through_json(inputs),
+            "inputs": _as_json(inputs),
             "result": dict(result),
         }
         write_atomically(self.file, json.dumps(self.entries, indent=1, ensure_ascii=False) + "\n")
 
 
-def _through_json(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     """`value` as read back from JSON, with tuples as lists."""
     return json.loads(json.dumps(value, ensure_ascii=False))

@@ -132,7 +132,7 @@ class EditSearch:
         return sorted(self.tried.values(), key=lambda t: t.order)
 
     def _starts(self, method: str) -> list[EditConfig]:
-        """The first edits to try: the best candidates' shared and per-layer directions over several spans of layers."""
+        """The first edits to try: shared and per-layer directions of the best candidates, over spans of layers."""
         count = self.directions.layer_count
         finder = finder_of(method, self.directions)
         good = [c for c in self.ranked if c.finder == finder and not c.failed]

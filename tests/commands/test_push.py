@@ -102,7 +102,7 @@ def test_repository_is_public_only_on_request(edited, tmp_path):
     ("token", "words", "message"),
     [
         (None, ("me/x",), "no Hub token"),
-        ("wrong", ("me/x",), "the Hub did not take me/x"),
+        ("wrong", ("me/x",), "uploading to me/x failed"),
         (TOKEN, ("no-owner",), "not of the form owner/name"),
         (TOKEN, ("me/x", "--report", "nowhere"), "no report at"),
     ],
@@ -122,14 +122,14 @@ def test_unreachable_hub_and_foreign_report_are_one_line_errors(edited, report, 
     hub.server.server_close()
     done = push(hub, edited, "me/x", home=tmp_path / "home")
     assert done.returncode == 1
-    assert "the Hub did not take me/x" in done.stderr
+    assert "uploading to me/x failed" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     file = report / "report.json"
     file.write_text(file.read_text().replace('"recipe":null', '"recipe":"0000"'))
     with Hub(TOKEN) as hub:
         refused = push(hub, edited, "me/x", "--report", report, home=tmp_path / "home")
         assert hub.state.repositories == {}
-    assert "measures another edit" in refused.stderr
+    assert "reports on a different edit" in refused.stderr
 
 
 def test_model_given_by_hub_id_is_downloaded_and_on_the_card(tmp_path):

@@ -89,7 +89,10 @@ def test_method_without_directions_is_skipped_or_refused(run, monkeypatch):
 
 @pytest.mark.parametrize(("changed", "message"), [
     ({"num_hidden_layers": LAYERS + 2}, f"the run's model has {LAYERS} layers, but this one has {LAYERS + 2}"),
-    ({"hidden_size": 40, "head_dim": 8}, "directions have width 32, but the model's residual stream has width 40"),
+    (
+        {"hidden_size": 40, "head_dim": 8},
+        "the run's directions have width 32, but the model's residual stream has width 40",
+    ),
 ])  # fmt: skip
 @pytest.mark.parametrize("semantics", ["weights", "residual"])
 def test_run_of_another_model_shape_is_refused_before_any_engine(
@@ -266,7 +269,9 @@ def test_sweep_is_repeated_if_the_engine_was_not_restored(model, run, tmp_path, 
         seen: list[int] = []
         patch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
         patch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
-        with pytest.raises(OrthogonalizeError, match=r"did not hold the base's weights again after its edits$"):
+        with pytest.raises(
+            OrthogonalizeError, match=r"did not hold the base's weights after its edits were swapped out$"
+        ):
             sweep(str(model), run, tmp_path / "sweep", **settings)
     answered: list[int] = []
     answers = TransformersEngine.answers
@@ -329,7 +334,7 @@ def test_residual_semantics_equal_weights_only_over_all_layers(model, run, swept
     baked = {v.name: v.measures.kl.completions.value for v in swept.variants if v.name in hooked}
     assert hooked["ablate all"] == pytest.approx(baked["ablate all"], abs=1e-4)
     assert hooked["ablate one"] != pytest.approx(baked["ablate one"], rel=0.01)
-    with pytest.raises(OrthogonalizeError, match="add --engine hf"):
+    with pytest.raises(OrthogonalizeError, match="--semantics residual needs --engine hf"):
         sweep(str(model), run, tmp_path / "x", semantics="residual")
 
 
@@ -422,5 +427,5 @@ def test_engine_broken_by_an_edit_is_still_checked(model, run, tmp_path, monkeyp
     seen: list[int] = []
     monkeypatch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
     monkeypatch.setattr(TransformersEngine, "fingerprint", lambda self: str(seen.append(1) or len(seen)))
-    with pytest.raises(OrthogonalizeError, match="did not hold the base's weights again"):
+    with pytest.raises(OrthogonalizeError, match="did not hold the base's weights after its edits"):
         sweep(str(model), run, tmp_path / "sweep", **settings)

@@ -114,5 +114,5 @@ def test_scope_that_does_not_apply_is_refused():
         layers_in_scope(parse_scope("one"), 4, 9, None)
     with pytest.raises(OrthogonalizeError, match="stored scores"):
         layers_in_scope(parse_scope("top:10%"), 4, None, None)
-    with pytest.raises(OrthogonalizeError, match="no scope 'upto'"):
+    with pytest.raises(OrthogonalizeError, match="actadd cannot use scope 'upto'"):
         shift_sites(parse_scope("upto:2"), 4, lambda _: torch.ones(4))

@@ -152,11 +152,11 @@ def test_unsuitable_input_is_refused():
         inlp(torch.randn(3, 4), torch.randn(10, 4))
     with pytest.raises(OrthogonalizeError, match="NaN"):
         inlp(torch.full((8, 4), float("nan")), torch.randn(8, 4))
-    with pytest.raises(OrthogonalizeError, match="one width"):
+    with pytest.raises(OrthogonalizeError, match="the same width"):
         inlp(torch.randn(8, 4), torch.randn(8, 5))
     with pytest.raises(OrthogonalizeError, match="--solver sklearn"):
         inlp(torch.randn(8, 4), torch.randn(8, 4), classifier="svm")
-    with pytest.raises(OrthogonalizeError, match="has 4 dimensions"):
+    with pytest.raises(OrthogonalizeError, match="rank 5 exceeds the width of the residual stream, 4"):
         inlp(torch.randn(80, 4), torch.randn(80, 4), max_rank=5)
 
 

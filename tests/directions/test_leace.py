@@ -141,7 +141,7 @@ def test_sides_with_equal_means_have_nothing_to_erase():
     assert torch.equal(eraser(side), side)
     with pytest.raises(OrthogonalizeError, match="NaN"):
         leace(torch.full((4, 3), float("nan")), torch.zeros(4, 3))
-    with pytest.raises(OrthogonalizeError, match="one width"):
+    with pytest.raises(OrthogonalizeError, match="the same width"):
         leace(torch.zeros(4, 3), torch.zeros(4, 2))
     with pytest.raises(OrthogonalizeError, match="both classes"):
         Moments(3).update(torch.zeros(4, 3)).eraser()

@@ -342,10 +342,10 @@ def test_bad_answer_files_and_judges_are_one_line_errors(tmp_path, answers):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     cases = [
-        ((tmp_path / "cut.json",), "cut short"),
+        ((tmp_path / "cut.json",), "is it truncated?"),
         ((tmp_path / "empty.json",), "at least one"),
         ((tmp_path / "odd.json",), "entry 1"),
-        ((tmp_path / "half.json",), "entry 1 has half a character"),
+        ((tmp_path / "half.json",), "entry 1 contains an unpaired surrogate (invalid Unicode)"),
         ((tmp_path / "deep.json",), "cannot be read as JSON"),
         ((tmp_path / "none.json",), "no such file"),
         ((answers, "--judge", "nobody", "--engine", "hf"), "unknown judge 'nobody'"),

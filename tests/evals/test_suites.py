@@ -261,7 +261,7 @@ def test_redacting_without_any_sensitive_set_is_reported(model, edited, run, tmp
     )
     undercounted, unmarked = said
     assert "refusals are undercounted in answers of 4 tokens" in undercounted
-    assert "no set here is marked sensitive, so nothing is left out; extract --sensitive" in unmarked
+    assert "no set is marked sensitive, so nothing is left out; extract --sensitive" in unmarked
 
 
 def test_limit_spreads_over_categories_that_may_be_numbers(model, edited, run, tmp_path):

@@ -46,6 +46,10 @@ class Subspace:
     accuracies: tuple[float, ...]
     stopped_at: float | None = None
 
+    def __repr__(self) -> str:
+        accuracies = f", accuracies {self.accuracies[0]:.2f} to {self.accuracies[-1]:.2f}" if self.accuracies else ""
+        return f"Subspace(rank {self.rank}, width {self.basis.shape[-1]}{accuracies})"
+
     @property
     def rank(self) -> int:
         """The number of directions."""
@@ -63,6 +67,12 @@ class Subspaces:
 
     shape: tuple[int, ...]
     found: tuple[Subspace, ...]
+
+    def __repr__(self) -> str:
+        ranks = [s.rank for s in self.found]
+        return (
+            f"Subspaces(shape {self.shape}, ranks {min(ranks)} to {max(ranks)}, width {self.found[0].basis.shape[-1]})"
+        )
 
     def __getitem__(self, index: int | tuple[int, ...]) -> Subspace:
         return self.found[int(np.ravel_multi_index(index if isinstance(index, tuple) else (index,), self.shape))]
