@@ -1,4 +1,4 @@
-# make demo: install and run the whole road on the embedded model.   make test: install and test.
+# make demo: install and run the full pipeline on the embedded model.   make test: install and test.
 # make prove: every architecture, method and scope, also in vLLM; writes docs/architectures.md's table (half an hour).
 PYTHON ?= python3
 VENV := .venv
