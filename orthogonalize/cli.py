@@ -265,9 +265,8 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
 @click.option(
     "--scopes",
     callback=converted_by(scope_names),
-    default="one,top:50%,all",
-    show_default=True,
-    help="Scopes, as edit takes them, except from:.",
+    default="",
+    help="Scopes, as edit takes them, except from:. Default: one,top:50%,all; one for methods that add a constant.",
 )
 @choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's hooks; needs --engine hf.")
 @measuring_options

@@ -36,7 +36,7 @@ from ..reports.schema import Measures, compare_all
 from ..reports.sweep import Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
 from ..selection.resolve import check_fits
 from ..selection.run_folder import load_run
-from ..selection.variants import SCOPES, Variant, centre, make_variants
+from ..selection.variants import Variant, centre, make_variants
 
 SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
 
@@ -237,7 +237,7 @@ def sweep(
     *,
     suites: Sequence[str] = DEFAULT_SUITES,
     methods: Sequence[str] = (),
-    scopes: Sequence[str] = SCOPES,
+    scopes: Sequence[str] = (),
     engine: str = "vllm",
     semantics: Semantics = "weights",
     max_new_tokens: int = LEAST_TOKENS,
@@ -256,7 +256,8 @@ def sweep(
 
     Args:
         methods: edit methods; by default all that the run has directions for.
-        scopes: as for `edit`, except `from:`.
+        scopes: as for `edit`, except `from:`, for every method; by default each method's own, which is one layer for
+            those that add a constant.
         semantics: `weights`, or `residual` (with `engine="hf"`) for the reference's hooks on block inputs and outputs,
             to reproduce its numbers.
 

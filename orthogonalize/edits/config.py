@@ -53,6 +53,11 @@ class EditConfig(BaseModel):
             words.append(f"direction of layer {self.layer}")
         if self.position is not None:
             words.append(f"position {self.position}")
+        several = (
+            self.scope.startswith(("all", "top:", "layers:")) and not self.scope.removeprefix("layers:").isdecimal()
+        )
+        if METHODS[self.method].adds and several:
+            words.append("a constant per layer, which add up")
         if self.coefficient is not None:
             words.append(f"coefficient {self.coefficient:g}")
         if "alpha" in METHODS[self.method].options:

@@ -21,7 +21,6 @@ from .resolve import choose
 from .run_folder import Run
 
 MULTIPLIERS = (0.5, 1.0, 2.0)
-SCOPES = ("one", "top:50%", "all")
 ADDED = ("dim", "inlp")  # finders whose first directions a sweep adds
 
 
@@ -106,7 +105,7 @@ def centre(variant: Variant, run: Run) -> Variant:
     return replace(variant, intervention=edit)
 
 
-def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = SCOPES) -> list[Variant]:
+def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = ()) -> list[Variant]:
     """Every edit of `wanted` methods (by default all that the run has directions for) over `scopes`.
 
     Raises:
@@ -129,6 +128,6 @@ def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = 
                 )
             note(f"skipping {method.name}: the run has no directions for it (extract --finders {needed})")
             continue
-        for scope in scopes:
+        for scope in scopes or method.swept_scopes:
             result += _additions(run, method, scope) if method.adds else _removals(run, method, scope)
     return result

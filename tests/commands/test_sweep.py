@@ -66,10 +66,16 @@ def test_every_method_is_tried_over_every_scope(run):
     additions = [f"actadd {kind} {m}" for kind in ("dim", "inlp") for m in ("-2", "-1", "-0.5", "+0.5", "+1", "+2")]
     firsts = ["ablate", "nullspace", "reflect 1", "reflect 2", *additions, "leace"]
     variants = make_variants(load_run(run))
-    assert sorted(v.name for v in variants) == sorted(f"{f} {s}" for f in firsts for s in ("one", "top:50%", "all"))
+    removals = [name for name in firsts if name not in additions]
+    expected = [f"{name} {scope}" for name in removals for scope in ("one", "top:50%", "all")]
+    assert sorted(v.name for v in variants) == sorted([*expected, *(f"{name} one" for name in additions)])
     assert {v.choice.method for v in variants} == set(METHODS)
     for variant in variants:
         assert len(variant.layers) == {"one": 1, "top:50%": LAYERS // 2, "all": LAYERS}[variant.name.split()[-1]]
+    asked = make_variants(load_run(run), ["actadd"], ["all", "one"])
+    assert sorted(v.name for v in asked) == sorted(f"{name} {scope}" for name in additions for scope in ("all", "one"))
+    accumulating = [v.name for v in asked if "a constant per layer, which add up" in v.choice.describe()]
+    assert accumulating == [v.name for v in asked if v.name.endswith("all")]
 
 
 def test_method_without_directions_is_skipped_or_refused(run, monkeypatch):
@@ -77,7 +83,11 @@ def test_method_without_directions_is_skipped_or_refused(run, monkeypatch):
     notes: list[str] = []
     monkeypatch.setattr("orthogonalize.selection.variants.note", notes.append)
     found = load_run(run)
-    bare = replace(found, info=found.info.model_copy(update={"methods": ["dim"]}))
+    bare = replace(
+        found,
+        info=found.info.model_copy(update={"finders": ["dim", "inlp"]}),
+        directions=replace(found.directions, readers=None),
+    )
     assert "leace" not in {v.choice.method for v in make_variants(bare)}
     assert notes == ["skipping leace: the run has no directions for it (extract --finders dim,leace)"]
     with pytest.raises(OrthogonalizeError, match="no directions for leace; extract again with --finders dim,leace"):

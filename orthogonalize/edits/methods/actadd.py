@@ -25,6 +25,7 @@ class ActivationAddition(EditMethod):
     default_scope = "one"
     one_direction = True
     adds = True
+    swept_scopes = ("one",)  # over more layers, one constant per layer adds up in the stream
 
     def map(self, choice: EditConfig, basis: torch.Tensor, norm: float) -> AffineMap:
         from ...core.interventions import shift

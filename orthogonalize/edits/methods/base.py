@@ -33,6 +33,7 @@ class EditMethod:
         restores_mean: whether its shift puts a mean back, so that it depends on what the norms see of that mean.
         projects: whether strength 1 leaves nothing of the direction; the model card then gives what rounding leaves.
         grid: the settings that a sweep tries, each a mapping from fields of `EditConfig` to values.
+        swept_scopes: the scopes that a sweep tries by default.
     """
 
     name: ClassVar[str]
@@ -46,6 +47,7 @@ class EditMethod:
     restores_mean: ClassVar[bool] = False
     projects: ClassVar[bool] = False
     grid: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    swept_scopes: ClassVar[tuple[str, ...]] = ("one", "top:50%", "all")
 
     def finder(self, directions: Directions) -> str:
         """The first of `finders` that found something in `directions`, else the last."""
