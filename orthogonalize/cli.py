@@ -294,7 +294,10 @@ def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
 @parallel_options
 @hf_device_option
 def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> None:
-    """Score answers made elsewhere: FILE is a JSON list of {prompt, response, category}."""
+    """Score answers made earlier: FILE is a report of eval, or a JSON list of {prompt, response, category}.
+
+    The answers of a report are scored for both models, by prompt set, without generating them again.
+    """
     from .commands.judge import judge as run_judge
 
     found = run_judge(file, name, engine=engine, options=engine_options(options))

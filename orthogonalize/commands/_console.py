@@ -65,10 +65,18 @@ def show_sweep(sweep: Any) -> None:
 
 
 def show_judged(judged: Any) -> None:
-    """The rates that a judge found, in total and by category."""
+    """The rates that a judge found, in total and by category; for a report, those of both models."""
+    if hasattr(judged, "edited"):
+        for name in ("base", "edited"):
+            _show_judged_model(getattr(judged, name), f"{name}: ")
+    else:
+        _show_judged_model(judged)
+
+
+def _show_judged_model(judged: Any, prefix: str = "") -> None:
     from ..reports.tables import value
 
-    table = Table(title=escape(f"{judged.n} answers, judged by {judged.model or judged.judge}"))
+    table = Table(title=escape(f"{prefix}{judged.n} answers, judged by {judged.model or judged.judge}"))
     for column in ("", "share", "n", "unreadable"):
         table.add_column(column)
     for field, rate in (("refusal", judged.refusal), ("harmful", judged.harmful)):

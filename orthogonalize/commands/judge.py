@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ..evals.judges.base import WordingJudge
 from ..evals.judges.registry import find_judge
 from ..evals.judges.runner import ready_judges
 from ..evals.metrics import Rate, Record, Series, yes_no_series
+from ..reports.schema import load_report
 
 
 class JudgedFile(Record):
@@ -26,6 +29,13 @@ class JudgedFile(Record):
     n: int
     refusal: Rate | None = None
     harmful: Rate | None = None
+
+
+class JudgedReport(Record):
+    """The judgements of a report's answers, by model; the categories of the rates are the prompt sets."""
+
+    base: JudgedFile
+    edited: JudgedFile
 
 
 def read_answers(file: Path) -> list[dict[str, Any]]:
@@ -58,11 +68,12 @@ def judge(
     *,
     engine: str = "vllm",
     options: EngineOptions = ONE_DEVICE,
-) -> JudgedFile:
-    """Score answers generated elsewhere: `file` is a JSON list of {prompt, response, category}.
+) -> JudgedFile | JudgedReport:
+    """Score answers generated earlier: a JSON list of {prompt, response, category}, or the report.json of `eval`.
 
-    The judge `prefix` counts refusals by their wording and needs no engine; other judges run a model. An interrupted
-    call stores its progress beside `file`; call it again to resume.
+    A report's answers are scored for base and edited model, by prompt set. The judge `prefix` counts refusals by their
+    wording and needs no engine; other judges run a model. An interrupted call stores its progress beside `file`; call
+    it again to resume.
 
     Raises:
         OrthogonalizeError: the file or the model of the judge is missing, or the judge is unknown.
@@ -72,23 +83,53 @@ def judge(
     found = find_judge(name)
     if not isinstance(found, WordingJudge):
         check_engine(engine, options)
-    rows = read_answers(Path(file))
-    categories = [category_of(row.get("category")) for row in rows]
+    file = Path(file)
+    if not _is_report(file):
+        return _judge(file, [read_answers(file)], name, engine, options)[0]
+    answers = load_report(file).answers
+    if not answers:
+        raise OrthogonalizeError(f"{file} contains no answers; run eval with --suite refusal, without --redact")
+    base = [{"prompt": each.prompt, "response": each.base, "category": each.set} for each in answers]
+    edited = [{"prompt": each.prompt, "response": each.edited, "category": each.set} for each in answers]
+    judged = _judge(file, [base, edited], name, engine, options)
+    return JudgedReport(base=judged[0], edited=judged[1])
+
+
+def _is_report(file: Path) -> bool:
+    """Whether `file` is a folder of `eval`, or its report.json, rather than a list of answers."""
+    if file.is_dir():
+        return True
+    try:
+        return isinstance(found := json.loads(file.read_text("utf-8-sig")), dict) and "answers" in found
+    except (ValueError, OSError, RecursionError):
+        return False  # `read_answers` says what is wrong
+
+
+def _judge(
+    file: Path, groups: Sequence[list[dict[str, Any]]], name: str, engine: str, options: EngineOptions
+) -> list[JudgedFile]:
+    """The judgements of each of several groups of answers; a judge's model is started once for all of them."""
+    categories = [[category_of(row.get("category")) for row in rows] for rows in groups]
+    found = find_judge(name)
     if isinstance(found, WordingJudge):
-        flags = [found.refuses(row["response"]) for row in rows]
-        return JudgedFile(judge=name, model=None, n=len(rows), refusal=_rate(yes_no_series(flags, categories)))
+        flags = [[found.refuses(row["response"]) for row in rows] for rows in groups]
+        rates = [_rate(yes_no_series(*pair)) for pair in zip(flags, categories, strict=True)]
+        return [JudgedFile(judge=name, model=None, n=rate.n, refusal=rate) for rate in rates]
     (ready,) = ready_judges([name])
-    pairs = [(row["prompt"], row["response"]) for row in rows]
-    journal = Journal.beside(Path(file), needed=False)  # FILE may be in a read-only folder
+    pairs = [(row["prompt"], row["response"]) for rows in groups for row in rows]
+    journal = Journal.beside(file, needed=False)  # FILE may be in a read-only folder
     journal.announce_resume([ready.step(pairs, engine, options)])
     with journal.kept():
-        judgements = ready.ask(pairs, engine, options, journal)
+        judgements = iter(ready.ask(pairs, engine, options, journal))
     journal.close()
-    fields = {
-        field: _rate(yes_no_series([getattr(each, field) for each in judgements], categories))
-        for field in ready.judge.fields
-    }
-    return JudgedFile(judge=ready.judge.name, model=ready.model, n=len(rows), **fields)
+    result = []
+    for rows, own in zip(groups, categories, strict=True):
+        mine = list(islice(judgements, len(rows)))
+        fields = {
+            field: _rate(yes_no_series([getattr(each, field) for each in mine], own)) for field in ready.judge.fields
+        }
+        result.append(JudgedFile(judge=ready.judge.name, model=ready.model, n=len(rows), **fields))
+    return result
 
 
 def _rate(series: Series) -> Rate:

@@ -18,6 +18,7 @@ from orthogonalize.cli import main
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.commands.extract import extract
+from orthogonalize.commands.judge import judge
 from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
@@ -152,6 +153,12 @@ def test_evaluation_matches_independent_counts_and_losses(run, model, tmp_path):
     page = (tmp_path / "report" / "report.html").read_text()
     assert "http" not in page.replace("http-equiv", "")
     assert page.count('class="item"') == 12
+    again = judge(tmp_path / "report")  # the stored answers, counted by wording once more
+    for label, judged in (("base", again.base), ("edited", again.edited)):
+        counted = getattr(report, label).refusal
+        for name in ("target", "harmless"):
+            assert judged.refusal.by_category[name].value == getattr(counted, name).value, (label, name)
+    assert command("judge", tmp_path / "report" / "report.json")[0] == 0
     # The loss of the base's greedy answers, computed by hand from the library's own loss.
     from transformers import AutoModelForCausalLM
 
