@@ -1,9 +1,9 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
 Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `push`, `verify`, `sweep`,
-`judge`, `rank`, `describe` and `demo`. The algebra under them is exported, too. Import from this package only;
-everything below it may move. A name is loaded on first use, so that importing the package, or asking the command line
-for help, does not wait for torch.
+`judge`, `rank`, `describe` and `demo`. The algebra under them is exported, too, and so are the registries that plugins
+add to. Import from this package only; everything below it may move. A name is loaded on first use, so that importing
+the package, or asking the command line for help, does not wait for torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoints.diff import Audit as Audit
+    from .checkpoints.rounding.registry import ROUNDING_SCHEMES as ROUNDING_SCHEMES
     from .commands.demo import demo as demo
     from .commands.describe import describe as describe
     from .commands.edit import edit as edit
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .core.interventions import removal as removal
     from .core.interventions import shift as shift
     from .core.registry import Registry as Registry
+    from .data.benchmarks import PROMPT_SETS as PROMPT_SETS
     from .directions.conditional import ConditionalMap as ConditionalMap
     from .directions.conditional import InputMoments as InputMoments
     from .directions.conditional import solve_from_moments as solve_from_moments
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from .directions.direction_set import GivenDirection as GivenDirection
     from .directions.direction_set import load_direction as load_direction
     from .directions.finders.base import DirectionFinder as DirectionFinder
+    from .directions.finders.registry import FINDERS as FINDERS
     from .directions.inlp.nullspace import Subspace as Subspace
     from .directions.inlp.nullspace import Subspaces as Subspaces
     from .directions.inlp.nullspace import inlp as inlp
@@ -50,10 +53,14 @@ if TYPE_CHECKING:
     from .edits.build import intervention_from_directions as intervention_from_directions
     from .edits.config import EditConfig as EditConfig
     from .edits.methods.base import EditMethod as EditMethod
+    from .edits.methods.registry import METHODS as METHODS
     from .edits.recipe import Recipe as Recipe
     from .edits.recipe import load_recipe as load_recipe
     from .edits.settings import EditSettings as EditSettings
     from .engines.base import EngineOptions as EngineOptions
+    from .engines.registry import ENGINES as ENGINES
+    from .evals.judges.registry import JUDGES as JUDGES
+    from .evals.suites.registry import SUITES as SUITES
     from .models.describe.draft import Draft as Draft
     from .models.hooks import intervened as intervened
     from .reports.schema import Report as Report
@@ -74,20 +81,27 @@ _MODULES = {
     "DirectionFinder": "directions.finders.base",
     "Directions": "directions.direction_set",
     "Draft": "models.describe.draft",
+    "ENGINES": "engines.registry",
     "EditConfig": "edits.config",
     "EditMethod": "edits.methods.base",
     "EditSettings": "edits.settings",
     "EngineOptions": "engines.base",
     "Eraser": "directions.leace",
+    "FINDERS": "directions.finders.registry",
     "GivenDirection": "directions.direction_set",
     "InputMoments": "directions.conditional",
     "Intervention": "core.interventions",
+    "JUDGES": "evals.judges.registry",
+    "METHODS": "edits.methods.registry",
     "Moments": "directions.leace",
     "OrthogonalizeError": "core.errors",
+    "PROMPT_SETS": "data.benchmarks",
+    "ROUNDING_SCHEMES": "checkpoints.rounding.registry",
     "Recipe": "edits.recipe",
     "Registry": "core.registry",
     "Report": "reports.schema",
     "Run": "selection.run_folder",
+    "SUITES": "evals.suites.registry",
     "Settings": "selection.settings",
     "Site": "core.interventions",
     "Subspace": "directions.inlp.nullspace",
