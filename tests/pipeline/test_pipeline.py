@@ -241,7 +241,7 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(model, run, sources, t
         (("edit", model, "--out", out, "--direction", wide, "--method", "ablate"), "one direction, not 3"),
         (("extract", model, "--out", out, *sides, "--device", "nonsense"), "device 'nonsense'"),
         (("extract", model, "--out", out, *sides, "--behaviour-tokens", "999999"), "is not in the model's vocabulary"),
-        (("extract", model, "--out", out, *sides, "--template-argument", "tokenize=false"), "does not take this"),
+        (("extract", model, "--out", out, *sides, "--template-argument", "tokenize=false"), "rejects this prompt"),
         (("extract", model, "--out", narrow / "x", *sides), "narrow.safetensors"),
         (("extract", model, "--out", out, *sides, "--stage", "directions"), "needs stage 'prompts'"),
         (("extract", model, "--out", out, *sides, "--classifier", "svm"), "--solver sklearn"),
@@ -302,7 +302,7 @@ def test_remote_code_runs_only_if_allowed_and_needed(tmp_path):
     (folder / "config.json").write_text(json.dumps(config | remote))
     assert type(load_model(folder)).__name__ == "LlamaForCausalLM"  # transformers supports it without remote code
     (folder / "config.json").write_text(json.dumps(config | remote | {"model_type": "nobody_knows"}))
-    with pytest.raises(OrthogonalizeError, match="only extract --trust-remote-code allows"):
+    with pytest.raises(OrthogonalizeError, match="only run by extract --trust-remote-code"):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
 
