@@ -70,7 +70,7 @@ def edit(
     place = _place(out, cache)
     share = Share.parse(settings.shard) if settings.shard else None
     if share is not None and cache is not None:
-        raise OrthogonalizeError("--shard needs --out: shares are written beside that folder")
+        raise OrthogonalizeError("give --out with --shard: shares are written beside that folder")
     place.check_free(settings.force, [Path(p) for p in (model, run, direction, recipe) if p is not None])
     if sum(source is not None for source in (run, direction, recipe)) != 1:
         raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
