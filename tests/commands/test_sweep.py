@@ -77,7 +77,11 @@ def test_method_without_directions_is_skipped_or_refused(run, monkeypatch):
     notes: list[str] = []
     monkeypatch.setattr("orthogonalize.selection.variants.note", notes.append)
     found = load_run(run)
-    bare = replace(found, info=found.info.model_copy(update={"methods": ["dim"]}))
+    bare = replace(
+        found,
+        info=found.info.model_copy(update={"finders": ["dim", "inlp"]}),
+        directions=replace(found.directions, readers=None),
+    )
     assert "leace" not in {v.choice.method for v in make_variants(bare)}
     assert notes == ["skipping leace: the run has no directions for it (extract --finders dim,leace)"]
     with pytest.raises(OrthogonalizeError, match="no directions for leace; extract again with --finders dim,leace"):
