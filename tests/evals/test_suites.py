@@ -287,7 +287,7 @@ def test_checkpoint_is_named_by_its_folder_from_inside_too(model, edited, run, t
 @pytest.mark.parametrize(("words", "message"), [
     (["--judge", "prefix"], "eval counts such refusals anyway"),
     (["--judge", "wildguard="], "names no model"),
-    (["--revision", "main"], "--revision main is for models of the Hub, and .* lies here"),
+    (["--revision", "main"], "--revision main is only for models on the Hub, but .* is a local path"),
     (["--separate-engines"], "--separate-engines is redundant: --engine hf always loads each model separately"),
 ])  # fmt: skip
 def test_options_without_effect_are_refused(words, message, model, edited, run, tmp_path):
