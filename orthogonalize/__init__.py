@@ -1,9 +1,9 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
 Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `push`, `verify`, `sweep`,
-`judge`, `rank`, `describe` and `demo`. The algebra under them is exported, too, and so are the registries that plugins
-add to. Import from this package only; everything below it may move. A name is loaded on first use, so that importing
-the package, or asking the command line for help, does not wait for torch.
+`judge`, `compare`, `rank`, `describe` and `demo`. The algebra under them is exported, too, and so are the registries
+that plugins add to. Import from this package only; everything below it may move. A name is loaded on first use, so
+that importing the package, or asking the command line for help, does not wait for torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints.diff import Audit as Audit
     from .checkpoints.rounding.registry import ROUNDING_SCHEMES as ROUNDING_SCHEMES
+    from .checkpoints.rounding.registry import RoundingScheme as RoundingScheme
+    from .commands.compare import Comparison as Comparison
+    from .commands.compare import compare as compare
     from .commands.demo import demo as demo
     from .commands.describe import describe as describe
     from .commands.edit import edit as edit
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from .core.interventions import shift as shift
     from .core.registry import Registry as Registry
     from .data.benchmarks import PROMPT_SETS as PROMPT_SETS
+    from .data.benchmarks import BenchmarkSet as BenchmarkSet
+    from .data.benchmarks import PromptSet as PromptSet
     from .directions.conditional import ConditionalMap as ConditionalMap
     from .directions.conditional import InputMoments as InputMoments
     from .directions.conditional import solve_from_moments as solve_from_moments
@@ -59,7 +64,16 @@ if TYPE_CHECKING:
     from .edits.settings import EditSettings as EditSettings
     from .engines.base import EngineOptions as EngineOptions
     from .engines.registry import ENGINES as ENGINES
+    from .engines.registry import EngineEntry as EngineEntry
+    from .evals.judges.base import Judgement as Judgement
+    from .evals.judges.base import WeighingJudge as WeighingJudge
+    from .evals.judges.base import WordingJudge as WordingJudge
+    from .evals.judges.base import WritingJudge as WritingJudge
     from .evals.judges.registry import JUDGES as JUDGES
+    from .evals.metrics import Series as Series
+    from .evals.metrics import yes_no_series as yes_no_series
+    from .evals.suites.base import SuiteContext as SuiteContext
+    from .evals.suites.base import SuiteEntry as SuiteEntry
     from .evals.suites.registry import SUITES as SUITES
     from .models.describe.draft import Draft as Draft
     from .models.hooks import intervened as intervened
@@ -76,7 +90,9 @@ if TYPE_CHECKING:
 _MODULES = {
     "AffineMap": "core.interventions",
     "Audit": "checkpoints.diff",
+    "BenchmarkSet": "data.benchmarks",
     "Candidate": "selection.candidates",
+    "Comparison": "commands.compare",
     "ConditionalMap": "directions.conditional",
     "DirectionFinder": "directions.finders.base",
     "Directions": "directions.direction_set",
@@ -85,6 +101,7 @@ _MODULES = {
     "EditConfig": "edits.config",
     "EditMethod": "edits.methods.base",
     "EditSettings": "edits.settings",
+    "EngineEntry": "engines.registry",
     "EngineOptions": "engines.base",
     "Eraser": "directions.leace",
     "FINDERS": "directions.finders.registry",
@@ -92,24 +109,34 @@ _MODULES = {
     "InputMoments": "directions.conditional",
     "Intervention": "core.interventions",
     "JUDGES": "evals.judges.registry",
+    "Judgement": "evals.judges.base",
     "METHODS": "edits.methods.registry",
     "Moments": "directions.leace",
     "OrthogonalizeError": "core.errors",
     "PROMPT_SETS": "data.benchmarks",
+    "PromptSet": "data.benchmarks",
     "ROUNDING_SCHEMES": "checkpoints.rounding.registry",
     "Recipe": "edits.recipe",
     "Registry": "core.registry",
     "Report": "reports.schema",
+    "RoundingScheme": "checkpoints.rounding.registry",
     "Run": "selection.run_folder",
     "SUITES": "evals.suites.registry",
+    "Series": "evals.metrics",
     "Settings": "selection.settings",
     "Site": "core.interventions",
     "Subspace": "directions.inlp.nullspace",
     "Subspaces": "directions.inlp.nullspace",
+    "SuiteContext": "evals.suites.base",
+    "SuiteEntry": "evals.suites.base",
     "Sweep": "reports.sweep",
     "Trial": "selection.trials",
     "Verified": "commands.verify",
+    "WeighingJudge": "evals.judges.base",
+    "WordingJudge": "evals.judges.base",
+    "WritingJudge": "evals.judges.base",
     "bake": "edits.bake",
+    "compare": "commands.compare",
     "demo": "commands.demo",
     "describe": "commands.describe",
     "edit": "commands.edit",
@@ -134,6 +161,7 @@ _MODULES = {
     "solve_from_samples": "directions.conditional",
     "sweep": "commands.sweep",
     "verify": "commands.verify",
+    "yes_no_series": "evals.metrics",
 }
 
 __all__ = sorted(_MODULES)

@@ -8,7 +8,16 @@ from typing import Any
 
 import click
 
-from .commands._console import console, show_audit, show_candidates, show_judged, show_report, show_run, show_sweep
+from .commands._console import (
+    console,
+    show_audit,
+    show_candidates,
+    show_comparison,
+    show_judged,
+    show_report,
+    show_run,
+    show_sweep,
+)
 from .commands._options import (
     ListingOption,
     choice,
@@ -64,7 +73,7 @@ class Commands(click.Group):
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["extract", "edit", "eval", "push", "verify", "sweep", "judge", "rank", "describe", "demo"]
+        return ["extract", "edit", "eval", "push", "verify", "sweep", "judge", "compare", "rank", "describe", "demo"]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -305,6 +314,19 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
         click.echo(found.model_dump_json(indent=1, exclude_none=True))
     else:
         show_judged(found)
+
+
+@main.command()
+@click.argument("first", type=path())
+@click.argument("second", type=path())
+def compare(first: Path, second: Path) -> None:
+    """Set two reports of eval side by side: FIRST and SECOND are folders made by eval, or their report.json.
+
+    Refusals are compared prompt by prompt, other measures by their values.
+    """
+    from .commands.compare import compare as run_compare
+
+    show_comparison(run_compare(first, second))
 
 
 @main.command()

@@ -87,6 +87,20 @@ def _show_judged_model(judged: Any, prefix: str = "") -> None:
     console.print(table)
 
 
+def show_comparison(comparison: Any) -> None:
+    """Two reports side by side, and what they were not measured alike in."""
+    from ..reports.comparison import COLUMNS
+
+    table = Table(title=escape(f"{comparison.first.checkpoint} and {comparison.second.checkpoint}"))
+    for name in COLUMNS:
+        table.add_column(name)
+    for row in comparison.rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+    if comparison.unlike:
+        console.print(escape(f"not measured alike: {', '.join(comparison.unlike)}; differences may come from there"))
+
+
 def show_report(report: Any) -> None:
     """The measures of base and edited, and how they differ."""
     from ..reports.tables import summary_rows
