@@ -69,6 +69,8 @@ def edit(
     settings = (settings or EditSettings()).with_changes(**changes)
     place = _place(out, cache)
     share = Share.parse(settings.shard) if settings.shard else None
+    if share is not None and settings.format == "lora":
+        raise OrthogonalizeError("an adapter is one small file; leave out --shard with --format lora")
     if share is not None and cache is not None:
         raise OrthogonalizeError("give --out with --shard: shares are written beside that folder")
     place.check_free(settings.force, [Path(p) for p in (model, run, direction, recipe) if p is not None])
@@ -97,10 +99,14 @@ def edit(
     written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
     how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
     if settings.format == "lora":
+        weights = source.fingerprint()
+        if resolved.base_weights not in (None, weights):
+            raise OrthogonalizeError(f"{model} is not the base of the recipe (its weights differ)")
         with place.complete(settings.force) as partial:
             write_adapter(plan, partial, written.base.model)
-            written.base.weights = source.fingerprint()
+            written.base.weights = weights
             written.save(partial)
+        _note_relative(resolved, written)
         return written
     if share is not None:
         return _write_share(planned, place.folder, share, written, how)
@@ -110,9 +116,14 @@ def edit(
         written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
         written.save(partial)
         write_card(partial, written, source.path)
+    _note_relative(resolved, written)
+    return written
+
+
+def _note_relative(resolved: ResolvedEdit, written: Recipe) -> None:
+    """Say so where the run was extracted from other weights than were edited."""
     if resolved.run is not None and resolved.run.info.weights != written.base.weights:
         note("the run was extracted from different weights (of a related model?)")
-    return written
 
 
 def _recipe_of(

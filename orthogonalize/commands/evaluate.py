@@ -186,6 +186,8 @@ def evaluate(
     called, checkpoint = public_name(str(checkpoint)), edited_folder(checkpoint)
     out, run = Path(out), Path(run)
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
+    if options is not None and device != "auto":
+        raise OrthogonalizeError("give the device either as `device` or in `options`")
     options = options or EngineOptions(device=device)
     check_request(suites, engine, options, data)
     if separate_engines and not ENGINES.find(engine).shared:

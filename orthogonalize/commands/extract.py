@@ -41,7 +41,7 @@ from ..selection.probes import probe_candidate
 from ..selection.run_folder import Run, RunInfo, load_prompt_file, load_run, save_prompts, save_selection
 from ..selection.settings import Settings
 from ..selection.stages import STAGES, Stage, StageBook
-from ..selection.trials import EditSearch, Trial, confirm
+from ..selection.trials import EditSearch, Trial, confirm, reads_can_be_baked
 
 ANSWER_TOKENS = 48  # of the base model's own answers, against which a tried edit's harm is measured
 CONFIRM_TOKENS = 64
@@ -249,7 +249,7 @@ class _Extraction:
         positive = self._ids(prompts, "positive", "val")
         trials = EditSearch(
             self.model, directions, ranked, tokens, positive, [negative[i] for i in kept], [answers[i] for i in kept],
-            journal,
+            journal, reads=reads_can_be_baked(self.source.checkpoint, directions),
         )  # fmt: skip
         found = trials.search(self.settings.trials)
         return confirm(trials, found, journal, lambda: self._refusal_rate(positive))

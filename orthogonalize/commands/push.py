@@ -25,6 +25,8 @@ def _stage(folder: Path, report: Path | None, stage: Path) -> None:
     """Write the recipe, card and report for publication, without local paths, into `stage`."""
     recipe = load_recipe(folder)
     found = load_report(report) if report is not None else None
+    if report is not None and report.is_file():
+        report = report.parent
     if found is not None and found.recipe not in (None, recipe.fingerprint()):
         raise OrthogonalizeError(f"{report} reports on a different edit than {folder}; run eval on this checkpoint")
     recipe.base.model = public_name(recipe.base.model)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from .errors import OrthogonalizeError
 
-UNFINISHED = re.compile(r"\..*\.(partial|journal)(-\d+)?$")
+UNFINISHED = re.compile(r"\..*\.(partial|journal)(-\d+|-measured)?$")
 
 
 @dataclass(frozen=True)

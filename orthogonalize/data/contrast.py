@@ -19,6 +19,8 @@ def read_contrast(
     Raises:
         OrthogonalizeError: neither a concept nor both sources are given, or they cannot be used.
     """
+    if concept_name and column is not None:
+        raise OrthogonalizeError("--column belongs to --positive and --negative; a named concept knows its own")
     if concept_name and not (positive or negative):
         named = concept(concept_name)
         sides = (

@@ -186,7 +186,7 @@ def _reference_metadata(file: Path) -> dict[str, Any]:
     return dict(json.loads(metadata.read_text("utf-8"))) if metadata.is_file() else {}
 
 
-def load_direction(file: Path) -> GivenDirection:
+def load_direction(file: Path | str) -> GivenDirection:
     """Read a direction file: safetensors with `direction` [d] or `basis` [k, d], or `direction.pt`.
 
     `.pt` files are those of the refusal_direction repository. They are unpickled with `weights_only=True`; position
@@ -196,6 +196,7 @@ def load_direction(file: Path) -> GivenDirection:
         OrthogonalizeError: the file is missing or unreadable, or its tensor has the wrong shape, is zero or is not
             finite.
     """
+    file = Path(file)
     if not file.is_file():
         raise OrthogonalizeError(f"no such direction file: {file}")
     metadata: dict[str, Any] = {}

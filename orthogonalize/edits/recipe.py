@@ -137,12 +137,13 @@ class Recipe(_Record):
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe, given as a file or as the checkpoint folder that contains it.
 
     Raises:
         OrthogonalizeError: there is none, or it cannot be read.
     """
+    path = Path(path)
     file = path / RECIPE if path.is_dir() else path
     if not file.is_file():
         raise OrthogonalizeError(f"no recipe at {file}")

@@ -71,9 +71,10 @@ def parse_scope(text: str) -> Scope:
             layers: set[int] = set()
             for part in rest.split(","):
                 first, _, last = part.partition("-")
-                layers.update(range(int(first), int(last or first) + 1))
-            if not layers:
-                raise wrong
+                span = range(int(first), int(last or first) + 1)
+                if not span:
+                    raise OrthogonalizeError(f"scope {text!r}: the range {part} is reversed")
+                layers.update(span)
             return Scope("layers", tuple(sorted(layers)))
     raise wrong
 

@@ -120,14 +120,15 @@ class Series(Record):
             case "loss" | "divergence":
                 known = self.known()
                 tokens = [t for v, t in zip(self.values, self.tokens, strict=True) if v is not None]
-                value = sum(known) / sum(tokens)
+                value = sum(known) / sum(tokens) if known else 0.0
                 found = Divergence(value=value, n=len(known), ci95=loss_interval(known, tokens), tokens=sum(tokens))
                 if self.kind == "divergence":
                     return found
                 return Loss(**found.model_dump(), perplexity=perplexity_of(value))
             case "score":
                 known = self.known()
-                return Score(value=sum(known) / len(known), n=len(known), ci95=loss_interval(known, [1] * len(known)))
+                value = sum(known) / len(known) if known else 0.0
+                return Score(value=value, n=len(known), ci95=loss_interval(known, [1] * len(known)))
 
     def _rate(self) -> Rate:
         known = self.known()
@@ -185,10 +186,12 @@ def compare(base: Series, edited: Series) -> Paired:
                 p=paired_permutation(before, after),
             )
         case "divergence":
+            both = zip(base.values, edited.values, base.tokens, strict=True)
+            tokens = [count for a, b, count in both if a is not None and b is not None]
             return Paired(
-                difference=(sum(after) - sum(before)) / sum(base.tokens),
+                difference=(sum(after) - sum(before)) / sum(tokens),
                 n=len(pairs),
-                ci95=loss_interval([b - a for a, b in pairs], base.tokens),
+                ci95=loss_interval([b - a for a, b in pairs], tokens),
             )
         case _:
             return Paired(

@@ -165,12 +165,13 @@ class Report(Record):
     __str__ = __repr__
 
 
-def load_report(folder: Path) -> Report:
-    """Read the report.json in a folder written by `eval`.
+def load_report(folder: Path | str) -> Report:
+    """Read a report, given as report.json or as the folder that `eval` wrote.
 
     Raises:
         OrthogonalizeError: it is missing or damaged.
     """
+    folder = Path(folder)
     file = folder / "report.json" if folder.is_dir() else folder
     if not file.is_file():
         raise OrthogonalizeError(f"no report at {file}; create one with eval")

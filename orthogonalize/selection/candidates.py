@@ -103,7 +103,15 @@ def rank(
         kl: maximum KL, in nats.
         induce: minimum induce score, in log-odds.
         prune: fraction of the last layers to exclude.
+
+    Raises:
+        OrthogonalizeError: a filter is not a finite number, or negative; or the file cannot be read.
     """
+    if not (kl >= 0 and math.isfinite(kl) and math.isfinite(induce) and 0 <= prune <= 1):
+        raise OrthogonalizeError(
+            f"a filter is not usable: kl ({kl:g}) must be at least 0, induce ({induce:g}) a number, and prune ({prune:g}) "
+            "between 0 and 1"
+        )
     given = load_candidates(Path(candidates)) if isinstance(candidates, Path | str) else list(candidates)
     ranked: list[Candidate] = []
     for finder in dict.fromkeys(c.finder for c in given):
@@ -134,7 +142,8 @@ def _order(candidate: Candidate, kl: float, induce: float) -> tuple[float, ...]:
         return (0, candidate.bypass)
     if "not a number" in candidate.failed:
         return (3, candidate.layer)
-    excess = max(candidate.kl / kl - 1, 0) + max(induce - candidate.induce, 0)
+    over = candidate.kl / kl - 1 if kl else candidate.kl
+    excess = max(over, 0) + max(induce - candidate.induce, 0)
     return (2 if "late layer" in candidate.failed else 1, candidate.bypass > 0, excess)
 
 

@@ -94,12 +94,13 @@ def save_selection(
     write_atomically(folder / "candidates.json", json.dumps(found, indent=1) + "\n")
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path | str) -> Run:
     """Read a run folder.
 
     Raises:
         OrthogonalizeError: it is not a run folder, or a part is missing or damaged.
     """
+    folder = Path(folder)
     if not (folder / "run.json").is_file() and (folder / BOOK).is_file():
         raise OrthogonalizeError(f"run folder {folder} is unfinished; re-run the same extract command to resume it")
     if not (folder / "run.json").is_file():

@@ -15,10 +15,14 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from ..architectures.schema import architecture_of
+from ..checkpoints.checkpoint import Checkpoint
+from ..core.errors import OrthogonalizeError
 from ..core.interrupts import check
 from ..core.journal import Journal
 from ..core.progress import track
 from ..directions.direction_set import Directions
+from ..edits.bake import bake
 from ..edits.build import finder_of, intervention_from_directions
 from ..edits.config import EditConfig
 from ..edits.methods.registry import DEFAULT
@@ -86,6 +90,7 @@ class EditSearch:
     negative: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
     known: ScoreStore | None = None
+    reads: bool = True  # whether edits of what is read (scope `from:`) can be written into this model
 
     def __post_init__(self) -> None:
         self.base_loss = completion_loss(self.model, self.negative, self.answers)
@@ -139,7 +144,7 @@ class EditSearch:
         good = good or [c for c in self.ranked if c.finder == finder]
         position = good[0].position
         shared = list({c.layer: c for c in reversed(good[:10])}.values())[-2:]
-        spans = [f"from:{count * share // 10}" for share in (9, 8, 7)]
+        spans = [f"from:{count * share // 10}" for share in (9, 8, 7)] if self.reads else []
         spans += [f"layers:{count // 2}-{count - 1}", f"layers:{count // 3}-{count * 4 // 5}"]
         choices: list[EditConfig] = []
         for scope in spans:
@@ -198,6 +203,21 @@ class EditSearch:
                 if 1 <= choice.layer + change < count
             ]
         return near
+
+
+def reads_can_be_baked(source: Checkpoint, directions: Directions) -> bool:
+    """Whether edits of what is read (scope `from:`) can be written into the weights of `source`.
+
+    Some families cannot take them: their heads stay tied, or read a norm's bias and have none to keep it by.
+    """
+    position, layer = directions.positions[-1], directions.layer_count
+    choice = EditConfig(method=DEFAULT, scope=f"from:{layer - 1}", position=position, layer=layer)
+    layer_norm = architecture_of(source.config).norms.kind == "layer"
+    try:
+        bake(source, intervention_from_directions(choice, directions, layer_norm=layer_norm))
+    except OrthogonalizeError:
+        return False
+    return True
 
 
 def confirm(

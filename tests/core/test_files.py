@@ -11,6 +11,7 @@ import pytest
 
 from orthogonalize.core.files import fingerprint, write_atomically
 from orthogonalize.core.journal import Journal
+from orthogonalize.core.output_folders import FolderKind
 
 
 def test_fingerprints_stored_in_stages_json_keep_their_values():
@@ -49,3 +50,14 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_folder_of_a_killed_measurement_is_still_recognized(tmp_path):
+    """The journal that a killed `demo` leaves in its folder must not keep the next one out."""
+    kind = FolderKind("run", frozenset({"run", ".report"}))
+    (tmp_path / "run").mkdir()
+    Journal.beside(tmp_path / ".report").put({"a": 1})
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith("-measured")]
+    assert kind.matches(tmp_path)
+    (tmp_path / "mine.txt").write_text("")
+    assert not kind.matches(tmp_path)

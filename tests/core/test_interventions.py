@@ -76,7 +76,9 @@ def test_scope_prints_as_it_was_written(text):
     assert str(parse_scope(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "every", "layers:", "layers:3-", "layers:5-3", "top:0%", "top:101%", "upto:-1"])
+@pytest.mark.parametrize(
+    "text", ["", "every", "layers:", "layers:3-", "layers:5-3", "layers:1,5-3", "top:0%", "top:101%", "upto:-1"]
+)
 def test_malformed_scope_is_refused(text):
     with pytest.raises(OrthogonalizeError, match="scope"):
         parse_scope(text)

@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.contrast import read_contrast
 from orthogonalize.data.prompts import Prompt, check_contrast, concept, load_prompts, split_prompts
 
 TEXTS = ["How are you?", "What is 2 + 2?\nShow your work.", "Ça va ?"]
@@ -169,3 +170,8 @@ def test_template_with_a_date_gets_a_fixed_date():
     tokenizer, fixed = tiny_tokenizer(dated), tiny_tokenizer(TEMPLATE.replace("[answer]", "26 Jul 2024[answer]"))
     assert dated != TEMPLATE
     assert ChatFormat(tokenizer).encode("how") == ChatFormat(fixed).encode("how")
+
+
+def test_column_beside_a_named_concept_is_refused():
+    with pytest.raises(OrthogonalizeError, match="--column belongs to"):
+        read_contrast("cooking", None, None, column="text")

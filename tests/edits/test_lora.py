@@ -118,6 +118,12 @@ def test_edit_writes_an_adapter_with_its_recipe(tmp_path):
     with pytest.raises(OrthogonalizeError, match="an embedding"):
         edit(str(source), tmp_path / "whole", direction=tmp_path / "direction.safetensors", scope="all", format="lora")
     assert not (tmp_path / "whole").exists()
+    given = {"direction": tmp_path / "direction.safetensors", "scope": "layers:1", "format": "lora"}
+    with pytest.raises(OrthogonalizeError, match="leave out --shard"):
+        edit(str(source), tmp_path / "share", **given, shard="1/2")
+    other = store(tiny_llama(seed=1), tmp_path / "other", torch.float32)
+    with pytest.raises(OrthogonalizeError, match="not the base of the recipe"):
+        edit(str(other), tmp_path / "again", recipe=tmp_path / "lora", format="lora")
 
 
 # On a CPU, vLLM 0.32 applies the last slot (index -1) to rows without an adapter: one slot must stay empty.

@@ -334,3 +334,19 @@ def test_task_perplexities_and_scores_are_labelled_correctly():
 )
 def test_only_real_out_of_memory_errors_are_recognised(error, short):
     assert (ran_out_of_memory(error) is not None) == short
+
+
+@pytest.mark.parametrize("kind", ["share", "loss", "divergence", "score"])
+def test_series_without_any_value_has_no_items(kind):
+    """A suite may find nothing readable in any answer; that is no value, and no crash."""
+    empty = Series(kind=kind, values=[None, None], tokens=[3, 4] if kind in ("loss", "divergence") else [])
+    assert empty.measure().n == 0
+    assert compare(empty, empty).n == 0
+
+
+def test_divergence_is_paired_over_items_of_both():
+    base = Series(kind="divergence", values=[0.0, None, 0.0], tokens=[2, 50, 3])
+    edited = Series(kind="divergence", values=[1.0, 7.0, 4.0], tokens=[2, 50, 3])
+    found = compare(base, edited)
+    assert found.n == 2
+    assert found.difference == pytest.approx(5 / 5)

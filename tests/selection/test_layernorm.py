@@ -15,7 +15,9 @@ from helpers.tiny_models import store_tiny
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.extract import extract
 from orthogonalize.commands.sweep import sweep
+from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import centred, centred_map
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.build import intervention_from_directions
@@ -104,6 +106,17 @@ def test_trial_scores_as_the_written_checkpoint(scored, model, tmp_path):
     bake(open_checkpoint(model), centred(intervention)).write(tmp_path)
     expected = behaviour_score(plain_probabilities(load(tmp_path), positive), TOKENS).mean().item()
     assert trials.run(choice).score == pytest.approx(expected, abs=1e-4)
+
+
+def test_only_edits_that_can_be_written_are_tried(model, sources, tmp_path):
+    """GPT-NeoX has no bias to keep what its head reads of the norm's own, so no `from:` scope can be baked into it."""
+    settings = dataclasses.replace(UNTRIED, trials=6, max_rank=1)
+    found = extract(str(model), tmp_path / "run", **sources, settings=settings)
+    assert found.trials
+    assert not [trial for trial in found.trials if trial.choice.scope.startswith("from:")]
+    edit(str(model), tmp_path / "edited", run=tmp_path / "run")
+    with pytest.raises(OrthogonalizeError, match="LayerNorm with a bias"):
+        edit(str(model), tmp_path / "read", run=tmp_path / "run", method="ablate", scope="from:2")
 
 
 def test_swept_edit_measures_as_the_written_checkpoint(model, run, tmp_path):

@@ -177,6 +177,10 @@ def test_stored_candidates_can_be_reranked_without_a_model(tmp_path):
     assert [(c.finder, c.layer) for c in rank(str(file), kl=0.5, prune=0.0) if not c.failed] == [
         ("dim", 8), ("dim", 5), ("dim", 3), ("leace", 8), ("leace", 5), ("leace", 3),
     ]  # fmt: skip
+    assert [c.finder for c in rank(file, kl=0)] == ["dim", "dim", "dim", "leace", "leace", "leace"]
+    for unusable in ({"kl": float("nan")}, {"kl": -1}, {"induce": float("inf")}, {"prune": 2}):
+        with pytest.raises(OrthogonalizeError, match="a filter is not usable"):
+            rank(file, **unusable)
     with pytest.raises(OrthogonalizeError, match=r"is not a candidates\.json that this version can read"):
         rank(tmp_path / "none.json")
 
