@@ -109,7 +109,7 @@ def rank(
     """
     if not (kl >= 0 and math.isfinite(kl) and math.isfinite(induce) and 0 <= prune <= 1):
         raise OrthogonalizeError(
-            f"a filter is not usable: kl ({kl:g}) must be at least 0, induce ({induce:g}) a number, and prune ({prune:g}) "
+            f"a filter is not usable: kl ({kl:g}) must be 0 or more, induce ({induce:g}) a number, prune ({prune:g}) "
             "between 0 and 1"
         )
     given = load_candidates(Path(candidates)) if isinstance(candidates, Path | str) else list(candidates)
