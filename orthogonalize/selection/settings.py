@@ -34,8 +34,8 @@ class Settings:
         filtered: whether to drop prompts on which the model does not behave as expected.
         max_rank, solver, classifier: of INLP (see `inlp`).
         scoring: `local`, and optionally `global` to also score every candidate at every write.
-        scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are tried on
-            all positive prompts.
+        scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
+            tried on all positive prompts.
         trials: number of whole edits to try; 0 skips the search.
         answers: number of the model's own answers to negative prompts on which an edit's harm is measured.
         trust_remote_code: whether to run code from the model's repository.
