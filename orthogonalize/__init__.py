@@ -1,7 +1,7 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
 Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `push`, `verify`, `sweep`,
-`judge`, `compare`, `rank`, `describe` and `demo`. The algebra under them is exported, too, and so are the registries
+`judge`, `compare`, `rank`, `describe` and `demo`. The algebra under them is also exported, and so are the registries
 that plugins add to. Import from this package only; everything below it may move. A name is loaded on first use, so
 that importing the package, or asking the command line for help, does not wait for torch.
 """

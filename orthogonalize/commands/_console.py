@@ -44,7 +44,7 @@ def show_run(run: Any) -> None:
         console.print(table)
     if run.trials:
         table = Table(title="best edits tried")
-        for name in ("edit", "still shows it", "harm"):
+        for name in ("edit", "behaviour left", "harm"):
             table.add_column(name)
         for trial in run.trials[:4]:
             left = trial.left if trial.confirmed is None else trial.confirmed
@@ -140,7 +140,7 @@ def show_audit(audit: Any) -> None:
     table.add_row("tensors changed", str(len(audit.changed)))
     table.add_row("tensors added", ", ".join(audit.added[:3]) + (" …" if len(audit.added) > 3 else "") or "none")
     table.add_row("tensors missing", ", ".join(audit.missing) or "none")
-    table.add_row("tensors byte for byte the same", str(audit.same))
+    table.add_row("identical tensors", str(audit.same))
     table.add_row("configuration", ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in audit.config.items()) or "same")
     table.add_row(
         "other files that differ", "; ".join(f"{name} ({audit.notes[name]})" for name in audit.side_files) or "none"

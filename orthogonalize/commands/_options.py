@@ -284,7 +284,9 @@ extract_options = together(
         callback=converted_by(operator.not_),
         help="Send prompts without the chat template.",
     ),
-    click.option("--sensitive", is_flag=True, help="Mark your own prompts: eval folds them, and can --redact them."),
+    click.option(
+        "--sensitive", is_flag=True, help="Mark your own prompts as sensitive: eval folds them and can --redact them."
+    ),
     number("--max-rank", 1, None, "Maximum number of INLP directions; default 20."),
     choice("--solver", ["newton", "sklearn"], "newton", "Solver for INLP."),
     choice("--classifier", ["logistic", "svm"], "logistic", "Classifier for INLP; svm needs --solver sklearn."),
@@ -303,7 +305,7 @@ extract_options = together(
         help="Default: chosen by device.",
     ),
     click.option("--seed", default=0, show_default=True, help="Random seed."),
-    number("--seeds", 1, 1, "Times to halve the prompts and compare the halves' directions; 1 measures nothing."),
+    number("--seeds", 1, 1, "Random halvings of the prompts, to measure how stable directions are; 1 skips this."),
     click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
     revision_option,
     device_option,
@@ -320,8 +322,12 @@ edit_options = together(
     click.option(
         "--method", type=Entry(lambda: list(METHODS)), help="Edit method; default: that of the run's best trial."
     ),
-    click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 or from:12."),
-    click.option("--strength", type=float, help="Scale of the edit; 1 removes the direction completely."),
+    click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 (stops before layer 12) or from:12."),
+    click.option(
+        "--strength",
+        type=float,
+        help="Scale of the edit; at 1, ablate, nullspace and leace remove all of the direction.",
+    ),
     click.option(
         "--per-layer/--shared", default=None, help="Edit each site along its own layer's direction, or all along one."
     ),

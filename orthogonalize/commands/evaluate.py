@@ -103,7 +103,7 @@ def _engines(
                 return running
         except InPlaceError as error:
             lacking = str(error)
-        note(f"this engine cannot hold other weights in place ({lacking}), so base and edited get an engine each")
+        note(f"this engine cannot swap weights in place ({lacking}), so base and edited each get their own")
         return start(ready.folder)
 
     def edited_again() -> Engine:

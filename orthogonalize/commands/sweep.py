@@ -89,7 +89,7 @@ class _Host:
         if lacking is None:
             self.running = engine, swap, loaded
             return
-        note(f"this engine cannot hold other weights in place ({lacking}), so every edit gets its own engine")
+        note(f"this engine cannot swap weights in place ({lacking}), so every edit gets its own")
         self.in_place = False
         self._stop()
         check_room(self.plans.values())

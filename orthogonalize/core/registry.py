@@ -41,7 +41,7 @@ class Registry(Mapping[str, Entry]):
             self.add(getattr(import_module(f"{package}.{module}"), attribute))
 
     def add(self, entry: Entry) -> Entry:
-        """Add an entry; plugins call this, too.
+        """Add an entry; plugins also call this.
 
         Raises:
             ValueError: the name is taken.

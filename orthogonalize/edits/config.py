@@ -57,7 +57,7 @@ class EditConfig(BaseModel):
             self.scope.startswith(("all", "top:", "layers:")) and not self.scope.removeprefix("layers:").isdecimal()
         )
         if METHODS[self.method].adds and several:
-            words.append("a constant per layer, which add up")
+            words.append("one constant per layer, which accumulate")
         if self.coefficient is not None:
             words.append(f"coefficient {self.coefficient:g}")
         if "alpha" in METHODS[self.method].options:

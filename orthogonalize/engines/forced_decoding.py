@@ -19,7 +19,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, process_dict_update
 
 from .choice_search import Branch, ChoiceSearch, Tree, tokens_of, tree_of
 
-LISTED = 128  # the most tokens whose log-probabilities vLLM returns at each step, besides the one taken
+LISTED = 128  # the maximum number of tokens whose log-probabilities vLLM returns at each step, besides the one taken
 KEY = "orthogonalize_walk"
 
 

@@ -166,10 +166,10 @@ def make_plan(
     """Build the suites `names` for the model of `tokenizer`: read all of their data and encode them.
 
     Args:
-        new_tokens: the most tokens of a generated answer.
-        limit: the most items of any set.
+        new_tokens: maximum number of tokens per answer.
+        limit: maximum number of items per set.
         data: a folder with local copies of public sets; None to read them from the Hub.
-        positions: the most tokens that the model takes, where known.
+        positions: maximum number of tokens that the model takes, where known.
 
     Raises:
         OrthogonalizeError: data that are missing, empty or damaged.

@@ -71,11 +71,15 @@ def _loss_finding(report: Report, key: str) -> str | None:
     interval = f" (95%: {ends})" if pair.ci95 else ""
     if not _is_significant(pair):  # five texts are too few for the test, whatever their interval says
         return f"{name}: no detectable change on {_count(pair.n, 'text')}{interval if low <= 0 <= high else ''}."
-    size = "more than 5%, so other abilities may have suffered" if pair.difference > HARM else "small"
+    size = (
+        "; that is more than 5%, so other abilities may have suffered"
+        if pair.difference > HARM
+        else ", a small increase"
+    )
     amount = 100 * abs(pair.difference)
     by = f"{amount:.1f}%" if amount >= 0.05 else f"{amount:.2g}%"
     if pair.difference > 0:
-        return f"{name} rose by {by}{interval}; that is {size}."
+        return f"{name} rose by {by}{interval}{size}."
     return f"{name} fell by {by}{interval}."
 
 

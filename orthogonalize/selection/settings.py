@@ -33,9 +33,9 @@ class Settings:
         behaviour_tokens: first tokens of the behaviour, as ids or text; None learns them.
         filtered: whether to drop prompts on which the model does not behave as expected.
         max_rank, solver, classifier: of INLP (see `inlp`).
-        scoring: `local`, and optionally `global` to score every candidate at every write, too.
-        scored: the most val prompts per side to score single directions on; None uses all. Whole edits are tried on
-            all positive prompts.
+        scoring: `local`, and optionally `global` to also score every candidate at every write.
+        scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
+            tried on all positive prompts.
         trials: number of whole edits to try; 0 skips the search.
         answers: number of the model's own answers to negative prompts on which an edit's harm is measured.
         trust_remote_code: whether to run code from the model's repository.

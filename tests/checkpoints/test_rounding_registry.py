@@ -70,7 +70,7 @@ def test_the_command_line_lists_schemes_as_they_are_registered(toward_zero):
     assert "--rounding [cancelling|nearest|toward-zero]" in run("edit", "--help")[1]
 
 
-def test_an_unknown_scheme_is_refused_by_command_line_function_and_recipe(source, direction, toward_zero, tmp_path):
+def test_unknown_scheme_is_refused_by_cli_function_and_recipe(source, direction, toward_zero, tmp_path):
     edit(str(source), tmp_path / "edited", direction=direction, scope="layers:1", rounding="toward-zero")
     ROUNDING_SCHEMES.remove("toward-zero")
     try:

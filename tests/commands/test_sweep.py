@@ -74,7 +74,7 @@ def test_every_method_is_tried_over_every_scope(run):
         assert len(variant.layers) == {"one": 1, "top:50%": LAYERS // 2, "all": LAYERS}[variant.name.split()[-1]]
     asked = make_variants(load_run(run), ["actadd"], ["all", "one"])
     assert sorted(v.name for v in asked) == sorted(f"{name} {scope}" for name in additions for scope in ("all", "one"))
-    accumulating = [v.name for v in asked if "a constant per layer, which add up" in v.choice.describe()]
+    accumulating = [v.name for v in asked if "one constant per layer, which accumulate" in v.choice.describe()]
     assert accumulating == [v.name for v in asked if v.name.endswith("all")]
 
 

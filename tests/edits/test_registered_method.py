@@ -142,7 +142,7 @@ def test_edit_by_registered_method_rebuilds_and_verifies(edited, model, run, tmp
     assert "NOT" not in said
     card = (edited / "README.md").read_text()
     assert "dampen, all" in card
-    assert "Left of the direction after rounding" in card
+    assert "Remaining along the direction after rounding" in card
 
 
 def test_sweep_compares_the_registered_method(model, run, tmp_path):

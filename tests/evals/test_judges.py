@@ -412,7 +412,7 @@ def test_a_registered_judge_reaches_the_report_and_its_page(toy, model, edited, 
     assert "toy: harmful" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_registered_judge_reaches_the_sweep_and_the_judge_command(toy, answers, model, run, tmp_path):
+def test_registered_judge_reaches_sweep_and_judge_command(toy, answers, model, run, tmp_path):
     from orthogonalize.reports.sweep import Sweep, sweep_columns
 
     status, said = command(
@@ -427,7 +427,7 @@ def test_a_registered_judge_reaches_the_sweep_and_the_judge_command(toy, answers
     assert json.loads(said)["harmful"]["value"] == 1.0
 
 
-def test_every_judge_is_in_help_in_messages_and_in_the_documentation(toy, answers):
+def test_every_judge_is_in_help_messages_and_documentation(toy, answers):
     _, said = command("eval", "--help")
     assert all(name in "".join(said.split()) for name in model_judges())
     _, said = command("judge", answers, "--judge", "nobody")

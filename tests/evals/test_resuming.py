@@ -331,7 +331,7 @@ def test_models_that_cannot_be_swapped_get_separate_engines(model, edited, run, 
     )
     apart = evaluate(edited, str(model), run, tmp_path / "apart", **settings)
     assert started == ["edited", "edited", "model", "edited"]
-    assert "cannot hold other weights in place (model.layers.0.mlp.down_proj.weight)" in notes[0]
+    assert "cannot swap weights in place (model.layers.0.mlp.down_proj.weight)" in notes[0]
     assert apart.model_dump() == swapped.model_dump()
 
 

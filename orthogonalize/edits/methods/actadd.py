@@ -20,7 +20,7 @@ class ActivationAddition(EditMethod):
 
     name = "actadd"
     summary = "adds a constant vector"
-    needs = "direction, length (`--coefficient`), layer"
+    needs = "direction, layer; optionally a length (`--coefficient`)"
     options = frozenset({"coefficient"})
     default_scope = "one"
     one_direction = True

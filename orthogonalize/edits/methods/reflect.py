@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class Reflect(EditMethod):
     name = "reflect"
-    summary = "mirrors a subspace (alpha 2) or anything between"
+    summary = "mirrors a subspace (alpha 2), or anything between leaving and mirroring it"
     needs = "either"
     finders = ("inlp", "dim")
     options = frozenset({"alpha", "rank"})

@@ -109,7 +109,7 @@ class WritingJudge:
         model: Hub id or folder of the default model.
         fields: what it judges.
         read: parses the reply.
-        new_tokens: the most tokens of a reply.
+        new_tokens: maximum number of tokens per reply.
         form: "chat" for the model's own chat template over [user, assistant], "parts" for the same with each message
             as a list of parts (multimodal templates), "raw" for `template`.
         template: the whole prompt, with `{prompt}` and `{response}`; for "raw".

@@ -59,7 +59,7 @@ class Suite(Protocol):
 
     @property
     def longest(self) -> int:
-        """The most tokens in one request, prompt and completion together."""
+        """The maximum number of tokens per request, prompt and completion together."""
 
     @property
     def state(self) -> str:
@@ -89,9 +89,9 @@ class SuiteContext:
         tokenizer: of the base model.
         chat: formats prompts for the model as `extract` did.
         data: a folder with local copies of public sets; None to read them from the Hub.
-        limit: the most items to measure; None for no limit.
-        new_tokens: the most tokens of a generated answer.
-        positions: the most tokens that the model takes, where known.
+        limit: maximum number of items to measure; None for no limit.
+        new_tokens: maximum number of tokens per answer.
+        positions: maximum number of tokens that the model takes, where known.
         answering: the prompts that are answered; None if no suite needs answers.
     """
 

@@ -1,6 +1,6 @@
 """The suites that `--suite` can name. To add one, write a file with an `ENTRIES` tuple and name it in `MODULES`.
 
-Code outside this package calls `SUITES.add(SuiteEntry(...))` instead. Public prompt sets are suites, too: they are
+Code outside this package calls `SUITES.add(SuiteEntry(...))` instead. Public prompt sets are also suites: they are
 declared in `data.benchmarks.PROMPT_SETS` alone. This module and those that it imports do not import torch.
 """
 
