@@ -12,8 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from orthogonalize import Settings, edit, extract, verify
-from orthogonalize.models.demo_model import planted_model
+from orthogonalize import Settings, edit, extract, planted_model, verify
 
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", help="a checkpoint folder, a Hub id or a .gguf file")

@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from .evals.suites.base import SuiteContext as SuiteContext
     from .evals.suites.base import SuiteEntry as SuiteEntry
     from .evals.suites.registry import SUITES as SUITES
+    from .models.demo_model import planted_model as planted_model
     from .models.describe.draft import Draft as Draft
     from .models.hooks import intervened as intervened
     from .reports.schema import Report as Report
@@ -153,6 +154,7 @@ _MODULES = {
     "load_report": "reports.schema",
     "load_run": "selection.run_folder",
     "orthonormal": "core.interventions",
+    "planted_model": "models.demo_model",
     "push": "commands.push",
     "rank": "selection.candidates",
     "removal": "core.interventions",
