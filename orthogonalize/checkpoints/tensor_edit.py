@@ -24,7 +24,7 @@ from .rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """The stats effect of an edit on one tensor, for the recipe.
+    """What an edit did to one tensor, for the recipe.
 
     `leak` is the share of the edit along its directions that rounding lost: with c the component that the
     map reads (`v^T W`, or `W D u` for a read; along the shift for a pure shift), it is

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.progress import note
 from ..core.registry import Registry
-from .rows import read_split
+from .rows import SUFFIXES, read_split
 from .tokenization import is_valid_unicode
 
 T = TypeVar("T")
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.zst")
+COPY_SUFFIXES = (*SUFFIXES, ".jsonl.zst")
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ def local_file(source: BenchmarkSet, data: Path) -> Path:
     homes = [folder / source.config, folder] if source.config else [folder]
     homes = [place for home in homes for place in (home, home / "data")]
     for home in homes:
-        for suffix in SUFFIXES:
+        for suffix in COPY_SUFFIXES:
             if (home / f"{source.split}{suffix}").is_file():
                 return home / f"{source.split}{suffix}"
         shards = sorted(home.glob(f"{source.split}-*.parquet"))
         if shards:
             return shards[0]
     raise OrthogonalizeError(
-        f"no local copy of {source}: {homes[0] / source.split}.jsonl (or {', '.join(SUFFIXES[1:])}) does not exist; "
-        "put one there, or omit --data to read the set from the Hub"
+        f"no local copy of {source}: {homes[0] / source.split}.jsonl (or {', '.join(COPY_SUFFIXES[1:])}) does not "
+        "exist; put one there, or omit --data to read the set from the Hub"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..core.errors import OrthogonalizeError, first_line
 from .benchmarks import category_of
-from .rows import read_rows
+from .rows import SUFFIXES, read_rows
 from .tokenization import is_valid_unicode
 
 Side = Literal["positive", "negative"]
@@ -21,7 +21,7 @@ Split = Literal["train", "val", "test", "spare"]
 SIDES: tuple[Side, ...] = ("positive", "negative")
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "spare")
 COLUMNS = ("instruction", "prompt", "question", "text", "goal", "Goal", "behavior", "forbidden_prompt")
-SUFFIXES = (".txt", ".json", ".jsonl", ".csv", ".parquet")
+PROMPT_SUFFIXES = (".txt", *SUFFIXES)
 MINIMUM = 8  # usable prompts per side
 MINIMUM_TRAIN = 6  # of these, prompts to find directions with
 
@@ -94,7 +94,7 @@ def _rows(source: str, split: str) -> list[Any]:
             return _rows_of_file(path)
         except (ValueError, OSError) as error:
             raise OrthogonalizeError(f"{source} cannot be read as prompts: {error}") from error
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in PROMPT_SUFFIXES:
         raise OrthogonalizeError(f"no such prompt file: {source}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return _rows_of_hub_dataset(source, split)
@@ -103,8 +103,8 @@ def _rows(source: str, split: str) -> list[Any]:
 
 def _rows_of_file(path: Path) -> list[Any]:
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise OrthogonalizeError(f"{path}: {suffix or 'no suffix'} is not one of {' '.join(SUFFIXES)}")
+    if suffix not in PROMPT_SUFFIXES:
+        raise OrthogonalizeError(f"{path}: {suffix or 'no suffix'} is not one of {' '.join(PROMPT_SUFFIXES)}")
     return path.read_text("utf-8-sig").split("\n") if suffix == ".txt" else list(read_rows(path))
 
 

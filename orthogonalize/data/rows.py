@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Formats of rows, by suffix: a new one is named here and read below.
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
 
 def read_rows(file: Path) -> Iterator[Any]:
     """The rows of one file, in order; its suffix says the format. JSON Lines are read line by line, as needed.

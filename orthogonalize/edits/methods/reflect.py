@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Reflect(EditMethod):
     name = "reflect"
     summary = "mirrors a subspace (alpha 2), or anything between leaving and mirroring it"
-    needs = "either"
+    needs = "INLP basis, or difference of means"
     finders = ("inlp", "dim")
     options = frozenset({"alpha", "rank"})
     grid = ({"alpha": 1.0}, {"alpha": 2.0})
