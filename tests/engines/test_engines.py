@@ -22,7 +22,7 @@ from orthogonalize.engines.base import EngineOptions
 from orthogonalize.engines.data_parallel import EngineGroup, _devices, _serve
 from orthogonalize.engines.registry import check_engine, open_engine
 from orthogonalize.engines.transformers import TransformersEngine, single_tokens
-from orthogonalize.engines.vllm import VllmEngine, patch_llvmlite_introspection
+from orthogonalize.engines.vllm import VllmEngine, dtype_for, patch_llvmlite_introspection
 from orthogonalize.engines.weight_swap import WeightSwap, block_of
 
 
@@ -292,3 +292,15 @@ def test_vllm_introspection_does_not_stumble_over_llvmlite():
     patch_llvmlite_introspection()
     assert not hasattr(sys.modules["llvmlite.binding.ffi"].lib, "__dict__")
     assert numba.njit(lambda x: x + 1)(2) == 3
+
+
+@pytest.mark.parametrize(("fast", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_a_cpu_without_bfloat16_runs_in_float32(fast, expected, monkeypatch):
+    """On a GPU, and where the checkpoint is quantized or not in bfloat16, the stored dtype is kept."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast)
+    assert dtype_for({"dtype": "bfloat16"}, on_cpu=True) == expected
+    assert dtype_for({"dtype": "bfloat16"}, on_cpu=False) == "bfloat16"
+    assert dtype_for({"dtype": "bfloat16", "quantization_config": {}}, on_cpu=True) == "bfloat16"
+    assert dtype_for({"torch_dtype": "float32"}, on_cpu=True) == "float32"
+    assert dtype_for({}, on_cpu=True) == "auto"
