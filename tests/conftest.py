@@ -27,14 +27,19 @@ START_VLLM = {
 }
 
 
-def process_of(file: str) -> str:
-    """Which tests share a process: each file's, and those of all files that start vLLM."""
-    return "vllm" if any(file.endswith(name) for name in START_VLLM) else file
+def process_of(nodeid: str) -> str:
+    """Which tests share a process: each file's, and those of all files that start vLLM.
+
+    Of the judges' tests, those that do not start vLLM have a process of their own.
+    """
+    file = nodeid.split("::")[0]
+    starts = any(file.endswith(name) for name in START_VLLM)
+    return "vllm" if starts and (not file.endswith("test_judges.py") or "vllm" in nodeid) else file
 
 
 def pytest_collection_modifyitems(items):
     """Begin with the process that has the most to do."""
-    items.sort(key=lambda item: process_of(str(item.path)) != "vllm")
+    items.sort(key=lambda item: process_of(item.nodeid) != "vllm")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -43,7 +48,7 @@ def pytest_xdist_make_scheduler(config, log):
 
     class ByProcess(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return process_of(nodeid.split("::")[0])
+            return process_of(nodeid)
 
     return ByProcess(config, log)
 
