@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..checkpoints.rounding.registry import ROUNDING_SCHEMES
-from ..core.errors import OrthogonalizeError
+from ..core.changed_settings import change_settings
 from .config import EditConfig
 
 
@@ -52,12 +52,7 @@ class EditSettings:
         Raises:
             OrthogonalizeError: there is no such setting.
         """
-        unknown = sorted(changes.keys() - self.__dataclass_fields__.keys())
-        if unknown:
-            raise OrthogonalizeError(
-                f"edit has no setting {unknown[0]!r}; available: {', '.join(self.__dataclass_fields__)}"
-            )
-        return replace(self, **changes)
+        return change_settings(self, "edit", changes)
 
     @property
     def edit_fields(self) -> dict[str, Any]:

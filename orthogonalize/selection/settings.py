@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..core.changed_settings import change_settings
 from ..core.errors import OrthogonalizeError
 from ..data.prompts import MINIMUM_TRAIN
 from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
@@ -70,12 +71,7 @@ class Settings:
         Raises:
             OrthogonalizeError: there is no such setting.
         """
-        unknown = sorted(changes.keys() - self.__dataclass_fields__.keys())
-        if unknown:
-            raise OrthogonalizeError(
-                f"extract has no setting {unknown[0]!r}; available: {', '.join(self.__dataclass_fields__)}"
-            )
-        return replace(self, **changes)
+        return change_settings(self, "extract", changes)
 
     def check(self) -> None:
         """Check the values.
