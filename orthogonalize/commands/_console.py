@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 console = Console()
-if not console.is_terminal and "COLUMNS" not in os.environ:  # a file or a pipe has no width
+if not console.is_terminal:  # a file or a pipe has no width; COLUMNS may be inherited from any terminal before it
     console = Console(width=400)
 
 
