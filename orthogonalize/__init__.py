@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .commands.verify import verify as verify
     from .core.errors import OrthogonalizeError as OrthogonalizeError
     from .core.interventions import AffineMap as AffineMap
+    from .core.interventions import ConditionalMap as ConditionalMap
     from .core.interventions import Intervention as Intervention
     from .core.interventions import Site as Site
     from .core.interventions import orthonormal as orthonormal
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .data.benchmarks import PROMPT_SETS as PROMPT_SETS
     from .data.benchmarks import BenchmarkSet as BenchmarkSet
     from .data.benchmarks import PromptSet as PromptSet
-    from .directions.conditional import ConditionalMap as ConditionalMap
     from .directions.conditional import InputMoments as InputMoments
     from .directions.conditional import solve_from_moments as solve_from_moments
     from .directions.conditional import solve_from_samples as solve_from_samples
@@ -94,7 +94,7 @@ _MODULES = {
     "BenchmarkSet": "data.benchmarks",
     "Candidate": "selection.candidates",
     "Comparison": "commands.compare",
-    "ConditionalMap": "directions.conditional",
+    "ConditionalMap": "core.interventions",
     "DirectionFinder": "directions.finders.base",
     "Directions": "directions.direction_set",
     "Draft": "models.describe.draft",

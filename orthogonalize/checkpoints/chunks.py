@@ -51,6 +51,12 @@ class Chunk:
     data: Any = None  # torch.uint8: the bytes as read, later as edited
     hashing: Future[None] | None = None  # of the bytes as read; must finish before they are edited
 
+    @property
+    def first_vector(self) -> int:
+        """The number of the chunk's first vector among those of the tensor."""
+        line = self.job.layout.width * DTYPES[self.job.info.dtype].itemsize
+        return self.start // line + (self.columns[0] if self.columns else 0)
+
 
 def split_job(job: Job) -> Iterator[Chunk]:
     """The chunks of a job's tensor, in the order of the file."""

@@ -146,7 +146,8 @@ def edited_scales(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.T
         columns = torch.arange(first, min(first + VECTORS, stored.shape[1])) // scales.every[1]
         rows = torch.arange(len(stored)) // scales.every[0]
         x = stored[:, first : first + VECTORS].float() * former[rows][:, columns]
-        y = (x - u @ (v.mT @ x) + s).abs()
+        taken = v.mT @ x if edit.given is None else edit.given[:, first : first + x.shape[1]].float()
+        y = (x - u @ taken + s).abs()
         flat = (rows.unsqueeze(1) * most.shape[1] + columns).flatten()
         most.view(-1).scatter_reduce_(0, flat, y.flatten(), "amax")
     wanted = most / LARGEST

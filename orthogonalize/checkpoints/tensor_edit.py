@@ -2,7 +2,8 @@
 
 With `M h = h - u (v^T h) + s` at a write site, a stored matrix becomes `W - u (v^T W)` along its
 stream axis and its bias `b - u (v^T b) + s`; an embedding row is a vector of the stream itself.
-At a read site a norm with weight D comes first, so the matrix becomes `W D M D^-1`. `exact` computes this in
+At a read site a norm with weight D comes first, so the matrix becomes `W D M D^-1`. A conditional edit takes given
+components out of the matrix instead of its own, `W - u c`. `exact` computes this in
 float64, as the reference; `apply` and `kernel` compute and round what is stored (see `rounding`).
 """
 
@@ -66,6 +67,9 @@ class TensorEdit:
 
     `part`: `matrix` (writes the stream; no shift), `vectors` (holds vectors of the stream: biases, embedding rows)
     or `read` (reads the stream through a norm with weight `norm` [d]).
+
+    `given` [k, vectors] are components to take out of the vectors of a matrix in place of their own, `v^T W`, in the
+    order of the vectors in the tensor (see `layout`).
     """
 
     name: str
@@ -74,10 +78,15 @@ class TensorEdit:
     affine: AffineMap
     part: Literal["matrix", "vectors", "read"]
     norm: torch.Tensor | None = None
+    given: torch.Tensor | None = None
 
     def exact(self, weight: torch.Tensor) -> torch.Tensor:
         """The edited tensor in float64, before rounding."""
         match self.part:
+            case "matrix" if self.given is not None:
+                rows = weight.to(torch.float64).movedim(self.axis, -1)
+                taken = self.given.to(weight.device, torch.float64).mT @ self.affine.u.to(weight.device).mT
+                return (rows - taken.reshape(rows.shape)).movedim(-1, self.axis)
             case "matrix":
                 return edit_matrix(weight, self.axis, self.affine)
             case "vectors":
@@ -102,6 +111,10 @@ class TensorEdit:
         if not self.affine.rank and s.any():
             return AffineMap(torch.zeros_like(s).unsqueeze(-1), (s / s.norm()).unsqueeze(-1), s)
         return AffineMap(u, v, s)
+
+    def components(self, first: int, count: int) -> np.ndarray[Any, Any] | None:
+        """The `given` components [k, count] of the tensor's vectors from `first` on, for a kernel."""
+        return None if self.given is None else self.given[:, first : first + count].numpy()
 
     def component(self, weight: torch.Tensor) -> torch.Tensor:
         """The component of `weight` that the map reads, [..., k] without the stream axis, in float64."""
@@ -142,11 +155,13 @@ class TensorEdit:
         """
         edited = weight.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         layout, edit = self.layout(weight.shape), self.kernel(weight.dtype, rounding)
-        stats = EditStats()
+        stats, first = EditStats(), 0
         for matrix in edited.reshape(layout.matrices, *layout.matrix):
             numbers = to_numbers(matrix)
-            stats = stats.plus(edit(numbers, layout.by_rows, 0, layout.count, scales))
+            given = self.components(first, layout.count)
+            stats = stats.plus(edit(numbers, layout.by_rows, 0, layout.count, scales, given))
             from_numbers(numbers, matrix)
+            first += layout.count
         return edited, self.record(stats, weight.dtype)
 
 

@@ -188,10 +188,13 @@ class FileWriter:
             matrices = values.view(-1, layout.width, layout.after)
         count = matrices.shape[1 if layout.by_rows else 2]
         step = max(64, -(-count // TASKS))
-        for matrix in matrices:
+        for number, matrix in enumerate(matrices):
             numbers = to_numbers(matrix)
+            given = job.edit.components(chunk.first_vector + number * count, count)
             parts = [
-                self.pool.submit(job.kernel, numbers, layout.by_rows, first, min(first + step, count), job.scales)
+                self.pool.submit(
+                    job.kernel, numbers, layout.by_rows, first, min(first + step, count), job.scales, given
+                )
                 for first in range(0, count, step)
             ]
             for part in parts:

@@ -130,7 +130,7 @@ def _recipe_of(
     model: str, revision: str | None, source: Checkpoint, resolved: ResolvedEdit, changes: CheckpointPlan
 ) -> Recipe:
     """The recipe before the checkpoint is written, without checksums and measurements."""
-    maps, arrays, digest = store_maps(resolved.intervention)
+    stored = store_maps(resolved.intervention)
     return Recipe(
         version=version("orthogonalize"),
         base=Base(
@@ -140,9 +140,10 @@ def _recipe_of(
             weights={},
         ),
         choice=resolved.choice,
-        source=Source(kind=resolved.kind, fingerprint=digest, prompts=resolved.prompts),
-        maps=maps,
-        arrays=arrays,
+        source=Source(kind=resolved.kind, fingerprint=stored.fingerprint, prompts=resolved.prompts),
+        maps=stored.maps,
+        arrays=stored.arrays,
+        conditional=stored.conditional,
         rounding=changes.rounding,
         added=sorted(changes.additions),
         config_changes=changes.config_changes,

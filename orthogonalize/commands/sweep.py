@@ -291,7 +291,7 @@ def sweep(
     possible = [v for v in variants if v.name not in refused]
     journal = Journal.beside(out)
     common = None if plans is None else SharedBase.of(source, list(plans.values())).state  # what the engine starts on
-    edits = {v.name: [semantics, store_maps(v.intervention)[2], v.layers] for v in possible}
+    edits = {v.name: [semantics, store_maps(v.intervention).fingerprint, v.layers] for v in possible}
     labels = {name: ready.label(name, common, edit) for name, edit in ({"base": None} | edits).items()}
     runner = _Runner(ready.plan, journal, refused, labels)
     journal.announce_resume(runner.steps())

@@ -1,7 +1,7 @@
 """Interventions: affine maps at the sites where a model writes to or reads from its residual stream.
 
-This module does not depend on any model: `models.hooks` applies an intervention to a running model, `edits.bake`
-to the weights.
+Conditional maps act on one write matrix each, and depend on its input. This module does not depend on any model:
+`models.hooks` applies an intervention to a running model, `edits.bake` to the weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 
 from .errors import OrthogonalizeError
+
+EXPERTS = "experts"  # the name of the routed experts among the write matrices of a block
 
 
 class Site(NamedTuple):
@@ -32,6 +34,30 @@ class Site(NamedTuple):
         if kind not in ("embed", "attn", "mlp", "head"):
             raise ValueError(f"unknown site: {text!r}")
         return cls(kind, int(layer) if layer else None)  # type: ignore[arg-type]
+
+
+class WriteMatrix(NamedTuple):
+    """One matrix that writes at a site: `name` is that of its module in the block, or `experts` for routed experts.
+
+    A block has at most one set of routed experts, however a checkpoint stores them.
+    """
+
+    site: Site
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.site}:{self.name}"
+
+    @property
+    def routed(self) -> bool:
+        """Whether this is one matrix per expert, each of which sees the tokens that are routed to it."""
+        return self.name == EXPERTS
+
+    @classmethod
+    def parse(cls, text: str) -> WriteMatrix:
+        """The inverse of `str`."""
+        site, _, name = text.partition(":")
+        return cls(Site.parse(site), name)
 
 
 @dataclass(frozen=True)
@@ -129,6 +155,63 @@ def shift(vector: torch.Tensor) -> AffineMap:
     return AffineMap(nothing, nothing, s)
 
 
+@dataclass(frozen=True)
+class ConditionalMap:
+    """What a conditional edit takes out of a write matrix: `W x -> W x - r^T (c x)`.
+
+    `r` [k, d] has orthonormal rows in the stream, `c` [k, n] reads the input x [n] of the matrix; routed experts have
+    one each, [experts, k, n]. If a norm follows the block, `r` lies in the stream behind it (see `conjugate`).
+    """
+
+    r: torch.Tensor
+    c: torch.Tensor
+
+    def __post_init__(self) -> None:
+        if self.r.dim() != 2 or self.c.dim() not in (2, 3) or len(self.r) != self.c.shape[-2]:
+            raise ValueError(f"map shapes do not fit: r {tuple(self.r.shape)}, c {tuple(self.c.shape)}")
+        for name in ("r", "c"):  # as in `AffineMap`
+            object.__setattr__(self, name, getattr(self, name).clone(memory_format=torch.contiguous_format))
+
+    def __repr__(self) -> str:
+        experts = [f"{len(self.c)} experts"] if self.c.dim() == 3 else []
+        parts = [*experts, f"rank {self.rank}", f"{self.c.shape[-1]} inputs", f"width {self.width}"]
+        return f"ConditionalMap({', '.join(parts)})"
+
+    @property
+    def width(self) -> int:
+        """The width of the stream."""
+        return self.r.shape[-1]
+
+    @property
+    def rank(self) -> int:
+        """The number of directions."""
+        return len(self.r)
+
+    @property
+    def directions(self) -> AffineMap:
+        """The map that removes the directions from every write, whatever the input."""
+        return removal(self.r)
+
+    def __call__(self, inputs: torch.Tensor, outputs: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """Edited outputs [..., d] from inputs [..., n] and unedited outputs, in float32 or, if wider, their dtype."""
+        wide = torch.promote_types(outputs.dtype, torch.float32)
+        c = self.c if expert is None else self.c[expert]
+        r, c = (part.to(outputs.device, wide) for part in (self.r, c))
+        return (outputs.to(wide) - (inputs.to(wide) @ c.mT) @ r).to(outputs.dtype)
+
+    def before_norm(self, scale: torch.Tensor) -> ConditionalMap:
+        """The map before a norm with weights `scale` [d] that has the effect of this one after it (see `conjugate`)."""
+        return ConditionalMap(conjugate(self.directions, scale).u.mT, self.c)
+
+    def edit(self, weight: torch.Tensor) -> torch.Tensor:
+        """The edited matrix [d, n], in float64."""
+        return weight.to(torch.float64) - self.r.to(torch.float64).mT @ self.c.to(torch.float64)
+
+    def scaled(self, strength: float) -> ConditionalMap:
+        """The same map at another strength."""
+        return ConditionalMap(self.r, strength * self.c)
+
+
 def conjugate(affine: AffineMap, scale: torch.Tensor, truncation: float = 0.1) -> AffineMap:
     """The linear map before a norm with weights `scale` [d] that has the effect of `affine` after it.
 
@@ -171,40 +254,46 @@ def centred(intervention: Intervention) -> Intervention:
     return Intervention(
         {site: centred_map(affine) for site, affine in intervention.writes.items()},
         {site: centred_map(affine) for site, affine in intervention.reads.items()},
+        intervention.conditional,  # fitted to the writes as they are, so that a mean that they carry does no harm
     )
 
 
 @dataclass(frozen=True)
 class Intervention:
-    """Maps by write site (applied to what is written) and by read site (applied to what is read)."""
+    """Maps by write site (applied to what is written) and by read site (applied to what is read).
+
+    Conditional maps are by write matrix.
+    """
 
     writes: Mapping[Site, AffineMap] = field(default_factory=dict)
     reads: Mapping[Site, AffineMap] = field(default_factory=dict)
+    conditional: Mapping[WriteMatrix, ConditionalMap] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if any(m.shifts for m in self.reads.values()):
             raise ValueError("a map at a read site cannot add a constant; shift the last write before it instead")
         object.__setattr__(self, "writes", MappingProxyType(dict(self.writes)))
         object.__setattr__(self, "reads", MappingProxyType(dict(self.reads)))
+        object.__setattr__(self, "conditional", MappingProxyType(dict(self.conditional)))
 
     def __repr__(self) -> str:
         maps = [*self.writes.values(), *self.reads.values()]
-        if not maps:
+        ranks = sorted({*(each.rank for each in maps), *(each.rank for each in self.conditional.values())})
+        if not ranks:
             return "Intervention(empty)"
-        ranks = sorted({affine.rank for affine in maps})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         shifts = sum(affine.shifts for affine in maps)
         parts = [f"{len(self.writes)} writes"] if self.writes else []
         parts += [f"{len(self.reads)} reads"] if self.reads else []
+        parts += [f"{len(self.conditional)} write matrices"] if self.conditional else []
         parts += [rank, f"width {self.width}"] + ([f"{shifts} with a shift"] if shifts else [])
         return f"Intervention({', '.join(parts)})"
 
     @property
     def width(self) -> int | None:
         """The width of the stream; None if the intervention is empty."""
-        for affine in (*self.writes.values(), *self.reads.values()):
-            return affine.width
-        return None
+        widths = (each.width for each in (*self.writes.values(), *self.reads.values()))
+        return next(widths, next((each.width for each in self.conditional.values()), None))
 
 
 def block_sites(layers: Iterable[int]) -> list[Site]:

@@ -19,38 +19,11 @@ is ACE's idea (arXiv 2411.09003).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ..core.errors import OrthogonalizeError
-
-
-@dataclass(frozen=True)
-class ConditionalMap:
-    """`W x -> W x - r^T (c x)` on a write matrix: `r` [k, d] are rows in the stream, `c` [k, n] read the input."""
-
-    r: torch.Tensor
-    c: torch.Tensor
-
-    def __post_init__(self) -> None:
-        if self.r.dim() != 2 or self.c.dim() != 2 or len(self.r) != len(self.c):
-            raise ValueError(f"shapes do not match: r {tuple(self.r.shape)}, c {tuple(self.c.shape)}")
-
-    def __repr__(self) -> str:
-        return f"ConditionalMap(rank {len(self.r)}, {self.c.shape[-1]} inputs, width {self.r.shape[-1]})"
-
-    def __call__(self, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """Edited outputs [..., d] of the matrix, from its inputs [..., n] and unedited outputs."""
-        return outputs - (inputs @ self.c.to(inputs).mT) @ self.r.to(outputs)
-
-    def edit(self, weight: torch.Tensor) -> torch.Tensor:
-        """The edited matrix [d, n], in float64."""
-        return weight.to(torch.float64) - self.r.to(torch.float64).mT @ self.c.to(torch.float64)
-
-    def scaled(self, strength: float) -> ConditionalMap:
-        """The same map at another strength."""
-        return ConditionalMap(self.r, strength * self.c)
+from ..core.interventions import ConditionalMap
 
 
 class InputMoments:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..architectures.schema import Part, bias_name
@@ -10,7 +12,7 @@ from ..checkpoints.quantization import row_reader
 from ..checkpoints.safetensors_file import DTYPES, row_blocks
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, Intervention, Site, conjugate
+from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix, conjugate
 from ..models.sites import Located
 from .constant_vectors import place_constant
 from .plan import EditPlan
@@ -38,6 +40,8 @@ def bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
         _plan_write(plan, site, affine)
     for site, affine in intervention.reads.items():
         _plan_read(plan, site, affine)
+    for matrix, conditional in intervention.conditional.items():
+        _plan_conditional(plan, matrix, conditional)
     return plan
 
 
@@ -63,6 +67,34 @@ def _plan_part(plan: EditPlan, site: Site, part: Part, affine: AffineMap) -> Non
         bias = bias_name(write.name)
         if bias in plan.source.tensors:
             plan.edit(bias, site, len(plan.checkpoint.shape(bias)) - 1, affine, "vectors")
+
+
+def _plan_conditional(plan: EditPlan, matrix: WriteMatrix, conditional: ConditionalMap) -> None:
+    """Plan the conditional edit of one write matrix, or of its experts."""
+    layer = int(matrix.site.layer or 0)
+    found = plan.sites.write_matrices(matrix.site).get(matrix)
+    if found is None:
+        raise OrthogonalizeError(f"the checkpoint has no write matrix {matrix}; was the edit fitted to another model?")
+    part, stored = found
+    affine = conditional.directions
+    if part.post_norm is not None:
+        norm = plan.sites.in_layer(f"{part.post_norm}.weight", layer)
+        affine = conjugate(affine, _norm_weight(plan, norm, matrix.site))
+    # Of experts that are stored one by one, each has its own components; fused ones have them in the same order.
+    parts = conditional.c if len(stored) > 1 else [conditional.c]
+    for write, c in zip(stored, parts, strict=True):
+        if not c.any():
+            continue
+        inputs = c.movedim(-2, 0).reshape(conditional.rank, -1)
+        vectors = math.prod(plan.checkpoint.shape(write.name)) // conditional.width
+        if inputs.shape[1] != vectors:
+            raise OrthogonalizeError(
+                f"the edit of {write.name} was fitted to {inputs.shape[1]} inputs, but it has {vectors}; "
+                "was it fitted to another model?"
+            )
+        if write.name in plan.checkpoint.edits:
+            raise OrthogonalizeError(f"{write.name} is edited twice, conditionally and for every input")
+        plan.edit_given(write.name, matrix.site, write.axis, affine, inputs)
 
 
 def _plan_embedding(plan: EditPlan, site: Site, affine: AffineMap) -> None:

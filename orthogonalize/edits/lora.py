@@ -1,4 +1,5 @@
-"""Write an edit as a LoRA adapter in PEFT's format: `W - u (v^T W)` is `W + B A` with `B = -u`, `A = v^T W`.
+"""Write an edit as a LoRA adapter in PEFT's format: `W - u (v^T W)` is `W + B A` with `B = -u`, `A = v^T W`
+(a conditional edit: `A = c`).
 
 Exact, and of the edit's own rank. Only linear layers can be adapted: an edit of an embedding, a bias, a tied
 head or experts (which transformers holds fused, however they are stored) is refused with the reason. PEFT
@@ -82,6 +83,8 @@ def _linear_layers(plan: EditPlan) -> dict[str, str]:
 def _factors(plan: EditPlan, edit: TensorEdit) -> tuple[torch.Tensor, torch.Tensor]:
     """`A` [k, inputs] and `B` [outputs, k] of one weight, in float64."""
     affine = edit.vectors_map()
+    if edit.given is not None:
+        return edit.given, -affine.u
     scales = plan.checkpoint.changes.scales.get(edit.name)
     vectors = plan.source.read(edit.name).movedim(edit.axis, -1)
     if not torch.isfinite(vectors.float()).all():

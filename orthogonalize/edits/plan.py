@@ -90,6 +90,11 @@ class EditPlan:
         """Plan the edit of one tensor along its stream `axis`."""
         self.checkpoint.edits[name] = TensorEdit(self.check_tensor(name, site), site, axis, affine, part)
 
+    def edit_given(self, name: str, site: Site, axis: int, affine: AffineMap, given: torch.Tensor) -> None:
+        """Plan to take the components `given` out of one matrix along its stream `axis` (see `TensorEdit.given`)."""
+        name = self.check_tensor(name, site)
+        self.checkpoint.edits[name] = TensorEdit(name, site, axis, affine, "matrix", given=given)
+
     def add_constant(self, name: str, site: Site, vector: torch.Tensor, axis: int = -1) -> None:
         """Add `vector` along `axis` of tensor `name`, on top of whatever is already planned for it."""
         axis %= len(self.checkpoint.shape(self.check_tensor(name, site)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, Literal
@@ -16,7 +17,7 @@ from ..checkpoints.checkpoint import RECIPE
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError
 from ..core.files import write_atomically
-from ..core.interventions import AffineMap, Intervention, Site
+from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix
 from .config import EditConfig
 
 RoundingName = Annotated[str, AfterValidator(lambda name: ROUNDING_SCHEMES.find(name).name)]
@@ -60,6 +61,14 @@ class MapRecord(_Record):
     s: str
 
 
+class ConditionalRecord(_Record):
+    """A conditional map of one write matrix; `r` and `c` are keys of `arrays`."""
+
+    matrix: str
+    r: str
+    c: str
+
+
 class TensorChange(_Record):
     """One edited tensor (see `tensor_edit.TensorRecord`)."""
 
@@ -99,6 +108,7 @@ class Recipe(_Record):
     source: Source
     maps: list[MapRecord]
     arrays: dict[str, Array]
+    conditional: list[ConditionalRecord] = []
     rounding: RoundingName = DEFAULT_ROUNDING
     tensors: list[TensorChange] = []
     weights: dict[str, str] = {}
@@ -123,9 +133,13 @@ class Recipe(_Record):
             for record in self.maps:
                 affine = AffineMap(arrays[record.u], arrays[record.v], arrays[record.s])
                 sides[record.side].update({Site.parse(site): affine for site in record.sites})
+            conditional = {
+                WriteMatrix.parse(record.matrix): ConditionalMap(arrays[record.r], arrays[record.c])
+                for record in self.conditional
+            }
         except (KeyError, ValueError) as error:
             raise OrthogonalizeError(f"the recipe's maps are damaged: {error}") from error
-        return Intervention(sides["write"], sides["read"])
+        return Intervention(sides["write"], sides["read"], conditional)
 
     def save(self, folder: Path) -> None:
         """Write the recipe into a checkpoint folder, atomically."""
@@ -133,7 +147,8 @@ class Recipe(_Record):
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the edited weights: the base's weights, the maps and the rounding."""
-        parts = self.model_dump_json(include={"maps", "arrays", "rounding"}) + repr(sorted(self.base.weights.items()))
+        stored = {"maps", "arrays", "rounding", *(["conditional"] if self.conditional else [])}
+        parts = self.model_dump_json(include=stored) + repr(sorted(self.base.weights.items()))
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -168,25 +183,43 @@ def _decode(array: Array) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float64))
 
 
-def store_maps(intervention: Intervention) -> tuple[list[MapRecord], dict[str, Array], str]:
-    """An intervention as records and arrays (each distinct array once), and the SHA-256 of all arrays."""
+@dataclass(frozen=True)
+class StoredMaps:
+    """An intervention as records and arrays (each distinct array once); `fingerprint` is the SHA-256 of all arrays."""
+
+    maps: list[MapRecord]
+    conditional: list[ConditionalRecord]
+    arrays: dict[str, Array]
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256("".join(sorted(self.arrays)).encode()).hexdigest()
+
+
+def store_maps(intervention: Intervention) -> StoredMaps:
+    """The records and arrays of an intervention, for its recipe."""
     arrays: dict[str, Array] = {}
     records: dict[tuple[str, ...], MapRecord] = {}
+
+    def store(tensor: torch.Tensor) -> str:
+        array = _encode(tensor)
+        key = hashlib.sha256(repr(array.shape).encode() + array.data.encode()).hexdigest()[:16]
+        arrays[key] = array
+        return key
+
     for side, maps in (("write", intervention.writes), ("read", intervention.reads)):
         for site, affine in maps.items():
-            keys = []
-            for tensor in (affine.u, affine.v, affine.s):
-                array = _encode(tensor)
-                key = hashlib.sha256(repr(array.shape).encode() + array.data.encode()).hexdigest()[:16]
-                arrays[key] = array
-                keys.append(key)
+            keys = [store(tensor) for tensor in (affine.u, affine.v, affine.s)]
             record = records.setdefault(
                 (side, *keys),
                 MapRecord(side=side, sites=[], u=keys[0], v=keys[1], s=keys[2]),  # type: ignore[arg-type]
             )
             record.sites.append(str(site))
-    digest = hashlib.sha256("".join(sorted(arrays)).encode()).hexdigest()
-    return list(records.values()), arrays, digest
+    conditional = [
+        ConditionalRecord(matrix=str(matrix), r=store(each.r), c=store(each.c))
+        for matrix, each in intervention.conditional.items()
+    ]
+    return StoredMaps(list(records.values()), conditional, arrays)
 
 
 class ProbeResult(BaseModel):

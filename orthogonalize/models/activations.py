@@ -13,7 +13,8 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..core.progress import Progress
-from .hooks import Stream, capturing_inputs
+from .hooks import capturing_inputs
+from .stream import Stream
 
 TOKENS_PER_BATCH = 4096
 

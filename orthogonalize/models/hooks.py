@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..architectures.schema import Architecture, Norms, Part, architecture_of
+from ..architectures.schema import Norms
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, conjugate, shift
+from .stream import Stream, norm_weight, squares_of
+from .write_matrices import conditionally_edited
 
 Handles = Iterator[torch.utils.hooks.RemovableHandle]
 
@@ -55,12 +57,7 @@ def map_input(module: nn.Module, affine: AffineMap) -> torch.utils.hooks.Removab
 
 def _map_norm(norm: nn.Module, affine: AffineMap, norms: Norms, epsilon: float) -> torch.utils.hooks.RemovableHandle:
     """Apply `norm` to `M x` but divide by the scale of `x`, as weights with a baked read do."""
-
-    def squares(x: torch.Tensor) -> torch.Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if norms.kind == "layer":
-            x = x - x.mean(-1, keepdim=True)
-        return x.pow(2).mean(-1, keepdim=True) + epsilon
+    squares = squares_of(norms, epsilon)
 
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
         x = inputs[0]
@@ -73,88 +70,15 @@ def _map_norm(norm: nn.Module, affine: AffineMap, norms: Norms, epsilon: float) 
     return norm.register_forward_hook(hook)
 
 
-def _map_before_norm(norm: nn.Module, affine: AffineMap, offset: float) -> torch.utils.hooks.RemovableHandle:
+def _map_before_norm(norm: nn.Module, affine: AffineMap, norms: Norms) -> torch.utils.hooks.RemovableHandle:
     """Map the input of a `norm` after a block so that its output is mapped, as weights with a baked write do."""
 
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
-        before = conjugate(affine, offset + norm.weight.detach().cpu())  # type: ignore[operator]
+        before = conjugate(affine, norm_weight(norm, norms))
         result: torch.Tensor = norm.forward(before(inputs[0]))
         return result
 
     return norm.register_forward_hook(hook)
-
-
-@dataclass(frozen=True)
-class Stream:
-    """The modules of a transformers model that the residual stream passes through."""
-
-    model: nn.Module
-    architecture: Architecture
-    config: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, model: Any) -> Stream:
-        """The stream of `model`, located by its architecture file."""
-        config = model.config.to_dict()
-        return cls(model, architecture_of(config), config)
-
-    @property
-    def decoder_name(self) -> str:
-        """The name of the module that contains the blocks."""
-        for name in self.architecture.decoder_modules:
-            if self._module(f"{name}.{self.architecture.layer.format(layer=0)}") is not None:
-                return name
-        raise OrthogonalizeError(
-            f"{type(self.model).__name__} does not have its blocks where {self.architecture.family} models have them"
-        )
-
-    def _module(self, name: str) -> nn.Module | None:
-        try:
-            return self.model.get_submodule(name)
-        except AttributeError:  # absent, or None
-            return None
-
-    @property
-    def decoder(self) -> nn.Module:
-        return self.model.get_submodule(self.decoder_name)
-
-    @property
-    def layer_count(self) -> int:
-        return self.architecture.layers(self.config)
-
-    def block_name(self, layer: int) -> str:
-        return f"{self.decoder_name}.{self.architecture.layer.format(layer=layer)}"
-
-    def block(self, layer: int) -> nn.Module:
-        return self.model.get_submodule(self.block_name(layer))
-
-    @property
-    def head_norm(self) -> nn.Module:
-        """The norm before the head (and before any projection in between)."""
-        return self.model.get_submodule(f"{self.decoder_name}.{self.architecture.head.norm}")
-
-    def parts(self, site: Site) -> list[Part]:
-        """The described parts of a block at `site` that exist in this layer."""
-        block = self.block_name(int(site.layer or 0))
-        return [
-            part
-            for part in self.architecture.parts(site.kind).values()
-            if self._module(f"{block}.{part.module}") is not None
-        ]
-
-    def inner(self, site: Site, name: str) -> nn.Module:
-        """The module `name` in the block of `site`."""
-        return self.model.get_submodule(f"{self.block_name(int(site.layer or 0))}.{name}")
-
-    def output(self, site: Site, part: Part) -> nn.Module:
-        """The module whose output is added to the stream; a norm after the block counts as part of it."""
-        return self.inner(site, part.post_norm or part.module)
-
-    def norm(self, site: Site, part: Part) -> nn.Module | None:
-        """The norm through which `part` reads; None if it reads the stream directly."""
-        block = self.block_name(int(site.layer or 0))
-        found = (self._module(f"{block}.{name}") for name in part.norm)
-        return next((module for module in found if module is not None), None)
 
 
 def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool) -> Handles:
@@ -168,7 +92,7 @@ def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool
     for number, part in enumerate(parts):
         module = stream.output(site, part)
         if part.post_norm is not None and not renormalise:
-            yield _map_before_norm(module, affine, stream.architecture.norms.offset)
+            yield _map_before_norm(module, affine, stream.architecture.norms)
             continue
         factor = 1.0 if part.scale_inside else stream.architecture.scale(part.scale, stream.config)
         once = replace(affine, s=affine.s / factor) if number == 0 else affine.unshifted
@@ -200,9 +124,10 @@ def intervened(model: nn.Module, intervention: Intervention, renormalise: bool =
 
     Write sites are mapped where they are added to the stream, after a norm if one follows the block. Read sites
     are mapped before their norm, which then divides by the scale of the mapped stream, as if the stream itself
-    had been mapped. Edited weights cannot reproduce those scales: with `renormalise=False` norms use the scales
-    that weights do produce (of the unmapped stream before reads, of the mapped block output before a norm that
-    follows it), and weights reproduce the result exactly. The two differ by a positive factor per token.
+    had been mapped. Conditional maps change what their write matrix writes. Edited weights cannot reproduce those
+    scales: with `renormalise=False` norms use the scales that weights do produce (of the unmapped stream before
+    reads, of the mapped block output before a norm that follows it), and weights reproduce the result exactly. The
+    two differ by a positive factor per token.
     """
     stream = Stream.of(model)
     with ExitStack() as stack:
@@ -211,6 +136,8 @@ def intervened(model: nn.Module, intervention: Intervention, renormalise: bool =
                 stack.callback(handle.remove)
         for handle in _hook_reads(stream, intervention.reads, renormalise):
             stack.callback(handle.remove)
+        if intervention.conditional:
+            stack.enter_context(conditionally_edited(model, intervention.conditional, renormalise))
         yield model
 
 

@@ -12,7 +12,7 @@ from ..architectures.schema import Architecture, Embedded, Part, bias_name
 from ..checkpoints.quantization import refuse_packed
 from ..checkpoints.safetensors_file import TensorInfo
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import Site
+from ..core.interventions import EXPERTS, Site, WriteMatrix
 
 # Suffixes of what quantized checkpoints store beside, or instead of, a weight.
 COMPANIONS = ("_scale", "_scale_inv", "_blocks", "_scales", "_packed", "_shape", "_zero_point", "_g_idx")
@@ -84,6 +84,20 @@ class Sites:
         """The tensors through which `part` of block `layer` writes (only those in `among`, if given)."""
         named = {name: axis for name, axis in part.writes.items() if not among or name in among}
         return self._locate(named, layer)
+
+    def write_matrices(self, site: Site) -> dict[WriteMatrix, tuple[Part, list[Located]]]:
+        """The matrices that write at `site` of a block: the part of each, and its tensors (one per expert, or one)."""
+        found: dict[WriteMatrix, tuple[Part, list[Located]]] = {}
+        layer = int(site.layer or 0)
+        for part in self.parts(site):
+            for template in part.writes:
+                stored = self.writes(part, layer, [template])
+                if not stored:
+                    continue
+                routed = "{expert}" in template or len(self.tensors[stored[0].name].shape) == 3
+                name = EXPERTS if routed else template.removesuffix(".weight")
+                found[WriteMatrix(site, name)] = (part, stored)
+        return found
 
     def reads(self, part: Part, layer: int) -> list[Located]:
         """The tensors through which `part` of block `layer` reads."""

@@ -22,7 +22,7 @@ from ..core.interventions import AffineMap, centred_map, shift, stack_maps
 from ..core.progress import track
 from ..directions.direction_set import Directions
 from ..directions.finders.registry import FINDERS
-from ..models.hooks import Stream
+from ..models.stream import Stream
 from .scoring import LocalScorer, behaviour_score, divergence, global_probabilities
 
 MAX_KL = 0.1  # nats; eliroc98/refusal_direction

@@ -11,8 +11,9 @@ import torch
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, pad
-from ..models.hooks import Stream, capturing_inputs, input_shifted, intervened, layer_projected
+from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
 from ..models.logprobs import completion_scores
+from ..models.stream import Stream
 
 SMOOTHING = 1e-6  # added to probabilities to compute a KL, as in eliroc98/refusal_direction
 

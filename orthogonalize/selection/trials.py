@@ -27,7 +27,8 @@ from ..edits.build import finder_of, intervention_from_directions
 from ..edits.config import EditConfig
 from ..edits.methods.registry import DEFAULT
 from ..edits.scopes import parse_scope
-from ..models.hooks import Stream, intervened
+from ..models.hooks import intervened
+from ..models.stream import Stream
 from .candidates import Candidate, ScoreStore, layer_ranking
 from .scoring import behaviour_score, completion_loss, first_token_probabilities
 

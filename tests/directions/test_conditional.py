@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.core.interventions import orthonormal
-from orthogonalize.directions.conditional import ConditionalMap, InputMoments, solve_from_moments, solve_from_samples
+from orthogonalize.core.interventions import ConditionalMap, orthonormal
+from orthogonalize.directions.conditional import InputMoments, solve_from_moments, solve_from_samples
 
 D, N, K = 10, 14, 2
 
@@ -168,5 +168,5 @@ def test_what_cannot_be_solved_is_refused():
     flat = [(x * (torch.arange(N) < 3), y) for x, y in pairs]
     with pytest.raises(OrthogonalizeError, match="needs a ridge above 0"):
         solve_from_samples(r, *flat, ridge=0)
-    with pytest.raises(ValueError, match="shapes do not match"):
+    with pytest.raises(ValueError, match="map shapes do not fit"):
         ConditionalMap(r, torch.zeros(K + 1, N))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.chat import tiny_tokenizer
-from helpers.exactness import ABLATE, BASIS, EXACT, LAYERS, compare, every_read, every_write
+from helpers.exactness import ABLATE, BASIS, EXACT, LAYERS, compare, every_read, every_write, every_write_matrix
 from helpers.expectations import (
     ACTADD,
     ACTADD_ATTENTION,
@@ -37,6 +37,14 @@ def test_every_write_of_every_family_equals_hooks(name, bases, tmp_path):
     """With a different map at every write site."""
     base = bases(name)
     intervention = every_write(embed=name not in NEVER_UNTIED)
+    assert compare(base, intervention, tmp_path / "edited", rescaled=base.post_norm) <= EXACT
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_conditional_map_of_every_family_equals_hooks(name, bases, tmp_path):
+    """With a different map of every write matrix, and of every expert but one."""
+    base = bases(name)
+    intervention = every_write_matrix(base)
     assert compare(base, intervention, tmp_path / "edited", rescaled=base.post_norm) <= EXACT
 
 

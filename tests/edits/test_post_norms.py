@@ -24,7 +24,8 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, conjugate, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
-from orthogonalize.models.hooks import Stream, capturing_inputs, intervened
+from orthogonalize.models.hooks import capturing_inputs, intervened
+from orthogonalize.models.stream import Stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

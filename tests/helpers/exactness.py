@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import prod
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from helpers.tiny_models import load_tiny, logits, store_tiny
 from orthogonalize.architectures.schema import architecture_of
 from orthogonalize.checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
-from orthogonalize.core.interventions import AffineMap, Intervention, Site, removal
+from orthogonalize.core.interventions import AffineMap, ConditionalMap, Intervention, Site, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.plan import EditPlan
 from orthogonalize.edits.scopes import map_sites, parse_scope
@@ -110,6 +111,26 @@ def every_read(first: int = 0) -> Intervention:
     """A different map before every layer that reads, and before the head."""
     reads = {Site(kind, layer): oblique(layer) for layer in range(first, LAYERS) for kind in ("attn", "mlp")}
     return Intervention(reads=reads | {Site("head"): oblique(99)})
+
+
+def every_write_matrix(base: Base, rank: int = 2) -> Intervention:
+    """A different conditional map of every matrix that writes, and of every expert but the first."""
+    sites = EditPlan.of(base.checkpoint).sites
+    maps = {}
+    for number, site in enumerate(Site(kind, layer) for layer in range(LAYERS) for kind in ("attn", "mlp")):
+        if not base.architecture.parts(site.kind):
+            continue
+        for matrix, (_, stored) in sites.write_matrices(site).items():
+            shapes = [sites.tensors[write.name].shape for write in stored]
+            experts = len(stored) if len(stored) > 1 else shapes[0][0] if len(shapes[0]) == 3 else 0
+            inputs = sum(map(prod, shapes)) // WIDTH // max(1, experts)
+            generator = torch.Generator().manual_seed(number)
+            shape = (experts, rank, inputs) if experts else (rank, inputs)
+            c = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+            if experts:
+                c[0] = 0
+            maps[matrix] = ConditionalMap(centred_basis(rank, number), c)
+    return Intervention(conditional=maps)
 
 
 def ablation(scope: str = "all") -> Intervention:

@@ -21,8 +21,8 @@ from orthogonalize.core.interventions import Intervention, Site, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.models.describe.discovery import Findings, discover
 from orthogonalize.models.describe.draft import draft, shrink_config
-from orthogonalize.models.hooks import Stream
 from orthogonalize.models.sites import Sites
+from orthogonalize.models.stream import Stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

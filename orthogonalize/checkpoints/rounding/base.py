@@ -63,7 +63,13 @@ class VectorKernel(Protocol):
     """An edit of vectors with its rounding, for the tensors of one dtype. Called from several threads at once."""
 
     def __call__(
-        self, stored: np.ndarray[Any, Any], by_rows: bool, first: int, last: int, scales: Scales | None = None
+        self,
+        stored: np.ndarray[Any, Any],
+        by_rows: bool,
+        first: int,
+        last: int,
+        scales: Scales | None = None,
+        given: np.ndarray[Any, Any] | None = None,
     ) -> EditStats:
         """Edit the vectors `first` to `last` of `stored`, in place.
 
@@ -71,6 +77,7 @@ class VectorKernel(Protocol):
             stored: contiguous; its rows are the vectors ([n, d]) if `by_rows`, else its columns ([d, n]). bfloat16
                 is held as uint16, float32 and float64 as float64, narrower formats as float32.
             scales: factors of the stored numbers (FP8 only).
+            given: components [k, vectors] to take out instead of `v^T x` (conditional edits only), in float64.
         """
         ...
 

@@ -75,12 +75,13 @@ def _compiled(sources: str) -> Any:
 
     @njit(nogil=True, cache=True)
     def edit_tiles(
-        stored: Any, by_rows: bool, first: Any, last: Any, u: Any, v: Any, inverse: Any, s: Any,
+        stored: Any, by_rows: bool, first: Any, last: Any, u: Any, v: Any, inverse: Any, s: Any, given: Any,
         scales: Any, rescaled: Any, every: Any, grid: Any, rounds: bool, cancel: bool, enough: Any,
         sums: Any, before: Any,
     ) -> None:  # fmt: skip
         """Edit and round the vectors `first` to `last` of `stored` in place; add their statistics to `sums`.
 
+        The components `given` [k, vectors] are taken out, or the vectors' own if that is None.
         Stored numbers have the scales `scales` before and `rescaled` after. The vectors' components before the edit
         are written to `before` [k, last - first].
         """
@@ -97,7 +98,7 @@ def _compiled(sources: str) -> Any:
             seen, e, beyond = np.zeros((k, n)), np.zeros((k, n)), np.zeros(n, u.dtype)
             squares = load(stored, start, by_rows, v, former, every[0], x, seen)
             copy_rows(seen, before[:, start - first : start - first + n])
-            apply(x, u, s, seen.astype(u.dtype))
+            apply(x, u, s, seen.astype(u.dtype) if given is None else given[:, start : start + n])
             if cancel:
                 tolerance = enough * np.sqrt(k * squares / d)  # relative to a typical component of the vector
                 # Flips finish errors within their reach: a few times the typical step of a component.

@@ -63,17 +63,25 @@ class VectorEdit:
         return float(np.linalg.norm((v.T @ u) * lengths if u.any() else lengths) / np.sqrt(v.shape[1]))
 
     def __call__(
-        self, stored: np.ndarray[Any, Any], by_rows: bool, first: int, last: int, scales: Scales | None = None
+        self,
+        stored: np.ndarray[Any, Any],
+        by_rows: bool,
+        first: int,
+        last: int,
+        scales: Scales | None = None,
+        given: np.ndarray[Any, Any] | None = None,
     ) -> EditStats:
         """Edit the vectors `first` to `last` of `stored`, in place (see `VectorKernel`)."""
         u, v, s = self._maps
         sums, before = np.zeros(6), np.empty((v.shape[1], last - first))
         old = None if scales is None else np.ascontiguousarray(scales.values, u.dtype)
         new = old if scales is None or scales.edited is None else np.ascontiguousarray(scales.edited, u.dtype)
+        taken = None if given is None else np.ascontiguousarray(given, u.dtype)
         edit_tiles(
-            stored, by_rows, first, last, u, v, self._inverse, s, old, new, scales.every if scales else (1, 1),
+            stored, by_rows, first, last, u, v, self._inverse, s, taken, old, new, scales.every if scales else (1, 1),
             self._numbers, self._rounds, self._cancels, self._enough, sums, before,
         )  # fmt: skip
         u, v, s = self._exact
-        sums[3] = np.square((v.T @ s)[:, None] - (v.T @ u) @ before).sum()
+        changed = before if given is None else given[:, first:last]
+        sums[3] = np.square((v.T @ s)[:, None] - (v.T @ u) @ changed).sum()
         return EditStats(*sums.tolist())

@@ -1,0 +1,108 @@
+"""Where the residual stream passes through a running transformers model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..architectures.schema import Architecture, Norms, Part, architecture_of
+from ..core.errors import OrthogonalizeError
+from ..core.interventions import Site
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The modules of a transformers model that the residual stream passes through."""
+
+    model: nn.Module
+    architecture: Architecture
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, model: Any) -> Stream:
+        """The stream of `model`, located by its architecture file."""
+        config = model.config.to_dict()
+        return cls(model, architecture_of(config), config)
+
+    @property
+    def decoder_name(self) -> str:
+        """The name of the module that contains the blocks."""
+        for name in self.architecture.decoder_modules:
+            if self._module(f"{name}.{self.architecture.layer.format(layer=0)}") is not None:
+                return name
+        raise OrthogonalizeError(
+            f"{type(self.model).__name__} does not have its blocks where {self.architecture.family} models have them"
+        )
+
+    def _module(self, name: str) -> nn.Module | None:
+        try:
+            return self.model.get_submodule(name)
+        except AttributeError:  # absent, or None
+            return None
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.model.get_submodule(self.decoder_name)
+
+    @property
+    def layer_count(self) -> int:
+        return self.architecture.layers(self.config)
+
+    def block_name(self, layer: int) -> str:
+        return f"{self.decoder_name}.{self.architecture.layer.format(layer=layer)}"
+
+    def block(self, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.block_name(layer))
+
+    @property
+    def head_norm(self) -> nn.Module:
+        """The norm before the head (and before any projection in between)."""
+        return self.model.get_submodule(f"{self.decoder_name}.{self.architecture.head.norm}")
+
+    def parts(self, site: Site) -> list[Part]:
+        """The described parts of a block at `site` that exist in this layer."""
+        block = self.block_name(int(site.layer or 0))
+        return [
+            part
+            for part in self.architecture.parts(site.kind).values()
+            if self._module(f"{block}.{part.module}") is not None
+        ]
+
+    def find(self, site: Site, name: str) -> nn.Module | None:
+        """The module `name` in the block of `site`, or None."""
+        return self._module(f"{self.block_name(int(site.layer or 0))}.{name}")
+
+    def inner(self, site: Site, name: str) -> nn.Module:
+        """The module `name` in the block of `site`."""
+        return self.model.get_submodule(f"{self.block_name(int(site.layer or 0))}.{name}")
+
+    def output(self, site: Site, part: Part) -> nn.Module:
+        """The module whose output is added to the stream; a norm after the block counts as part of it."""
+        return self.inner(site, part.post_norm or part.module)
+
+    def norm(self, site: Site, part: Part) -> nn.Module | None:
+        """The norm through which `part` reads; None if it reads the stream directly."""
+        block = self.block_name(int(site.layer or 0))
+        found = (self._module(f"{block}.{name}") for name in part.norm)
+        return next((module for module in found if module is not None), None)
+
+
+def squares_of(norms: Norms, epsilon: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of x [..., d] that gives the square [..., 1] of what such a norm divides x by."""
+
+    def squares(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if norms.kind == "layer":
+            x = x - x.mean(-1, keepdim=True)
+        return x.pow(2).mean(-1, keepdim=True) + epsilon
+
+    return squares
+
+
+def norm_weight(norm: nn.Module, norms: Norms) -> torch.Tensor:
+    """What `norm` multiplies by, [d], on the CPU and in the dtype of its weight."""
+    return norms.offset + norm.weight.detach().cpu()  # type: ignore[operator]
