@@ -337,6 +337,16 @@ edit_options = together(
     click.option("--orthogonal", is_flag=True, default=None, help="leace only: its orthogonal form."),
     click.option("--alpha", type=float, help="reflect only: 1 projects, 2 mirrors (default)."),
     click.option("--coefficient", type=float, help="actadd only: length to add; default: the mean difference's."),
+    choice("--span", ["direction", "positions", "inlp"], None, "conditional only: what is taken out at each site."),
+    choice("--components", ["attn", "mlp", "both"], None, "conditional only: the blocks to edit; default both."),
+    click.option("--target-weight", type=float, help="conditional only: weight of the target's tokens (0.03 to 0.2)."),
+    click.option("--preserve-weight", type=float, help="conditional only: weight of what is preserved (default 1)."),
+    click.option("--ridge", type=float, help="conditional only: regularisation, relative to the inputs (0.01)."),
+    click.option(
+        "--sequential/--one-reading",
+        default=None,
+        help="conditional only: read layers behind the edits of earlier ones (default), or all at once.",
+    ),
     click.option(
         "--rounding",
         type=Entry(lambda: list(ROUNDING_SCHEMES)),
@@ -346,6 +356,9 @@ edit_options = together(
     choice("--format", ["checkpoint", "lora"], "checkpoint", "lora: a PEFT adapter, if only linear layers change."),
     click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share."),
     click.option("--link", is_flag=True, help="Hard-link unchanged files instead of copying them."),
+    click.option(
+        "--device", default="auto", show_default=True, help="Where conditional reads the model: auto, cpu, cuda, …"
+    ),
     revision_option,
 )
 

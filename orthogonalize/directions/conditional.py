@@ -19,6 +19,7 @@ is ACE's idea (arXiv 2411.09003).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -30,10 +31,11 @@ class InputMoments:
     """Streaming second moments of a matrix's inputs over one set of tokens, in float64.
 
     Holds E[x x^T] [n, n] and, where values y [k] come with the inputs, E[y x^T] [k, n] and E[y] [k]; never the tokens.
+    Products of one update are taken in the inputs' dtype (float32 at least), and summed in float64.
     """
 
     def __init__(self, inputs: int, values: int = 0, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self.count, self.inputs = 0, inputs
         self._second = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self._cross = torch.zeros(values, inputs, dtype=torch.float64, device=device)
         self._inputs = torch.zeros(inputs, dtype=torch.float64, device=device)
@@ -41,13 +43,13 @@ class InputMoments:
 
     def update(self, inputs: torch.Tensor, values: torch.Tensor | None = None) -> InputMoments:
         """Add tokens: inputs [tokens, n] and, where the moments have any, values [tokens, k]."""
-        x = inputs.to(self._second)
+        x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         if (values is None) != (len(self._values) == 0):
             raise ValueError("these moments take values with every input, or with none")
         self._second += x.mT @ x
         self._inputs += x.sum(0)
         if values is not None:
-            y = values.to(self._second)
+            y = values.to(x)
             self._cross += y.mT @ x
             self._values += y.sum(0)
         self.count += len(x)
@@ -155,6 +157,96 @@ def solve_from_samples(
     wanted[: len(x)] = ((target_weight / len(x)) ** 0.5) * (y - m)
     solution = torch.linalg.solve(system, wanted, left=True)
     return ConditionalMap(r.to(torch.float64), solution.mT @ a)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of the regression: w_T of target tokens, w_K of preserved ones, and the ridge."""
+
+    target: float = 0.1
+    preserve: float = 1.0
+    ridge: float = 0.01
+
+
+class InputTokens:
+    """The inputs of one set of tokens, and the values that come with them.
+
+    Kept as they are while there are fewer tokens than inputs, and as moments from then on: whichever is smaller.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._moments: InputMoments | None = None
+
+    def update(self, inputs: torch.Tensor, values: torch.Tensor) -> InputTokens:
+        """Add tokens: inputs [tokens, n] and values [tokens, k]."""
+        self.count += len(inputs)
+        if self._moments is not None:
+            self._moments.update(inputs, values)
+            return self
+        self._parts.append((inputs.clone(), values.clone()))
+        if self.count >= inputs.shape[-1]:
+            self._moments, self._parts = self.moments, []
+        return self
+
+    @property
+    def inputs(self) -> int:
+        """The width n of the inputs; 0 if there are none."""
+        return self._parts[0][0].shape[-1] if self._parts else self._moments.inputs if self._moments else 0
+
+    @property
+    def samples(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Inputs [tokens, n] and values [tokens, k]; None if there are too many."""
+        if not self._parts:
+            return None
+        x, y = zip(*self._parts, strict=True)
+        return torch.cat(x), torch.cat(y)
+
+    @property
+    def moments(self) -> InputMoments:
+        """The second moments of all tokens.
+
+        Raises:
+            OrthogonalizeError: there are no tokens.
+        """
+        if self._moments is not None:
+            return self._moments
+        if not self._parts:
+            raise OrthogonalizeError("a set of tokens for a conditional edit is empty")
+        x, y = self._parts[0]
+        moments = InputMoments(x.shape[-1], y.shape[-1], x.device)
+        for part in self._parts:
+            moments.update(*part)
+        return moments
+
+
+def solve(
+    r: torch.Tensor,
+    sets: tuple[InputTokens, InputTokens, Sequence[InputTokens]],
+    weights: Weights,
+    origin: torch.Tensor | None = None,
+) -> ConditionalMap:
+    """The conditional map of target, harmless and preserved tokens, on the CPU; primal or dual, whichever is smaller.
+
+    Raises:
+        OrthogonalizeError: see `solve_from_moments`.
+    """
+    target, harmless, preserved = sets
+    everything = (target, harmless, *preserved)
+    samples = [each.samples for each in everything]
+    settings = {
+        "origin": origin, "target_weight": weights.target, "preserve_weight": weights.preserve, "ridge": weights.ridge
+    }  # fmt: skip
+    few = sum(each.count for each in everything) < target.inputs
+    if few and samples[0] is not None and samples[1] is not None:
+        kept = [found[0] for found in samples[2:] if found is not None]
+        found = solve_from_samples(r, samples[0], samples[1], kept, **settings)  # type: ignore[arg-type]
+    else:
+        found = solve_from_moments(
+            r, target.moments, harmless.moments, [each.moments for each in preserved], **settings  # type: ignore[arg-type]
+        )  # fmt: skip
+    return ConditionalMap(found.r.cpu(), found.c.cpu())
 
 
 def _check_weights(target: float, preserve: float, ridge: float) -> None:

@@ -24,6 +24,12 @@ class EditConfig(BaseModel):
         alpha: for `reflect`, 1 projects and 2 mirrors.
         coefficient: for `actadd`, the length added along the unit direction, in units of the stream; None is the length
             of the mean difference.
+        span: for `conditional`, what is taken out at each site: its own stream's `direction`, the span of the mean
+            differences at all `positions` of the template, or `inlp`'s basis.
+        components: for `conditional`, the blocks that are edited.
+        target_weight, preserve_weight, ridge: for `conditional`, the weights of the regression (see
+            `directions.conditional`).
+        sequential: for `conditional`, whether each group of layers is read behind the edits of those before it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -38,6 +44,12 @@ class EditConfig(BaseModel):
     orthogonal: bool = False
     alpha: float = 2.0
     coefficient: float | None = None
+    span: Literal["direction", "positions", "inlp"] = "direction"
+    components: Literal["attn", "mlp", "both"] = "both"
+    target_weight: Annotated[float, Field(gt=0)] = 0.1
+    preserve_weight: Annotated[float, Field(ge=0)] = 1.0
+    ridge: Annotated[float, Field(gt=0)] = 0.01
+    sequential: bool = True
 
     @field_validator("method")
     @classmethod
@@ -47,7 +59,9 @@ class EditConfig(BaseModel):
     def describe(self) -> str:
         """A description in one line."""
         words = [self.method, self.scope]
-        if self.per_layer:
+        if METHODS[self.method].fitted:
+            words += self._describe_fit()
+        elif self.per_layer:
             words.append("each layer along its own direction")
         elif self.layer is not None:
             words.append(f"direction of layer {self.layer}")
@@ -69,3 +83,16 @@ class EditConfig(BaseModel):
         if self.strength != 1.0:
             words.append(f"strength {self.strength:g}")
         return ", ".join(words)
+
+    def _describe_fit(self) -> list[str]:
+        spans = {"direction": "each layer's own direction", "positions": "all positions", "inlp": "INLP's directions"}
+        words = [spans[self.span], f"target weight {self.target_weight:g}"]
+        if self.components != "both":
+            words.append("attention only" if self.components == "attn" else "MLPs only")
+        if self.preserve_weight != 1.0:
+            words.append(f"preserve weight {self.preserve_weight:g}")
+        if self.ridge != 0.01:
+            words.append(f"ridge {self.ridge:g}")
+        if not self.sequential:
+            words.append("from one reading")
+        return words

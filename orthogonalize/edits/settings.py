@@ -12,7 +12,7 @@ from .config import EditConfig
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Settings of `edit`. Those up to `coefficient` are fields of `EditConfig`, where None is the run's or the default.
+    """Settings of `edit`. Those up to `sequential` are fields of `EditConfig`, where None is the run's or the default.
 
     Attributes:
         rounding: the rounding scheme of stored weights (see `--rounding`); None is the default, which keeps the edit.
@@ -21,6 +21,7 @@ class EditSettings:
         shard: `i/n` writes only that share of the files; the output appears with the last share.
         format: `lora` writes the edit as a PEFT adapter, if it changes only linear layers.
         force: replace an existing output of this tool.
+        device: where the model runs, if the edit is fitted to it.
         revision: branch, tag or commit of a model on the Hub.
     """
 
@@ -34,12 +35,19 @@ class EditSettings:
     orthogonal: bool | None = None
     alpha: float | None = None
     coefficient: float | None = None
+    span: str | None = None
+    components: str | None = None
+    target_weight: float | None = None
+    preserve_weight: float | None = None
+    ridge: float | None = None
+    sequential: bool | None = None
     rounding: str | None = None
     workers: int = 1
     link: bool = False
     shard: str | None = None
     format: Literal["checkpoint", "lora"] = "checkpoint"
     force: bool = False
+    device: str = "auto"
     revision: str | None = None
 
     def __post_init__(self) -> None:

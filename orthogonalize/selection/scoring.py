@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, pad
 from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
 from ..models.logprobs import completion_scores
+from ..models.partial_forward import starting_at
 from ..models.stream import Stream
 
 SMOOTHING = 1e-6  # added to probabilities to compute a KL, as in eliroc98/refusal_direction
@@ -81,34 +81,6 @@ def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most:
     return tokens
 
 
-def _identity_forward(wrapped: bool) -> Any:
-    """A `forward` for a block that returns its input, in a tuple if `wrapped`."""
-    return lambda hidden_states, *_args, **_kwargs: (hidden_states,) if wrapped else hidden_states
-
-
-@contextmanager
-def _start_at(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Iterator[None]:
-    """Make `model` start at block `layer` with the input `hidden`; earlier blocks do nothing.
-
-    `wrapped`: whether blocks return tuples.
-    """
-    stream = Stream.of(model)
-    skipped = [stream.block(i) for i in range(layer)]
-
-    def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
-
-    handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
-    for block in skipped:
-        block.forward = _identity_forward(wrapped)
-    try:
-        yield
-    finally:
-        handle.remove()
-        for block in skipped:
-            del block.forward
-
-
 class LocalScorer:
     """First-token probabilities under edits at one layer, for a fixed set of prompts.
 
@@ -148,7 +120,7 @@ class LocalScorer:
             rows = maps.to(self.model.device, torch.float32)
             rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
             edit = layer_projected if projected else input_shifted
-            resumed = _start_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
+            resumed = starting_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
             with resumed, edit(self.model, layer, rows):
                 logits = _last_logits(self.model, padded.repeat(count, 1), lengths.repeat(count))
             parts.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())

@@ -32,6 +32,7 @@ class EditMethod:
         adds: whether it adds a constant instead of removing a component.
         restores_mean: whether its shift puts a mean back, so that it depends on what the norms see of that mean.
         projects: whether strength 1 leaves nothing of the direction; the model card then gives what rounding leaves.
+        fitted: whether its maps are fitted to the model's own activations, not made from directions alone.
         grid: the settings that a sweep tries, each a mapping from fields of `EditConfig` to values.
         swept_scopes: the scopes that a sweep tries by default.
     """
@@ -46,6 +47,7 @@ class EditMethod:
     adds: ClassVar[bool] = False
     restores_mean: ClassVar[bool] = False
     projects: ClassVar[bool] = False
+    fitted: ClassVar[bool] = False
     grid: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     swept_scopes: ClassVar[tuple[str, ...]] = ("one", "top:50%", "all")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ...core.registry import Registry
 from .base import EditMethod
 
-MODULES = ("ablate", "nullspace", "reflect", "actadd", "leace")
+MODULES = ("ablate", "nullspace", "reflect", "actadd", "leace", "conditional")
 DEFAULT = "ablate"
 
 METHODS: Registry[EditMethod] = Registry("edit method")

@@ -1,0 +1,229 @@
+"""Fit conditional maps to a running model: read the inputs of its write matrices, and solve for each of them.
+
+By default, layers are fitted in groups of three, in order, and each group is read behind the edits of those before
+it: what an earlier group has removed already is not removed again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core.errors import OrthogonalizeError
+from ..core.files import write_atomically
+from ..core.interrupts import check
+from ..core.interventions import ConditionalMap, Site, WriteMatrix, block_sites, orthonormal
+from ..core.progress import track
+from ..directions.conditional import InputTokens, Weights, solve
+from ..directions.direction_set import Directions
+from ..models.stream import Stream, norm_weight, squares_of
+from ..models.write_matrices import WriteModule, write_modules
+from ..models.write_reading import TokenSet, WriteReader
+from .build import no_direction
+from .config import EditConfig
+from .scopes import layers_in_scope, parse_scope, stream_after
+
+GROUP = 3  # layers that are read together
+# An expert that saw fewer tokens of a set is left as it is: its own regression would mean nothing.
+FEWEST = 16
+TARGET, HARMLESS = "target", "harmless"
+
+
+@dataclass(frozen=True)
+class FitTokens:
+    """The tokens that a conditional edit is fitted to.
+
+    Attributes:
+        target: the last template positions of target prompts and the first tokens of the model's answers to them.
+        harmless: all tokens of harmless prompts and of the model's answers to them.
+        preserved: all tokens of further prompts whose outputs should not move, with answers, by name.
+    """
+
+    target: TokenSet
+    harmless: TokenSet
+    preserved: Mapping[str, TokenSet] = field(default_factory=dict)
+
+    @property
+    def sets(self) -> dict[str, TokenSet]:
+        """All sets by name."""
+        return {TARGET: self.target, HARMLESS: self.harmless, **self.preserved}
+
+    def save(self, file: Path) -> None:
+        """Write the token ids as JSON."""
+        sets = {name: {"ids": list(each.ids), "starts": list(each.starts)} for name, each in self.sets.items()}
+        write_atomically(file, json.dumps(sets) + "\n")
+
+    @classmethod
+    def load(cls, file: Path) -> FitTokens:
+        """Read what `save` wrote.
+
+        Raises:
+            OrthogonalizeError: the file is missing or damaged.
+        """
+        try:
+            sets = {name: TokenSet(**each) for name, each in json.loads(file.read_text("utf-8")).items()}
+            return cls(sets.pop(TARGET), sets.pop(HARMLESS), sets)
+        except FileNotFoundError:
+            raise OrthogonalizeError(
+                f"{file.parent} lacks the model's own answers, which a conditional edit is fitted to; run extract again"
+            ) from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OrthogonalizeError(f"{file} is damaged; run extract again with --force") from error
+
+
+@dataclass(frozen=True)
+class ConditionalFit:
+    """Fitted maps, and how many experts were left alone because they saw too few tokens."""
+
+    maps: dict[WriteMatrix, ConditionalMap]
+    left_alone: int = 0
+
+
+def fit_conditional(
+    model: Any,
+    tokens: FitTokens,
+    basis_at: Callable[[int], torch.Tensor | None],
+    sites: Sequence[Site],
+    weights: Weights,
+    *,
+    sequential: bool = True,
+) -> ConditionalFit:
+    """Fit the conditional map of every matrix that writes at `sites`.
+
+    Args:
+        model: a transformers model; its dtype and device are those of the reading.
+        basis_at: the orthonormal directions [k, d] of the stream at the input of a block (the number of layers: the
+            head); None leaves the sites that write to that stream as they are.
+        sites: attention and MLP sites of blocks.
+        weights: the weights of the regression.
+        sequential: whether to read layers group by group, behind the edits of earlier ones, instead of all at once.
+
+    Raises:
+        OrthogonalizeError: a set is empty, or a system cannot be solved.
+    """
+    stream = Stream.of(model)
+    reader = WriteReader(model, tokens.sets)
+    groups = _groups(sites) if sequential else [list(sites)]
+    fitted, left_alone = {}, 0
+    previous: dict[WriteMatrix, ConditionalMap] = {}
+    with track("fitting a conditional edit", len(sites), "write sites") as advance:
+        for group in groups:
+            regressions = [
+                _Regression(module, basis, stream, set(tokens.sets))
+                for site in group
+                if (basis := basis_at(stream_after(site))) is not None
+                for module in write_modules(stream, site).values()
+            ]
+            if regressions:
+                by_matrix = {each.matrix: each for each in regressions}
+                reader.read(list(by_matrix), lambda name, matrix, *rest: by_matrix[matrix].take(name, *rest), previous)  # noqa: B023
+                previous = {}
+                for each in regressions:
+                    found, alone = each.solve(weights)
+                    left_alone += alone
+                    if found is not None:
+                        previous[each.matrix] = found
+                    check()
+                fitted.update(previous)
+            advance(len(group))
+    if not fitted:
+        raise OrthogonalizeError("there is nothing to fit: no layer of the scope has a direction")
+    return ConditionalFit(fitted, left_alone)
+
+
+def sites_to_fit(choice: EditConfig, layer_count: int, ranking: Sequence[int] | None) -> list[Site]:
+    """The attention and MLP sites of a conditional edit; `from:l` and `upto:l` are the blocks from l on, or before."""
+    layers = layers_in_scope(parse_scope(choice.scope), layer_count, choice.layer, ranking)
+    return [site for site in block_sites(layers) if choice.components in (site.kind, "both")]
+
+
+def spans_of(choice: EditConfig, directions: Directions) -> Callable[[int], torch.Tensor | None]:
+    """What a conditional edit takes out of each stream (see `EditConfig.span`): orthonormal rows [k, d], or None.
+
+    Raises:
+        OrthogonalizeError: the run has no such directions.
+    """
+    position = choice.position
+    assert position is not None
+    if choice.span == "inlp" and not directions.subspaces:
+        raise no_direction("inlp", position, choice.layer or 0)
+
+    def span_at(layer: int) -> torch.Tensor | None:
+        own = directions.difference_basis(position, layer)
+        if own is None or choice.span == "direction":
+            return own
+        rank = choice.rank if isinstance(choice.rank, int) else None
+        if choice.span == "inlp":
+            return directions.basis("inlp", position, layer, rank)
+        found = [directions.difference_basis(each, layer) for each in directions.positions]
+        return orthonormal(torch.cat([rows for rows in found if rows is not None]))[:rank]
+
+    return span_at
+
+
+def weights_of(choice: EditConfig) -> Weights:
+    """The weights of the regression that `choice` gives."""
+    return Weights(choice.target_weight, choice.preserve_weight, choice.ridge)
+
+
+def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+    layers = sorted({int(site.layer or 0) for site in sites})
+    return [
+        [site for site in sites if int(site.layer or 0) in layers[start : start + GROUP]]
+        for start in range(0, len(layers), GROUP)
+    ]
+
+
+class _Regression:
+    """The regression of one write matrix, or of each of its experts."""
+
+    def __init__(self, module: WriteModule, basis: torch.Tensor, stream: Stream, sets: set[str]) -> None:
+        self.matrix, self.basis, self.sets = module.matrix, basis, sets
+        self.norm: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
+        if module.part.post_norm is not None:
+            norm = stream.inner(module.matrix.site, module.part.post_norm)
+            norms = stream.architecture.norms
+            self.norm = norm_weight(norm, norms), squares_of(norms, stream.architecture.epsilon(stream.config))
+        self.experts = len(module.module.get_parameter("down_proj")) if module.matrix.routed else 0
+        self.seen: dict[int | None, dict[str, InputTokens]] = {}
+
+    def take(self, name: str, expert: int | None, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Add the tokens of one set: inputs [tokens, n], outputs [tokens, d]."""
+        read = self.basis.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
+        if self.norm is not None:  # the stream gets D y / rms(y): the map is linear in x / rms(y)
+            scale, squares = self.norm
+            length = squares(outputs).sqrt()
+            inputs, outputs = inputs.to(length) / length, scale.to(length) * (outputs.to(length) / length)
+        values = outputs.to(read) @ read.mT
+        sets = self.seen.setdefault(expert, {})
+        if name not in sets:
+            sets[name] = InputTokens()
+        sets[name].update(inputs, values)
+
+    def solve(self, weights: Weights) -> tuple[ConditionalMap | None, int]:
+        """The map, or None if there are too few tokens; and how many experts are left alone."""
+        if not self.experts:
+            found = solve(self.basis, self._sets(None), weights)
+            self.seen.clear()
+            return found, 0
+        solved = {e: solve(self.basis, self._sets(e), weights).c for e in range(self.experts) if self._enough(e)}
+        self.seen.clear()
+        if not solved:
+            return None, self.experts
+        first = next(iter(solved.values()))
+        c = torch.stack([solved.get(e, torch.zeros_like(first)) for e in range(self.experts)])
+        return ConditionalMap(self.basis, c), self.experts - len(solved)
+
+    def _sets(self, expert: int | None) -> tuple[InputTokens, InputTokens, list[InputTokens]]:
+        seen = self.seen.get(expert, {})
+        kept = [seen[name] for name in sorted(self.sets - {TARGET, HARMLESS}) if name in seen]
+        return seen.get(TARGET, InputTokens()), seen.get(HARMLESS, InputTokens()), kept
+
+    def _enough(self, expert: int) -> bool:
+        target, harmless, _ = self._sets(expert)
+        return min(target.count, harmless.count) >= FEWEST

@@ -1,0 +1,54 @@
+"""conditional: take directions out of a write only where its input looks like the target's (see `edits.fitting`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...core.errors import OrthogonalizeError
+from .base import EditMethod
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...core.interventions import AffineMap, Intervention
+    from ...directions.direction_set import Directions
+    from ..config import EditConfig
+
+
+class Conditional(EditMethod):
+    """Ridge regression on the inputs of every write matrix (see `directions.conditional`); no direction is removed
+    where the input does not call for it."""
+
+    name = "conditional"
+    summary = "removes directions only where the input is like the target's"
+    needs = "directions of every layer, and the model itself"
+    options = frozenset({"span", "components", "target_weight", "preserve_weight", "ridge", "sequential"})
+    fitted = True
+    grid = (
+        {"span": "direction", "target_weight": 0.1},
+        {"span": "positions", "target_weight": 0.03},
+        {"span": "positions", "target_weight": 0.1},
+    )
+    swept_scopes = ("all",)
+
+    def from_basis(
+        self,
+        choice: EditConfig,
+        basis: torch.Tensor,
+        norm: float,
+        layer_count: int,
+        ranking: Sequence[int] | None = None,
+    ) -> Intervention:
+        raise OrthogonalizeError("conditional is fitted to the prompts of a run; use --run")
+
+    def from_directions(
+        self, choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None
+    ) -> Intervention:
+        raise OrthogonalizeError("conditional is fitted to a model; directions alone do not determine it")
+
+    def on_stream(self, choice: EditConfig, directions: Directions, intervention: Intervention) -> AffineMap:
+        raise OrthogonalizeError("conditional acts on the inputs of matrices, so --semantics residual cannot have it")
+
+
+METHOD = Conditional()

@@ -1,0 +1,90 @@
+"""The fitted edits of a run: made when they are first asked for, and kept in the run folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from ..architectures.schema import architecture_of
+from ..core.files import fingerprint, write_atomically
+from ..core.interventions import ConditionalMap, Intervention, WriteMatrix
+from ..core.progress import note
+from ..directions.direction_set import Directions, read_tensors
+from ..edits.config import EditConfig
+from ..edits.fitting import ConditionalFit, FitTokens, fit_conditional, sites_to_fit, spans_of, weights_of
+
+TOKENS = "tokens.json"  # of the model's own answers, in the run folder
+FOLDER = "fits"
+
+
+class Fits:
+    """Fits conditional edits to one model, and stores them in a run folder by everything that they depend on.
+
+    Args:
+        folder: the run folder.
+        directions: the run's.
+        config: the model's configuration.
+        weights: the SHA-256 of each of its weight files.
+        load: loads the model when it is first needed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        directions: Directions,
+        config: dict[str, Any],
+        weights: dict[str, str],
+        load: Callable[[], Any],
+    ) -> None:
+        layer_norm = architecture_of(config).norms.kind == "layer"
+        self.folder, self.directions = folder, directions.centred() if layer_norm else directions
+        self.weights, self.load = weights, load
+
+    def intervention(self, choice: EditConfig, ranking: Sequence[int] | None = None) -> Intervention:
+        """The edit of `choice`, from the store or fitted now.
+
+        Raises:
+            OrthogonalizeError: the run has no directions or answers for it.
+        """
+        sites = sites_to_fit(choice, self.directions.layer_count, ranking)
+        tokens = self.folder / TOKENS
+        depends = {
+            **choice.model_dump(include={"span", "position", "rank", "sequential"}),
+            "sites": [str(site) for site in sites],
+            "regression": [choice.target_weight, choice.preserve_weight, choice.ridge],
+            "weights": self.weights,
+            "directions": hashlib.sha256(self.directions.mean_diffs.numpy().tobytes()).hexdigest(),
+            "tokens": hashlib.sha256(tokens.read_bytes()).hexdigest() if tokens.is_file() else None,
+        }
+        file = self.folder / FOLDER / f"{fingerprint(depends)[:16]}.safetensors"
+        if file.is_file():
+            maps = _load(file)
+        else:
+            fit = fit_conditional(
+                self.load(), FitTokens.load(tokens), spans_of(choice, self.directions), sites, weights_of(choice),
+                sequential=choice.sequential,
+            )  # fmt: skip
+            if fit.left_alone:
+                note(f"{fit.left_alone} experts saw too few tokens to be fitted, and are left as they are")
+            maps = fit.maps
+            _save(fit, file)
+        return Intervention(conditional={matrix: each.scaled(choice.strength) for matrix, each in maps.items()})
+
+
+def _save(fit: ConditionalFit, file: Path) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    for matrix, each in fit.maps.items():
+        tensors |= {f"{matrix}/r": each.r, f"{matrix}/c": each.c}
+    file.parent.mkdir(exist_ok=True)
+    write_atomically(file, save(tensors))
+
+
+def _load(file: Path) -> dict[WriteMatrix, ConditionalMap]:
+    tensors = read_tensors(file)
+    names = dict.fromkeys(name.rpartition("/")[0] for name in tensors)
+    return {WriteMatrix.parse(name): ConditionalMap(tensors[f"{name}/r"], tensors[f"{name}/c"]) for name in names}
