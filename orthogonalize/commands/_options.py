@@ -230,6 +230,12 @@ extract_options = together(
     click.option("--concept", help="A named contrast: cooking (the demo's), lists or refusal."),
     click.option("--positive", metavar="P", help="Prompts that show the concept."),
     click.option("--negative", metavar="P", help="Prompts that do not."),
+    click.option(
+        "--preserve",
+        multiple=True,
+        metavar="P",
+        help="Prompts whose outputs must not move, such as refusals to keep or another language; repeatable.",
+    ),
     click.option("--column", help="Column or key that holds the prompt text."),
     click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset."),
     click.option(
@@ -297,7 +303,7 @@ extract_options = together(
         show_default=True,
         help="local, or local,global to also score edits at every layer.",
     ),
-    choice("--stage", ["prompts", "activations", "directions", "selection"], None, "Run only this stage."),
+    choice("--stage", ["prompts", "activations", "directions", "answers", "selection"], None, "Run only this stage."),
     click.option(
         "--dtype",
         type=click.Choice(["float32", "bfloat16", "float16"]),

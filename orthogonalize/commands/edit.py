@@ -82,7 +82,7 @@ def edit(
     if recipe is not None:
         resolved = resolve_recipe(Path(recipe), settings)
     elif run is not None:
-        resolved = resolve_run(Path(run), source, settings.edit_fields)
+        resolved = resolve_run(Path(run), source, settings.edit_fields, settings.device)
     else:
         resolved = resolve_file(Path(str(direction)), source, settings.edit_fields)
     resolved.check_not_empty()

@@ -1,7 +1,8 @@
 """`extract`: from two prompt sets to directions, scored candidates and tried edits, in stages.
 
 Each stage reads the output of the one before and writes its own: prompts (prompts.jsonl), activations
-(activations.safetensors), directions (directions.safetensors), selection (candidates.json, run.json, plots).
+(activations.safetensors), directions (directions.safetensors), answers (tokens.json) and selection (candidates.json,
+run.json, plots).
 A stage whose inputs are unchanged is kept; an interrupted stage is resumed.
 """
 
@@ -24,7 +25,7 @@ from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.chat import ChatFormat
 from ..data.contrast import read_contrast
-from ..data.prompts import SIDES, SPLITS, Prompt, Side, Split, split_prompts
+from ..data.prompts import SIDES, SPLITS, Prompt, Side, Split, load_prompts, split_preserved, split_prompts
 from ..data.refusals import refused
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
@@ -37,13 +38,23 @@ from ..models.resolve import commit_of, find_model
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
+from ..selection.fits import TOKENS
+from ..selection.own_answers import ANSWER_TOKENS, TARGET_TOKENS, OwnAnswers
 from ..selection.probes import probe_candidate
-from ..selection.run_folder import Run, RunInfo, load_prompt_file, load_run, save_prompts, save_selection
+from ..selection.run_folder import (
+    Run,
+    RunInfo,
+    load_preserved,
+    load_prompt_file,
+    load_run,
+    save_preserved,
+    save_prompts,
+    save_selection,
+)
 from ..selection.settings import Settings
 from ..selection.stages import STAGES, Stage, StageBook
 from ..selection.trials import EditSearch, Trial, confirm, reads_can_be_baked
 
-ANSWER_TOKENS = 48  # of the base model's own answers, against which a tried edit's harm is measured
 CONFIRM_TOKENS = 64
 
 
@@ -67,6 +78,7 @@ class _Source:
     revision: str | None
     prompts: Mapping[Side, list[Prompt]]
     sensitive: list[Side]
+    preserved: Mapping[str, list[Prompt]]
 
 
 class _Extraction:
@@ -111,11 +123,16 @@ class _Extraction:
                     "filtered": s.filtered,
                     "dtype": str(s.dtype),
                 }
+                if self.source.preserved:
+                    kept = {name: fingerprint([p.text for p in each]) for name, each in self.source.preserved.items()}
+                    own["preserve"] = kept
             case "activations":
                 own = {}
             case "directions":
                 found = asdict(self._direction_settings)
                 own = {"methods": found.pop("finders"), **found}  # stages.json calls the finders `methods`
+            case "answers":
+                own = {"wanted": s.trials > 0, "tokens": [TARGET_TOKENS, ANSWER_TOKENS]}
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
@@ -138,6 +155,7 @@ class _Extraction:
             "prompts": self._run_prompts,
             "activations": self._run_activations,
             "directions": self._run_directions,
+            "answers": self._run_answers,
             "selection": self._run_selection,
         }[stage]()
         self.book.complete(stage, inputs, result)
@@ -155,6 +173,9 @@ class _Extraction:
         note(f"behaviour tokens: {', '.join(map(repr, words))}")
         self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
+        sources = self.source.preserved.items()
+        preserved = [p for name, each in sources for p in split_preserved(name, each, s.seed, s.train, s.val, s.test)]
+        save_preserved(preserved, self.out)
         return {"behaviour_tokens": tokens, "behaviour_words": words, "filtered": filtered}
 
     # activations and directions
@@ -181,6 +202,21 @@ class _Extraction:
         )
         found.save(self.out / "directions.safetensors")
         return {}
+
+    # answers
+
+    def _run_answers(self) -> dict[str, Any]:
+        """The tokens that conditional edits are fitted to."""
+        file = self.out / TOKENS
+        if not self.settings.trials:
+            file.unlink(missing_ok=True)
+            return {}
+        journal = Journal(self.out / ".answers.journal", self.inputs("answers"))
+        own = OwnAnswers(self.chat, self._generate, journal)
+        tokens = own.fit_tokens(load_prompt_file(self.out), load_preserved(self.out))
+        tokens.save(file)
+        journal.close()
+        return {"tokens": {name: each.count for name, each in tokens.sets.items()}}
 
     # selection
 
@@ -358,6 +394,7 @@ def extract(
     out = Path(out)
     check_run_folder(out, RUN)
     sides = read_contrast(concept, positive, negative, column, hub_split)
+    preserved = {name: load_prompts(name, split=hub_split) for name in settings.preserve}
     folder = find_model(model, revision)
     source = _Source(
         str(model),
@@ -366,6 +403,7 @@ def extract(
         commit_of(folder) or revision,
         {"positive": sides[0], "negative": sides[1]},
         list(SIDES) if settings.sensitive else sides[2],
+        preserved,
     )
     work = _Extraction(source, settings, out)
     stages = _plan(work, stage, force)

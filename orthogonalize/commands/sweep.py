@@ -34,7 +34,7 @@ from ..models.resolve import find_model, public_name
 from ..reports.pareto_plot import write_pareto_plot
 from ..reports.schema import Measures, compare_all
 from ..reports.sweep import Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
-from ..selection.resolve import check_fits
+from ..selection.resolve import check_fits, fits_of
 from ..selection.run_folder import load_run
 from ..selection.variants import Variant, centre, make_variants
 
@@ -47,6 +47,7 @@ def residual_hooks(model: Any, variant: Variant) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in variant.layers:
             around = input_shifted if METHODS[variant.choice.method].adds else layer_projected
+            assert variant.on_stream is not None
             stack.enter_context(around(model, layer, variant.on_stream))
         yield
 
@@ -272,11 +273,12 @@ def sweep(
     if semantics == "residual" and not ENGINES.find(engine).hooks:
         raise OrthogonalizeError("--semantics residual needs --engine hf")
     found = load_run(run)
-    variants = make_variants(found, methods, scopes)
     folder = find_model(model, revision)
     check_complete(folder)
     source = open_checkpoint(folder)
     check_fits(found, source)
+    fits = fits_of(run, found, source, options.device) if semantics == "weights" else None
+    variants = make_variants(found, methods, scopes, fits)
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,

@@ -42,7 +42,7 @@ RUN = FolderKind(
     frozenset(
         {
             *("run.json", "prompts.jsonl", "activations.safetensors", "directions.safetensors"),
-            *("candidates.json", "plots", "stages.json"),
+            *("candidates.json", "plots", "stages.json", "tokens.json", "preserved.jsonl", "fits"),
         }
     ),
 )

@@ -38,6 +38,15 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class PreservedPrompt:
+    """One prompt whose outputs an edit should not move; `source` is the prompt source that it comes from."""
+
+    text: str
+    source: str
+    split: Split = "train"
+
+
+@dataclass(frozen=True)
 class Concept:
     """A named contrast: two prompt sources that differ in one thing."""
 
@@ -166,6 +175,13 @@ def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> No
     for side, prompts in (("positive", positive), ("negative", negative)):
         if len(prompts) < MINIMUM:
             raise OrthogonalizeError(f"the {side} side has {len(prompts)} prompts; at least {MINIMUM} are required")
+
+
+def split_preserved(
+    source: str, prompts: Iterable[Prompt], seed: int, train: int, val: int, test: int
+) -> list[PreservedPrompt]:
+    """The train, val and test prompts of one preserved source, drawn as those of a contrast are."""
+    return [PreservedPrompt(p.text, source, p.split) for p in split_prompts(prompts, seed, train, val, test)]
 
 
 def split_prompts(

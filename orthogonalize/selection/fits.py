@@ -45,6 +45,11 @@ class Fits:
         self.folder, self.directions = folder, directions.centred() if layer_norm else directions
         self.weights, self.load = weights, load
 
+    @property
+    def possible(self) -> bool:
+        """Whether the run has the model's own answers, without which nothing can be fitted."""
+        return (self.folder / TOKENS).is_file()
+
     def intervention(self, choice: EditConfig, ranking: Sequence[int] | None = None) -> Intervention:
         """The edit of `choice`, from the store or fitted now.
 

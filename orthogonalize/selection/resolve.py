@@ -22,7 +22,9 @@ from ..edits.methods.registry import DEFAULT, METHODS
 from ..edits.recipe import ProbeResult, load_recipe
 from ..edits.scopes import stream_after
 from ..edits.settings import EditSettings
+from ..models.loading import load_model
 from .candidates import layer_ranking
+from .fits import Fits
 from .probes import probe_choice
 from .run_folder import Run, load_run
 
@@ -51,7 +53,8 @@ class ResolvedEdit:
             OrthogonalizeError: every map is zero.
         """
         maps = (*self.intervention.writes.values(), *self.intervention.reads.values())
-        if not any(m.u.any() or m.s.any() for m in maps):
+        fitted = any(m.c.any() for m in self.intervention.conditional.values())
+        if not fitted and not any(m.u.any() or m.s.any() for m in maps):
             raise OrthogonalizeError(
                 f"this edit changes nothing ({self.choice.describe()}): it has no direction, or its strength or length "
                 "is 0"
@@ -76,6 +79,10 @@ def choose(run: Run, **given: Any) -> EditConfig:
             return tried[0]
     method = named.setdefault("method", DEFAULT)
     named.setdefault("scope", METHODS.find(method).default_scope)
+    if METHODS[method].fitted:  # to every layer's own direction, where the model is about to answer
+        named.setdefault("position", run.directions.positions[-1])
+        named["per_layer"] = True
+        return _edit_config(named)
     finder = finder_of(method, run.directions)
     fitting = [
         c
@@ -115,7 +122,8 @@ def _edit_config(named: dict[str, Any]) -> EditConfig:
 
 def _probe_edit(folder: Path, run: Run, choice: EditConfig, intervention: Intervention) -> list[ProbeResult]:
     """Probe an edit in the streams that its directions come from."""
-    if METHODS[choice.method].adds or not (folder / ACTIVATIONS).is_file():
+    method = METHODS[choice.method]
+    if method.adds or method.fitted or not (folder / ACTIVATIONS).is_file():
         return []
     maps = {stream_after(site): m for site, m in intervention.writes.items()}
     maps |= {run.directions.layer_count if site.kind == "head" else int(site.layer or 0): m
@@ -149,8 +157,15 @@ def check_fits(run: Run, source: Checkpoint) -> None:
         )
 
 
-def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any]) -> ResolvedEdit:
+def fits_of(folder: Path, run: Run, source: Checkpoint, device: str = "auto") -> Fits:
+    """The fitted edits of `source` by a run; the model is loaded when one of them has to be fitted."""
+    return Fits(folder, run.directions, source.config, source.fingerprint(), lambda: load_model(source.path, device))
+
+
+def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any], device: str = "auto") -> ResolvedEdit:
     """The edit of `source` by a run and the `given` fields of `EditConfig`.
+
+    A fitted edit that the run does not have yet is fitted to `source` on `device`, and stored in the run.
 
     Raises:
         OrthogonalizeError: the run is from another model, or has no matching direction.
@@ -159,8 +174,11 @@ def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any]) -> Reso
     check_fits(run, source)
     choice = choose(run, **given)
     ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
-    layer_norm = architecture_of(source.config).norms.kind == "layer"
-    intervention = intervention_from_directions(choice, run.directions, ranking, layer_norm=layer_norm)
+    if METHODS[choice.method].fitted:
+        intervention = fits_of(folder, run, source, device).intervention(choice, ranking)
+    else:
+        layer_norm = architecture_of(source.config).norms.kind == "layer"
+        intervention = intervention_from_directions(choice, run.directions, ranking, layer_norm=layer_norm)
     return ResolvedEdit(
         choice,
         intervention,

@@ -12,13 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import OrthogonalizeError
 from ..core.files import write_atomically
-from ..data.prompts import Prompt, Side, Split
+from ..data.prompts import PreservedPrompt, Prompt, Side, Split
 from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
 from ..models.resolve import public_name
 from .candidates import Candidate, rank_correlation
 from .stages import BOOK
 from .trials import Trial
+
+PRESERVED = "preserved.jsonl"
 
 
 class RunInfo(BaseModel):
@@ -56,6 +58,7 @@ class Run:
     candidates: list[Candidate]
     trials: list[Trial]
     probes: list[ProbeResult] = field(default_factory=list)
+    preserved: list[PreservedPrompt] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return (
@@ -78,6 +81,22 @@ def load_prompt_file(folder: Path) -> list[Prompt]:
     """Read prompts.jsonl."""
     lines = (folder / "prompts.jsonl").read_text("utf-8").split("\n")
     return [Prompt(**json.loads(line)) for line in lines if line]
+
+
+def save_preserved(prompts: Sequence[PreservedPrompt], folder: Path) -> None:
+    """Write preserved.jsonl, if there are any."""
+    rows = [json.dumps(asdict(prompt), ensure_ascii=False) + "\n" for prompt in prompts]
+    if rows:
+        write_atomically(folder / PRESERVED, "".join(rows))
+    else:
+        (folder / PRESERVED).unlink(missing_ok=True)
+
+
+def load_preserved(folder: Path) -> list[PreservedPrompt]:
+    """Read preserved.jsonl; none if there is no such file."""
+    file = folder / PRESERVED
+    lines = file.read_text("utf-8").split("\n") if file.is_file() else []
+    return [PreservedPrompt(**json.loads(line)) for line in lines if line]
 
 
 def save_selection(
@@ -107,7 +126,7 @@ def load_run(folder: Path | str) -> Run:
         raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); create one with extract")
     try:
         info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))
-        prompts = load_prompt_file(folder)
+        prompts, preserved = load_prompt_file(folder), load_preserved(folder)
         scores = json.loads((folder / "candidates.json").read_text("utf-8"))
         candidates = [Candidate.from_row(row) for row in scores["candidates"]]
         trials = [Trial.model_validate(row) for row in scores["trials"]]
@@ -116,4 +135,4 @@ def load_run(folder: Path | str) -> Run:
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise OrthogonalizeError(f"run folder {folder} is damaged ({reason}); extract again") from error
-    return Run(info, prompts, directions, candidates, trials, probes)
+    return Run(info, prompts, directions, candidates, trials, probes, preserved)

@@ -38,6 +38,7 @@ class Settings:
         scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
             tried on all positive prompts.
         trials: number of whole edits to try; 0 skips the search.
+        preserve: sources of prompts whose outputs an edit should not move.
         answers: number of the model's own answers to negative prompts on which an edit's harm is measured.
         trust_remote_code: whether to run code from the model's repository.
     """
@@ -63,6 +64,7 @@ class Settings:
     scored: int | None = None
     trials: int = 32
     answers: int = 32
+    preserve: Sequence[str] = ()
     trust_remote_code: bool = False
 
     def with_changes(self, **changes: Any) -> Settings:

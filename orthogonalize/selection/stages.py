@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint, write_atomically
 
-Stage = Literal["prompts", "activations", "directions", "selection"]
+Stage = Literal["prompts", "activations", "directions", "answers", "selection"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 BOOK = "stages.json"
 

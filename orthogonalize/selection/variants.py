@@ -17,6 +17,7 @@ from ..edits.methods.base import EditMethod
 from ..edits.methods.registry import METHODS
 from ..edits.scopes import layers_in_scope, parse_scope
 from .candidates import layer_ranking
+from .fits import Fits
 from .resolve import choose
 from .run_folder import Run
 
@@ -29,7 +30,7 @@ class Variant:
     """One edit of a sweep.
 
     `direction` is the finder of its direction and `layers` are those of its scope. `on_stream` is its effect on the
-    whole stream as one map, for hooks on block inputs and outputs.
+    whole stream as one map, for hooks on block inputs and outputs; None for edits that depend on the input.
     """
 
     name: str
@@ -37,7 +38,7 @@ class Variant:
     direction: str
     intervention: Intervention
     layers: tuple[int, ...]
-    on_stream: AffineMap
+    on_stream: AffineMap | None
 
 
 def _first_direction(run: Run, finder: str, choice: EditConfig) -> torch.Tensor:
@@ -82,6 +83,16 @@ def _additions(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
             )
 
 
+def _fitted(run: Run, method: EditMethod, scope: str, fits: Fits) -> Iterator[Variant]:
+    for settings in method.grid:
+        choice = choose(run, method=method.name, scope=scope, **settings)
+        ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
+        intervention = fits.intervention(choice, ranking)
+        layers = sorted({int(matrix.site.layer or 0) for matrix in intervention.conditional})
+        values = (f"{value:g}" if isinstance(value, int | float) else str(value) for value in settings.values())
+        yield Variant(" ".join([method.name, *values, scope]), choice, "dim", intervention, tuple(layers), None)
+
+
 def _removals(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
     for settings in method.grid:
         choice = choose(run, method=method.name, scope=scope, **settings)
@@ -97,6 +108,8 @@ def _removals(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
 
 def centre(variant: Variant, run: Run) -> Variant:
     """The variant as `edit` writes it into a model with LayerNorms."""
+    if METHODS[variant.choice.method].fitted:
+        return variant
     if METHODS[variant.choice.method].restores_mean:
         ranking = layer_ranking(run.candidates, variant.direction)
         edit = intervention_from_directions(variant.choice, run.directions, ranking, layer_norm=True)
@@ -105,8 +118,12 @@ def centre(variant: Variant, run: Run) -> Variant:
     return replace(variant, intervention=edit)
 
 
-def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = ()) -> list[Variant]:
+def make_variants(
+    run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = (), fits: Fits | None = None
+) -> list[Variant]:
     """Every edit of `wanted` methods (by default all that the run has directions for) over `scopes`.
+
+    Fitted edits come from `fits`, and are left out without it.
 
     Raises:
         OrthogonalizeError: a method or scope is unknown or given twice, or the run has no directions for a method.
@@ -119,6 +136,12 @@ def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = 
             raise OrthogonalizeError("a sweep cannot use scope 'from', which edits reads; its other scopes edit writes")
     result: list[Variant] = []
     for method in [METHODS.find(name) for name in wanted or METHODS]:
+        if method.fitted and (fits is None or not fits.possible):
+            if wanted:
+                raise OrthogonalizeError(
+                    f"{method.name} needs a run with the model's own answers, and --semantics weights; extract again"
+                )
+            continue
         finder = method.finder(run.directions)
         if not FINDERS[finder].found(run.directions):
             needed = ",".join(dict.fromkeys(("dim", finder)))
@@ -129,5 +152,8 @@ def make_variants(run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = 
             note(f"skipping {method.name}: the run has no directions for it (extract --finders {needed})")
             continue
         for scope in scopes or method.swept_scopes:
-            result += _additions(run, method, scope) if method.adds else _removals(run, method, scope)
+            if method.fitted and fits is not None:
+                result += _fitted(run, method, scope, fits)
+            else:
+                result += _additions(run, method, scope) if method.adds else _removals(run, method, scope)
     return result

@@ -11,7 +11,7 @@ from .base import EditMethod
 if TYPE_CHECKING:
     import torch
 
-    from ...core.interventions import AffineMap, Intervention
+    from ...core.interventions import Intervention
     from ...directions.direction_set import Directions
     from ..config import EditConfig
 
@@ -46,9 +46,6 @@ class Conditional(EditMethod):
         self, choice: EditConfig, directions: Directions, ranking: Sequence[int] | None = None
     ) -> Intervention:
         raise OrthogonalizeError("conditional is fitted to a model; directions alone do not determine it")
-
-    def on_stream(self, choice: EditConfig, directions: Directions, intervention: Intervention) -> AffineMap:
-        raise OrthogonalizeError("conditional acts on the inputs of matrices, so --semantics residual cannot have it")
 
 
 METHOD = Conditional()

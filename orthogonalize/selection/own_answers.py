@@ -1,0 +1,53 @@
+"""The model's own answers to a run's train prompts, and the tokens of both that conditional edits are fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..core.interrupts import check
+from ..core.journal import Journal
+from ..core.progress import track
+from ..data.chat import ChatFormat
+from ..data.prompts import PreservedPrompt, Prompt
+from ..edits.fitting import HARMLESS, TARGET, FitTokens
+from ..models.write_reading import TokenSet
+
+ANSWER_TOKENS = 48
+TARGET_TOKENS = 8  # of an answer that shows the behaviour: the first ones decide whether it does
+
+Generate = Callable[[list[list[int]], int, Any], list[list[int]]]
+"""Greedy answers to prompts (token ids), of at most so many tokens; takes a progress callback."""
+
+
+class OwnAnswers:
+    """Generates the model's answers, set by set; a set that the journal has is not generated again."""
+
+    def __init__(self, chat: ChatFormat, generate: Generate, journal: Journal) -> None:
+        self.chat, self.generate, self.journal = chat, generate, journal
+
+    def fit_tokens(self, prompts: Sequence[Prompt], preserved: Sequence[PreservedPrompt]) -> FitTokens:
+        """The tokens of the train prompts and of the answers to them (see `FitTokens`)."""
+
+        def texts(side: str) -> list[str]:
+            return [p.text for p in prompts if (p.side, p.split) == (side, "train")]
+
+        sets: dict[str, list[str]] = {}
+        for p in preserved:
+            if p.split == "train":
+                sets.setdefault(p.source, []).append(p.text)
+        return FitTokens(
+            self._answered(TARGET, texts("positive"), TARGET_TOKENS, len(self.chat.positions())),
+            self._answered(HARMLESS, texts("negative"), ANSWER_TOKENS),
+            {source: self._answered(f"preserved:{source}", each, ANSWER_TOKENS) for source, each in sets.items()},
+        )
+
+    def _answered(self, name: str, texts: list[str], tokens: int, last: int | None = None) -> TokenSet:
+        """Prompts and answers as one sequence each; of a prompt, all tokens count, or the `last` ones."""
+        ids = self.chat.encode_all(texts)
+        if name not in self.journal:
+            with track(f"the model's own answers ({name})", len(ids), "prompts") as advance:
+                self.journal.put({name: self.generate(ids, tokens, advance)})
+            check()
+        rows = [row + answer for row, answer in zip(ids, self.journal[name], strict=True)]
+        return TokenSet(rows, [0 if last is None else len(row) - last for row in ids])
