@@ -132,7 +132,12 @@ def fit_conditional(
                 fitted.update(previous)
             advance(len(group))
     if not fitted:
-        raise OrthogonalizeError("there is nothing to fit: no layer of the scope has a direction")
+        why = (
+            "every expert saw too few tokens; extract with more prompts (--train)"
+            if left_alone
+            else ("no layer of the scope has a direction")
+        )
+        raise OrthogonalizeError(f"there is nothing to fit: {why}")
     return ConditionalFit(fitted, left_alone)
 
 

@@ -66,6 +66,49 @@ def test_leak_and_rounding_error_of_a_projection_are_bounded(width, rank, dtype,
     assert error <= most_error
 
 
+def taken(rank: int, vectors: int, size: float) -> torch.Tensor:
+    """Given components of a conditional edit, of that size where those of `weights` are 1."""
+    return size * torch.randn(rank, vectors, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("width", "rank", "size", "dtype", "most_leak"),
+    [
+        (576, 1, 0.3, torch.bfloat16, 1e-4),
+        (576, 1, 0.01, torch.bfloat16, 2e-3),
+        (4096, 1, 0.01, torch.bfloat16, 1e-3),
+        (4096, 5, 0.01, torch.bfloat16, 1e-2),
+        (2048, 1, 0.01, torch.float16, 1e-4),
+        (2048, 1, 0.01, FP8, 5e-3),
+    ],
+)
+def test_leak_of_a_conditional_edit_is_bounded(width, rank, size, dtype, most_leak):
+    """Against the size of what is taken out, which is small; nearest rounding loses most of it."""
+    weight, given = weights(width, 200, dtype=dtype), taken(rank, 200, size)
+    r = directions(width, rank)
+    edit = TensorEdit("w", SITE, 0, removal(r), "matrix", given=given)
+    exact = weight.double() - r.T @ given
+    assert torch.allclose(edit.exact(weight), exact, atol=1e-12)
+    edited, record = edit.apply(weight)
+    leak = ((r @ (edited.double() - exact)).norm() / given.norm()).item()
+    assert leak <= most_leak
+    assert record.leak == pytest.approx(leak, rel=0.2, abs=3e-6)
+    if size < 0.1 and dtype == torch.bfloat16:
+        assert edit.apply(weight, "nearest")[1].leak > 0.2
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_given_components_belong_to_their_vectors(axis):
+    """Float64 is not rounded: fused experts [4, 6, 5] along every axis, against plain arithmetic."""
+    weight = weights(4, 6, 5, dtype=torch.float64)
+    d = weight.shape[axis]
+    r, given = directions(d, 2), taken(2, weight.numel() // d, 1.0)
+    edited, _ = TensorEdit("w", SITE, axis, removal(r), "matrix", given=given).apply(weight)
+    vectors = weight.movedim(axis, -1)
+    expected = (vectors - (given.T @ r).reshape(vectors.shape)).movedim(-1, axis)
+    assert torch.allclose(edited, expected, atol=1e-14)
+
+
 def test_nearest_rounding_leaks_far_more():
     weight = weights(3072, 200)
     edit = TensorEdit("w", SITE, 0, removal(directions(3072, 1)), "matrix")

@@ -24,8 +24,9 @@ from orthogonalize.checkpoints.checkpoint import INDEX, open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.core.interventions import removal
+from orthogonalize.core.interventions import ConditionalMap, Intervention, block_sites, removal
 from orthogonalize.edits.bake import bake
+from orthogonalize.edits.plan import EditPlan
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.edits.scopes import map_sites, parse_scope
 
@@ -53,6 +54,28 @@ def written(source: Path, out: Path, basis, scope: str = "all", **options):
     out.mkdir()
     plan = bake(open_checkpoint(source), map_sites(parse_scope(scope), LAYERS, lambda _: removal(basis[:1])))
     return plan, plan.write(out, **options)
+
+
+def test_bytes_of_a_conditional_edit_do_not_depend_on_pieces(source, basis, tmp_path, monkeypatch):
+    """Matrices that are cut by rows and by columns take out the components of their own vectors."""
+
+    def conditional(out: Path) -> dict[str, bytes]:
+        out.mkdir()
+        bake(open_checkpoint(source), Intervention(conditional=maps)).write(out)
+        return weights(out)
+
+    maps = {}
+    for number, site in enumerate(block_sites(range(LAYERS))):
+        for matrix, (_, stored) in EditPlan.of(open_checkpoint(source)).sites.write_matrices(site).items():
+            inputs = open_checkpoint(source).tensors[stored[0].name].shape[1]
+            c = torch.randn(2, inputs, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+            maps[matrix] = ConditionalMap(basis[:2], c)
+    whole = conditional(tmp_path / "whole")
+    monkeypatch.setattr(chunks, "CHUNK", 1024)
+    monkeypatch.setattr(chunks, "WHOLE", 2048)
+    monkeypatch.setattr(chunks, "RUN", 16)
+    assert conditional(tmp_path / "cut") == whole
+    assert whole != weights(source)
 
 
 @pytest.mark.parametrize("scope", ["all", "layers:1", "from:0"])

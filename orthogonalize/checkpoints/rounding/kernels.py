@@ -98,9 +98,12 @@ def _compiled(sources: str) -> Any:
             seen, e, beyond = np.zeros((k, n)), np.zeros((k, n)), np.zeros(n, u.dtype)
             squares = load(stored, start, by_rows, v, former, every[0], x, seen)
             copy_rows(seen, before[:, start - first : start - first + n])
-            apply(x, u, s, seen.astype(u.dtype) if given is None else given[:, start : start + n])
+            taken = seen.astype(u.dtype) if given is None else given[:, start : start + n].copy()
+            apply(x, u, s, taken)
             if cancel:
-                tolerance = enough * np.sqrt(k * squares / d)  # relative to a typical component of the vector
+                # Relative to a typical component of the vector, or to those that are taken out.
+                wanted = k * squares / d if given is None else (taken * taken).sum(0).astype(np.float64)
+                tolerance = enough * np.sqrt(wanted)
                 # Flips finish errors within their reach: a few times the typical step of a component.
                 reach = np.maximum(tolerance, 4 * grid[1] * length * np.sqrt(squares) / d) if k == 1 else tolerance
                 multiplier = best_multipliers(x, v, inverse, reach, tile, every[0], grid, e)

@@ -1,0 +1,134 @@
+"""Fitting conditional maps: what is read, from which tokens, and behind which edits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.exactness import LAYERS, centred_basis
+from helpers.tiny_models import DoublePrecision
+
+from orthogonalize.core.interventions import EXPERTS, Intervention, Site, WriteMatrix, block_sites
+from orthogonalize.directions.conditional import InputTokens, Weights, solve
+from orthogonalize.edits.fitting import FitTokens, fit_conditional
+from orthogonalize.models.hooks import intervened
+from orthogonalize.models.stream import Stream
+from orthogonalize.models.write_reading import TokenSet, WriteReader
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+R = centred_basis(2, 17)
+
+
+def token_set(seed: int, count: int, all_tokens: bool) -> TokenSet:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(5, 12, (count,), generator=generator).tolist()
+    ids = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
+    return TokenSet(ids, [0 if all_tokens else n - 4 for n in lengths])
+
+
+TOKENS = FitTokens(token_set(1, 14, False), token_set(2, 20, True), {"kept": token_set(3, 6, True)})
+
+
+def seen_alone(model, module, tokens: TokenSet) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of a module, one sequence at a time and without padding."""
+    parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = module.register_forward_hook(lambda _m, args, out: parts.append((args[0], out)))
+    taken = []
+    with torch.inference_mode(), DoublePrecision():
+        for row, start in zip(tokens.ids, tokens.starts, strict=True):
+            parts.clear()
+            model(input_ids=torch.tensor([row]), use_cache=False)
+            x, y = (part.reshape(-1, part.shape[-1]) for part in parts[-1])
+            taken.append((x[start:], y[start:]))
+    handle.remove()
+    return torch.cat([x for x, _ in taken]), torch.cat([y for _, y in taken])
+
+
+def solved(model, module, weights: Weights):
+    """The map of one module from independently read tokens."""
+    sets = []
+    for tokens in TOKENS.sets.values():
+        x, y = seen_alone(model, module, tokens)
+        sets.append(InputTokens().update(x, y @ R.mT))
+    return solve(R, (sets[0], sets[1], sets[2:]), weights)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mamba2", "falcon_h1"])
+def test_fit_from_one_reading_is_the_regression_on_each_input(name, bases):
+    model, weights = bases(name).model, Weights(0.3, 2.0, 0.05)
+    with DoublePrecision():
+        fit = fit_conditional(model, TOKENS, lambda _: R, block_sites(range(LAYERS)), weights, sequential=False)
+    stream = Stream.of(model)
+    assert fit.maps
+    for matrix, found in fit.maps.items():
+        expected = solved(model, stream.inner(matrix.site, matrix.name), weights)
+        assert (found.c - expected.c).norm() <= 1e-9 * expected.c.norm(), matrix
+
+
+def test_sequential_fit_reads_behind_earlier_edits(bases):
+    """Layers 0 to 2 from the base; layer 3 as read while the edits of those are applied."""
+    model, weights = bases("llama").model, Weights(0.3, 2.0, 0.05)
+    with DoublePrecision():
+        fit = fit_conditional(model, TOKENS, lambda _: R, block_sites(range(LAYERS)), weights)
+    stream, last = Stream.of(model), WriteMatrix(Site("mlp", 3), "mlp.down_proj")
+    before = {matrix: each for matrix, each in fit.maps.items() if matrix.site.layer != 3}
+    module = stream.inner(last.site, last.name)
+    base = solved(model, module, weights)
+    with intervened(model, Intervention(conditional=before)):
+        expected = solved(model, module, weights)
+    assert (base.c - expected.c).norm() > 1e-3 * expected.c.norm(), "earlier edits make no difference here"
+    assert (fit.maps[last].c - expected.c).norm() <= 1e-9 * expected.c.norm()
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3"])
+def test_an_expert_sees_the_tokens_that_are_routed_to_it(name, bases, monkeypatch):
+    """Against a replacement of every other expert's matrix by zeros, one token at a time."""
+    model = bases(name).model
+    site = next(s for s in block_sites(range(LAYERS)) if WriteMatrix(s, EXPERTS) in _matrices(model, s))
+    matrix, tokens = WriteMatrix(site, EXPERTS), token_set(5, 3, False)
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    def take(_name, _matrix, expert, x, y):
+        assert len(x) == len(y)
+        seen.setdefault(expert, []).append(x)
+
+    with DoublePrecision():
+        WriteReader(model, {"all": tokens}).read([matrix], take)
+        together = {e: torch.cat(rows) for e, rows in seen.items()}
+        seen.clear()
+        for row, start in zip(tokens.ids, tokens.starts, strict=True):
+            for end in range(start, len(row)):  # the last token alone counts
+                WriteReader(model, {"all": TokenSet([row[: end + 1]], [end])}).read([matrix], take)
+    alone = {e: torch.cat(rows) for e, rows in seen.items()}
+    assert together.keys() == alone.keys()
+    for e in alone:
+        assert _same_rows(together[e], alone[e]), e
+
+
+def _matrices(model, site):
+    from orthogonalize.models.write_matrices import write_modules
+
+    return write_modules(Stream.of(model), site)
+
+
+def _same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether both hold the same rows, in any order."""
+    return len(a) == len(b) and bool((torch.cdist(a, b).min(1).values < 1e-9).all())
+
+
+def test_experts_that_saw_too_few_tokens_are_left_alone(bases):
+    model = bases("mixtral").model
+    few = FitTokens(token_set(1, 9, False), token_set(2, 9, True))
+    sites = [Site("mlp", 1)]
+    fit = fit_conditional(model, few, lambda _: R, sites, Weights())
+    many = fit_conditional(
+        model, FitTokens(token_set(1, 80, False), token_set(2, 60, True)), lambda _: R, sites, Weights()
+    )
+    assert fit.left_alone > many.left_alone
+    for found in fit.maps.values():
+        assert int((found.c.abs().sum((1, 2)) == 0).sum()) == fit.left_alone
+
+
+def test_a_stream_without_direction_is_not_edited(bases):
+    model = bases("llama").model
+    fit = fit_conditional(model, TOKENS, lambda layer: R if layer == 2 else None, block_sites(range(LAYERS)), Weights())
+    assert {matrix.site.layer for matrix in fit.maps} == {1}
