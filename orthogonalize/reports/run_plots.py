@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.finders.registry import FINDERS
-from ..selection.candidates import MAX_KL, MIN_INDUCE, PRUNED_LAYERS
+from ..selection.candidates import MAX_KL, MIN_INDUCE, first_pruned_layer
 from ..selection.run_folder import Run
 from .style import BLUE, COLOURS, MARKERS, VERMILION
 
@@ -52,7 +52,7 @@ def candidate_figure(run: Run, finder: str) -> Figure:
     axes[2].set_ylim(bottom=0)
     titles = ("edited out: behaviour score", "added: behaviour score", "edited out: KL on the other side, nats")
     for axis, title in zip(axes, titles, strict=True):
-        axis.axvline(run.info.layer_count * (1 - PRUNED_LAYERS) - 0.5, color="black", linestyle=":", linewidth=0.8)
+        axis.axvline(first_pruned_layer(run.info.layer_count) - 0.5, color="black", linestyle=":", linewidth=0.8)
         axis.set(title=title, xlabel="layer")
     axes[0].legend(title="position", fontsize=7)
     title = FINDERS[finder].title

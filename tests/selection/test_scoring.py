@@ -30,7 +30,7 @@ from orthogonalize.selection.run_folder import save_selection
 from orthogonalize.selection.scoring import (
     behaviour_score,
     completion_loss,
-    divergence,
+    smoothed_kl,
     first_token_probabilities,
     learn_behaviour_tokens,
 )
@@ -59,13 +59,13 @@ def plain_scores(model, positive, negative, directions, candidate, tokens) -> di
     for block in model.model.layers:
         everywhere += [map_output(m, affine.unshifted) for m in (block.self_attn, block.mlp)]
     global_bypass = behaviour_score(plain_probabilities(model, positive), tokens).mean().item()
-    global_kl = divergence(plain, plain_probabilities(model, negative)).mean().item()
+    global_kl = smoothed_kl(plain, plain_probabilities(model, negative)).mean().item()
     for handle in everywhere:
         handle.remove()
     return {
         "bypass": bypass,
         "induce": sorted(induced)[1],
-        "kl": divergence(plain, kept).mean().item(),
+        "kl": smoothed_kl(plain, kept).mean().item(),
         "global_bypass": global_bypass,
         "global_kl": global_kl,
     }
@@ -166,6 +166,23 @@ def test_ranking_filters_then_sorts_and_states_what_failed():
     assert reasons[8] == ("late layer",)
     assert "not a number" in reasons[2]
     assert layer_ranking(ranked, "dim")[:2] == [5, 3]
+
+
+@pytest.mark.parametrize(("count", "first"), [(10, 8), (16, 12), (22, 17), (30, 24), (32, 25)])
+def test_last_layers_are_pruned_from_where_the_reference_prunes_them(count, first):
+    """`layer >= int(n_layer * (1.0 - 0.2))` in its `filter_fn`: rounded down, so layer 12 of 16 is excluded."""
+    given = [Candidate("dim", -1, layer, count, -1.0, 1.0, 0.01) for layer in range(count)]
+    assert [c.layer for c in rank(given) if c.failed == ("late layer",)] == list(range(first, count))
+
+
+def test_candidates_kl_is_the_score_of_the_reference():
+    """Its `kl_div_fn` weighs by the plain probability: smoothing the weight too would add what rare tokens moved."""
+    p, q = torch.zeros(200_000, dtype=torch.float64), torch.zeros(200_000, dtype=torch.float64)
+    p[0], p[1:], q[0] = 0.9, 0.1 / 199_999, 1.0
+    expected = sum(
+        a * (math.log(a + 1e-6) - math.log(b + 1e-6)) * n for a, b, n in ((0.9, 1.0, 1), (0.1 / 199_999, 0.0, 199_999))
+    )
+    assert smoothed_kl(p, q).item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_stored_candidates_can_be_reranked_without_a_model(tmp_path):
