@@ -25,7 +25,7 @@ from ..core.progress import note, track
 from ..data.chat import ChatFormat
 from ..data.contrast import read_contrast
 from ..data.prompts import SIDES, SPLITS, Prompt, Side, Split, split_prompts
-from ..data.refusals import refused
+from ..data.refusals import LEAST_TOKENS, refused
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
 from ..directions.direction_set import Directions
@@ -37,14 +37,17 @@ from ..models.resolve import commit_of, find_model
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
+from ..selection.drift import OwnAnswers
+from ..selection.objectives import Trial
 from ..selection.probes import probe_candidate
 from ..selection.run_folder import Run, RunInfo, load_prompt_file, load_run, save_prompts, save_selection
+from ..selection.search_space import SearchSpace, build_from_directions, reads_can_be_baked
 from ..selection.settings import Settings
 from ..selection.stages import STAGES, Stage, StageBook
-from ..selection.trials import EditSearch, Trial, confirm, reads_can_be_baked
+from ..selection.trials import EditSearch, confirm
 
-ANSWER_TOKENS = 48  # of the base model's own answers, against which a tried edit's harm is measured
-CONFIRM_TOKENS = 64
+ANSWER_TOKENS = 48  # of the base model's own answers, along which a tried edit's KL is measured
+CONFIRM_TOKENS = LEAST_TOKENS  # of the edited model's answers, in which refusals are counted
 
 
 def _versions() -> dict[str, str]:
@@ -119,6 +122,7 @@ class _Extraction:
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
+                own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": CONFIRM_TOKENS}
         return before | own
 
     @property
@@ -247,11 +251,11 @@ class _Extraction:
             note("the model gives empty answers to the negative prompts, so no edits are tried")
             return []
         positive = self._ids(prompts, "positive", "val")
-        trials = EditSearch(
-            self.model, directions, ranked, tokens, positive, [negative[i] for i in kept], [answers[i] for i in kept],
-            journal, reads=reads_can_be_baked(self.source.checkpoint, directions),
-        )  # fmt: skip
-        found = trials.search(self.settings.trials)
+        own = OwnAnswers(self.model, [negative[i] for i in kept], [answers[i] for i in kept])
+        build = build_from_directions(directions, ranked, layer_norm=self.architecture.norms.kind == "layer")
+        trials = EditSearch(self.model, build, tokens, positive, own, known=journal)
+        space = SearchSpace(directions, ranked, reads_can_be_baked(self.source.checkpoint, directions))
+        found = trials.search(self.settings.trials, space.starts(), space.neighbours, space.largest_step)
         return confirm(trials, found, journal, lambda: self._refusal_rate(positive))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:

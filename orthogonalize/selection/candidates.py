@@ -23,7 +23,7 @@ from ..core.progress import track
 from ..directions.direction_set import Directions
 from ..directions.finders.registry import FINDERS
 from ..models.hooks import Stream
-from .scoring import LocalScorer, behaviour_score, smoothed_kl, global_probabilities
+from .scoring import LocalScorer, behaviour_score, global_probabilities, smoothed_kl
 
 MAX_KL = 0.1  # nats; eliroc98/refusal_direction
 MIN_INDUCE = 0.0  # log-odds

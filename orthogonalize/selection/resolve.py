@@ -58,6 +58,22 @@ class ResolvedEdit:
             )
 
 
+def pick_edit(run: Run, pick: int, given: dict[str, Any]) -> EditConfig:
+    """The edit with number `pick`, from 1, of the run's shortlist.
+
+    Raises:
+        OrthogonalizeError: there is none, or fields of `EditConfig` are given, which it determines.
+    """
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise OrthogonalizeError(f"--pick determines the whole edit; omit {options}")
+    edits = run.shortlist
+    if not 1 <= pick <= len(edits):
+        have = f"the run has {len(edits)} edits to pick from" if edits else "the run tried no edits (extract --trials)"
+        raise OrthogonalizeError(f"there is no edit {pick}: {have}")
+    return edits[pick - 1].choice
+
+
 def choose(run: Run, **given: Any) -> EditConfig:
     """Complete the `given` fields of `EditConfig` from a run; None means not given.
 
@@ -149,15 +165,15 @@ def check_fits(run: Run, source: Checkpoint) -> None:
         )
 
 
-def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any]) -> ResolvedEdit:
-    """The edit of `source` by a run and the `given` fields of `EditConfig`.
+def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any], pick: int | None = None) -> ResolvedEdit:
+    """The edit of `source` by a run and the `given` fields of `EditConfig`, or the number `pick` of its shortlist.
 
     Raises:
-        OrthogonalizeError: the run is from another model, or has no matching direction.
+        OrthogonalizeError: the run is from another model, or has no matching direction or edit.
     """
     run = load_run(folder)
     check_fits(run, source)
-    choice = choose(run, **given)
+    choice = choose(run, **given) if pick is None else pick_edit(run, pick, given)
     ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
     layer_norm = architecture_of(source.config).norms.kind == "layer"
     intervention = intervention_from_directions(choice, run.directions, ranking, layer_norm=layer_norm)

@@ -12,7 +12,6 @@ from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, pad
 from ..models.hooks import Stream, capturing_inputs, input_shifted, intervened, layer_projected
-from ..models.logprobs import completion_scores
 
 SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
 
@@ -182,8 +181,3 @@ def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineM
         result[:, group] = part
     assert result is not None
     return result
-
-
-def completion_loss(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
-    """Mean cross-entropy of `completions` after `prompts`, in nats per token."""
-    return -sum(c.logprob for c in completion_scores(model, prompts, completions)) / sum(map(len, completions))

@@ -38,7 +38,7 @@ class Settings:
         scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
             tried on all positive prompts.
         trials: number of whole edits to try; 0 skips the search.
-        answers: number of the model's own answers to negative prompts on which an edit's harm is measured.
+        answers: number of the model's own answers to negative prompts along which an edit's KL is measured.
         trust_remote_code: whether to run code from the model's repository.
     """
 

@@ -9,8 +9,6 @@ import pytest
 import torch
 from helpers.llama import LAYERS, load
 from helpers.scoring import directions_of, plain_probabilities, some_ids
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import shift
@@ -29,12 +27,10 @@ from orthogonalize.selection.candidates import (
 from orthogonalize.selection.run_folder import save_selection
 from orthogonalize.selection.scoring import (
     behaviour_score,
-    completion_loss,
-    smoothed_kl,
     first_token_probabilities,
     learn_behaviour_tokens,
+    smoothed_kl,
 )
-from orthogonalize.selection.trials import share_left
 
 
 def test_batched_first_token_probabilities_equal_single_prompts(base):
@@ -105,17 +101,6 @@ def test_known_scores_are_not_computed_again(base, tmp_path):
     known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # without a model
     assert known == again
     assert not Journal(tmp_path / "journal", "other inputs").done
-
-
-def test_completion_loss_equals_the_library_loss(base):
-    model = load(base)
-    prompts, answers = some_ids(5, 3), some_ids(5, 4)
-    total = 0.0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        labels = torch.tensor([[-100] * len(prompt) + answer])
-        with torch.inference_mode():
-            total += model(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
-    assert completion_loss(model, prompts, answers) == pytest.approx(total / sum(map(len, answers)), abs=1e-5)
 
 
 def test_greedy_answers_equal_a_plain_loop(base):
@@ -221,18 +206,6 @@ def test_fallback_ranks_by_distance_from_the_filters():
     given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(5, 1, kl=0.11)]
     assert [c.layer for c in rank(given)] == [4, 3, 5]
     assert [c.layer for c in rank(given, kl=1.0) if not c.failed] == [4, 5]
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-20, 20), min_size=2, max_size=30))
-def test_share_left_is_never_below_the_observed_share(scores):
-    found = share_left(torch.tensor(scores, dtype=torch.float64))
-    assert sum(s > 0 for s in scores) / len(scores) <= found <= 1
-
-
-def test_scores_just_below_zero_do_not_count_as_removed():
-    assert share_left(torch.tensor([-0.5, -3.0, -1.0, -2.0])) > 0.01
-    assert share_left(torch.tensor([-9.0, -8.0, -7.0, -8.5])) < 1e-6
 
 
 @pytest.mark.parametrize(
