@@ -37,7 +37,7 @@ from ..models.resolve import commit_of, find_model
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
-from ..selection.drift import OwnAnswers
+from ..selection.drift import AnsweredPrompts
 from ..selection.objectives import Trial
 from ..selection.probes import probe_candidate
 from ..selection.run_folder import Run, RunInfo, load_prompt_file, load_run, save_prompts, save_selection
@@ -251,7 +251,7 @@ class _Extraction:
             note("the model gives empty answers to the negative prompts, so no edits are tried")
             return []
         positive = self._ids(prompts, "positive", "val")
-        own = OwnAnswers(self.model, [negative[i] for i in kept], [answers[i] for i in kept])
+        own = AnsweredPrompts(self.model, [negative[i] for i in kept], [answers[i] for i in kept])
         build = build_from_directions(directions, ranked, layer_norm=self.architecture.norms.kind == "layer")
         trials = EditSearch(self.model, build, tokens, positive, own, known=journal)
         space = SearchSpace(directions, ranked, reads_can_be_baked(self.source.checkpoint, directions))

@@ -54,7 +54,7 @@ class Drift:
 
 
 @dataclass
-class OwnAnswers:
+class AnsweredPrompts:
     """The base model's own answers to some prompts, along which edited models are compared with it.
 
     Attributes:

@@ -17,7 +17,7 @@ from ..core.progress import Progress, track
 from ..edits.config import EditConfig
 from ..models.hooks import intervened
 from .candidates import ScoreStore
-from .drift import OwnAnswers
+from .drift import AnsweredPrompts
 from .objectives import Trial, best, share_left
 from .scoring import behaviour_score, first_token_probabilities
 from .search_space import Build
@@ -45,8 +45,8 @@ class EditSearch:
     build: Build
     tokens: Sequence[int]
     positive: Sequence[Sequence[int]]
-    answers: OwnAnswers
-    preserved: Mapping[str, OwnAnswers] = field(default_factory=dict)
+    answers: AnsweredPrompts
+    preserved: Mapping[str, AnsweredPrompts] = field(default_factory=dict)
     known: ScoreStore | None = None
     tried: dict[EditConfig, Trial] = field(default_factory=dict, init=False)
 

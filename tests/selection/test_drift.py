@@ -12,7 +12,7 @@ from helpers.scoring import some_ids
 
 from orthogonalize.models.generation import generate
 from orthogonalize.selection import drift as drifting
-from orthogonalize.selection.drift import OwnAnswers, exact_kl
+from orthogonalize.selection.drift import AnsweredPrompts, exact_kl
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def answered(base):
 
 def test_drift_equals_a_plain_computation(answered):
     model, prompts, answers = answered
-    found = OwnAnswers(model, prompts, answers).drift(lambda: shaken(model))
+    found = AnsweredPrompts(model, prompts, answers).drift(lambda: shaken(model))
     kls, losses = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         p = plain_logprobs(model, prompt, answer)
@@ -74,18 +74,18 @@ def test_drift_equals_a_plain_computation(answered):
 def test_sharpening_lowers_the_cross_entropy_but_is_a_change(answered):
     """A model that becomes more certain predicts the base's greedy answers better, though it is another model."""
     model, prompts, answers = answered
-    found = OwnAnswers(model, prompts, answers).drift(lambda: sharpened(model, 1.25))
+    found = AnsweredPrompts(model, prompts, answers).drift(lambda: sharpened(model, 1.25))
     assert found.ce_increase < -0.05
     assert found.kl > 0.01
     assert found.first_kl > 0.01
-    more = OwnAnswers(model, prompts, answers).drift(lambda: sharpened(model, 1.5))
+    more = AnsweredPrompts(model, prompts, answers).drift(lambda: sharpened(model, 1.5))
     assert more.ce_increase < found.ce_increase
     assert more.kl > found.kl
 
 
 def test_unedited_model_does_not_drift(answered):
     model, prompts, answers = answered
-    found = OwnAnswers(model, prompts, answers).drift(nullcontext)
+    found = AnsweredPrompts(model, prompts, answers).drift(nullcontext)
     assert found.kls == [0.0] * len(prompts)
     assert (found.first_kl, found.ce_increase) == (0.0, 0.0)
 
@@ -104,7 +104,7 @@ def test_kl_has_no_smoothing_constant():
 
 def test_memory_is_bounded_and_the_base_is_kept_only_as_far_as_there_is_room(answered, monkeypatch):
     model, prompts, answers = answered
-    whole = OwnAnswers(model, prompts, answers).drift(lambda: shaken(model))
+    whole = AnsweredPrompts(model, prompts, answers).drift(lambda: shaken(model))
     asked, real = [], drifting.completion_logprobs
 
     def counting(model, prompts, answers):
@@ -114,7 +114,7 @@ def test_memory_is_bounded_and_the_base_is_kept_only_as_far_as_there_is_room(ans
     monkeypatch.setattr(drifting, "completion_logprobs", counting)
     monkeypatch.setattr(drifting, "BATCH", 30 * VOCABULARY)
     room = sum(map(len, answers)) * VOCABULARY // 2
-    own = OwnAnswers(model, prompts, answers, cached=room)
+    own = AnsweredPrompts(model, prompts, answers, cached=room)
     first = own.drift(lambda: shaken(model))
     assert max(asked) <= 30
     passes = len(asked)

@@ -17,7 +17,7 @@ from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import intervened
 from orthogonalize.selection.candidates import Candidate, rank
-from orthogonalize.selection.drift import OwnAnswers
+from orthogonalize.selection.drift import AnsweredPrompts
 from orthogonalize.selection.objectives import Trial
 from orthogonalize.selection.scoring import behaviour_score
 from orthogonalize.selection.search_space import SearchSpace, build_from_directions
@@ -129,7 +129,7 @@ def test_preserved_sets_are_measured_and_ordered(base):
     model, positive, negative, other = load(base), some_ids(6, 1), some_ids(7, 2), some_ids(5, 6)
     directions = directions_of(model, positive, negative)
     build = build_from_directions(directions, [], layer_norm=False)
-    own, preserved = (OwnAnswers(model, ids, generate(model, ids, 5, [])) for ids in (negative, other))
+    own, preserved = (AnsweredPrompts(model, ids, generate(model, ids, 5, [])) for ids in (negative, other))
     search = EditSearch(model, build, TOKENS, positive, own, {"other": preserved})
     choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)
     found = search.run(choice)
@@ -153,7 +153,7 @@ def test_interrupted_search_resumes_to_the_same_result(base, tmp_path):
     where = SearchSpace(directions, ranked)
 
     def searched(file):
-        own = OwnAnswers(model, negative, generate(model, negative, 5, []))
+        own = AnsweredPrompts(model, negative, generate(model, negative, 5, []))
         build = build_from_directions(directions, ranked, layer_norm=False)
         trials = EditSearch(model, build, TOKENS, positive, own, known=Journal(file, "inputs"))
         return trials.search(8, where.starts(), where.neighbours, where.largest_step)
