@@ -28,7 +28,7 @@ from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.hooks import input_shifted, layer_projected
 from orthogonalize.models.loading import load_model, load_tokenizer
 from orthogonalize.selection.candidates import MULTIPLIERS, Candidate, _Scoring
-from orthogonalize.selection.scoring import behaviour_score, divergence
+from orthogonalize.selection.scoring import behaviour_score, smoothed_kl
 
 METHODS = ("dim", "inlp", "leace")
 BATCH = 32
@@ -60,7 +60,7 @@ def plain_loop(
                     continue
                 with layer_projected(model, layer, affine):
                     bypass = behaviour_score(probabilities(model, positive), tokens).mean().item()
-                    kl = divergence(base, probabilities(model, negative)).mean().item()
+                    kl = smoothed_kl(base, probabilities(model, negative)).mean().item()
                 length = directions.mean_diff(position, layer).norm()
                 induced = []
                 for multiplier in MULTIPLIERS:

@@ -30,7 +30,7 @@ run = extract(
     settings=Settings(**given.settings),
 )  # fmt: skip
 for trial in run.trials[:3]:
-    print(f"{trial.choice.describe()}: {trial.left:.1%} left, other answers' loss {trial.harm:+.1%}")
+    print(f"{trial.choice.describe()}: {trial.left:.1%} left, other answers moved by {trial.kl:.3f} nats per token")
 
 recipe = edit(model, given.out / "edited", run=given.out / "run")  # the first of these trials
 print(f"{len(recipe.tensors)} tensors edited; largest leak {max(t.leak or 0 for t in recipe.tensors):.1e}")

@@ -165,9 +165,9 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.
 
-    With --run alone, this makes the best edit that extract tried; with --run and --method, the best one with that
-    method. With any other setting, or if no such edit was tried, it starts from the best single direction instead,
-    over --scope all (one for actadd) at strength 1.
+    With --run alone, this makes the best edit that extract tried; with --run and --pick N, number N of those that it
+    lists; with --run and --method, the best one with that method. With any other setting, or if no such edit was tried,
+    it starts from the best single direction instead, over --scope all (one for actadd) at strength 1.
     """
     from .commands.edit import edit as run_edit
 

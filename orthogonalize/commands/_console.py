@@ -32,7 +32,7 @@ def show_candidates(candidates: Sequence[Any], most: int = 3) -> None:
 
 
 def show_run(run: Any) -> None:
-    """The probes of a run and the edits that it tried."""
+    """The probes of a run, and the tried edits to choose from with `edit --pick`."""
     if run.probes:
         table = Table(title="a fresh linear probe on val prompts")
         for name in ("method", "rank", "layer", "before", "after", "chance"):
@@ -42,13 +42,24 @@ def show_run(run: Any) -> None:
             table.add_row(p.method, str(p.rank), str(p.layer), *shares)
         console.print(table)
     if run.trials:
-        table = Table(title="best edits tried")
-        for name in ("edit", "behaviour left", "harm"):
-            table.add_column(name)
-        for trial in run.trials[:4]:
-            left = trial.left if trial.confirmed is None else trial.confirmed
-            table.add_row(trial.choice.describe(), f"{100 * left:.1f}%", f"{100 * trial.harm:+.1f}%")
-        console.print(table)
+        _show_shortlist(run.shortlist)
+
+
+def _show_shortlist(trials: Sequence[Any]) -> None:
+    """The best edit and the rest of the Pareto front, numbered as `edit --pick` takes them."""
+    preserved = list(trials[0].preserved)
+    table = Table(title=f"{len(trials)} edits to choose from: edit --pick N (1 is the default)")
+    table.add_column("N", justify="right")
+    table.add_column("edit")
+    numbers = ("behaviour left", "in answers", "KL, nats per token", "KL, first token")
+    for name in (*numbers, *(f"KL, {name}" for name in preserved), "cross-entropy"):
+        table.add_column(escape(name), justify="right")
+    for number, t in enumerate(trials, 1):
+        kls = (t.kl, t.first_kl, *(t.preserved[name] for name in preserved))
+        answers = "" if t.confirmed is None else f"{100 * t.confirmed:.1f}%"
+        cells = [f"{100 * t.left:.1f}%", answers, *(f"{kl:.4f}" for kl in kls), f"{100 * t.ce_increase:+.1f}%"]
+        table.add_row(str(number), t.choice.describe(), *cells)
+    console.print(table)
 
 
 def show_sweep(sweep: Any) -> None:

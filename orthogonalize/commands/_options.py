@@ -323,6 +323,7 @@ edit_options = together(
     ),
     click.option("--force", is_flag=True, help="Replace OUT, or OWNER/NAME, if this tool made it."),
     click.option("--run", type=path(), help="Run folder written by extract."),
+    number("--pick", 1, None, "Make edit N of those that extract lists for the run; default: the best."),
     click.option("--direction", type=path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),
     click.option("--recipe", type=path(), metavar="FILE", help="Rebuild the edit of this orthogonalize.json."),
     click.option(

@@ -76,13 +76,15 @@ def edit(
     place.check_free(settings.force, [Path(p) for p in (model, run, direction, recipe) if p is not None])
     if sum(source is not None for source in (run, direction, recipe)) != 1:
         raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
+    if settings.pick is not None and run is None:
+        raise OrthogonalizeError("--pick chooses among the edits that a run tried; give --run")
     folder = find_model(model, settings.revision)
     place.check_free(settings.force, [folder])
     source = open_checkpoint(folder)
     if recipe is not None:
         resolved = resolve_recipe(Path(recipe), settings)
     elif run is not None:
-        resolved = resolve_run(Path(run), source, settings.edit_fields, settings.device)
+        resolved = resolve_run(Path(run), source, settings.edit_fields, settings.pick, settings.device)
     else:
         resolved = resolve_file(Path(str(direction)), source, settings.edit_fields)
     resolved.check_not_empty()

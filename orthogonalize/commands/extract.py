@@ -26,7 +26,7 @@ from ..core.progress import note, track
 from ..data.chat import ChatFormat
 from ..data.contrast import read_contrast
 from ..data.prompts import SIDES, SPLITS, Prompt, Side, Split, load_prompts, split_preserved, split_prompts
-from ..data.refusals import refused
+from ..data.refusals import LEAST_TOKENS, refused
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
 from ..directions.direction_set import Directions
@@ -38,7 +38,9 @@ from ..models.resolve import commit_of, find_model
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
+from ..selection.drift import AnsweredPrompts
 from ..selection.fits import TOKENS
+from ..selection.objectives import Trial
 from ..selection.own_answers import ANSWER_TOKENS, TARGET_TOKENS, OwnAnswers
 from ..selection.probes import probe_candidate
 from ..selection.run_folder import (
@@ -51,11 +53,12 @@ from ..selection.run_folder import (
     save_prompts,
     save_selection,
 )
+from ..selection.search_space import SearchSpace, build_from_directions, reads_can_be_baked
 from ..selection.settings import Settings
 from ..selection.stages import STAGES, Stage, StageBook
-from ..selection.trials import EditSearch, Trial, confirm, reads_can_be_baked
+from ..selection.trials import EditSearch, confirm
 
-CONFIRM_TOKENS = 64
+CONFIRM_TOKENS = LEAST_TOKENS  # of the edited model's answers, in which refusals are counted
 
 
 def _versions() -> dict[str, str]:
@@ -136,6 +139,7 @@ class _Extraction:
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
+                own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": CONFIRM_TOKENS}
         return before | own
 
     @property
@@ -283,11 +287,11 @@ class _Extraction:
             note("the model gives empty answers to the negative prompts, so no edits are tried")
             return []
         positive = self._ids(prompts, "positive", "val")
-        trials = EditSearch(
-            self.model, directions, ranked, tokens, positive, [negative[i] for i in kept], [answers[i] for i in kept],
-            journal, reads=reads_can_be_baked(self.source.checkpoint, directions),
-        )  # fmt: skip
-        found = trials.search(self.settings.trials)
+        own = AnsweredPrompts(self.model, [negative[i] for i in kept], [answers[i] for i in kept])
+        build = build_from_directions(directions, ranked, layer_norm=self.architecture.norms.kind == "layer")
+        trials = EditSearch(self.model, build, tokens, positive, own, known=journal)
+        space = SearchSpace(directions, ranked, reads_can_be_baked(self.source.checkpoint, directions))
+        found = trials.search(self.settings.trials, space.starts(), space.neighbours, space.largest_step)
         return confirm(trials, found, journal, lambda: self._refusal_rate(positive))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:

@@ -15,6 +15,7 @@ class EditSettings:
     """Settings of `edit`. Those up to `sequential` are fields of `EditConfig`, where None is the run's or the default.
 
     Attributes:
+        pick: the number, from 1, of an edit that the run tried and lists; it determines the whole edit.
         rounding: the rounding scheme of stored weights (see `--rounding`); None is the default, which keeps the edit.
         workers: number of weight files to write in parallel.
         link: hard-link unchanged files of the source instead of copying them.
@@ -41,6 +42,7 @@ class EditSettings:
     preserve_weight: float | None = None
     ridge: float | None = None
     sequential: bool | None = None
+    pick: int | None = None
     rounding: str | None = None
     workers: int = 1
     link: bool = False

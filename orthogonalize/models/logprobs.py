@@ -38,10 +38,16 @@ class Likeliest:
 
 
 @torch.inference_mode()
-def _logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], progress: Progress | None
+def completion_logprobs(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    progress: Progress | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield (index, log-probabilities [tokens of the completion, vocabulary]) for each completion, in any order."""
+    """Yield (index, log-probabilities [tokens of the completion, vocabulary]) for each completion, in any order.
+
+    They are float32, on the model's device.
+    """
     rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
     for group in batches(rows, tokens=2048):
         padded, _ = pad([rows[i] for i in group], model.device)
@@ -62,7 +68,7 @@ def completion_scores(
 ) -> list[Completion]:
     """Score each of `completions` after its prompt (all as token ids)."""
     result = [Completion(0.0, True)] * len(prompts)
-    for i, logprobs in _logprobs(model, prompts, completions, progress):
+    for i, logprobs in completion_logprobs(model, prompts, completions, progress):
         target = torch.tensor(completions[i], device=logprobs.device, dtype=torch.long)
         total = logprobs.gather(-1, target[:, None]).sum().item()
         result[i] = Completion(total, bool((logprobs.argmax(-1) == target).all()))
@@ -79,7 +85,7 @@ def likeliest_tokens(
     """The `count` likeliest tokens at each position of each completion."""
     nothing = Likeliest(torch.empty(0, 0, dtype=torch.long), torch.empty(0, 0))
     result = [nothing] * len(prompts)
-    for i, logprobs in _logprobs(model, prompts, completions, progress):
+    for i, logprobs in completion_logprobs(model, prompts, completions, progress):
         top = logprobs.topk(min(count, logprobs.shape[-1]), dim=-1)
         result[i] = Likeliest(top.indices.cpu(), top.values.double().cpu())
     return result
@@ -90,6 +96,6 @@ def next_token_logprobs(
 ) -> list[list[float]]:
     """The log-probability, as the next token, of each of a prompt's `candidates` (token ids)."""
     result: list[list[float]] = [[] for _ in prompts]
-    for i, logprobs in _logprobs(model, prompts, [ids[:1] for ids in candidates], progress):
+    for i, logprobs in completion_logprobs(model, prompts, [ids[:1] for ids in candidates], progress):
         result[i] = logprobs[0, list(candidates[i])].tolist()
     return result

@@ -19,7 +19,8 @@ from matplotlib.figure import Figure
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.finders.registry import FINDERS
-from ..selection.candidates import MAX_KL, MIN_INDUCE, PRUNED_LAYERS
+from ..selection.candidates import MAX_KL, MIN_INDUCE, first_pruned_layer
+from ..selection.objectives import LEFT
 from ..selection.run_folder import Run
 from .style import BLUE, COLOURS, MARKERS, VERMILION
 
@@ -52,7 +53,7 @@ def candidate_figure(run: Run, finder: str) -> Figure:
     axes[2].set_ylim(bottom=0)
     titles = ("edited out: behaviour score", "added: behaviour score", "edited out: KL on the other side, nats")
     for axis, title in zip(axes, titles, strict=True):
-        axis.axvline(run.info.layer_count * (1 - PRUNED_LAYERS) - 0.5, color="black", linestyle=":", linewidth=0.8)
+        axis.axvline(first_pruned_layer(run.info.layer_count) - 0.5, color="black", linestyle=":", linewidth=0.8)
         axis.set(title=title, xlabel="layer")
     axes[0].legend(title="position", fontsize=7)
     title = FINDERS[finder].title
@@ -217,6 +218,32 @@ def probe_figure(run: Run) -> Figure | None:
     return figure
 
 
+def trial_figure(run: Run) -> Figure | None:
+    """KL of every tried edit against the behaviour left, with the numbers of the shortlist; None without trials."""
+    if not run.trials:
+        return None
+    figure, axis = _subplots(figsize=(8, 5))
+    listed = run.shortlist
+    for trials, colour, marker, label in (
+        ([t for t in run.trials if t not in listed], "grey", "o", "tried"),
+        (listed, VERMILION, "^", "edit --pick N"),
+    ):
+        axis.scatter([100 * t.left for t in trials], [t.kl for t in trials], c=colour, marker=marker, label=label)
+    for number, trial in enumerate(listed, 1):
+        axis.annotate(str(number), (100 * trial.left, trial.kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axis.axvline(100 * LEFT, color="black", linestyle=":", linewidth=0.8, label=f"{100 * LEFT:g}%")
+    axis.set_xscale("symlog", linthresh=0.1)
+    axis.set_xlim(left=0)
+    axis.set_yscale("symlog", linthresh=1e-3)
+    axis.set_ylim(bottom=0)
+    axis.set(
+        xlabel="behaviour left, % of val prompts", ylabel="KL along the base's own answers, nats per token",
+        title="tried edits: the best (1) and the rest of the Pareto front",
+    )  # fmt: skip
+    axis.legend(fontsize=8)
+    return figure
+
+
 def figures(run: Run, recording: Recording) -> Iterator[tuple[str, Figure]]:
     """Every figure of a run, by name."""
     for finder in run.info.finders:
@@ -228,6 +255,7 @@ def figures(run: Run, recording: Recording) -> Iterator[tuple[str, Figure]]:
         "cosines": cosine_figure(run),
         "projections-inlp": plane_figure(run, recording),
         "probes": probe_figure(run),
+        "trials": trial_figure(run),
     }
     for name, figure in optional.items():
         if figure is not None:

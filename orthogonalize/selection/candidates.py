@@ -23,11 +23,11 @@ from ..core.progress import track
 from ..directions.direction_set import Directions
 from ..directions.finders.registry import FINDERS
 from ..models.stream import Stream
-from .scoring import LocalScorer, behaviour_score, divergence, global_probabilities
+from .scoring import LocalScorer, behaviour_score, global_probabilities, smoothed_kl
 
 MAX_KL = 0.1  # nats; eliroc98/refusal_direction
 MIN_INDUCE = 0.0  # log-odds
-PRUNED_LAYERS = 0.2  # fraction of the last layers, which are excluded
+PRUNED_LAYERS = 0.2  # fraction of the last layers, which are excluded (see `first_pruned_layer`)
 MULTIPLIERS = (0.5, 1.0, 2.0)  # lengths at which a direction is added, in units of the mean difference
 
 
@@ -40,7 +40,8 @@ class Candidate:
             is better.
         induce: the same of negative val prompts with the direction added at this layer's input; the median over 0.5, 1
             and 2 times the norm of the mean difference.
-        kl: mean KL of the first token, in nats, on negative val prompts with the direction removed.
+        kl: mean smoothed KL of the first token (`smoothed_kl`), in nats, on negative val prompts with the direction
+            removed.
         rank_of_basis: the number of directions that are removed.
         accuracy: of INLP's first classifier.
         global_bypass, global_kl: `bypass` and `kl` with the edit at every write of the model; None if not scored.
@@ -123,6 +124,11 @@ def rank(
     return ranked
 
 
+def first_pruned_layer(layer_count: int, prune: float = PRUNED_LAYERS) -> int:
+    """The first of the last layers that the filter excludes, rounded down as in eliroc98/refusal_direction."""
+    return int(layer_count * (1 - prune))
+
+
 def _failed_filters(candidate: Candidate, kl: float, induce: float, prune: float) -> tuple[str, ...]:
     failed = []
     if not all(math.isfinite(x) for x in (candidate.bypass, candidate.induce, candidate.kl)):
@@ -131,7 +137,7 @@ def _failed_filters(candidate: Candidate, kl: float, induce: float, prune: float
         failed.append(f"kl {candidate.kl:.3g} > {kl:g}")
     if candidate.induce < induce:
         failed.append(f"induce {candidate.induce:.3g} < {induce:g}")
-    if candidate.layer >= candidate.layer_count * (1 - prune):
+    if candidate.layer >= first_pruned_layer(candidate.layer_count, prune):
         failed.append("late layer")
     return tuple(failed)
 
@@ -220,7 +226,7 @@ class _Scoring:
         removals = stack_maps(list(maps.values()))
         bypassed = behaviour_score(self.on_positive.probabilities(layer, removals, projected=True), self.tokens)
         kept = self.on_negative.probabilities(layer, removals, projected=True)
-        kl = divergence(self.base.expand_as(kept), kept).mean(-1)
+        kl = smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
         induce = self._induce(finder, layer, list(maps), induced)
         bypass_all, kl_all = self._everywhere(removals)
         result = []
@@ -268,7 +274,7 @@ class _Scoring:
         layers = self.directions.layer_count
         bypassed = global_probabilities(self.model, self.positive, removals, layers)
         kept = global_probabilities(self.model, self.negative, removals, layers)
-        kl = divergence(self.base.expand_as(kept), kept).mean(-1)
+        kl = smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
         return behaviour_score(bypassed, self.tokens).mean(-1).tolist(), kl.tolist()
 
 

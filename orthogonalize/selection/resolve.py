@@ -61,6 +61,22 @@ class ResolvedEdit:
             )
 
 
+def pick_edit(run: Run, pick: int, given: dict[str, Any]) -> EditConfig:
+    """The edit with number `pick`, from 1, of the run's shortlist.
+
+    Raises:
+        OrthogonalizeError: there is none, or fields of `EditConfig` are given, which it determines.
+    """
+    if given:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise OrthogonalizeError(f"--pick determines the whole edit; omit {options}")
+    edits = run.shortlist
+    if not 1 <= pick <= len(edits):
+        have = f"the run has {len(edits)} edits to pick from" if edits else "the run tried no edits (extract --trials)"
+        raise OrthogonalizeError(f"there is no edit {pick}: {have}")
+    return edits[pick - 1].choice
+
+
 def choose(run: Run, **given: Any) -> EditConfig:
     """Complete the `given` fields of `EditConfig` from a run; None means not given.
 
@@ -162,17 +178,19 @@ def fits_of(folder: Path, run: Run, source: Checkpoint, device: str = "auto") ->
     return Fits(folder, run.directions, source.config, source.fingerprint(), lambda: load_model(source.path, device))
 
 
-def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any], device: str = "auto") -> ResolvedEdit:
-    """The edit of `source` by a run and the `given` fields of `EditConfig`.
+def resolve_run(
+    folder: Path, source: Checkpoint, given: dict[str, Any], pick: int | None = None, device: str = "auto"
+) -> ResolvedEdit:
+    """The edit of `source` by a run and the `given` fields of `EditConfig`, or the number `pick` of its shortlist.
 
     A fitted edit that the run does not have yet is fitted to `source` on `device`, and stored in the run.
 
     Raises:
-        OrthogonalizeError: the run is from another model, or has no matching direction.
+        OrthogonalizeError: the run is from another model, or has no matching direction or edit.
     """
     run = load_run(folder)
     check_fits(run, source)
-    choice = choose(run, **given)
+    choice = choose(run, **given) if pick is None else pick_edit(run, pick, given)
     ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
     if METHODS[choice.method].fitted:
         intervention = fits_of(folder, run, source, device).intervention(choice, ranking)

@@ -17,8 +17,8 @@ from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
 from ..models.resolve import public_name
 from .candidates import Candidate, rank_correlation
+from .objectives import Trial, shortlist
 from .stages import BOOK
-from .trials import Trial
 
 PRESERVED = "preserved.jsonl"
 
@@ -50,7 +50,7 @@ class RunInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run folder."""
+    """The contents of a run folder; `trials` are the tried edits, the best first."""
 
     info: RunInfo
     prompts: list[Prompt]
@@ -65,6 +65,11 @@ class Run:
             f"Run({public_name(self.info.model)}: {', '.join(self.info.finders)}; "
             f"{len(self.candidates)} candidates, {len(self.trials)} edits tried)"
         )
+
+    @property
+    def shortlist(self) -> list[Trial]:
+        """The tried edits to choose from: the best, then the rest of the Pareto front (see `shortlist`)."""
+        return shortlist(self.trials)
 
     def texts(self, side: Side, split: Split) -> list[str]:
         """The prompts of one side and split."""
@@ -102,12 +107,17 @@ def load_preserved(folder: Path) -> list[PreservedPrompt]:
 def save_selection(
     candidates: Sequence[Candidate], trials: Sequence[Trial], probes: Sequence[ProbeResult], folder: Path
 ) -> None:
-    """Write candidates.json: candidates, tried edits, probes, and the correlation of local and global scores."""
+    """Write candidates.json: candidates, tried edits, probes, and the correlation of local and global scores.
+
+    `shortlist` are the places, from 0, of the edits to choose from among the trials.
+    """
     finders = dict.fromkeys(c.finder for c in candidates)
+    places = {t.choice: i for i, t in enumerate(trials)}
     found = {
         "spearman": {finder: rank_correlation(candidates, finder) for finder in finders},
         "candidates": [c.row() for c in candidates],
-        "trials": [t.model_dump() for t in trials],
+        "trials": [t.model_dump(exclude={"kls"}) for t in trials],
+        "shortlist": [places[t.choice] for t in shortlist(trials)],
         "probes": [p.model_dump() for p in probes],
     }
     write_atomically(folder / "candidates.json", json.dumps(found, indent=1) + "\n")

@@ -11,11 +11,10 @@ from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, pad
 from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
-from ..models.logprobs import completion_scores
 from ..models.partial_forward import starting_at
 from ..models.stream import Stream
 
-SMOOTHING = 1e-6  # added to probabilities to compute a KL, as in eliroc98/refusal_direction
+SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
 
 
 def _last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -48,10 +47,15 @@ def behaviour_score(probabilities: torch.Tensor, tokens: Sequence[int]) -> torch
     return p.log() - (1 - p).log()
 
 
-def divergence(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
-    """KL(base || edited) over the last axis, in nats; 1e-6 is added to every probability."""
-    p, q = base.double() + SMOOTHING, edited.double() + SMOOTHING
-    return (p * (p.log() - q.log())).sum(-1)
+def smoothed_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """The score of eliroc98/refusal_direction for how far probabilities over the last axis moved, in nats.
+
+    `sum p (log(p + 1e-6) - log(q + 1e-6))` of the base's p and the edited model's q. It ranks directions as the
+    reference does, but is a KL only up to the constant: where q is far below 1e-6 it is too low, and it can be slightly
+    negative. Whole edits are compared by the exact KL (see `drift`).
+    """
+    p, q = base.double(), edited.double()
+    return (p * ((p + SMOOTHING).log() - (q + SMOOTHING).log())).sum(-1)
 
 
 def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most: int = 8) -> list[int]:
@@ -150,8 +154,3 @@ def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineM
         result[:, group] = part
     assert result is not None
     return result
-
-
-def completion_loss(model: Any, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> float:
-    """Mean cross-entropy of `completions` after `prompts`, in nats per token."""
-    return -sum(c.logprob for c in completion_scores(model, prompts, completions)) / sum(map(len, completions))

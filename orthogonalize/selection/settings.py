@@ -39,7 +39,7 @@ class Settings:
             tried on all positive prompts.
         trials: number of whole edits to try; 0 skips the search.
         preserve: sources of prompts whose outputs an edit should not move.
-        answers: number of the model's own answers to negative prompts on which an edit's harm is measured.
+        answers: number of the model's own answers to negative prompts along which an edit's KL is measured.
         trust_remote_code: whether to run code from the model's repository.
     """
 

@@ -147,7 +147,7 @@ extract(sys.argv[1], sys.argv[3], positive=sys.argv[2] + "/positive.txt", negati
     [
         ("directions.activation_store", "_store", 2, ["prompts"]),
         ("selection.candidates", "behaviour_score", 5, ["prompts", "activations", "directions"]),
-        ("selection.trials", "completion_loss", 3, ["prompts", "activations", "directions"]),
+        ("selection.trials", "first_token_probabilities", 2, ["prompts", "activations", "directions"]),
     ],
     ids=["activations", "scores", "trials"],
 )
@@ -178,7 +178,7 @@ def test_killed_run_resumes_where_it_stopped(
     assert mine["activations.safetensors"] == theirs["activations.safetensors"]
     assert mine["directions.safetensors"] == theirs["directions.safetensors"]
     assert load_run(out).candidates == load_run(run).candidates
-    assert [t.choice for t in load_run(out).trials] == [t.choice for t in load_run(run).trials]
+    assert load_run(out).trials == load_run(run).trials
     assert not [f for f in out.iterdir() if f.name.startswith(".")], "no journal is left"
 
 

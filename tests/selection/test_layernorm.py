@@ -25,7 +25,9 @@ from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.hooks import layer_projected
 from orthogonalize.models.loading import model_class
 from orthogonalize.selection.candidates import layer_ranking, score_candidates
+from orthogonalize.selection.drift import AnsweredPrompts
 from orthogonalize.selection.scoring import behaviour_score
+from orthogonalize.selection.search_space import build_from_directions
 from orthogonalize.selection.trials import EditSearch
 
 TOKENS = [5, 9]
@@ -101,7 +103,8 @@ def test_leace_restores_the_mean_that_the_norms_see(scored, scope, per_layer):
 def test_trial_scores_as_the_written_checkpoint(scored, model, tmp_path):
     held, positive, negative, directions, candidates = scored
     choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)
-    trials = EditSearch(held, directions, candidates, TOKENS, positive, negative, some_ids(7, 3))
+    build = build_from_directions(directions, candidates, layer_norm=True)
+    trials = EditSearch(held, build, TOKENS, positive, AnsweredPrompts(held, negative, some_ids(7, 3)))
     intervention = intervention_from_directions(choice, directions, layer_ranking(candidates, "dim"))
     bake(open_checkpoint(model), centred(intervention)).write(tmp_path)
     expected = behaviour_score(plain_probabilities(load(tmp_path), positive), TOKENS).mean().item()

@@ -9,8 +9,6 @@ import pytest
 import torch
 from helpers.llama import LAYERS, load
 from helpers.scoring import directions_of, plain_probabilities, some_ids
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import shift
@@ -29,12 +27,10 @@ from orthogonalize.selection.candidates import (
 from orthogonalize.selection.run_folder import save_selection
 from orthogonalize.selection.scoring import (
     behaviour_score,
-    completion_loss,
-    divergence,
     first_token_probabilities,
     learn_behaviour_tokens,
+    smoothed_kl,
 )
-from orthogonalize.selection.trials import share_left
 
 
 def test_batched_first_token_probabilities_equal_single_prompts(base):
@@ -59,13 +55,13 @@ def plain_scores(model, positive, negative, directions, candidate, tokens) -> di
     for block in model.model.layers:
         everywhere += [map_output(m, affine.unshifted) for m in (block.self_attn, block.mlp)]
     global_bypass = behaviour_score(plain_probabilities(model, positive), tokens).mean().item()
-    global_kl = divergence(plain, plain_probabilities(model, negative)).mean().item()
+    global_kl = smoothed_kl(plain, plain_probabilities(model, negative)).mean().item()
     for handle in everywhere:
         handle.remove()
     return {
         "bypass": bypass,
         "induce": sorted(induced)[1],
-        "kl": divergence(plain, kept).mean().item(),
+        "kl": smoothed_kl(plain, kept).mean().item(),
         "global_bypass": global_bypass,
         "global_kl": global_kl,
     }
@@ -105,17 +101,6 @@ def test_known_scores_are_not_computed_again(base, tmp_path):
     known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # without a model
     assert known == again
     assert not Journal(tmp_path / "journal", "other inputs").done
-
-
-def test_completion_loss_equals_the_library_loss(base):
-    model = load(base)
-    prompts, answers = some_ids(5, 3), some_ids(5, 4)
-    total = 0.0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        labels = torch.tensor([[-100] * len(prompt) + answer])
-        with torch.inference_mode():
-            total += model(torch.tensor([prompt + answer]), labels=labels).loss.item() * len(answer)
-    assert completion_loss(model, prompts, answers) == pytest.approx(total / sum(map(len, answers)), abs=1e-5)
 
 
 def test_greedy_answers_equal_a_plain_loop(base):
@@ -168,6 +153,23 @@ def test_ranking_filters_then_sorts_and_states_what_failed():
     assert layer_ranking(ranked, "dim")[:2] == [5, 3]
 
 
+@pytest.mark.parametrize(("count", "first"), [(10, 8), (16, 12), (22, 17), (30, 24), (32, 25)])
+def test_last_layers_are_pruned_from_where_the_reference_prunes_them(count, first):
+    """`layer >= int(n_layer * (1.0 - 0.2))` in its `filter_fn`: rounded down, so layer 12 of 16 is excluded."""
+    given = [Candidate("dim", -1, layer, count, -1.0, 1.0, 0.01) for layer in range(count)]
+    assert [c.layer for c in rank(given) if c.failed == ("late layer",)] == list(range(first, count))
+
+
+def test_candidates_kl_is_the_score_of_the_reference():
+    """Its `kl_div_fn` weighs by the plain probability: smoothing the weight too would add what rare tokens moved."""
+    p, q = torch.zeros(200_000, dtype=torch.float64), torch.zeros(200_000, dtype=torch.float64)
+    p[0], p[1:], q[0] = 0.9, 0.1 / 199_999, 1.0
+    expected = sum(
+        a * (math.log(a + 1e-6) - math.log(b + 1e-6)) * n for a, b, n in ((0.9, 1.0, 1), (0.1 / 199_999, 0.0, 199_999))
+    )
+    assert smoothed_kl(p, q).item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_stored_candidates_can_be_reranked_without_a_model(tmp_path):
     given = [candidate(3, -1), candidate(5, -3, kl=0.3), candidate(8, -9)]
     leace_too = [dataclasses.replace(c, finder="leace") for c in given]
@@ -204,18 +206,6 @@ def test_fallback_ranks_by_distance_from_the_filters():
     given = [candidate(3, -9, kl=6.0), candidate(4, -2, kl=0.12), candidate(5, 1, kl=0.11)]
     assert [c.layer for c in rank(given)] == [4, 3, 5]
     assert [c.layer for c in rank(given, kl=1.0) if not c.failed] == [4, 5]
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(-20, 20), min_size=2, max_size=30))
-def test_share_left_is_never_below_the_observed_share(scores):
-    found = share_left(torch.tensor(scores, dtype=torch.float64))
-    assert sum(s > 0 for s in scores) / len(scores) <= found <= 1
-
-
-def test_scores_just_below_zero_do_not_count_as_removed():
-    assert share_left(torch.tensor([-0.5, -3.0, -1.0, -2.0])) > 0.01
-    assert share_left(torch.tensor([-9.0, -8.0, -7.0, -8.5])) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""How far an edit moves a model's next-token distributions along the base model's own answers.
+
+The KL is exact: over the whole vocabulary, from log-probabilities, without a smoothing constant. The cross-entropy of
+the same answers is only reported: a model that merely becomes more certain of what the base would say lowers it, and so
+it cannot tell whether an edit changed the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..models.activations import batches
+from ..models.logprobs import completion_logprobs
+
+BATCH = 2**26  # log-probabilities computed at a time, of the base and of the edited model each: 256 MiB in float32
+CACHED = 2**27  # log-probabilities of the base kept between edits: 512 MiB; those beyond are computed again
+BATCH_TOKENS = 2048  # as in `completion_logprobs`, which then takes a batch whole
+FEWEST_NATS = 1e-6  # the least cross-entropy per token that float32 resolves
+
+
+def exact_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """KL(base || edited) in nats, from log-probabilities [..., vocabulary]; summed in float64."""
+    p = base.double()
+    weight = p.exp()
+    terms = weight * (p - edited.double())
+    return torch.where(weight > 0, terms, 0.0).sum(-1).clamp(min=0.0)  # tokens that the base rules out add nothing
+
+
+@dataclass(frozen=True)
+class Drift:
+    """What an edit did along a set of the base's own answers.
+
+    Attributes:
+        kls: per prompt, KL(base || edited) summed over its answer's tokens and divided by the mean length of all
+            answers, so that their mean is `kl`.
+        first_kl: mean KL at the answers' first token, in nats.
+        ce_increase: relative increase of the answers' cross-entropy (0.1 is 10%).
+    """
+
+    kls: list[float]
+    first_kl: float
+    ce_increase: float
+
+    @property
+    def kl(self) -> float:
+        """The mean KL over all tokens of the answers, in nats per token."""
+        return sum(self.kls) / len(self.kls)
+
+
+@dataclass
+class AnsweredPrompts:
+    """The base model's own answers to some prompts, along which edited models are compared with it.
+
+    Attributes:
+        model: the base model, without hooks.
+        prompts, answers: token ids; no answer is empty.
+        cached: the number of the base's log-probabilities to keep between edits.
+    """
+
+    model: Any
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+    cached: int = CACHED
+
+    def __post_init__(self) -> None:
+        self._kept: dict[int, dict[int, torch.Tensor]] = {}  # by batch, then by prompt; on the CPU
+
+    @cached_property
+    def _groups(self) -> list[list[int]]:
+        """Indices of the prompts in batches whose log-probabilities fit into `BATCH`."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        rows = [[*p, *a] for p, a in zip(self.prompts, self.answers, strict=True)]
+        return list(batches(rows, tokens=min(BATCH_TOKENS, max(1, BATCH // vocabulary))))
+
+    def _logprobs(self, group: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Log-probabilities [tokens, vocabulary] of the model as it is now, by prompt."""
+        found = completion_logprobs(self.model, [self.prompts[i] for i in group], [self.answers[i] for i in group])
+        return {group[n]: logprobs for n, logprobs in found}
+
+    def _base(self, number: int) -> dict[int, torch.Tensor]:
+        """The base's log-probabilities of one batch; the first batches are kept as long as there is room."""
+        if number in self._kept:
+            return self._kept[number]
+        found = self._logprobs(self._groups[number])
+        held = sum(rows.numel() for kept in self._kept.values() for rows in kept.values())
+        if held + sum(rows.numel() for rows in found.values()) <= self.cached:
+            self._kept[number] = {i: rows.cpu() for i, rows in found.items()}
+        return found
+
+    @torch.inference_mode()
+    def drift(self, edited: Callable[[], AbstractContextManager[Any]]) -> Drift:
+        """Compare the model as `edited()` makes it with the base.
+
+        A batch at a time, the model runs without and then within the context.
+        """
+        kls, first_kls = [0.0] * len(self.answers), [0.0] * len(self.answers)
+        base_loss = edited_loss = 0.0
+        for number, group in enumerate(self._groups):
+            base = self._base(number)
+            with edited():
+                found = self._logprobs(group)
+            for i, q in found.items():
+                p = base[i].to(q.device)
+                kl = exact_kl(p, q)
+                kls[i], first_kls[i] = kl.sum().item(), kl[0].item()
+                target = torch.tensor(self.answers[i], device=q.device)[:, None]
+                base_loss -= p.gather(-1, target).sum().item()
+                edited_loss -= q.gather(-1, target).sum().item()
+        count = len(self.answers)
+        tokens = sum(map(len, self.answers))
+        return Drift(
+            kls=[kl * count / tokens for kl in kls],
+            first_kl=sum(first_kls) / count,
+            ce_increase=edited_loss / max(base_loss, FEWEST_NATS * tokens) - 1,
+        )

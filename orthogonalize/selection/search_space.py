@@ -1,0 +1,115 @@
+"""The edits that the search tries: where it starts, and what is near an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..architectures.schema import architecture_of
+from ..checkpoints.checkpoint import Checkpoint
+from ..core.errors import OrthogonalizeError
+from ..core.interventions import Intervention
+from ..directions.direction_set import Directions
+from ..edits.bake import bake
+from ..edits.build import finder_of, intervention_from_directions
+from ..edits.config import EditConfig
+from ..edits.methods.registry import DEFAULT
+from ..edits.scopes import parse_scope
+from .candidates import Candidate, layer_ranking
+
+Build = Callable[[EditConfig], Intervention]
+"""Makes the intervention of an edit."""
+
+
+def build_from_directions(directions: Directions, ranked: Sequence[Candidate], *, layer_norm: bool) -> Build:
+    """The function that makes interventions along extracted directions, as `edit --run` does."""
+
+    def build(choice: EditConfig) -> Intervention:
+        ranking = layer_ranking(ranked, finder_of(choice.method, directions))
+        return intervention_from_directions(choice, directions, ranking, layer_norm=layer_norm)
+
+    return build
+
+
+def reads_can_be_baked(source: Checkpoint, directions: Directions) -> bool:
+    """Whether edits of what is read (scope `from:`) can be written into the weights of `source`.
+
+    Some families cannot take them: their heads stay tied, or read a norm's bias and have none to keep it by.
+    """
+    position, layer = directions.positions[-1], directions.layer_count
+    choice = EditConfig(method=DEFAULT, scope=f"from:{layer - 1}", position=position, layer=layer)
+    layer_norm = architecture_of(source.config).norms.kind == "layer"
+    try:
+        bake(source, intervention_from_directions(choice, directions, layer_norm=layer_norm))
+    except OrthogonalizeError:
+        return False
+    return True
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Edits along extracted directions, of which `ranked` are the candidates, best first.
+
+    `reads`: whether edits of what is read (scope `from:`) can be written into the model.
+    """
+
+    directions: Directions
+    ranked: Sequence[Candidate]
+    reads: bool = True
+
+    @property
+    def _layers(self) -> int:
+        return self.directions.layer_count
+
+    @property
+    def largest_step(self) -> int:
+        """The number of layers by which the search first moves the ends of a span."""
+        return max(1, self._layers // 6)
+
+    def starts(self, method: str = DEFAULT) -> list[EditConfig]:
+        """The first edits to try, every scope with the best direction before any with another.
+
+        Scopes are all writes, upper and middle spans of writes, and spans of reads; the directions are the best
+        candidate's, each layer's own at the same position, and that of the best candidate of another layer. The first
+        edit is thus the plain one: the best candidate's direction at every write.
+        """
+        finder = finder_of(method, self.directions)
+        good = [c for c in self.ranked if c.finder == finder and not c.failed]
+        good = good or [c for c in self.ranked if c.finder == finder]
+        best = good[0]
+        others = [c for c in good if c.layer != best.layer][:1]
+        count = self._layers
+        writes = ["all", f"layers:{count // 2}-{count - 1}", f"layers:{count // 3}-{count * 4 // 5}"]
+        reads = [f"from:{count * share // 10}" for share in (8, 9, 7)] if self.reads else []
+        scopes = list(dict.fromkeys([*writes[:2], *reads[:1], *writes[2:], *reads[1:]]))
+        along = [EditConfig(method=method, position=c.position, layer=c.layer) for c in (best, *others)]
+        along.insert(1, EditConfig(method=method, position=best.position, per_layer=True))
+        return [direction.model_copy(update={"scope": scope}) for direction in along for scope in scopes]
+
+    def neighbours(self, choice: EditConfig, step: int) -> list[EditConfig]:
+        """The edits near `choice`: one end of its span moved by `step` layers, or another setting by one notch."""
+        near = [choice.model_copy(update={"scope": scope}) for scope in self._near_scopes(choice.scope, step)]
+        near += [
+            choice.model_copy(update={"strength": round(choice.strength + change, 2)})
+            for change in (-0.2, 0.2, -0.1, 0.1)
+            if 0.2 <= choice.strength + change <= 1.6
+        ]
+        positions = self.directions.positions
+        near += [choice.model_copy(update={"position": p}) for p in positions if abs(p - (choice.position or 0)) == 1]
+        if choice.layer is not None and not choice.per_layer:
+            near += [
+                choice.model_copy(update={"layer": choice.layer + change})
+                for change in (-1, 1)
+                if 1 <= choice.layer + change < self._layers
+            ]
+        return near
+
+    def _near_scopes(self, text: str, step: int) -> list[str]:
+        scope, count = parse_scope(text), self._layers
+        if scope.kind == "from":
+            return [f"from:{start}" for start in (scope.layers[0] + step, scope.layers[0] - step) if 0 < start <= count]
+        if scope.kind not in ("all", "layers"):
+            return []
+        first, last = (scope.layers[0], scope.layers[-1]) if scope.layers else (0, count - 1)
+        spans = [(first + step, last), (first, last - step), (first - step, last), (first, last + step)]
+        return [f"layers:{a}-{b}" if a < b else f"layers:{a}" for a, b in spans if 0 <= a <= b < count]

@@ -1,0 +1,135 @@
+"""The edits that a run lists: in the terminal, in candidates.json and in a figure, and made by `edit --pick`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from helpers.command_line import SMALL, UNTRIED, command
+
+from orthogonalize.commands import _console
+from orthogonalize.commands import extract as extraction
+from orthogonalize.commands.extract import extract
+from orthogonalize.data.refusals import LEAST_TOKENS
+from orthogonalize.edits.config import EditConfig
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.reports.run_plots import plot_run, trial_figure
+from orthogonalize.selection.objectives import Trial
+from orthogonalize.selection.run_folder import Run, load_run, save_selection
+
+OUTCOMES = [(0.0, 0.20), (0.30, 0.15), (0.05, 0.10), (0.06, 0.12), (0.40, 0.0123)]  # (left, KL); 1 and 3 are beaten
+
+
+@pytest.fixture(scope="module")
+def run_settings():
+    return dataclasses.replace(UNTRIED, finders=("dim",))
+
+
+@pytest.fixture
+def tried(run, tmp_path) -> Path:
+    """A run with tried edits of different strengths, of which the first, third and fifth are listed."""
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    found = load_run(folder)
+    trials = [
+        Trial(
+            choice=EditConfig(method="ablate", scope="layers:1-2", position=-1, layer=2, strength=0.5 + 0.1 * i),
+            left=left, score=-3.0, kl=kl, first_kl=kl / 2, ce_increase=-0.031, preserved={"other": 0.7},
+            kls={"": [kl]}, confirmed=None if i else 0.021,
+        )
+        for i, (left, kl) in enumerate(OUTCOMES)
+    ]  # fmt: skip
+    save_selection(found.candidates, trials, found.probes, folder)
+    return folder
+
+
+def strengths(trials) -> list[float]:
+    return [round(t.choice.strength, 1) for t in trials]
+
+
+def test_run_folder_holds_the_list_without_the_kls_of_single_prompts(tried):
+    stored = json.loads((tried / "candidates.json").read_text())
+    assert stored["shortlist"] == [0, 2, 4]
+    assert all("kls" not in row and "harm" not in row for row in stored["trials"])
+    run = load_run(tried)
+    assert len(run.trials) == 5
+    assert strengths(run.shortlist) == [0.5, 0.7, 0.9]
+
+
+@pytest.mark.parametrize(("pick", "strength"), [((), 0.5), (("--pick", "1"), 0.5), (("--pick", "3"), 0.9)])
+def test_edit_makes_the_edit_of_that_number(tried, model, tmp_path, pick, strength):
+    status, said = command("edit", model, "--run", tried, *pick, "--out", tmp_path / "edited")
+    assert status == 0, said
+    assert load_recipe(tmp_path / "edited").choice.strength == pytest.approx(strength)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--pick", "4"), "there is no edit 4: the run has 3 edits to pick from"),
+        (
+            ("--pick", "2", "--scope", "all", "--per-layer"),
+            "--pick determines the whole edit; omit --scope, --per-layer",
+        ),
+        (("--pick", "2", "--method", "ablate"), "--pick determines the whole edit; omit --method"),
+    ],
+)
+def test_unusable_pick_is_one_line(tried, model, tmp_path, words, complaint):
+    status, said = command("edit", model, "--run", tried, *words, "--out", tmp_path / "edited")
+    assert (status, said) == (1, f"error: {complaint}")
+    assert not (tmp_path / "edited").exists()
+
+
+def test_pick_needs_a_run_that_tried_edits(run, model, tmp_path):
+    status, said = command("edit", model, "--run", run, "--pick", "1", "--out", tmp_path / "edited")
+    assert (status, said) == (1, "error: there is no edit 1: the run tried no edits (extract --trials)")
+    direction = tmp_path / "direction.pt"
+    status, said = command("edit", model, "--direction", direction, "--pick", "1", "--out", tmp_path / "edited")
+    assert (status, said) == (1, "error: --pick chooses among the edits that a run tried; give --run")
+
+
+def test_terminal_lists_the_edits_with_their_numbers(tried, monkeypatch):
+    with _console.console.capture() as printed:
+        _console.show_run(load_run(tried))
+    rows = [line.split("│") for line in printed.get().splitlines() if "ablate" in line]
+    cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
+    assert [row[0] for row in cells] == ["1", "2", "3"]
+    assert "strength 0.7" in cells[1][1]
+    assert cells[0][2:] == ["0.0%", "2.1%", "0.2000", "0.1000", "0.7000", "-3.1%"]
+    assert cells[2][2:] == ["40.0%", "", "0.0123", "0.0062", "0.7000", "-3.1%"]
+    assert "edit --pick N" in printed.get()
+
+
+def test_figure_marks_and_numbers_the_listed_edits(tried):
+    found = load_run(tried)
+    (axis,) = trial_figure(found).axes
+    others, listed = (collection.get_offsets().tolist() for collection in axis.collections)
+    assert listed == [[0.0, 0.2], [5.0, 0.1], [40.0, 0.0123]]
+    assert others == [[30.0, 0.15], [6.0, 0.12]]
+    assert [(text.get_text(), list(text.xy)) for text in axis.texts] == [
+        (str(n), place) for n, place in enumerate(listed, 1)
+    ]
+    plot_run(found, tried)
+    assert (tried / "plots" / "trials.png").stat().st_size > 5000
+    assert trial_figure(Run(found.info, [], found.directions, found.candidates, [])) is None
+
+
+def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources, tmp_path, monkeypatch):
+    """With fewer than 100 tokens refusals are undercounted, for the base as well as for the edits."""
+    lengths, real = [], extraction.generate
+
+    def noting(model, ids, tokens, stops, **others):
+        lengths.append(tokens)
+        return real(model, ids, min(tokens, 3), stops, **others)
+
+    monkeypatch.setattr(extraction, "generate", noting)
+    monkeypatch.setattr(extraction, "refused", lambda answer: True)
+    settings = dataclasses.replace(SMALL, trials=2, finders=("dim",))
+    found = extract(str(model), tmp_path / "run", **sources, settings=settings)
+    own, *confirming = lengths
+    assert own == extraction.ANSWER_TOKENS
+    assert len(confirming) == 3, "the base's answers, and those of both edits"
+    assert min(confirming) >= max(LEAST_TOKENS, 100)
+    assert [t.confirmed for t in found.trials] == [1.0, 1.0]
