@@ -83,9 +83,9 @@ if TYPE_CHECKING:
     from .reports.sweep import Sweep as Sweep
     from .selection.candidates import Candidate as Candidate
     from .selection.candidates import rank as rank
-    from .selection.objectives import Trial as Trial
     from .selection.run_folder import Run as Run
     from .selection.run_folder import load_run as load_run
+    from .selection.search.objectives import Trial as Trial
     from .selection.settings import Settings as Settings
 
 _MODULES = {
@@ -131,7 +131,7 @@ _MODULES = {
     "SuiteContext": "evals.suites.base",
     "SuiteEntry": "evals.suites.base",
     "Sweep": "reports.sweep",
-    "Trial": "selection.objectives",
+    "Trial": "selection.search.objectives",
     "Verified": "commands.verify",
     "WeighingJudge": "evals.judges.base",
     "WordingJudge": "evals.judges.base",

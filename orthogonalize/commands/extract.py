@@ -17,9 +17,7 @@ from typing import Any
 
 from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint, write_atomically
-from ..core.interrupts import check
 from ..core.journal import Journal
 from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
@@ -38,9 +36,7 @@ from ..models.resolve import commit_of, find_model
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
-from ..selection.drift import AnsweredPrompts
-from ..selection.fits import TOKENS
-from ..selection.objectives import Trial
+from ..selection.fits import TOKENS, Fits
 from ..selection.own_answers import ANSWER_TOKENS, TARGET_TOKENS, OwnAnswers
 from ..selection.probes import probe_candidate
 from ..selection.run_folder import (
@@ -53,10 +49,10 @@ from ..selection.run_folder import (
     save_prompts,
     save_selection,
 )
-from ..selection.search_space import SearchSpace, build_from_directions, reads_can_be_baked
+from ..selection.search.objectives import Trial
+from ..selection.search.try_edits import EditTrials, ValPrompts
 from ..selection.settings import Settings
 from ..selection.stages import STAGES, Stage, StageBook
-from ..selection.trials import EditSearch, confirm
 
 CONFIRM_TOKENS = LEAST_TOKENS  # of the edited model's answers, in which refusals are counted
 
@@ -276,23 +272,18 @@ class _Extraction:
         """Search whole edits on val prompts, and confirm the best by the answers of the edited model."""
         if not self.settings.trials:
             return []
-        negative = self._ids(prompts, "negative", "val")[: self.settings.answers]
-        if "answers" not in journal:
-            with track("the model's own answers", len(negative), "prompts") as advance:
-                journal.put({"answers": self._generate(negative, ANSWER_TOKENS, advance)})
-            check()
-        answers = journal["answers"]
-        kept = [i for i, answer in enumerate(answers) if answer]
-        if not kept:
-            note("the model gives empty answers to the negative prompts, so no edits are tried")
-            return []
-        positive = self._ids(prompts, "positive", "val")
-        own = AnsweredPrompts(self.model, [negative[i] for i in kept], [answers[i] for i in kept])
-        build = build_from_directions(directions, ranked, layer_norm=self.architecture.norms.kind == "layer")
-        trials = EditSearch(self.model, build, tokens, positive, own, known=journal)
-        space = SearchSpace(directions, ranked, reads_can_be_baked(self.source.checkpoint, directions))
-        found = trials.search(self.settings.trials, space.starts(), space.neighbours, space.largest_step)
-        return confirm(trials, found, journal, lambda: self._refusal_rate(positive))
+        s, kept = self.settings, load_preserved(self.out)
+        val = ValPrompts(
+            self._ids(prompts, "positive", "val"),
+            self._ids(prompts, "negative", "val")[: s.answers],
+            {
+                name: self.chat.encode_all([p.text for p in kept if (p.source, p.split) == (name, "val")][: s.answers])
+                for name in dict.fromkeys(p.source for p in kept)
+            },
+        )
+        fits = Fits(self.out, directions, self.source.checkpoint.config, self.weights, lambda: self.model)
+        trials = EditTrials(self.model, self.source.checkpoint, directions, ranked, tokens, self._generate, journal)
+        return trials.run(s.trials, val, fits, lambda: self._refusal_rate(val.positive))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
         return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)
@@ -329,33 +320,6 @@ class _Extraction:
             versions=_versions(),
             **found,
         )
-
-
-def _plan(work: _Extraction, only: Stage | None, force: bool) -> list[Stage]:
-    """The stages to run: the first that is not done from the present inputs, and all after it.
-
-    Raises:
-        OrthogonalizeError: a finished stage would be redone without `force`, or an earlier stage than `only` is not
-            done.
-    """
-    stale = [stage for stage in STAGES if not work.book.unchanged(stage, work.inputs(stage))]
-    if only is not None:
-        missing = [stage for stage in STAGES[: STAGES.index(only)] if stage in stale]
-        if missing:
-            raise OrthogonalizeError(
-                f"--stage {only} needs stage {missing[0]!r} of {work.out}, done with the same inputs; "
-                "run that first, or omit --stage"
-            )
-        return [only] if only in stale or force else []
-    if not stale:
-        return list(STAGES) if force else []
-    changed = work.book.changed_inputs(stale[0], work.inputs(stale[0]))
-    if changed and not force:
-        raise OrthogonalizeError(
-            f"stage {stale[0]!r} of {work.out} was done with a different {', '.join(changed)}; "
-            "use --force to redo it and the stages after it, or choose another --out"
-        )
-    return list(STAGES[STAGES.index(stale[0]) :])
 
 
 def extract(
@@ -410,7 +374,7 @@ def extract(
         preserved,
     )
     work = _Extraction(source, settings, out)
-    stages = _plan(work, stage, force)
+    stages = work.book.to_run(work.inputs, stage, force)
     for name in STAGES:
         if name in stages:
             work.run(name)

@@ -20,8 +20,8 @@ from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.finders.registry import FINDERS
 from ..selection.candidates import MAX_KL, MIN_INDUCE, first_pruned_layer
-from ..selection.objectives import LEFT
 from ..selection.run_folder import Run
+from ..selection.search.objectives import LEFT
 from .style import BLUE, COLOURS, MARKERS, VERMILION
 
 SIDE_STYLES = {"positive": (VERMILION, "^"), "negative": (BLUE, "o")}

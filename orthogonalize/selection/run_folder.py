@@ -17,7 +17,7 @@ from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
 from ..models.resolve import public_name
 from .candidates import Candidate, rank_correlation
-from .objectives import Trial, shortlist
+from .search.objectives import Trial, shortlist
 from .stages import BOOK
 
 PRESERVED = "preserved.jsonl"

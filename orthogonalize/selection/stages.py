@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -52,6 +52,35 @@ class StageBook:
             return []
         before = entry["inputs"]
         return [key for key in sorted(before.keys() | inputs.keys()) if before.get(key) != _as_json(inputs.get(key))]
+
+    def to_run(
+        self, inputs: Callable[[Stage], Mapping[str, Any]], only: Stage | None = None, force: bool = False
+    ) -> list[Stage]:
+        """The stages to run: the first that is not done from the present `inputs`, and all after it.
+
+        Raises:
+            OrthogonalizeError: a finished stage would be redone without `force`, or an earlier stage than `only` is not
+                done.
+        """
+        folder = self.file.parent
+        stale = [stage for stage in STAGES if not self.unchanged(stage, inputs(stage))]
+        if only is not None:
+            missing = [stage for stage in STAGES[: STAGES.index(only)] if stage in stale]
+            if missing:
+                raise OrthogonalizeError(
+                    f"--stage {only} needs stage {missing[0]!r} of {folder}, done with the same inputs; "
+                    "run that first, or omit --stage"
+                )
+            return [only] if only in stale or force else []
+        if not stale:
+            return list(STAGES) if force else []
+        changed = self.changed_inputs(stale[0], inputs(stale[0]))
+        if changed and not force:
+            raise OrthogonalizeError(
+                f"stage {stale[0]!r} of {folder} was done with a different {', '.join(changed)}; "
+                "use --force to redo it and the stages after it, or choose another --out"
+            )
+        return list(STAGES[STAGES.index(stale[0]) :])
 
     def complete(self, stage: Stage, inputs: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Record that `stage` is done; later stages are forgotten, since their inputs may have changed."""

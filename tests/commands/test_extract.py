@@ -35,6 +35,7 @@ from orthogonalize.models.loading import load_model
 from orthogonalize.selection.candidates import rank
 from orthogonalize.selection.probes import probe_accuracy
 from orthogonalize.selection.run_folder import load_run
+from orthogonalize.selection.stages import STAGES
 
 
 def changed(**settings):
@@ -72,8 +73,8 @@ def test_repeated_extraction_does_nothing_and_loads_no_model(copy, model, source
 @pytest.mark.parametrize(
     ("settings", "redone"),
     [
-        ({"train": 11}, ["prompts", "activations", "directions", "selection"]),
-        ({"max_rank": 2}, ["directions", "selection"]),
+        ({"train": 11}, ["prompts", "activations", "directions", "answers", "selection"]),
+        ({"max_rank": 2}, ["directions", "answers", "selection"]),
         ({"trials": 2}, ["selection"]),
     ],
     ids=str,
@@ -105,14 +106,14 @@ def test_other_prompts_or_weights_are_noticed(copy, model, sources, tmp_path):
 
 def test_stages_run_one_by_one_give_the_same_run(run, model, sources, tmp_path, ran):
     out = tmp_path / "run"
-    for stage in ("prompts", "activations", "directions"):
+    for stage in ("prompts", "activations", "directions", "answers"):
         assert extract(str(model), out, **sources, settings=SMALL, stage=stage) is None
         with pytest.raises(OrthogonalizeError, match="is unfinished; re-run the same extract command"):
             load_run(out)
     with pytest.raises(OrthogonalizeError, match="--stage selection needs stage 'prompts'"):
         extract(str(model), out, **sources, settings=changed(seed=5), stage="selection")
     assert extract(str(model), out, **sources, settings=SMALL, stage="selection") is not None
-    assert ran == ["prompts", "activations", "directions", "selection"]
+    assert ran == ["prompts", "activations", "directions", "answers", "selection"]
     mine, theirs = files(out), files(run)
     assert mine["prompts.jsonl"] == theirs["prompts.jsonl"]
     assert mine["activations.safetensors"] == theirs["activations.safetensors"]
@@ -146,8 +147,13 @@ extract(sys.argv[1], sys.argv[3], positive=sys.argv[2] + "/positive.txt", negati
     ("module", "name", "calls", "done"),
     [
         ("directions.activation_store", "_store", 2, ["prompts"]),
-        ("selection.candidates", "behaviour_score", 5, ["prompts", "activations", "directions"]),
-        ("selection.trials", "first_token_probabilities", 2, ["prompts", "activations", "directions"]),
+        ("selection.candidates", "behaviour_score", 5, ["prompts", "activations", "directions", "answers"]),
+        (
+            "selection.search.trials",
+            "first_token_probabilities",
+            2,
+            ["prompts", "activations", "directions", "answers"],
+        ),
     ],
     ids=["activations", "scores", "trials"],
 )
@@ -171,7 +177,7 @@ def test_killed_run_resumes_where_it_stopped(
         real = recording.capture
         monkeypatch.setattr(recording, "capture", lambda m, ids, p: (calls_now.append(len(ids)), real(m, ids, p))[1])
     extract(str(model), out, **sources, settings=SMALL)
-    assert ran == [s for s in ("prompts", "activations", "directions", "selection") if s not in done]
+    assert ran == [s for s in STAGES if s not in done]
     if calls_now:
         assert sum(calls_now) < 2 * (SMALL.train + SMALL.val), "what was read before is not read again"
     mine, theirs = files(out), files(run)

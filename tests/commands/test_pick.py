@@ -17,8 +17,9 @@ from orthogonalize.data.refusals import LEAST_TOKENS
 from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.reports.run_plots import plot_run, trial_figure
-from orthogonalize.selection.objectives import Trial
+from orthogonalize.selection.own_answers import ANSWER_TOKENS, TARGET_TOKENS
 from orthogonalize.selection.run_folder import Run, load_run, save_selection
+from orthogonalize.selection.search.objectives import Trial
 
 OUTCOMES = [(0.0, 0.20), (0.30, 0.15), (0.05, 0.10), (0.06, 0.12), (0.40, 0.0123)]  # (left, KL); 1 and 3 are beaten
 
@@ -128,8 +129,9 @@ def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources,
     monkeypatch.setattr(extraction, "refused", lambda answer: True)
     settings = dataclasses.replace(SMALL, trials=2, finders=("dim",))
     found = extract(str(model), tmp_path / "run", **sources, settings=settings)
-    own, *confirming = lengths
-    assert own == extraction.ANSWER_TOKENS
+    *own, base, first, second = lengths
+    confirming = [base, first, second]
+    assert own == [TARGET_TOKENS, ANSWER_TOKENS, ANSWER_TOKENS], "to fit to, on both sides, and to measure along"
     assert len(confirming) == 3, "the base's answers, and those of both edits"
     assert min(confirming) >= max(LEAST_TOKENS, 100)
     assert [t.confirmed for t in found.trials] == [1.0, 1.0]

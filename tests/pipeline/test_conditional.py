@@ -19,12 +19,15 @@ from orthogonalize.edits.fitting import FitTokens
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.hooks import intervened
 
+OWN = {"method": "conditional", "span": "direction"}
+METHOD = [word for name, value in OWN.items() for word in (f"--{name}", value)]
+
 
 @pytest.fixture(scope="module")
 def fitted(run, model, tmp_path_factory) -> Path:
     """The model with a conditional edit, as `edit` writes it."""
     out = tmp_path_factory.mktemp("conditional") / "edited"
-    status, said = command("edit", model, "--run", run, "--method", "conditional", "--out", out)
+    status, said = command("edit", model, "--run", run, *METHOD, "--out", out)
     assert status == 0, said
     return out
 
@@ -68,7 +71,7 @@ def test_only_write_matrices_change(fitted, model):
 
 
 def test_an_adapter_holds_the_edit_at_its_own_rank(run, model, fitted, tmp_path):
-    edit(str(model), tmp_path / "adapter", run=run, method="conditional", format="lora")
+    edit(str(model), tmp_path / "adapter", run=run, **OWN, format="lora")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     conditional = load_recipe(fitted).intervention().conditional
     assert len(tensors) == 2 * len(conditional)
@@ -81,13 +84,13 @@ def test_an_adapter_holds_the_edit_at_its_own_rank(run, model, fitted, tmp_path)
 
 def test_the_second_time_nothing_is_fitted(run, model, fitted, tmp_path, monkeypatch):
     monkeypatch.setattr("orthogonalize.selection.resolve.load_model", lambda *_: pytest.fail("the model was loaded"))
-    edit(str(model), tmp_path / "again", run=run, method="conditional")
+    edit(str(model), tmp_path / "again", run=run, **OWN)
     with pytest.raises(pytest.fail.Exception, match="was loaded"):
-        edit(str(model), tmp_path / "other", run=run, method="conditional", target_weight=0.3)
+        edit(str(model), tmp_path / "other", run=run, **OWN, target_weight=0.3)
 
 
 def test_strength_scales_the_fitted_maps(run, model, fitted, tmp_path):
-    edit(str(model), tmp_path / "half", run=run, method="conditional", strength=0.5)
+    edit(str(model), tmp_path / "half", run=run, **OWN, strength=0.5)
     whole, half = (load_recipe(f).intervention().conditional for f in (fitted, tmp_path / "half"))
     assert all(torch.allclose(0.5 * whole[matrix].c, half[matrix].c) for matrix in whole)
 

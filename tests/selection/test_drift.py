@@ -11,8 +11,8 @@ from helpers.llama import VOCABULARY, load
 from helpers.scoring import some_ids
 
 from orthogonalize.models.generation import generate
-from orthogonalize.selection import drift as drifting
-from orthogonalize.selection.drift import AnsweredPrompts, exact_kl
+from orthogonalize.selection.search import drift as drifting
+from orthogonalize.selection.search.drift import AnsweredPrompts, exact_kl
 
 
 @contextmanager

@@ -25,10 +25,10 @@ from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.hooks import layer_projected
 from orthogonalize.models.loading import model_class
 from orthogonalize.selection.candidates import layer_ranking, score_candidates
-from orthogonalize.selection.drift import AnsweredPrompts
 from orthogonalize.selection.scoring import behaviour_score
-from orthogonalize.selection.search_space import build_from_directions
-from orthogonalize.selection.trials import EditSearch
+from orthogonalize.selection.search.drift import AnsweredPrompts
+from orthogonalize.selection.search.space import build_from_directions
+from orthogonalize.selection.search.trials import EditSearch
 
 TOKENS = [5, 9]
 

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthogonalize.edits.config import EditConfig
-from orthogonalize.selection.objectives import LEFT, Trial, best, drifts_more, pareto_front, share_left, shortlist
+from orthogonalize.selection.search.objectives import (
+    LEFT,
+    Trial,
+    best,
+    drifts_more,
+    pareto_front,
+    share_left,
+    shortlist,
+)
 
 SCORES = st.lists(st.floats(-20, 20), min_size=1, max_size=30)
 NAN = float("nan")

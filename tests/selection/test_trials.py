@@ -17,11 +17,11 @@ from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import intervened
 from orthogonalize.selection.candidates import Candidate, rank
-from orthogonalize.selection.drift import AnsweredPrompts
-from orthogonalize.selection.objectives import Trial
 from orthogonalize.selection.scoring import behaviour_score
-from orthogonalize.selection.search_space import SearchSpace, build_from_directions
-from orthogonalize.selection.trials import EditSearch, confirm
+from orthogonalize.selection.search.drift import AnsweredPrompts
+from orthogonalize.selection.search.objectives import Trial
+from orthogonalize.selection.search.space import SearchSpace, build_from_directions
+from orthogonalize.selection.search.trials import EditSearch, confirm
 
 TOKENS = [5, 9]
 COUNT = 12  # layers of the imagined model

@@ -5,26 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..architectures.schema import architecture_of
-from ..checkpoints.checkpoint import Checkpoint
-from ..core.errors import OrthogonalizeError
-from ..core.interventions import Intervention
-from ..directions.direction_set import Directions
-from ..edits.bake import bake
-from ..edits.build import finder_of, intervention_from_directions
-from ..edits.config import EditConfig
-from ..edits.methods.registry import DEFAULT
-from ..edits.scopes import parse_scope
-from .candidates import Candidate, layer_ranking
+from ...architectures.schema import architecture_of
+from ...checkpoints.checkpoint import Checkpoint
+from ...core.errors import OrthogonalizeError
+from ...core.interventions import Intervention
+from ...directions.direction_set import Directions
+from ...edits.bake import bake
+from ...edits.build import finder_of, intervention_from_directions
+from ...edits.config import EditConfig
+from ...edits.methods.registry import DEFAULT, METHODS
+from ...edits.scopes import parse_scope
+from ..candidates import Candidate, layer_ranking
+from ..fits import Fits
 
 Build = Callable[[EditConfig], Intervention]
 """Makes the intervention of an edit."""
 
 
-def build_from_directions(directions: Directions, ranked: Sequence[Candidate], *, layer_norm: bool) -> Build:
-    """The function that makes interventions along extracted directions, as `edit --run` does."""
+def build_from_directions(
+    directions: Directions, ranked: Sequence[Candidate], *, layer_norm: bool, fits: Fits | None = None
+) -> Build:
+    """The function that makes interventions along extracted directions, as `edit --run` does.
+
+    Those of methods that are fitted to a model come from `fits`.
+    """
 
     def build(choice: EditConfig) -> Intervention:
+        if fits is not None and METHODS[choice.method].fitted:
+            return fits.intervention(choice, layer_ranking(ranked, "dim"))
         ranking = layer_ranking(ranked, finder_of(choice.method, directions))
         return intervention_from_directions(choice, directions, ranking, layer_norm=layer_norm)
 
@@ -86,8 +94,19 @@ class SearchSpace:
         along.insert(1, EditConfig(method=method, position=best.position, per_layer=True))
         return [direction.model_copy(update={"scope": scope}) for direction in along for scope in scopes]
 
+    def fitted_starts(self) -> list[EditConfig]:
+        """The conditional edits to try first: along each layer's own direction, and along all positions.
+
+        A target weight that is too small leaves part of the behaviour, and one that is too large costs; which is which
+        depends on the model.
+        """
+        own = EditConfig(method="conditional", position=self.directions.positions[-1], per_layer=True)
+        return [own, own.model_copy(update={"span": "positions", "target_weight": 0.03})]
+
     def neighbours(self, choice: EditConfig, step: int) -> list[EditConfig]:
         """The edits near `choice`: one end of its span moved by `step` layers, or another setting by one notch."""
+        if METHODS[choice.method].fitted:
+            return self._near_fits(choice)
         near = [choice.model_copy(update={"scope": scope}) for scope in self._near_scopes(choice.scope, step)]
         near += [
             choice.model_copy(update={"strength": round(choice.strength + change, 2)})
@@ -102,6 +121,20 @@ class SearchSpace:
                 for change in (-1, 1)
                 if 1 <= choice.layer + change < self._layers
             ]
+        return near
+
+    def _near_fits(self, choice: EditConfig) -> list[EditConfig]:
+        """Other strengths of the same fit, which cost nothing, before other fits."""
+        near = [
+            choice.model_copy(update={"strength": round(choice.strength + change, 2)})
+            for change in (0.15, -0.15, 0.3)
+            if 0.5 <= choice.strength + change <= 1.5
+        ]
+        near += [
+            choice.model_copy(update={"target_weight": round(choice.target_weight * factor, 4), "strength": 1.0})
+            for factor in (3.0, 1 / 3)
+            if 0.01 <= choice.target_weight * factor <= 1.0
+        ]
         return near
 
     def _near_scopes(self, text: str, step: int) -> list[str]:

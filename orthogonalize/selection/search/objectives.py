@@ -15,7 +15,7 @@ import scipy
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..edits.config import EditConfig
+from ...edits.config import EditConfig
 
 LEFT = 0.01  # an edit removes the behaviour if at most this share of positive prompts still shows it
 PRICE = 10.0  # nats per unit of share: a percentage point above LEFT costs 0.1, the KL at which directions are rejected

@@ -11,16 +11,16 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.interrupts import check
-from ..core.journal import Journal
-from ..core.progress import Progress, track
-from ..edits.config import EditConfig
-from ..models.hooks import intervened
-from .candidates import ScoreStore
+from ...core.interrupts import check
+from ...core.journal import Journal
+from ...core.progress import Progress, track
+from ...edits.config import EditConfig
+from ...models.hooks import intervened
+from ..candidates import ScoreStore
+from ..scoring import behaviour_score, first_token_probabilities
 from .drift import AnsweredPrompts
 from .objectives import Trial, best, share_left
-from .scoring import behaviour_score, first_token_probabilities
-from .search_space import Build
+from .space import Build
 
 CONFIRMED = 0.05  # largest share of refusals among the answers of a confirmed edit
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..models.activations import batches
-from ..models.logprobs import completion_logprobs
+from ...models.activations import batches
+from ...models.logprobs import completion_logprobs
 
 BATCH = 2**26  # log-probabilities computed at a time, of the base and of the edited model each: 256 MiB in float32
 CACHED = 2**27  # log-probabilities of the base kept between edits: 512 MiB; those beyond are computed again
