@@ -337,6 +337,12 @@ edit_options = together(
     click.option("--orthogonal", is_flag=True, default=None, help="leace only: its orthogonal form."),
     click.option("--alpha", type=float, help="reflect only: 1 projects, 2 mirrors (default)."),
     click.option("--coefficient", type=float, help="actadd only: length to add; default: the mean difference's."),
+    choice(
+        "--to",
+        ["zero", "harmless-mean"],
+        None,
+        "ablate only: bring the component to zero (default), or to that of the negative prompts' mean.",
+    ),
     click.option(
         "--rounding",
         type=Entry(lambda: list(ROUNDING_SCHEMES)),

@@ -50,7 +50,7 @@ def find_directions(
         positions: the positions in the recording, counted from the end of the prompt.
         layers: number of streams in the recording (blocks + 1).
     """
-    diffs, means = [], []
+    diffs, means, negatives = [], [], []
     subspaces: dict[tuple[int, int], Subspace] = {}
     tensors: dict[str, list[torch.Tensor]] = {}
     finders = [FINDERS.find(name) for name in settings.finders]
@@ -62,6 +62,7 @@ def find_directions(
                 positive, negative = (recording.mean(f"{side}.train", layer) for side in ("positive", "negative"))
                 n, m = (recording.count(f"{side}.train") for side in ("positive", "negative"))
                 diffs.append(positive - negative)
+                negatives.append(negative)
                 means.append((n * positive + m * negative) / (n + m))
             if not streamed:
                 sides = [_read_layers(recording, f"{side}.train", group, device) for side in ("positive", "negative")]
@@ -83,6 +84,7 @@ def find_directions(
         joined.pop("leace.readers", None),
         {name: torch.cat(parts, dim=-1) for name, parts in cosines.items()},
         joined,
+        torch.stack(negatives, dim=1),
     )
 
 

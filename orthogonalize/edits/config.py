@@ -24,6 +24,8 @@ class EditConfig(BaseModel):
         alpha: for `reflect`, 1 projects and 2 mirrors.
         coefficient: for `actadd`, the length added along the unit direction, in units of the stream; None is the length
             of the mean difference.
+        to: for `ablate`, what the component along the direction becomes: zero, or that of the harmless (negative)
+            side's mean at the direction's position and layer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -38,6 +40,7 @@ class EditConfig(BaseModel):
     orthogonal: bool = False
     alpha: float = 2.0
     coefficient: float | None = None
+    to: Literal["zero", "harmless-mean"] = "zero"
 
     @field_validator("method")
     @classmethod
@@ -62,6 +65,8 @@ class EditConfig(BaseModel):
             words.append(f"coefficient {self.coefficient:g}")
         if "alpha" in METHODS[self.method].options:
             words.append(f"alpha {self.alpha:g}")
+        if self.to != "zero":
+            words.append("to the harmless mean")
         if self.rank is not None:
             words.append(f"rank {self.rank}")
         if self.orthogonal:
