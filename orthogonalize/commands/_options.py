@@ -287,6 +287,13 @@ extract_options = together(
     click.option(
         "--sensitive", is_flag=True, help="Mark your own prompts as sensitive: eval folds them and can --redact them."
     ),
+    click.option(
+        "--mean",
+        default="arithmetic",
+        show_default=True,
+        help="How dim averages prompts: arithmetic, or robust to outliers: winsorized (at 0.995; winsorized:0.95 for "
+        "another quantile) or geometric-median.",
+    ),
     number("--max-rank", 1, None, "Maximum number of INLP directions; default 20."),
     choice("--solver", ["newton", "sklearn"], "newton", "Solver for INLP."),
     choice("--classifier", ["logistic", "svm"], "logistic", "Classifier for INLP; svm needs --solver sklearn."),

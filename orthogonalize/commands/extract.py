@@ -128,7 +128,7 @@ class _Extraction:
     @property
     def _direction_settings(self) -> DirectionSettings:
         s = self.settings
-        return DirectionSettings(tuple(s.finders), s.max_rank, s.solver, s.classifier, s.seed, s.seeds)
+        return DirectionSettings(tuple(s.finders), s.max_rank, s.solver, s.classifier, s.seed, s.seeds, s.mean)
 
     def run(self, stage: Stage) -> None:
         """Run one stage and record it as done."""
