@@ -294,6 +294,12 @@ extract_options = together(
         help="How dim averages prompts: arithmetic, or robust to outliers: winsorized (at 0.995; winsorized:0.95 for "
         "another quantile) or geometric-median.",
     ),
+    choice(
+        "--orthogonal-to",
+        ["harmless-mean"],
+        None,
+        "Make directions orthogonal to the negative prompts' mean activation; off by default, never for leace.",
+    ),
     number("--max-rank", 1, None, "Maximum number of INLP directions; default 20."),
     choice("--solver", ["newton", "sklearn"], "newton", "Solver for INLP."),
     choice("--classifier", ["logistic", "svm"], "logistic", "Classifier for INLP; svm needs --solver sklearn."),

@@ -14,6 +14,7 @@ from .direction_set import Directions
 from .finders.registry import FINDERS
 from .inlp.nullspace import Classifier, Solver, Subspace
 from .means import ARITHMETIC, find_mean
+from .orthogonal import orthogonal_to_harmless_mean
 from .stability import split_half_cosines
 
 # Memory for a group of layers: the activations, in float64, of as many layers as fit.
@@ -25,7 +26,8 @@ class DirectionSettings:
     """The settings of the finders.
 
     `seeds` is how often the prompts are halved to measure stability. `max_rank`, `solver` and `classifier` are those
-    of `inlp`, `mean` is that of `dim` (see `means.find_mean`).
+    of `inlp`, `mean` is that of `dim` (see `means.find_mean`). With `orthogonal_to`, directions are
+    made orthogonal to the harmless mean (see `orthogonal`).
     """
 
     finders: tuple[str, ...]
@@ -35,6 +37,7 @@ class DirectionSettings:
     seed: int
     seeds: int
     mean: str = ARITHMETIC
+    orthogonal_to: str | None = None
 
 
 def find_directions(
@@ -43,6 +46,8 @@ def find_directions(
     layers: int,
     settings: DirectionSettings,
     device: torch.device,
+    *,
+    layer_norm: bool = False,
 ) -> Directions:
     """Run the finders of `settings` on the train prompts, at every position and layer.
 
@@ -53,6 +58,10 @@ def find_directions(
     Args:
         positions: the positions in the recording, counted from the end of the prompt.
         layers: number of streams in the recording (blocks + 1).
+        layer_norm: whether the model has LayerNorms (see `orthogonal_to_harmless_mean`).
+
+    Raises:
+        OrthogonalizeError: nothing is left of a finder's directions once they are orthogonal to the harmless mean.
     """
     diffs, means, negatives, arithmetic_diffs = [], [], [], []
     subspaces: dict[tuple[int, int], Subspace] = {}
@@ -85,7 +94,7 @@ def find_directions(
     joined = {key: torch.cat(parts, dim=1) for key, parts in tensors.items()}
     readers = joined.pop("leace.readers", None)
     other_means = readers is not None and settings.mean != ARITHMETIC
-    return Directions(
+    directions = Directions(
         positions,
         torch.stack(diffs, dim=1),
         subspaces,
@@ -96,6 +105,7 @@ def find_directions(
         negative_means=torch.stack(negatives, dim=1),
         leace_differences=torch.stack(arithmetic_diffs, dim=1) if other_means else None,
     )
+    return orthogonal_to_harmless_mean(directions, layer_norm) if settings.orthogonal_to else directions
 
 
 def _side_means(recording: Recording, layer: int, mean: str, device: torch.device) -> list[torch.Tensor]:

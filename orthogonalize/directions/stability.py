@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .finders.registry import FINDERS
+from .means import find_mean
+from .orthogonal import orthogonal_to
 
 if TYPE_CHECKING:
     from .fit import DirectionSettings
@@ -52,6 +54,11 @@ def split_half_cosines(
             first, second = (FINDERS[name].first_direction(half[0], half[1], drawn) for half in halves)
             if first is None or second is None:
                 continue
+            if settings.orthogonal_to:
+                first, second = (
+                    orthogonal_to(direction, find_mean(settings.mean)(half[1]))
+                    for direction, half in zip((first, second), halves, strict=True)
+                )
             cosine = torch.nn.functional.cosine_similarity(first, second, dim=-1).cpu()
             found.setdefault(name, []).append(spearman_brown(cosine, times))
     return {name: torch.stack(cosines) for name, cosines in found.items()}
