@@ -293,6 +293,19 @@ extract_options = together(
     click.option(
         "--sensitive", is_flag=True, help="Mark your own prompts as sensitive: eval folds them and can --redact them."
     ),
+    click.option(
+        "--mean",
+        default="arithmetic",
+        show_default=True,
+        help="How dim averages prompts: arithmetic, or robust to outliers: winsorized (at 0.995; winsorized:0.95 for "
+        "another quantile) or geometric-median.",
+    ),
+    choice(
+        "--orthogonal-to",
+        ["harmless-mean"],
+        None,
+        "Make directions orthogonal to the negative prompts' mean activation; off by default, never for leace.",
+    ),
     number("--max-rank", 1, None, "Maximum number of INLP directions; default 20."),
     choice("--solver", ["newton", "sklearn"], "newton", "Solver for INLP."),
     choice("--classifier", ["logistic", "svm"], "logistic", "Classifier for INLP; svm needs --solver sklearn."),
@@ -353,6 +366,12 @@ edit_options = together(
         "--sequential/--one-reading",
         default=None,
         help="conditional only: read layers behind the edits of earlier ones (default), or all at once.",
+    ),
+    choice(
+        "--to",
+        ["zero", "harmless-mean"],
+        None,
+        "ablate only: bring the component to zero (default), or to that of the negative prompts' mean.",
     ),
     click.option(
         "--rounding",

@@ -145,7 +145,9 @@ class _Extraction:
     @property
     def _direction_settings(self) -> DirectionSettings:
         s = self.settings
-        return DirectionSettings(tuple(s.finders), s.max_rank, s.solver, s.classifier, s.seed, s.seeds)
+        return DirectionSettings(
+            tuple(s.finders), s.max_rank, s.solver, s.classifier, s.seed, s.seeds, s.mean, s.orthogonal_to
+        )
 
     def run(self, stage: Stage) -> None:
         """Run one stage and record it as done."""
@@ -199,6 +201,7 @@ class _Extraction:
             self.layer_count + 1,
             self._direction_settings,
             choose_device(self.settings.device),
+            layer_norm=self.architecture.norms.kind == "layer",
         )
         found.save(self.out / "directions.safetensors")
         return {}

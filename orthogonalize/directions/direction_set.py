@@ -32,13 +32,17 @@ class Directions:
     Attributes:
         positions: token positions, counted from the end of the prompt (-1 is the last token).
         mean_diffs: [positions, layers + 1, d], mean of the positive side minus mean of the negative side, in units of
-            the stream.
+            the stream. With `extract --mean` they are differences of robust means, with `--orthogonal-to` only what is
+            orthogonal to the negative side's mean.
         subspaces: INLP's subspaces by (position, layer); empty without INLP.
-        means: [positions, layers + 1, d], means over both sides.
+        means: [positions, layers + 1, d], arithmetic means over both sides.
         readers: [positions, layers + 1, d], LEACE's v (see `leace.Eraser`); None without LEACE.
         stability: by finder, the cosines [draws, positions, layers + 1] between its first directions for two
             disjoint halves of the prompts (see `stability.split_half_cosines`).
         tensors: the results of other finders, [positions, layers + 1, ...] by `FINDER.KEY`.
+        negative_means: [positions, layers + 1, d], means of the negative side; robust with `extract --mean`.
+        leace_differences: [positions, layers + 1, d], LEACE's u: the differences of arithmetic means, where
+            `mean_diffs` are others; None where they are the same.
     """
 
     positions: tuple[int, ...]
@@ -48,6 +52,8 @@ class Directions:
     readers: torch.Tensor | None = None
     stability: dict[str, torch.Tensor] = field(default_factory=dict)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    negative_means: torch.Tensor | None = None
+    leace_differences: torch.Tensor | None = None
 
     def __repr__(self) -> str:
         finders = ", ".join(name for name, finder in FINDERS.items() if finder.found(self))
@@ -71,10 +77,34 @@ class Directions:
             raise OrthogonalizeError("these directions were stored without means; extract them again")
         return self.means[self.positions.index(position), layer].to(torch.float64)
 
+    def negative_mean(self, position: int, layer: int) -> torch.Tensor:
+        """The mean activation [d] of the negative side at a position and layer, in float64."""
+        if self.negative_means is None:
+            raise OrthogonalizeError(
+                "these directions were stored without the negative side's means; extract them again (--force)"
+            )
+        return self.negative_means[self.positions.index(position), layer].to(torch.float64)
+
     def difference_basis(self, position: int, layer: int) -> torch.Tensor | None:
         """The unit mean difference [1, d] there; None if it is negligible compared to the largest."""
-        diff = self.mean_diff(position, layer)
-        typical = self.mean_diffs.norm(dim=-1).max().item()
+        return self._unit_difference(self.mean_diffs, position, layer)
+
+    def erased_basis(self, position: int, layer: int) -> torch.Tensor | None:
+        """The unit difference [1, d] that LEACE erases there; None if it is negligible compared to the largest."""
+        return self._unit_difference(self._erased_differences, position, layer)
+
+    @property
+    def leace_erases_mean_diffs(self) -> bool:
+        """Whether LEACE erases `mean_diffs`, rather than differences of its own."""
+        return self.leace_differences is None
+
+    @property
+    def _erased_differences(self) -> torch.Tensor:
+        return self.mean_diffs if self.leace_differences is None else self.leace_differences
+
+    def _unit_difference(self, differences: torch.Tensor, position: int, layer: int) -> torch.Tensor | None:
+        diff = differences[self.positions.index(position), layer].to(torch.float64)
+        typical = differences.norm(dim=-1).max().item()
         return orthonormal(diff[None]) if diff.norm() > NEGLIGIBLE * typical else None
 
     def basis(self, finder: str, position: int, layer: int, rank: int | None = None) -> torch.Tensor | None:
@@ -86,10 +116,11 @@ class Directions:
 
     def eraser(self, position: int, layer: int, orthogonal: bool = False) -> Eraser | None:
         """LEACE's eraser there, or its orthogonal form; None without LEACE, or if the sides do not differ there."""
-        if self.readers is None or self.difference_basis(position, layer) is None:
+        if self.readers is None or self.erased_basis(position, layer) is None:
             return None
-        u = self.mean_diff(position, layer)
-        v = u if orthogonal else self.readers[self.positions.index(position), layer].to(torch.float64)
+        index = self.positions.index(position)
+        u = self._erased_differences[index, layer].to(torch.float64)
+        v = u if orthogonal else self.readers[index, layer].to(torch.float64)
         product = v @ u
         return Eraser(u, v / product, self.mean(position, layer)) if product > 0 else None
 
@@ -109,11 +140,20 @@ class Directions:
             subspaces={at: replace(s, basis=orthonormal(centre(s.basis))) for at, s in self.subspaces.items()},
             means=None if self.means is None else centre(self.means),
             readers=None if self.readers is None else centre(self.readers),
+            negative_means=None if self.negative_means is None else centre(self.negative_means),
+            leace_differences=None if self.leace_differences is None else centre(self.leace_differences),
         )
 
     def save(self, file: Path) -> None:
         """Write `directions.safetensors`."""
-        tensors = {"mean_diffs": self.mean_diffs, "means": self.means, "leace.readers": self.readers, **self.tensors}
+        tensors = {
+            "mean_diffs": self.mean_diffs,
+            "means": self.means,
+            "negative_means": self.negative_means,
+            "leace.readers": self.readers,
+            "leace.differences": self.leace_differences,
+            **self.tensors,
+        }
         stored = {name: t.to(torch.float32).contiguous() for name, t in tensors.items() if t is not None}
         stored["positions"] = torch.tensor(self.positions)
         for (position, layer), found in self.subspaces.items():
@@ -147,6 +187,8 @@ class Directions:
             tensors.get("leace.readers"),
             {n.removeprefix("stability."): t for n, t in tensors.items() if n.startswith("stability.")},
             {n: t for n, t in tensors.items() if "." in n and n.partition(".")[0] not in OWN_FIELDS},
+            tensors.get("negative_means"),
+            tensors.get("leace.differences"),
         )
 
 

@@ -59,7 +59,7 @@ def intervention_from_directions(
     if choice.layer is not None and not 0 <= choice.layer <= directions.layer_count:
         raise OrthogonalizeError(f"the run has no layer {choice.layer}; its layers are 0 to {directions.layer_count}")
     method = METHODS.find(choice.method)
-    if layer_norm and method.restores_mean:
+    if layer_norm and method.restores_mean(choice):
         directions = directions.centred()
     intervention = method.from_directions(choice, directions, ranking)
     return centred(intervention) if layer_norm else intervention

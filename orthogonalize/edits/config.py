@@ -30,6 +30,8 @@ class EditConfig(BaseModel):
         target_weight, preserve_weight, ridge: for `conditional`, the weights of the regression (see
             `directions.conditional`).
         sequential: for `conditional`, whether each group of layers is read behind the edits of those before it.
+        to: for `ablate`, what the component along the direction becomes: zero, or that of the harmless (negative)
+            side's mean at the direction's position and layer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -50,6 +52,7 @@ class EditConfig(BaseModel):
     preserve_weight: Annotated[float, Field(ge=0)] = 1.0
     ridge: Annotated[float, Field(gt=0)] = 0.01
     sequential: bool = True
+    to: Literal["zero", "harmless-mean"] = "zero"
 
     @field_validator("method")
     @classmethod
@@ -76,6 +79,8 @@ class EditConfig(BaseModel):
             words.append(f"coefficient {self.coefficient:g}")
         if "alpha" in METHODS[self.method].options:
             words.append(f"alpha {self.alpha:g}")
+        if self.to != "zero":
+            words.append("to the harmless mean")
         if self.rank is not None:
             words.append(f"rank {self.rank}")
         if self.orthogonal:

@@ -37,7 +37,8 @@ def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None =
         tags=["orthogonalize", recipe.choice.method],
         **inherited,
     )
-    projected = METHODS[recipe.choice.method].projects and recipe.choice.strength == 1
+    method = METHODS[recipe.choice.method]
+    projected = method.projects and recipe.choice.strength == 1 and not method.restores_mean(recipe.choice)
     leaks = [t.leak for t in recipe.tensors if t.leak is not None and projected]
     return (
         templates()

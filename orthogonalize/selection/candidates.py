@@ -199,6 +199,11 @@ class _MemoryStore(dict[str, Any]):
         self.update(results)
 
 
+def _adds_mean_difference(finder: str, directions: Directions) -> bool:
+    """Whether adding the first direction of `finder` is the same as adding that of every other such finder."""
+    return FINDERS[finder].adds_mean_difference and directions.leace_erases_mean_diffs
+
+
 @dataclass
 class _Scoring:
     """The model, prompts and directions that are scored."""
@@ -252,7 +257,7 @@ class _Scoring:
         self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
     ) -> list[float]:
         """The median over the multipliers of the mean score with the first direction added, per position."""
-        shared = FINDERS[finder].adds_mean_difference  # which another finder may have scored
+        shared = _adds_mean_difference(finder, self.directions)  # which another finder may have scored
         if shared and all((p, layer) in induced for p in positions):
             return [induced[p, layer] for p in positions]
         shifts = []
@@ -307,7 +312,7 @@ def score_candidates(
                     kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
                     check()
                 found = [Candidate.from_row(row) for row in kept[key]]
-                if FINDERS[finder].adds_mean_difference:
+                if _adds_mean_difference(finder, directions):
                     induced.update({(c.position, c.layer): c.induce for c in found})
                 result += found
                 advance(1)

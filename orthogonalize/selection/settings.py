@@ -13,6 +13,8 @@ from ..core.errors import OrthogonalizeError
 from ..data.prompts import MINIMUM_TRAIN
 from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..directions.inlp.nullspace import Classifier, Solver
+from ..directions.means import ARITHMETIC, find_mean
+from ..directions.orthogonal import HARMLESS_MEAN
 
 SCORINGS = ("local", "global")
 
@@ -33,6 +35,10 @@ class Settings:
         sensitive: whether the prompts are sensitive, so that eval folds them and their answers.
         behaviour_tokens: first tokens of the behaviour, as ids or text; None learns them.
         filtered: whether to drop prompts on which the model does not behave as expected.
+        mean: how `dim` and the negative side's mean are averaged: `arithmetic`, `winsorized` (optionally with a
+            quantile, `winsorized:0.99`) or `geometric-median`.
+        orthogonal_to: `harmless-mean` makes every direction but LEACE's orthogonal to the negative side's mean at the
+            same position and layer.
         max_rank, solver, classifier: of INLP (see `inlp`).
         scoring: `local`, and optionally `global` to also score every candidate at every write.
         scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
@@ -57,6 +63,8 @@ class Settings:
     sensitive: bool = False
     behaviour_tokens: Sequence[int | str] | None = None
     filtered: bool = True
+    mean: str = ARITHMETIC
+    orthogonal_to: str | None = None
     max_rank: int | None = None
     solver: Solver = "newton"
     classifier: Classifier = "logistic"
@@ -84,6 +92,9 @@ class Settings:
         if set(self.finders) - set(FINDERS) or "dim" not in self.finders:
             others = " and ".join(name for name in FINDERS if name != "dim")
             raise OrthogonalizeError(f"--finders must name dim, and may add {others}; got {','.join(self.finders)}")
+        find_mean(self.mean)
+        if self.orthogonal_to not in (None, HARMLESS_MEAN):
+            raise OrthogonalizeError(f"--orthogonal-to must be {HARMLESS_MEAN}; got {self.orthogonal_to}")
         if set(self.scoring) - set(SCORINGS) or "local" not in self.scoring:
             raise OrthogonalizeError(f"--scoring must name local, and may add global; got {','.join(self.scoring)}")
         if self.train < MINIMUM_TRAIN or self.val < 1 or self.test < 0 or self.seeds < 1:

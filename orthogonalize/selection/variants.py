@@ -110,7 +110,7 @@ def centre(variant: Variant, run: Run) -> Variant:
     """The variant as `edit` writes it into a model with LayerNorms."""
     if METHODS[variant.choice.method].fitted:
         return variant
-    if METHODS[variant.choice.method].restores_mean:
+    if METHODS[variant.choice.method].restores_mean(variant.choice):
         ranking = layer_ranking(run.candidates, variant.direction)
         edit = intervention_from_directions(variant.choice, run.directions, ranking, layer_norm=True)
     else:

@@ -340,9 +340,9 @@ def test_too_few_prompts_for_a_rank_states_how_many_are_needed(model, sources, t
 
 def test_directions_file_holds_the_documented_tensors(run):
     stored = load_file(run / "directions.safetensors")
-    assert (
-        stored["mean_diffs"].shape == stored["means"].shape == stored["leace.readers"].shape == (3, LAYERS + 1, WIDTH)
-    )
+    for name in ("mean_diffs", "means", "negative_means", "leace.readers"):
+        assert stored[name].shape == (3, LAYERS + 1, WIDTH)
+    assert "leace.differences" not in stored, "LEACE's differences are the stored ones"
     assert any(name.startswith("inlp.") and name.endswith(".accuracies") for name in stored)
 
 

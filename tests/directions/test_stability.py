@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from orthogonalize.directions.fit import DirectionSettings
 from orthogonalize.directions.stability import spearman_brown, split_half_cosines
 
 WIDTH, GAP, N = 200, 3.2, 40  # chosen so that independent draws of N prompts per side have a cosine of about 0.56
@@ -27,11 +28,15 @@ def independent_cosine(count: int) -> float:
     return sum(found) / len(found)
 
 
+def of(draws: int, *finders: str, **others) -> DirectionSettings:
+    return DirectionSettings(finders, None, "newton", "logistic", 0, draws, **others)
+
+
 def reported_cosine(count: int, pool: int) -> float:
     """What is reported for runs on `count` prompts per side out of pools of `pool`, over many such pools."""
     generator = torch.Generator().manual_seed(2)
     pools = [[side(pool, sign, generator) for sign in (1, -1)] for _ in range(40)]
-    return sum(split_half_cosines(p, [count, count], ["dim"], 3, 0)["dim"].mean().item() for p in pools) / len(pools)
+    return sum(split_half_cosines(p, [count, count], of(3, "dim"))["dim"].mean().item() for p in pools) / len(pools)
 
 
 @pytest.mark.parametrize("pool", [2 * N, N], ids=["spare prompts enough", "halves corrected to full size"])
@@ -50,11 +55,11 @@ def test_reported_stability_is_that_of_independent_draws(pool):
 def test_noise_alone_is_reported_as_no_stability():
     generator = torch.Generator().manual_seed(4)
     pools = [torch.randn(80, 2, 3, WIDTH, generator=generator) for _ in range(2)]
-    found = split_half_cosines(pools, [40, 40], ["dim", "inlp"], 4, 0)
+    found = split_half_cosines(pools, [40, 40], of(4, "dim", "inlp"))
     assert found["dim"].shape == found["inlp"].shape == (4, 2, 3)
     assert found["dim"].abs().mean() < 0.15
     assert found["inlp"].abs().mean() < 0.15
-    again = split_half_cosines(pools, [40, 40], ["dim", "inlp"], 4, 0)
+    again = split_half_cosines(pools, [40, 40], of(4, "dim", "inlp"))
     assert all(torch.equal(found[name], again[name]) for name in found)
 
 

@@ -37,10 +37,10 @@ class PrincipalComponent(DirectionFinder):
     summary = "direction of largest variance"
 
     def fit(self, positive, negative, settings) -> Fitted:
-        basis = self.first_direction(positive, negative, settings.seed)
+        basis = self.first_direction(positive, negative, settings)
         return Fitted({"basis": basis[..., None, :]})
 
-    def first_direction(self, positive, negative, seed) -> torch.Tensor:
+    def first_direction(self, positive, negative, settings) -> torch.Tensor:
         samples = torch.cat([positive, negative]).double()
         samples = (samples - samples.mean(0)).permute(1, 2, 0, 3)  # [positions, layers, prompts, d]
         _, spread, axes = torch.linalg.svd(samples, full_matrices=False)

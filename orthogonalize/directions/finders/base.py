@@ -54,7 +54,9 @@ class DirectionFinder:
         """Fit to the activations [prompts, positions, layers, d] of each side."""
         return Fitted()
 
-    def first_direction(self, positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor | None:
+    def first_direction(
+        self, positive: torch.Tensor, negative: torch.Tensor, settings: DirectionSettings
+    ) -> torch.Tensor | None:
         """The first direction [positions, layers, d] of one draw of the prompts, to measure its stability; or None."""
         return None
 

@@ -1,4 +1,4 @@
-"""dim: the difference of the two sides' means (diff-in-means; Arditi et al. 2024, eq. 1)."""
+"""dim: the difference of the two sides' means (diff-in-means; Arditi et al. 2024, eq. 1), arithmetic or robust."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..direction_set import Directions
+    from ..fit import DirectionSettings
 
 
 class DiffInMeans(DirectionFinder):
@@ -19,8 +20,13 @@ class DiffInMeans(DirectionFinder):
     needs_samples = False
     adds_mean_difference = True
 
-    def first_direction(self, positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor:
-        return positive.double().mean(0) - negative.double().mean(0)
+    def first_direction(
+        self, positive: torch.Tensor, negative: torch.Tensor, settings: DirectionSettings
+    ) -> torch.Tensor:
+        from ..means import find_mean
+
+        mean = find_mean(settings.mean)
+        return mean(positive) - mean(negative)
 
     def found(self, directions: Directions) -> bool:
         return True

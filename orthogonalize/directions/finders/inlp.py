@@ -37,10 +37,12 @@ class NullspaceProjection(DirectionFinder):
         assert isinstance(found, Subspaces)
         return Fitted(subspaces={(i, j): subspace for (i, j), subspace in found.items()})
 
-    def first_direction(self, positive: torch.Tensor, negative: torch.Tensor, seed: int) -> torch.Tensor:
+    def first_direction(
+        self, positive: torch.Tensor, negative: torch.Tensor, settings: DirectionSettings
+    ) -> torch.Tensor:
         from ..inlp.nullspace import Subspaces, inlp
 
-        found = inlp(positive, negative, 1, min_accuracy=0.0, seed=seed)
+        found = inlp(positive, negative, 1, min_accuracy=0.0, seed=settings.seed)
         assert isinstance(found, Subspaces)
         basis = found.basis  # [positions, layers, 1 or 0, d]
         return basis[..., 0, :] if basis.shape[-2] else positive[0].new_zeros(positive[0].shape).double()

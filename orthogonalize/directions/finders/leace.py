@@ -31,7 +31,7 @@ class LeastSquaresEraser(DirectionFinder):
         return directions.readers is not None
 
     def basis(self, directions: Directions, position: int, layer: int, rank: int | None = None) -> torch.Tensor | None:
-        return directions.difference_basis(position, layer)
+        return directions.erased_basis(position, layer)
 
     def removal(self, directions: Directions, position: int, layer: int) -> AffineMap | None:
         eraser = directions.eraser(position, layer)

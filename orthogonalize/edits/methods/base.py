@@ -30,7 +30,6 @@ class EditMethod:
         default_scope: the scope where none is given.
         one_direction: whether it takes a single direction rather than a subspace.
         adds: whether it adds a constant instead of removing a component.
-        restores_mean: whether its shift puts a mean back, so that it depends on what the norms see of that mean.
         projects: whether strength 1 leaves nothing of the direction; the model card then gives what rounding leaves.
         fitted: whether its maps are fitted to the model's own activations, not made from directions alone.
         grid: the settings that a sweep tries, each a mapping from fields of `EditConfig` to values.
@@ -45,7 +44,6 @@ class EditMethod:
     default_scope: ClassVar[str] = "all"
     one_direction: ClassVar[bool] = False
     adds: ClassVar[bool] = False
-    restores_mean: ClassVar[bool] = False
     projects: ClassVar[bool] = False
     fitted: ClassVar[bool] = False
     grid: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -54,6 +52,10 @@ class EditMethod:
     def finder(self, directions: Directions) -> str:
         """The first of `finders` that found something in `directions`, else the last."""
         return next((name for name in self.finders if FINDERS[name].found(directions)), self.finders[-1])
+
+    def restores_mean(self, choice: EditConfig) -> bool:
+        """Whether the shift of `choice` puts a mean back, so that it depends on what the norms see of that mean."""
+        return False
 
     def map(self, choice: EditConfig, basis: torch.Tensor, norm: float) -> AffineMap:
         """The map along an orthonormal `basis` [k, d]; `norm` is the length of the mean difference there."""

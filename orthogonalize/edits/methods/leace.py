@@ -21,8 +21,10 @@ class LeastSquaresErasure(EditMethod):
     summary = "makes the two sides' means equal, moving the stream least"
     needs = "fitted covariances"
     finders = ("leace",)
-    restores_mean = True
     options = frozenset({"orthogonal"})
+
+    def restores_mean(self, choice: EditConfig) -> bool:
+        return True
 
     def from_basis(
         self,
