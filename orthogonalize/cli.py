@@ -27,6 +27,7 @@ from .commands._options import (
     engine_option,
     engine_options,
     extract_options,
+    grid_options,
     hf_device_option,
     measuring_options,
     method_listing,
@@ -36,6 +37,7 @@ from .commands._options import (
     path,
     revision_option,
     scope_names,
+    sweep_grid,
     words,
 )
 from .core import interrupts, progress
@@ -282,6 +284,7 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
     default="",
     help="Scopes, as edit takes them, except from:. Default: one,top:50%,all; one for methods that add a constant.",
 )
+@grid_options
 @choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's hooks; needs --engine hf.")
 @measuring_options
 @revision_option
@@ -293,8 +296,8 @@ def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
     """
     from .commands.sweep import sweep as run_sweep
 
-    engine = engine_options(options)
-    show_sweep(run_sweep(model, run, out, options=engine, **options))
+    grid, engine = sweep_grid(options), engine_options(options)
+    show_sweep(run_sweep(model, run, out, grid=grid, options=engine, **options))
     click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
 
 

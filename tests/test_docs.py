@@ -25,6 +25,7 @@ from orthogonalize.engines.registry import ENGINES
 from orthogonalize.evals.judges.base import WordingJudge
 from orthogonalize.evals.judges.registry import JUDGES
 from orthogonalize.evals.suites.registry import FAMILIES, SUITES, suite_names
+from orthogonalize.selection.grid import OPTIONS, takes
 
 RUN_SETTINGS = UNTRIED
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,13 @@ def test_readme_lists_the_direction_finders():
 def test_measuring_lists_suites_and_prompt_sets():
     assert sorted(entries("docs/measuring.md", "suite")) == sorted(suite_names())
     assert set(suite_names()) == {*SUITES, *PROMPT_SETS, *(f.name + f.argument for f in FAMILIES.values())}
+
+
+def test_measuring_lists_the_values_of_a_sweep():
+    expected = {f"`--{option}`": [f"`{m.name}`" for m in METHODS.values() if takes(m, option)] for option in OPTIONS}
+    found = {row[0]: row[1].split(", ") for row in rows("docs/measuring.md", "option")}
+    assert found.keys() == expected.keys()
+    assert {option: sorted(names) for option, names in found.items()} == {o: sorted(n) for o, n in expected.items()}
 
 
 def test_measuring_lists_the_judges():

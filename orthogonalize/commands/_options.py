@@ -73,6 +73,12 @@ def finder_listing() -> str:
     return "; ".join(f"{finder.name} ({finder.summary})" for finder in FINDERS.values()) + "."
 
 
+def finders_by_method() -> str:
+    """The finders of each method that takes the directions of several."""
+    several = (method for method in METHODS.values() if len(method.finders) > 1)
+    return "; ".join(f"{method.name}: {', '.join(method.finders)}" for method in several) + "."
+
+
 def method_listing() -> str:
     """Every value of --methods of `sweep`."""
     return f"One or more of {', '.join(METHODS)}."
@@ -338,6 +344,13 @@ edit_options = together(
     click.option("--alpha", type=float, help="reflect only: 1 projects, 2 mirrors (default)."),
     click.option("--coefficient", type=float, help="actadd only: length to add; default: the mean difference's."),
     click.option(
+        "--finder",
+        type=Entry(lambda: list(FINDERS)),
+        cls=ListingOption,
+        listing=finders_by_method,
+        help="Whose directions to use; by default the first of the method's that the run has.",
+    ),
+    click.option(
         "--rounding",
         type=Entry(lambda: list(ROUNDING_SCHEMES)),
         help=f"Rounding scheme; default: {DEFAULT_ROUNDING} ({ROUNDING_SCHEMES[DEFAULT_ROUNDING].summary}).",
@@ -348,6 +361,24 @@ edit_options = together(
     click.option("--link", is_flag=True, help="Hard-link unchanged files instead of copying them."),
     revision_option,
 )
+
+grid_options = together(
+    click.option("--strengths", metavar="S,S", help="Strengths to try, of methods that remove. Default: 1."),
+    click.option("--alphas", metavar="A,A", help="Values of alpha to try. Default: each method's own."),
+    click.option("--ranks", metavar="K,K", help="Ranks to try, as edit takes them. Default: all directions."),
+    click.option(
+        "--multipliers",
+        metavar="M,M",
+        help="Lengths to add, with both signs, in units of the mean difference's. Default: 0.5,1,2.",
+    ),
+)
+
+
+def sweep_grid(options: dict[str, Any]) -> Any:
+    """The values that a sweep tries, taken out of its options."""
+    from ..selection.grid import OPTIONS, SweepGrid
+
+    return SweepGrid.parse(**{name: options.pop(name) for name in OPTIONS})
 
 
 def engine_options(options: dict[str, Any]) -> Any:

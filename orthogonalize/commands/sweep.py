@@ -34,6 +34,7 @@ from ..models.resolve import find_model, public_name
 from ..reports.pareto_plot import write_pareto_plot
 from ..reports.schema import Measures, compare_all
 from ..reports.sweep import Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
+from ..selection.grid import SweepGrid
 from ..selection.resolve import check_fits
 from ..selection.run_folder import load_run
 from ..selection.variants import Variant, centre, make_variants
@@ -238,6 +239,7 @@ def sweep(
     suites: Sequence[str] = DEFAULT_SUITES,
     methods: Sequence[str] = (),
     scopes: Sequence[str] = (),
+    grid: SweepGrid | None = None,
     engine: str = "vllm",
     semantics: Semantics = "weights",
     max_new_tokens: int = LEAST_TOKENS,
@@ -258,6 +260,7 @@ def sweep(
         methods: edit methods; by default all that the run has directions for.
         scopes: as for `edit`, except `from:`, for every method; by default each method's own, which is one layer for
             those that add a constant.
+        grid: the strengths, alphas, ranks and multipliers to try; by default each method's own.
         semantics: `weights`, or `residual` (with `engine="hf"`) for the reference's hooks on block inputs and outputs,
             to reproduce its numbers.
 
@@ -272,7 +275,7 @@ def sweep(
     if semantics == "residual" and not ENGINES.find(engine).hooks:
         raise OrthogonalizeError("--semantics residual needs --engine hf")
     found = load_run(run)
-    variants = make_variants(found, methods, scopes)
+    variants = make_variants(found, methods, scopes, grid)
     folder = find_model(model, revision)
     check_complete(folder)
     source = open_checkpoint(folder)

@@ -24,6 +24,7 @@ class EditConfig(BaseModel):
         alpha: for `reflect`, 1 projects and 2 mirrors.
         coefficient: for `actadd`, the length added along the unit direction, in units of the stream; None is the length
             of the mean difference.
+        finder: the finder of the directions, one of the method's `finders`; None is the first of these that found any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -38,6 +39,7 @@ class EditConfig(BaseModel):
     orthogonal: bool = False
     alpha: float = 2.0
     coefficient: float | None = None
+    finder: str | None = None
 
     @field_validator("method")
     @classmethod
@@ -58,6 +60,8 @@ class EditConfig(BaseModel):
         )
         if METHODS[self.method].adds and several:
             words.append("one constant per layer, which accumulate")
+        if self.finder is not None:
+            words.append(f"finder {self.finder}")
         if self.coefficient is not None:
             words.append(f"coefficient {self.coefficient:g}")
         if "alpha" in METHODS[self.method].options:

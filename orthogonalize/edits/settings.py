@@ -12,7 +12,7 @@ from .config import EditConfig
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Settings of `edit`. Those up to `coefficient` are fields of `EditConfig`, where None is the run's or the default.
+    """Settings of `edit`. Those up to `finder` are fields of `EditConfig`, where None is the run's or the default.
 
     Attributes:
         rounding: the rounding scheme of stored weights (see `--rounding`); None is the default, which keeps the edit.
@@ -34,6 +34,7 @@ class EditSettings:
     orthogonal: bool | None = None
     alpha: float | None = None
     coefficient: float | None = None
+    finder: str | None = None
     rounding: str | None = None
     workers: int = 1
     link: bool = False

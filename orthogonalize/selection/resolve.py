@@ -76,7 +76,7 @@ def choose(run: Run, **given: Any) -> EditConfig:
             return tried[0]
     method = named.setdefault("method", DEFAULT)
     named.setdefault("scope", METHODS.find(method).default_scope)
-    finder = finder_of(method, run.directions)
+    finder = finder_of(method, run.directions, named.get("finder"))
     fitting = [
         c
         for c in run.candidates
@@ -158,7 +158,7 @@ def resolve_run(folder: Path, source: Checkpoint, given: dict[str, Any]) -> Reso
     run = load_run(folder)
     check_fits(run, source)
     choice = choose(run, **given)
-    ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
+    ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions, choice.finder))
     layer_norm = architecture_of(source.config).norms.kind == "layer"
     intervention = intervention_from_directions(choice, run.directions, ranking, layer_norm=layer_norm)
     return ResolvedEdit(
@@ -179,6 +179,8 @@ def resolve_file(file: Path, source: Checkpoint, given: dict[str, Any]) -> Resol
     """
     if given.get("per_layer"):
         raise OrthogonalizeError("--per-layer needs the direction of each layer; use --run")
+    if given.get("finder"):
+        raise OrthogonalizeError("--finder chooses among the directions of a run; use --run")
     layer_count = architecture_of(source.config).layers(source.config)
     direction = load_direction(file)
     named = dict(given)

@@ -32,7 +32,15 @@ from orthogonalize.reports.sweep import Sweep, pareto
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.variants import make_variants
 
-SWEPT = ("ablate one", "ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all")
+SWEPT = (
+    "ablate one",
+    "ablate all",
+    "nullspace one",
+    "reflect 2 top:50%",
+    "actadd dim +1 one",
+    "actadd inlp -1 one",
+    "leace all",
+)
 QUICK = {"engine": "hf", "max_new_tokens": 8}
 
 
@@ -231,14 +239,14 @@ def test_actadd_lengths_and_signs_match_for_dim_and_inlp(run):
     assert sorted({round(x / norm, 6) for x in lengths["dim"]}) == [0.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("name", ["ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all"])
+@pytest.mark.parametrize("name", SWEPT[1:])
 def test_swept_edit_measures_as_the_written_checkpoint(name, swept, model, run, tmp_path):
     variant = next(v for v in swept.variants if v.name == name)
     given = {k: v for k, v in variant.choice.model_dump().items() if k in ("method", "scope", "position", "layer")}
     if variant.choice.method == "reflect":
         given["alpha"] = variant.choice.alpha
     if variant.choice.method == "actadd":
-        given["coefficient"] = variant.choice.coefficient
+        given |= {"coefficient": variant.choice.coefficient, "finder": variant.choice.finder}
     edit(str(model), tmp_path / "edited", run=run, **given)
     report = evaluate(tmp_path / "edited", str(model), run, tmp_path / "report", **QUICK)
     expected = report.edited.flat()
