@@ -275,7 +275,7 @@ def test_killed_sweep_resumes_where_it_stopped(model, run, tmp_path, monkeypatch
     answers = TransformersEngine.answers
     monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
     resumed = sweep(str(model), run, tmp_path / "cut", **settings)
-    assert len(answered) == len(whole.variants) - 2  # the base and two edits had been measured
+    assert len(answered) == 2 * (len(whole.variants) - 2)  # test and val; the base and two edits had been measured
     for found, expected in zip(resumed.variants, whole.variants, strict=True):
         assert found.measures == expected.measures
     assert resumed.pareto == whole.pareto
@@ -295,7 +295,7 @@ def test_sweep_is_repeated_if_the_engine_was_not_restored(model, run, tmp_path, 
     answers = TransformersEngine.answers
     monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
     assert sweep(str(model), run, tmp_path / "sweep", **settings).restored is True
-    assert len(answered) == 2
+    assert len(answered) == 4  # base and edit, to test and val prompts
 
 
 def test_residual_hooks_match_the_reference(model, run):
@@ -377,8 +377,10 @@ def test_pareto_keeps_edits_that_no_other_beats(swept):
     def fake(name: str, gone: float, harm: float):
         variant = swept.variants[0].model_copy(deep=True)
         variant.name = name
-        variant.paired[swept.effect].difference = -gone
-        variant.paired[swept.harm].difference = harm
+        variant.val[swept.effect].difference = -gone
+        variant.val[swept.harm].difference = harm
+        variant.paired[swept.effect].difference = gone - 1  # on test prompts, the order is the reverse
+        variant.paired[swept.harm].difference = -harm
         return variant
 
     points = [fake("a", 0.9, 0.1), fake("b", 0.9, 0.2), fake("c", 0.5, 0.0), fake("d", 0.4, 0.0), fake("e", 1.0, 3.0)]
