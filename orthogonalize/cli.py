@@ -27,7 +27,6 @@ from .commands._options import (
     engine_option,
     engine_options,
     extract_options,
-    grid_options,
     hf_device_option,
     measuring_options,
     method_listing,
@@ -37,9 +36,9 @@ from .commands._options import (
     path,
     revision_option,
     scope_names,
-    sweep_grid,
     words,
 )
+from .commands._sweep_options import grid_options, sweep_grid
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory
 from .core.registry import load_plugins

@@ -19,6 +19,7 @@ from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from orthogonalize.core.registry import PLUGINS
 from orthogonalize.data.benchmarks import PROMPT_SETS
+from orthogonalize.data.prompts import SIDES, concept
 from orthogonalize.directions.finders.registry import FINDERS
 from orthogonalize.edits.methods.registry import METHODS
 from orthogonalize.engines.registry import ENGINES
@@ -74,6 +75,15 @@ def anchors(page: str) -> Iterator[str]:
 
 def test_readme_lists_the_edit_methods():
     assert rows("README.md", "method") == [[f"`{m.name}`", m.summary, m.needs] for m in METHODS.values()]
+
+
+def test_another_concept_lists_the_public_sets():
+    named = concept("refusal")
+    assert rows("docs/another-concept.md", "side") == [
+        [side, split, ", ".join(str(each.source) for each in sets)]
+        for side in SIDES
+        for split, sets in named.sources(side).items()
+    ]
 
 
 def test_readme_lists_the_direction_finders():

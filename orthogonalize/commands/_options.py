@@ -238,6 +238,7 @@ extract_options = together(
     click.option("--negative", metavar="P", help="Prompts that do not."),
     click.option("--column", help="Column or key that holds the prompt text."),
     click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset."),
+    click.option("--data", type=path(), metavar="DIR", help="Local copies of a concept's public sets, as for eval."),
     click.option(
         "--finders",
         "--methods",
@@ -361,24 +362,6 @@ edit_options = together(
     click.option("--link", is_flag=True, help="Hard-link unchanged files instead of copying them."),
     revision_option,
 )
-
-grid_options = together(
-    click.option("--strengths", metavar="S,S", help="Strengths to try, of methods that remove. Default: 1."),
-    click.option("--alphas", metavar="A,A", help="Values of alpha to try. Default: each method's own."),
-    click.option("--ranks", metavar="K,K", help="Ranks to try, as edit takes them. Default: all directions."),
-    click.option(
-        "--multipliers",
-        metavar="M,M",
-        help="Lengths to add, with both signs, in units of the mean difference's. Default: 0.5,1,2.",
-    ),
-)
-
-
-def sweep_grid(options: dict[str, Any]) -> Any:
-    """The values that a sweep tries, taken out of its options."""
-    from ..selection.grid import OPTIONS, SweepGrid
-
-    return SweepGrid.parse(**{name: options.pop(name) for name in OPTIONS})
 
 
 def engine_options(options: dict[str, Any]) -> Any:
