@@ -209,7 +209,7 @@ measuring_options = together(
         cls=ListingOption,
         listing=suite_listing,
         callback=converted_by(words),
-        default="refusal,behaviour,loss,kl",
+        default="refusal,behaviour,loss,kl,other",
         show_default=True,
         help="What to measure.",
     ),

@@ -93,17 +93,21 @@ class EvalPlan:
 
             def work(suite: Suite = suite) -> dict[str, Any]:
                 assert engine is not None
-                had = bool(memory.distributions)
+                had, kept = bool(memory.distributions), suite.name in memory.kept
                 series = suite.measure(ResumableEngine(engine, journal, _step(label, suite)), memory)
                 made: dict[str, Any] = {
                     "series": {report_key(suite.name, k): s.model_dump() for k, s in series.items()}
                 }
+                if suite.name in memory.kept and not kept:
+                    made["kept"] = memory.kept[suite.name]
                 if memory.distributions and not had:
                     made["distributions"] = [d.rows() for d in memory.distributions]
                 return made
 
             stored = journal.step(_step(label, suite), work)
             result.series |= {key: Series.model_validate(s) for key, s in stored["series"].items()}
+            if "kept" in stored:
+                memory.kept[suite.name] = stored["kept"]
             if "distributions" in stored:
                 memory.restore(stored["distributions"])
         return result

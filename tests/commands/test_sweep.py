@@ -295,7 +295,7 @@ def test_sweep_is_repeated_if_the_engine_was_not_restored(model, run, tmp_path, 
     answers = TransformersEngine.answers
     monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
     assert sweep(str(model), run, tmp_path / "sweep", **settings).restored is True
-    assert len(answered) == 4  # base and edit, to test and val prompts
+    assert len(answered) == 5  # base and edit to test and val prompts, and the base to other ones
 
 
 def test_residual_hooks_match_the_reference(model, run):

@@ -55,9 +55,8 @@ def test_val_prompts_are_answered_by_the_same_engine(found, run):
     for row in result.variants:
         assert row.paired["behaviour.target"].n == counts["test"]
         assert row.val["behaviour.target"].n == counts["val"]
-        assert (
-            row.val.keys() == result.val.flat().keys() == set(result.base.flat()) - {"kl.first_token", "kl.completions"}
-        )
+        others = {"kl.first_token", "kl.completions", "loss.other_prompts"}
+        assert row.val.keys() == result.val.flat().keys() == set(result.base.flat()) - others
 
 
 def test_val_comparison_is_that_of_the_val_prompts(found, model, run, tmp_path):
@@ -121,6 +120,6 @@ def test_engine_has_room_for_the_longest_val_prompt(model, run, tmp_path, monkey
 
     monkeypatch.setattr("orthogonalize.evals.setup.open_engine", opened)
     for source, name in ((run, "short"), (with_prompts(run, tmp_path / "run", lengthened), "long")):
-        command("sweep", model, "--run", source, "--out", tmp_path / name, *QUICK, *TWO)
+        command("sweep", model, "--run", source, "--out", tmp_path / name, *QUICK, *TWO, "--suite", "refusal,loss")
     short, long = asked
     assert long > short + 20
