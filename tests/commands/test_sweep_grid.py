@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.command_line import UNTRIED, command
 
+from orthogonalize.edits.build import intervention_from_directions
+from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.reports.sweep import Sweep
 from orthogonalize.selection.grid import SweepGrid
@@ -101,6 +105,19 @@ def test_actadd_takes_inlps_first_direction_at_the_difference_s_length(model, ru
     status, said = command("edit", model, "--recipe", tmp_path / "inlp" / "orthogonalize.json", "--out", tmp_path / "b")
     assert status == 0, said
     assert (tmp_path / "b" / "model.safetensors").read_bytes() == (tmp_path / "inlp" / "model.safetensors").read_bytes()
+
+
+def test_inlps_first_direction_is_turned_to_the_positive_side(run):
+    found = load_run(run).directions
+    choice = EditConfig(method="actadd", scope="one", position=-1, layer=2, finder="inlp")
+    subspace = found.subspaces[-1, 2]
+    assert subspace.rank == 2
+    for sign in (1, -1):
+        turned = replace(found, subspaces={(-1, 2): replace(subspace, basis=sign * subspace.basis)})
+        (added,) = [m.s for m in intervention_from_directions(choice, turned).writes.values()]
+        assert added @ found.mean_diff(-1, 2) > 0
+        expected = (added @ subspace.basis[0]).sign() * found.mean_diff(-1, 2).norm() * subspace.basis[0]
+        assert torch.allclose(added, expected, atol=1e-6)
 
 
 def test_reflect_mirrors_the_mean_difference_if_asked(model, run, tmp_path):
