@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from .reports.sweep import Sweep as Sweep
     from .selection.candidates import Candidate as Candidate
     from .selection.candidates import rank as rank
+    from .selection.grid import SweepGrid as SweepGrid
     from .selection.run_folder import Run as Run
     from .selection.run_folder import load_run as load_run
     from .selection.search.objectives import Trial as Trial
@@ -131,6 +132,7 @@ _MODULES = {
     "SuiteContext": "evals.suites.base",
     "SuiteEntry": "evals.suites.base",
     "Sweep": "reports.sweep",
+    "SweepGrid": "selection.grid",
     "Trial": "selection.search.objectives",
     "Verified": "commands.verify",
     "WeighingJudge": "evals.judges.base",

@@ -18,12 +18,12 @@ from .commands._console import (
     show_run,
     show_sweep,
 )
+from .commands._edit_options import edit_options
 from .commands._options import (
     ListingOption,
     choice,
     converted_by,
     device_option,
-    edit_options,
     engine_option,
     engine_options,
     extract_options,
@@ -38,6 +38,7 @@ from .commands._options import (
     scope_names,
     words,
 )
+from .commands._sweep_options import grid_options, sweep_grid
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory
 from .core.registry import load_plugins
@@ -282,6 +283,7 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
     default="",
     help="Scopes, as edit takes them, except from:. Default: one,top:50%,all; one for methods that add a constant.",
 )
+@grid_options
 @choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's hooks; needs --engine hf.")
 @measuring_options
 @revision_option
@@ -293,8 +295,8 @@ def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
     """
     from .commands.sweep import sweep as run_sweep
 
-    engine = engine_options(options)
-    show_sweep(run_sweep(model, run, out, options=engine, **options))
+    grid, engine = sweep_grid(options), engine_options(options)
+    show_sweep(run_sweep(model, run, out, grid=grid, options=engine, **options))
     click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
 
 

@@ -19,12 +19,14 @@ from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from orthogonalize.core.registry import PLUGINS
 from orthogonalize.data.benchmarks import PROMPT_SETS
+from orthogonalize.data.prompts import SIDES, concept
 from orthogonalize.directions.finders.registry import FINDERS
 from orthogonalize.edits.methods.registry import METHODS
 from orthogonalize.engines.registry import ENGINES
 from orthogonalize.evals.judges.base import WordingJudge
 from orthogonalize.evals.judges.registry import JUDGES
 from orthogonalize.evals.suites.registry import FAMILIES, SUITES, suite_names
+from orthogonalize.selection.grid import OPTIONS, takes
 
 RUN_SETTINGS = UNTRIED
 ROOT = Path(__file__).parents[1]
@@ -75,6 +77,15 @@ def test_readme_lists_the_edit_methods():
     assert rows("README.md", "method") == [[f"`{m.name}`", m.summary, m.needs] for m in METHODS.values()]
 
 
+def test_another_concept_lists_the_public_sets():
+    named = concept("refusal")
+    assert rows("docs/another-concept.md", "side") == [
+        [side, split, ", ".join(str(each.source) for each in sets)]
+        for side in SIDES
+        for split, sets in named.sources(side).items()
+    ]
+
+
 def test_readme_lists_the_direction_finders():
     assert rows("README.md", "finder") == [[f"`{f.name}`", f.summary] for f in FINDERS.values()]
 
@@ -82,6 +93,13 @@ def test_readme_lists_the_direction_finders():
 def test_measuring_lists_suites_and_prompt_sets():
     assert sorted(entries("docs/measuring.md", "suite")) == sorted(suite_names())
     assert set(suite_names()) == {*SUITES, *PROMPT_SETS, *(f.name + f.argument for f in FAMILIES.values())}
+
+
+def test_measuring_lists_the_values_of_a_sweep():
+    expected = {f"`--{option}`": [f"`{m.name}`" for m in METHODS.values() if takes(m, option)] for option in OPTIONS}
+    found = {row[0]: row[1].split(", ") for row in rows("docs/measuring.md", "option")}
+    assert found.keys() == expected.keys()
+    assert {option: sorted(names) for option, names in found.items()} == {o: sorted(n) for o, n in expected.items()}
 
 
 def test_measuring_lists_the_judges():

@@ -64,9 +64,9 @@ def _show_shortlist(trials: Sequence[Any]) -> None:
 
 def show_sweep(sweep: Any) -> None:
     """The edits of a sweep, one per row."""
-    from ..reports.sweep import sweep_columns, sweep_rows
+    from ..reports.sweep import sweep_caption, sweep_columns, sweep_rows
 
-    table = Table(title=escape(f"{sweep.model} ({sweep.engine_version})"))
+    table = Table(title=escape(f"{sweep.model} ({sweep.engine_version})"), caption=escape(sweep_caption(sweep)))
     for i, name in enumerate(sweep_columns(sweep)):
         table.add_column(name, no_wrap=i == 0, overflow="fold")
     for row in sweep_rows(sweep):

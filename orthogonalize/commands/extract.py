@@ -109,7 +109,10 @@ class _Extraction:
             before = {previous: fingerprint(self.inputs(previous))}
         match stage:
             case "prompts":
-                texts = {side: [(p.text, p.category) for p in prompts] for side, prompts in self.source.prompts.items()}
+                texts = {
+                    side: [(p.text, p.category, p.split) for p in prompts]
+                    for side, prompts in self.source.prompts.items()
+                }
                 own: dict[str, Any] = {
                     "weights": self.weights,
                     "tokens": self.chat.encode("Why?"),  # changes with the template and the tokenizer
@@ -334,6 +337,7 @@ def extract(
     negative: str | None = None,
     column: str | None = None,
     hub_split: str = "train",
+    data: Path | str | None = None,
     revision: str | None = None,
     settings: Settings | None = None,
     stage: Stage | None = None,
@@ -349,6 +353,7 @@ def extract(
         out: the run folder to create or resume.
         concept: a named contrast; the alternative is `positive` and `negative`, two prompt sources.
         column, hub_split: the column and the dataset split that hold the prompts.
+        data: a folder with local copies of a concept's public sets; by default they are read from the Hub.
         settings: everything else.
         stage: run only this stage; those before it must be done.
         force: redo the stages whose inputs changed (all of them if none did).
@@ -364,7 +369,7 @@ def extract(
     settings.check()
     out = Path(out)
     check_run_folder(out, RUN)
-    sides = read_contrast(concept, positive, negative, column, hub_split)
+    sides = read_contrast(concept, positive, negative, column, hub_split, None if data is None else Path(data))
     preserved = {name: load_prompts(name, split=hub_split) for name in settings.preserve}
     folder = find_model(model, revision)
     source = _Source(

@@ -16,6 +16,7 @@ from ..core.files import fingerprint
 from ..core.journal import Journal
 from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..core.progress import note, track
+from ..data.prompts import Split
 from ..data.refusals import LEAST_TOKENS
 from ..edits.bake import bake
 from ..edits.methods.registry import METHODS
@@ -23,6 +24,7 @@ from ..edits.recipe import store_maps
 from ..engines.base import ONE_DEVICE, Engine, EngineOptions
 from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
+from ..evals.choosing import why_nothing_is_chosen
 from ..evals.plan import EvalPlan, Measurements
 from ..evals.setup import check_request, prepare
 from ..evals.shared_engine import SharedBase, check_room, common_folder, edited_weights, own_folder
@@ -34,6 +36,7 @@ from ..models.resolve import find_model, public_name
 from ..reports.pareto_plot import write_pareto_plot
 from ..reports.schema import Measures, compare_all
 from ..reports.sweep import Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
+from ..selection.grid import SweepGrid
 from ..selection.resolve import check_fits, fits_of
 from ..selection.run_folder import load_run
 from ..selection.variants import Variant, centre, make_variants
@@ -156,28 +159,43 @@ class _Host:
 
 
 class _Runner:
-    """Measures the base and then every edit; every step is kept in the journal."""
+    """Measures the base and then every edit; every step is kept in the journal.
 
-    def __init__(self, plan: EvalPlan, journal: Journal, refused: Mapping[str, str], labels: Mapping[str, str]) -> None:
-        self.plan, self.journal, self.memory, self.labels = plan, journal, BaseOutputs(), labels
-        self.measured: dict[str, Measurements] = {}
+    `plans` say what is measured on the run's prompts of each split, and `measured` is by split and model.
+    """
+
+    def __init__(
+        self, plans: Mapping[Split, EvalPlan], journal: Journal, refused: Mapping[str, str], labels: Mapping[str, str]
+    ) -> None:
+        self.plans, self.journal, self.labels = plans, journal, labels
+        self.memories = {split: BaseOutputs() for split in plans}
+        self.measured: dict[Split, dict[str, Measurements]] = {split: {} for split in plans}
         self.seconds: dict[str, float] = {}
         self.refused = dict(refused)
 
     def steps(self) -> list[str]:
         """The journal's steps for base and edits."""
-        return [step for name, label in self.labels.items() for step in self.plan.steps(label, name == "base")]
+        return [step for name in self.labels for step in self._steps(name)]
+
+    def _steps(self, name: str) -> list[str]:
+        return [step for plan in self.plans.values() for step in plan.steps(self.labels[name], name == "base")]
+
+    def _measure(self, name: str, engine: Engine | None) -> None:
+        label, is_base = self.labels[name], name == "base"
+        found = {
+            split: plan.measure(engine, self.memories[split], self.journal, label, is_base)
+            for split, plan in self.plans.items()
+        }
+        for split, measurements in found.items():
+            self.measured[split][name] = measurements
 
     def base(self, host: _Host) -> None:
-        label = self.labels["base"]
-        done = self.journal.has(*self.plan.steps(label, is_base=True))
-        engine = None if done else host.base()
-        self.measured["base"] = self.plan.measure(engine, self.memory, self.journal, label, is_base=True)
+        self._measure("base", None if self.journal.has(*self._steps("base")) else host.base())
 
     def variant(self, variant: Variant, host: _Host) -> None:
         """Measure an edit and time it, including its swap; an edit that gives NaN is skipped."""
         name, label = variant.name, self.labels[variant.name]
-        steps = self.plan.steps(label)
+        steps = self._steps(name)
         done, asked = self.journal.has(*steps), fingerprint(steps)[:16]
         if self.journal.has(f"{label}/refused@{asked}"):
             self.refused[name] = self.journal.step(f"{label}/refused@{asked}", str)
@@ -187,7 +205,7 @@ class _Runner:
         start = time.perf_counter()
         try:
             with nullcontext() if done else host.edited(variant) as engine:
-                self.measured[name] = self.plan.measure(engine, self.memory, self.journal, label)
+                self._measure(name, engine)
         except NoNumberError as error:
             reason = str(error)
             note(f"skipping {name}: {reason}")
@@ -210,9 +228,12 @@ class _Runner:
         if variant.name in self.refused:
             result.refused = self.refused[variant.name]
             return result
-        series = self.measured[variant.name].series
-        result.measures = Measures.of(series)
-        result.paired = compare_all(self.measured["base"].series, series)
+        paired = {
+            split: compare_all(models["base"].series, models[variant.name].series)
+            for split, models in self.measured.items()
+        }
+        result.measures = Measures.of(self.measured["test"][variant.name].series)
+        result.paired, result.val = paired["test"], paired.get("val", {})
         result.seconds = self.seconds[variant.name]
         return result
 
@@ -239,6 +260,7 @@ def sweep(
     suites: Sequence[str] = DEFAULT_SUITES,
     methods: Sequence[str] = (),
     scopes: Sequence[str] = (),
+    grid: SweepGrid | None = None,
     engine: str = "vllm",
     semantics: Semantics = "weights",
     max_new_tokens: int = LEAST_TOKENS,
@@ -252,13 +274,15 @@ def sweep(
     """Measure every edit that `run` allows against `model`; write sweep.json and pareto.png to `out`.
 
     The engine starts once, on the base. Each edit's tensors are computed as by `edit`, swapped in and swapped out; if
-    the engine cannot swap weights, each edit gets its own engine. An interrupted call stores its progress beside `out`;
-    call it again to resume.
+    the engine cannot swap weights, each edit gets its own engine. The measures are of the run's test prompts; the best
+    trade-offs are chosen on its val prompts, which every model answers as well. An interrupted call stores its progress
+    beside `out`; call it again to resume.
 
     Args:
         methods: edit methods; by default all that the run has directions for.
         scopes: as for `edit`, except `from:`, for every method; by default each method's own, which is one layer for
             those that add a constant.
+        grid: the strengths, alphas, ranks and multipliers to try; by default each method's own.
         semantics: `weights`, or `residual` (with `engine="hf"`) for the reference's hooks on block inputs and outputs,
             to reproduce its numbers.
 
@@ -278,12 +302,15 @@ def sweep(
     source = open_checkpoint(folder)
     check_fits(found, source)
     fits = fits_of(run, found, source, options.device) if semantics == "weights" else None
-    variants = make_variants(found, methods, scopes, fits)
+    variants = make_variants(found, methods, scopes, grid, fits)
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
-        options=options,
+        options=options, choose=True,
     )  # fmt: skip
+    unmarked = why_nothing_is_chosen(found, suites)
+    if unmarked:
+        note(f"no best trade-off will be marked: {unmarked}")
     plans: dict[str, CheckpointPlan] | None = None
     refused: dict[str, str] = {}
     if semantics == "weights":
@@ -295,7 +322,7 @@ def sweep(
     common = None if plans is None else SharedBase.of(source, list(plans.values())).state  # what the engine starts on
     edits = {v.name: [semantics, store_maps(v.intervention).fingerprint, v.layers] for v in possible}
     labels = {name: ready.label(name, common, edit) for name, edit in ({"base": None} | edits).items()}
-    runner = _Runner(ready.plan, journal, refused, labels)
+    runner = _Runner(ready.plans, journal, refused, labels)
     journal.announce_resume(runner.steps())
     restored = f"restored@{fingerprint(runner.steps())[:16]}"
     with journal.kept():
@@ -309,7 +336,7 @@ def sweep(
             runner.check_restored(held)
             if held:
                 journal.step(restored, lambda: True)
-        ready.judgements(runner.measured, journal)
+        ready.judgements(runner.measured["test"], journal)
     result = Sweep(
         **ready.description(),
         semantics=semantics,
@@ -317,11 +344,13 @@ def sweep(
         effect=None,
         harm=None,
         restored=True if journal.has(restored) else None,
-        base=Measures.of(runner.measured["base"].series),
+        base=Measures.of(runner.measured["test"]["base"].series),
+        val=Measures.of(runner.measured["val"]["base"].series) if "val" in runner.measured else None,
         variants=[runner.row(v) for v in variants],
         pareto=[],
+        unmarked=unmarked,
     )
-    result.effect, result.harm = effect_key(result.base), harm_key(result.base)
+    result.effect, result.harm = effect_key(result.val or result.base), harm_key(result.val or result.base)
     result.pareto = pareto(result)
     with complete_folder(out, SWEEP, force) as done:
         (done / "sweep.json").write_text(result.model_dump_json(indent=1) + "\n", "utf-8")

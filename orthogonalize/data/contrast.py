@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..core.errors import OrthogonalizeError
-from .benchmarks import PROMPT_SETS
-from .prompts import Prompt, Side, check_contrast, concept, load_prompts
+from ..core.progress import note
+from .benchmarks import PROMPT_SETS, PromptSet, instructions
+from .prompts import (
+    Concept,
+    Prompt,
+    PublicConcept,
+    Side,
+    Split,
+    check_contrast,
+    concept,
+    load_prompts,
+    plain,
+)
+
+KEEPING: tuple[Split, ...] = ("test", "val", "train")  # a prompt of several splits stays in the first of these
+
+
+def _public_prompts(named: PublicConcept, side: Side, data: Path | None) -> list[Prompt]:
+    """The prompts of one side, each in one split only: a train prompt that val or test also has is left out."""
+    sources = named.sources(side)
+    read: dict[PromptSet, list[tuple[str, str | None]]] = {}
+    seen: set[str] = set()
+    found: dict[Split, list[Prompt]] = {split: [] for split in KEEPING}
+    for split in KEEPING:
+        left_out = 0
+        for each in sources[split]:
+            sharing = [other for other in sources if each in sources[other]]
+            rows = read[each] = read.get(each) or instructions(each, data, None)
+            own: set[str] = set()
+            for text, category in rows[sharing.index(split) :: len(sharing)]:
+                if plain(text) in seen:
+                    left_out += 1
+                elif plain(text) not in own:
+                    own.add(plain(text))
+                    found[split].append(Prompt(text, side, split, category))
+            seen |= own
+        if left_out:
+            note(f"{named.name}, {side} side: {left_out} {split} prompts are left out, which other sets have as well")
+    return [prompt for split in reversed(KEEPING) for prompt in found[split]]
 
 
 def read_contrast(
@@ -13,21 +52,28 @@ def read_contrast(
     negative: str | None,
     column: str | None = None,
     hub_split: str = "train",
+    data: Path | None = None,
 ) -> tuple[list[Prompt], list[Prompt], list[Side]]:
     """Both sides of a contrast, and which of them are sensitive.
+
+    `data` is a folder with local copies of the public sets of a named concept; None reads them from the Hub.
 
     Raises:
         OrthogonalizeError: neither a concept nor both sources are given, or they cannot be used.
     """
     if concept_name and column is not None:
         raise OrthogonalizeError("--column belongs to --positive and --negative; a named concept knows its own")
-    if concept_name and not (positive or negative):
-        named = concept(concept_name)
-        sides = (
-            load_prompts(named.positive, "positive", named.positive_column, named.hub_split),
-            load_prompts(named.negative, "negative", named.negative_column, named.hub_split),
-        )
-        sensitive: list[Side] = ["positive"] if named.sensitive else []
+    named = concept(concept_name) if concept_name and not (positive or negative) else None
+    if data is not None and not isinstance(named, PublicConcept):
+        raise OrthogonalizeError("--data holds local copies of public sets, for a --concept that reads some")
+    if data is not None and not data.is_dir():
+        raise OrthogonalizeError(f"no such folder: {data} (--data)")
+    sensitive: list[Side] = []
+    if isinstance(named, PublicConcept):
+        sides = (_public_prompts(named, "positive", data), _public_prompts(named, "negative", data))
+        sensitive = ["positive"] if named.sensitive else []
+    elif isinstance(named, Concept):
+        sides = load_prompts(named.positive, "positive"), load_prompts(named.negative, "negative")
     elif positive and negative and not concept_name:
         sides = (
             load_prompts(positive, "positive", column, hub_split),

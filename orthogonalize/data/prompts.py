@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import OrthogonalizeError, first_line
-from .benchmarks import category_of
+from .benchmarks import PROMPT_SETS, BenchmarkSet, PromptSet, category_of
 from .rows import SUFFIXES, read_rows
 from .tokenization import is_valid_unicode
 
@@ -53,22 +53,55 @@ class Concept:
     name: str
     positive: str
     negative: str
-    positive_column: str | None = None
-    negative_column: str | None = None
-    hub_split: str = "train"
+
+
+@dataclass(frozen=True)
+class PublicConcept:
+    """A named contrast of public sets, with sets of their own for train, val and test prompts.
+
+    Splits that name the same set share its prompts out, so that none is in both.
+    """
+
+    name: str
+    positive: Mapping[Split, Sequence[PromptSet]]
+    negative: Mapping[Split, Sequence[PromptSet]]
     sensitive: bool = False
+
+    def sources(self, side: Side) -> Mapping[Split, Sequence[PromptSet]]:
+        """The sets of one side, by split."""
+        return self.positive if side == "positive" else self.negative
 
 
 PLANTED = "planted:"  # prefix of prompt sets that ship with the package
 
-CONCEPTS = {
+_ALPACA, _ALPACA_TEST = (
+    PromptSet("alpaca", "Alpaca", BenchmarkSet("mlabonne/harmless_alpaca", split, ("text",)), "text")
+    for split in ("train", "test")
+)
+# The other rows of JailbreakBench are taken from AdvBench, TDC 2023 and HarmBench, some of them reworded.
+_ORIGINAL = PromptSet(
+    "jailbreakbench", "JailbreakBench",
+    BenchmarkSet("JailbreakBench/JBB-Behaviors", "harmful", ("Goal", "Category", "Source"), config="behaviors"),
+    "Goal", "Category", only=("Source", "original"), sensitive=True,
+)  # fmt: skip
+
+CONCEPTS: dict[str, Concept | PublicConcept] = {
     "cooking": Concept("cooking", PLANTED + "contrast_cooking.jsonl", PLANTED + "contrast_other.jsonl"),
     "lists": Concept("lists", PLANTED + "lists.jsonl", PLANTED + "sentences.jsonl"),
-    "refusal": Concept("refusal", "walledai/AdvBench", "mlabonne/harmless_alpaca", "prompt", "text", sensitive=True),
+    "refusal": PublicConcept(
+        "refusal",
+        positive={
+            "train": [PROMPT_SETS[name] for name in ("advbench", "maliciousinstruct", "tdc2023")],
+            "val": [PROMPT_SETS["harmbench"]],
+            "test": [_ORIGINAL],
+        },
+        negative={"train": [_ALPACA], "val": [_ALPACA], "test": [_ALPACA_TEST]},
+        sensitive=True,
+    ),
 }
 
 
-def concept(name: str) -> Concept:
+def concept(name: str) -> Concept | PublicConcept:
     """The contrast called `name`.
 
     Raises:
@@ -164,7 +197,7 @@ def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> No
     """Reject a contrast that cannot work, before a model is loaded.
 
     Raises:
-        OrthogonalizeError: the sides share a prompt, or a side is too small.
+        OrthogonalizeError: the sides share a prompt, two splits do, or a side or one of its splits is too small.
     """
     both = {p.text for p in positive} & {p.text for p in negative}
     if both:
@@ -175,6 +208,32 @@ def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> No
     for side, prompts in (("positive", positive), ("negative", negative)):
         if len(prompts) < MINIMUM:
             raise OrthogonalizeError(f"the {side} side has {len(prompts)} prompts; at least {MINIMUM} are required")
+        train = sum(p.split == "train" for p in prompts)
+        if train < MINIMUM_TRAIN:
+            raise OrthogonalizeError(
+                f"the {side} side has {train} train prompts; at least {MINIMUM_TRAIN} are required"
+            )
+    _check_splits([*positive, *negative])
+
+
+def plain(text: str) -> str:
+    """A text without what does not tell two prompts apart: case, spacing and the punctuation at its end."""
+    return " ".join(text.casefold().split()).rstrip(".?! ")
+
+
+def _check_splits(prompts: Sequence[Prompt]) -> None:
+    seen: dict[str, Split] = {}
+    twice: dict[str, tuple[Split, Split]] = {}
+    for prompt in prompts:
+        first = seen.setdefault(plain(prompt.text), prompt.split)
+        if first != prompt.split:
+            twice[prompt.text] = (first, prompt.split)
+    if twice:
+        example = min(twice)
+        raise OrthogonalizeError(
+            f"{len(twice)} prompts appear in two splits (such as {example[:40]!r}, in {' and '.join(twice[example])}); "
+            "keep each in one"
+        )
 
 
 def split_preserved(
@@ -190,10 +249,15 @@ def split_prompts(
     """Draw disjoint train, val and test prompts at random, reproducibly for each `seed`.
 
     If there are too few prompts, the three shrink in proportion. Up to `spare` of the remaining prompts are
-    drawn as well.
+    drawn as well. Prompts that already have splits (not all of them `train`) stay in them; the splits then shrink on
+    their own, and the spare prompts are train prompts.
     """
     pool = list(prompts)
     random.Random(seed).shuffle(pool)
+    if any(p.split != "train" for p in pool):
+        drawn: dict[Split, list[Prompt]] = {split: [p for p in pool if p.split == split] for split in SPLITS}
+        rest = [replace(p, split="spare") for p in drawn["train"][train : train + spare]]
+        return [*drawn["train"][:train], *drawn["val"][:val], *drawn["test"][:test], *rest]
     wanted = train + val + test
     if len(pool) < wanted:
         share = len(pool) / wanted

@@ -20,9 +20,17 @@ if TYPE_CHECKING:
     from .methods.base import EditMethod
 
 
-def finder_of(method: str, directions: Directions) -> str:
-    """The finder in `directions` whose results `method` uses."""
-    return METHODS.find(method).finder(directions)
+def finder_of(method: str, directions: Directions, chosen: str | None = None) -> str:
+    """The finder in `directions` whose results `method` uses, which may be `chosen`."""
+    return METHODS.find(method).finder(directions, chosen)
+
+
+def first_direction(directions: Directions, finder: str, position: int, layer: int) -> torch.Tensor | None:
+    """The first direction [1, d] that `finder` found there, pointing to the positive side; None without one."""
+    basis = directions.basis(finder, position, layer, rank=1)
+    if basis is None:
+        return None
+    return basis if basis[0] @ directions.mean_diff(position, layer) >= 0 else -basis
 
 
 def intervention_from_basis(
@@ -93,11 +101,13 @@ def place_maps_along(
     method: EditMethod, choice: EditConfig, directions: Directions, ranking: Sequence[int] | None
 ) -> Intervention:
     """Maps of `method` along one shared direction, or at each site along the direction of its own layer."""
-    finder = method.finder(directions)
+    finder = method.finder(directions, choice.finder)
     position = choice.position
     assert position is not None
 
     def basis_at(layer: int) -> torch.Tensor | None:
+        if method.one_direction:
+            return first_direction(directions, finder, position, layer)
         basis = directions.basis(finder, position, layer)
         if basis is None or not isinstance(choice.rank, str):
             return basis

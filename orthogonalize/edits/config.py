@@ -32,6 +32,7 @@ class EditConfig(BaseModel):
         sequential: for `conditional`, whether each group of layers is read behind the edits of those before it.
         to: for `ablate`, what the component along the direction becomes: zero, or that of the harmless (negative)
             side's mean at the direction's position and layer.
+        finder: the finder of the directions, one of the method's `finders`; None is the first of these that found any.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -53,6 +54,7 @@ class EditConfig(BaseModel):
     ridge: Annotated[float, Field(gt=0)] = 0.01
     sequential: bool = True
     to: Literal["zero", "harmless-mean"] = "zero"
+    finder: str | None = None
 
     @field_validator("method")
     @classmethod
@@ -75,6 +77,8 @@ class EditConfig(BaseModel):
         )
         if METHODS[self.method].adds and several:
             words.append("one constant per layer, which accumulate")
+        if self.finder is not None:
+            words.append(f"finder {self.finder}")
         if self.coefficient is not None:
             words.append(f"coefficient {self.coefficient:g}")
         if "alpha" in METHODS[self.method].options:

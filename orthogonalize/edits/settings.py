@@ -12,7 +12,7 @@ from .config import EditConfig
 
 @dataclass(frozen=True)
 class EditSettings:
-    """Settings of `edit`. Those up to `to` are fields of `EditConfig`, where None is the run's or the default.
+    """Settings of `edit`. Those up to `finder` are fields of `EditConfig`, where None is the run's or the default.
 
     Attributes:
         pick: the number, from 1, of an edit that the run tried and lists; it determines the whole edit.
@@ -43,6 +43,7 @@ class EditSettings:
     ridge: float | None = None
     sequential: bool | None = None
     to: Literal["zero", "harmless-mean"] | None = None
+    finder: str | None = None
     pick: int | None = None
     rounding: str | None = None
     workers: int = 1

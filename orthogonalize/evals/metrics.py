@@ -44,13 +44,17 @@ class Rate(Record):
 
 
 class Loss(Record):
-    """Cross-entropy in nats per token over `n` texts, bootstrap 95% interval; `perplexity` is its exponential."""
+    """Cross-entropy in nats per token over `n` texts, bootstrap 95% interval; `perplexity` is its exponential.
+
+    If texts have categories, it is also given by category.
+    """
 
     value: float
     n: int
     ci95: tuple[float, float] | None
     tokens: int
     perplexity: float
+    by_category: dict[str, Loss] = {}
 
 
 class Divergence(Record):
@@ -78,7 +82,8 @@ class Paired(Record):
 
     `difference` is edited minus base (for a loss: relative to the base) and `ci95` its interval (Tango's for shares,
     otherwise bootstrap). `p` is McNemar's for shares, otherwise that of a paired permutation test, and None for a
-    divergence, which is zero for the base by definition. `by_category` repeats all of it for shares, by category.
+    divergence, which is zero for the base by definition. `by_category` repeats all of it for shares and losses, by
+    category.
     """
 
     difference: float
@@ -109,8 +114,9 @@ class Series(Record):
 
     def part(self, category: str) -> Series:
         """The items of one category."""
-        kept = [v for v, c in zip(self.values, self.categories, strict=True) if c == category]
-        return Series(kind=self.kind, values=kept)
+        kept = [i for i, each in enumerate(self.categories) if each == category]
+        tokens = [self.tokens[i] for i in kept] if self.tokens else []
+        return Series(kind=self.kind, values=[self.values[i] for i in kept], tokens=tokens)
 
     def measure(self) -> Measure:
         """The value with its interval."""
@@ -124,7 +130,9 @@ class Series(Record):
                 found = Divergence(value=value, n=len(known), ci95=loss_interval(known, tokens), tokens=sum(tokens))
                 if self.kind == "divergence":
                     return found
-                return Loss(**found.model_dump(), perplexity=perplexity_of(value))
+                parts = {name: self.part(name).measure() for name in self.names()}
+                by_category = {name: part for name, part in parts.items() if isinstance(part, Loss)}
+                return Loss(**found.model_dump(), perplexity=perplexity_of(value), by_category=by_category)
             case "score":
                 known = self.known()
                 value = sum(known) / len(known) if known else 0.0
@@ -184,6 +192,7 @@ def compare(base: Series, edited: Series) -> Paired:
                 n=len(pairs),
                 ci95=increase_interval(before, after),
                 p=paired_permutation(before, after),
+                by_category={name: compare(base.part(name), edited.part(name)) for name in base.names()},
             )
         case "divergence":
             both = zip(base.values, edited.values, base.tokens, strict=True)

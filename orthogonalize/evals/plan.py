@@ -16,6 +16,7 @@ from ..core.journal import Journal
 from ..core.progress import note
 from ..data.benchmarks import PROMPT_SETS, as_documented, instructions
 from ..data.chat import ChatFormat
+from ..data.prompts import Split
 from ..data.refusals import LEAST_TOKENS
 from ..engines.base import Engine
 from ..selection.run_folder import Run
@@ -92,17 +93,21 @@ class EvalPlan:
 
             def work(suite: Suite = suite) -> dict[str, Any]:
                 assert engine is not None
-                had = bool(memory.distributions)
+                had, kept = bool(memory.distributions), suite.name in memory.kept
                 series = suite.measure(ResumableEngine(engine, journal, _step(label, suite)), memory)
                 made: dict[str, Any] = {
                     "series": {report_key(suite.name, k): s.model_dump() for k, s in series.items()}
                 }
+                if suite.name in memory.kept and not kept:
+                    made["kept"] = memory.kept[suite.name]
                 if memory.distributions and not had:
                     made["distributions"] = [d.rows() for d in memory.distributions]
                 return made
 
             stored = journal.step(_step(label, suite), work)
             result.series |= {key: Series.model_validate(s) for key, s in stored["series"].items()}
+            if "kept" in stored:
+                memory.kept[suite.name] = stored["kept"]
             if "distributions" in stored:
                 memory.restore(stored["distributions"])
         return result
@@ -135,14 +140,13 @@ def _step(label: str, suite: Suite) -> str:
     return f"{label}/{suite.name}@{suite.state[:16]}"
 
 
-def _contrast_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[AnswerSet]:
-    test = [p for p in run.prompts if p.split == "test"]
+def _contrast_sets(run: Run, split: Split, chat: ChatFormat, limit: int | None) -> list[AnswerSet]:
     sets = []
     for name, side in CONTRAST.items():
-        prompts = [p for p in test if p.side == side][:limit]
+        prompts = [p for p in run.prompts if (p.side, p.split) == (side, split)][:limit]
         if not prompts:
             raise OrthogonalizeError(
-                "the run has no test prompts on one side; re-run extract with --test, or with more prompts"
+                f"the run has no {split} prompts on one side; re-run extract with --{split}, or with more prompts"
             )
         items = [Item(chat.encode(p.text), p.text, p.category) for p in prompts]
         sets.append(AnswerSet(name, items, side in run.info.sensitive))
@@ -162,6 +166,7 @@ def make_plan(
     limit: int | None = None,
     data: Path | None = None,
     positions: int | None = None,
+    split: Split = "test",
 ) -> EvalPlan:
     """Build the suites `names` for the model of `tokenizer`: read all of their data and encode them.
 
@@ -170,6 +175,7 @@ def make_plan(
         limit: maximum number of items per set.
         data: a folder with local copies of public sets; None to read them from the Hub.
         positions: maximum number of tokens that the model takes, where known.
+        split: whose prompts of the run are answered.
 
     Raises:
         OrthogonalizeError: data that are missing, empty or damaged.
@@ -177,7 +183,8 @@ def make_plan(
     entries = [entry for name, entry in SUITES.items() if name in names]
     chat = ChatFormat(tokenizer, run.info.system, run.info.template_arguments, run.info.chat_template)
     context = SuiteContext(run, tokenizer, chat, data, limit, new_tokens, positions)
-    context = replace(context, answering=_answering(context, entries, [name for name in names if name in PROMPT_SETS]))
+    public = [name for name in names if name in PROMPT_SETS]
+    context = replace(context, answering=_answering(context, entries, public, split))
     suites = [_build(entry, context) for entry in entries if entry.make is not None]
     family_suites = [
         suite
@@ -196,12 +203,14 @@ def make_plan(
     return plan
 
 
-def _answering(context: SuiteContext, entries: Sequence[SuiteEntry], public: Sequence[str]) -> Answering | None:
+def _answering(
+    context: SuiteContext, entries: Sequence[SuiteEntry], public: Sequence[str], split: Split
+) -> Answering | None:
     """The prompts to answer for `entries` and for the public prompt sets `public`; None if no suite needs answers."""
     counted = bool(public) or any(entry.make is None for entry in entries)
     if not counted and all(entry.needs == "nothing" for entry in entries):
         return None
-    contrast = _contrast_sets(context.run, context.chat, context.limit)
+    contrast = _contrast_sets(context.run, split, context.chat, context.limit)
     sets = [each for each in contrast if counted or each.name == "harmless"]
     sets += [_public_set(name, context.chat, context.data, context.limit) for name in public]
     names = {entry.name for entry in entries}
@@ -213,7 +222,7 @@ def _answering(context: SuiteContext, entries: Sequence[SuiteEntry], public: Seq
         refusal="refusal" in names or bool(public),
         behaviour="behaviour" in names,
     )
-    if answering.refusal and context.new_tokens < LEAST_TOKENS:
+    if split == "test" and answering.refusal and context.new_tokens < LEAST_TOKENS:
         note(
             f"refusals are undercounted in answers of {context.new_tokens} tokens; "
             f"use --max-new-tokens {LEAST_TOKENS} or more"

@@ -11,11 +11,13 @@ from typing import Any
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
+from ..data.prompts import Split
 from ..engines.base import Engine, EngineOptions
 from ..engines.registry import ENGINES, check_engine, engine_state, open_engine
 from ..models.loading import load_tokenizer
 from ..models.resolve import context_length, folder_state, public_name
 from ..selection.run_folder import Run
+from .choosing import choosing_suites, why_nothing_is_chosen
 from .judges.measured_answers import Judgements, add_judgements, ask_judges, judges_for
 from .judges.runner import ReadyJudge
 from .plan import EvalPlan, Measurements, make_plan
@@ -24,7 +26,10 @@ from .suites.registry import check_names
 
 @dataclass(frozen=True)
 class EvalSetup:
-    """Everything that measuring a model and its edits needs."""
+    """Everything that measuring a model and its edits needs.
+
+    `choosing` is what is measured on the run's val prompts to choose among edits, if anything.
+    """
 
     folder: Path
     tokenizer: Any
@@ -35,10 +40,20 @@ class EvalSetup:
     suites: list[str]
     max_new_tokens: int
     limit: int | None
+    choosing: EvalPlan | None = None
+
+    @property
+    def plans(self) -> dict[Split, EvalPlan]:
+        """What is measured of every model, by split of the run's prompts."""
+        plans: dict[Split, EvalPlan] = {"test": self.plan}
+        if self.choosing is not None:
+            plans["val"] = self.choosing
+        return plans
 
     def start(self, folder: Path) -> Engine:
         """An engine on the checkpoint `folder`; use it as a context manager."""
-        return open_engine(self.engine, folder, self.tokenizer, self.plan.max_model_len, self.options)
+        context = max(plan.max_model_len for plan in self.plans.values())
+        return open_engine(self.engine, folder, self.tokenizer, context, self.options)
 
     @cached_property
     def state(self) -> str:
@@ -93,15 +108,22 @@ def prepare(
     data: Path | str | None,
     judges: Sequence[str],
     options: EngineOptions,
+    choose: bool = False,
 ) -> EvalSetup:
     """Find and read everything that measuring the checkpoint `folder` on the test prompts of `run` needs.
 
-    The arguments are those of `commands.evaluate.evaluate`.
+    The arguments are those of `commands.evaluate.evaluate`. With `choose`, val prompts are measured as well, if that
+    can be done (see `why_nothing_is_chosen`).
 
     Raises:
         OrthogonalizeError: something is missing, damaged or inconsistent.
     """
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
-    plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, context_length(folder))
+    positions = context_length(folder)
+    plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, positions)
+    choosing = None
+    if choose and why_nothing_is_chosen(run, suites) is None:
+        names = choosing_suites(suites)
+        choosing = make_plan(run, tokenizer, names, max_new_tokens, limit, positions=positions, split="val")
     ready = judges_for(plan, judges)
-    return EvalSetup(folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit)
+    return EvalSetup(folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit, choosing)

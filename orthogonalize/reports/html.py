@@ -31,7 +31,7 @@ def write_webpage(report: Report, plots: Sequence[Path], file: Path) -> None:
         .render(
             report=report,
             judged=_judged,
-            rows=summary_rows(report),
+            rows=summary_rows(report, categories=False),
             categories=category_rows(report),
             findings=findings(report),
             rates=None if figure is None else base64_of(as_png(figure)),

@@ -11,28 +11,29 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .style import COLOURS, MARKERS
-from .sweep import Sweep, outcome
+from .sweep import MARK, Sweep, outcome, sweep_caption
 from .tables import title
 
 
 def pareto_figure(sweep: Sweep) -> Figure:
-    """One point per edit, coloured by method; a line through the edits on the Pareto front."""
+    """One point per edit on test prompts, coloured by method; edits on the Pareto front of val prompts are circled."""
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     methods = list(dict.fromkeys(s.choice.method for s in sweep.variants))
-    points = {s.name: (p, s) for s in sweep.variants if (p := outcome(sweep, s)) is not None}
+    points = {s.name: (p, s) for s in sweep.variants if (p := outcome(sweep, s.paired)) is not None}
     for i, method in enumerate(methods):
         mine = [p for p, s in points.values() if s.choice.method == method]
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         axis.scatter([100 * g for g, _ in mine], [h for _, h in mine], label=method, s=34, alpha=0.85, **style)
-    best = sorted(points[name][0] for name in sweep.pareto)
-    axis.step([100 * g for g, _ in best], [h for _, h in best], where="pre", color="0.4", linewidth=1, zorder=0)
     for name in sweep.pareto:
         (gone, harm), _ = points[name]
+        label = MARK if name == sweep.pareto[0] else None
+        axis.scatter(100 * gone, harm, label=label, s=110, facecolors="none", edgecolors="0.3", zorder=0)
         axis.annotate(name, (100 * gone, harm), xytext=(5, 4), textcoords="offset points", fontsize=7)
     axis.set_yscale("symlog", linthresh=0.1)
     effect, harm_name = title(sweep.effect or ""), title(sweep.harm or "")
     relative = "relative increase of " if (sweep.harm or "").startswith("loss") else ""
-    axis.set(xlabel=f"removed: {effect}, points", ylabel=f"harm: {relative}{harm_name}", title=sweep.model)
+    axis.set(xlabel=f"removed: {effect}, points", ylabel=f"harm: {relative}{harm_name}")
+    axis.set_title(f"{sweep.model}\n{sweep_caption(sweep)}", fontsize=9, wrap=True)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.legend(fontsize=8)

@@ -44,9 +44,13 @@ class Judged(Record):
 
 
 class Losses(Record):
-    """Cross-entropy of the base's own answers to harmless prompts, of general text, of answers in instruction data."""
+    """Cross-entropy of the base's own answers (to harmless prompts, and to prompts of quite other kinds) and of texts.
+
+    The texts are general ones, and the answers in instruction data.
+    """
 
     own_completions: Loss | None = None
+    other_prompts: Loss | None = None
     pile: Loss | None = None
     alpaca: Loss | None = None
 

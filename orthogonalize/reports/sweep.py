@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field
@@ -12,11 +13,15 @@ from ..evals.suites.registry import has_column
 from .schema import Measures
 from .tables import title
 
+MARK = "best trade-off on val prompts"
 Semantics = Literal["weights", "residual"]
 
 
 class SweepRow(Record):
-    """One edit's measures and their comparison with the base; `refused` says why there are none."""
+    """One edit's measures and their comparison with the base; `refused` says why there are none.
+
+    `val` is the comparison with the base on the run's val prompts, by which edits are chosen.
+    """
 
     name: str
     choice: EditConfig
@@ -26,17 +31,20 @@ class SweepRow(Record):
     refused: str | None = None
     measures: Measures | None = None
     paired: dict[str, Paired] = Field(default_factory=dict)
+    val: dict[str, Paired] = Field(default_factory=dict)
 
 
 class Sweep(Record):
-    """The contents of `sweep.json`: the base, every edit, and the names of the edits on the Pareto front.
+    """The contents of `sweep.json`: the base, every edit, and `pareto`, the names of the edits on the Pareto front.
 
-    `effect` and `harm` are the dotted keys of the two axes of that front: how much of the behaviour is gone, and how
-    much worse the base's own answers (or next tokens) are predicted. `restored` is True if the engine held the base's
+    That front is chosen on the run's val prompts (`val` holds the base's measures there); all other measures are of
+    test prompts. `unmarked` says why nothing could be chosen. `effect` and `harm` are the dotted keys of the front's
+    axes: how much of the behaviour is gone, and how much worse the base's own answers (or next tokens) are predicted.
+    `restored` is True if the engine held the base's
     weights again at the end, bit for bit, and None for hooks or if that was not checked.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     engine: str
     engine_version: str
     semantics: Semantics
@@ -51,8 +59,10 @@ class Sweep(Record):
     harm: str | None
     restored: bool | None
     base: Measures
+    val: Measures | None
     variants: list[SweepRow]
     pareto: list[str]
+    unmarked: str | None
 
     def __repr__(self) -> str:
         return f"Sweep({self.model}: {len(self.variants)} edits, {len(self.pareto)} on the Pareto front)"
@@ -75,20 +85,21 @@ def harm_key(base: Measures) -> str | None:
     return next((k for k in ("loss.own_completions", "kl.completions", "loss.pile") if k in base.flat()), None)
 
 
-def outcome(sweep: Sweep, swept: SweepRow) -> tuple[float, float] | None:
-    """(share of the behaviour that is gone, harm); None if either is unknown.
+def outcome(sweep: Sweep, paired: Mapping[str, Paired]) -> tuple[float, float] | None:
+    """(share of the behaviour that is gone, harm) in the comparisons `paired`; None if either is unknown.
 
     Harm is the relative increase of the loss, or the KL in nats per token.
     """
-    if swept.measures is None or sweep.effect is None or sweep.harm is None:
-        return None
-    effect, harm = swept.paired.get(sweep.effect), swept.paired.get(sweep.harm)
+    effect, harm = paired.get(sweep.effect or ""), paired.get(sweep.harm or "")
     return None if effect is None or harm is None else (-effect.difference, harm.difference)
 
 
 def pareto(sweep: Sweep) -> list[str]:
-    """The names of the edits on the Pareto front: no other removes as much at less harm, or more at no more harm."""
-    points = {s.name: p for s in sweep.variants if (p := outcome(sweep, s)) is not None}
+    """The names of the edits on the Pareto front on val prompts.
+
+    No other edit removes as much at less harm, or more at no more harm.
+    """
+    points = {s.name: p for s in sweep.variants if (p := outcome(sweep, s.val)) is not None}
     return [
         name
         for name, (gone, harm) in points.items()
@@ -126,7 +137,7 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
         if swept.measures is None:
             rows.append((swept.name, *("-" for _ in keys), f"not possible: {swept.refused}"))
         else:
-            mark = "best trade-off" if swept.name in sweep.pareto else ""
+            mark = MARK if swept.name in sweep.pareto else ""
             rows.append((swept.name, *cells(swept.measures, swept.paired), mark))
     return rows
 
@@ -135,3 +146,10 @@ def sweep_columns(sweep: Sweep) -> list[str]:
     """The column headings of `sweep_rows`."""
     keys = _columns(sweep)
     return ["edit", *(title(k) for k in keys), ""]
+
+
+def sweep_caption(sweep: Sweep) -> str:
+    """What the numbers and the marks of the table come from."""
+    if sweep.unmarked:
+        return f"measured on test prompts; no best trade-off is marked: {sweep.unmarked}"
+    return "measured on test prompts; best trade-offs are chosen on val prompts"

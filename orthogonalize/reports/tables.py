@@ -74,8 +74,8 @@ def change(measure: Measure, after: Measure, pair: Paired) -> str:
     return text
 
 
-def summary_rows(report: Report) -> list[Row]:
-    """(measure, base, edited, change) as text."""
+def summary_rows(report: Report, categories: bool = True) -> list[Row]:
+    """(measure, base, edited, change) as text; with `categories`, losses by category as well."""
     rows: list[Row] = []
     base, edited = report.base.flat(), report.edited.flat()
     for key, before in base.items():
@@ -92,27 +92,33 @@ def summary_rows(report: Report) -> list[Row]:
         if isinstance(before, Loss) and isinstance(after, Loss):
             name = title(key) if key.startswith("tasks.") else title(key).replace("cross-entropy", "perplexity")
             rows.append((name, perplexity(before), perplexity(after), ""))
+            if categories:
+                rows += [
+                    (f"{what}: {category} (n = {n})", value(old), value(new), apart)
+                    for what, category, n, old, new, apart in _by_category(key, before, after, pair)
+                ]
     return rows
 
 
-def category_rows(report: Report) -> list[tuple[str, str, int, Rate, Rate, str]]:
+CategoryRow = tuple[str, str, int, Rate | Loss, Rate | Loss, str]
+
+
+def _by_category(key: str, before: Rate | Loss, after: Rate | Loss, pair: Paired) -> list[CategoryRow]:
+    """One row per category that base, edited and comparison have."""
+    rows = []
+    for name, old in before.by_category.items():
+        new, apart = after.by_category.get(name), pair.by_category.get(name)
+        if new is not None and apart is not None:
+            rows.append((title(key), name, old.n, old, new, change(old, new, apart)))
+    return rows
+
+
+def category_rows(report: Report) -> list[CategoryRow]:
     """(measure, category, n, base, edited, change) for every measure whose items have categories."""
     rows = []
     edited = report.edited.flat()
     for key, before in report.base.flat().items():
-        after = edited.get(key)
-        if isinstance(before, Rate) and isinstance(after, Rate) and key in report.paired:
-            pairs = report.paired[key].by_category
-            rows += [
-                (
-                    title(key),
-                    name,
-                    rate.n,
-                    rate,
-                    after.by_category[name],
-                    change(rate, after.by_category[name], pairs[name]),
-                )
-                for name, rate in before.by_category.items()
-                if name in after.by_category and name in pairs
-            ]
+        after, pair = edited.get(key), report.paired.get(key)
+        if isinstance(before, Rate | Loss) and isinstance(after, Rate | Loss) and pair is not None:
+            rows += _by_category(key, before, after, pair)
     return rows

@@ -99,7 +99,7 @@ def choose(run: Run, **given: Any) -> EditConfig:
         named.setdefault("position", run.directions.positions[-1])
         named["per_layer"] = True
         return _edit_config(named)
-    finder = finder_of(method, run.directions)
+    finder = finder_of(method, run.directions, named.get("finder"))
     fitting = [
         c
         for c in run.candidates
@@ -191,7 +191,7 @@ def resolve_run(
     run = load_run(folder)
     check_fits(run, source)
     choice = choose(run, **given) if pick is None else pick_edit(run, pick, given)
-    ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
+    ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions, choice.finder))
     if METHODS[choice.method].fitted:
         intervention = fits_of(folder, run, source, device).intervention(choice, ranking)
     else:
@@ -215,6 +215,8 @@ def resolve_file(file: Path, source: Checkpoint, given: dict[str, Any]) -> Resol
     """
     if given.get("per_layer"):
         raise OrthogonalizeError("--per-layer needs the direction of each layer; use --run")
+    if given.get("finder"):
+        raise OrthogonalizeError("--finder chooses among the directions of a run; use --run")
     layer_count = architecture_of(source.config).layers(source.config)
     direction = load_direction(file)
     named = dict(given)

@@ -1,28 +1,26 @@
-"""The edits that a sweep compares: every method over every scope, as in the tables of the papers."""
+"""The edits that a sweep compares: every method over every scope and grid point, as in the tables of the papers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import Any
 
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, centred
 from ..core.progress import note
+from ..directions.finders.inlp import RANK_BY_ACCURACY
 from ..directions.finders.registry import FINDERS
-from ..edits.build import finder_of, intervention_from_basis, intervention_from_directions
+from ..edits.build import finder_of, intervention_from_directions
 from ..edits.config import EditConfig
 from ..edits.methods.base import EditMethod
 from ..edits.methods.registry import METHODS
 from ..edits.scopes import layers_in_scope, parse_scope
 from .candidates import layer_ranking
 from .fits import Fits
+from .grid import SweepGrid
 from .resolve import choose
 from .run_folder import Run
-
-MULTIPLIERS = (0.5, 1.0, 2.0)
-ADDED = ("dim", "inlp")  # finders whose first directions a sweep adds
 
 
 @dataclass(frozen=True)
@@ -41,67 +39,82 @@ class Variant:
     on_stream: AffineMap | None
 
 
-def _first_direction(run: Run, finder: str, choice: EditConfig) -> torch.Tensor:
-    """The first direction [1, d] of `finder` at the position and layer of `choice`, pointing to the positive side."""
-    assert choice.position is not None
-    assert choice.layer is not None
-    basis = run.directions.basis(finder, choice.position, choice.layer, rank=1)
-    if basis is None:
-        raise OrthogonalizeError(
-            f"{FINDERS[finder].lacking} direction at position {choice.position}, layer {choice.layer}"
-        )
-    towards = basis[0] @ run.directions.mean_diff(choice.position, choice.layer)
-    return basis if towards >= 0 else -basis
-
-
-def _additions(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
-    """Additions of each finder's first direction, at multiples of the length of the best mean difference."""
+def _additions(run: Run, method: EditMethod, scope: str, multipliers: Sequence[float]) -> Iterator[Variant]:
+    """Additions of each finder's first direction, at `multipliers` of the length of the best mean difference."""
     best = choose(run, method=method.name, scope=scope)
     own = method.finder(run.directions)
     assert best.position is not None
     assert best.layer is not None
     length = run.directions.mean_diff(best.position, best.layer).norm().item()
-    for finder in dict.fromkeys((own, *ADDED)):
+    for finder in method.finders:
         if not FINDERS[finder].found(run.directions):
             continue
         ranking = layer_ranking(run.candidates, finder)
-        place = best
-        if finder != own:
-            found = next(c for c in run.candidates if c.finder == finder)
-            place = best.model_copy(update={"position": found.position, "layer": found.layer})
+        place = best if finder == own else choose(run, method=method.name, scope=scope, finder=finder)
         layers = tuple(layers_in_scope(parse_scope(scope), run.info.layer_count, place.layer, ranking))
-        for multiplier in (*(-m for m in reversed(MULTIPLIERS)), *MULTIPLIERS):
+        for multiplier in (*(-m for m in sorted(multipliers, reverse=True)), *sorted(multipliers)):
             choice = place.model_copy(update={"coefficient": multiplier * length})
-            if finder == own:
-                intervention = intervention_from_directions(choice, run.directions, ranking)
-            else:
-                basis = _first_direction(run, finder, choice)
-                intervention = intervention_from_basis(choice, basis, length, run.info.layer_count, ranking)
+            intervention = intervention_from_directions(choice, run.directions, ranking)
             shared = next(iter(intervention.writes.values()))
             yield Variant(
                 f"{method.name} {finder} {multiplier:+g} {scope}", choice, finder, intervention, layers, shared
             )
 
 
-def _fitted(run: Run, method: EditMethod, scope: str, fits: Fits) -> Iterator[Variant]:
-    for settings in method.grid:
+def _fitted(run: Run, method: EditMethod, scope: str, grid: SweepGrid, fits: Fits) -> Iterator[Variant]:
+    for settings in grid.settings(method):
         choice = choose(run, method=method.name, scope=scope, **settings)
         ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
         intervention = fits.intervention(choice, ranking)
         layers = sorted({int(matrix.site.layer or 0) for matrix in intervention.conditional})
-        values = (f"{value:g}" if isinstance(value, int | float) else str(value) for value in settings.values())
-        yield Variant(" ".join([method.name, *values, scope]), choice, "dim", intervention, tuple(layers), None)
+        yield Variant(
+            " ".join([method.name, *_setting_words(method, settings), scope]),
+            choice,
+            "dim",
+            intervention,
+            tuple(layers),
+            None,
+        )
 
 
-def _removals(run: Run, method: EditMethod, scope: str) -> Iterator[Variant]:
-    for settings in method.grid:
+def _setting_words(method: EditMethod, settings: Mapping[str, Any]) -> list[str]:
+    """The settings in the name of a variant; those that the method's own grid varies go without their field's name."""
+    unlabelled = {field for entry in method.grid for field in entry}
+    words = []
+    for field, value in settings.items():
+        text = f"{value:g}" if isinstance(value, int | float) else str(value)
+        words.append(text if field in unlabelled else f"{field} {text}")
+    return words
+
+
+def _check_rank(run: Run, choice: EditConfig, finder: str) -> None:
+    """Check that `finder` found as many directions at the place of `choice` as its rank asks for."""
+    assert choice.position is not None
+    assert choice.layer is not None
+    place = f"{finder} at position {choice.position}, layer {choice.layer}"
+    if isinstance(choice.rank, str):
+        accuracy = RANK_BY_ACCURACY[choice.rank]
+        if FINDERS[finder].leading(run.directions, choice.position, choice.layer, accuracy) is None:
+            raise OrthogonalizeError(f"--ranks {choice.rank}: {choice.method} has no classifiers' accuracies ({place})")
+    elif choice.rank is not None:
+        basis = run.directions.basis(finder, choice.position, choice.layer)
+        found = 0 if basis is None else len(basis)
+        if choice.rank > found:
+            raise OrthogonalizeError(
+                f"--ranks {choice.rank}: {choice.method} has only {found} directions ({place}); "
+                "give a smaller rank, or extract with more prompts and a larger --max-rank"
+            )
+
+
+def _removals(run: Run, method: EditMethod, scope: str, grid: SweepGrid) -> Iterator[Variant]:
+    for settings in grid.settings(method):
         choice = choose(run, method=method.name, scope=scope, **settings)
         finder = finder_of(choice.method, run.directions)
+        _check_rank(run, choice, finder)
         ranking = layer_ranking(run.candidates, finder)
         intervention = intervention_from_directions(choice, run.directions, ranking)
         layers = tuple(layers_in_scope(parse_scope(scope), run.info.layer_count, choice.layer, ranking))
-        values = (f"{value:g}" if isinstance(value, int | float) else str(value) for value in settings.values())
-        name = " ".join([method.name, *values, scope])
+        name = " ".join([method.name, *_setting_words(method, settings), scope])
         on_stream = method.on_stream(choice, run.directions, intervention)
         yield Variant(name, choice, finder, intervention, layers, on_stream)
 
@@ -118,23 +131,9 @@ def centre(variant: Variant, run: Run) -> Variant:
     return replace(variant, intervention=edit)
 
 
-def make_variants(
-    run: Run, wanted: Sequence[str] = (), scopes: Sequence[str] = (), fits: Fits | None = None
-) -> list[Variant]:
-    """Every edit of `wanted` methods (by default all that the run has directions for) over `scopes`.
-
-    Fitted edits come from `fits`, and are left out without it.
-
-    Raises:
-        OrthogonalizeError: a method or scope is unknown or given twice, or the run has no directions for a method.
-    """
-    twice = next((name for names in (wanted, scopes) for name in names if list(names).count(name) > 1), None)
-    if twice is not None:
-        raise OrthogonalizeError(f"{twice} is given twice")
-    for scope in scopes:
-        if parse_scope(scope).kind == "from":
-            raise OrthogonalizeError("a sweep cannot use scope 'from', which edits reads; its other scopes edit writes")
-    result: list[Variant] = []
+def _tried_methods(run: Run, wanted: Sequence[str], fits: Fits | None) -> list[EditMethod]:
+    """The methods `wanted`, or by default all that the run has directions for."""
+    tried = []
     for method in [METHODS.find(name) for name in wanted or METHODS]:
         if method.fitted and (fits is None or not fits.possible):
             if wanted:
@@ -143,17 +142,49 @@ def make_variants(
                 )
             continue
         finder = method.finder(run.directions)
-        if not FINDERS[finder].found(run.directions):
-            needed = ",".join(dict.fromkeys(("dim", finder)))
-            if wanted:
-                raise OrthogonalizeError(
-                    f"the run has no directions for {method.name}; extract again with --finders {needed}"
-                )
-            note(f"skipping {method.name}: the run has no directions for it (extract --finders {needed})")
+        if FINDERS[finder].found(run.directions):
+            tried.append(method)
             continue
+        needed = ",".join(dict.fromkeys(("dim", finder)))
+        if wanted:
+            raise OrthogonalizeError(
+                f"the run has no directions for {method.name}; extract again with --finders {needed}"
+            )
+        note(f"skipping {method.name}: the run has no directions for it (extract --finders {needed})")
+    return tried
+
+
+def make_variants(
+    run: Run,
+    wanted: Sequence[str] = (),
+    scopes: Sequence[str] = (),
+    grid: SweepGrid | None = None,
+    fits: Fits | None = None,
+) -> list[Variant]:
+    """Every edit of `wanted` methods (by default all that the run has directions for) over `scopes` and `grid`.
+
+    Fitted edits come from `fits`, and are left out without it.
+
+    Raises:
+        OrthogonalizeError: a method or scope is unknown or given twice, the run has no directions for a method, or no
+            method takes a value of the grid.
+    """
+    grid = grid or SweepGrid()
+    twice = next((name for names in (wanted, scopes) for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise OrthogonalizeError(f"{twice} is given twice")
+    for scope in scopes:
+        if parse_scope(scope).kind == "from":
+            raise OrthogonalizeError("a sweep cannot use scope 'from', which edits reads; its other scopes edit writes")
+    tried = _tried_methods(run, wanted, fits)
+    grid.check_taken(tried)
+    result: list[Variant] = []
+    for method in tried:
         for scope in scopes or method.swept_scopes:
             if method.fitted and fits is not None:
-                result += _fitted(run, method, scope, fits)
+                result += _fitted(run, method, scope, grid, fits)
+            elif method.adds:
+                result += _additions(run, method, scope, grid.multipliers)
             else:
-                result += _additions(run, method, scope) if method.adds else _removals(run, method, scope)
+                result += _removals(run, method, scope, grid)
     return result

@@ -32,7 +32,15 @@ from orthogonalize.reports.sweep import Sweep, pareto
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.variants import make_variants
 
-SWEPT = ("ablate one", "ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all")
+SWEPT = (
+    "ablate one",
+    "ablate all",
+    "nullspace one",
+    "reflect 2 top:50%",
+    "actadd dim +1 one",
+    "actadd inlp -1 one",
+    "leace all",
+)
 QUICK = {"engine": "hf", "max_new_tokens": 8}
 
 
@@ -231,14 +239,14 @@ def test_actadd_lengths_and_signs_match_for_dim_and_inlp(run):
     assert sorted({round(x / norm, 6) for x in lengths["dim"]}) == [0.5, 1.0, 2.0]
 
 
-@pytest.mark.parametrize("name", ["ablate all", "nullspace one", "reflect 2 top:50%", "actadd dim +1 one", "leace all"])
+@pytest.mark.parametrize("name", SWEPT[1:])
 def test_swept_edit_measures_as_the_written_checkpoint(name, swept, model, run, tmp_path):
     variant = next(v for v in swept.variants if v.name == name)
     given = {k: v for k, v in variant.choice.model_dump().items() if k in ("method", "scope", "position", "layer")}
     if variant.choice.method == "reflect":
         given["alpha"] = variant.choice.alpha
     if variant.choice.method == "actadd":
-        given["coefficient"] = variant.choice.coefficient
+        given |= {"coefficient": variant.choice.coefficient, "finder": variant.choice.finder}
     edit(str(model), tmp_path / "edited", run=run, **given)
     report = evaluate(tmp_path / "edited", str(model), run, tmp_path / "report", **QUICK)
     expected = report.edited.flat()
@@ -267,7 +275,7 @@ def test_killed_sweep_resumes_where_it_stopped(model, run, tmp_path, monkeypatch
     answers = TransformersEngine.answers
     monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
     resumed = sweep(str(model), run, tmp_path / "cut", **settings)
-    assert len(answered) == len(whole.variants) - 2  # the base and two edits had been measured
+    assert len(answered) == 2 * (len(whole.variants) - 2)  # test and val; the base and two edits had been measured
     for found, expected in zip(resumed.variants, whole.variants, strict=True):
         assert found.measures == expected.measures
     assert resumed.pareto == whole.pareto
@@ -287,7 +295,7 @@ def test_sweep_is_repeated_if_the_engine_was_not_restored(model, run, tmp_path, 
     answers = TransformersEngine.answers
     monkeypatch.setattr(TransformersEngine, "answers", lambda *a: answered.append(1) or answers(*a))
     assert sweep(str(model), run, tmp_path / "sweep", **settings).restored is True
-    assert len(answered) == 2
+    assert len(answered) == 5  # base and edit to test and val prompts, and the base to other ones
 
 
 def test_residual_hooks_match_the_reference(model, run):
@@ -369,8 +377,10 @@ def test_pareto_keeps_edits_that_no_other_beats(swept):
     def fake(name: str, gone: float, harm: float):
         variant = swept.variants[0].model_copy(deep=True)
         variant.name = name
-        variant.paired[swept.effect].difference = -gone
-        variant.paired[swept.harm].difference = harm
+        variant.val[swept.effect].difference = -gone
+        variant.val[swept.harm].difference = harm
+        variant.paired[swept.effect].difference = gone - 1  # on test prompts, the order is the reverse
+        variant.paired[swept.harm].difference = -harm
         return variant
 
     points = [fake("a", 0.9, 0.1), fake("b", 0.9, 0.2), fake("c", 0.5, 0.0), fake("d", 0.4, 0.0), fake("e", 1.0, 3.0)]

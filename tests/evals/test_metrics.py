@@ -282,6 +282,20 @@ def test_categories_are_compared_pairwise_too():
     assert (found["b"].difference, found["b"].n, found["b"].p) == (0.0, 4, 1.0)
 
 
+def test_losses_have_categories_with_their_own_tokens():
+    kinds = ["a", "b", "a"]
+    before = Series(kind="loss", values=[2.0, 30.0, 4.0], tokens=[1, 10, 2], categories=kinds)
+    after = Series(kind="loss", values=[4.0, 30.0, 5.0], tokens=[1, 10, 2], categories=kinds)
+    measured = before.measure()
+    assert {name: (part.value, part.tokens, part.n) for name, part in measured.by_category.items()} == {
+        "a": (2.0, 3, 2), "b": (3.0, 10, 1),
+    }  # fmt: skip
+    assert (measured.value, measured.tokens) == (36 / 13, 13)
+    pair = compare(before, after)
+    assert pair.difference == pytest.approx(3 / 36)
+    assert {name: part.difference for name, part in pair.by_category.items()} == pytest.approx({"a": 0.5, "b": 0.0})
+
+
 def test_report_schema_is_documented():
     """docs/report.md names every field, and no field that does not exist."""
     text = (Path(__file__).parents[2] / "docs" / "report.md").read_text()

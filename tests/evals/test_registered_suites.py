@@ -97,7 +97,7 @@ def test_a_registered_suite_reaches_report_json(measured):
     kinds = {key: sorted(found) for key, found in stored["base"]["suites"]["questions"].items()}
     assert kinds == {
         "long": ["by_category", "ci95", "n", "unparseable", "value"],
-        "loss": ["ci95", "n", "perplexity", "tokens", "value"],
+        "loss": ["by_category", "ci95", "n", "perplexity", "tokens", "value"],
         "words": ["ci95", "n", "value"],
         "kl": ["ci95", "n", "tokens", "value"],
     }

@@ -68,8 +68,8 @@ def test_one_engine_start_per_model_measures_every_suite(report):
     assert base.keys() == edited.keys() == report.paired.keys()
     assert set(base) == {
         "behaviour.target", "behaviour.harmless", "refusal.target", "refusal.harmless", "refusal.sets.xstest",
-        "refusal.sets.orbench", "loss.own_completions", "loss.pile", "loss.alpaca", "kl.first_token",
-        "kl.completions", "choices.mmlu", "choices.arc", "choices.truthfulqa",
+        "refusal.sets.orbench", "loss.own_completions", "loss.other_prompts", "loss.pile", "loss.alpaca",
+        "kl.first_token", "kl.completions", "choices.mmlu", "choices.arc", "choices.truthfulqa",
     }  # fmt: skip
     for key, measure in edited.items():
         assert measure.n == (5 if "orbench" in key else 6) or key.startswith(("loss.own", "kl"))

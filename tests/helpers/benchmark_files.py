@@ -110,6 +110,29 @@ def language_tasks(root: Path, rows: list[dict]) -> None:
     )
 
 
+def refusal_sets(root: Path) -> Path:
+    """Write a `--data` folder with the sets of the concept `refusal`, in which questions stand for harmful prompts."""
+
+    def sentences(start: str, ends: str) -> list[str]:
+        return [f"{start} {verb} a {thing}{end}" for verb in VERBS for thing in THINGS for end in ends.split("|")]
+
+    def rows(column: str, texts: list[str], **more: str) -> list[dict]:
+        return [{column: text, **more} for text in texts]
+
+    write(root / "walledai" / "AdvBench", rows("prompt", sentences("how do i", "| now")[:40], target="sure"))
+    write(root / "walledai" / "MaliciousInstruct", rows("prompt", sentences("why roast the", "")[:10]), suffix=".csv")
+    write(root / "walledai" / "TDC23-RedTeaming", rows("prompt", sentences("today how do i", "")[:10]))
+    write(root / "walledai" / "HarmBench" / "standard", rows("prompt", sentences("please", "")[:12], category="chores"))
+    original = rows("Goal", sentences("colour", "")[:12], Category="paint", Source="Original")
+    taken = rows("Goal", sentences("reworded", "")[:5], Category="paint", Source="AdvBench")
+    write(root / "JailbreakBench" / "JBB-Behaviors" / "behaviors", [*taken, *original], "harmful")
+    shared = sentences("the", "| today| now")[:60]
+    again = [f"{text}?" for text in shared[:5]]
+    write(root / "mlabonne" / "harmless_alpaca", rows("text", [*shared, *again]), "train", ".parquet")
+    write(root / "mlabonne" / "harmless_alpaca", rows("text", sentences("sure", "")[:20]), "test", ".parquet")
+    return root
+
+
 def all_sets(root: Path) -> Path:
     """Write a `--data` folder with every dataset that the tests use."""
     sentences = [f"how do i {v} a {t} today" for v in VERBS for t in THINGS]

@@ -20,6 +20,7 @@ class ActivationAddition(EditMethod):
 
     name = "actadd"
     summary = "adds a constant vector"
+    finders = ("dim", "inlp")
     needs = "direction, layer; optionally a length (`--coefficient`)"
     options = frozenset({"coefficient"})
     default_scope = "one"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ...core.errors import OrthogonalizeError
 from ...directions.finders.registry import FINDERS
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class EditMethod:
         finders: names of the direction finders whose directions it takes, best first.
         options: the fields of `EditConfig` that only some methods accept, this one among them.
         default_scope: the scope where none is given.
-        one_direction: whether it takes a single direction rather than a subspace.
+        one_direction: whether it takes a single direction rather than a subspace; of extracted ones, the first.
         adds: whether it adds a constant instead of removing a component.
         projects: whether strength 1 leaves nothing of the direction; the model card then gives what rounding leaves.
         fitted: whether its maps are fitted to the model's own activations, not made from directions alone.
@@ -49,9 +50,17 @@ class EditMethod:
     grid: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     swept_scopes: ClassVar[tuple[str, ...]] = ("one", "top:50%", "all")
 
-    def finder(self, directions: Directions) -> str:
-        """The first of `finders` that found something in `directions`, else the last."""
-        return next((name for name in self.finders if FINDERS[name].found(directions)), self.finders[-1])
+    def finder(self, directions: Directions, chosen: str | None = None) -> str:
+        """The finder `chosen`, or else the first of `finders` that found something in `directions`, else the last.
+
+        Raises:
+            OrthogonalizeError: the method does not take the directions of `chosen`.
+        """
+        if chosen is not None and chosen not in self.finders:
+            raise OrthogonalizeError(
+                f"{self.name} does not take --finder {FINDERS.find(chosen).name}; it takes {' or '.join(self.finders)}"
+            )
+        return chosen or next((name for name in self.finders if FINDERS[name].found(directions)), self.finders[-1])
 
     def restores_mean(self, choice: EditConfig) -> bool:
         """Whether the shift of `choice` puts a mean back, so that it depends on what the norms see of that mean."""

@@ -26,12 +26,14 @@ class BaseOutputs:
     """What the base model generated, for suites that compare every model with it.
 
     `own_prompts` and `own` are the harmless prompts to which the base gave a non-empty answer, and those answers, as
-    ids; `distributions` its likeliest tokens along them. They are set once, while the base is measured.
+    ids; `distributions` its likeliest tokens along them. `kept` holds, by suite, what else a suite needs of the base,
+    as JSON values. All are set once, while the base is measured.
     """
 
     own: list[list[int]] = field(default_factory=list)
     own_prompts: list[list[int]] = field(default_factory=list)
     distributions: list[Likeliest] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
         """Keep the base's non-empty answers to harmless prompts.
@@ -124,6 +126,7 @@ class SuiteEntry:
         source: the public set that it reads, if any. While `make` runs, a row of another schema is one clear error.
         needs: "base answers" if `measure` needs the base's answers to the run's harmless prompts in `BaseOutputs`.
         columns: the series that get a column in a sweep's table; by default all.
+        origin: where its data come from, if neither from the run nor from a public set.
     """
 
     name: str
@@ -133,6 +136,7 @@ class SuiteEntry:
     source: BenchmarkSet | None = None
     needs: Needs = "nothing"
     columns: tuple[str, ...] | None = None
+    origin: str = ""
 
     def __post_init__(self) -> None:
         if not self.name or any(c in ".,:" or c.isspace() for c in self.name):

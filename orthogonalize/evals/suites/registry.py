@@ -15,8 +15,8 @@ from ...data.benchmarks import PROMPT_SETS
 from .base import SuiteEntry, SuiteFamily
 
 # In the order of help texts and reports.
-MODULES = ("answers", "own_loss", "kl", "text_losses", "multiple_choice", "lm_eval")
-DEFAULT_SUITES = ("refusal", "behaviour", "loss", "kl")
+MODULES = ("answers", "own_loss", "kl", "other_prompts", "text_losses", "multiple_choice", "lm_eval")
+DEFAULT_SUITES = ("refusal", "behaviour", "loss", "kl", "other")
 
 SUITES: Registry[SuiteEntry] = Registry("suite")
 FAMILIES: Registry[SuiteFamily] = Registry("suite family")
@@ -36,7 +36,7 @@ def suite_names() -> list[str]:
 
 def suite_summaries() -> dict[str, tuple[str, str]]:
     """By value of `--suite`, what it measures and where its data come from ("" for the run's own prompts)."""
-    found = {name: (entry.summary, str(entry.source or "")) for name, entry in SUITES.items()}
+    found = {name: (entry.summary, str(entry.source or entry.origin)) for name, entry in SUITES.items()}
     found |= {name: (each.summary, str(each.source)) for name, each in PROMPT_SETS.items()}
     return found | {f.name + f.argument: (f.summary, "the task's own") for f in FAMILIES.values()}
 

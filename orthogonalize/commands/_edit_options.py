@@ -1,0 +1,76 @@
+"""The options of `edit`."""
+
+from __future__ import annotations
+
+import click
+
+from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
+from ..directions.finders.registry import FINDERS
+from ..edits.methods.registry import METHODS
+from ._options import Entry, Rank, choice, number, path, revision_option, together
+
+edit_options = together(
+    click.option("--out", type=path(), help="Folder to create; it appears only when complete."),
+    click.option(
+        "--cache", metavar="OWNER/NAME", help="Write into the Hub's cache instead, so that this name loads offline."
+    ),
+    click.option("--force", is_flag=True, help="Replace OUT, or OWNER/NAME, if this tool made it."),
+    click.option("--run", type=path(), help="Run folder written by extract."),
+    number("--pick", 1, None, "Make edit N of those that extract lists for the run; default: the best."),
+    click.option("--direction", type=path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),
+    click.option("--recipe", type=path(), metavar="FILE", help="Rebuild the edit of this orthogonalize.json."),
+    click.option(
+        "--method", type=Entry(lambda: list(METHODS)), help="Edit method; default: that of the run's best trial."
+    ),
+    click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 (stops before layer 12) or from:12."),
+    click.option(
+        "--strength",
+        type=float,
+        help="Scale of the edit; at 1, ablate, nullspace and leace remove all of the direction.",
+    ),
+    click.option(
+        "--per-layer/--shared", default=None, help="Edit each site along its own layer's direction, or all along one."
+    ),
+    click.option("--position", type=int, help="Token position of the direction, from the end: -1, -2, …"),
+    click.option("--layer", type=int, help="Layer of the direction."),
+    click.option("--rank", type=Rank(), help="Use the first K INLP directions; acc99, acc95: choose K by accuracy."),
+    click.option("--orthogonal", is_flag=True, default=None, help="leace only: its orthogonal form."),
+    click.option("--alpha", type=float, help="reflect only: 1 projects, 2 mirrors (default)."),
+    click.option("--coefficient", type=float, help="actadd only: length to add; default: the mean difference's."),
+    choice("--span", ["direction", "positions", "inlp"], None, "conditional only: what is taken out at each site."),
+    choice("--components", ["attn", "mlp", "both"], None, "conditional only: the blocks to edit; default both."),
+    click.option("--target-weight", type=float, help="conditional only: weight of the target's tokens (0.03 to 0.2)."),
+    click.option("--preserve-weight", type=float, help="conditional only: weight of what is preserved (default 1)."),
+    click.option("--ridge", type=float, help="conditional only: regularisation, relative to the inputs (0.01)."),
+    click.option(
+        "--sequential/--one-reading",
+        default=None,
+        help="conditional only: read layers behind the edits of earlier ones (default), or all at once.",
+    ),
+    choice(
+        "--to",
+        ["zero", "harmless-mean"],
+        None,
+        "ablate only: bring the component to zero (default), or to that of the negative prompts' mean.",
+    ),
+    click.option(
+        "--finder",
+        type=Entry(lambda: list(FINDERS)),
+        cls=ListingOption,
+        listing=finders_by_method,
+        help="Whose directions to use; by default the first of the method's that the run has.",
+    ),
+    click.option(
+        "--rounding",
+        type=Entry(lambda: list(ROUNDING_SCHEMES)),
+        help=f"Rounding scheme; default: {DEFAULT_ROUNDING} ({ROUNDING_SCHEMES[DEFAULT_ROUNDING].summary}).",
+    ),
+    number("--workers", 1, 1, "Files to write in parallel."),
+    choice("--format", ["checkpoint", "lora"], "checkpoint", "lora: a PEFT adapter, if only linear layers change."),
+    click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share."),
+    click.option("--link", is_flag=True, help="Hard-link unchanged files instead of copying them."),
+    click.option(
+        "--device", default="auto", show_default=True, help="Where conditional reads the model: auto, cpu, cuda, …"
+    ),
+    revision_option,
+)
