@@ -7,7 +7,7 @@ import click
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..directions.finders.registry import FINDERS
 from ..edits.methods.registry import METHODS
-from ._options import Entry, Rank, choice, number, path, revision_option, together
+from ._options import Entry, ListingOption, Rank, choice, finders_by_method, number, path, revision_option, together
 
 edit_options = together(
     click.option("--out", type=path(), help="Folder to create; it appears only when complete."),
