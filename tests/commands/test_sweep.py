@@ -29,6 +29,7 @@ from orthogonalize.engines.weight_swap import WeightSwap
 from orthogonalize.evals.shared_engine import SharedBase
 from orthogonalize.models.generation import generate
 from orthogonalize.reports.sweep import Sweep, pareto
+from orthogonalize.selection.resolve import fits_of
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.variants import make_variants
 
@@ -77,13 +78,29 @@ def test_every_method_is_tried_over_every_scope(run):
     removals = [name for name in firsts if name not in additions]
     expected = [f"{name} {scope}" for name in removals for scope in ("one", "top:50%", "all")]
     assert sorted(v.name for v in variants) == sorted([*expected, *(f"{name} one" for name in additions)])
-    assert {v.choice.method for v in variants} == set(METHODS)
+    assert {v.choice.method for v in variants} == {m.name for m in METHODS.values() if not m.fitted}
     for variant in variants:
         assert len(variant.layers) == {"one": 1, "top:50%": LAYERS // 2, "all": LAYERS}[variant.name.split()[-1]]
     asked = make_variants(load_run(run), ["actadd"], ["all", "one"])
     assert sorted(v.name for v in asked) == sorted(f"{name} {scope}" for name in additions for scope in ("all", "one"))
     accumulating = [v.name for v in asked if "one constant per layer, which accumulate" in v.choice.describe()]
     assert accumulating == [v.name for v in asked if v.name.endswith("all")]
+
+
+def test_fitted_edits_are_swept_where_the_run_has_answers(run, model, tmp_path):
+    """And their measures are those of the edit that `edit` writes."""
+    found, source = load_run(run), open_checkpoint(model)
+    variants = make_variants(found, ["conditional"], fits=fits_of(run, found, source))
+    assert [v.name for v in variants] == [
+        "conditional direction 0.1 all", "conditional positions 0.03 all", "conditional positions 0.1 all"
+    ]  # fmt: skip
+    edit(str(model), tmp_path / "edited", run=run, method="conditional", span="positions", target_weight=0.1)
+    swapped = bake(source, variants[2].intervention).checkpoint
+    edited = open_checkpoint(tmp_path / "edited")
+    assert swapped.edits
+    assert all(swapped.edited(name).equal(edited.read(name)) for name in edited.tensors)
+    with pytest.raises(OrthogonalizeError, match="needs a run with the model's own answers"):
+        make_variants(found, ["conditional"])
 
 
 def test_method_without_directions_is_skipped_or_refused(run, monkeypatch):

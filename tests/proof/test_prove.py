@@ -8,7 +8,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from helpers.exactness import BASIS, EXACT, LAYERS, Base, baked_logits, centred_basis, gap, oblique, relative
+from helpers.exactness import (
+    BASIS,
+    EXACT,
+    LAYERS,
+    Base,
+    baked_logits,
+    centred_basis,
+    every_write_matrix,
+    gap,
+    oblique,
+    relative,
+)
 from helpers.expectations import (
     ACTADD,
     ACTADD_ATTENTION,
@@ -23,7 +34,7 @@ from helpers.tiny_models import TINY
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import AffineMap, Intervention, removal
 from orthogonalize.edits.bake import bake
-from orthogonalize.edits.scopes import map_sites, parse_scope, shift_sites
+from orthogonalize.edits.scopes import layers_in_scope, map_sites, parse_scope, shift_sites
 
 pytestmark = [pytest.mark.prove, pytest.mark.usefixtures("one_thread")]
 RANKING = [2, 0, 3, 1]
@@ -41,7 +52,7 @@ SHIFTS = ["layers:0", "one", "top:50%", "from:2"]
 RESCALED = 0.6
 
 
-def edits(name: str) -> dict[str, Intervention]:
+def edits(base: Base) -> dict[str, Intervention]:
     """Every method x scope, with one direction for all layers and with one per layer."""
     result = {}
     for scope in SCOPES:
@@ -52,6 +63,13 @@ def edits(name: str) -> dict[str, Intervention]:
             result[f"leace, {scope}"] = map_sites(parse_scope(scope), LAYERS, eraser, 2, RANKING)
         own = [removal(centred_basis(2, 50 + stream)) for stream in range(LAYERS + 1)]
         result[f"per layer, {scope}"] = map_sites(parse_scope(scope), LAYERS, own.__getitem__, 2, RANKING)
+    for rank in (1, 3):
+        everywhere = every_write_matrix(base, rank).conditional
+        for scope in SCOPES:
+            layers = layers_in_scope(parse_scope(scope), LAYERS, 2, RANKING)
+            maps = {matrix: each for matrix, each in everywhere.items() if matrix.site.layer in layers}
+            if maps:
+                result[f"conditional of rank {rank}, {scope}"] = Intervention(conditional=maps)
     return result
 
 
@@ -77,7 +95,7 @@ def refused(name: str, intervention: Intervention) -> bool:
 def test_every_method_and_scope_of_every_family_equals_hooks(name, bases, tmp_path, proof):
     base: Base = bases(name)
     exact, rescaled, count = 0.0, {"write": 0.0, "read": 0.0}, 0
-    for number, (what, intervention) in enumerate(edits(name).items()):
+    for number, (what, intervention) in enumerate(edits(base).items()):
         if refused(name, intervention):
             with pytest.raises(OrthogonalizeError):
                 bake(base.checkpoint, intervention)
