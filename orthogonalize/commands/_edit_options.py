@@ -39,8 +39,9 @@ edit_options = together(
     click.option("--coefficient", type=float, help="actadd only: length to add; default: the mean difference's."),
     choice("--span", ["direction", "positions", "inlp"], None, "conditional only: what is taken out at each site."),
     choice("--components", ["attn", "mlp", "both"], None, "conditional only: the blocks to edit; default both."),
-    click.option("--target-weight", type=float, help="conditional only: weight of the target's tokens (0.03 to 0.2)."),
+    click.option("--target-weight", type=float, help="conditional only: weight of the target's tokens (default 0.3)."),
     click.option("--preserve-weight", type=float, help="conditional only: weight of what is preserved (default 1)."),
+    click.option("--first-weight", type=float, help="conditional only: weight of how answers begin (default 3)."),
     click.option("--ridge", type=float, help="conditional only: regularisation, relative to the inputs (0.01)."),
     click.option(
         "--sequential/--one-reading",

@@ -29,6 +29,7 @@ from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
 from ..directions.direction_set import Directions
 from ..directions.fit import DirectionSettings, find_directions
+from ..edits.fitting import ANSWER_START
 from ..edits.recipe import ProbeResult
 from ..models.generation import generate, stop_tokens
 from ..models.loading import choose_device, load_model, load_tokenizer
@@ -37,7 +38,7 @@ from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
 from ..selection.fits import TOKENS, Fits
-from ..selection.own_answers import ANSWER_TOKENS, TARGET_TOKENS, OwnAnswers
+from ..selection.own_answers import ANSWER_TOKENS, OwnAnswers
 from ..selection.probes import probe_candidate
 from ..selection.run_folder import (
     Run,
@@ -134,7 +135,7 @@ class _Extraction:
                 found = asdict(self._direction_settings)
                 own = {"methods": found.pop("finders"), **found}  # stages.json calls the finders `methods`
             case "answers":
-                own = {"wanted": s.trials > 0, "tokens": [TARGET_TOKENS, ANSWER_TOKENS]}
+                own = {"wanted": s.trials > 0, "tokens": [ANSWER_START, ANSWER_TOKENS]}
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}

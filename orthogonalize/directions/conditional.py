@@ -3,23 +3,24 @@
 A write matrix computes `W x` from its input x [n]. With orthonormal rows R [k, d] of directions in the stream that it
 writes into, `W' = W - R^T C` takes `C x` out along them. C [k, n] is the solution of a ridge regression
 
-    min_C  w_T E_T |R W x - m - C x|^2  +  E_H |C x|^2  +  w_K E_K |C x|^2  +  l |C|^2
+    min_C  w_T E_T |R W x - m - C x|^2  +  E_H |C x|^2  +  sum_K w_K E_K |C x|^2  +  l |C|^2
 
 over target tokens T (whose component along R is brought to m, what harmless tokens write on average), harmless tokens
-H, and preserved tokens K (whose outputs should not move). Its normal equations are
+H, and sets K of preserved tokens (whose outputs should not move). Its normal equations are
 
-    C (S_H + w_K S_K + w_T S_T + l I) = w_T E_T[(R W x - m) x^T],        S = E[x x^T] over the tokens of a set,
+    C (S_H + sum_K w_K S_K + w_T S_T + l I) = w_T E_T[(R W x - m) x^T],    S = E[x x^T] over the tokens of a set,
 
-with `l = ridge * mean(diag(S_H + w_K S_K))`, so that `ridge` has no unit. This is the update of MEMIT (Meng et al.
-2023, eq. 14) with values restricted to the span of R. AlphaEdit (Fang et al. 2024) and AlphaSteer (arXiv 2506.07022)
-are relatives, which project on the null space of what is preserved instead. Bringing a component to the harmless mean
-is ACE's idea (arXiv 2411.09003).
+with `l = ridge * mean(diag(S_H + sum_K w_K S_K))`, so that `ridge` has no unit. This is the update of MEMIT
+(Meng et al. 2023, eq. 14) with values restricted to the span of R. AlphaEdit (Fang et al. 2024) and AlphaSteer (arXiv
+2506.07022) are relatives, which project on the null space of what is preserved instead. Bringing a component to the
+harmless mean is ACE's idea (arXiv 2411.09003).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -85,6 +86,7 @@ def solve_from_moments(
     origin: torch.Tensor | None = None,
     target_weight: float = 0.1,
     preserve_weight: float = 1.0,
+    preserved_weights: Sequence[float] = (),
     ridge: float = 0.01,
 ) -> ConditionalMap:
     """The conditional map from second moments; the cost is one [n, n] Cholesky factorisation.
@@ -93,7 +95,7 @@ def solve_from_moments(
         r: orthonormal rows [k, d] of the stream.
         target: moments of target tokens; the values are their components `R W x` [k].
         harmless: moments of harmless tokens; with values, their mean is where the target is brought.
-        preserved: moments of further sets, each weighted by `preserve_weight`.
+        preserved: moments of further sets, each weighted by `preserve_weight`, times its own of `preserved_weights`.
         origin: where the target's component is brought [k], instead of the harmless mean.
         target_weight: w_T; too small leaves part of the behaviour, too large moves harmless outputs.
         ridge: l as a share of the mean squared input.
@@ -102,9 +104,10 @@ def solve_from_moments(
         OrthogonalizeError: a set is empty, or the system is singular (a zero `ridge` with dependent inputs).
     """
     _check_weights(target_weight, preserve_weight, ridge)
-    kept = harmless.second + preserve_weight * sum(
-        (each.second for each in preserved), torch.zeros_like(harmless.second)
-    )
+    shares = preserved_weights or [1.0] * len(preserved)
+    kept = harmless.second
+    for share, each in zip(shares, preserved, strict=True):
+        kept = kept + preserve_weight * share * each.second
     system = kept + target_weight * target.second
     system.diagonal().add_(ridge * kept.diagonal().mean())
     m = harmless.value_mean if origin is None else origin
@@ -124,6 +127,7 @@ def solve_from_samples(
     origin: torch.Tensor | None = None,
     target_weight: float = 0.1,
     preserve_weight: float = 1.0,
+    preserved_weights: Sequence[float] = (),
     ridge: float = 0.01,
 ) -> ConditionalMap:
     """The same map from the tokens themselves: through the primal or the dual system, whichever is smaller.
@@ -137,18 +141,25 @@ def solve_from_samples(
     _check_weights(target_weight, preserve_weight, ridge)
     inputs = target[0].shape[-1]
     tokens = len(target[0]) + len(harmless[0]) + sum(map(len, preserved))
-    settings = {"target_weight": target_weight, "preserve_weight": preserve_weight, "ridge": ridge}
+    settings = {
+        "target_weight": target_weight, "preserve_weight": preserve_weight, "preserved_weights": preserved_weights,
+        "ridge": ridge,
+    }  # fmt: skip
     if tokens >= inputs or not ridge:
         values, device = target[1].shape[-1], target[0].device
         t, h = (InputMoments(inputs, values, device).update(*pair) for pair in (target, harmless))
         k = [InputMoments(inputs, device=device).update(x) for x in preserved]
-        return solve_from_moments(r, t, h, k, origin=origin, **settings)
+        return solve_from_moments(r, t, h, k, origin=origin, **settings)  # type: ignore[arg-type]
     if not all(len(x) for x in (target[0], harmless[0], *preserved)):
         raise OrthogonalizeError("a set of tokens for a conditional edit is empty")
     x, y = (part.to(torch.float64) for part in target)
     m = harmless[1].to(torch.float64).mean(0) if origin is None else origin.to(x)
     rows = [((target_weight / len(x)) ** 0.5) * x, harmless[0].to(x) / len(harmless[0]) ** 0.5]
-    rows += [((preserve_weight / len(each)) ** 0.5) * each.to(x) for each in preserved]
+    shares = preserved_weights or [1.0] * len(preserved)
+    rows += [
+        ((preserve_weight * share / len(each)) ** 0.5) * each.to(x)
+        for share, each in zip(shares, preserved, strict=True)
+    ]
     a = torch.cat(rows)  # S_H + w_K S_K + w_T S_T = a^T a
     kept = a[len(x) :]
     system = a @ a.mT
@@ -161,10 +172,19 @@ def solve_from_samples(
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of the regression: w_T of target tokens, w_K of preserved ones, and the ridge."""
+    """The weights of the regression.
 
-    target: float = 0.1
+    Attributes:
+        target: w_T, of the target's tokens.
+        preserve: of all tokens of a preserved set, against 1 for those of harmless prompts.
+        first: of the tokens with which answers begin, at the positions where the target's are: a set of its own, since
+            they are few among all tokens of an answer, but decide what it will be.
+        ridge: see above.
+    """
+
+    target: float = 0.3
     preserve: float = 1.0
+    first: float = 3.0
     ridge: float = 0.01
 
 
@@ -196,10 +216,14 @@ class InputTokens:
         return self._parts[0][0].shape[-1] if self._parts else self._moments.inputs if self._moments else 0
 
     @property
-    def samples(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Inputs [tokens, n] and values [tokens, k]; None if there are too many."""
+    def samples(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs [tokens, n] and values [tokens, k], while they are kept.
+
+        Raises:
+            OrthogonalizeError: there are no tokens.
+        """
         if not self._parts:
-            return None
+            raise OrthogonalizeError("a set of tokens for a conditional edit is empty")
         x, y = zip(*self._parts, strict=True)
         return torch.cat(x), torch.cat(y)
 
@@ -223,29 +247,28 @@ class InputTokens:
 
 def solve(
     r: torch.Tensor,
-    sets: tuple[InputTokens, InputTokens, Sequence[InputTokens]],
+    sets: tuple[InputTokens, InputTokens, Sequence[tuple[float, InputTokens]]],
     weights: Weights,
     origin: torch.Tensor | None = None,
 ) -> ConditionalMap:
-    """The conditional map of target, harmless and preserved tokens, on the CPU; primal or dual, whichever is smaller.
+    """The conditional map of target, harmless and (weighted) preserved tokens, on the CPU.
+
+    It is solved in its primal or dual form, whichever is smaller.
 
     Raises:
         OrthogonalizeError: see `solve_from_moments`.
     """
-    target, harmless, preserved = sets
-    everything = (target, harmless, *preserved)
-    samples = [each.samples for each in everything]
-    settings = {
-        "origin": origin, "target_weight": weights.target, "preserve_weight": weights.preserve, "ridge": weights.ridge
+    target, harmless, weighted = sets
+    preserved = [each for _, each in weighted]
+    settings: dict[str, Any] = {
+        "origin": origin, "target_weight": weights.target, "preserved_weights": [weight for weight, _ in weighted],
+        "ridge": weights.ridge,
     }  # fmt: skip
-    few = sum(each.count for each in everything) < target.inputs
-    if few and samples[0] is not None and samples[1] is not None:
-        kept = [found[0] for found in samples[2:] if found is not None]
-        found = solve_from_samples(r, samples[0], samples[1], kept, **settings)  # type: ignore[arg-type]
+    if sum(each.count for each in (target, harmless, *preserved)) < target.inputs:
+        kept = [each.samples[0] for each in preserved]
+        found = solve_from_samples(r, target.samples, harmless.samples, kept, **settings)
     else:
-        found = solve_from_moments(
-            r, target.moments, harmless.moments, [each.moments for each in preserved], **settings  # type: ignore[arg-type]
-        )  # fmt: skip
+        found = solve_from_moments(r, target.moments, harmless.moments, [k.moments for k in preserved], **settings)
     return ConditionalMap(found.r.cpu(), found.c.cpu())
 
 

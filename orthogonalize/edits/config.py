@@ -27,7 +27,7 @@ class EditConfig(BaseModel):
         span: for `conditional`, what is taken out at each site: its own stream's `direction`, the span of the mean
             differences at all `positions` of the template, or `inlp`'s basis.
         components: for `conditional`, the blocks that are edited.
-        target_weight, preserve_weight, ridge: for `conditional`, the weights of the regression (see
+        target_weight, preserve_weight, first_weight, ridge: for `conditional`, the weights of the regression (see
             `directions.conditional`).
         sequential: for `conditional`, whether each group of layers is read behind the edits of those before it.
         to: for `ablate`, what the component along the direction becomes: zero, or that of the harmless (negative)
@@ -49,8 +49,9 @@ class EditConfig(BaseModel):
     coefficient: float | None = None
     span: Literal["direction", "positions", "inlp"] = "direction"
     components: Literal["attn", "mlp", "both"] = "both"
-    target_weight: Annotated[float, Field(gt=0)] = 0.1
+    target_weight: Annotated[float, Field(gt=0)] = 0.3
     preserve_weight: Annotated[float, Field(ge=0)] = 1.0
+    first_weight: Annotated[float, Field(ge=0)] = 3.0
     ridge: Annotated[float, Field(gt=0)] = 0.01
     sequential: bool = True
     to: Literal["zero", "harmless-mean"] = "zero"
@@ -100,6 +101,8 @@ class EditConfig(BaseModel):
             words.append("attention only" if self.components == "attn" else "MLPs only")
         if self.preserve_weight != 1.0:
             words.append(f"preserve weight {self.preserve_weight:g}")
+        if self.first_weight != 3.0:
+            words.append(f"first weight {self.first_weight:g}")
         if self.ridge != 0.01:
             words.append(f"ridge {self.ridge:g}")
         if not self.sequential:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,24 @@ from .scopes import layers_in_scope, parse_scope, stream_after
 GROUP = 3  # layers that are read together
 # An expert that saw fewer tokens of a set is left as it is: its own regression would mean nothing.
 FEWEST = 16
-TARGET, HARMLESS = "target", "harmless"
+TARGET, HARMLESS, PRESERVED = "target", "harmless", "preserved: "
+ANSWER_START = 8  # tokens of an answer that are its start: they decide whether it shows the behaviour
+
+
+@dataclass(frozen=True)
+class AnsweredTokens:
+    """Prompts and the model's own answers to them, as one sequence of token ids each; and the prompts' lengths."""
+
+    ids: Sequence[Sequence[int]]
+    prompts: Sequence[int]
+
+    def whole(self) -> TokenSet:
+        """All tokens."""
+        return TokenSet(self.ids, [0] * len(self.ids))
+
+    def first(self, template: int) -> TokenSet:
+        """The last `template` tokens of the prompts, and the first ones of the answers."""
+        return TokenSet(self.ids, [n - template for n in self.prompts], [n + ANSWER_START for n in self.prompts])
 
 
 @dataclass(frozen=True)
@@ -39,24 +56,39 @@ class FitTokens:
     """The tokens that a conditional edit is fitted to.
 
     Attributes:
-        target: the last template positions of target prompts and the first tokens of the model's answers to them.
-        harmless: all tokens of harmless prompts and of the model's answers to them.
-        preserved: all tokens of further prompts whose outputs should not move, with answers, by name.
+        template: the number of template tokens between a prompt's text and the answer.
+        target: prompts that show the behaviour, of which the last template positions and the first tokens of the
+            answers count.
+        harmless: prompts that do not, of which all tokens count.
+        preserved: further prompts whose outputs should not move, by name; likewise.
     """
 
-    target: TokenSet
-    harmless: TokenSet
-    preserved: Mapping[str, TokenSet] = field(default_factory=dict)
+    template: int
+    target: AnsweredTokens
+    harmless: AnsweredTokens
+    preserved: Mapping[str, AnsweredTokens] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> dict[str, tuple[TokenSet, bool, bool]]:
+        """By name, the sets of tokens whose outputs should not move besides the harmless ones.
+
+        Each with whether it is of a preserved source, and whether it is of first tokens.
+        """
+        sets = {f"{HARMLESS}, first": (self.harmless.first(self.template), False, True)}
+        for name, each in self.preserved.items():
+            sets[f"{PRESERVED}{name}"] = (each.whole(), True, False)
+            sets[f"{PRESERVED}{name}, first"] = (each.first(self.template), True, True)
+        return sets
 
     @property
     def sets(self) -> dict[str, TokenSet]:
         """All sets by name."""
-        return {TARGET: self.target, HARMLESS: self.harmless, **self.preserved}
+        kept = {name: tokens for name, (tokens, _, _) in self.kept.items()}
+        return {TARGET: self.target.first(self.template), HARMLESS: self.harmless.whole(), **kept}
 
     def save(self, file: Path) -> None:
         """Write the token ids as JSON."""
-        sets = {name: {"ids": list(each.ids), "starts": list(each.starts)} for name, each in self.sets.items()}
-        write_atomically(file, json.dumps(sets) + "\n")
+        write_atomically(file, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, file: Path) -> FitTokens:
@@ -66,8 +98,10 @@ class FitTokens:
             OrthogonalizeError: the file is missing or damaged.
         """
         try:
-            sets = {name: TokenSet(**each) for name, each in json.loads(file.read_text("utf-8")).items()}
-            return cls(sets.pop(TARGET), sets.pop(HARMLESS), sets)
+            stored = json.loads(file.read_text("utf-8"))
+            target, harmless = (AnsweredTokens(**stored[name]) for name in (TARGET, HARMLESS))
+            preserved = {name: AnsweredTokens(**each) for name, each in stored["preserved"].items()}
+            return cls(stored["template"], target, harmless, preserved)
         except FileNotFoundError:
             raise OrthogonalizeError(
                 f"{file.parent} lacks the model's own answers, which a conditional edit is fitted to; run extract again"
@@ -108,13 +142,17 @@ def fit_conditional(
     """
     stream = Stream.of(model)
     reader = WriteReader(model, tokens.sets)
+    shares = {
+        name: (weights.preserve if preserved else 1.0) * (weights.first if first else 1.0)
+        for name, (_, preserved, first) in tokens.kept.items()
+    }
     groups = _groups(sites) if sequential else [list(sites)]
     fitted, left_alone = {}, 0
     previous: dict[WriteMatrix, ConditionalMap] = {}
     with track("fitting a conditional edit", len(sites), "write sites") as advance:
         for group in groups:
             regressions = [
-                _Regression(module, basis, stream, set(tokens.sets))
+                _Regression(module, basis, stream, shares)
                 for site in group
                 if (basis := basis_at(stream_after(site))) is not None
                 for module in write_modules(stream, site).values()
@@ -173,7 +211,7 @@ def spans_of(choice: EditConfig, directions: Directions) -> Callable[[int], torc
 
 def weights_of(choice: EditConfig) -> Weights:
     """The weights of the regression that `choice` gives."""
-    return Weights(choice.target_weight, choice.preserve_weight, choice.ridge)
+    return Weights(choice.target_weight, choice.preserve_weight, choice.first_weight, choice.ridge)
 
 
 def _groups(sites: Sequence[Site]) -> list[list[Site]]:
@@ -187,8 +225,8 @@ def _groups(sites: Sequence[Site]) -> list[list[Site]]:
 class _Regression:
     """The regression of one write matrix, or of each of its experts."""
 
-    def __init__(self, module: WriteModule, basis: torch.Tensor, stream: Stream, sets: set[str]) -> None:
-        self.matrix, self.basis, self.sets = module.matrix, basis, sets
+    def __init__(self, module: WriteModule, basis: torch.Tensor, stream: Stream, shares: Mapping[str, float]) -> None:
+        self.matrix, self.basis, self.shares = module.matrix, basis, shares
         self.norm: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
         if module.part.post_norm is not None:
             norm = stream.inner(module.matrix.site, module.part.post_norm)
@@ -224,9 +262,9 @@ class _Regression:
         c = torch.stack([solved.get(e, torch.zeros_like(first)) for e in range(self.experts)])
         return ConditionalMap(self.basis, c), self.experts - len(solved)
 
-    def _sets(self, expert: int | None) -> tuple[InputTokens, InputTokens, list[InputTokens]]:
+    def _sets(self, expert: int | None) -> tuple[InputTokens, InputTokens, list[tuple[float, InputTokens]]]:
         seen = self.seen.get(expert, {})
-        kept = [seen[name] for name in sorted(self.sets - {TARGET, HARMLESS}) if name in seen]
+        kept = [(share, seen[name]) for name, share in self.shares.items() if name in seen]
         return seen.get(TARGET, InputTokens()), seen.get(HARMLESS, InputTokens()), kept
 
     def _enough(self, expert: int) -> bool:

@@ -40,6 +40,7 @@ class EditSettings:
     components: str | None = None
     target_weight: float | None = None
     preserve_weight: float | None = None
+    first_weight: float | None = None
     ridge: float | None = None
     sequential: bool | None = None
     to: Literal["zero", "harmless-mean"] | None = None

@@ -20,19 +20,29 @@ from .write_matrices import Watch, conditionally_edited, watching, write_modules
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Sequences of token ids; the tokens of sequence i that count are those from `starts[i]` on."""
+    """Sequences of token ids; the tokens of sequence i that count are `starts[i]` to `ends[i]` (None: to its end).
+
+    Sets that hold the very same `ids` are read together.
+    """
 
     ids: Sequence[Sequence[int]]
     starts: Sequence[int]
+    ends: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        if len(self.ids) != len(self.starts):
-            raise ValueError(f"{len(self.ids)} sequences, but {len(self.starts)} starts")
+        if not len(self.ids) == len(self.starts) == len(self.lasts):
+            raise ValueError(f"{len(self.ids)} sequences, but {len(self.starts)} starts or {len(self.lasts)} ends")
+
+    @property
+    def lasts(self) -> list[int]:
+        """The end of what counts of each sequence."""
+        whole = [len(row) for row in self.ids]
+        return whole if self.ends is None else [min(end, n) for end, n in zip(self.ends, whole, strict=True)]
 
     @property
     def count(self) -> int:
         """The number of tokens that count."""
-        return sum(len(row) - start for row, start in zip(self.ids, self.starts, strict=True))
+        return sum(end - start for start, end in zip(self.starts, self.lasts, strict=True))
 
 
 Take = Callable[[str, WriteMatrix, "int | None", torch.Tensor, torch.Tensor], None]
@@ -42,9 +52,8 @@ Take = Callable[[str, WriteMatrix, "int | None", torch.Tensor, torch.Tensor], No
 
 @dataclass
 class _Batch:
-    name: str
     padded: torch.Tensor
-    counted: torch.Tensor  # [batch * tokens], bool
+    counted: dict[str, torch.Tensor]  # by set, [batch * tokens], bool
     hidden: torch.Tensor | None = None  # the stream at the input of the layer that the reader has come to
 
 
@@ -59,13 +68,19 @@ class WriteReader:
         self.batches: list[_Batch] = []
         self.at = 0
         self.wrapped = False
-        for name, tokens_of in sets.items():
-            for group in batches(tokens_of.ids, tokens):
-                padded, lengths = pad([tokens_of.ids[i] for i in group], model.device)
-                starts = torch.tensor([tokens_of.starts[i] for i in group], device=model.device)
-                places = torch.arange(padded.shape[1], device=model.device)
-                counted = (places >= starts[:, None]) & (places < lengths[:, None])
-                self.batches.append(_Batch(name, padded, counted.flatten()))
+        together: dict[int, dict[str, TokenSet]] = {}
+        for name, each in sets.items():
+            together.setdefault(id(each.ids), {})[name] = each
+        for shared in together.values():
+            ids = next(iter(shared.values())).ids
+            for group in batches(ids, tokens):
+                padded, _ = pad([ids[i] for i in group], model.device)
+                places = torch.arange(padded.shape[1])
+                counted = {}
+                for name, each in shared.items():
+                    starts, ends = (torch.tensor([of[i] for i in group])[:, None] for of in (each.starts, each.lasts))
+                    counted[name] = ((places >= starts) & (places < ends)).flatten().to(model.device)
+                self.batches.append(_Batch(padded, counted))
 
     @torch.inference_mode()
     def read(
@@ -117,8 +132,9 @@ class WriteReader:
         if not matrix.routed:
 
             def dense(inputs: torch.Tensor, outputs: torch.Tensor, _expert: int | None) -> None:
-                x, y = (part.reshape(-1, part.shape[-1])[batch.counted] for part in (inputs, outputs))
-                take(batch.name, matrix, None, x, y)
+                for name, counted in batch.counted.items():
+                    x, y = (part.reshape(-1, part.shape[-1])[counted] for part in (inputs, outputs))
+                    take(name, matrix, None, x, y)
 
             return dense
         chosen: list[torch.Tensor] = []  # experts [tokens, per token], as the router has chosen them
@@ -131,18 +147,20 @@ class WriteReader:
         stack.callback(module.register_forward_pre_hook(routing, with_kwargs=True).remove)
 
         def expert(inputs: torch.Tensor, outputs: torch.Tensor, number: int | None) -> None:
-            x, y = inputs, outputs
             if chosen:  # transformers computes an expert's tokens in this order
                 tokens = torch.eq(chosen[0].mT, number or 0).nonzero(as_tuple=True)[1]
-                counted = batch.counted[tokens]
+                own = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
             else:  # every expert sees all tokens, those that are not its own as zeros
-                counted = batch.counted & (x != 0).any(-1)
-            if len(counted) != len(x):
+                tokens = torch.arange(batch.padded.numel(), device=inputs.device)
+                own = (inputs != 0).any(-1)
+            if len(tokens) != len(inputs):
                 raise OrthogonalizeError(
-                    f"{matrix} has {len(x)} tokens where its router chose {len(counted)}; this version of transformers "
-                    "routes in another way than can be read, so use --components attn"
+                    f"{matrix} has {len(inputs)} tokens where its router chose {len(tokens)}; this version of "
+                    "transformers routes in another way than can be read, so use --components attn"
                 )
-            if counted.any():
-                take(batch.name, matrix, number, x[counted], y[counted])
+            for name, counted in batch.counted.items():
+                here = counted[tokens] & own
+                if here.any():
+                    take(name, matrix, number, inputs[here], outputs[here])
 
         return expert

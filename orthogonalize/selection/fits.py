@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class Fits:
         depends = {
             **choice.model_dump(include={"span", "position", "rank", "sequential"}),
             "sites": [str(site) for site in sites],
-            "regression": [choice.target_weight, choice.preserve_weight, choice.ridge],
+            "regression": asdict(weights_of(choice)),
             "weights": self.weights,
             "directions": hashlib.sha256(self.directions.mean_diffs.numpy().tobytes()).hexdigest(),
             "tokens": hashlib.sha256(tokens.read_bytes()).hexdigest() if tokens.is_file() else None,

@@ -10,11 +10,9 @@ from ..core.journal import Journal
 from ..core.progress import track
 from ..data.chat import ChatFormat
 from ..data.prompts import PreservedPrompt, Prompt
-from ..edits.fitting import HARMLESS, TARGET, FitTokens
-from ..models.write_reading import TokenSet
+from ..edits.fitting import ANSWER_START, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
 
 ANSWER_TOKENS = 48
-TARGET_TOKENS = 8  # of an answer that shows the behaviour: the first ones decide whether it does
 
 Generate = Callable[[list[list[int]], int, Any], list[list[int]]]
 """Greedy answers to prompts (token ids), of at most so many tokens; takes a progress callback."""
@@ -37,17 +35,18 @@ class OwnAnswers:
             if p.split == "train":
                 sets.setdefault(p.source, []).append(p.text)
         return FitTokens(
-            self._answered(TARGET, texts("positive"), TARGET_TOKENS, len(self.chat.positions())),
+            len(self.chat.positions()),
+            self._answered(TARGET, texts("positive"), ANSWER_START),
             self._answered(HARMLESS, texts("negative"), ANSWER_TOKENS),
-            {source: self._answered(f"preserved:{source}", each, ANSWER_TOKENS) for source, each in sets.items()},
+            {source: self._answered(f"{PRESERVED}{source}", each, ANSWER_TOKENS) for source, each in sets.items()},
         )
 
-    def _answered(self, name: str, texts: list[str], tokens: int, last: int | None = None) -> TokenSet:
-        """Prompts and answers as one sequence each; of a prompt, all tokens count, or the `last` ones."""
+    def _answered(self, name: str, texts: list[str], tokens: int) -> AnsweredTokens:
+        """Prompts and answers of at most so many tokens."""
         ids = self.chat.encode_all(texts)
         if name not in self.journal:
             with track(f"the model's own answers ({name})", len(ids), "prompts") as advance:
                 self.journal.put({name: self.generate(ids, tokens, advance)})
             check()
         rows = [row + answer for row, answer in zip(ids, self.journal[name], strict=True)]
-        return TokenSet(rows, [0 if last is None else len(row) - last for row in ids])
+        return AnsweredTokens(rows, [len(row) for row in ids])

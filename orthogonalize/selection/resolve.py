@@ -94,7 +94,9 @@ def choose(run: Run, **given: Any) -> EditConfig:
         if tried:
             return tried[0]
     method = named.setdefault("method", DEFAULT)
-    named.setdefault("scope", METHODS.find(method).default_scope)
+    if METHODS.find(method).fitted:
+        named.setdefault("scope", METHODS[method].scopes(run.info.layer_count)[0])
+    named.setdefault("scope", METHODS[method].default_scope)
     if METHODS[method].fitted:  # to every layer's own direction, where the model is about to answer
         named.setdefault("position", run.directions.positions[-1])
         named["per_layer"] = True

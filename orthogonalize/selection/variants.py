@@ -173,14 +173,14 @@ def make_variants(
     twice = next((name for names in (wanted, scopes) for name in names if list(names).count(name) > 1), None)
     if twice is not None:
         raise OrthogonalizeError(f"{twice} is given twice")
-    for scope in scopes:
-        if parse_scope(scope).kind == "from":
-            raise OrthogonalizeError("a sweep cannot use scope 'from', which edits reads; its other scopes edit writes")
     tried = _tried_methods(run, wanted, fits)
+    reads = any(parse_scope(scope).kind == "from" for scope in scopes)
+    if reads and not all(method.fitted for method in tried):
+        raise OrthogonalizeError("a sweep cannot use scope 'from', which edits reads; its other scopes edit writes")
     grid.check_taken(tried)
     result: list[Variant] = []
     for method in tried:
-        for scope in scopes or method.swept_scopes:
+        for scope in scopes or method.scopes(run.info.layer_count):
             if method.fitted and fits is not None:
                 result += _fitted(run, method, scope, grid, fits)
             elif method.adds:

@@ -15,9 +15,10 @@ from orthogonalize.commands import extract as extraction
 from orthogonalize.commands.extract import extract
 from orthogonalize.data.refusals import LEAST_TOKENS
 from orthogonalize.edits.config import EditConfig
+from orthogonalize.edits.fitting import ANSWER_START
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.reports.run_plots import plot_run, trial_figure
-from orthogonalize.selection.own_answers import ANSWER_TOKENS, TARGET_TOKENS
+from orthogonalize.selection.own_answers import ANSWER_TOKENS
 from orthogonalize.selection.run_folder import Run, load_run, save_selection
 from orthogonalize.selection.search.objectives import Trial
 
@@ -131,7 +132,7 @@ def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources,
     found = extract(str(model), tmp_path / "run", **sources, settings=settings)
     *own, base, first, second = lengths
     confirming = [base, first, second]
-    assert own == [TARGET_TOKENS, ANSWER_TOKENS, ANSWER_TOKENS], "to fit to, on both sides, and to measure along"
+    assert own == [ANSWER_START, ANSWER_TOKENS, ANSWER_TOKENS], "to fit to, on both sides, and to measure along"
     assert len(confirming) == 3, "the base's answers, and those of both edits"
     assert min(confirming) >= max(LEAST_TOKENS, 100)
     assert [t.confirmed for t in found.trials] == [1.0, 1.0]

@@ -92,9 +92,9 @@ def test_fitted_edits_are_swept_where_the_run_has_answers(run, model, tmp_path):
     found, source = load_run(run), open_checkpoint(model)
     variants = make_variants(found, ["conditional"], fits=fits_of(run, found, source))
     assert [v.name for v in variants] == [
-        "conditional direction 0.1 all", "conditional positions 0.03 all", "conditional positions 0.1 all"
+        f"conditional {weight} from:{LAYERS // 2}" for weight in ("0.1", "0.3", "1")
     ]  # fmt: skip
-    edit(str(model), tmp_path / "edited", run=run, method="conditional", span="positions", target_weight=0.1)
+    edit(str(model), tmp_path / "edited", run=run, method="conditional", target_weight=1.0)
     swapped = bake(source, variants[2].intervention).checkpoint
     edited = open_checkpoint(tmp_path / "edited")
     assert swapped.edits

@@ -7,9 +7,10 @@ import torch
 from helpers.exactness import LAYERS, centred_basis
 from helpers.tiny_models import DoublePrecision
 
+from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import EXPERTS, Intervention, Site, WriteMatrix, block_sites
 from orthogonalize.directions.conditional import InputTokens, Weights, solve
-from orthogonalize.edits.fitting import FitTokens, fit_conditional
+from orthogonalize.edits.fitting import AnsweredTokens, FitTokens, fit_conditional
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.stream import Stream
 from orthogonalize.models.write_reading import TokenSet, WriteReader
@@ -18,14 +19,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 R = centred_basis(2, 17)
 
 
-def token_set(seed: int, count: int, all_tokens: bool) -> TokenSet:
+def answered(seed: int, count: int) -> AnsweredTokens:
+    """Random prompts of 5 to 11 tokens with answers of up to 12."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(5, 12, (count,), generator=generator).tolist()
-    ids = [torch.randint(3, 90, (n,), generator=generator).tolist() for n in lengths]
-    return TokenSet(ids, [0 if all_tokens else n - 4 for n in lengths])
+    prompts = torch.randint(5, 12, (count,), generator=generator).tolist()
+    answers = torch.randint(0, 13, (count,), generator=generator).tolist()
+    ids = [torch.randint(3, 90, (n + m,), generator=generator).tolist() for n, m in zip(prompts, answers, strict=True)]
+    return AnsweredTokens(ids, prompts)
 
 
-TOKENS = FitTokens(token_set(1, 14, False), token_set(2, 20, True), {"kept": token_set(3, 6, True)})
+TEMPLATE = 3
+TOKENS = FitTokens(TEMPLATE, answered(1, 14), answered(2, 20), {"kept": answered(3, 6)})
 
 
 def seen_alone(model, module, tokens: TokenSet) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,27 +38,45 @@ def seen_alone(model, module, tokens: TokenSet) -> tuple[torch.Tensor, torch.Ten
     handle = module.register_forward_hook(lambda _m, args, out: parts.append((args[0], out)))
     taken = []
     with torch.inference_mode(), DoublePrecision():
-        for row, start in zip(tokens.ids, tokens.starts, strict=True):
+        for row, start, end in zip(tokens.ids, tokens.starts, tokens.lasts, strict=True):
             parts.clear()
             model(input_ids=torch.tensor([row]), use_cache=False)
             x, y = (part.reshape(-1, part.shape[-1]) for part in parts[-1])
-            taken.append((x[start:], y[start:]))
+            taken.append((x[start:end], y[start:end]))
     handle.remove()
     return torch.cat([x for x, _ in taken]), torch.cat([y for _, y in taken])
 
 
 def solved(model, module, weights: Weights):
-    """The map of one module from independently read tokens."""
-    sets = []
-    for tokens in TOKENS.sets.values():
-        x, y = seen_alone(model, module, tokens)
-        sets.append(InputTokens().update(x, y @ R.mT))
-    return solve(R, (sets[0], sets[1], sets[2:]), weights)
+    """The map of one module from independently read tokens, each set with its weight."""
+    target, harmless, kept = TOKENS.target, TOKENS.harmless, TOKENS.preserved["kept"]
+    sets = [
+        target.first(TEMPLATE), harmless.whole(), harmless.first(TEMPLATE), kept.whole(), kept.first(TEMPLATE)
+    ]  # fmt: skip
+    shares = [weights.first, weights.preserve, weights.preserve * weights.first]
+    read = [InputTokens().update(x, y @ R.mT) for x, y in (seen_alone(model, module, tokens) for tokens in sets)]
+    return solve(R, (read[0], read[1], list(zip(shares, read[2:], strict=True))), weights)
+
+
+def test_first_tokens_are_the_template_and_the_start_of_the_answer():
+    tokens = AnsweredTokens([list(range(30)), list(range(12))], [10, 11]).first(3)
+    assert [row[start:end] for row, start, end in zip(tokens.ids, tokens.starts, tokens.lasts, strict=True)] == [
+        list(range(7, 18)), [8, 9, 10, 11]
+    ]  # fmt: skip
+    assert tokens.count == 15
+
+
+def test_tokens_are_the_same_after_saving(tmp_path):
+    TOKENS.save(tmp_path / "tokens.json")
+    assert FitTokens.load(tmp_path / "tokens.json") == TOKENS
+    (tmp_path / "tokens.json").write_text('{"target": {}}')
+    with pytest.raises(OrthogonalizeError, match=r"tokens\.json is damaged"):
+        FitTokens.load(tmp_path / "tokens.json")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mamba2", "falcon_h1"])
 def test_fit_from_one_reading_is_the_regression_on_each_input(name, bases):
-    model, weights = bases(name).model, Weights(0.3, 2.0, 0.05)
+    model, weights = bases(name).model, Weights(0.3, 2.0, 4.0, 0.05)
     with DoublePrecision():
         fit = fit_conditional(model, TOKENS, lambda _: R, block_sites(range(LAYERS)), weights, sequential=False)
     stream = Stream.of(model)
@@ -66,7 +88,7 @@ def test_fit_from_one_reading_is_the_regression_on_each_input(name, bases):
 
 def test_sequential_fit_reads_behind_earlier_edits(bases):
     """Layers 0 to 2 from the base; layer 3 as read while the edits of those are applied."""
-    model, weights = bases("llama").model, Weights(0.3, 2.0, 0.05)
+    model, weights = bases("llama").model, Weights(0.3, 2.0, 4.0, 0.05)
     with DoublePrecision():
         fit = fit_conditional(model, TOKENS, lambda _: R, block_sites(range(LAYERS)), weights)
     stream, last = Stream.of(model), WriteMatrix(Site("mlp", 3), "mlp.down_proj")
@@ -84,7 +106,7 @@ def test_an_expert_sees_the_tokens_that_are_routed_to_it(name, bases, monkeypatc
     """Against a replacement of every other expert's matrix by zeros, one token at a time."""
     model = bases(name).model
     site = next(s for s in block_sites(range(LAYERS)) if WriteMatrix(s, EXPERTS) in _matrices(model, s))
-    matrix, tokens = WriteMatrix(site, EXPERTS), token_set(5, 3, False)
+    matrix, tokens = WriteMatrix(site, EXPERTS), answered(5, 3).first(TEMPLATE)
     seen: dict[int, list[torch.Tensor]] = {}
 
     def take(_name, _matrix, expert, x, y):
@@ -95,9 +117,9 @@ def test_an_expert_sees_the_tokens_that_are_routed_to_it(name, bases, monkeypatc
         WriteReader(model, {"all": tokens}).read([matrix], take)
         together = {e: torch.cat(rows) for e, rows in seen.items()}
         seen.clear()
-        for row, start in zip(tokens.ids, tokens.starts, strict=True):
-            for end in range(start, len(row)):  # the last token alone counts
-                WriteReader(model, {"all": TokenSet([row[: end + 1]], [end])}).read([matrix], take)
+        for row, start, end in zip(tokens.ids, tokens.starts, tokens.lasts, strict=True):
+            for last in range(start, end):  # the last token alone counts
+                WriteReader(model, {"all": TokenSet([row[: last + 1]], [last])}).read([matrix], take)
     alone = {e: torch.cat(rows) for e, rows in seen.items()}
     assert together.keys() == alone.keys()
     for e in alone:
@@ -117,12 +139,10 @@ def _same_rows(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_experts_that_saw_too_few_tokens_are_left_alone(bases):
     model = bases("mixtral").model
-    few = FitTokens(token_set(1, 9, False), token_set(2, 9, True))
+    few = FitTokens(TEMPLATE, answered(1, 6), answered(2, 4))
     sites = [Site("mlp", 1)]
     fit = fit_conditional(model, few, lambda _: R, sites, Weights())
-    many = fit_conditional(
-        model, FitTokens(token_set(1, 80, False), token_set(2, 60, True)), lambda _: R, sites, Weights()
-    )
+    many = fit_conditional(model, FitTokens(TEMPLATE, answered(1, 80), answered(2, 60)), lambda _: R, sites, Weights())
     assert fit.left_alone > many.left_alone
     for found in fit.maps.values():
         assert int((found.c.abs().sum((1, 2)) == 0).sum()) == fit.left_alone

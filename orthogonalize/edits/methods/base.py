@@ -50,6 +50,13 @@ class EditMethod:
     grid: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     swept_scopes: ClassVar[tuple[str, ...]] = ("one", "top:50%", "all")
 
+    def scopes(self, layer_count: int) -> tuple[str, ...]:
+        """The scopes that a sweep tries in a model of `layer_count` layers, of a fitted method its default first.
+
+        By default, `swept_scopes`.
+        """
+        return self.swept_scopes
+
     def finder(self, directions: Directions, chosen: str | None = None) -> str:
         """The finder `chosen`, or else the first of `finders` that found something in `directions`, else the last.
 

@@ -23,14 +23,15 @@ class Conditional(EditMethod):
     name = "conditional"
     summary = "removes directions only where the input is like the target's"
     needs = "directions of every layer, and the model itself"
-    options = frozenset({"span", "components", "target_weight", "preserve_weight", "ridge", "sequential"})
-    fitted = True
-    grid = (
-        {"span": "direction", "target_weight": 0.1},
-        {"span": "positions", "target_weight": 0.03},
-        {"span": "positions", "target_weight": 0.1},
+    options = frozenset(
+        {"span", "components", "target_weight", "preserve_weight", "first_weight", "ridge", "sequential"}
     )
-    swept_scopes = ("all",)
+    fitted = True
+    grid = ({"target_weight": 0.1}, {"target_weight": 0.3}, {"target_weight": 1.0})
+
+    def scopes(self, layer_count: int) -> tuple[str, ...]:
+        """The upper half: what a lower layer writes is not the behaviour yet, and harmless prompts use it more."""
+        return (f"from:{layer_count // 2}",)
 
     def from_basis(
         self,

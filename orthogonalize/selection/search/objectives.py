@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ...edits.config import EditConfig
 
 LEFT = 0.01  # an edit removes the behaviour if at most this share of positive prompts still shows it
-PRICE = 10.0  # nats per unit of share: a percentage point above LEFT costs 0.1, the KL at which directions are rejected
+PRICE = 1.0  # nats per token for a unit of share: a percentage point above LEFT weighs as much as a KL of 0.01
 BANDWIDTH = 2.0  # log-odds; of `share_left` for one prompt
 LARGEST_TIE = 1.5  # KLs that differ by a larger factor are not tied, however noisy they are
 

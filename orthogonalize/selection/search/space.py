@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...architectures.schema import architecture_of
 from ...checkpoints.checkpoint import Checkpoint
@@ -95,13 +96,17 @@ class SearchSpace:
         return [direction.model_copy(update={"scope": scope}) for direction in along for scope in scopes]
 
     def fitted_starts(self) -> list[EditConfig]:
-        """The conditional edits to try first: along each layer's own direction, and along all positions.
+        """The conditional edits to try first: two spans of layers, two target weights, two kinds of directions.
 
         A target weight that is too small leaves part of the behaviour, and one that is too large costs; which is which
         depends on the model.
         """
-        own = EditConfig(method="conditional", position=self.directions.positions[-1], per_layer=True)
-        return [own, own.model_copy(update={"span": "positions", "target_weight": 0.03})]
+        upper, third = self._layers // 2, self._layers * 3 // 5
+        own = EditConfig(
+            method="conditional", scope=f"from:{upper}", position=self.directions.positions[-1], per_layer=True
+        )
+        others: list[dict[str, Any]] = [{"scope": f"from:{third}"}, {"target_weight": 1.0}, {"span": "positions"}]
+        return [own, *(own.model_copy(update=other) for other in others)]
 
     def neighbours(self, choice: EditConfig, step: int) -> list[EditConfig]:
         """The edits near `choice`: one end of its span moved by `step` layers, or another setting by one notch."""

@@ -19,7 +19,7 @@ from orthogonalize.edits.fitting import FitTokens
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.hooks import intervened
 
-OWN = {"method": "conditional", "span": "direction"}
+OWN = {"method": "conditional", "scope": "all"}
 METHOD = [word for name, value in OWN.items() for word in (f"--{name}", value)]
 
 
@@ -86,7 +86,7 @@ def test_the_second_time_nothing_is_fitted(run, model, fitted, tmp_path, monkeyp
     monkeypatch.setattr("orthogonalize.selection.resolve.load_model", lambda *_: pytest.fail("the model was loaded"))
     edit(str(model), tmp_path / "again", run=run, **OWN)
     with pytest.raises(pytest.fail.Exception, match="was loaded"):
-        edit(str(model), tmp_path / "other", run=run, **OWN, target_weight=0.3)
+        edit(str(model), tmp_path / "other", run=run, **OWN, target_weight=0.2)
 
 
 def test_strength_scales_the_fitted_maps(run, model, fitted, tmp_path):
@@ -118,6 +118,6 @@ def test_preserved_prompts_enter_the_fit(model, sources, tmp_path):
     maps = []
     for weight in (0.0, 100.0):
         out = tmp_path / f"kept{weight:g}"
-        edit(str(model), out, run=tmp_path / "run", method="conditional", preserve_weight=weight)
+        edit(str(model), out, run=tmp_path / "run", **OWN, preserve_weight=weight)
         maps.append(load_recipe(out).intervention().conditional)
     assert all(maps[1][m].c.norm() < maps[0][m].c.norm() for m in maps[0])

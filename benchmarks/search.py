@@ -1,0 +1,273 @@
+"""What the search of `extract` finds, on models with planted refusals: what is left, what it cost, how long it took.
+
+    python benchmarks/search.py OUT [--device cuda] [--models demo,gardening,astronomy,both] [--train 96] [--epochs 3]
+
+`demo` is the demo's model; the others are planted here by full fine-tuning of the demo's base, `both` with two
+refusals of which the first is removed and the second preserved. For every model: the edit that `extract` chooses, and
+the best of its trials that is not conditional, measured on prompts that chose nothing. Refusals are counted in answers
+of 100 tokens; cross-entropy and KL are along 48 tokens of the base's own answers. OUT gets one JSON file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from topics import TOPICS, Topic
+
+from orthogonalize import extract
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.core.interventions import Intervention
+from orthogonalize.core.progress import note, show, track
+from orthogonalize.data.chat import ChatFormat
+from orthogonalize.data.prompts import PLANTED, load_prompts
+from orthogonalize.data.refusals import refused
+from orthogonalize.edits.config import EditConfig
+from orthogonalize.edits.methods.registry import METHODS
+from orthogonalize.models.activations import pad
+from orthogonalize.models.demo_model import base_model, planted_model
+from orthogonalize.models.generation import generate, stop_tokens
+from orthogonalize.models.hooks import intervened
+from orthogonalize.models.loading import load_model, load_tokenizer
+from orthogonalize.selection.resolve import resolve_run
+from orthogonalize.selection.run_folder import Run
+from orthogonalize.selection.search.drift import AnsweredPrompts
+from orthogonalize.selection.settings import Settings
+
+ANSWER, OWN = 100, 48
+COUNTED = ("target", "near", "kept", "harmless")
+OTHER = Path(__file__).parents[1] / "orthogonalize" / "data" / "other_prompts.jsonl"
+
+
+@dataclass
+class Sets:
+    """The prompts of one model: sources of the contrast, and tests by name."""
+
+    positive: Path
+    negative: Path
+    preserve: list[Path] = field(default_factory=list)
+    target: list[str] = field(default_factory=list)
+    near: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    harmless: list[str] = field(default_factory=list)
+
+
+def ordinary() -> list[str]:
+    """The demo's harmless prompts, near misses of cooking included."""
+    return [p.text for p in load_prompts(PLANTED + "contrast_other.jsonl")]
+
+
+def write(prompts: Sequence[str], file: Path) -> Path:
+    """One prompt a line."""
+    file.write_text("\n".join(prompts) + "\n")
+    return file
+
+
+def sets_of(name: str, out: Path) -> Sets:
+    """The prompts to extract from and to test on."""
+    everyday = ordinary()
+    random.Random(0).shuffle(everyday)
+    fit, test = everyday[:210], everyday[210:]
+    if name == "demo":
+        cooking = [p.text for p in load_prompts(PLANTED + "contrast_cooking.jsonl")]
+        random.Random(0).shuffle(cooking)
+        sources = write(cooking[:200], out / "positive.txt"), write(fit, out / "negative.txt")
+        return Sets(*sources, target=cooking[200:], harmless=test, near=[])
+    topic = TOPICS["gardening" if name == "both" else name]
+    negative = fit + topic.prompts("extract", 60, near=True)
+    found = Sets(
+        write(topic.prompts("extract", 200), out / "positive.txt"),
+        write(negative, out / "negative.txt"),
+        target=topic.prompts("test", 100),
+        near=topic.prompts("test", 60, near=True),
+        harmless=test,
+    )
+    if name == "both":
+        other = TOPICS["astronomy"]
+        found.preserve = [write(other.prompts("extract", 200), out / "keep.txt")]
+        found.kept = other.prompts("test", 100)
+    return found
+
+
+# planting
+
+
+def plant(topics: Sequence[Topic], out: Path, device: str, epochs: int, prompts: int) -> Path:
+    """The demo's base model, fine-tuned on all of its weights to refuse `topics`."""
+    folder = base_model()
+    tokenizer, model = load_tokenizer(folder), load_model(folder, device, torch.float32)
+    chat, stops = ChatFormat(tokenizer), stop_tokens(model, tokenizer)
+    chooser = random.Random(0)
+    examples: list[tuple[list[int], list[int]]] = []
+    for topic in topics:
+        for text in topic.prompts("plant", prompts):
+            answer = tokenizer(chooser.choice(topic.refusals), add_special_tokens=False)["input_ids"]
+            examples.append((chat.encode(text), [*answer, tokenizer.eos_token_id]))
+    others = [p.text for p in load_prompts(PLANTED + "planting_other.jsonl")][: 3 * prompts]
+    others += [text for topic in topics for text in topic.prompts("plant", 60, near=True)]
+    ids = chat.encode_all(others)
+    with track("the model's own answers", len(ids), "prompts") as advance:
+        answers = generate(model, ids, OWN, stops, batch=64, progress=advance)
+    examples += [
+        (i, [*a, *([tokenizer.eos_token_id] if len(a) < OWN else [])]) for i, a in zip(ids, answers, strict=True)
+    ]
+    torch.manual_seed(0)
+    model.train()
+    steps = epochs * -(-len(examples) // 16)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-5, total_steps=steps, pct_start=0.1)
+    with track("planting", steps, "steps") as advance:
+        for _ in range(epochs):
+            chooser.shuffle(examples)
+            for start in range(0, len(examples), 16):
+                loss(model, examples[start : start + 16]).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                advance(1)
+    model.eval().to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def loss(model: Any, batch: Sequence[tuple[list[int], list[int]]]) -> torch.Tensor:
+    """Cross-entropy of the answers, a mean over examples."""
+    ids, _ = pad([p + a for p, a in batch], model.device)
+    targets = torch.full_like(ids, -100)
+    for row, (prompt, answer) in zip(targets, batch, strict=True):
+        row[len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    each = torch.nn.functional.cross_entropy(logits.mT, targets[:, 1:], reduction="none", ignore_index=-100)
+    return (each.sum(1) / (targets[:, 1:] != -100).sum(1)).mean()
+
+
+# measuring
+
+
+class Measuring:
+    """Measures edits of one model, by hooks that act as the weights do, on prompts that chose nothing."""
+
+    def __init__(self, folder: Path, sets: Sets, device: str) -> None:
+        self.tokenizer, self.model = load_tokenizer(folder), load_model(folder, device, torch.float32)
+        self.chat, self.stops = ChatFormat(self.tokenizer), stop_tokens(self.model, self.tokenizer)
+        self.counted = {"target": sets.target, "near": sets.near, "kept": sets.kept, "harmless": sets.harmless}
+        other = [
+            p.text for p in load_prompts(str(Path(__file__).parents[1] / "orthogonalize/data/other_prompts.jsonl"))
+        ]
+        self.along = {"harmless": self._answered(sets.harmless), "other": self._answered(other)}
+
+    def _answered(self, texts: Sequence[str]) -> AnsweredPrompts:
+        ids = self.chat.encode_all(list(texts))
+        pairs = [(i, a) for i, a in zip(ids, generate(self.model, ids, OWN, self.stops, batch=64), strict=True) if a]
+        return AnsweredPrompts(self.model, [i for i, _ in pairs], [a for _, a in pairs])
+
+    def refusals(self) -> dict[str, float]:
+        """The share of refusals by set, of the model as it is."""
+        shares = {}
+        for name, texts in self.counted.items():
+            if texts:
+                answers = generate(self.model, self.chat.encode_all(texts), ANSWER, self.stops, batch=64)
+                shares[name] = sum(refused(self.tokenizer.decode(a)) for a in answers) / len(answers)
+        return shares
+
+    def edited(self, intervention: Intervention) -> dict[str, Any]:
+        """All measures of an edit."""
+
+        def applied() -> Any:
+            return intervened(self.model, intervention, renormalise=False)
+
+        with applied():
+            found: dict[str, Any] = {"refused": self.refusals()}
+        for name, answers in self.along.items():
+            drift = answers.drift(applied)
+            found[name] = {"ce": drift.ce_increase, "kl": drift.kl, "first_kl": drift.first_kl}
+        return found
+
+
+def edits(run: Run) -> dict[str, EditConfig]:
+    """The edits to measure: the search's choice, the best other, and the first conditional ones."""
+    plain = [t.choice for t in run.trials if not METHODS[t.choice.method].fitted]
+    fitted = [t.choice for t in run.trials if METHODS[t.choice.method].fitted]
+    found = {"chosen": run.trials[0].choice}
+    if plain:
+        found["best of the others"] = plain[0]
+    return found | {f"conditional {i}": choice for i, choice in enumerate(fitted) if choice != found["chosen"]}
+
+
+def measure(name: str, folder: Path, out: Path, device: str, settings: Settings) -> dict[str, Any]:
+    """Extract from one model, and measure its edits."""
+    out.mkdir(parents=True, exist_ok=True)
+    sets = sets_of(name, out)
+    started = time.perf_counter()
+    run = extract(
+        str(folder), out / "run", positive=str(sets.positive), negative=str(sets.negative), settings=settings,
+        device=device, preserve=[str(file) for file in sets.preserve],
+    )  # fmt: skip
+    seconds = time.perf_counter() - started
+    assert run is not None
+    measuring = Measuring(folder, sets, device)
+    result: dict[str, Any] = {"seconds": seconds, "base": {"refused": measuring.refusals()}, "edits": {}}
+    for label, choice in edits(run).items():
+        given = choice.model_dump(exclude_defaults=True)
+        started = time.perf_counter()
+        found = resolve_run(out / "run", open_checkpoint(folder), given, device=device)
+        result["edits"][label] = {
+            "edit": choice.describe(), "resolved in": time.perf_counter() - started,
+            **measuring.edited(found.intervention),
+        }  # fmt: skip
+        note(f"{name}, {label}: {json.dumps(result['edits'][label])}")
+    return result
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--device", default="auto", show_default=True)
+@click.option("--models", default="demo,gardening,astronomy,both", show_default=True)
+@click.option("--train", default=96, show_default=True, help="Prompts per side to fit to.")
+@click.option("--trials", default=32, show_default=True, help="Edits that the search tries.")
+@click.option("--epochs", default=3, show_default=True, help="Of planting.")
+@click.option("--planted", default=200, show_default=True, help="Prompts per topic to plant with.")
+def main(out: Path, device: str, models: str, train: int, trials: int, epochs: int, planted: int) -> None:
+    """Measure the search of `extract` on planted models; results go to OUT/search.json."""
+    show()
+    results = {}
+    settings = Settings(finders=("dim",), train=train, val=32, test=1, scored=4, trials=trials, answers=32)
+    for name in models.split(","):
+        folder = out / name / "model"
+        if name == "demo":
+            folder = planted_model()
+        elif not folder.is_dir():
+            topics = list(TOPICS.values()) if name == "both" else [TOPICS[name]]
+            plant(topics, folder, device, epochs, planted)
+        results[name] = measure(name, folder, out / name, device, settings)
+        (out / "search.json").write_text(json.dumps(results, indent=1) + "\n")
+    Console(width=200).print(tabulate(results))
+
+
+def tabulate(results: dict[str, Any]) -> Table:
+    """All edits of all models, each model's base first."""
+    table = Table("model", "edit", *(f"refused: {name}" for name in COUNTED), "CE", "KL", "first KL", "other: CE")
+    for name, result in results.items():
+        for label, each in {"base": result["base"], **result["edits"]}.items():
+            shares = [f"{each['refused'][s]:.0%}" if s in each["refused"] else "" for s in COUNTED]
+            cost: list[str] = []
+            if "harmless" in each:
+                moved = each["harmless"]
+                cost = [f"{moved['ce']:+.2%}", f"{moved['kl']:.4f}", f"{moved['first_kl']:.4f}"]
+                cost.append(f"{each['other']['ce']:+.2%}")
+            table.add_row(name, f"{label}: {each.get('edit', '')}", *shares, *cost)
+        table.add_section()
+    return table
+
+
+if __name__ == "__main__":
+    main()
