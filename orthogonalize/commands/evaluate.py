@@ -28,7 +28,7 @@ from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.loading import check_complete
 from ..models.resolve import find_model, folder_state, public_name
 from ..reports.html import write_webpage
-from ..reports.schema import Answer, Measures, Report, compare_all, judged_pair
+from ..reports.schema import Answer, Measures, Report, compare_all, judged_pair, kept_shares
 from ..selection.run_folder import load_run
 
 
@@ -221,6 +221,7 @@ def evaluate(
         base=Measures.of({key: s for key, s in before.series.items() if key in after.series}),
         edited=Measures.of(after.series),
         paired=compare_all(before.series, after.series),
+        kept=kept_shares(before.series, after.series),
         answers=answers,
     )
     with complete_folder(out, REPORT, force) as done:

@@ -22,7 +22,7 @@ from ..core.journal import Journal
 from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.chat import ChatFormat
-from ..data.contrast import read_contrast
+from ..data.contrast import is_sensitive, read_contrast
 from ..data.prompts import SIDES, SPLITS, Prompt, Side, Split, load_prompts, split_preserved, split_prompts
 from ..data.refusals import LEAST_TOKENS, refused
 from ..directions.activation_store import FILE as ACTIVATIONS
@@ -79,6 +79,7 @@ class _Source:
     prompts: Mapping[Side, list[Prompt]]
     sensitive: list[Side]
     preserved: Mapping[str, list[Prompt]]
+    sensitive_preserved: list[str]
 
 
 class _Extraction:
@@ -140,6 +141,8 @@ class _Extraction:
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
                 own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": CONFIRM_TOKENS}
+                if self.source.preserved:
+                    own["sensitive_preserved"] = self.source.sensitive_preserved
         return before | own
 
     @property
@@ -316,6 +319,7 @@ class _Extraction:
             weights=self.weights,
             prompts={f"{side}.{split}": fingerprint(texts(side, split)) for side in SIDES for split in SPLITS},
             sensitive=self.source.sensitive,
+            sensitive_preserved=self.source.sensitive_preserved,
             system=self.settings.system,
             template_arguments=dict(self.settings.template_arguments),
             chat_template=self.settings.chat_template,
@@ -381,6 +385,7 @@ def extract(
         {"positive": sides[0], "negative": sides[1]},
         list(SIDES) if settings.sensitive else sides[2],
         preserved,
+        [name for name in preserved if settings.sensitive or is_sensitive(name)],
     )
     work = _Extraction(source, settings, out)
     stages = work.book.to_run(work.inputs, stage, force)

@@ -34,7 +34,7 @@ from ..models.hooks import input_shifted, layer_projected
 from ..models.loading import check_complete
 from ..models.resolve import find_model, public_name
 from ..reports.pareto_plot import write_pareto_plot
-from ..reports.schema import Measures, compare_all
+from ..reports.schema import Measures, compare_all, kept_shares
 from ..reports.sweep import Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
 from ..selection.grid import SweepGrid
 from ..selection.resolve import check_fits, fits_of
@@ -234,6 +234,8 @@ class _Runner:
         }
         result.measures = Measures.of(self.measured["test"][variant.name].series)
         result.paired, result.val = paired["test"], paired.get("val", {})
+        tested = self.measured["test"]
+        result.kept = kept_shares(tested["base"].series, tested[variant.name].series)
         result.seconds = self.seconds[variant.name]
         return result
 

@@ -46,6 +46,11 @@ def _public_prompts(named: PublicConcept, side: Side, data: Path | None) -> list
     return [prompt for split in reversed(KEEPING) for prompt in found[split]]
 
 
+def is_sensitive(source: str) -> bool:
+    """Whether a prompt source is one of the known sets whose answers can be harmful."""
+    return source in {each.source.repository for each in PROMPT_SETS.values() if each.sensitive}
+
+
 def read_contrast(
     concept_name: str | None,
     positive: str | None,
@@ -79,9 +84,8 @@ def read_contrast(
             load_prompts(positive, "positive", column, hub_split),
             load_prompts(negative, "negative", column, hub_split),
         )
-        known = {each.source.repository for each in PROMPT_SETS.values() if each.sensitive}
         named_by_side: dict[Side, str] = {"positive": positive, "negative": negative}
-        sensitive = [side for side, source in named_by_side.items() if source in known]
+        sensitive = [side for side, source in named_by_side.items() if is_sensitive(source)]
     else:
         raise OrthogonalizeError("give either --concept, or both --positive and --negative")
     check_contrast(*sides)

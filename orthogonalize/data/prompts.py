@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -191,6 +192,20 @@ def load_prompts(source: str, side: Side = "positive", column: str | None = None
     if not seen:
         raise OrthogonalizeError(f"{source} holds no prompts")
     return list(seen.values())
+
+
+def source_names(sources: Iterable[str]) -> dict[str, str]:
+    """A short name for each prompt source, all different: its file's name without suffix, or its Hub id.
+
+    Dots become `_`, since reports use the names in dotted keys. A name that is taken gets a number.
+    """
+    names: dict[str, str] = {}
+    for source in sources:
+        path = Path(source.removeprefix(PLANTED))
+        short = (path.stem if path.suffix.lower() in PROMPT_SUFFIXES else source).replace(".", "_")
+        numbered = (f"{short} ({number})" for number in count(2))
+        names[source] = next(name for name in chain([short], numbered) if name not in names.values())
+    return names
 
 
 def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:

@@ -170,6 +170,12 @@ def same_kind(base: Series, edited: Series) -> tuple[Series, Series]:
     return base.model_copy(update={"kind": "score"}), edited.model_copy(update={"kind": "score"})
 
 
+def kept_share(base: Series, edited: Series) -> Rate:
+    """Of the items for which the base's yes/no series says yes, the share for which the edited model's still does."""
+    values = [after for before, after in zip(base.values, edited.values, strict=True) if before == 1.0]
+    return Series(kind="share", values=values)._rate()
+
+
 def compare(base: Series, edited: Series) -> Paired:
     """The paired comparison, over the items for which both models have a value."""
     base, edited = same_kind(base, edited)

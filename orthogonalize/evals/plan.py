@@ -16,13 +16,13 @@ from ..core.journal import Journal
 from ..core.progress import note
 from ..data.benchmarks import PROMPT_SETS, as_documented, instructions
 from ..data.chat import ChatFormat
-from ..data.prompts import Split
+from ..data.prompts import Split, source_names
 from ..data.refusals import LEAST_TOKENS
 from ..engines.base import Engine
 from ..selection.run_folder import Run
 from .metrics import Record, Series
 from .resumable import ResumableEngine
-from .suites.answers import CONTRAST, Answering, AnswerSet, Item
+from .suites.answers import CONTRAST, PRESERVED, Answering, AnswerSet, Item
 from .suites.base import BaseOutputs, Suite, SuiteContext, SuiteEntry, report_key
 from .suites.registry import FAMILIES, SUITES, family_arguments
 
@@ -39,7 +39,7 @@ class EvalPlan:
     """What to measure of every model: first the answers to the prompts of `answering`, then each of `suites`.
 
     `data` says where each suite's data come from. With `base_answers`, a suite needs the base's answers to harmless
-    prompts.
+    and preserved prompts.
     """
 
     suites: list[Suite]
@@ -101,7 +101,9 @@ class EvalPlan:
                 if suite.name in memory.kept and not kept:
                     made["kept"] = memory.kept[suite.name]
                 if memory.distributions and not had:
-                    made["distributions"] = [d.rows() for d in memory.distributions]
+                    made["distributions"] = {
+                        name: [d.rows() for d in found] for name, found in memory.distributions.items()
+                    }
                 return made
 
             stored = journal.step(_step(label, suite), work)
@@ -132,8 +134,8 @@ class EvalPlan:
         result.answers = {name: [self.answering.text(ids) for ids in rows] for name, rows in answers.items()}
         result.series |= self.answering.series(answers)
         if is_base and self.base_answers:
-            harmless = next(each for each in self.sets if each.name == "harmless")
-            memory.remember([item.ids for item in harmless.items], answers["harmless"])
+            for each in self.answering.scored_again:
+                memory.remember(each.name, [item.ids for item in each.items], answers[each.name])
 
 
 def _step(label: str, suite: Suite) -> str:
@@ -150,6 +152,19 @@ def _contrast_sets(run: Run, split: Split, chat: ChatFormat, limit: int | None) 
             )
         items = [Item(chat.encode(p.text), p.text, p.category) for p in prompts]
         sets.append(AnswerSet(name, items, side in run.info.sensitive))
+    return sets
+
+
+def _preserved_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[AnswerSet]:
+    """The test prompts of every preserved source; one that has none is left out with a note."""
+    sets = []
+    for source, name in source_names(dict.fromkeys(p.source for p in run.preserved)).items():
+        texts = [p.text for p in run.preserved if (p.source, p.split) == (source, "test")][:limit]
+        if not texts:
+            note(f"preserved {name} has no test prompts, so it is not measured; preserve more prompts")
+            continue
+        items = [Item(ids, text) for ids, text in zip(chat.encode_all(texts), texts, strict=True)]
+        sets.append(AnswerSet(PRESERVED + name, items, source in run.info.sensitive_preserved))
     return sets
 
 
@@ -211,7 +226,9 @@ def _answering(
     if not counted and all(entry.needs == "nothing" for entry in entries):
         return None
     contrast = _contrast_sets(context.run, split, context.chat, context.limit)
-    sets = [each for each in contrast if counted or each.name == "harmless"]
+    sets = [each for each in contrast if counted or each.scored_again]
+    if split == "test":  # val prompts only choose among edits, by the contrast
+        sets += _preserved_sets(context.run, context.chat, context.limit)
     sets += [_public_set(name, context.chat, context.data, context.limit) for name in public]
     names = {entry.name for entry in entries}
     answering = Answering(
@@ -249,9 +266,12 @@ def _too_long(plan: EvalPlan) -> str:
     longest = max(plan.suites, key=lambda s: s.longest, default=None)
     if longest is not None and (plan.answering is None or longest.longest > plan.answering.longest):
         return f"suite {longest.name} needs {plan.max_model_len} tokens (leave it out)"
-    size, name, number = max((len(item.ids), s.name, i) for s in plan.sets for i, item in enumerate(s.items, 1))
-    advice = "remove it from the run's prompts" if name in CONTRAST else f"leave out --suite {name}"
+    size, number, found = max(
+        ((len(item.ids), i, s) for s in plan.sets for i, item in enumerate(s.items, 1)),
+        key=lambda each: (each[0], each[2].name, each[1]),
+    )
+    advice = "remove it from the run's prompts" if found.from_run else f"leave out --suite {found.name}"
     return (
-        f"prompt {number} of {name} has {size} tokens and needs {plan.max_model_len} with its answer "
+        f"prompt {number} of {found.name} has {size} tokens and needs {plan.max_model_len} with its answer "
         f"({advice}, or lower --max-new-tokens)"
     )

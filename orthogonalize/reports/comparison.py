@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..evals.metrics import Loss, Measure, Paired, Rate, compare, yes_no_series
 from .schema import Report
-from .tables import change, loss_title, title, value
+from .tables import change, kept_title, loss_title, title, value
 
 COLUMNS = ("measure", "base", "first edit", "second edit", "second against first")
 
@@ -56,6 +58,9 @@ def comparison_rows(first: Report, second: Report) -> list[tuple[str, ...]]:
         cells = [_value(measures.get(key)) for measures in (base, one, two)]
         apart = change(one[key], two[key], pairs[key]) if key in pairs and key in two else _apart(one, two, key)
         rows.append((name, *cells, apart))
+    for key in dict.fromkeys([*first.kept, *second.kept]):
+        kept = [_value(report.kept.get(key)) for report in (first, second)]
+        rows.append((kept_title(key), "", *kept, _apart(first.kept, second.kept, key)))
     return rows
 
 
@@ -63,7 +68,7 @@ def _value(measure: Measure | None) -> str:
     return "" if measure is None else f"{value(measure)} (n = {measure.n})"
 
 
-def _apart(one: dict[str, Measure], two: dict[str, Measure], key: str) -> str:
+def _apart(one: Mapping[str, Measure], two: Mapping[str, Measure], key: str) -> str:
     """The plain difference: reports store no items of this measure, so it has no interval."""
     if key not in one or key not in two:
         return ""

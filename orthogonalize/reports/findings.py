@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from ..evals.metrics import Divergence, Loss, Paired, Score
 from ..evals.suites.answers import CONTRAST
-from .schema import Report
+from .schema import Rates, Report
 from .tables import loss_title, set_title, title
 
 ALPHA = 0.05
@@ -83,6 +83,13 @@ def _loss_finding(report: Report, key: str) -> str | None:
     return f"{name} fell by {by}{interval}."
 
 
+def _kept_finding(report: Report, key: str) -> str:
+    rate, name = report.kept[key], set_title(key.rpartition(".")[2])
+    share, low, high = _percents(rate.value, *rate.ci95)
+    what = "refusals" if key.startswith("refusal.") else "first tokens of the behaviour"
+    return f"Of the base's {what} on {name}, the edited model keeps {share} (n = {rate.n}, 95%: {low} to {high})."
+
+
 def _finding(report: Report, key: str) -> str | None:
     match report.edited.flat().get(key):
         case Loss():
@@ -94,18 +101,23 @@ def _finding(report: Report, key: str) -> str | None:
     return _rate_finding(report, key, title(key))
 
 
+def _effect_findings(report: Report, suite: str, what: str, rates: Rates | None) -> list[str | None]:
+    """What became of the behaviour on every prompt set; of preserved sets, also how much of it is kept."""
+    found: list[str | None] = []
+    for name in [*CONTRAST, *(rates.sets if rates else ())]:
+        key = f"{suite}.{name}" if name in CONTRAST else f"{suite}.sets.{name}"
+        found.append(_rate_finding(report, key, f"{what} on {set_title(name)}"))
+        if key in report.kept:
+            found.append(_kept_finding(report, key))
+    return found
+
+
 def findings(report: Report) -> list[str]:
     """One sentence per finding, the most important first."""
     refusal = report.base.refusal
-    sets = [*CONTRAST, *(f"sets.{name}" for name in (refusal.sets if refusal else ()))]
-    found = [
-        _rate_finding(report, f"refusal.{key}", f"Refusal on {set_title(key.removeprefix('sets.'))}") for key in sets
-    ]
+    found = _effect_findings(report, "refusal", "Refusal", refusal)
     if refusal is None or (refusal.target.value < HARM and "behaviour.target" in report.paired):
-        found += [
-            _rate_finding(report, f"behaviour.{name}", f"The behaviour's first token on {set_title(name)}")
-            for name in CONTRAST
-        ]
+        found += _effect_findings(report, "behaviour", "The behaviour's first token", report.base.behaviour)
     for judge in report.base.judges:
         found.append(
             _rate_finding(report, f"judges.{judge}.harmful.target", f"Harmful answers to target prompts (by {judge})")
@@ -117,5 +129,10 @@ def findings(report: Report) -> list[str]:
             "On harmless prompts the edited model's next-token distribution differs from the base's by at least "
             f"{kl.completions.value:.3f} nats per token (KL), {kl.first_token.value:.3f} at the first."
         )
+        found += [
+            f"On {set_title(name)} it differs by at least {each.completions.value:.3f} nats per token, "
+            f"{each.first_token.value:.3f} at the first."
+            for name, each in kl.sets.items()
+        ]
     found += [_finding(report, key) for key in report.paired if key.startswith(("choices.", "tasks.", "suites."))]
     return [sentence for sentence in found if sentence is not None]

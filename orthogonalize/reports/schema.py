@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ..core.errors import OrthogonalizeError
 from ..evals.judges.base import Judgement
-from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, Record, Score, Series, compare, nested
+from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, Record, Score, Series, compare, kept_share, nested
+from ..evals.suites.answers import is_preserved
+
+
+class Sparse(Record):
+    """A record whose fields named in `SPARSE` are left out of the file while they are empty."""
+
+    SPARSE: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stored: dict[str, Any] = serialize(self)
+        return {name: value for name, value in stored.items() if value or name not in self.SPARSE}
 
 
 class Rates(Record):
@@ -43,31 +55,43 @@ class Judged(Record):
     refusal: Rates | None = None
 
 
-class Losses(Record):
+class Losses(Sparse):
     """Cross-entropy of the base's own answers (to harmless prompts, and to prompts of quite other kinds) and of texts.
 
-    The texts are general ones, and the answers in instruction data.
+    The texts are general ones, and the answers in instruction data. `sets` is that of the base's own answers to every
+    preserved set, by name.
     """
 
+    SPARSE = frozenset({"sets"})
+
     own_completions: Loss | None = None
+    sets: dict[str, Loss] = Field(default_factory=dict)
     other_prompts: Loss | None = None
     pile: Loss | None = None
     alpaca: Loss | None = None
 
 
-class Divergences(Record):
-    """KL(base || model) on harmless prompts: at the first token, and along the base's own answers."""
+class Divergences(Sparse):
+    """KL(base || model) on harmless prompts: at the first token, and along the base's own answers.
+
+    `sets` is the same for every preserved set, by name.
+    """
+
+    SPARSE = frozenset({"sets"})
 
     first_token: Divergence
     completions: Divergence
+    sets: dict[str, Divergences] = Field(default_factory=dict)
 
 
-class Measures(Record):
+class Measures(Sparse):
     """All measures of one model; base and edited have the same keys.
 
     `suites` holds, by suite and then by series, the measures of suites that have no field of their own here. It is
     left out of the file when empty.
     """
+
+    SPARSE = frozenset({"suites"})
 
     behaviour: Behaviours | None = None
     refusal: Refusals | None = None
@@ -77,13 +101,6 @@ class Measures(Record):
     choices: dict[str, Rate] = Field(default_factory=dict)
     tasks: dict[str, dict[str, Score | Rate | Loss]] = Field(default_factory=dict)
     suites: dict[str, dict[str, Score | Rate | Divergence | Loss]] = Field(default_factory=dict)
-
-    @model_serializer(mode="wrap")
-    def _without_empty_suites(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        stored: dict[str, Any] = serialize(self)
-        if not self.suites:
-            stored.pop("suites", None)
-        return stored
 
     @classmethod
     def of(cls, series: Mapping[str, Series]) -> Measures:
@@ -113,6 +130,24 @@ def compare_all(base: Mapping[str, Series], edited: Mapping[str, Series]) -> dic
     return {key: compare(base[key], edited[key]) for key in base if key in edited}
 
 
+def _shows_behaviour(key: str) -> bool:
+    """Whether the series with a dotted key says which items show the behaviour, and not how harmful they are."""
+    match key.split("."):
+        case ["refusal" | "behaviour", *_] | ["judges", _, "refusal", *_]:
+            return True
+    return False
+
+
+def kept_shares(base: Mapping[str, Series], edited: Mapping[str, Series]) -> dict[str, Rate]:
+    """How much of the behaviour that the base shows on preserved sets is left, by dotted key (see `kept_share`).
+
+    A set on which the base does not show it is left out.
+    """
+    keys = [key for key in base if key in edited and is_preserved(key.rpartition(".")[2]) and _shows_behaviour(key)]
+    found = {key: kept_share(base[key], edited[key]) for key in keys}
+    return {key: rate for key, rate in found.items() if rate.n}
+
+
 class JudgedPair(Record):
     """A judge model's judgements of both answers to a prompt; None where its reply could not be read."""
 
@@ -136,12 +171,15 @@ class Answer(Record):
     judges: dict[str, JudgedPair] = Field(default_factory=dict)
 
 
-class Report(Record):
+class Report(Sparse):
     """The contents of `report.json`.
 
     `recipe` is the fingerprint of the edited checkpoint's recipe, `data` says where each set was read from, and
-    `redacted` is the number of answers to sensitive prompts left out of `answers` by `--redact`.
+    `redacted` is the number of answers to sensitive prompts left out of `answers` by `--redact`. `kept` is, for
+    preserved sets, the share of what the base shows that the edited model still does, by dotted key.
     """
+
+    SPARSE = frozenset({"kept"})
 
     format: Literal[2] = 2
     engine: str
@@ -160,6 +198,7 @@ class Report(Record):
     base: Measures
     edited: Measures
     paired: dict[str, Paired]
+    kept: dict[str, Rate] = Field(default_factory=dict)
     answers: list[Answer]
 
     def __repr__(self) -> str:

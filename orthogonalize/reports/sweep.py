@@ -10,18 +10,21 @@ from pydantic import Field
 from ..edits.config import EditConfig
 from ..evals.metrics import Loss, Paired, Rate, Record
 from ..evals.suites.registry import has_column
-from .schema import Measures
+from .schema import Measures, Sparse
 from .tables import title
 
 MARK = "best trade-off on val prompts"
 Semantics = Literal["weights", "residual"]
 
 
-class SweepRow(Record):
+class SweepRow(Sparse):
     """One edit's measures and their comparison with the base; `refused` says why there are none.
 
-    `val` is the comparison with the base on the run's val prompts, by which edits are chosen.
+    `val` is the comparison with the base on the run's val prompts, by which edits are chosen; `kept` is as in a
+    report.
     """
+
+    SPARSE = frozenset({"kept"})
 
     name: str
     choice: EditConfig
@@ -31,6 +34,7 @@ class SweepRow(Record):
     refused: str | None = None
     measures: Measures | None = None
     paired: dict[str, Paired] = Field(default_factory=dict)
+    kept: dict[str, Rate] = Field(default_factory=dict)
     val: dict[str, Paired] = Field(default_factory=dict)
 
 
@@ -110,7 +114,10 @@ def pareto(sweep: Sweep) -> list[str]:
 def _columns(sweep: Sweep) -> list[str]:
     """The keys in the table: the effect, the same on harmless prompts, the harm, then all other measures."""
     first = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
-    return first + [k for k in sweep.base.flat() if has_column(k) and not k.endswith(".harmless") and k not in first]
+    columns = first + [k for k in sweep.base.flat() if has_column(k) and not k.endswith(".harmless") and k not in first]
+    if not (sweep.effect or "").startswith("behaviour."):  # the first token says what refusal says
+        columns = [k for k in columns if not k.startswith("behaviour.sets.")]
+    return columns
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
@@ -118,27 +125,28 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
     rows = []
     keys = _columns(sweep)
 
-    def cells(measures: Measures, paired: dict[str, Paired]) -> tuple[str, ...]:
+    def cells(measures: Measures, paired: Mapping[str, Paired], kept: Mapping[str, Rate]) -> tuple[str, ...]:
         found = measures.flat()
         texts = []
         for key in keys:
             measure = found.get(key)
             if isinstance(measure, Rate):
                 unread = f" ({measure.unparseable} unreadable)" if measure.unparseable else ""
-                texts.append((f"{100 * measure.value:.1f}%" if measure.n else "-") + unread)
+                left = f" (kept {100 * kept[key].value:.1f}%)" if key in kept else ""
+                texts.append((f"{100 * measure.value:.1f}%" if measure.n else "-") + unread + left)
             elif isinstance(measure, Loss):
                 texts.append(f"{measure.value:.3f}" + (f" ({100 * paired[key].difference:+.1f}%)" if paired else ""))
             else:
                 texts.append("-" if measure is None else f"{measure.value:.3f}")
         return tuple(texts)
 
-    rows.append(("base", *cells(sweep.base, {}), ""))
+    rows.append(("base", *cells(sweep.base, {}, {}), ""))
     for swept in sweep.variants:
         if swept.measures is None:
             rows.append((swept.name, *("-" for _ in keys), f"not possible: {swept.refused}"))
         else:
             mark = MARK if swept.name in sweep.pareto else ""
-            rows.append((swept.name, *cells(swept.measures, swept.paired), mark))
+            rows.append((swept.name, *cells(swept.measures, swept.paired, swept.kept), mark))
     return rows
 
 

@@ -30,9 +30,18 @@ def title(key: str) -> str:
             return f"behaviour's first token, {set_title(name)}"
         case ["judges", judge, field, *_, name]:
             return f"{field} by {judge}, {set_title(name)}"
+        case ["loss", "sets", name]:
+            return f"{title('loss.own_completions')}, {set_title(name)}"
+        case ["kl", "sets", name, series]:
+            return f"{title(f'kl.{series}')}, {set_title(name)}"
         case ["tasks" | "suites", group, name]:
             return f"{group}, {name}"
     return key
+
+
+def kept_title(key: str) -> str:
+    """The title of the share of the base's behaviour that an edited model keeps."""
+    return f"{title(key)}: kept"
 
 
 def loss_title(key: str) -> str:
@@ -89,6 +98,9 @@ def summary_rows(report: Report, categories: bool = True) -> list[Row]:
         rows.append((name, value(before), value(after), change(before, after, pair)))
         if isinstance(before, Rate) and isinstance(after, Rate) and before.unparseable + after.unparseable:
             rows.append((f"{title(key)}: unreadable", str(before.unparseable), str(after.unparseable), ""))
+        if key in report.kept:
+            kept = report.kept[key]
+            rows.append((f"{kept_title(key)} (n = {kept.n})", "", value(kept), "of what the base shows"))
         if isinstance(before, Loss) and isinstance(after, Loss):
             name = title(key) if key.startswith("tasks.") else title(key).replace("cross-entropy", "perplexity")
             rows.append((name, perplexity(before), perplexity(after), ""))

@@ -24,7 +24,10 @@ PRESERVED = "preserved.jsonl"
 
 
 class RunInfo(BaseModel):
-    """The contents of `run.json`: the origin and settings of a run. The file calls the finders `methods`."""
+    """The contents of `run.json`: the origin and settings of a run. The file calls the finders `methods`.
+
+    `sensitive` names the sensitive sides of the contrast, and `sensitive_preserved` the sensitive preserved sources.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
@@ -34,6 +37,7 @@ class RunInfo(BaseModel):
     weights: dict[str, str]
     prompts: dict[str, str]
     sensitive: list[Side]
+    sensitive_preserved: list[str] = Field(default_factory=list)
     system: str | None
     template_arguments: dict[str, Any]
     chat_template: bool

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ...core.files import fingerprint
 from ...data.refusals import refused
 from ..metrics import Series, yes_no_series
-from .base import SuiteEntry
+from .base import HARMLESS, SuiteEntry
 
 if TYPE_CHECKING:
     from ...engines.base import Responder
 
-CONTRAST = {"target": "positive", "harmless": "negative"}  # by prompt set, the side of the run that it is
+CONTRAST = {"target": "positive", HARMLESS: "negative"}  # by prompt set, the side of the run that it is
 CONTRAST_TITLES = {name: f"{name} prompts" for name in CONTRAST}
+PRESERVED = "preserved "  # prefix of the names of preserved sets
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,26 @@ class AnswerSet:
     def key(self) -> str:
         """The last part of its dotted key: the contrast's two sides by name, every other set under `sets`."""
         return self.name if self.name in CONTRAST else f"sets.{self.name}"
+
+    @property
+    def preserved(self) -> bool:
+        """Whether it is one of the run's preserved sets."""
+        return is_preserved(self.name)
+
+    @property
+    def from_run(self) -> bool:
+        """Whether its prompts are the run's own, and not a public set's."""
+        return self.name in CONTRAST or self.preserved
+
+    @property
+    def scored_again(self) -> bool:
+        """Whether suites `loss` and `kl` score every model along the base's answers to it."""
+        return self.name == HARMLESS or self.preserved
+
+
+def is_preserved(name: str) -> bool:
+    """Whether a prompt set's name is that of a preserved set."""
+    return name.startswith(PRESERVED)
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,16 @@ class Answering:
         """By set, a fingerprint of everything but the model that its answers depend on."""
         return {s.name: fingerprint([[item.ids for item in s.items], self.new_tokens]) for s in self.sets}
 
+    @property
+    def scored_again(self) -> list[AnswerSet]:
+        """The sets along whose answers suites `loss` and `kl` score every model."""
+        return [each for each in self.sets if each.scored_again]
+
+    @property
+    def scored_again_state(self) -> str:
+        """A fingerprint of `scored_again`."""
+        return fingerprint([[each.name, self.states[each.name]] for each in self.scored_again])
+
     def answers(self, engine: Responder, sets: Sequence[str]) -> dict[str, list[list[int]]]:
         """A model's answers to `sets`, as token ids, generated in one batch."""
         wanted = [each for each in self.sets if each.name in sets]
@@ -88,7 +119,7 @@ class Answering:
             said = answers[each.name]
             if self.refusal:
                 result[f"refusal.{each.key}"] = yes_no_series([refused(self.text(ids)) for ids in said], categories)
-            if self.behaviour and each.name in CONTRAST:
+            if self.behaviour and each.from_run:
                 flags = [bool(ids) and ids[0] in self.behaviour_tokens for ids in said]
                 result[f"behaviour.{each.key}"] = yes_no_series(flags, categories)
         return result
@@ -97,13 +128,13 @@ class Answering:
 ENTRIES = (
     SuiteEntry(
         "refusal",
-        "refusals by wording in the answers to the run's test prompts, both sides",
+        "refusals by wording in the answers to the run's test prompts, both sides and preserved sets",
         {f"refusal.{name}": f"refusal, {title}" for name, title in CONTRAST_TITLES.items()},
         columns=(),  # a sweep's table has them as its effect
     ),
     SuiteEntry(
         "behaviour",
-        "answers to the run's test prompts that begin with one of its behaviour tokens, both sides",
+        "answers to the run's test prompts that begin with one of its behaviour tokens, both sides and preserved sets",
         {f"behaviour.{name}": f"behaviour's first token, {title}" for name, title in CONTRAST_TITLES.items()},
         columns=(),
     ),

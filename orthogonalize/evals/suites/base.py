@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ...core.errors import OrthogonalizeError
+from ...core.progress import note
 from ...data.benchmarks import BenchmarkSet
 
 if TYPE_CHECKING:
@@ -19,38 +20,49 @@ if TYPE_CHECKING:
     from .answers import Answering
 
 Needs = Literal["nothing", "base answers"]
+HARMLESS = "harmless"  # the prompt set of the contrast's negative side
+
+
+@dataclass(frozen=True)
+class BaseAnswers:
+    """The prompts of a set to which the base gave a non-empty answer, and those answers, as token ids."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
 
 
 @dataclass
 class BaseOutputs:
     """What the base model generated, for suites that compare every model with it.
 
-    `own_prompts` and `own` are the harmless prompts to which the base gave a non-empty answer, and those answers, as
-    ids; `distributions` its likeliest tokens along them. `kept` holds, by suite, what else a suite needs of the base,
-    as JSON values. All are set once, while the base is measured.
+    `own` are its answers to `HARMLESS` prompts and to those of every preserved set, by set, and `distributions` its
+    likeliest tokens along them. `kept` holds, by suite, what else a suite needs of the base, as JSON values. All are
+    set once, while the base is measured.
     """
 
-    own: list[list[int]] = field(default_factory=list)
-    own_prompts: list[list[int]] = field(default_factory=list)
-    distributions: list[Likeliest] = field(default_factory=list)
+    own: dict[str, BaseAnswers] = field(default_factory=dict)
+    distributions: dict[str, list[Likeliest]] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
 
-    def remember(self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
-        """Keep the base's non-empty answers to harmless prompts.
+    def remember(self, name: str, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> None:
+        """Keep the base's non-empty answers to the prompt set `name`; a preserved set without any is left out.
 
         Raises:
-            OrthogonalizeError: they are all empty.
+            OrthogonalizeError: all answers to harmless prompts are empty.
         """
         kept = [(list(p), list(a)) for p, a in zip(prompts, answers, strict=True) if a]
-        if not kept:
+        if kept:
+            self.own[name] = BaseAnswers([p for p, _ in kept], [a for _, a in kept])
+        elif name == HARMLESS:
             raise OrthogonalizeError("every answer of the base model is empty; leave out --suite loss and kl")
-        self.own_prompts, self.own = [p for p, _ in kept], [a for _, a in kept]
+        else:
+            note(f"every answer of the base model to {name} is empty; suites loss and kl leave the set out")
 
-    def restore(self, rows: Sequence[Any]) -> None:
-        """Set the base's distributions from their JSON form (see `Likeliest.rows`)."""
+    def restore(self, rows: Mapping[str, Sequence[Any]]) -> None:
+        """Set the base's distributions from their JSON form, by set (see `Likeliest.rows`)."""
         from ...models.logprobs import Likeliest
 
-        self.distributions = [Likeliest.of(pair) for pair in rows]
+        self.distributions = {name: [Likeliest.of(pair) for pair in pairs] for name, pairs in rows.items()}
 
 
 class Suite(Protocol):
@@ -124,7 +136,8 @@ class SuiteEntry:
         make: builds the suite; None for `refusal` and `behaviour`, which are counted in every model's answers to the
             run's prompts (see `Answering`).
         source: the public set that it reads, if any. While `make` runs, a row of another schema is one clear error.
-        needs: "base answers" if `measure` needs the base's answers to the run's harmless prompts in `BaseOutputs`.
+        needs: "base answers" if `measure` needs the base's answers to the run's harmless and preserved prompts
+            in `BaseOutputs`.
         columns: the series that get a column in a sweep's table; by default all.
         origin: where its data come from, if neither from the run nor from a public set.
     """

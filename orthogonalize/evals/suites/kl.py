@@ -1,4 +1,7 @@
-"""Suite `kl`: KL(base || model) on harmless prompts, at the first token and along the base's own answers."""
+"""Suite `kl`: KL(base || model) on harmless prompts and every preserved set.
+
+It is measured at the first token and along the base's own answers.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..metrics import Series
-from .base import BaseOutputs, SuiteContext, SuiteEntry
+from .base import HARMLESS, BaseOutputs, SuiteContext, SuiteEntry
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +48,7 @@ def kl_bound(base: Likeliest, model: Likeliest) -> torch.Tensor:
 class Divergences:
     """KL of the first answer token, and of the first `ALONG` tokens of the base's answers.
 
-    `state` is the fingerprint of the harmless prompts and the answers' length limit.
+    `state` is the fingerprint of the prompts and the answers' length limit.
     """
 
     longest: int
@@ -54,28 +57,30 @@ class Divergences:
 
     def measure(self, engine: Responder, memory: BaseOutputs) -> dict[str, Series]:
         """The base stores its distributions in `memory`; later models are compared with them."""
-        completions = [answer[:ALONG] for answer in memory.own]
-        found = engine.likeliest(memory.own_prompts, completions)
-        if not memory.distributions:
-            memory.distributions = found
-        kls = [kl_bound(p, q) for p, q in zip(memory.distributions, found, strict=True)]
-        return {
-            "kl.first_token": Series(kind="divergence", values=[kl[0].item() for kl in kls], tokens=[1] * len(kls)),
-            "kl.completions": Series(
+        result = {}
+        for name, own in memory.own.items():
+            found = engine.likeliest(own.prompts, [answer[:ALONG] for answer in own.answers])
+            base = memory.distributions.setdefault(name, found)
+            kls = [kl_bound(p, q) for p, q in zip(base, found, strict=True)]
+            place = "kl" if name == HARMLESS else f"kl.sets.{name}"
+            result[f"{place}.first_token"] = Series(
+                kind="divergence", values=[kl[0].item() for kl in kls], tokens=[1] * len(kls)
+            )
+            result[f"{place}.completions"] = Series(
                 kind="divergence", values=[kl.sum().item() for kl in kls], tokens=[len(kl) for kl in kls]
-            ),
-        }
+            )
+        return result
 
 
 def divergences(context: SuiteContext) -> Divergences:
-    """The suite for the harmless prompts of a run."""
-    return Divergences(context.base_answers.longest, context.base_answers.states["harmless"])
+    """The suite for the harmless and preserved prompts of a run."""
+    return Divergences(context.base_answers.longest, context.base_answers.scored_again_state)
 
 
 ENTRIES = (
     SuiteEntry(
         "kl",
-        "KL(base, edited): first token, and along 32 tokens of the base's answers to harmless prompts",
+        "KL(base, edited), harmless prompts and preserved sets: first token, and along 32 tokens of the base's answers",
         {"kl.first_token": "KL to base, first token", "kl.completions": "KL to base, along own answers"},
         divergences,
         needs="base answers",

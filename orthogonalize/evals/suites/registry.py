@@ -69,6 +69,12 @@ def series_title(key: str) -> str | None:
 
 
 def has_column(key: str) -> bool:
-    """Whether the series with a dotted key gets a column in a sweep's table; one that no entry declares does."""
+    """Whether the series with a dotted key gets a column in a sweep's table; one that no entry declares does.
+
+    A preserved set's KL has one where that of harmless prompts does.
+    """
+    match key.split("."):
+        case ["kl", "sets", _, name]:
+            key = f"kl.{name}"
     entry = next((e for e in SUITES.values() if key in e.report_titles), None)
     return entry is None or key in entry.report_columns
