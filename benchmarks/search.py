@@ -194,13 +194,15 @@ class Measuring:
 
 
 def edits(run: Run) -> dict[str, EditConfig]:
-    """The edits to measure: the search's choice, the best other, and the first conditional ones."""
+    """The edits to measure: the search's choice, and the best conditional and the best other edit."""
     plain = [t.choice for t in run.trials if not METHODS[t.choice.method].fitted]
     fitted = [t.choice for t in run.trials if METHODS[t.choice.method].fitted]
     found = {"chosen": run.trials[0].choice}
-    if plain:
+    if fitted and fitted[0] != found["chosen"]:
+        found["best conditional"] = fitted[0]
+    if plain and plain[0] != found["chosen"]:
         found["best of the others"] = plain[0]
-    return found | {f"conditional {i}": choice for i, choice in enumerate(fitted) if choice != found["chosen"]}
+    return found
 
 
 def measure(name: str, folder: Path, out: Path, device: str, settings: Settings) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def test_extract_and_edit(run_example, model, sources, tmp_path):
     settings = json.dumps(SETTINGS | {"trials": 2})
     words = ["--positive", sources["positive"], "--negative", sources["negative"], "--settings", settings]
     said = run_example("extract_and_edit", model, *words, "--out", tmp_path / "out")
-    assert said.count("% left, other answers' loss") == 2
+    assert said.count("% left, other answers moved by") == 2
     assert "hooks = weights: True" in said
     assert (tmp_path / "out" / "edited" / "model.safetensors").is_file()
 

@@ -19,6 +19,7 @@ from orthogonalize.cli import main
 from orthogonalize.commands import sweep as sweeps
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.extract import extract
 from orthogonalize.commands.sweep import residual_hooks, sweep
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
@@ -87,8 +88,10 @@ def test_every_method_is_tried_over_every_scope(run):
     assert accumulating == [v.name for v in asked if v.name.endswith("all")]
 
 
-def test_fitted_edits_are_swept_where_the_run_has_answers(run, model, tmp_path):
-    """And their measures are those of the edit that `edit` writes."""
+def test_fitted_edits_are_swept_where_the_run_has_answers(model, sources, tmp_path):
+    """With the tensors of the edit that `edit` writes."""
+    run = tmp_path / "run"
+    extract(str(model), run, **sources, settings=replace(UNTRIED, trials=1, finders=("dim",)))
     found, source = load_run(run), open_checkpoint(model)
     variants = make_variants(found, ["conditional"], fits=fits_of(run, found, source))
     assert [v.name for v in variants] == [

@@ -39,7 +39,7 @@ def test_run_folder_holds_everything_a_choice_needs(run):
     found = load_run(run)
     assert {f.name for f in run.iterdir()} == {
         "run.json", "prompts.jsonl", "activations.safetensors", "directions.safetensors", "candidates.json",
-        "stages.json", "plots", "tokens.json",
+        "stages.json", "plots", "tokens.json", "fits",
     }  # fmt: skip
     pictures = {f.stem for f in (run / "plots").iterdir()}
     assert pictures - {"projections-inlp"} == {  # that plot needs a second INLP direction

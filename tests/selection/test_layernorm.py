@@ -116,7 +116,9 @@ def test_only_edits_that_can_be_written_are_tried(model, sources, tmp_path):
     settings = dataclasses.replace(UNTRIED, trials=6, max_rank=1)
     found = extract(str(model), tmp_path / "run", **sources, settings=settings)
     assert found.trials
-    assert not [trial for trial in found.trials if trial.choice.scope.startswith("from:")]
+    assert {"ablate", "conditional"} <= {trial.choice.method for trial in found.trials}
+    plain = [trial.choice for trial in found.trials if trial.choice.method != "conditional"]
+    assert not [choice for choice in plain if choice.scope.startswith("from:")]
     edit(str(model), tmp_path / "edited", run=tmp_path / "run")
     with pytest.raises(OrthogonalizeError, match="LayerNorm with a bias"):
         edit(str(model), tmp_path / "read", run=tmp_path / "run", method="ablate", scope="from:2")

@@ -73,7 +73,8 @@ class EditTrials:
             known=self.journal,
         )  # fmt: skip
         space = SearchSpace(self.directions, self.ranked, reads_can_be_baked(self.source, self.directions))
-        starts = [*(space.fitted_starts() if fits.possible else []), *space.starts()]
+        fitted, plain = space.fitted_starts() if fits.possible else [], space.starts()
+        starts = [*fitted[:1], *plain[:2], *fitted[1:], *plain[2:]]  # of each kind, whatever the budget
         found = search.search(budget, starts, space.neighbours, space.largest_step)
         return confirm(search, found, self.journal, refusal_rate)
 
