@@ -137,9 +137,18 @@ def test_every_set_of_prompts_is_compared():
     assert drifts_more({"": noisy, "other": high}, {"": low, "other": low})
 
 
+def test_no_less_is_asked_than_negative_prompts_show():
+    """Answers to these may begin with the behaviour's tokens, too; going below that would cost for nothing."""
+    gentle, strong = trial(0.03, [0.1, 0.2], usual=0.04), trial(0.001, [0.4, 0.5], usual=0.04)
+    assert gentle.cost == gentle.kl
+    assert best([gentle, strong]) is gentle
+    assert trial(0.05, [0.1, 0.2], usual=0.04).excess == pytest.approx(0.01)
+    assert trial(0.03, [0.1, 0.2], usual=0.0).excess == pytest.approx(0.02)
+
+
 def test_among_edits_tied_in_kl_the_one_that_leaves_less_is_best():
     low, noisy = [0.1, 0.5, 0.2, 0.9, 0.4, 0.3], [0.5, 0.1, 0.9, 0.3, 0.2, 0.5]
-    cheapest, tied = trial(0.009, low), trial(0.001, noisy)
+    cheapest, tied = trial(0.015, low), trial(0.001, noisy)
     assert cheapest.kl < tied.kl
     assert best([cheapest, tied]) is tied
     really = trial(0.001, [x + 0.02 for x in low])

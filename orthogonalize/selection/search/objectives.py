@@ -17,7 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...edits.config import EditConfig
 
-LEFT = 0.01  # an edit removes the behaviour if at most this share of positive prompts still shows it
+# An edit removes the behaviour if at most this share of positive prompts still shows it, or no larger one than of the
+# negative prompts in the base model.
+LEFT = 0.01
 PRICE = 1.0  # nats per token for a unit of share: a percentage point above LEFT weighs as much as a KL of 0.01
 BANDWIDTH = 2.0  # log-odds; of `share_left` for one prompt
 LARGEST_TIE = 1.5  # KLs that differ by a larger factor are not tied, however noisy they are
@@ -28,6 +30,8 @@ class Trial(BaseModel):
 
     Attributes:
         left: share of positive prompts that still show the behaviour (see `share_left`).
+        usual: the same of the negative prompts in the base model, whose answers may begin with the behaviour's tokens
+            too; less cannot be asked of an edit that brings the one side to the other.
         score: mean behaviour score (log-odds) of the positive prompts.
         kl: KL(base || edited) along the base's own answers to negative prompts, in nats per token.
         first_kl: the same at the first token of those answers, in nats.
@@ -42,6 +46,7 @@ class Trial(BaseModel):
 
     choice: EditConfig
     left: float
+    usual: float = 0.0
     score: float
     kl: float
     first_kl: float
@@ -63,13 +68,18 @@ class Trial(BaseModel):
         return (kl + sum(preserved)) / (1 + len(preserved))
 
     @property
+    def excess(self) -> float:
+        """The share left above what counts as removed: `LEFT`, or `usual` if that is larger."""
+        return max(0.0, self.objectives[0] - max(LEFT, self.usual))
+
+    @property
     def cost(self) -> float:
-        """What orders edits, in nats per token: the drift, and `PRICE` for each unit of share left above `LEFT`.
+        """What orders edits, in nats per token: the drift, and `PRICE` for each unit of `excess`.
 
         Edits that remove the behaviour cost their drift alone. For the others, behaviour and drift have a rate of
         exchange, so that a tiny gain in one cannot outweigh any loss in the other.
         """
-        return self.drift + PRICE * max(0.0, self.left - LEFT)
+        return self.drift + PRICE * self.excess
 
     @property
     def order(self) -> tuple[float, ...]:
@@ -128,7 +138,7 @@ def drifts_more(kls: Mapping[str, Sequence[float]], than: Mapping[str, Sequence[
 
 
 def best(trials: Sequence[Trial]) -> Trial:
-    """The best trial: the cheapest, unless another is tied with it in KL and leaves less behaviour.
+    """The best trial: the cheapest, unless another is tied with it in KL and has less excess of behaviour.
 
     Tied are edits on the Pareto front whose KL is not really larger (`drifts_more`), and at most `LARGEST_TIE` times as
     large: with few prompts, or one that dominates, the interval alone would hide large differences.
@@ -139,4 +149,4 @@ def best(trials: Sequence[Trial]) -> Trial:
         for t in pareto_front(trials)
         if t.drift <= LARGEST_TIE * cheapest.drift and not drifts_more(t.kls, cheapest.kls)
     ]
-    return min([cheapest, *tied], key=lambda t: (t.left, *t.order))
+    return min([cheapest, *tied], key=lambda t: (t.excess, *t.order))

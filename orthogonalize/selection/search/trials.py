@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ...core.interrupts import check
@@ -50,6 +51,11 @@ class EditSearch:
     known: ScoreStore | None = None
     tried: dict[EditConfig, Trial] = field(default_factory=dict, init=False)
 
+    @cached_property
+    def usual(self) -> float:
+        """The share of negative prompts that show the behaviour in the base model."""
+        return share_left(behaviour_score(first_token_probabilities(self.model, self.answers.prompts), self.tokens))
+
     def edited(self, choice: EditConfig) -> AbstractContextManager[Any]:
         """Apply an edit to the model by hooks that act exactly as the baked weights would."""
         return intervened(self.model, self.build(choice), renormalise=False)
@@ -69,7 +75,7 @@ class EditSearch:
         return self.tried[choice]
 
     def _measure(self, choice: EditConfig) -> Trial:
-        intervention = self.build(choice)
+        intervention, usual = self.build(choice), self.usual
 
         def edited() -> AbstractContextManager[Any]:
             return intervened(self.model, intervention, renormalise=False)
@@ -81,6 +87,7 @@ class EditSearch:
         return Trial(
             choice=choice,
             left=share_left(scores),
+            usual=usual,
             score=scores.mean().item(),
             kl=drift.kl,
             first_kl=drift.first_kl,
