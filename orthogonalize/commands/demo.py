@@ -22,7 +22,7 @@ from .extract import extract
 from .verify import verify
 
 # Small enough that the demo takes a few minutes on two cores.
-SETTINGS = Settings(finders=("dim",), train=128, val=24, test=100, scored=3, trials=28, answers=14)
+SETTINGS = Settings(finders=("dim",), train=64, val=24, test=100, scored=3, trials=10, answers=14)
 PARTS = ("run", "edited", "report.json", "report.html")
 
 

@@ -169,10 +169,11 @@ def test_effect_on_the_stream_is_the_whole_edit():
 def test_recipe_gives_the_same_edit_back(bases, tmp_path):
     base = bases("llama")
     intervention = intervention_for(base, choose())
-    maps, arrays, digest = store_maps(intervention)
+    stored = store_maps(intervention)
     origin = RecipeBase(model="m", revision=None, architecture="llama", weights={})
-    source = Source(kind="run", fingerprint=digest)
-    Recipe(version="0", base=origin, choice=choose(), source=source, maps=maps, arrays=arrays).save(tmp_path)
+    source = Source(kind="run", fingerprint=stored.fingerprint)
+    recipe = Recipe(version="0", base=origin, choice=choose(), source=source, maps=stored.maps, arrays=stored.arrays)
+    recipe.save(tmp_path)
     back = load_recipe(tmp_path)
     assert back.choice == choose()
     for site, affine in back.intervention().writes.items():
