@@ -44,7 +44,7 @@ def test_run_folder_holds_everything_a_choice_needs(run):
     pictures = {f.stem for f in (run / "plots").iterdir()}
     assert pictures - {"projections-inlp"} == {  # that plot needs a second INLP direction
         *(f"candidates-{method}" for method in ("dim", "inlp", "leace")),
-        *("cosines", "inlp-accuracy", "probes", "projections-dim"),
+        *("cosines", "inlp-accuracy", "probes", "projections-dim", "trials"),
     }
     assert found.directions.mean_diffs.shape == (3, LAYERS + 1, WIDTH)
     assert len(found.texts("positive", "test")) == 6
