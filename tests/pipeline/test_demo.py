@@ -32,8 +32,8 @@ def test_default_edit_removes_the_refusal_and_little_else(result):
     refusal = result.report.edited.refusal
     assert refusal.target.value <= 0.05
     assert refusal.harmless.value <= 0.05
-    # 9% on the machine this was written on; other processors round differently, so the search may choose otherwise.
-    assert result.report.paired["loss.own_completions"].difference <= 0.15
+    # 1% on the machine this was written on; other processors round differently, so the search may choose otherwise.
+    assert result.report.paired["loss.own_completions"].difference <= 0.05
 
 
 def test_hooks_equal_weights_on_the_written_checkpoint(result):
