@@ -25,13 +25,19 @@ class TowardZero:
         self.affine = affine
 
     def __call__(
-        self, stored: np.ndarray[Any, Any], by_rows: bool, first: int, last: int, scales: Scales | None = None
+        self,
+        stored: np.ndarray[Any, Any],
+        by_rows: bool,
+        first: int,
+        last: int,
+        scales: Scales | None = None,
+        given: np.ndarray[Any, Any] | None = None,
     ) -> EditStats:
         assert stored.dtype == np.uint16
         assert scales is None
         bits = torch.from_numpy(stored[first:last] if by_rows else stored[:, first:last].T)  # [n, d], shared memory
         x = bits.view(torch.bfloat16).double() if by_rows else bits.contiguous().view(torch.bfloat16).double()
-        y = self.affine(x)
+        y = self.affine(x) if given is None else x - torch.from_numpy(given[:, first:last]).T @ self.affine.u.T
         q = round_toward_zero(y)
         bits.copy_(q.to(torch.bfloat16).view(torch.uint16))
         wanted, lost = (y - x) @ self.affine.v, (q - y) @ self.affine.v
