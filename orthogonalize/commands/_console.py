@@ -52,13 +52,16 @@ def _show_shortlist(trials: Sequence[Any]) -> None:
     table.add_column("N", justify="right")
     table.add_column("edit")
     numbers = ("behaviour left", "in answers", "KL, nats per token", "KL, first token")
-    for name in (*numbers, *(f"KL, {name}" for name in preserved), "cross-entropy"):
+    kept = [heading for name in preserved for heading in (f"KL, {name}", f"behaviour changed, {name}")]
+    for name in (*numbers, *kept, "cross-entropy"):
         table.add_column(escape(name), justify="right")
+    unedited = [f"{100 * trials[0].before:.1f}%", "", "0.0000", "0.0000", *["0.0000", "0.0%"] * len(preserved), "+0.0%"]
+    table.add_row("", "none (the unedited model)", *unedited)
     for number, t in enumerate(trials, 1):
-        kls = (t.kl, t.first_kl, *(t.preserved[name] for name in preserved))
         answers = "" if t.confirmed is None else f"{100 * t.confirmed:.1f}%"
-        cells = [f"{100 * t.left:.1f}%", answers, *(f"{kl:.4f}" for kl in kls), f"{100 * t.ce_increase:+.1f}%"]
-        table.add_row(str(number), t.choice.describe(), *cells)
+        moved = [cell for name in preserved for cell in (f"{t.preserved[name]:.4f}", f"{100 * t.flipped[name]:.1f}%")]
+        cells = [f"{100 * t.left:.1f}%", answers, f"{t.kl:.4f}", f"{t.first_kl:.4f}", *moved]
+        table.add_row(str(number), t.choice.describe(), *cells, f"{100 * t.ce_increase:+.1f}%")
     console.print(table)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ..core.errors import OrthogonalizeError
+from ..data.prompts import GOALS
 from ..data.refusals import LEAST_TOKENS
 from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..edits.methods.registry import METHODS
@@ -235,6 +236,8 @@ extract_options = together(
     click.option("--concept", help="A named contrast: cooking (the demo's), lists or refusal."),
     click.option("--positive", metavar="P", help="Prompts that show the concept."),
     click.option("--negative", metavar="P", help="Prompts that do not."),
+    choice("--goal", GOALS, "remove", "What for: remove the behaviour, extend it, or keep only what is right of it."),
+    click.option("--target", metavar="P", help="For --goal strengthen: prompts that are to show the behaviour."),
     click.option(
         "--preserve",
         multiple=True,

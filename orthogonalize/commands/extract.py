@@ -8,22 +8,28 @@ A stage whose inputs are unchanged is kept; an interrupted stage is resumed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..architectures.schema import architecture_of
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.files import fingerprint, write_atomically
 from ..core.journal import Journal
 from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.chat import ChatFormat
-from ..data.contrast import is_sensitive, read_contrast
-from ..data.prompts import SIDES, SPLITS, Prompt, Side, Split, load_prompts, split_preserved, split_prompts
+from ..data.prompts import (
+    SIDES,
+    SPLITS,
+    Prompt,
+    Side,
+    Split,
+    split_preserved,
+    split_prompts,
+)
 from ..data.refusals import LEAST_TOKENS, refused
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
@@ -33,7 +39,6 @@ from ..edits.fitting import ANSWER_START
 from ..edits.recipe import ProbeResult
 from ..models.generation import generate, stop_tokens
 from ..models.loading import choose_device, load_model, load_tokenizer
-from ..models.resolve import commit_of, find_model
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
@@ -49,10 +54,12 @@ from ..selection.run_folder import (
     save_preserved,
     save_prompts,
     save_selection,
+    target_side,
 )
 from ..selection.search.objectives import Trial
 from ..selection.search.try_edits import EditTrials, ValPrompts
 from ..selection.settings import Settings
+from ..selection.source import Source, read_source
 from ..selection.stages import STAGES, Stage, StageBook
 
 CONFIRM_TOKENS = LEAST_TOKENS  # of the edited model's answers, in which refusals are counted
@@ -68,24 +75,10 @@ def _versions() -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The model and the contrast that a run is made from."""
-
-    name: str
-    folder: Path
-    checkpoint: Checkpoint
-    revision: str | None
-    prompts: Mapping[Side, list[Prompt]]
-    sensitive: list[Side]
-    preserved: Mapping[str, list[Prompt]]
-    sensitive_preserved: list[str]
-
-
 class _Extraction:
     """The stages; each reads the results of earlier stages from the run folder."""
 
-    def __init__(self, source: _Source, settings: Settings, out: Path) -> None:
+    def __init__(self, source: Source, settings: Settings, out: Path) -> None:
         self.source, self.settings, self.out = source, settings, out
         self.book = StageBook(out)
         self.weights = source.checkpoint.fingerprint()
@@ -139,7 +132,7 @@ class _Extraction:
                 own = {"wanted": s.trials > 0, "tokens": [ANSWER_START, ANSWER_TOKENS]}
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
-                own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive}
+                own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive, "goal": s.goal}
                 own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": CONFIRM_TOKENS}
                 if self.source.preserved:
                     own["sensitive_preserved"] = self.source.sensitive_preserved
@@ -175,7 +168,7 @@ class _Extraction:
         """Split the prompts, learn the behaviour tokens, keep the prompts on which the model behaves as expected."""
         s = self.settings
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
-        prompts = [p for side in SIDES for p in split_prompts(self.source.prompts[side], s.seed, **counts)]
+        prompts = [p for each in self.source.prompts.values() for p in split_prompts(each, s.seed, **counts)]
         tokens, prompts = measure_behaviour(self.model, self.tokenizer, self.chat, prompts, s.behaviour_tokens or ())
         kept, filtered = keep_expected(prompts, s.filtered)
         words = [self.tokenizer.decode([t]) for t in tokens]
@@ -284,31 +277,35 @@ class _Extraction:
             return []
         s, kept = self.settings, load_preserved(self.out)
         val = ValPrompts(
-            self._ids(prompts, "positive", "val"),
+            self._ids(prompts, target_side(prompts), "val"),
             self._ids(prompts, "negative", "val")[: s.answers],
             {
                 name: self.chat.encode_all([p.text for p in kept if (p.source, p.split) == (name, "val")][: s.answers])
                 for name in dict.fromkeys(p.source for p in kept)
             },
+            self._ids(prompts, "positive", "val") if s.goal == "strengthen" else None,
         )
         fits = Fits(self.out, directions, self.source.checkpoint.config, self.weights, lambda: self.model)
         trials = EditTrials(self.model, self.source.checkpoint, directions, ranked, tokens, self._generate, journal)
-        return trials.run(s.trials, val, fits, lambda: self._refusal_rate(val.positive))
+        return trials.run(s.trials, val, fits, lambda: self._left_in_answers(val.target))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
         return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)
 
-    def _refusal_rate(self, ids: Sequence[Sequence[int]]) -> float:
+    def _left_in_answers(self, ids: Sequence[Sequence[int]]) -> float:
+        """The share of answers to prompts that refuse; that do not refuse, if the goal is to strengthen refusal."""
         with track("confirming by answers", len(ids), "prompts") as advance:
             answers = self._generate([list(row) for row in ids], CONFIRM_TOKENS, advance)
-        return sum(refused(self.tokenizer.decode(a)) for a in answers) / len(answers)
+        wanted = self.settings.goal == "strengthen"
+        return sum(refused(self.tokenizer.decode(a)) != wanted for a in answers) / len(answers)
 
     def _info(self, prompts: list[Prompt], directions: Directions) -> RunInfo:
         def texts(side: Side, split: Split) -> list[str]:
             return [p.text for p in prompts if (p.side, p.split) == (side, split)]
 
+        sides = list(self.source.prompts)
         base_score: dict[str, float] = {}
-        for side in SIDES:
+        for side in sides:
             scores = [p.score for p in prompts if (p.side, p.split) == (side, "val") and p.score is not None]
             base_score[side] = sum(scores) / len(scores)
         found = self.book.result("prompts")
@@ -317,7 +314,10 @@ class _Extraction:
             revision=self.source.revision,
             architecture=self.architecture.family,
             weights=self.weights,
-            prompts={f"{side}.{split}": fingerprint(texts(side, split)) for side in SIDES for split in SPLITS},
+            prompts={
+                f"{side}.{split}": fingerprint(texts(side, split)) for side in self.source.prompts for split in SPLITS
+            },
+            goal=self.settings.goal,
             sensitive=self.source.sensitive,
             sensitive_preserved=self.source.sensitive_preserved,
             system=self.settings.system,
@@ -374,19 +374,10 @@ def extract(
     settings.check()
     out = Path(out)
     check_run_folder(out, RUN)
-    sides = read_contrast(concept, positive, negative, column, hub_split, None if data is None else Path(data))
-    preserved = {name: load_prompts(name, split=hub_split) for name in settings.preserve}
-    folder = find_model(model, revision)
-    source = _Source(
-        str(model),
-        folder,
-        open_checkpoint(folder),
-        commit_of(folder) or revision,
-        {"positive": sides[0], "negative": sides[1]},
-        list(SIDES) if settings.sensitive else sides[2],
-        preserved,
-        [name for name in preserved if settings.sensitive or is_sensitive(name)],
-    )
+    source = read_source(
+        model, settings, concept=concept, positive=positive, negative=negative, column=column, hub_split=hub_split,
+        data=data, revision=revision,
+    )  # fmt: skip
     work = _Extraction(source, settings, out)
     stages = work.book.to_run(work.inputs, stage, force)
     for name in STAGES:

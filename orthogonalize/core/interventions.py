@@ -295,6 +295,11 @@ class Intervention:
         widths = (each.width for each in (*self.writes.values(), *self.reads.values()))
         return next(widths, next((each.width for each in self.conditional.values()), None))
 
+    def spares(self, layer: int) -> bool:
+        """Whether the stream at the input of block `layer` stays as it is."""
+        sites = (*self.writes, *self.reads, *(matrix.site for matrix in self.conditional))
+        return all(site.kind == "head" or (site.layer is not None and site.layer >= layer) for site in sites)
+
 
 def block_sites(layers: Iterable[int]) -> list[Site]:
     """The attention and MLP sites of `layers`, in execution order."""

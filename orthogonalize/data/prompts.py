@@ -7,19 +7,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import chain, count
+from itertools import chain, combinations, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..core.errors import OrthogonalizeError, first_line
 from .benchmarks import PROMPT_SETS, BenchmarkSet, PromptSet, category_of
 from .rows import SUFFIXES, read_rows
 from .tokenization import is_valid_unicode
 
-Side = Literal["positive", "negative"]
+# "target" prompts do not show the behaviour, and are to show it after an edit that strengthens it.
+Side = Literal["positive", "negative", "target"]
+Goal = Literal["remove", "strengthen", "calibrate"]
+GOALS: tuple[Goal, ...] = get_args(Goal)
 # "spare" prompts are only used to compare directions across seeds.
 Split = Literal["train", "val", "test", "spare"]
-SIDES: tuple[Side, ...] = ("positive", "negative")
+SIDES: tuple[Side, ...] = ("positive", "negative")  # of a contrast
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "spare")
 COLUMNS = ("instruction", "prompt", "question", "text", "goal", "Goal", "behavior", "forbidden_prompt")
 PROMPT_SUFFIXES = (".txt", *SUFFIXES)
@@ -208,19 +211,22 @@ def source_names(sources: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> None:
+def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt], target: Sequence[Prompt] = ()) -> None:
     """Reject a contrast that cannot work, before a model is loaded.
 
     Raises:
         OrthogonalizeError: the sides share a prompt, two splits do, or a side or one of its splits is too small.
     """
-    both = {p.text for p in positive} & {p.text for p in negative}
-    if both:
-        example = min(both)
-        raise OrthogonalizeError(
-            f"{len(both)} prompts appear on both sides (such as {example[:40]!r}); use two disjoint sets"
-        )
-    for side, prompts in (("positive", positive), ("negative", negative)):
+    named = {"positive": positive, "negative": negative} | ({"target": target} if target else {})
+    for one, other in combinations(named, 2):
+        both = {p.text for p in named[one]} & {p.text for p in named[other]}
+        if both:
+            example = min(both)
+            raise OrthogonalizeError(
+                f"{len(both)} prompts appear on both sides, {one} and {other} (such as {example[:40]!r}); use disjoint "
+                "sets"
+            )
+    for side, prompts in named.items():
         if len(prompts) < MINIMUM:
             raise OrthogonalizeError(f"the {side} side has {len(prompts)} prompts; at least {MINIMUM} are required")
         train = sum(p.split == "train" for p in prompts)
@@ -228,7 +234,7 @@ def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> No
             raise OrthogonalizeError(
                 f"the {side} side has {train} train prompts; at least {MINIMUM_TRAIN} are required"
             )
-    _check_splits([*positive, *negative])
+    _check_splits([*positive, *negative, *target])
 
 
 def plain(text: str) -> str:

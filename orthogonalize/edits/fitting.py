@@ -2,6 +2,9 @@
 
 By default, layers are fitted in groups of three, in order, and each group is read behind the edits of those before
 it: what an earlier group has removed already is not removed again.
+
+To remove a behaviour, what the target writes is brought to what harmless prompts write on average. To strengthen it, it
+is brought to what prompts that show the behaviour write at the same place.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from .scopes import layers_in_scope, parse_scope, stream_after
 GROUP = 3  # layers that are read together
 # An expert that saw fewer tokens of a set is left as it is: its own regression would mean nothing.
 FEWEST = 16
-TARGET, HARMLESS, PRESERVED = "target", "harmless", "preserved: "
+TARGET, EXAMPLES, HARMLESS, PRESERVED = "target", "examples", "harmless", "preserved: "
 ANSWER_START = 8  # tokens of an answer that are its start: they decide whether it shows the behaviour
 
 
@@ -50,6 +53,24 @@ class AnsweredTokens:
         """The last `template` tokens of the prompts, and the first ones of the answers."""
         return TokenSet(self.ids, [n - template for n in self.prompts], [n + ANSWER_START for n in self.prompts])
 
+    def places(self, template: int) -> dict[int, TokenSet]:
+        """The tokens of `first`, by their place: -1 is the last one of the prompt, 0 the first one of the answer."""
+        return {
+            place: TokenSet(
+                self.ids,
+                [min(n + place, len(row)) for n, row in zip(self.prompts, self.ids, strict=True)],
+                [n + place + 1 for n in self.prompts],
+            )
+            for place in range(-template, ANSWER_START)
+        }
+
+    def answered_as(self, other: AnsweredTokens) -> AnsweredTokens:
+        """The same prompts with the answers to `other`, in turn."""
+        answers = [row[n:] for row, n in zip(other.ids, other.prompts, strict=True)]
+        prompts = [list(row[:n]) for row, n in zip(self.ids, self.prompts, strict=True)]
+        rows = [[*prompt, *answers[i % len(answers)]] for i, prompt in enumerate(prompts)]
+        return AnsweredTokens(rows, self.prompts)
+
 
 @dataclass(frozen=True)
 class FitTokens:
@@ -57,16 +78,19 @@ class FitTokens:
 
     Attributes:
         template: the number of template tokens between a prompt's text and the answer.
-        target: prompts that show the behaviour, of which the last template positions and the first tokens of the
+        target: prompts whose behaviour is to change, of which the last template positions and the first tokens of the
             answers count.
-        harmless: prompts that do not, of which all tokens count.
+        harmless: prompts that do not show the behaviour, of which all tokens count.
         preserved: further prompts whose outputs should not move, by name; likewise.
+        examples: prompts that show the behaviour, if the target should show it too; what they write is what the target
+            is to write. The target is then read with their answers.
     """
 
     template: int
     target: AnsweredTokens
     harmless: AnsweredTokens
     preserved: Mapping[str, AnsweredTokens] = field(default_factory=dict)
+    examples: AnsweredTokens | None = None
 
     @property
     def kept(self) -> dict[str, tuple[TokenSet, bool, bool]]:
@@ -84,7 +108,19 @@ class FitTokens:
     def sets(self) -> dict[str, TokenSet]:
         """All sets by name."""
         kept = {name: tokens for name, (tokens, _, _) in self.kept.items()}
-        return {TARGET: self.target.first(self.template), HARMLESS: self.harmless.whole(), **kept}
+        return {**self._changed, HARMLESS: self.harmless.whole(), **kept}
+
+    @property
+    def _changed(self) -> dict[str, TokenSet]:
+        """The target's tokens; behind those of the examples, if there are any, both by place (`target@-1`)."""
+        if self.examples is None:
+            return {TARGET: self.target.first(self.template)}
+        both = {EXAMPLES: self.examples, TARGET: self.target.answered_as(self.examples)}
+        return {
+            f"{name}@{place}": tokens
+            for name, each in both.items()
+            for place, tokens in each.places(self.template).items()
+        }
 
     def save(self, file: Path) -> None:
         """Write the token ids as JSON."""
@@ -101,7 +137,8 @@ class FitTokens:
             stored = json.loads(file.read_text("utf-8"))
             target, harmless = (AnsweredTokens(**stored[name]) for name in (TARGET, HARMLESS))
             preserved = {name: AnsweredTokens(**each) for name, each in stored["preserved"].items()}
-            return cls(stored["template"], target, harmless, preserved)
+            examples = AnsweredTokens(**stored[EXAMPLES]) if stored.get(EXAMPLES) else None
+            return cls(stored["template"], target, harmless, preserved, examples)
         except FileNotFoundError:
             raise OrthogonalizeError(
                 f"{file.parent} lacks the model's own answers, which a conditional edit is fitted to; run extract again"
@@ -126,6 +163,7 @@ def fit_conditional(
     weights: Weights,
     *,
     sequential: bool = True,
+    reader: WriteReader | None = None,
 ) -> ConditionalFit:
     """Fit the conditional map of every matrix that writes at `sites`.
 
@@ -136,12 +174,13 @@ def fit_conditional(
         sites: attention and MLP sites of blocks.
         weights: the weights of the regression.
         sequential: whether to read layers group by group, behind the edits of earlier ones, instead of all at once.
+        reader: one of `tokens` that has come at most to the first of the sites' layers, unedited.
 
     Raises:
         OrthogonalizeError: a set is empty, or a system cannot be solved.
     """
     stream = Stream.of(model)
-    reader = WriteReader(model, tokens.sets)
+    reader = reader or WriteReader(model, tokens.sets)
     shares = {
         name: (weights.preserve if preserved else 1.0) * (weights.first if first else 1.0)
         for name, (_, preserved, first) in tokens.kept.items()
@@ -222,6 +261,24 @@ def _groups(sites: Sequence[Site]) -> list[list[Site]]:
     ]
 
 
+class _Mean:
+    """A streaming mean of vectors, in float64."""
+
+    def __init__(self) -> None:
+        self.count, self._sum = 0, torch.zeros(())
+
+    def update(self, values: torch.Tensor) -> None:
+        """Add vectors [count, k]."""
+        total = values.to(torch.float64).sum(0)
+        self._sum = total if not self.count else self._sum + total
+        self.count += len(values)
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """The mean [k]."""
+        return self._sum / self.count
+
+
 class _Regression:
     """The regression of one write matrix, or of each of its experts."""
 
@@ -234,6 +291,7 @@ class _Regression:
             self.norm = norm_weight(norm, norms), squares_of(norms, stream.architecture.epsilon(stream.config))
         self.experts = len(module.module.get_parameter("down_proj")) if module.matrix.routed else 0
         self.seen: dict[int | None, dict[str, InputTokens]] = {}
+        self.origins: dict[tuple[int | None, str], _Mean] = {}  # of the target's values, by expert and place
 
     def take(self, name: str, expert: int | None, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """Add the tokens of one set: inputs [tokens, n], outputs [tokens, d]."""
@@ -243,6 +301,15 @@ class _Regression:
             length = squares(outputs).sqrt()
             inputs, outputs = inputs.to(length) / length, scale.to(length) * (outputs.to(length) / length)
         values = outputs.to(read) @ read.mT
+        name, at, place = name.partition("@")
+        if at:
+            origin = self.origins.setdefault((expert, place), _Mean())
+            if name == EXAMPLES:
+                origin.update(values)
+                return
+            if not origin.count:  # an expert that no example is routed to at this place
+                return
+            values = values - origin.mean.to(values)
         sets = self.seen.setdefault(expert, {})
         if name not in sets:
             sets[name] = InputTokens()
@@ -251,16 +318,20 @@ class _Regression:
     def solve(self, weights: Weights) -> tuple[ConditionalMap | None, int]:
         """The map, or None if there are too few tokens; and how many experts are left alone."""
         if not self.experts:
-            found = solve(self.basis, self._sets(None), weights)
+            found = self._solve(None, weights)
             self.seen.clear()
             return found, 0
-        solved = {e: solve(self.basis, self._sets(e), weights).c for e in range(self.experts) if self._enough(e)}
+        solved = {e: self._solve(e, weights).c for e in range(self.experts) if self._enough(e)}
         self.seen.clear()
         if not solved:
             return None, self.experts
         first = next(iter(solved.values()))
         c = torch.stack([solved.get(e, torch.zeros_like(first)) for e in range(self.experts)])
         return ConditionalMap(self.basis, c), self.experts - len(solved)
+
+    def _solve(self, expert: int | None, weights: Weights) -> ConditionalMap:
+        origin = torch.zeros(len(self.basis)) if self.origins else None  # values are relative to theirs already
+        return solve(self.basis, self._sets(expert), weights, origin)
 
     def _sets(self, expert: int | None) -> tuple[InputTokens, InputTokens, list[tuple[float, InputTokens]]]:
         seen = self.seen.get(expert, {})

@@ -16,7 +16,7 @@ from ..core.journal import Journal
 from ..core.progress import note
 from ..data.benchmarks import PROMPT_SETS, as_documented, instructions
 from ..data.chat import ChatFormat
-from ..data.prompts import Split, source_names
+from ..data.prompts import Side, Split, source_names
 from ..data.refusals import LEAST_TOKENS
 from ..engines.base import Engine
 from ..selection.run_folder import Run
@@ -144,7 +144,8 @@ def _step(label: str, suite: Suite) -> str:
 
 def _contrast_sets(run: Run, split: Split, chat: ChatFormat, limit: int | None) -> list[AnswerSet]:
     sets = []
-    for name, side in CONTRAST.items():
+    sides: tuple[Side, Side] = (run.target_side, "negative")
+    for name, side in zip(CONTRAST, sides, strict=True):
         prompts = [p for p in run.prompts if (p.side, p.split) == (side, split)][:limit]
         if not prompts:
             raise OrthogonalizeError(

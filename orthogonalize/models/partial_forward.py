@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from .hooks import capturing_inputs
 from .stream import Stream
+
+KEPT = 2**28  # numbers of a `StreamCache`: 1 GiB in float32
 
 
 class _StoppedError(Exception):
@@ -59,3 +62,47 @@ def stopping_before(model: Any, layer: int) -> Iterator[None]:
         pass
     finally:
         handle.remove()
+
+
+class StreamCache:
+    """The stream at the input of block `layer` in forward passes that are made again with later blocks edited.
+
+    A pass is known by a name; it must have the same tokens each time. At most `kept` numbers are kept, on the model's
+    device; passes beyond are computed from their beginning.
+    """
+
+    def __init__(self, model: Any, layer: int, kept: int = KEPT) -> None:
+        self.model, self.layer, self.kept = model, layer, kept
+        self._hidden: dict[Hashable, torch.Tensor] = {}
+        self._wrapped = False
+
+    @contextmanager
+    def recording(self, name: Hashable) -> Iterator[None]:
+        """Keep the stream of the forward pass in this context; the blocks before `layer` must not be edited."""
+
+        def keep(layer: int, hidden: torch.Tensor) -> None:
+            held = sum(stream.numel() for stream in self._hidden.values())
+            if layer == self.layer and held + hidden.numel() <= self.kept:
+                self._hidden[name] = hidden.clone()
+
+        def look(_module: Any, _inputs: Any, output: Any) -> None:
+            self._wrapped = isinstance(output, tuple)
+
+        if not self.layer:
+            yield
+            return
+        watch = Stream.of(self.model).block(0).register_forward_hook(look)
+        try:
+            with capturing_inputs(self.model, keep):
+                yield
+        finally:
+            watch.remove()
+
+    @contextmanager
+    def resumed(self, name: Hashable) -> Iterator[None]:
+        """Start the forward pass in this context at block `layer`, or at its beginning if it was not kept."""
+        if name not in self._hidden:
+            yield
+            return
+        with starting_at(self.model, self.layer, self._hidden[name], self._wrapped):
+            yield

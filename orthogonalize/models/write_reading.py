@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +83,19 @@ class WriteReader:
                     counted[name] = ((places >= starts) & (places < ends)).flatten().to(model.device)
                 self.batches.append(_Batch(padded, counted))
 
+    def copy(self) -> WriteReader:
+        """A reader of the same tokens at the same layer; neither moves the other."""
+        other = copy.copy(self)
+        other.batches = [replace(batch) for batch in self.batches]
+        return other
+
+    @torch.inference_mode()
+    def advance(self, layer: int) -> None:
+        """Go on to `layer` without edits."""
+        for batch in self.batches:
+            self._read_batch(batch, (), layer, layer - 1, lambda *_: None, {})
+        self.at = layer
+
     @torch.inference_mode()
     def read(
         self, matrices: Sequence[WriteMatrix], take: Take, edits: Mapping[WriteMatrix, ConditionalMap] | None = None
@@ -113,13 +127,13 @@ class WriteReader:
 
         start = batch.hidden
         with ExitStack() as stack:
-            stack.enter_context(stopping_before(self.model, last + 1))
             if start is not None and self.at:
                 stack.enter_context(starting_at(self.model, self.at, start, self.wrapped))
             else:
                 watch = self.stream.block(0).register_forward_hook(self._look)
                 stack.callback(watch.remove)
             stack.enter_context(capturing_inputs(self.model, keep))
+            stack.enter_context(stopping_before(self.model, last + 1))  # after `keep` has seen that block's input
             stack.enter_context(conditionally_edited(self.model, edits, renormalise=False))
             watches = {matrix: self._watch(stack, batch, matrix, take) for matrix in matrices}
             stack.enter_context(watching(self.model, watches))

@@ -229,6 +229,7 @@ def trial_figure(run: Run) -> Figure | None:
         (listed, VERMILION, "^", "edit --pick N"),
     ):
         axis.scatter([100 * t.left for t in trials], [t.kl for t in trials], c=colour, marker=marker, label=label)
+    axis.scatter([100 * listed[0].before], [0], c="black", marker="x", label="unedited")
     for number, trial in enumerate(listed, 1):
         axis.annotate(str(number), (100 * trial.left, trial.kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axis.axvline(100 * LEFT, color="black", linestyle=":", linewidth=0.8, label=f"{100 * LEFT:g}%")

@@ -53,7 +53,7 @@ def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], 
     if filtered:
         kept = [p for p in prompts if p.score is None or (p.score > 0) == (p.side == "positive")]
     counts: dict[str, dict[str, int]] = {}
-    for side in SIDES:
+    for side in dict.fromkeys(p.side for p in prompts):
         for split in ("train", "val"):
             left = sum((p.side, p.split) == (side, split) for p in kept)
             given = sum((p.side, p.split) == (side, split) for p in prompts)

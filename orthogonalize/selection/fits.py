@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..core.progress import note
 from ..directions.direction_set import Directions, read_tensors
 from ..edits.config import EditConfig
 from ..edits.fitting import ConditionalFit, FitTokens, fit_conditional, sites_to_fit, spans_of, weights_of
+from ..models.write_reading import WriteReader
 
 TOKENS = "tokens.json"  # of the model's own answers, in the run folder
 FOLDER = "fits"
@@ -45,6 +47,11 @@ class Fits:
         layer_norm = architecture_of(config).norms.kind == "layer"
         self.folder, self.directions = folder, directions.centred() if layer_norm else directions
         self.weights, self.load = weights, load
+        self._reader: WriteReader | None = None
+
+    @cached_property
+    def _directions(self) -> str:
+        return hashlib.sha256(self.directions.mean_diffs.numpy().tobytes()).hexdigest()
 
     @property
     def possible(self) -> bool:
@@ -64,22 +71,31 @@ class Fits:
             "sites": [str(site) for site in sites],
             "regression": asdict(weights_of(choice)),
             "weights": self.weights,
-            "directions": hashlib.sha256(self.directions.mean_diffs.numpy().tobytes()).hexdigest(),
+            "directions": self._directions,
             "tokens": hashlib.sha256(tokens.read_bytes()).hexdigest() if tokens.is_file() else None,
         }
         file = self.folder / FOLDER / f"{fingerprint(depends)[:16]}.safetensors"
         if file.is_file():
             maps = _load(file)
         else:
+            read = FitTokens.load(tokens)
+            reader = self._reader_at(min((int(site.layer or 0) for site in sites), default=0), read)
             fit = fit_conditional(
-                self.load(), FitTokens.load(tokens), spans_of(choice, self.directions), sites, weights_of(choice),
-                sequential=choice.sequential,
+                self.load(), read, spans_of(choice, self.directions), sites, weights_of(choice),
+                sequential=choice.sequential, reader=reader,
             )  # fmt: skip
             if fit.left_alone:
                 note(f"{fit.left_alone} experts saw too few tokens to be fitted, and are left as they are")
             maps = fit.maps
             _save(fit, file)
         return Intervention(conditional={matrix: each.scaled(choice.strength) for matrix, each in maps.items()})
+
+    def _reader_at(self, layer: int, tokens: FitTokens) -> WriteReader:
+        """A reader that has come to `layer` or an earlier one: fits of upper layers share what is below."""
+        if self._reader is None or self._reader.at > layer:
+            self._reader = WriteReader(self.load(), tokens.sets)
+            self._reader.advance(layer)
+        return self._reader.copy()
 
 
 def _save(fit: ConditionalFit, file: Path) -> None:

@@ -10,7 +10,7 @@ from ..core.journal import Journal
 from ..core.progress import track
 from ..data.chat import ChatFormat
 from ..data.prompts import PreservedPrompt, Prompt
-from ..edits.fitting import ANSWER_START, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
+from ..edits.fitting import ANSWER_START, EXAMPLES, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
 
 ANSWER_TOKENS = 48
 
@@ -25,7 +25,10 @@ class OwnAnswers:
         self.chat, self.generate, self.journal = chat, generate, journal
 
     def fit_tokens(self, prompts: Sequence[Prompt], preserved: Sequence[PreservedPrompt]) -> FitTokens:
-        """The tokens of the train prompts and of the answers to them (see `FitTokens`)."""
+        """The tokens of the train prompts and of the answers to them (see `FitTokens`).
+
+        With target prompts, the positive ones are the examples of what the target is to become.
+        """
 
         def texts(side: str) -> list[str]:
             return [p.text for p in prompts if (p.side, p.split) == (side, "train")]
@@ -34,11 +37,13 @@ class OwnAnswers:
         for p in preserved:
             if p.split == "train":
                 sets.setdefault(p.source, []).append(p.text)
+        positive, target = texts("positive"), texts("target")
         return FitTokens(
             len(self.chat.positions()),
-            self._answered(TARGET, texts("positive"), ANSWER_START),
+            self._answered(TARGET, target or positive, ANSWER_START),
             self._answered(HARMLESS, texts("negative"), ANSWER_TOKENS),
             {source: self._answered(f"{PRESERVED}{source}", each, ANSWER_TOKENS) for source, each in sets.items()},
+            self._answered(EXAMPLES, positive, ANSWER_START) if target else None,
         )
 
     def _answered(self, name: str, texts: list[str], tokens: int) -> AnsweredTokens:

@@ -16,14 +16,14 @@ from ..core.progress import track
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.direction_set import load_direction
-from ..edits.build import finder_of, intervention_from_basis, intervention_from_directions
+from ..edits.build import finder_of, intervention_from_basis
 from ..edits.config import EditConfig
 from ..edits.methods.registry import DEFAULT, METHODS
 from ..edits.recipe import ProbeResult, load_recipe
 from ..edits.scopes import stream_after
 from ..edits.settings import EditSettings
 from ..models.loading import load_model
-from .candidates import layer_ranking
+from .builder import EditBuilder
 from .fits import Fits
 from .probes import probe_choice
 from .run_folder import Run, load_run
@@ -193,12 +193,10 @@ def resolve_run(
     run = load_run(folder)
     check_fits(run, source)
     choice = choose(run, **given) if pick is None else pick_edit(run, pick, given)
-    ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions, choice.finder))
-    if METHODS[choice.method].fitted:
-        intervention = fits_of(folder, run, source, device).intervention(choice, ranking)
-    else:
-        layer_norm = architecture_of(source.config).norms.kind == "layer"
-        intervention = intervention_from_directions(choice, run.directions, ranking, layer_norm=layer_norm)
+    layer_norm = architecture_of(source.config).norms.kind == "layer"
+    # Only fits depend on the weights, whose fingerprint takes as long as reading them.
+    fits = fits_of(folder, run, source, device) if METHODS[choice.method].fitted else None
+    intervention = EditBuilder(run.directions, run.candidates, layer_norm, fits)(choice)
     return ResolvedEdit(
         choice,
         intervention,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import OrthogonalizeError
 from ..core.files import write_atomically
-from ..data.prompts import PreservedPrompt, Prompt, Side, Split
+from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split
 from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
 from ..models.resolve import public_name
@@ -26,6 +26,7 @@ PRESERVED = "preserved.jsonl"
 class RunInfo(BaseModel):
     """The contents of `run.json`: the origin and settings of a run. The file calls the finders `methods`.
 
+    `goal` is what its edits are for (see `Settings.goal`).
     `sensitive` names the sensitive sides of the contrast, and `sensitive_preserved` the sensitive preserved sources.
     """
 
@@ -36,6 +37,7 @@ class RunInfo(BaseModel):
     architecture: str
     weights: dict[str, str]
     prompts: dict[str, str]
+    goal: Goal = "remove"
     sensitive: list[Side]
     sensitive_preserved: list[str] = Field(default_factory=list)
     system: str | None
@@ -75,9 +77,19 @@ class Run:
         """The tried edits to choose from: the best, then the rest of the Pareto front (see `shortlist`)."""
         return shortlist(self.trials)
 
+    @property
+    def target_side(self) -> Side:
+        """The side whose behaviour the run's edits change: the positive one, unless there are target prompts."""
+        return target_side(self.prompts)
+
     def texts(self, side: Side, split: Split) -> list[str]:
         """The prompts of one side and split."""
         return [p.text for p in self.prompts if p.side == side and p.split == split]
+
+
+def target_side(prompts: Sequence[Prompt]) -> Side:
+    """The side whose behaviour is to change: the positive one, unless there are target prompts."""
+    return "target" if any(p.side == "target" for p in prompts) else "positive"
 
 
 def save_prompts(prompts: Sequence[Prompt], folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, pad
 from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
-from ..models.partial_forward import starting_at
+from ..models.partial_forward import StreamCache, starting_at
 from ..models.stream import Stream
 
 SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
@@ -25,12 +27,18 @@ def _last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> tor
 
 
 @torch.inference_mode()
-def first_token_probabilities(model: Any, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The probabilities [prompts, vocabulary] of the first answer token, on the CPU."""
+def first_token_probabilities(
+    model: Any, ids: Sequence[Sequence[int]], around: Callable[[int], AbstractContextManager[Any]] | None = None
+) -> torch.Tensor:
+    """The probabilities [prompts, vocabulary] of the first answer token, on the CPU.
+
+    `around` gives a context for each forward pass, by its number.
+    """
     result: torch.Tensor | None = None
-    for group in batches(ids):
+    for number, group in enumerate(batches(ids)):
         padded, lengths = pad([ids[i] for i in group], model.device)
-        part = _last_logits(model, padded, lengths).softmax(-1).cpu()
+        with around(number) if around else nullcontext():
+            part = _last_logits(model, padded, lengths).softmax(-1).cpu()
         if result is None:
             result = torch.empty(len(ids), part.shape[-1])
         result[group] = part
@@ -45,6 +53,36 @@ def behaviour_score(probabilities: torch.Tensor, tokens: Sequence[int]) -> torch
     """
     p = probabilities[..., list(tokens)].sum(-1).double().clamp(1e-8, 1 - 1e-8)
     return p.log() - (1 - p).log()
+
+
+class FirstTokenScores:
+    """Behaviour scores of the same prompts under many edits.
+
+    The model starts at block `layer` under edits that spare its input.
+    """
+
+    def __init__(self, model: Any, ids: Sequence[Sequence[int]], tokens: Sequence[int], layer: int = 0) -> None:
+        self.model, self.ids, self.tokens = model, ids, tokens
+        self._streams = StreamCache(model, layer)
+
+    @cached_property
+    def base(self) -> torch.Tensor:
+        """The scores [prompts] of the model as it is."""
+        return self._scores(self._streams.recording)
+
+    def edited(self, edited: Callable[[], AbstractContextManager[Any]], spared: bool = False) -> torch.Tensor:
+        """The scores [prompts] within the context `edited()`; `spared`: whether it spares the input of `layer`."""
+        assert self.base is not None  # from which the streams are recorded
+
+        @contextmanager
+        def around(number: int) -> Iterator[None]:
+            with self._streams.resumed(number) if spared else nullcontext(), edited():
+                yield
+
+        return self._scores(around)
+
+    def _scores(self, around: Callable[[int], AbstractContextManager[Any]]) -> torch.Tensor:
+        return behaviour_score(first_token_probabilities(self.model, self.ids, around), self.tokens)
 
 
 def smoothed_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:

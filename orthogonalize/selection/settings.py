@@ -10,7 +10,7 @@ import torch
 
 from ..core.changed_settings import change_settings
 from ..core.errors import OrthogonalizeError
-from ..data.prompts import MINIMUM_TRAIN
+from ..data.prompts import GOALS, MINIMUM_TRAIN, Goal
 from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..directions.inlp.nullspace import Classifier, Solver
 from ..directions.means import ARITHMETIC, find_mean
@@ -44,6 +44,9 @@ class Settings:
         scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
             tried on all positive prompts.
         trials: number of whole edits to try; 0 skips the search.
+        goal: `remove` takes the behaviour out of what shows it; `calibrate` does so too, and keeps it on the preserved
+            prompts, which show it rightly; `strengthen` extends it to target prompts, which do not show it.
+        target: a source of the prompts to which the goal `strengthen` extends the behaviour.
         preserve: sources of prompts whose outputs an edit should not move.
         answers: number of the model's own answers to negative prompts along which an edit's KL is measured.
         trust_remote_code: whether to run code from the model's repository.
@@ -72,6 +75,8 @@ class Settings:
     scored: int | None = None
     trials: int = 32
     answers: int = 32
+    goal: Goal = "remove"
+    target: str | None = None
     preserve: Sequence[str] = ()
     trust_remote_code: bool = False
 
@@ -100,6 +105,16 @@ class Settings:
         if self.train < MINIMUM_TRAIN or self.val < 1 or self.test < 0 or self.seeds < 1:
             raise OrthogonalizeError(
                 f"--train must be at least {MINIMUM_TRAIN}, --val and --seeds at least 1, --test at least 0"
+            )
+        if self.goal not in GOALS:
+            raise OrthogonalizeError(f"--goal must be one of {', '.join(GOALS)}; got {self.goal}")
+        if (self.target is not None) != (self.goal == "strengthen"):
+            raise OrthogonalizeError(
+                "--goal strengthen needs --target, the prompts that are to show the behaviour; no other goal takes it"
+            )
+        if self.goal == "calibrate" and not self.preserve:
+            raise OrthogonalizeError(
+                "--goal calibrate needs --preserve: prompts on which the behaviour is right and has to stay"
             )
         if self.classifier == "svm" and self.solver != "sklearn":
             raise OrthogonalizeError("--classifier svm needs --solver sklearn")

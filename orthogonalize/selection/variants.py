@@ -64,13 +64,13 @@ def _additions(run: Run, method: EditMethod, scope: str, multipliers: Sequence[f
 def _fitted(run: Run, method: EditMethod, scope: str, grid: SweepGrid, fits: Fits) -> Iterator[Variant]:
     for settings in grid.settings(method):
         choice = choose(run, method=method.name, scope=scope, **settings)
-        ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions))
-        intervention = fits.intervention(choice, ranking)
+        finder = finder_of(choice.method, run.directions)
+        intervention = fits.intervention(choice, layer_ranking(run.candidates, finder))
         layers = sorted({int(matrix.site.layer or 0) for matrix in intervention.conditional})
         yield Variant(
             " ".join([method.name, *_setting_words(method, settings), scope]),
             choice,
-            "dim",
+            finder,
             intervention,
             tuple(layers),
             None,

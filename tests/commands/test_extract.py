@@ -149,7 +149,7 @@ extract(sys.argv[1], sys.argv[3], positive=sys.argv[2] + "/positive.txt", negati
         ("directions.activation_store", "_store", 2, ["prompts"]),
         ("selection.candidates", "behaviour_score", 5, ["prompts", "activations", "directions", "answers"]),
         (
-            "selection.search.trials",
+            "selection.scoring",
             "first_token_probabilities",
             2,
             ["prompts", "activations", "directions", "answers"],

@@ -38,7 +38,8 @@ def tried(run, tmp_path) -> Path:
     trials = [
         Trial(
             choice=EditConfig(method="ablate", scope="layers:1-2", position=-1, layer=2, strength=0.5 + 0.1 * i),
-            left=left, score=-3.0, kl=kl, first_kl=kl / 2, ce_increase=-0.031, preserved={"other": 0.7},
+            left=left, before=0.95, score=-3.0, kl=kl, first_kl=kl / 2, ce_increase=-0.031, preserved={"other": 0.7},
+            flipped={"other": 0.03},
             kls={"": [kl]}, confirmed=None if i else 0.021,
         )
         for i, (left, kl) in enumerate(OUTCOMES)
@@ -95,19 +96,22 @@ def test_pick_needs_a_run_that_tried_edits(run, model, tmp_path):
 def test_terminal_lists_the_edits_with_their_numbers(tried, monkeypatch):
     with _console.console.capture() as printed:
         _console.show_run(load_run(tried))
-    rows = [line.split("│") for line in printed.get().splitlines() if "ablate" in line]
-    cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
+    lines = printed.get().splitlines()
+    rows = [line.split("│") for line in lines if "ablate" in line or "unedited" in line]
+    unedited, *cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
+    assert unedited[2:] == ["95.0%", "", "0.0000", "0.0000", "0.0000", "0.0%", "+0.0%"]
     assert [row[0] for row in cells] == ["1", "2", "3"]
     assert "strength 0.7" in cells[1][1]
-    assert cells[0][2:] == ["0.0%", "2.1%", "0.2000", "0.1000", "0.7000", "-3.1%"]
-    assert cells[2][2:] == ["40.0%", "", "0.0123", "0.0062", "0.7000", "-3.1%"]
+    assert cells[0][2:] == ["0.0%", "2.1%", "0.2000", "0.1000", "0.7000", "3.0%", "-3.1%"]
+    assert cells[2][2:] == ["40.0%", "", "0.0123", "0.0062", "0.7000", "3.0%", "-3.1%"]
     assert "edit --pick N" in printed.get()
 
 
 def test_figure_marks_and_numbers_the_listed_edits(tried):
     found = load_run(tried)
     (axis,) = trial_figure(found).axes
-    others, listed = (collection.get_offsets().tolist() for collection in axis.collections)
+    others, listed, unedited = (collection.get_offsets().tolist() for collection in axis.collections)
+    assert unedited == [[95.0, 0.0]]
     assert listed == [[0.0, 0.2], [5.0, 0.1], [40.0, 0.0123]]
     assert others == [[30.0, 0.15], [6.0, 0.12]]
     assert [(text.get_text(), list(text.xy)) for text in axis.texts] == [

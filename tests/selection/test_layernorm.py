@@ -24,10 +24,10 @@ from orthogonalize.edits.build import intervention_from_directions
 from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.hooks import layer_projected
 from orthogonalize.models.loading import model_class
+from orthogonalize.selection.builder import EditBuilder
 from orthogonalize.selection.candidates import layer_ranking, score_candidates
 from orthogonalize.selection.scoring import behaviour_score
 from orthogonalize.selection.search.drift import AnsweredPrompts
-from orthogonalize.selection.search.space import build_from_directions
 from orthogonalize.selection.search.trials import EditSearch
 
 TOKENS = [5, 9]
@@ -103,7 +103,7 @@ def test_leace_restores_the_mean_that_the_norms_see(scored, scope, per_layer):
 def test_trial_scores_as_the_written_checkpoint(scored, model, tmp_path):
     held, positive, negative, directions, candidates = scored
     choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)
-    build = build_from_directions(directions, candidates, layer_norm=True)
+    build = EditBuilder(directions, candidates, True)
     trials = EditSearch(held, build, TOKENS, positive, AnsweredPrompts(held, negative, some_ids(7, 3)))
     intervention = intervention_from_directions(choice, directions, layer_ranking(candidates, "dim"))
     bake(open_checkpoint(model), centred(intervention)).write(tmp_path)

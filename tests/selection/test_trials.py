@@ -16,11 +16,12 @@ from orthogonalize.directions.direction_set import Directions
 from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import intervened
+from orthogonalize.selection.builder import EditBuilder
 from orthogonalize.selection.candidates import Candidate, rank
 from orthogonalize.selection.scoring import behaviour_score
 from orthogonalize.selection.search.drift import AnsweredPrompts
 from orthogonalize.selection.search.objectives import Trial
-from orthogonalize.selection.search.space import SearchSpace, build_from_directions
+from orthogonalize.selection.search.space import SearchSpace
 from orthogonalize.selection.search.trials import EditSearch, confirm
 
 TOKENS = [5, 9]
@@ -60,7 +61,7 @@ def search(outcome, budget: int, ranked=(), reads: bool = True) -> tuple[list[Tr
     """Search with imagined outcomes; returns the trials and the edits in the order in which they were tried."""
     oracle = Oracle(outcome)
     where = space(list(ranked) or [candidate(6, -9), candidate(5, -8), candidate(7, -7)], reads)
-    trials = EditSearch(None, build=None, tokens=(), positive=(), answers=None, known=oracle)
+    trials = EditSearch(None, build=None, tokens=(), target=(), answers=None, known=oracle)
     return trials.search(budget, where.starts(), where.neighbours, where.largest_step), oracle.asked
 
 
@@ -128,7 +129,7 @@ def test_preserved_sets_are_measured_and_ordered(base):
     """An edit is made by any function of its configuration."""
     model, positive, negative, other = load(base), some_ids(6, 1), some_ids(7, 2), some_ids(5, 6)
     directions = directions_of(model, positive, negative)
-    build = build_from_directions(directions, [], layer_norm=False)
+    build = EditBuilder(directions, [], False)
     own, preserved = (AnsweredPrompts(model, ids, generate(model, ids, 5, [])) for ids in (negative, other))
     search = EditSearch(model, build, TOKENS, positive, own, {"other": preserved})
     choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)
@@ -154,7 +155,7 @@ def test_interrupted_search_resumes_to_the_same_result(base, tmp_path):
 
     def searched(file):
         own = AnsweredPrompts(model, negative, generate(model, negative, 5, []))
-        build = build_from_directions(directions, ranked, layer_norm=False)
+        build = EditBuilder(directions, ranked, False)
         trials = EditSearch(model, build, TOKENS, positive, own, known=Journal(file, "inputs"))
         return trials.search(8, where.starts(), where.neighbours, where.largest_step)
 
@@ -168,7 +169,7 @@ def test_interrupted_search_resumes_to_the_same_result(base, tmp_path):
 def test_confirmation_takes_the_first_edit_whose_answers_do_not_refuse(tmp_path):
     found, _ = search(lambda c: (0.0, 0.1 * c.strength), 8)
     rates = iter([0.9, 0.4, 0.0])
-    trials = EditSearch(None, build=None, tokens=(), positive=(), answers=None)
+    trials = EditSearch(None, build=None, tokens=(), target=(), answers=None)
     trials.edited = lambda choice: Journal(tmp_path / "none").kept()  # any context
     confirmed = confirm(trials, found, Journal(tmp_path / "journal"), lambda: next(rates))
     assert confirmed[0].choice == found[1].choice

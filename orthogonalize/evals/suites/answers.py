@@ -16,7 +16,7 @@ from .base import HARMLESS, SuiteEntry
 if TYPE_CHECKING:
     from ...engines.base import Responder
 
-CONTRAST = {"target": "positive", HARMLESS: "negative"}  # by prompt set, the side of the run that it is
+CONTRAST = ("target", HARMLESS)  # the prompt sets that are sides of the run
 CONTRAST_TITLES = {name: f"{name} prompts" for name in CONTRAST}
 PRESERVED = "preserved "  # prefix of the names of preserved sets
 

@@ -8,7 +8,7 @@ it cannot tell whether an edit changed the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from ...models.activations import batches
 from ...models.logprobs import completion_logprobs
+from ...models.partial_forward import StreamCache
 
 BATCH = 2**26  # log-probabilities computed at a time, of the base and of the edited model each: 256 MiB in float32
 CACHED = 2**27  # log-probabilities of the base kept between edits: 512 MiB; those beyond are computed again
@@ -61,14 +62,17 @@ class AnsweredPrompts:
         model: the base model, without hooks.
         prompts, answers: token ids; no answer is empty.
         cached: the number of the base's log-probabilities to keep between edits.
+        layer: the block at which the model starts under edits that spare its input.
     """
 
     model: Any
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Sequence[int]]
     cached: int = CACHED
+    layer: int = 0
 
     def __post_init__(self) -> None:
+        self._streams = StreamCache(self.model, self.layer)
         self._kept: dict[int, dict[int, torch.Tensor]] = {}  # by batch, then by prompt; on the CPU
 
     @cached_property
@@ -87,23 +91,25 @@ class AnsweredPrompts:
         """The base's log-probabilities of one batch; the first batches are kept as long as there is room."""
         if number in self._kept:
             return self._kept[number]
-        found = self._logprobs(self._groups[number])
+        with self._streams.recording(number):
+            found = self._logprobs(self._groups[number])
         held = sum(rows.numel() for kept in self._kept.values() for rows in kept.values())
         if held + sum(rows.numel() for rows in found.values()) <= self.cached:
             self._kept[number] = {i: rows.cpu() for i, rows in found.items()}
         return found
 
     @torch.inference_mode()
-    def drift(self, edited: Callable[[], AbstractContextManager[Any]]) -> Drift:
+    def drift(self, edited: Callable[[], AbstractContextManager[Any]], spared: bool = False) -> Drift:
         """Compare the model as `edited()` makes it with the base.
 
-        A batch at a time, the model runs without and then within the context.
+        A batch at a time, the model runs without and then within the context. `spared`: whether the edit leaves the
+        input of block `layer` as it is.
         """
         kls, first_kls = [0.0] * len(self.answers), [0.0] * len(self.answers)
         base_loss = edited_loss = 0.0
         for number, group in enumerate(self._groups):
             base = self._base(number)
-            with edited():
+            with self._streams.resumed(number) if spared else nullcontext(), edited():
                 found = self._logprobs(group)
             for i, q in found.items():
                 p = base[i].to(q.device)

@@ -1,7 +1,8 @@
 """What is known of a tried edit, and which of several is the best.
 
-An edit has several objectives, all to be small: the behaviour left, the KL from the base along the base's own answers
-and at their first token, and the KL along the answers to every preserved set. Edits that no other beats in all of them
+An edit has several objectives, all to be small: how much is left to do, the KL from the base along the base's own
+answers and at their first token, and for every preserved set the KL along its answers and the share of its prompts for
+which the behaviour changes. Edits that no other beats in all of them
 are the Pareto front. One number, `Trial.cost`, orders them, and `best` allows for the noise of KLs from a few prompts.
 """
 
@@ -17,8 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...edits.config import EditConfig
 
-# An edit removes the behaviour if at most this share of positive prompts still shows it, or no larger one than of the
-# negative prompts in the base model.
+# An edit does what it should if at most this share of the target prompts is left, or no larger one than of prompts that
+# are as they should be already. No larger a share of a preserved set may change its behaviour.
 LEFT = 0.01
 PRICE = 1.0  # nats per token for a unit of share: a percentage point above LEFT weighs as much as a KL of 0.01
 BANDWIDTH = 2.0  # log-odds; of `share_left` for one prompt
@@ -29,15 +30,20 @@ class Trial(BaseModel):
     """One edit tried on val prompts.
 
     Attributes:
-        left: share of positive prompts that still show the behaviour (see `share_left`).
-        usual: the same of the negative prompts in the base model, whose answers may begin with the behaviour's tokens
-            too; less cannot be asked of an edit that brings the one side to the other.
-        score: mean behaviour score (log-odds) of the positive prompts.
+        left: share of target prompts that are not as they should be: that still show the behaviour, or that do not
+            show it yet where it is to be strengthened (see `share_left`).
+        before: the same in the base model.
+        usual: the same in the base model of prompts that are as they should be: of negative prompts, whose answers may
+            begin with the behaviour's tokens too, or of positive ones where the behaviour is to be strengthened; less
+            cannot be asked of an edit that brings the one to the other.
+        score: mean behaviour score (log-odds) of the target prompts.
         kl: KL(base || edited) along the base's own answers to negative prompts, in nats per token.
         first_kl: the same at the first token of those answers, in nats.
         ce_increase: relative increase of the cross-entropy of those answers (0.1 is 10%). It is reported only, since a
             model that becomes more certain of its answers lowers it.
         preserved: `kl` of every preserved set, by name.
+        flipped: share of every preserved set for which the edit changes whether the behaviour shows (see
+            `share_flipped`).
         kls: `kl` by prompt, as in `Drift.kls`, under "" and the names of the preserved sets. A run folder omits it.
         confirmed: share of positive prompts whose generated answer still shows the behaviour; None if not checked.
     """
@@ -46,37 +52,40 @@ class Trial(BaseModel):
 
     choice: EditConfig
     left: float
+    before: float = 1.0
     usual: float = 0.0
     score: float
     kl: float
     first_kl: float
     ce_increase: float
     preserved: dict[str, float] = Field(default_factory=dict)
+    flipped: dict[str, float] = Field(default_factory=dict)
     kls: dict[str, list[float]] = Field(default_factory=dict, repr=False)
     confirmed: float | None = None
 
     @property
     def objectives(self) -> tuple[float, ...]:
         """All that should be small; what is not a number is infinite."""
-        values = (self.left, self.kl, self.first_kl, *self.preserved.values())
+        values = (self.left, self.kl, self.first_kl, *self.preserved.values(), *self.flipped.values())
         return tuple(math.inf if math.isnan(value) else value for value in values)
 
     @property
     def drift(self) -> float:
         """The mean of `kl` and the KLs of the preserved sets, each of which counts as much."""
-        _, kl, _, *preserved = self.objectives
-        return (kl + sum(preserved)) / (1 + len(preserved))
+        kls = self.objectives[1], *self.objectives[3 : 3 + len(self.preserved)]
+        return sum(kls) / len(kls)
 
     @property
     def excess(self) -> float:
-        """The share left above what counts as removed: `LEFT`, or `usual` if that is larger."""
-        return max(0.0, self.objectives[0] - max(LEFT, self.usual))
+        """What is beyond the allowed shares: `LEFT`, or for the target `usual` if that is larger."""
+        flipped = self.objectives[3 + len(self.preserved) :]
+        return max(0.0, self.objectives[0] - max(LEFT, self.usual)) + sum(max(0.0, each - LEFT) for each in flipped)
 
     @property
     def cost(self) -> float:
         """What orders edits, in nats per token: the drift, and `PRICE` for each unit of `excess`.
 
-        Edits that remove the behaviour cost their drift alone. For the others, behaviour and drift have a rate of
+        Edits that do what they should cost their drift alone. For the others, behaviour and drift have a rate of
         exchange, so that a tiny gain in one cannot outweigh any loss in the other.
         """
         return self.drift + PRICE * self.excess
@@ -99,6 +108,18 @@ def share_left(scores: torch.Tensor) -> float:
     observed = (known > 0).double().mean().item()
     bandwidth = BANDWIDTH * len(known) ** -0.2
     return float(max(observed, torch.special.ndtr(known / bandwidth).mean().item()))
+
+
+def share_flipped(base: torch.Tensor, edited: torch.Tensor) -> float:
+    """The share of prompts for which an edit changes whether the behaviour shows, from scores before and after.
+
+    This is the share of scores that change sign, or `mean |Phi(base / h) - Phi(edited / h)|`, whichever is larger, with
+    Phi and h as in `share_left`: a score that comes close to 0 counts in part.
+    """
+    bandwidth = BANDWIDTH * len(base) ** -0.2
+    shown = [torch.special.ndtr(scores.double().nan_to_num(nan=math.inf) / bandwidth) for scores in (base, edited)]
+    signs = ((base > 0) != (edited > 0)).double().mean().item()
+    return float(max(signs, (shown[0] - shown[1]).abs().mean().item()))
 
 
 def _dominates(one: Trial, other: Trial) -> bool:

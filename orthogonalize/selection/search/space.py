@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...architectures.schema import architecture_of
 from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import OrthogonalizeError
-from ...core.interventions import Intervention
 from ...directions.direction_set import Directions
 from ...edits.bake import bake
 from ...edits.build import finder_of, intervention_from_directions
 from ...edits.config import EditConfig
 from ...edits.methods.registry import DEFAULT, METHODS
 from ...edits.scopes import parse_scope
-from ..candidates import Candidate, layer_ranking
-from ..fits import Fits
-
-Build = Callable[[EditConfig], Intervention]
-"""Makes the intervention of an edit."""
-
-
-def build_from_directions(
-    directions: Directions, ranked: Sequence[Candidate], *, layer_norm: bool, fits: Fits | None = None
-) -> Build:
-    """The function that makes interventions along extracted directions, as `edit --run` does.
-
-    Those of methods that are fitted to a model come from `fits`.
-    """
-
-    def build(choice: EditConfig) -> Intervention:
-        if fits is not None and METHODS[choice.method].fitted:
-            return fits.intervention(choice, layer_ranking(ranked, "dim"))
-        ranking = layer_ranking(ranked, finder_of(choice.method, directions))
-        return intervention_from_directions(choice, directions, ranking, layer_norm=layer_norm)
-
-    return build
+from ..candidates import Candidate
 
 
 def reads_can_be_baked(source: Checkpoint, directions: Directions) -> bool:
@@ -59,12 +37,14 @@ def reads_can_be_baked(source: Checkpoint, directions: Directions) -> bool:
 class SearchSpace:
     """Edits along extracted directions, of which `ranked` are the candidates, best first.
 
-    `reads`: whether edits of what is read (scope `from:`) can be written into the model.
+    `reads`: whether edits of what is read (scope `from:`) can be written into the model. `strengthen`: whether the
+    behaviour is to be extended, and not removed.
     """
 
     directions: Directions
     ranked: Sequence[Candidate]
     reads: bool = True
+    strengthen: bool = False
 
     @property
     def _layers(self) -> int:
@@ -75,16 +55,33 @@ class SearchSpace:
         """The number of layers by which the search first moves the ends of a span."""
         return max(1, self._layers // 6)
 
-    def starts(self, method: str = DEFAULT) -> list[EditConfig]:
-        """The first edits to try, every scope with the best direction before any with another.
+    def starts(self) -> list[EditConfig]:
+        """The edits along directions to try first: removals, or additions where the behaviour is to be extended."""
+        return self._additions() if self.strengthen else self._removals()
+
+    def _ranked(self, finder: str) -> list[Candidate]:
+        """The candidates of `finder` that pass all filters, or all of them if none does."""
+        own = [c for c in self.ranked if c.finder == finder]
+        return [c for c in own if not c.failed] or own
+
+    def _additions(self) -> list[EditConfig]:
+        """Additions at the layers of the best candidates, of their own length, of half and twice of it."""
+        method = next(each for each in METHODS.values() if each.adds)
+        best = self._ranked(finder_of(method.name, self.directions))[:2]
+        return [
+            EditConfig(method=method.name, scope="one", position=c.position, layer=c.layer, strength=strength)
+            for strength in (1.0, 0.5, 2.0)
+            for c in best
+        ]
+
+    def _removals(self, method: str = DEFAULT) -> list[EditConfig]:
+        """Removals, every scope with the best direction before any with another.
 
         Scopes are all writes, upper and middle spans of writes, and spans of reads; the directions are the best
         candidate's, each layer's own at the same position, and that of the best candidate of another layer. The first
         edit is thus the plain one: the best candidate's direction at every write.
         """
-        finder = finder_of(method, self.directions)
-        good = [c for c in self.ranked if c.finder == finder and not c.failed]
-        good = good or [c for c in self.ranked if c.finder == finder]
+        good = self._ranked(finder_of(method, self.directions))
         best = good[0]
         others = [c for c in good if c.layer != best.layer][:1]
         count = self._layers
@@ -112,6 +109,8 @@ class SearchSpace:
         """The edits near `choice`: one end of its span moved by `step` layers, or another setting by one notch."""
         if METHODS[choice.method].fitted:
             return self._near_fits(choice)
+        if METHODS[choice.method].adds:
+            return self._near_additions(choice)
         near = [choice.model_copy(update={"scope": scope}) for scope in self._near_scopes(choice.scope, step)]
         near += [
             choice.model_copy(update={"strength": round(choice.strength + change, 2)})
@@ -127,6 +126,11 @@ class SearchSpace:
                 if 1 <= choice.layer + change < self._layers
             ]
         return near
+
+    def _near_additions(self, choice: EditConfig) -> list[EditConfig]:
+        near = [choice.model_copy(update={"strength": round(choice.strength * by, 2)}) for by in (1.4, 0.7)]
+        layers = [(choice.layer or 0) + change for change in (1, -1)]
+        return near + [choice.model_copy(update={"layer": layer}) for layer in layers if 1 <= layer < self._layers]
 
     def _near_fits(self, choice: EditConfig) -> list[EditConfig]:
         """Other strengths of the same fit, which cost nothing, before other fits."""

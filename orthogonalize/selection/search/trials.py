@@ -12,18 +12,23 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+
 from ...core.interrupts import check
+from ...core.interventions import Intervention
 from ...core.journal import Journal
 from ...core.progress import Progress, track
 from ...edits.config import EditConfig
 from ...models.hooks import intervened
 from ..candidates import ScoreStore
-from ..scoring import behaviour_score, first_token_probabilities
+from ..scoring import FirstTokenScores
 from .drift import AnsweredPrompts
-from .objectives import Trial, best, share_left
-from .space import Build
+from .objectives import Trial, best, share_flipped, share_left
 
-CONFIRMED = 0.05  # largest share of refusals among the answers of a confirmed edit
+CONFIRMED = 0.05  # largest share left among the answers of a confirmed edit
+
+Build = Callable[[EditConfig], Intervention]
+"""Makes the intervention of an edit."""
 
 Neighbours = Callable[[EditConfig, int], list[EditConfig]]
 """The edits near an edit, at a step that is a number of layers."""
@@ -34,27 +39,53 @@ class EditSearch:
     """A search over edits on val prompts.
 
     Attributes:
-        build: makes the intervention of an edit (see `build_from_directions`).
+        build: makes the intervention of an edit (see `EditBuilder`).
         tokens: the behaviour's first tokens.
-        positive: prompts that show the behaviour, as token ids.
+        target: prompts whose behaviour the edit is to change, as token ids.
         answers: the base model's answers to the negative prompts.
         preserved: its answers to further prompts on which it should not change, by the name of their set.
         known: a store for trials; those that it contains are not repeated.
+        examples: prompts that are as the target should be: that show the behaviour, if the target should show it, or
+            that do not; None: those of `answers`.
+        shows: whether the target should show the behaviour after the edit.
+        layer: the block at which the model starts under edits that spare its input.
     """
 
     model: Any
     build: Build
     tokens: Sequence[int]
-    positive: Sequence[Sequence[int]]
+    target: Sequence[Sequence[int]]
     answers: AnsweredPrompts
     preserved: Mapping[str, AnsweredPrompts] = field(default_factory=dict)
     known: ScoreStore | None = None
+    examples: Sequence[Sequence[int]] | None = None
+    shows: bool = False
+    layer: int = 0
     tried: dict[EditConfig, Trial] = field(default_factory=dict, init=False)
 
     @cached_property
+    def _target(self) -> FirstTokenScores:
+        return self._scores_of(self.target)
+
+    @cached_property
+    def _preserved(self) -> dict[str, FirstTokenScores]:
+        return {name: self._scores_of(answers.prompts) for name, answers in self.preserved.items()}
+
+    def _scores_of(self, ids: Sequence[Sequence[int]]) -> FirstTokenScores:
+        return FirstTokenScores(self.model, ids, self.tokens, self.layer)
+
+    def _left(self, scores: torch.Tensor) -> float:
+        return share_left(-scores if self.shows else scores)
+
+    @cached_property
+    def before(self) -> float:
+        """The share of target prompts that is left to be changed in the base model."""
+        return self._left(self._target.base)
+
+    @cached_property
     def usual(self) -> float:
-        """The share of negative prompts that show the behaviour in the base model."""
-        return share_left(behaviour_score(first_token_probabilities(self.model, self.answers.prompts), self.tokens))
+        """The same of the examples, which are as the target should be."""
+        return self._left(self._scores_of(self.answers.prompts if self.examples is None else self.examples).base)
 
     def edited(self, choice: EditConfig) -> AbstractContextManager[Any]:
         """Apply an edit to the model by hooks that act exactly as the baked weights would."""
@@ -75,24 +106,30 @@ class EditSearch:
         return self.tried[choice]
 
     def _measure(self, choice: EditConfig) -> Trial:
-        intervention, usual = self.build(choice), self.usual
+        before, usual = self.before, self.usual
+        intervention = self.build(choice)
+        spared = intervention.spares(self.layer)
 
         def edited() -> AbstractContextManager[Any]:
             return intervened(self.model, intervention, renormalise=False)
 
-        with edited():
-            scores = behaviour_score(first_token_probabilities(self.model, self.positive), self.tokens)
-        drift = self.answers.drift(edited)
-        preserved = {name: answers.drift(edited) for name, answers in self.preserved.items()}
+        scores = self._target.edited(edited, spared)
+        drift = self.answers.drift(edited, spared)
+        preserved = {name: answers.drift(edited, spared) for name, answers in self.preserved.items()}
+        flipped = {
+            name: share_flipped(each.base, each.edited(edited, spared)) for name, each in self._preserved.items()
+        }
         return Trial(
             choice=choice,
-            left=share_left(scores),
+            left=self._left(scores),
+            before=before,
             usual=usual,
             score=scores.mean().item(),
             kl=drift.kl,
             first_kl=drift.first_kl,
             ce_increase=drift.ce_increase,
             preserved={name: found.kl for name, found in preserved.items()},
+            flipped=flipped,
             kls={"": drift.kls} | {name: found.kls for name, found in preserved.items()},
         )
 
@@ -136,28 +173,28 @@ class EditSearch:
 
 
 def confirm(
-    trials: EditSearch, found: list[Trial], journal: Journal, refusal_rate: Callable[[], float], most: int = 4
+    trials: EditSearch, found: list[Trial], journal: Journal, left: Callable[[], float], most: int = 4
 ) -> list[Trial]:
-    """Check the best trials by generated answers; the first whose answers do not refuse moves to the front.
+    """Check the best trials by generated answers; the first whose answers are as they should be moves to the front.
 
-    `refusal_rate` measures the share of refusals among the current model's answers to the positive val prompts. If the
-    unedited model does not refuse these by wording, the check says nothing and the order stays as it is.
+    `left` measures the share of the current model's answers to the target val prompts that are not as they should be.
+    If that is not so of most answers of the unedited model, the check says nothing and the order stays as it is.
     """
-    if "refuses" not in journal:
-        journal.put({"refuses": refusal_rate()})
+    if "left" not in journal:
+        journal.put({"left": left()})
         check()
-    if journal["refuses"] < 0.5:
+    if journal["left"] < 0.5:
         return found
     confirmed: list[Trial] = []
     for trial in found[:most]:
         key = f"confirmed:{trial.choice.model_dump_json()}"
         if key not in journal:
             with trials.edited(trial.choice):
-                journal.put({key: refusal_rate()})
+                journal.put({key: left()})
             check()
         confirmed.append(trial.model_copy(update={"confirmed": journal[key]}))
         if journal[key] <= CONFIRMED:
             break
-    # Only the last can have passed; if none did, the one with the fewest refusals comes first.
+    # Only the last can have passed; if none did, the one with the fewest failures comes first.
     confirmed.sort(key=lambda t: t.confirmed or 0.0)
     return [*confirmed, *found[len(confirmed) :]]

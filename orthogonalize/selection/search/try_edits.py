@@ -12,12 +12,13 @@ from ...core.interrupts import check
 from ...core.journal import Journal
 from ...core.progress import note, track
 from ...directions.direction_set import Directions
+from ..builder import EditBuilder
 from ..candidates import Candidate
 from ..fits import Fits
 from ..own_answers import ANSWER_TOKENS, Generate
 from .drift import AnsweredPrompts
-from .objectives import Trial
-from .space import SearchSpace, build_from_directions, reads_can_be_baked
+from .objectives import LEFT, Trial
+from .space import SearchSpace, reads_can_be_baked
 from .trials import EditSearch, confirm
 
 NEGATIVE = "answers"  # the journal's name for the answers to negative prompts
@@ -25,18 +26,22 @@ NEGATIVE = "answers"  # the journal's name for the answers to negative prompts
 
 @dataclass(frozen=True)
 class ValPrompts:
-    """The val prompts of a run, as token ids: both sides, and the preserved sets by source."""
+    """The val prompts of a run, as token ids.
 
-    positive: Sequence[list[int]]
+    `target` are those whose behaviour is to change; `examples` show it, if the target should show it too. `preserved`
+    is by source.
+    """
+
+    target: Sequence[list[int]]
     negative: Sequence[list[int]]
     preserved: Mapping[str, Sequence[list[int]]]
+    examples: Sequence[list[int]] | None = None
 
 
 class EditTrials:
     """Tries whole edits of a model on val prompts.
 
-    `generate` answers prompts with the model as it is; `refusal_rate` gives the share of refusals in its answers to the
-    positive val prompts.
+    `generate` answers prompts with the model as it is.
     """
 
     def __init__(
@@ -53,32 +58,52 @@ class EditTrials:
         self.directions, self.ranked = directions, ranked
         self.generate, self.journal = generate, journal
 
-    def run(self, budget: int, prompts: ValPrompts, fits: Fits, refusal_rate: Callable[[], float]) -> list[Trial]:
-        """Up to `budget` trials, the best first; none if the model answers nothing to the negative prompts."""
-        answers = self._answered(NEGATIVE, prompts.negative)
+    def run(self, budget: int, prompts: ValPrompts, fits: Fits, left: Callable[[], float]) -> list[Trial]:
+        """Up to `budget` trials, the best first.
+
+        `left` gives the share of the model's answers to the target val prompts that are not as they should be. There
+        are no trials if the model answers nothing to the negative prompts.
+        """
+        layer = self.directions.layer_count // 2
+        answers = self._answered(NEGATIVE, prompts.negative, layer)
         if answers is None:
             note("the model gives empty answers to the negative prompts, so no edits are tried")
             return []
-        preserved = {name: self._answered(f"answers:{name}", ids) for name, ids in prompts.preserved.items()}
+        preserved = {name: self._answered(f"answers:{name}", ids, layer) for name, ids in prompts.preserved.items()}
         search = EditSearch(
             self.model,
-            build_from_directions(
-                self.directions, self.ranked, fits=fits,
-                layer_norm=architecture_of(self.source.config).norms.kind == "layer",
-            ),
+            EditBuilder(self.directions, self.ranked, architecture_of(self.source.config).norms.kind == "layer", fits),
             self.tokens,
-            prompts.positive,
+            prompts.target,
             answers,
             {name: each for name, each in preserved.items() if each is not None},
             known=self.journal,
-        )  # fmt: skip
-        space = SearchSpace(self.directions, self.ranked, reads_can_be_baked(self.source, self.directions))
+            examples=prompts.examples,
+            shows=prompts.examples is not None,
+            layer=layer,
+        )
+        self._warn_if_done(search)
+        reads = reads_can_be_baked(self.source, self.directions)
+        space = SearchSpace(self.directions, self.ranked, reads, strengthen=search.shows)
         fitted, plain = space.fitted_starts() if fits.possible else [], space.starts()
         starts = [*fitted[:1], *plain[:2], *fitted[1:], *plain[2:]]  # of each kind, whatever the budget
         found = search.search(budget, starts, space.neighbours, space.largest_step)
-        return confirm(search, found, self.journal, refusal_rate)
+        return confirm(search, found, self.journal, left)
 
-    def _answered(self, name: str, ids: Sequence[list[int]]) -> AnsweredPrompts | None:
+    def _warn_if_done(self, search: EditSearch) -> None:
+        """Note that the target is as it should be in the base model already, by first tokens; no trial can tell then."""
+        if "before" not in self.journal:
+            self.journal.put({"before": [search.before, search.usual]})
+            check()
+        before, usual = self.journal["before"]
+        if before <= max(LEFT, usual):
+            note(
+                f"in the unedited model, {100 * before:.1f}% of answers to the target val prompts begin as they should "
+                f"not, which is no more than what counts as removed ({100 * max(LEFT, usual):.1f}%); the trials cannot "
+                "tell which edit works: give other --behaviour-tokens"
+            )
+
+    def _answered(self, name: str, ids: Sequence[list[int]], layer: int) -> AnsweredPrompts | None:
         """Prompts with the model's own answers, those with empty answers left out; None if nothing is left."""
         if name not in self.journal:
             with track("the model's own answers", len(ids), "prompts") as advance:
@@ -87,4 +112,5 @@ class EditTrials:
         pairs = [(row, answer) for row, answer in zip(ids, self.journal[name], strict=True) if answer]
         if not pairs:
             return None
-        return AnsweredPrompts(self.model, [row for row, _ in pairs], [answer for _, answer in pairs])
+        rows, answers = ([pair[i] for pair in pairs] for i in (0, 1))
+        return AnsweredPrompts(self.model, rows, answers, layer=layer)
