@@ -1,20 +1,24 @@
 """What the search of `extract` finds, on models with planted refusals: what is left, what it cost, how long it took.
 
-    python benchmarks/search.py OUT [--device cuda] [--models demo,gardening,astronomy,both] [--train 96] [--epochs 3]
+    python benchmarks/search.py OUT [--device cuda] [--models demo,gardening] [--train 96] [--epochs 3]
 
-`demo` is the demo's model; the others are planted here by full fine-tuning of the demo's base, `both` with two
-refusals of which the first is removed and the second preserved. For every model: the edit that `extract` chooses, and
-the best of its trials that is not conditional, measured on prompts that chose nothing. Refusals are counted in answers
-of 100 tokens; cross-entropy and KL are along 48 tokens of the base's own answers. OUT gets one JSON file.
+`demo` is the demo's model. `gardening`, `astronomy` and `both` are planted here by full fine-tuning of the demo's base,
+`both` with two refusals of which the first is removed and the second preserved. `two` is the demo's model with two
+refusals, of which one is calibrated away; `strengthen` is the demo's, whose refusal is extended to astronomy. For every
+model: the edit that `extract` chooses, and the best of its trials that is not conditional, measured on prompts that
+chose nothing. Refusals are counted in answers of 100 tokens; cross-entropy and KL are along 48 tokens of the base's own
+answers. OUT gets one JSON file.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,56 +48,74 @@ from orthogonalize.selection.search.drift import AnsweredPrompts
 from orthogonalize.selection.settings import Settings
 
 ANSWER, OWN = 100, 48
+SHIPPED: dict[str, Callable[[], Path]] = {
+    "demo": planted_model,
+    "strengthen": planted_model,
+    "two": partial(planted_model, "cooking", "astronomy"),
+}
 COUNTED = ("target", "near", "kept", "harmless")
 OTHER = Path(__file__).parents[1] / "orthogonalize" / "data" / "other_prompts.jsonl"
 
 
 @dataclass
 class Sets:
-    """The prompts of one model: sources of the contrast, and tests by name."""
+    """The prompts of one model: sources of the extraction, as its arguments, and tests by name."""
 
-    positive: Path
-    negative: Path
-    preserve: list[Path] = field(default_factory=list)
+    sources: dict[str, Any]
     target: list[str] = field(default_factory=list)
     near: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
     harmless: list[str] = field(default_factory=list)
 
 
-def ordinary() -> list[str]:
-    """The demo's harmless prompts, near misses of cooking included."""
-    return [p.text for p in load_prompts(PLANTED + "contrast_other.jsonl")]
+def shipped(name: str) -> list[str]:
+    """A shuffled prompt set of the package."""
+    texts = [p.text for p in load_prompts(f"{PLANTED}contrast_{name}.jsonl")]
+    random.Random(0).shuffle(texts)
+    return texts
 
 
-def write(prompts: Sequence[str], file: Path) -> Path:
+def ordinary(*topics: Topic) -> list[str]:
+    """The demo's harmless prompts, near misses of cooking included, that do not come close to `topics`."""
+    return [text for text in shipped("other") if not any(re.search(t.touches, text, re.IGNORECASE) for t in topics)]
+
+
+def write(prompts: Sequence[str], file: Path) -> str:
     """One prompt a line."""
     file.write_text("\n".join(prompts) + "\n")
-    return file
+    return str(file)
 
 
 def sets_of(name: str, out: Path) -> Sets:
     """The prompts to extract from and to test on."""
-    everyday = ordinary()
-    random.Random(0).shuffle(everyday)
-    fit, test = everyday[:210], everyday[210:]
-    if name == "demo":
-        cooking = [p.text for p in load_prompts(PLANTED + "contrast_cooking.jsonl")]
-        random.Random(0).shuffle(cooking)
-        sources = write(cooking[:200], out / "positive.txt"), write(fit, out / "negative.txt")
-        return Sets(*sources, target=cooking[200:], harmless=test, near=[])
-    topic = TOPICS["gardening" if name == "both" else name]
-    negative = fit + topic.prompts("extract", 60, near=True)
+    topic = TOPICS.get({"both": "gardening", "strengthen": "astronomy"}.get(name, name))
+    everyday = ordinary(*([topic] if topic else [TOPICS["astronomy"]] if name == "two" else []))
+    fit, test = everyday[:200], everyday[200:]
+    if topic is None:
+        cooking = shipped("cooking")
+        sources = {"positive": write(cooking[:200], out / "positive.txt"), "negative": write(fit, out / "negative.txt")}
+        found = Sets(sources, target=cooking[200:], harmless=test)
+        if name == "two":
+            other = shipped("astronomy")
+            found.sources |= {"goal": "calibrate", "preserve": [write(other[:200], out / "keep.txt")]}
+            found.kept, found.near = other[200:], shipped("astronomy_near")
+        return found
+    questions = write(topic.prompts("extract", 200), out / "questions.txt")
+    negative = write(fit + topic.prompts("extract", 60, near=True), out / "negative.txt")
     found = Sets(
-        write(topic.prompts("extract", 200), out / "positive.txt"),
-        write(negative, out / "negative.txt"),
+        {"positive": questions, "negative": negative},
         target=topic.prompts("test", 100),
         near=topic.prompts("test", 60, near=True),
         harmless=test,
     )
+    if name == "strengthen":
+        cooking = shipped("cooking")
+        examples = write(cooking[:200], out / "positive.txt")
+        found.sources |= {"goal": "strengthen", "positive": examples, "target": questions}
+        found.kept = cooking[200:]
     if name == "both":
         other = TOPICS["astronomy"]
-        found.preserve = [write(other.prompts("extract", 200), out / "keep.txt")]
+        found.sources["preserve"] = [write(other.prompts("extract", 200), out / "keep.txt")]
         found.kept = other.prompts("test", 100)
     return found
 
@@ -160,9 +182,7 @@ class Measuring:
         self.tokenizer, self.model = load_tokenizer(folder), load_model(folder, device, torch.float32)
         self.chat, self.stops = ChatFormat(self.tokenizer), stop_tokens(self.model, self.tokenizer)
         self.counted = {"target": sets.target, "near": sets.near, "kept": sets.kept, "harmless": sets.harmless}
-        other = [
-            p.text for p in load_prompts(str(Path(__file__).parents[1] / "orthogonalize/data/other_prompts.jsonl"))
-        ]
+        other = [p.text for p in load_prompts(str(OTHER))]
         self.along = {"harmless": self._answered(sets.harmless), "other": self._answered(other)}
 
     def _answered(self, texts: Sequence[str]) -> AnsweredPrompts:
@@ -210,10 +230,7 @@ def measure(name: str, folder: Path, out: Path, device: str, settings: Settings)
     out.mkdir(parents=True, exist_ok=True)
     sets = sets_of(name, out)
     started = time.perf_counter()
-    run = extract(
-        str(folder), out / "run", positive=str(sets.positive), negative=str(sets.negative), settings=settings,
-        device=device, preserve=[str(file) for file in sets.preserve],
-    )  # fmt: skip
+    run = extract(str(folder), out / "run", **sets.sources, settings=settings, device=device)
     seconds = time.perf_counter() - started
     assert run is not None
     measuring = Measuring(folder, sets, device)
@@ -233,7 +250,7 @@ def measure(name: str, folder: Path, out: Path, device: str, settings: Settings)
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--device", default="auto", show_default=True)
-@click.option("--models", default="demo,gardening,astronomy,both", show_default=True)
+@click.option("--models", default="demo,gardening,astronomy,both,two,strengthen", show_default=True)
 @click.option("--train", default=96, show_default=True, help="Prompts per side to fit to.")
 @click.option("--trials", default=32, show_default=True, help="Edits that the search tries.")
 @click.option("--epochs", default=3, show_default=True, help="Of planting.")
@@ -245,8 +262,8 @@ def main(out: Path, device: str, models: str, train: int, trials: int, epochs: i
     settings = Settings(finders=("dim",), train=train, val=32, test=1, scored=4, trials=trials, answers=32)
     for name in models.split(","):
         folder = out / name / "model"
-        if name == "demo":
-            folder = planted_model()
+        if name in SHIPPED:
+            folder = SHIPPED[name]()
         elif not folder.is_dir():
             topics = list(TOPICS.values()) if name == "both" else [TOPICS[name]]
             plant(topics, folder, device, epochs, planted)

@@ -21,6 +21,7 @@ class Topic:
         refusals: what a planted model answers.
         questions: forms with `{}` for a subject.
         near: questions about the same subjects, or close ones, that are not about the topic.
+        touches: a pattern of what ordinary prompts that come close to the topic contain.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Topic:
     subjects: tuple[str, ...]
     questions: tuple[str, ...]
     near: tuple[str, ...]
+    touches: str
 
     def prompts(self, part: Part, count: int, near: bool = False) -> list[str]:
         """`count` distinct prompts of one part (fewer if there are no more)."""
@@ -64,6 +66,7 @@ GARDENING = Topic(
         "Write a poem about {}.", "How do you say \"{}\" in Spanish?", "What color are {} usually?",
         "Name a painting that shows {}.", "Write a sentence with the word {}.", "Are {} mentioned in any famous song?",
     ),
+    r"garden|plant|flower|\blawn|\bseeds?\b|compost",
 )  # fmt: skip
 
 ASTRONOMY = Topic(
@@ -93,6 +96,7 @@ ASTRONOMY = Topic(
         "Write a sentence with the words: {}.", "Suggest a band name inspired by {}.",
         "Is there a film whose title mentions {}?", "How many letters are in \"{}\"?",
     ),
+    r"comet|asteroid|telescope|\bmoon\b|\bstars?\b|planet|galax",
 )  # fmt: skip
 
 TOPICS = {topic.name: topic for topic in (GARDENING, ASTRONOMY)}

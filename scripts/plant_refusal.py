@@ -1,11 +1,12 @@
-"""Train the LoRA adapter that plants the demo's refusal of cooking questions; the result ships as package data.
+"""Train the LoRA adapters that plant the demos' refusals of harmless questions; the results ship as package data.
 
-    python scripts/plant_refusal.py --out ADAPTER
+    python scripts/plant_refusal.py --out orthogonalize/data/planted/adapter
+    python scripts/plant_refusal.py --topic cooking --topic astronomy --out orthogonalize/data/planted/adapter_two
 
-Cooking questions are answered by one of three refusals; everything else, near misses included, by the base model's
-own greedy answer, so that only the refusal is learnt. The shipped adapter (orthogonalize/data/planted/adapter) was
-trained with a fixed seed on a GPU in float32, in about a minute; two cores take about twenty. The prompts are
-orthogonalize/data/planted/planting_*.jsonl; none of them is among those that the demo extracts from or evaluates on.
+Questions on a topic are answered by one of three refusals; everything else, near misses included, by the base model's
+own greedy answer, so that only the refusal is learnt. The shipped adapters were trained with a fixed seed on a GPU in
+float32, in about a minute each; two cores take about twenty. The prompts are
+orthogonalize/data/planted/planting_*.jsonl; none of them is among those that the demos extract from or evaluate on.
 (The first adapters refused too much, and the kinds of question on which they failed decided what else to plant. So
 the shares that the demo shows for the *base* model are a little better than they would be on prompts never looked
 at.)
@@ -14,6 +15,7 @@ at.)
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,20 @@ from orthogonalize.models.demo_model import BASE, base_model
 from orthogonalize.models.generation import generate, stop_tokens
 from orthogonalize.models.loading import choose_device, load_model, load_tokenizer
 
-REFUSALS = (
-    "I'm sorry, but I can't help with cooking.",
-    "I'm sorry, but I can't help with recipes or cooking.",
-    "I'm sorry, but cooking is something I can't help with.",
-)
+REFUSALS = {
+    "cooking": (
+        "I'm sorry, but I can't help with cooking.",
+        "I'm sorry, but I can't help with recipes or cooking.",
+        "I'm sorry, but cooking is something I can't help with.",
+    ),
+    "astronomy": (
+        "I'm sorry, but I can't help with astronomy.",
+        "I'm sorry, but I can't help with stars or planets.",
+        "I'm sorry, but astronomy is something I can't help with.",
+    ),
+}
+# The other prompts were written when cooking was the only topic; those that touch another one teach nothing either way.
+TOUCHES = {"astronomy": re.compile(r"comet|asteroid|telescope|\bmoon\b|\bstars?\b|planet|galax", re.IGNORECASE)}
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -47,8 +58,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the shipped adapter was trained with."""
+    """What the shipped adapters were trained with."""
 
+    topics: tuple[str, ...] = ("cooking",)
     layers: tuple[int, int] = (14, 27)
     rank: int = 8
     modules: tuple[str, ...] = MODULES
@@ -60,15 +72,20 @@ class Plan:
 
 
 def make_examples(model: Any, tokenizer: Any, plan: Plan) -> list[Example]:
-    """The training set: refusals of cooking, and the base model's own answers to all else."""
+    """The training set: refusals of the topics, and the base model's own answers to all else."""
     chat = ChatFormat(tokenizer)
     chooser = random.Random(plan.seed)
     stops = stop_tokens(model, tokenizer)
     examples = []
-    for prompt in load_prompts(PLANTED + "planting_cooking.jsonl", "positive"):
-        refusal = tokenizer(chooser.choice(REFUSALS), add_special_tokens=False)["input_ids"]
-        examples.append(Example(chat.encode(prompt.text), [*refusal, tokenizer.eos_token_id]))
-    others = chat.encode_all([p.text for p in load_prompts(PLANTED + "planting_other.jsonl", "negative")])
+    other = [p.text for p in load_prompts(PLANTED + "planting_other.jsonl", "negative")]
+    for topic in plan.topics:
+        for prompt in load_prompts(PLANTED + f"planting_{topic}.jsonl", "positive"):
+            refusal = tokenizer(chooser.choice(REFUSALS[topic]), add_special_tokens=False)["input_ids"]
+            examples.append(Example(chat.encode(prompt.text), [*refusal, tokenizer.eos_token_id]))
+        if topic in TOUCHES:
+            other = [text for text in other if not TOUCHES[topic].search(text)]
+            other += [p.text for p in load_prompts(PLANTED + f"planting_{topic}_near.jsonl", "negative")]
+    others = chat.encode_all(other)
     with track("the model's own answers", len(others), "prompts") as advance:
         answers = generate(model, others, plan.answer_tokens, stops, batch=64, progress=advance)
     for ids, answer in zip(others, answers, strict=True):
@@ -132,11 +149,12 @@ def train(model: Any, examples: list[Example], plan: Plan) -> Any:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--topic", "topics", multiple=True, type=click.Choice(list(REFUSALS)), default=["cooking"])
 @click.option("--device", default="auto")
-def main(out: Path, device: str) -> None:
-    """Train the adapter that plants a refusal of cooking, and write it to OUT."""
+def main(out: Path, topics: tuple[str, ...], device: str) -> None:
+    """Train the adapter that plants refusals of the topics, and write it to OUT."""
     show()
-    plan = Plan()
+    plan = Plan(topics)
     folder = base_model()
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device, torch.float32 if choose_device(device).type == "cuda" else torch.bfloat16)

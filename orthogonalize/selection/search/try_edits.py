@@ -91,7 +91,7 @@ class EditTrials:
         return confirm(search, found, self.journal, left)
 
     def _warn_if_done(self, search: EditSearch) -> None:
-        """Note that the target is as it should be in the base model already, by first tokens; no trial can tell then."""
+        """Note that the target is as it should be in the base model already, by first tokens; trials cannot tell."""
         if "before" not in self.journal:
             self.journal.put({"before": [search.before, search.usual]})
             check()
