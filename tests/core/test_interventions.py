@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.core.interventions import AffineMap, Site, block_sites, orthonormal, removal, shift
+from orthogonalize.core.interventions import (
+    AffineMap,
+    ConditionalMap,
+    Intervention,
+    Site,
+    WriteMatrix,
+    block_sites,
+    orthonormal,
+    removal,
+    shift,
+)
 from orthogonalize.edits.scopes import layers_in_scope, map_sites, parse_scope, removal_sites, shift_sites
 
 sizes = st.tuples(st.integers(2, 12), st.integers(1, 5), st.integers(0, 10_000))
@@ -118,3 +128,14 @@ def test_scope_that_does_not_apply_is_refused():
         layers_in_scope(parse_scope("top:10%"), 4, None, None)
     with pytest.raises(OrthogonalizeError, match="actadd cannot use scope 'upto'"):
         shift_sites(parse_scope("upto:2"), 4, lambda _: torch.ones(4))
+
+
+def test_an_intervention_spares_the_layers_below_its_first_site():
+    mapped = removal(torch.eye(4)[:1])
+    fitted = {WriteMatrix(Site("attn", 2), "o_proj"): ConditionalMap(torch.eye(4)[:1], torch.ones(1, 3))}
+    for edit in (Intervention({Site("attn", 2): mapped}), Intervention(reads={Site("mlp", 2): mapped}),
+                 Intervention(conditional=fitted)):  # fmt: skip
+        assert edit.spares(2)
+        assert not edit.spares(3)
+    assert not Intervention({Site("embed"): mapped, Site("mlp", 3): mapped}).spares(1)
+    assert Intervention(reads={Site("head"): mapped}).spares(99)

@@ -152,3 +152,59 @@ def test_a_stream_without_direction_is_not_edited(bases):
     model = bases("llama").model
     fit = fit_conditional(model, TOKENS, lambda layer: R if layer == 2 else None, block_sites(range(LAYERS)), Weights())
     assert {matrix.site.layer for matrix in fit.maps} == {1}
+
+
+def test_places_are_the_first_tokens_one_by_one():
+    tokens = AnsweredTokens([list(range(30)), list(range(12))], [10, 11])
+    places = tokens.places(3)
+    taken = {
+        place: [row[a:b] for row, a, b in zip(each.ids, each.starts, each.lasts, strict=True)]
+        for place, each in places.items()
+    }
+    assert list(taken) == list(range(-3, 8))
+    assert (taken[-1], taken[0], taken[1]) == ([[9], [10]], [[10], [11]], [[11], []])
+    assert sum(each.count for each in places.values()) == tokens.first(3).count
+
+
+def test_a_target_is_read_with_the_answers_of_the_examples():
+    target = AnsweredTokens([[1, 2, 3, 9], [4, 5, 9]], [3, 2])
+    found = target.answered_as(AnsweredTokens([[7, 7, 8]], [2]))
+    assert found == AnsweredTokens([[1, 2, 3, 8], [4, 5, 8]], [3, 2])
+
+
+def test_examples_say_what_the_target_is_to_write_at_each_place(bases):
+    """Values relative to the examples' mean at the same place, against tokens read one sequence at a time."""
+    model, weights, examples = bases("llama").model, Weights(0.3, 2.0, 4.0, 0.05), answered(8, 9)
+    tokens = FitTokens(TEMPLATE, TOKENS.target, TOKENS.harmless, TOKENS.preserved, examples)
+    site = Site("mlp", 1)
+    with DoublePrecision():
+        (found,) = fit_conditional(model, tokens, lambda _: R, [site], weights).maps.values()
+    module = Stream.of(model).inner(site, "mlp.down_proj")
+    shown, wanted = examples.places(TEMPLATE), TOKENS.target.answered_as(examples).places(TEMPLATE)
+    target = InputTokens()
+    for place, each in wanted.items():
+        x, y = seen_alone(model, module, each)
+        example = seen_alone(model, module, shown[place])[1] @ R.mT
+        if len(x):
+            target.update(x, y @ R.mT - example.mean(0))
+    harmless, kept = TOKENS.harmless, TOKENS.preserved["kept"]
+    others = [harmless.whole(), harmless.first(TEMPLATE), kept.whole(), kept.first(TEMPLATE)]
+    read = [InputTokens().update(x, y @ R.mT) for x, y in (seen_alone(model, module, each) for each in others)]
+    shares = [weights.first, weights.preserve, weights.preserve * weights.first]
+    sets = (target, read[0], list(zip(shares, read[1:], strict=True)))
+    expected = solve(R, sets, weights, torch.zeros(len(R), dtype=torch.float64))
+    assert (found.c - expected.c).norm() <= 1e-9 * expected.c.norm()
+
+
+def test_fits_that_share_a_reader_are_those_of_fresh_ones(bases):
+    model, weights = bases("llama").model, Weights()
+    with DoublePrecision():
+        shared = WriteReader(model, TOKENS.sets)
+        shared.advance(1)
+        for first in (2, 1, 3):
+            sites = block_sites(range(first, LAYERS))
+            fresh = fit_conditional(model, TOKENS, lambda _: R, sites, weights)
+            found = fit_conditional(model, TOKENS, lambda _: R, sites, weights, reader=shared.copy())
+            assert shared.at == 1
+            for matrix, each in fresh.maps.items():
+                assert (found.maps[matrix].c - each.c).norm() <= 1e-9 * each.c.norm(), matrix

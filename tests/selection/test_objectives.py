@@ -16,6 +16,7 @@ from orthogonalize.selection.search.objectives import (
     best,
     drifts_more,
     pareto_front,
+    share_flipped,
     share_left,
     shortlist,
 )
@@ -162,3 +163,29 @@ def test_one_wild_prompt_does_not_make_a_tie():
     calm, wild = trial(0.009, [0.01] * 8), trial(0.0, [0.01] * 7 + [9.0])
     assert not drifts_more(wild.kls, calm.kls)
     assert best([calm, wild]) is calm
+
+
+@settings(deadline=None)
+@given(SCORES, st.integers(0, 1000))
+def test_share_flipped_is_never_below_the_observed_share(scores, seed):
+    base = torch.tensor(scores, dtype=torch.float64)
+    edited = base[torch.randperm(len(base), generator=torch.Generator().manual_seed(seed))]
+    observed = sum((a > 0) != (b > 0) for a, b in zip(base.tolist(), edited.tolist(), strict=True)) / len(scores)
+    assert observed <= share_flipped(base, edited) <= 1
+    assert share_flipped(base, base) == 0.0
+
+
+def test_behaviour_that_fades_on_a_preserved_set_counts_before_it_is_gone():
+    base = torch.full((8,), 9.0)
+    faded = [share_flipped(base, base - drop) for drop in (0.0, 4.0, 8.0, 12.0)]
+    assert faded == sorted(faded)
+    assert faded[0] < LEFT < faded[2] < faded[3]
+
+
+def test_an_edit_that_takes_preserved_behaviour_loses_to_a_stronger_one():
+    """At the same behaviour left, a tenth of the preserved refusals weighs more than twice the KL."""
+    sharp = trial(0.0, 0.002, preserved={"kept": 0.002}, flipped={"kept": 0.1})
+    mild = trial(0.0, 0.004, preserved={"kept": 0.004}, flipped={"kept": 0.0})
+    assert best([sharp, mild]) is mild
+    assert len(pareto_front([sharp, mild])) == 2
+    assert trial(0.0, 0.1, preserved={"kept": 0.3}, flipped={"kept": 0.5}).drift == pytest.approx(0.2)

@@ -20,7 +20,7 @@ from orthogonalize.selection.builder import EditBuilder
 from orthogonalize.selection.candidates import Candidate, rank
 from orthogonalize.selection.scoring import behaviour_score
 from orthogonalize.selection.search.drift import AnsweredPrompts
-from orthogonalize.selection.search.objectives import Trial
+from orthogonalize.selection.search.objectives import Trial, share_left
 from orthogonalize.selection.search.space import SearchSpace
 from orthogonalize.selection.search.trials import EditSearch, confirm
 
@@ -175,3 +175,43 @@ def test_confirmation_takes_the_first_edit_whose_answers_do_not_refuse(tmp_path)
     assert confirmed[0].choice == found[1].choice
     assert [t.confirmed for t in confirmed[:3]] == [0.0, 0.4, None]
     assert len(confirmed) == len(found)
+
+
+@pytest.mark.parametrize("scope", ["all", "layers:2-3", "from:3"])
+def test_a_trial_that_starts_halfway_measures_the_same(base, scope):
+    model, target, negative, other = load(base), some_ids(6, 1), some_ids(7, 2), some_ids(5, 6)
+    build = EditBuilder(directions_of(model, target, negative), [], False)
+    choice = EditConfig(method="ablate", scope=scope, position=-1, layer=2)
+
+    def tried(layer: int) -> Trial:
+        own, kept = (AnsweredPrompts(model, ids, generate(model, ids, 5, []), layer=layer) for ids in (negative, other))
+        return EditSearch(model, build, TOKENS, target, own, {"kept": kept}, layer=layer).run(choice)
+
+    whole, halfway = tried(0).model_dump(), tried(2).model_dump()
+    for name in ("left", "score", "kl", "first_kl", "ce_increase", "before", "usual"):
+        assert halfway[name] == pytest.approx(whole[name], abs=1e-6), name
+    assert halfway["flipped"] == pytest.approx(whole["flipped"], abs=1e-6)
+    assert whole["kl"] > 1e-3, "the edit does nothing, so nothing was compared"
+
+
+def test_what_is_left_to_strengthen_are_the_prompts_that_lack_it(base):
+    model, target, negative, examples = load(base), some_ids(6, 1), some_ids(7, 2), some_ids(5, 6)
+    build = EditBuilder(directions_of(model, target, negative), [], False)
+    own = AnsweredPrompts(model, negative, generate(model, negative, 5, []))
+    choice = EditConfig(method="actadd", scope="one", position=-1, layer=2)
+    found = EditSearch(model, build, TOKENS, target, own, examples=examples, shows=True).run(choice)
+    with intervened(model, build(choice), renormalise=False):
+        edited = behaviour_score(plain_probabilities(model, target), TOKENS)
+    assert found.left == pytest.approx(share_left(-edited), abs=1e-6)
+    assert found.before == pytest.approx(share_left(-behaviour_score(plain_probabilities(model, target), TOKENS)))
+    assert found.usual == pytest.approx(share_left(-behaviour_score(plain_probabilities(model, examples), TOKENS)))
+
+
+def test_a_behaviour_is_strengthened_by_additions_and_fits():
+    ranked = rank([candidate(6, -9), candidate(5, -8)])
+    empty = torch.zeros(2, COUNT + 1, 3)
+    where = SearchSpace(Directions((-2, -1), empty, {}, empty, empty), ranked, strengthen=True)
+    assert {c.method for c in where.starts()} == {"actadd"}
+    assert {c.strength for c in where.starts()} == {0.5, 1.0, 2.0}
+    near = where.neighbours(where.starts()[0], 1)
+    assert {(c.layer, c.strength) for c in near} == {(6, 1.4), (6, 0.7), (7, 1.0), (5, 1.0)}
