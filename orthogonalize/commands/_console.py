@@ -113,9 +113,9 @@ def show_comparison(comparison: Any) -> None:
 
 def show_report(report: Any) -> None:
     """The measures of base and edited, and how they differ."""
-    from ..reports.tables import summary_rows
+    from ..reports.tables import LEGEND, summary_rows
 
-    table = Table(title=f"base against edited ({report.engine_version})")
+    table = Table(title=f"base against edited ({report.engine_version})", caption=LEGEND)
     for name in ("measure", "base", "edited", "change"):
         table.add_column(name)
     for row in summary_rows(report):

@@ -9,6 +9,10 @@ from ..evals.suites.registry import series_title
 from .schema import Report
 
 Row = tuple[str, str, str, str]
+LEGEND = (
+    "[ ]: 95% intervals. Shares: Tango's score interval with McNemar's score test; the rest: one bootstrap for both. "
+    "An interval leaves out zero exactly where p < 0.05."
+)
 
 
 def set_title(name: str) -> str:
@@ -66,7 +70,10 @@ def perplexity(loss: Loss) -> str:
 
 
 def change(measure: Measure, after: Measure, pair: Paired) -> str:
-    """The paired difference with its interval and p-value, and its n if some items are missing on either side."""
+    """The paired difference with its interval and p-value, and its n if some items are missing on either side.
+
+    Interval and test agree (see `evals.intervals`).
+    """
     if not pair.n:
         return "no items in common"
     scale, unit, sign = (100, " points", "+.1f") if isinstance(measure, Rate) else (1, "", "+.4f")
