@@ -16,6 +16,7 @@ import scipy
 
 RESAMPLES = 2000
 FEWEST = 5  # items; with fewer, a bootstrap interval misses its level by far
+FEWEST_PAIRS = 6  # with fewer, no distribution-free test can reject at 5%, however the pairs differ
 RESOLVED = 1e-6  # nats
 BATCH = 100  # resamples in memory at a time: with 14,000 items, all of them would take 2 GB
 Z = 1.959963984540054  # the normal quantile of a two-sided 95% interval
@@ -72,7 +73,7 @@ def share_difference_interval(before: Sequence[bool], after: Sequence[bool]) -> 
 
 
 class Comparison(NamedTuple):
-    """A 95% interval, None below `FEWEST` items, and the p-value of the test that goes with it."""
+    """A 95% interval, None below `FEWEST_PAIRS`, and the p-value of the test that goes with it."""
 
     ci95: tuple[float, float] | None
     p: float
@@ -124,9 +125,9 @@ def _level(values: np.ndarray) -> float:
 
 
 def _compared(base: Sequence[float], edited: Sequence[float], statistic: object, seed: int = 0) -> Comparison:
-    """Interval and p-value from one bootstrap distribution; below `FEWEST` items, only a permutation test's p-value."""
+    """Interval and p-value from one bootstrap distribution; below `FEWEST_PAIRS`, only a permutation test's p-value."""
     n = len(base)
-    if n >= FEWEST:
+    if n >= FEWEST_PAIRS:
         values = _resampled((base, edited), statistic, seed)
         ci95 = _expanded_percentiles(values, n)
         if ci95 is not None:

@@ -80,8 +80,8 @@ class Paired(Record):
     """Base against edited on the same `n` items.
 
     `difference` is edited minus base (for a loss: relative to the base). `ci95` and `p` come as a pair that agrees:
-    for shares Tango's score interval and McNemar's score test, otherwise one bootstrap distribution (below `FEWEST`
-    items there is no interval, and `p` is that of a permutation test). `p` is None for a divergence, which is zero for
+    for shares Tango's score interval and McNemar's score test, otherwise one bootstrap distribution (below six
+    pairs there is no interval, and `p` is that of a permutation test). `p` is None for a divergence, which is zero for
     the base by definition. `by_category` repeats all of it for shares and losses, by category.
     """
 
