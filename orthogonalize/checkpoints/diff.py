@@ -95,6 +95,10 @@ class Audit:
 
     def as_json(self) -> str:
         """The audit as JSON, with directions as lists of numbers."""
+        return json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def document(self) -> dict[str, Any]:
+        """The audit as values that JSON can hold."""
         tensors = {
             name: {
                 "change": _finite_or_none(change),
@@ -102,7 +106,7 @@ class Audit:
             }
             for name, change in self.changed.items()
         }
-        document = {
+        return {
             "verdict": self.verdict(), "changed": tensors, "added": self.added, "missing": self.missing,
             "same": self.same, "config": {key: list(pair) for key, pair in self.config.items()},
             "files": {name: self.notes.get(name, "differs") for name in self.side_files},
@@ -112,7 +116,6 @@ class Audit:
             },
             "projected": self.projected(),
         }  # fmt: skip
-        return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite_or_none(x: float) -> float | None:

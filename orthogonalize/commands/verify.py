@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
-from ..checkpoints.diff import Audit, audit
+from ..checkpoints.diff import PROJECTED, Audit, audit
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import dequantize
 from ..checkpoints.safetensors_file import stored_bytes
@@ -17,6 +17,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.progress import track
 from ..edits.bake import bake
 from ..edits.hub_cache import edited_folder
+from ..edits.leaks import TensorLeak, tensor_leaks
 from ..edits.plan import EditPlan
 from ..edits.recipe import Recipe, Verification, load_recipe
 from ..models.hooks import intervened
@@ -28,9 +29,43 @@ TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains
 
 @dataclass
 class Verified(Audit):
-    """An audit and, if there is a recipe, the proof that hooks equal weights."""
+    """An audit and, if there is a recipe, the proof that hooks equal weights.
+
+    `edit` describes the recipe's edit; `leaks` is what every edited tensor shows of it along the edit's own maps.
+    """
 
     verification: Verification | None = None
+    edit: str | None = None
+    leaks: dict[str, TensorLeak] = field(default_factory=dict)
+
+    @property
+    def largest_leak(self) -> float | None:
+        """The largest share of a tensor's planned change that is missing; None if nothing was planned."""
+        return max((each.leak for each in self.leaks.values() if each.leak is not None), default=None)
+
+    def projected(self) -> dict[str, float]:
+        """As `Audit.projected`; with a recipe, along the maps of its own edit."""
+        if self.edit is None:
+            return super().projected()
+        left = {name: each.left for name, each in self.leaks.items() if each.left is not None}
+        return {name: share for name, share in left.items() if share <= PROJECTED}
+
+    def verdict(self) -> str:
+        """As `Audit.verdict`; with a recipe, nothing is estimated from the differences."""
+        if self.edit is None or not self.leaks:
+            return super().verdict()
+        leak = self.largest_leak
+        missing = "" if leak is None else f", of whose planned change at most {leak:.1e} is missing"
+        ranks = sorted({each.rank for each in self.leaks.values()})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        return f"the recipe's edit ({self.edit}), of {rank}: {len(self.leaks)} tensors{missing}"
+
+    def document(self) -> dict[str, Any]:
+        """As `Audit.document`, with `recipe`: its edit and the leak of every tensor."""
+        if self.edit is None:
+            return super().document()
+        leaks = {name: asdict(each) for name, each in self.leaks.items()}
+        return super().document() | {"recipe": {"edit": self.edit, "tensors": leaks}}
 
     def __repr__(self) -> str:
         proof = self.verification
@@ -139,6 +174,7 @@ def verify(
         for key in sorted(wanted.keys() | edited.config.keys())
         if wanted.get(key) != edited.config.get(key)
     ]
+    result.edit, result.leaks = recipe.choice.describe(), tensor_leaks(edited, planned)
     rebuilt = _rebuilds(edited, planned)
     gaps: dict[str, float | None] = {"hooks_gap": None, "stored_gap": None}
     if logits and not unexpected:  # with another configuration the model may not even load
