@@ -31,6 +31,7 @@ from .commands._options import (
     measuring_options,
     method_listing,
     number,
+    other_base_option,
     out_option,
     parallel_options,
     path,
@@ -194,6 +195,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 @measuring_options
 @click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
 @click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
+@other_base_option
 @revision_option
 def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> None:
     """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
@@ -226,10 +228,17 @@ def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -
 @click.option("--base", metavar="MODEL", help="The model that was edited; default: the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
+@other_base_option
 @click.option("--json", "json_file", type=path(), metavar="FILE", help="Write the full result as JSON.")
 @device_option
 def verify(
-    checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, json_file: Path | None, device: str
+    checkpoint: Path,
+    base: str | None,
+    no_logits: bool,
+    no_record: bool,
+    allow_other_base: bool,
+    json_file: Path | None,
+    device: str,
 ) -> None:
     """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights.
 
@@ -238,7 +247,14 @@ def verify(
     """
     from .commands.verify import verify as run_verify
 
-    audit = run_verify(checkpoint, base, device=device, logits=not no_logits, record=not no_record)
+    audit = run_verify(
+        checkpoint,
+        base,
+        device=device,
+        logits=not no_logits,
+        record=not no_record,
+        allow_other_base=allow_other_base,
+    )
     show_audit(audit)
     if json_file is not None:
         json_file.write_text(audit.as_json(), "utf-8")
@@ -286,6 +302,7 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
 @grid_options
 @choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's hooks; needs --engine hf.")
 @measuring_options
+@other_base_option
 @revision_option
 def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
     """Measure every method over every scope, in one engine: the comparison table.

@@ -66,6 +66,8 @@ def show_sweep(sweep: Any) -> None:
     """The edits of a sweep, one per row."""
     from ..reports.sweep import sweep_caption, sweep_columns, sweep_rows
 
+    _show_mismatches(sweep.mismatches)
+
     table = Table(title=escape(f"{sweep.model} ({sweep.engine_version})"), caption=escape(sweep_caption(sweep)))
     for i, name in enumerate(sweep_columns(sweep)):
         table.add_column(name, no_wrap=i == 0, overflow="fold")
@@ -111,9 +113,17 @@ def show_comparison(comparison: Any) -> None:
         console.print(escape(f"not measured alike: {', '.join(comparison.unlike)}; differences may come from there"))
 
 
+def _show_mismatches(mismatches: Sequence[str]) -> None:
+    """What does not belong together, before anything else."""
+    for each in mismatches:
+        console.print(escape(f"not a fair comparison: {each}"), style="bold")
+
+
 def show_report(report: Any) -> None:
     """The measures of base and edited, and how they differ."""
     from ..reports.tables import LEGEND, summary_rows
+
+    _show_mismatches(report.mismatches)
 
     table = Table(title=f"base against edited ({report.engine_version})", caption=LEGEND)
     for name in ("measure", "base", "edited", "change"):
@@ -183,6 +193,7 @@ def _planned_rows(audit: Any) -> list[tuple[str, ...]]:
 
 def show_audit(audit: Any) -> None:
     """The result of `verify`."""
+    _show_mismatches(audit.mismatches)
     if audit.changed:
         show_differences(audit)
     table = Table(title="against the base", show_header=False)

@@ -186,6 +186,9 @@ out_option = together(
     click.option("--out", type=path(), required=True, help="Folder to create; it appears only when complete."),
     click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
 )
+other_base_option = click.option(
+    "--allow-other-base", is_flag=True, help="Go ahead, and say so, if the weights are not those of the recipe or run."
+)
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 hf_device_option = click.option(
     "--device", default="auto", show_default=True, help="Device for --engine hf: auto, cpu, cuda, cuda:1, …"

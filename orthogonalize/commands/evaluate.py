@@ -20,6 +20,7 @@ from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
 from ..evals.judges.measured_answers import Judgements
 from ..evals.metrics import same_kind
+from ..evals.origins import check_origins, mismatches
 from ..evals.plan import EvalPlan, Measurements
 from ..evals.setup import EvalSetup, check_request, prepare
 from ..evals.shared_engine import Weights, base_weights, check_pair
@@ -160,6 +161,7 @@ def evaluate(
     judges: Sequence[str] = (),
     redact: bool = False,
     separate_engines: bool = False,
+    allow_other_base: bool = False,
     revision: str | None = None,
     device: str = "auto",
     options: EngineOptions | None = None,
@@ -178,10 +180,12 @@ def evaluate(
         judges: names of judge models (see `evals.judges.registry`), or `NAME=MODEL`.
         redact: leave prompts of sensitive sets, and their answers, out of the report.
         separate_engines: start vLLM for each model instead of swapping weights in one engine.
+        allow_other_base: measure even if `base` is not the recipe's, the run is of other weights, or base and
+            checkpoint are the same; the report then begins with that.
         device, options: where the engine runs; `device` is a shorthand for `engine="hf"`.
 
     Raises:
-        OrthogonalizeError: something is missing, or the engine does not start.
+        OrthogonalizeError: something is missing or does not belong together, or the engine does not start.
     """
     called, checkpoint = public_name(str(checkpoint)), edited_folder(checkpoint)
     out, run = Path(out), Path(run)
@@ -199,6 +203,8 @@ def evaluate(
     check_pair(checkpoint, folder)
     for each in (folder, checkpoint):
         check_complete(each)
+    unlike = mismatches(folder, str(base), found.info, checkpoint)
+    check_origins(unlike, allow_other_base)
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
@@ -218,6 +224,7 @@ def evaluate(
         edit=recipe.choice.describe() if recipe else None,
         recipe=recipe.fingerprint() if recipe else None,
         redacted=left_out,
+        mismatches=unlike,
         base=Measures.of({key: s for key, s in before.series.items() if key in after.series}),
         edited=Measures.of(after.series),
         paired=compare_all(before.series, after.series),

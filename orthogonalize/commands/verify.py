@@ -32,11 +32,13 @@ class Verified(Audit):
     """An audit and, if there is a recipe, the proof that hooks equal weights.
 
     `edit` describes the recipe's edit; `leaks` is what every edited tensor shows of it along the edit's own maps.
+    `mismatches` says that the base is not the recipe's, if that was allowed; nothing is proven then.
     """
 
     verification: Verification | None = None
     edit: str | None = None
     leaks: dict[str, TensorLeak] = field(default_factory=dict)
+    mismatches: list[str] = field(default_factory=list)
 
     @property
     def largest_leak(self) -> float | None:
@@ -140,13 +142,20 @@ def _gaps(edited: Path, base: Path, recipe: Recipe, plan: EditPlan, device: str)
 
 
 def verify(
-    checkpoint: Path | str, base: str | None = None, *, device: str = "auto", logits: bool = True, record: bool = True
+    checkpoint: Path | str,
+    base: Path | str | None = None,
+    *,
+    device: str = "auto",
+    logits: bool = True,
+    record: bool = True,
+    allow_other_base: bool = False,
 ) -> Verified:
     """Audit the difference of `checkpoint` and `base`; if there is a recipe, prove that hooks = weights.
 
     For the proof, the edit is recomputed and compared byte for byte, and the logits of the hooked base are compared, in
     float32, with those of the edit before rounding and of the checkpoint as stored. The result is written into the
-    recipe unless `record` is False; `logits=False` compares bytes only.
+    recipe unless `record` is False; `logits=False` compares bytes only. With `allow_other_base`, a base that is not the
+    recipe's is compared without the proof.
 
     Raises:
         OrthogonalizeError: `checkpoint` is not a checkpoint, or its base is unknown or not that of the recipe.
@@ -157,11 +166,14 @@ def verify(
     if base is None and recipe is None:
         raise OrthogonalizeError(f"{folder} has no recipe, so its base is unknown; give --base")
     revision = recipe.base.revision if recipe and not base else None
-    source = open_checkpoint(find_model(base or (recipe.base.model if recipe else ""), revision))
+    source = open_checkpoint(find_model(str(base or (recipe.base.model if recipe else "")), revision))
     if recipe is None:
         return Verified(**vars(audit(edited, source)))
     if source.fingerprint() != recipe.base.weights:
-        raise OrthogonalizeError(f"{source.path} is not the base of the recipe: its weights differ")
+        mismatch = f"{source.path} is not the base of the recipe: its weights differ"
+        if not allow_other_base:
+            raise OrthogonalizeError(f"{mismatch}; --allow-other-base compares the two without the proof")
+        return Verified(**vars(audit(edited, source)), mismatches=[mismatch])
     plan = bake(source, recipe.intervention())
     planned = plan.checkpoint
     planned.rounding = recipe.rounding
