@@ -138,12 +138,12 @@ def extract(model: str, out: Path, **options: Any) -> None:
     help="Fraction of the last layers to exclude.",
 )
 @number("--most", 1, 10, "Candidates to show per finder.")
-@click.option("--write", is_flag=True, help="Store the new ranks in RUN; edit uses them once given more than --method.")
+@click.option("--write", is_flag=True, help="Store the new ranks in RUN; edit uses them once given any option.")
 def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool) -> None:
     """Filter and rank the directions of RUN again by their stored scores, without the model.
 
-    The trials of whole edits are kept, so edit with --run alone, or with --method, still makes the best trial. With any
-    other setting, such as --scope, it starts from the best direction by the stored ranks.
+    The trials of whole edits are kept, so edit with --run alone still makes the best trial. With any other option, such
+    as --method, it starts from the best direction by the stored ranks.
     """
     from .selection.candidates import explain_fallback, rank
     from .selection.run_folder import load_run, save_selection
@@ -167,9 +167,10 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.
 
-    With --run alone, this makes the best edit that extract tried; with --run and --pick N, number N of those that it
-    lists; with --run and --method, the best one with that method. With any other setting, or if no such edit was tried,
-    it starts from the best single direction instead, over --scope all (one for actadd) at strength 1.
+    With --run alone, this makes the best edit that extract tried; with --pick N, number N of those that it lists. Both
+    are taken whole. Any other option, --method included, makes a new edit: what you give, along the run's best
+    direction for that method, and the defaults for the rest: --method ablate, --scope all (one for actadd), --strength
+    1. What was taken from where is printed.
     """
     from .commands.edit import edit as run_edit
 

@@ -98,6 +98,7 @@ def edit(
     if resolved.base_weights is not None and source.files.keys() != resolved.base_weights.keys():
         raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
     note(f"editing: {resolved.choice.describe()}")
+    note(f"taken from {resolved.taken_from}")
     written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
     how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
     if settings.format == "lora":

@@ -33,13 +33,15 @@ from .run_folder import Run, load_run
 class ResolvedEdit:
     """An edit that is ready to be baked, and its origin.
 
-    `prompts` are fingerprints of the prompt sets. `rounding` and `base_weights` (SHA-256 by file) come from a recipe,
-    if there is one.
+    `taken_from` says in one line which settings come from options, from the run or file, and from defaults. `prompts`
+    are fingerprints of the prompt sets. `rounding` and `base_weights` (SHA-256 by file) come from a recipe, if there is
+    one.
     """
 
     choice: EditConfig
     intervention: Intervention
     kind: Literal["run", "file"]
+    taken_from: str
     prompts: dict[str, str] = field(default_factory=dict)
     probes: list[ProbeResult] = field(default_factory=list)
     run: Run | None = None
@@ -80,19 +82,16 @@ def pick_edit(run: Run, pick: int, given: dict[str, Any]) -> EditConfig:
 def choose(run: Run, **given: Any) -> EditConfig:
     """Complete the `given` fields of `EditConfig` from a run; None means not given.
 
-    If at most the method is given, this is the best edit that the run tried (with that method). Otherwise, or if there
-    is none, position and layer are those of the best candidate, the scope is `all` (`one` for actadd) and the strength
-    is 1.
+    If nothing is given, this is the best edit that the run tried, as a whole. Otherwise, or if it tried none, position
+    and layer are those of the best candidate, and everything else has its default: scope `all` (`one` for actadd),
+    strength 1.
 
     Raises:
         OrthogonalizeError: the run has no matching candidate.
     """
     named = {key: value for key, value in given.items() if value is not None}
-    method = named.get("method")
-    if set(named) <= {"method"}:
-        tried = [t.choice for t in run.trials if method in (None, t.choice.method)]
-        if tried:
-            return tried[0]
+    if not named and run.trials:
+        return run.trials[0].choice
     method = named.setdefault("method", DEFAULT)
     if METHODS.find(method).fitted:
         named.setdefault("scope", METHODS[method].scopes(run.info.layer_count)[0])
@@ -118,6 +117,32 @@ def choose(run: Run, **given: Any) -> EditConfig:
         if not named.get("per_layer"):
             named.setdefault("layer", fitting[0].layer)
     return _edit_config(named)
+
+
+def _taken_from(choice: EditConfig, given: dict[str, Any], found: tuple[str, ...], source: str) -> str:
+    """Which settings of `choice` are `given` as options, which of the `found` ones `source` has, and the defaults."""
+    places = {"options": list(given), source: [n for n in found if n not in given], "defaults": []}
+    named = {name for names in places.values() for name in names}
+    places["defaults"] = [name for name in ("method", "scope", "strength") if name not in named]
+    parts = []
+    for place, names in places.items():
+        values = {name.replace("_", "-"): getattr(choice, name) for name in names}
+        words = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                 for name, value in values.items() if value is not None]  # fmt: skip
+        if words:
+            parts.append(f"{place}: {', '.join(words)}")
+    return "; ".join(parts)
+
+
+def _origin_in_run(run: Run, choice: EditConfig, given: dict[str, Any], pick: int | None) -> str:
+    if pick is not None:
+        return f"everything: edit {pick} of those that extract lists"
+    if not given and run.trials:
+        return "everything: the best edit that extract tried"
+    finder = finder_of(choice.method, run.directions, choice.finder)
+    text = _taken_from(choice, given, ("position", "layer"), f"the run's best {finder} direction")
+    tried = [n for n, trial in enumerate(run.shortlist, 1) if trial.choice.method == choice.method]
+    return f"{text} (--pick {tried[0]} is the best {choice.method} that extract lists)" if tried else text
 
 
 def _edit_config(named: dict[str, Any]) -> EditConfig:
@@ -203,6 +228,7 @@ def resolve_run(
         choice,
         intervention,
         "run",
+        taken_from=_origin_in_run(run, choice, given, pick),
         prompts=run.info.prompts,
         probes=_probe_edit(folder, run, choice, intervention),
         run=run,
@@ -232,7 +258,8 @@ def resolve_file(file: Path, source: Checkpoint, given: dict[str, Any]) -> Resol
     intervention = intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
     if architecture_of(source.config).norms.kind == "layer":  # otherwise the norms would bring the direction back
         intervention = centred(intervention)
-    return ResolvedEdit(choice, intervention, "file")
+    origin = _taken_from(choice, given, ("position", "layer"), file.name)
+    return ResolvedEdit(choice, intervention, "file", taken_from=origin)
 
 
 def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
@@ -248,6 +275,7 @@ def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
         recipe.choice,
         recipe.intervention(),
         recipe.source.kind,
+        taken_from="everything: the recipe",
         prompts=recipe.source.prompts,
         probes=recipe.probes,
         rounding=recipe.rounding,
