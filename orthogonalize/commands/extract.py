@@ -23,7 +23,8 @@ from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.chat import ChatFormat
 from ..data.contrast import is_sensitive, read_contrast
-from ..data.prompts import SIDES, SPLITS, Prompt, Side, Split, load_prompts, split_preserved, split_prompts
+from ..data.inventory import drop_too_long, inventory
+from ..data.prompts import SIDES, SPLITS, Prompt, Side, Source, Split, load_prompts, split_preserved, split_prompts
 from ..data.refusals import LEAST_TOKENS, refused
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
@@ -33,7 +34,7 @@ from ..edits.fitting import ANSWER_START
 from ..edits.recipe import ProbeResult
 from ..models.generation import generate, stop_tokens
 from ..models.loading import choose_device, load_model, load_tokenizer
-from ..models.resolve import commit_of, find_model
+from ..models.resolve import commit_of, context_length, find_model
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
@@ -175,10 +176,12 @@ class _Extraction:
         """Split the prompts, learn the behaviour tokens, keep the prompts on which the model behaves as expected."""
         s = self.settings
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
-        prompts = [p for side in SIDES for p in split_prompts(self.source.prompts[side], s.seed, **counts)]
+        fitting = drop_too_long(self.source.prompts, self.chat.encode, context_length(self.source.folder))
+        prompts = [p for side in SIDES for p in split_prompts(fitting[side], s.seed, **counts)]
         tokens, prompts = measure_behaviour(self.model, self.tokenizer, self.chat, prompts, s.behaviour_tokens or ())
         kept, filtered = keep_expected(prompts, s.filtered)
         words = [self.tokenizer.decode([t]) for t in tokens]
+        note(inventory(self.source.prompts, fitting, prompts, kept, counts))
         note(f"behaviour tokens: {', '.join(map(repr, words))}")
         self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
@@ -338,8 +341,8 @@ def extract(
     out: Path | str,
     *,
     concept: str | None = None,
-    positive: str | None = None,
-    negative: str | None = None,
+    positive: Source | None = None,
+    negative: Source | None = None,
     column: str | None = None,
     hub_split: str = "train",
     data: Path | str | None = None,
@@ -356,7 +359,7 @@ def extract(
     Args:
         model: a checkpoint folder, a Hub id or a .gguf file.
         out: the run folder to create or resume.
-        concept: a named contrast; the alternative is `positive` and `negative`, two prompt sources.
+        concept: a named contrast; the alternative is `positive` and `negative`, two prompt sources or lists of texts.
         column, hub_split: the column and the dataset split that hold the prompts.
         data: a folder with local copies of a concept's public sets; by default they are read from the Hub.
         settings: everything else.
