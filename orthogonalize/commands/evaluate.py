@@ -149,7 +149,7 @@ def _measure_both(
 
 def evaluate(
     checkpoint: Path | str,
-    base: str,
+    base: Path | str,
     run: Path | str,
     out: Path | str,
     *,
@@ -188,7 +188,7 @@ def evaluate(
         OrthogonalizeError: something is missing or does not belong together, or the engine does not start.
     """
     called, checkpoint = public_name(str(checkpoint)), edited_folder(checkpoint)
-    out, run = Path(out), Path(run)
+    base, out, run = str(base), Path(out), Path(run)
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
     if options is not None and device != "auto":
         raise OrthogonalizeError("give the device either as `device` or in `options`")
@@ -203,7 +203,7 @@ def evaluate(
     check_pair(checkpoint, folder)
     for each in (folder, checkpoint):
         check_complete(each)
-    unlike = mismatches(folder, str(base), found.info, checkpoint)
+    unlike = mismatches(folder, base, found.info, checkpoint)
     check_origins(unlike, allow_other_base)
     ready = prepare(
         found, folder,

@@ -337,7 +337,7 @@ class _Extraction:
 
 
 def extract(
-    model: str,
+    model: Path | str,
     out: Path | str,
     *,
     concept: str | None = None,
@@ -375,13 +375,13 @@ def extract(
     """
     settings = (settings or Settings()).with_changes(**changes)
     settings.check()
-    out = Path(out)
+    out, model = Path(out), str(model)
     check_run_folder(out, RUN)
     sides = read_contrast(concept, positive, negative, column, hub_split, None if data is None else Path(data))
     preserved = {name: load_prompts(name, split=hub_split) for name in settings.preserve}
     folder = find_model(model, revision)
     source = _Source(
-        str(model),
+        model,
         folder,
         open_checkpoint(folder),
         commit_of(folder) or revision,

@@ -256,7 +256,7 @@ def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, C
 
 
 def sweep(
-    model: str,
+    model: Path | str,
     run: Path | str,
     out: Path | str,
     *,
@@ -295,7 +295,7 @@ def sweep(
     Raises:
         OrthogonalizeError: something is missing, or the engine does not start.
     """
-    out, run = Path(out), Path(run)
+    model, out, run = str(model), Path(out), Path(run)
     check_free(out, SWEEP, force, [Path(model), run])
     check_request(suites, engine, options, data)
     if semantics == "residual" and not ENGINES.find(engine).hooks:
@@ -305,7 +305,7 @@ def sweep(
     check_complete(folder)
     source = open_checkpoint(folder)
     check_fits(found, source)
-    unlike = mismatches(folder, str(model), found.info)
+    unlike = mismatches(folder, model, found.info)
     check_origins(unlike, allow_other_base)
     fits = fits_of(run, found, source, options.device) if semantics == "weights" else None
     variants = make_variants(found, methods, scopes, grid, fits)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ..architectures.schema import architecture_of
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import Intervention, centred
 from ..core.progress import track
@@ -23,6 +23,7 @@ from ..edits.recipe import ProbeResult, load_recipe
 from ..edits.scopes import stream_after
 from ..edits.settings import EditSettings
 from ..models.loading import load_model
+from ..models.resolve import find_model
 from .candidates import layer_ranking
 from .fits import Fits
 from .probes import probe_choice
@@ -205,6 +206,35 @@ def fits_of(folder: Path, run: Run, source: Checkpoint, device: str = "auto") ->
     return Fits(folder, run.directions, source.config, source.fingerprint(), lambda: load_model(source.path, device))
 
 
+def _intervention(folder: Path, run: Run, source: Checkpoint, choice: EditConfig, device: str) -> Intervention:
+    """The maps of `choice`; those of a fitted method are taken from the run, or fitted to `source` and stored there."""
+    ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions, choice.finder))
+    if METHODS[choice.method].fitted:
+        return fits_of(folder, run, source, device).intervention(choice, ranking)
+    layer_norm = architecture_of(source.config).norms.kind == "layer"
+    return intervention_from_directions(choice, run.directions, ranking, layer_norm=layer_norm)
+
+
+def intervention_of(
+    model: Path | str, run: Path | str, config: EditConfig | None = None, *, device: str = "auto"
+) -> Intervention:
+    """The maps that `edit` would write into `model`, for hooks (`intervened`) or `bake`.
+
+    Args:
+        model: a checkpoint folder, a Hub id or a .gguf file.
+        run: a folder written by `extract`.
+        config: the edit; None is the best that the run tried.
+        device: where the model runs, if the edit is fitted to it.
+
+    Raises:
+        OrthogonalizeError: the run is from another model, or has no direction for it.
+    """
+    folder, source = Path(run), open_checkpoint(find_model(str(model)))
+    found = load_run(folder)
+    check_fits(found, source)
+    return _intervention(folder, found, source, config or choose(found), device)
+
+
 def resolve_run(
     folder: Path, source: Checkpoint, given: dict[str, Any], pick: int | None = None, device: str = "auto"
 ) -> ResolvedEdit:
@@ -218,12 +248,7 @@ def resolve_run(
     run = load_run(folder)
     check_fits(run, source)
     choice = choose(run, **given) if pick is None else pick_edit(run, pick, given)
-    ranking = layer_ranking(run.candidates, finder_of(choice.method, run.directions, choice.finder))
-    if METHODS[choice.method].fitted:
-        intervention = fits_of(folder, run, source, device).intervention(choice, ranking)
-    else:
-        layer_norm = architecture_of(source.config).norms.kind == "layer"
-        intervention = intervention_from_directions(choice, run.directions, ranking, layer_norm=layer_norm)
+    intervention = _intervention(folder, run, source, choice, device)
     return ResolvedEdit(
         choice,
         intervention,
