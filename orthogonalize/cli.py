@@ -30,6 +30,7 @@ from .commands._options import (
     hf_device_option,
     measuring_options,
     method_listing,
+    named_sources,
     number,
     other_base_option,
     out_option,
@@ -194,6 +195,13 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 @click.option("--run", type=path(), required=True, help="The run whose test prompts are used.")
 @out_option
 @measuring_options
+@click.option(
+    "--prompts",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    callback=converted_by(named_sources),
+    help="Your own prompts, measured beside the run's; repeatable.",
+)
 @click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
 @click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
 @other_base_option

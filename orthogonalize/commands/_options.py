@@ -145,6 +145,23 @@ def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
+def named_sources(given: Sequence[str]) -> dict[str, str]:
+    """Prompt sources by name, from `NAME=FILE`, or from `FILE` alone, which is called after itself."""
+    from ..data.prompts import source_names
+
+    sources: dict[str, str] = {}
+    for text in given:
+        name, equals, source = text.partition("=")
+        if not equals:
+            name, source = source_names([text])[text], text
+        if not name or not source or "." in name:
+            raise OrthogonalizeError(f"--prompts {text!r} is not of the form NAME=FILE, with a name without dots")
+        if name in sources:
+            raise OrthogonalizeError(f"--prompts: the name {name!r} is given twice; use NAME=FILE")
+        sources[name] = source
+    return sources
+
+
 def torch_dtype(name: str | None) -> Any:
     """The torch dtype called `name`; None stays None."""
     import torch
@@ -211,7 +228,7 @@ measuring_options = together(
         cls=ListingOption,
         listing=suite_listing,
         callback=converted_by(words),
-        default="refusal,behaviour,loss,kl,other",
+        default="refusal,behaviour,form,loss,kl,other",
         show_default=True,
         help="What to measure.",
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from ..core.errors import InPlaceError, OrthogonalizeError
 from ..core.journal import Journal
 from ..core.output_folders import REPORT, check_free, complete_folder
 from ..core.progress import note
+from ..data.prompts import Source
 from ..data.refusals import LEAST_TOKENS, refused
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
@@ -158,6 +159,7 @@ def evaluate(
     max_new_tokens: int = LEAST_TOKENS,
     limit: int | None = None,
     data: Path | str | None = None,
+    prompts: Mapping[str, Source] | None = None,
     judges: Sequence[str] = (),
     redact: bool = False,
     separate_engines: bool = False,
@@ -177,6 +179,7 @@ def evaluate(
         max_new_tokens: maximum length of every answer.
         limit: maximum number of items per set.
         data: a folder with local copies of public sets; by default they are read from the Hub.
+        prompts: your own prompt sources (see `load_prompts`) by name, answered and counted like the run's.
         judges: names of judge models (see `evals.judges.registry`), or `NAME=MODEL`.
         redact: leave prompts of sensitive sets, and their answers, out of the report.
         separate_engines: start vLLM for each model instead of swapping weights in one engine.
@@ -208,7 +211,7 @@ def evaluate(
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
-        options=options,
+        options=options, prompts=prompts,
     )  # fmt: skip
     plan = ready.plan
     if redact and plan.every_model_answers and not plan.sensitive:

@@ -10,6 +10,7 @@ from .schema import Rates, Report
 from .tables import loss_title, set_title, title
 
 ALPHA = 0.05
+FORM = "suites.form."
 HARM = 0.05  # a relative increase of a loss that the findings warn about
 
 
@@ -134,5 +135,7 @@ def findings(report: Report) -> list[str]:
             f"{each.first_token.value:.3f} at the first."
             for name, each in kl.sets.items()
         ]
-    found += [_finding(report, key) for key in report.paired if key.startswith(("choices.", "tasks.", "suites."))]
+    others = [key for key in report.paired if key.startswith(("choices.", "tasks.", "suites."))]
+    # Every set has six forms of answers, so only those that changed are worth a sentence.
+    found += [_finding(report, k) for k in others if not k.startswith(FORM) or _is_significant(report.paired[k])]
     return [sentence for sentence in found if sentence is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..data.benchmarks import PROMPT_SETS
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, perplexity_of
-from ..evals.suites.answers import CONTRAST_TITLES
+from ..evals.suites.answers import CONTRAST_TITLES, FORMS
 from ..evals.suites.registry import series_title
 from .schema import Report
 
@@ -38,6 +38,9 @@ def title(key: str) -> str:
             return f"{title('loss.own_completions')}, {set_title(name)}"
         case ["kl", "sets", name, series]:
             return f"{title(f'kl.{series}')}, {set_title(name)}"
+        case ["suites", "form", name]:
+            of, _, form = name.rpartition(": ")
+            return f"{set_title(of)}: {FORMS.get(form, form)}"
         case ["tasks" | "suites", group, name]:
             return f"{group}, {name}"
     return key
