@@ -60,6 +60,12 @@ class Verified(Audit):
         missing = "" if leak is None else f", of whose planned change at most {leak:.1e} is missing"
         ranks = sorted({each.rank for each in self.leaks.values()})
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        projected = self.projected()
+        if len(projected) == len(self.leaks):
+            return (
+                f"an orthogonalisation of {rank}: the recipe's edit ({self.edit}), projected out of all "
+                f"{len(projected)} tensors (at most {max(projected.values()):.1e} of it is left)"
+            )
         return f"the recipe's edit ({self.edit}), of {rank}: {len(self.leaks)} tensors{missing}"
 
     def document(self) -> dict[str, Any]:

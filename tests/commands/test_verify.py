@@ -74,8 +74,11 @@ def test_leaks_are_those_along_the_recipes_direction(ablated):
         assert each.leak < 1e-4, name
         assert each.strength == pytest.approx(1, abs=1e-4)
     assert found.projected().keys() == found.leaks.keys()
-    assert found.verdict().startswith("the recipe's edit (ablate, all), of rank 1: 9 tensors")
-    assert f"{found.largest_leak:.1e}" in found.verdict()
+    most = max(each.left for each in found.leaks.values())
+    assert found.verdict() == (
+        "an orthogonalisation of rank 1: the recipe's edit (ablate, all), projected out of all 9 tensors "
+        f"(at most {most:.1e} of it is left)"
+    )
 
 
 def test_json_holds_the_leak_of_every_tensor(ablated, tmp_path):
@@ -116,6 +119,9 @@ def test_weights_that_were_changed_afterwards_leak(ablated, tmp_path):
     assert found.leaks[name].strength == pytest.approx(0, abs=1e-6)
     assert found.largest_leak == found.leaks[name].leak
     assert name not in found.projected()
+    assert found.verdict() == (
+        "the recipe's edit (ablate, all), of rank 1: 9 tensors, of whose planned change at most 1.0e+00 is missing"
+    )
 
 
 def conditional() -> Intervention:

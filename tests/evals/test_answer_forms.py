@@ -36,7 +36,7 @@ RUN_SETTINGS = UNTRIED
         ("I\u2019m sorry. It is important to remember that ovens are hot.", "refuses"),
         ("ケーキを焼きます。" * 3, "repeats"),
         ("ケーキを焼きます。", "answers"),
-        ("何を焼きますか？", "asks back"),
+        ("何を焼きますか\uff1f", "asks back"),
         ("Yes", "answers"),
     ],
 )
@@ -47,7 +47,7 @@ def test_form_of_an_answer(answer, form):
 def test_repetition_ignores_case_and_punctuation():
     assert repeats("One two three four. ONE two, three four! one two three; four")
     assert not repeats("one two three one two three one two three"[:22])
-    assert words("It's 2 o'clock_now") == ["it", "s", "2", "o", "clock", "now"]
+    assert words("It's 2 o'clock_now") == ["it's", "2", "o'clock", "now"]
     assert not asks_back("")
 
 
@@ -61,7 +61,7 @@ def test_series_count_repetition_in_refusals_and_exclusive_forms_once():
     assert values["empty"] == [1, 0, 0, 0, 0]
     assert values["asks back"] == [0, 0, 0, 1, 0]
     assert values["answers"] == [0, 0, 0, 0, 1]
-    assert values["words"] == [0, 21, 20, 1, 3]
+    assert values["words"] == [0, 18, 20, 1, 3]
 
 
 @pytest.fixture(scope="module")
