@@ -44,6 +44,7 @@ from .commands._sweep_options import grid_options, sweep_grid
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory
 from .core.registry import load_plugins
+from .core.words import counted
 
 RESUME = "no partial output was left behind. Re-run the command to resume."
 
@@ -184,7 +185,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
         click.echo(f"{recipe.choice.describe()}: share {options['shard']} written; {out} appears with the last share")
         return
     click.echo(
-        f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
+        f"{recipe.choice.describe()}: {counted(len(recipe.tensors), 'tensor')} edited, {len(recipe.added)} added; "
         f"checkpoint: {where}"
     )
 

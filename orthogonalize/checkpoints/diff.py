@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..core.progress import track
+from ..core.words import counted
 from .checkpoint import Checkpoint
 from .quantization import row_reader
 from .safetensors_file import DTYPES, row_blocks
@@ -56,7 +57,7 @@ class Audit:
 
     @property
     def _counts(self) -> str:
-        return f"{len(self.changed)} tensors changed, {len(self.added)} added, {len(self.missing)} missing"
+        return f"{counted(len(self.changed), 'tensor')} changed, {len(self.added)} added, {len(self.missing)} missing"
 
     def along_common(self, name: str) -> ChangeDirections | None:
         """The change of tensor `name` along the common directions; None if it is not along them."""

@@ -30,6 +30,7 @@ from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.loading import check_complete
 from ..models.resolve import find_model, folder_state, public_name
 from ..reports.html import write_webpage
+from ..reports.model_card import update_card
 from ..reports.schema import Answer, Measures, Report, compare_all, judged_pair, kept_shares
 from ..selection.run_folder import load_run
 
@@ -171,6 +172,7 @@ def evaluate(
 ) -> Report:
     """Measure `base` and `checkpoint` on the test prompts of `run`; write report.json and report.html to `out`.
 
+    The measures also go into the checkpoint's card, if it is the one that `edit` wrote.
     An interrupted call stores its progress beside `out`; call it again to resume.
 
     Args:
@@ -206,13 +208,13 @@ def evaluate(
     check_pair(checkpoint, folder)
     for each in (folder, checkpoint):
         check_complete(each)
-    unlike = mismatches(folder, base, found.info, checkpoint)
-    check_origins(unlike, allow_other_base)
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
         options=options, prompts=prompts,
     )  # fmt: skip
+    unlike = mismatches(folder, base, found.info, checkpoint)
+    check_origins(unlike, allow_other_base)
     plan = ready.plan
     if redact and plan.every_model_answers and not plan.sensitive:
         note("no set is marked sensitive, so nothing is left out; extract --sensitive marks your own prompts")
@@ -237,5 +239,7 @@ def evaluate(
     with complete_folder(out, REPORT, force) as done:
         (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
         write_webpage(report, sorted((run / "plots").glob("*.png")), done / "report.html")
+    if not unlike:
+        update_card(checkpoint, report)
     journal.close()
     return report

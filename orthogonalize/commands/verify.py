@@ -15,6 +15,7 @@ from ..checkpoints.quantization import dequantize
 from ..checkpoints.safetensors_file import stored_bytes
 from ..core.errors import OrthogonalizeError
 from ..core.progress import track
+from ..core.words import counted
 from ..edits.bake import bake
 from ..edits.hub_cache import edited_folder
 from ..edits.leaks import TensorLeak, tensor_leaks
@@ -64,9 +65,9 @@ class Verified(Audit):
         if len(projected) == len(self.leaks):
             return (
                 f"an orthogonalisation of {rank}: the recipe's edit ({self.edit}), projected out of all "
-                f"{len(projected)} tensors (at most {max(projected.values()):.1e} of it is left)"
+                f"{counted(len(projected), 'tensor')} (at most {max(projected.values()):.1e} of it is left)"
             )
-        return f"the recipe's edit ({self.edit}), of {rank}: {len(self.leaks)} tensors{missing}"
+        return f"the recipe's edit ({self.edit}), of {rank}: {counted(len(self.leaks), 'tensor')}{missing}"
 
     def document(self) -> dict[str, Any]:
         """As `Audit.document`, with `recipe`: its edit and the leak of every tensor."""

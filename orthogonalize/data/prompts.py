@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import OrthogonalizeError, first_line
+from ..core.words import counted
 from .benchmarks import PROMPT_SETS, BenchmarkSet, PromptSet, category_of
 from .rows import SUFFIXES, check_utf8, read_rows
 from .tokenization import is_valid_unicode
@@ -265,11 +266,6 @@ def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt]) -> No
                 f"the {side} side has {counted(train, 'train prompt')}; at least {MINIMUM_TRAIN} are required"
             )
     _check_splits([*positive, *negative])
-
-
-def counted(count: int, noun: str) -> str:
-    """A count with its noun, in the plural unless it is one."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _dropped(prompts: Sequence[Prompt]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.command_line import SMALL, UNTRIED, command
-from helpers.llama import WIDTH
+from helpers.llama import LAYERS, WIDTH
 from safetensors.torch import save_file
 
 from orthogonalize.cli import main
@@ -206,3 +207,42 @@ def test_help_states_the_rule_and_the_defaults():
     assert "Any other option, --method included, makes a new edit" in text
     for words in ("Edit method; default: ablate.", "all (default; one for actadd)", "Scale of the edit, default 1"):
         assert words in text
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--layer", "99"), f"the run has no layer 99; its layers are 0 to {LAYERS}"),
+        (("--position", "-9"), "the run has no position -9; it has -3 to -1"),
+    ],
+)
+def test_place_that_the_run_did_not_read_is_named(tried, model, tmp_path, words, complaint):
+    status, said = command("edit", model, "--run", tried, *words, "--out", tmp_path / "edited")
+    assert (status, said) == (1, f"error: {complaint}")
+
+
+def test_one_edited_tensor_is_singular(tried, model, tmp_path):
+    words = ("--method", "ablate", "--scope", "upto:0", "--out", tmp_path / "edited")
+    status, said = command("edit", model, "--run", tried, *words)
+    assert status == 0, said
+    assert "1 tensor edited, 1 added" in said
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_adapter_has_the_permissions_that_the_umask_gives(tried, model, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        words = ("--method", "ablate", "--scope", "layers:1-2", "--format", "lora", "--out", tmp_path / "adapter")
+        status, said = command("edit", model, "--run", tried, *words)
+    finally:
+        os.umask(before)
+    assert status == 0, said
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+@pytest.mark.parametrize("option", ["--kl", "--induce"])
+def test_rank_refuses_a_filter_that_is_no_number(tried, option):
+    status, said = command("rank", tried, option, "nan")
+    assert status == 1
+    assert "finite" in said or "number" in said
