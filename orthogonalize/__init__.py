@@ -78,12 +78,14 @@ if TYPE_CHECKING:
     from .models.demo_model import planted_model as planted_model
     from .models.describe.draft import Draft as Draft
     from .models.hooks import intervened as intervened
+    from .reports.run_plots import run_figures as run_figures
     from .reports.schema import Report as Report
     from .reports.schema import load_report as load_report
     from .reports.sweep import Sweep as Sweep
     from .selection.candidates import Candidate as Candidate
     from .selection.candidates import rank as rank
     from .selection.grid import SweepGrid as SweepGrid
+    from .selection.resolve import intervention_of as intervention_of
     from .selection.run_folder import Run as Run
     from .selection.run_folder import load_run as load_run
     from .selection.search.objectives import Trial as Trial
@@ -149,6 +151,7 @@ _MODULES = {
     "intervened": "models.hooks",
     "intervention_from_basis": "edits.build",
     "intervention_from_directions": "edits.build",
+    "intervention_of": "selection.resolve",
     "judge": "commands.judge",
     "leace": "directions.leace",
     "load_direction": "directions.direction_set",
@@ -160,6 +163,7 @@ _MODULES = {
     "push": "commands.push",
     "rank": "selection.candidates",
     "removal": "core.interventions",
+    "run_figures": "reports.run_plots",
     "shift": "core.interventions",
     "solve_from_moments": "directions.conditional",
     "solve_from_samples": "directions.conditional",

@@ -30,7 +30,9 @@ from .commands._options import (
     hf_device_option,
     measuring_options,
     method_listing,
+    named_sources,
     number,
+    other_base_option,
     out_option,
     parallel_options,
     path,
@@ -42,6 +44,7 @@ from .commands._sweep_options import grid_options, sweep_grid
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory
 from .core.registry import load_plugins
+from .core.words import counted
 
 RESUME = "no partial output was left behind. Re-run the command to resume."
 
@@ -137,12 +140,12 @@ def extract(model: str, out: Path, **options: Any) -> None:
     help="Fraction of the last layers to exclude.",
 )
 @number("--most", 1, 10, "Candidates to show per finder.")
-@click.option("--write", is_flag=True, help="Store the new ranks in RUN; edit uses them once given more than --method.")
+@click.option("--write", is_flag=True, help="Store the new ranks in RUN; edit uses them once given any option.")
 def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool) -> None:
     """Filter and rank the directions of RUN again by their stored scores, without the model.
 
-    The trials of whole edits are kept, so edit with --run alone, or with --method, still makes the best trial. With any
-    other setting, such as --scope, it starts from the best direction by the stored ranks.
+    The trials of whole edits are kept, so edit with --run alone still makes the best trial. With any other option, such
+    as --method, it starts from the best direction by the stored ranks.
     """
     from .selection.candidates import explain_fallback, rank
     from .selection.run_folder import load_run, save_selection
@@ -166,9 +169,10 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.
 
-    With --run alone, this makes the best edit that extract tried; with --run and --pick N, number N of those that it
-    lists; with --run and --method, the best one with that method. With any other setting, or if no such edit was tried,
-    it starts from the best single direction instead, over --scope all (one for actadd) at strength 1.
+    With --run alone, this makes the best edit that extract tried; with --pick N, number N of those that it lists. Both
+    are taken whole. Any other option, --method included, makes a new edit: what you give, along the run's best
+    direction for that method, and the defaults for the rest: --method ablate, --scope all (one for actadd), --strength
+    1. What was taken from where is printed.
     """
     from .commands.edit import edit as run_edit
 
@@ -181,7 +185,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
         click.echo(f"{recipe.choice.describe()}: share {options['shard']} written; {out} appears with the last share")
         return
     click.echo(
-        f"{recipe.choice.describe()}: {len(recipe.tensors)} tensors edited, {len(recipe.added)} added; "
+        f"{recipe.choice.describe()}: {counted(len(recipe.tensors), 'tensor')} edited, {len(recipe.added)} added; "
         f"checkpoint: {where}"
     )
 
@@ -192,8 +196,16 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 @click.option("--run", type=path(), required=True, help="The run whose test prompts are used.")
 @out_option
 @measuring_options
+@click.option(
+    "--prompts",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    callback=converted_by(named_sources),
+    help="Your own prompts, measured beside the run's; repeatable.",
+)
 @click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
 @click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
+@other_base_option
 @revision_option
 def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> None:
     """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
@@ -226,10 +238,17 @@ def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -
 @click.option("--base", metavar="MODEL", help="The model that was edited; default: the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
+@other_base_option
 @click.option("--json", "json_file", type=path(), metavar="FILE", help="Write the full result as JSON.")
 @device_option
 def verify(
-    checkpoint: Path, base: str | None, no_logits: bool, no_record: bool, json_file: Path | None, device: str
+    checkpoint: Path,
+    base: str | None,
+    no_logits: bool,
+    no_record: bool,
+    allow_other_base: bool,
+    json_file: Path | None,
+    device: str,
 ) -> None:
     """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights.
 
@@ -238,7 +257,14 @@ def verify(
     """
     from .commands.verify import verify as run_verify
 
-    audit = run_verify(checkpoint, base, device=device, logits=not no_logits, record=not no_record)
+    audit = run_verify(
+        checkpoint,
+        base,
+        device=device,
+        logits=not no_logits,
+        record=not no_record,
+        allow_other_base=allow_other_base,
+    )
     show_audit(audit)
     if json_file is not None:
         json_file.write_text(audit.as_json(), "utf-8")
@@ -286,6 +312,7 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
 @grid_options
 @choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's hooks; needs --engine hf.")
 @measuring_options
+@other_base_option
 @revision_option
 def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
     """Measure every method over every scope, in one engine: the comparison table.

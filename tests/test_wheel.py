@@ -27,6 +27,19 @@ def wheel(tmp_path_factory) -> Path:
     return built
 
 
+def test_an_editable_install_is_a_path_that_type_checkers_read(wheel):
+    """An import hook would hide the package, and its py.typed, from mypy."""
+    copy = wheel.parents[1]
+    code = "from setuptools import build_meta; build_meta.build_editable('editable')"
+    subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True)
+    (built,) = (copy / "editable").glob("*.whl")
+    with ZipFile(built) as files:
+        paths = [files.read(name).decode().strip() for name in files.namelist() if name.endswith(".pth")]
+        assert not [name for name in files.namelist() if "finder" in name]
+    assert paths == [str(copy)]
+    assert (copy / "orthogonalize" / "py.typed").is_file()
+
+
 def test_every_file_of_the_package_is_in_the_wheel(wheel):
     ours = {
         str(path.relative_to(ROOT))

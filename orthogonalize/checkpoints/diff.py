@@ -12,10 +12,20 @@ from typing import Any
 import torch
 
 from ..core.progress import track
+from ..core.words import counted
 from .checkpoint import Checkpoint
 from .quantization import row_reader
 from .safetensors_file import DTYPES, row_blocks
-from .tensor_diff import GRAIN, ChangeDirections, Difference, SharedDirections, common_directions, difference
+from .tensor_diff import (
+    GRAIN,
+    Blocks,
+    ChangeDirections,
+    Difference,
+    SharedDirections,
+    common_directions,
+    difference,
+    removal_along,
+)
 
 PROJECTED = 0.05  # largest share of a component that counts as projected out (rounding leaves some)
 ALIGNED = 0.99  # smallest cosine of two directions that count as the same
@@ -28,7 +38,7 @@ class Audit:
     `changed` is `|W' - W| / |W|` (infinite if shapes differ, 0 for the same numbers in another format);
     `differences` describes the tensors whose numbers can be compared. `config` holds the configuration values that
     differ (base's, this one's) and `side_files` the other files that do; `notes` says how each of those differs.
-    `common` are the directions that the changes share.
+    `common` are the directions that the changes share, and `along` is what each change did along them, by tensor name.
     """
 
     changed: dict[str, float] = field(default_factory=dict)
@@ -40,25 +50,18 @@ class Audit:
     notes: dict[str, str] = field(default_factory=dict)
     differences: dict[str, Difference] = field(default_factory=dict)
     common: SharedDirections | None = None
+    along: dict[str, ChangeDirections] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._counts})"
 
     @property
     def _counts(self) -> str:
-        return f"{len(self.changed)} tensors changed, {len(self.added)} added, {len(self.missing)} missing"
+        return f"{counted(len(self.changed), 'tensor')} changed, {len(self.added)} added, {len(self.missing)} missing"
 
     def along_common(self, name: str) -> ChangeDirections | None:
         """The change of tensor `name` along the common directions; None if it is not along them."""
-        found = self.differences.get(name)
-        if self.common is None or found is None:
-            return None
-        for d in found.directions:
-            if d.basis.shape[1] == self.common.basis.shape[1]:
-                cosines = torch.linalg.svdvals(d.basis @ self.common.basis.mT)
-                if len(cosines) and float(cosines.min()) >= ALIGNED:
-                    return d
-        return None
+        return self.along.get(name)
 
     def projected(self) -> dict[str, float]:
         """The share of the common directions left in each tensor that they were projected out of."""
@@ -95,6 +98,10 @@ class Audit:
 
     def as_json(self) -> str:
         """The audit as JSON, with directions as lists of numbers."""
+        return json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def document(self) -> dict[str, Any]:
+        """The audit as values that JSON can hold."""
         tensors = {
             name: {
                 "change": _finite_or_none(change),
@@ -102,7 +109,7 @@ class Audit:
             }
             for name, change in self.changed.items()
         }
-        document = {
+        return {
             "verdict": self.verdict(), "changed": tensors, "added": self.added, "missing": self.missing,
             "same": self.same, "config": {key: list(pair) for key, pair in self.config.items()},
             "files": {name: self.notes.get(name, "differs") for name in self.side_files},
@@ -112,7 +119,6 @@ class Audit:
             },
             "projected": self.projected(),
         }  # fmt: skip
-        return json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _finite_or_none(x: float) -> float | None:
@@ -152,6 +158,11 @@ def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
                 _compare(edited, base, name, result)
             advance(theirs[name].size)
     result.common = common_directions(result.differences)
+    if result.common is not None:
+        for name, found in result.differences.items():
+            along = _along(edited, base, name, found, result.common.basis)
+            if along is not None:
+                result.along[name] = along
     for key in sorted(edited.config.keys() | base.config.keys()):
         pair = (base.config.get(key), edited.config.get(key))
         if pair[0] != pair[1]:
@@ -174,16 +185,39 @@ def _compare(edited: Checkpoint, base: Checkpoint, name: str, result: Audit) -> 
     if not (shape and all(kind.is_floating_point for kind in known)):
         result.changed[name] = _relative_change(edited.read(name), base.read(name))
         return
-    old, new = row_reader(base, name), row_reader(edited, name)
-
-    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for first, last in row_blocks(shape):
-            yield old(first, last), new(first, last)
-
-    found = difference(shape, max(known, key=lambda kind: GRAIN.get(kind, 0.0)), blocks)
+    found = difference(shape, max(known, key=lambda kind: GRAIN.get(kind, 0.0)), _blocks(edited, base, name))
     result.changed[name] = found.change
     if found.change != 0:
         result.differences[name] = found
+
+
+def _blocks(edited: Checkpoint, base: Checkpoint, name: str) -> Blocks:
+    """Blocks of rows of a tensor of both checkpoints, the base's first."""
+    old, new = row_reader(base, name), row_reader(edited, name)
+
+    def blocks() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for first, last in row_blocks(base.tensors[name].shape):
+            yield old(first, last), new(first, last)
+
+    return blocks
+
+
+def _along(
+    edited: Checkpoint, base: Checkpoint, name: str, found: Difference, common: torch.Tensor
+) -> ChangeDirections | None:
+    """The change of one tensor along the `common` directions [k, width]; None if it is not along them.
+
+    A change that has more directions of its own is measured again along the common ones alone.
+    """
+    for own in found.directions:
+        if own.basis.shape[1] != common.shape[1]:
+            continue
+        cosines = torch.linalg.svdvals(own.basis @ common.mT)
+        if len(cosines) and float(cosines.min()) >= ALIGNED:
+            if len(own.basis) <= len(common):
+                return own
+            return removal_along(_blocks(edited, base, name), own.axis, common, base.tensors[name].shape)
+    return None
 
 
 def _relative_change(new: torch.Tensor, old: torch.Tensor) -> float:

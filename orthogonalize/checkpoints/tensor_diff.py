@@ -103,8 +103,16 @@ def _components(
     yield sums[0], sums[1]
 
 
+def removal_along(blocks: Blocks, axis: int, basis: torch.Tensor, shape: Sequence[int]) -> ChangeDirections:
+    """What is left of the base's component along `basis` [k, width], along `axis`, and the strength of the removal."""
+    return ChangeDirections(axis, basis, *_measure_removal(blocks, axis, basis, _is_matrix(shape)))
+
+
+def _is_matrix(shape: Sequence[int]) -> bool:
+    return len(shape) == 2 and shape[1] > 1
+
+
 def _measure_removal(blocks: Blocks, axis: int, basis: torch.Tensor, matrix: bool) -> tuple[float, float]:
-    """The share of the base's component along `basis` that is left, and the strength of the removal."""
     before = after = product = 0.0
     for a, b in _components(blocks, axis, basis, matrix):
         before += a.square().sum().item()
@@ -113,16 +121,50 @@ def _measure_removal(blocks: Blocks, axis: int, basis: torch.Tensor, matrix: boo
     return (math.sqrt(after / before), 1 - product / before) if before else (math.inf, math.nan)
 
 
+class _SquareSums:
+    """Sums of a tensor's squares over its vectors and over its coordinates, which bound the norm of rounding noise.
+
+    A stored value is rounded in proportion to its size, so noise is as uneven as the tensor: the long rows of an
+    embedding have far more of it than the others.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.axes = range(len(shape))
+        self.by_coordinate: dict[int, torch.Tensor | float] = dict.fromkeys(self.axes, 0.0)
+        self.first: list[torch.Tensor] = []
+        self.longest = dict.fromkeys(self.axes, 0.0)
+
+    def add(self, squares: torch.Tensor) -> None:
+        """Add the squares of the next block of rows."""
+        for axis in self.axes[1:]:
+            others = [other for other in self.axes if other != axis]
+            self.by_coordinate[axis] = self.by_coordinate[axis] + squares.sum(others)
+            self.longest[axis] = max(self.longest[axis], squares.sum(axis).max().item())
+        self.first.append(squares.reshape(len(squares), -1).sum(1))
+
+    def norm_of_noise(self, axis: int) -> float:
+        """The largest singular value of a random matrix with these sizes of entries, unfolded along `axis`.
+
+        The expected norm is about the longest row plus the longest column of standard deviations (Bandeira and van
+        Handel 2016), which for equal entries is `sqrt(m) + sqrt(n)` times their size.
+        """
+        first = torch.cat(self.first).max().item()
+        if axis == 0:  # of a matrix: its columns are the vectors
+            return math.sqrt(first) + math.sqrt(float(torch.as_tensor(self.by_coordinate[1]).max()))
+        return math.sqrt(self.longest[axis]) + math.sqrt(float(torch.as_tensor(self.by_coordinate[axis]).max()))
+
+
 def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Difference:
     """Describe the difference of two tensors of `shape`; each call of `blocks` iterates over blocks of rows of both.
 
     `dtype` is the coarser of their stored dtypes; what its rounding explains does not count towards the rank.
     """
-    change = total = noise = 0.0
+    change = total = 0.0
+    squares = _SquareSums(shape)
     for old, new in blocks():
         total += old.double().square().sum().item()
         change += (new.double() - old.double()).square().sum().item()
-        noise += new.double().square().sum().item()
+        squares.add(new.double().square())
     share = math.sqrt(change / total) if total else math.inf
     if not math.isfinite(share) or len(shape) == 1:
         basis = None
@@ -132,10 +174,9 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
         directions = () if basis is None else (ChangeDirections(0, basis, math.nan, math.nan),)
         return Difference(share, 1 if directions else None, 1.0 if directions else math.nan, directions)
     found, ranks = [], []
-    entries = math.prod(shape)
     # The rounding error of a stored value is uniform over its grain: its variance is a twelfth of the square.
-    deviation = GRAIN.get(dtype, 0.0) * 2 * math.sqrt(noise / entries / 12)
-    matrix = len(shape) == 2 and shape[1] > 1
+    deviation = GRAIN.get(dtype, 0.0) * 2 / math.sqrt(12)
+    matrix = _is_matrix(shape)
     across: tuple[torch.Tensor, torch.Tensor] | None = None  # along the columns, computed first
     for axis, width in sorted(enumerate(shape), reverse=matrix):
         if width < 2 or (len(shape) > 2 and axis == 0):
@@ -146,7 +187,7 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
         else:
             values, basis = _leading_directions(blocks, axis, width)
             across = (values, basis) if matrix else None
-        edge = ABOVE_NOISE * deviation * (math.sqrt(width) + math.sqrt(entries / width))
+        edge = ABOVE_NOISE * deviation * squares.norm_of_noise(axis)
         rank = int((values > max(edge, 1e-6 * values[0].item())).sum())
         ranks.append((rank, values.square()))
         if 0 < rank < len(values):
@@ -156,9 +197,9 @@ def difference(shape: Sequence[int], dtype: torch.dtype, blocks: Blocks) -> Diff
     found.sort(key=lambda directions: directions.axis)
     if not ranks:
         return Difference(share, None, math.nan)
-    rank, squares = min(ranks, key=lambda r: r[0])
-    full = rank >= len(squares) and len(squares) < max(shape)
-    energy = min(1.0, squares[: rank or len(squares)].sum().item() / change) if change else math.nan
+    rank, energies = min(ranks, key=lambda r: r[0])
+    full = rank >= len(energies) and len(energies) < max(shape)
+    energy = min(1.0, energies[: rank or len(energies)].sum().item() / change) if change else math.nan
     return Difference(share, None if full and not found else rank, energy, tuple(found))
 
 

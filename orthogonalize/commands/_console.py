@@ -69,6 +69,8 @@ def show_sweep(sweep: Any) -> None:
     """The edits of a sweep, one per row."""
     from ..reports.sweep import sweep_caption, sweep_columns, sweep_rows
 
+    _show_mismatches(sweep.mismatches)
+
     table = Table(title=escape(f"{sweep.model} ({sweep.engine_version})"), caption=escape(sweep_caption(sweep)))
     for i, name in enumerate(sweep_columns(sweep)):
         table.add_column(name, no_wrap=i == 0, overflow="fold")
@@ -114,11 +116,19 @@ def show_comparison(comparison: Any) -> None:
         console.print(escape(f"not measured alike: {', '.join(comparison.unlike)}; differences may come from there"))
 
 
+def _show_mismatches(mismatches: Sequence[str]) -> None:
+    """What does not belong together, before anything else."""
+    for each in mismatches:
+        console.print(escape(f"not a fair comparison: {each}"), style="bold")
+
+
 def show_report(report: Any) -> None:
     """The measures of base and edited, and how they differ."""
-    from ..reports.tables import summary_rows
+    from ..reports.tables import LEGEND, summary_rows
 
-    table = Table(title=f"base against edited ({report.engine_version})")
+    _show_mismatches(report.mismatches)
+
+    table = Table(title=f"base against edited ({report.engine_version})", caption=LEGEND)
     for name in ("measure", "base", "edited", "change"):
         table.add_column(name)
     for row in summary_rows(report):
@@ -126,27 +136,67 @@ def show_report(report: Any) -> None:
     console.print(table)
 
 
+FOUND = (
+    "change: |W' - W| / |W|. rank: of W' - W, without what rounding explains. energy: the share of the change that "
+    "this rank holds. left: the share of the component along the common directions that is still there, 0 after a "
+    "projection. strength: how much of it was taken out, 1 by a projection, 2 by a reflection. Empty: not changed "
+    "along common directions."
+)
+PLANNED = (
+    "change: |W' - W| / |W|. rank: of the recipe's map. leak: the share of the planned change along that map that is "
+    "missing in the stored weights. strength: how much of the component along it was taken out, 1 by a projection, "
+    "2 by a reflection; empty where a constant was added."
+)
+
+
 def show_differences(audit: Any, most: int = 16) -> None:
-    """The changed tensors: how much changed, by what rank, and what is left along the common directions.
+    """The changed tensors: with a recipe, along its own maps; otherwise along the directions that changes share.
 
     Only the first `most` are shown.
     """
-    table = Table(title="changed tensors")
-    for name in ("tensor", "change", "rank", "energy", "left", "strength"):
-        table.add_column(name, justify="left" if name == "tensor" else "right")
-    for name, change in list(audit.changed.items())[:most]:
+    planned = getattr(audit, "edit", None) is not None
+    names = ("change", "rank", "leak", "strength") if planned else ("change", "rank", "energy", "left", "strength")
+    table = Table(title="changed tensors", caption=PLANNED if planned else FOUND)
+    table.add_column("tensor", overflow="fold")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = _planned_rows(audit) if planned else _found_rows(audit)
+    for row in rows[:most]:
+        table.add_row(*map(escape, row))
+    if len(rows) > most:
+        table.add_row(f"and {len(rows) - most} more", *[""] * len(names))
+    console.print(table)
+
+
+def _found_rows(audit: Any) -> list[tuple[str, ...]]:
+    rows = []
+    for name, change in audit.changed.items():
         found = audit.differences.get(name)
         best = audit.along_common(name)
         rank = "" if found is None else "full" if found.rank is None else str(found.rank)
         cells = [f"{best.left:.1e}", f"{best.strength:.2f}"] if best else ["", ""]
-        table.add_row(name, f"{change:.2e}", rank, f"{found.energy:.0%}" if found else "", *cells)
-    if len(audit.changed) > most:
-        table.add_row(f"and {len(audit.changed) - most} more", *[""] * 5)
-    console.print(table)
+        rows.append((name, f"{change:.2e}", rank, f"{found.energy:.0%}" if found else "", *cells))
+    return rows
+
+
+def _planned_rows(audit: Any) -> list[tuple[str, ...]]:
+    rows = []
+    for name in dict.fromkeys([*audit.changed, *audit.leaks]):
+        leak = audit.leaks.get(name)
+        cells = ["", "not in the recipe", ""]
+        if leak is not None:
+            cells = [
+                str(leak.rank),
+                "" if leak.leak is None else f"{leak.leak:.1e}",
+                "" if leak.strength is None else f"{leak.strength:.2f}",
+            ]
+        rows.append((name, f"{audit.changed[name]:.2e}" if name in audit.changed else "added", *cells))
+    return rows
 
 
 def show_audit(audit: Any) -> None:
     """The result of `verify`."""
+    _show_mismatches(audit.mismatches)
     if audit.changed:
         show_differences(audit)
     table = Table(title="against the base", show_header=False)

@@ -6,7 +6,7 @@ import click
 
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..directions.finders.registry import FINDERS
-from ..edits.methods.registry import METHODS
+from ..edits.methods.registry import DEFAULT, METHODS
 from ._options import Entry, ListingOption, Rank, choice, finders_by_method, number, path, revision_option, together
 
 edit_options = together(
@@ -19,20 +19,25 @@ edit_options = together(
     number("--pick", 1, None, "Make edit N of those that extract lists for the run; default: the best."),
     click.option("--direction", type=path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),
     click.option("--recipe", type=path(), metavar="FILE", help="Rebuild the edit of this orthogonalize.json."),
+    click.option("--method", type=Entry(lambda: list(METHODS)), help=f"Edit method; default: {DEFAULT}."),
     click.option(
-        "--method", type=Entry(lambda: list(METHODS)), help="Edit method; default: that of the run's best trial."
+        "--scope",
+        help="all (default; one for actadd), one, top:50%, layers:3,5-9, upto:12 (stops before layer 12) or from:12.",
     ),
-    click.option("--scope", help="all, one, top:50%, layers:3,5-9, upto:12 (stops before layer 12) or from:12."),
     click.option(
         "--strength",
         type=float,
-        help="Scale of the edit; at 1, ablate, nullspace and leace remove all of the direction.",
+        help="Scale of the edit, default 1; at 1, ablate, nullspace and leace remove all of the direction.",
     ),
     click.option(
         "--per-layer/--shared", default=None, help="Edit each site along its own layer's direction, or all along one."
     ),
-    click.option("--position", type=int, help="Token position of the direction, from the end: -1, -2, …"),
-    click.option("--layer", type=int, help="Layer of the direction."),
+    click.option(
+        "--position",
+        type=int,
+        help="Token position of the direction, from the end: -1, -2, …; default: the run's best.",
+    ),
+    click.option("--layer", type=int, help="Layer of the direction; default: the run's best."),
     click.option("--rank", type=Rank(), help="Use the first K INLP directions; acc99, acc95: choose K by accuracy."),
     click.option("--orthogonal", is_flag=True, default=None, help="leace only: its orthogonal form."),
     click.option("--alpha", type=float, help="reflect only: 1 projects, 2 mirrors (default)."),

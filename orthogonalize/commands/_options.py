@@ -146,6 +146,23 @@ def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
     return arguments
 
 
+def named_sources(given: Sequence[str]) -> dict[str, str]:
+    """Prompt sources by name, from `NAME=FILE`, or from `FILE` alone, which is called after itself."""
+    from ..data.prompts import source_names
+
+    sources: dict[str, str] = {}
+    for text in given:
+        name, equals, source = text.partition("=")
+        if not equals:
+            name, source = source_names([text])[text], text
+        if not name or not source or "." in name:
+            raise OrthogonalizeError(f"--prompts {text!r} is not of the form NAME=FILE, with a name without dots")
+        if name in sources:
+            raise OrthogonalizeError(f"--prompts: the name {name!r} is given twice; use NAME=FILE")
+        sources[name] = source
+    return sources
+
+
 def torch_dtype(name: str | None) -> Any:
     """The torch dtype called `name`; None stays None."""
     import torch
@@ -187,6 +204,9 @@ out_option = together(
     click.option("--out", type=path(), required=True, help="Folder to create; it appears only when complete."),
     click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
 )
+other_base_option = click.option(
+    "--allow-other-base", is_flag=True, help="Go ahead, and say so, if the weights are not those of the recipe or run."
+)
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 hf_device_option = click.option(
     "--device", default="auto", show_default=True, help="Device for --engine hf: auto, cpu, cuda, cuda:1, …"
@@ -209,7 +229,7 @@ measuring_options = together(
         cls=ListingOption,
         listing=suite_listing,
         callback=converted_by(words),
-        default="refusal,behaviour,loss,kl,other",
+        default="refusal,behaviour,form,loss,kl,other",
         show_default=True,
         help="What to measure.",
     ),

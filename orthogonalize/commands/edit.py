@@ -35,7 +35,7 @@ def _place(out: Path | str | None, cache: str | None) -> OutputFolder | CachedRe
 
 
 def edit(
-    model: str,
+    model: Path | str,
     out: Path | str | None = None,
     *,
     cache: str | None = None,
@@ -66,7 +66,7 @@ def edit(
     Raises:
         OrthogonalizeError: the edit cannot be made exactly; nothing is written.
     """
-    settings = (settings or EditSettings()).with_changes(**changes)
+    model, settings = str(model), (settings or EditSettings()).with_changes(**changes)
     place = _place(out, cache)
     share = Share.parse(settings.shard) if settings.shard else None
     if share is not None and settings.format == "lora":
@@ -98,6 +98,7 @@ def edit(
     if resolved.base_weights is not None and source.files.keys() != resolved.base_weights.keys():
         raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
     note(f"editing: {resolved.choice.describe()}")
+    note(f"taken from {resolved.taken_from}")
     written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
     how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
     if settings.format == "lora":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from ..core.errors import InPlaceError, OrthogonalizeError
 from ..core.journal import Journal
 from ..core.output_folders import REPORT, check_free, complete_folder
 from ..core.progress import note
+from ..data.prompts import Source
 from ..data.refusals import LEAST_TOKENS, refused
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
@@ -20,6 +21,7 @@ from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
 from ..evals.judges.measured_answers import Judgements
 from ..evals.metrics import same_kind
+from ..evals.origins import check_origins, mismatches
 from ..evals.plan import EvalPlan, Measurements
 from ..evals.setup import EvalSetup, check_request, prepare
 from ..evals.shared_engine import Weights, base_weights, check_pair
@@ -28,6 +30,7 @@ from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.loading import check_complete
 from ..models.resolve import find_model, folder_state, public_name
 from ..reports.html import write_webpage
+from ..reports.model_card import update_card
 from ..reports.schema import Answer, Measures, Report, compare_all, judged_pair, kept_shares
 from ..selection.run_folder import load_run
 
@@ -148,7 +151,7 @@ def _measure_both(
 
 def evaluate(
     checkpoint: Path | str,
-    base: str,
+    base: Path | str,
     run: Path | str,
     out: Path | str,
     *,
@@ -157,9 +160,11 @@ def evaluate(
     max_new_tokens: int = LEAST_TOKENS,
     limit: int | None = None,
     data: Path | str | None = None,
+    prompts: Mapping[str, Source] | None = None,
     judges: Sequence[str] = (),
     redact: bool = False,
     separate_engines: bool = False,
+    allow_other_base: bool = False,
     revision: str | None = None,
     device: str = "auto",
     options: EngineOptions | None = None,
@@ -167,6 +172,7 @@ def evaluate(
 ) -> Report:
     """Measure `base` and `checkpoint` on the test prompts of `run`; write report.json and report.html to `out`.
 
+    The measures also go into the checkpoint's card, if it is the one that `edit` wrote.
     An interrupted call stores its progress beside `out`; call it again to resume.
 
     Args:
@@ -175,16 +181,19 @@ def evaluate(
         max_new_tokens: maximum length of every answer.
         limit: maximum number of items per set.
         data: a folder with local copies of public sets; by default they are read from the Hub.
+        prompts: your own prompt sources (see `load_prompts`) by name, answered and counted like the run's.
         judges: names of judge models (see `evals.judges.registry`), or `NAME=MODEL`.
         redact: leave prompts of sensitive sets, and their answers, out of the report.
         separate_engines: start vLLM for each model instead of swapping weights in one engine.
+        allow_other_base: measure even if `base` is not the recipe's, the run is of other weights, or base and
+            checkpoint are the same; the report then begins with that.
         device, options: where the engine runs; `device` is a shorthand for `engine="hf"`.
 
     Raises:
-        OrthogonalizeError: something is missing, or the engine does not start.
+        OrthogonalizeError: something is missing or does not belong together, or the engine does not start.
     """
     called, checkpoint = public_name(str(checkpoint)), edited_folder(checkpoint)
-    out, run = Path(out), Path(run)
+    base, out, run = str(base), Path(out), Path(run)
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
     if options is not None and device != "auto":
         raise OrthogonalizeError("give the device either as `device` or in `options`")
@@ -202,8 +211,10 @@ def evaluate(
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
-        options=options,
+        options=options, prompts=prompts,
     )  # fmt: skip
+    unlike = mismatches(folder, base, found.info, checkpoint)
+    check_origins(unlike, allow_other_base)
     plan = ready.plan
     if redact and plan.every_model_answers and not plan.sensitive:
         note("no set is marked sensitive, so nothing is left out; extract --sensitive marks your own prompts")
@@ -218,6 +229,7 @@ def evaluate(
         edit=recipe.choice.describe() if recipe else None,
         recipe=recipe.fingerprint() if recipe else None,
         redacted=left_out,
+        mismatches=unlike,
         base=Measures.of({key: s for key, s in before.series.items() if key in after.series}),
         edited=Measures.of(after.series),
         paired=compare_all(before.series, after.series),
@@ -227,5 +239,7 @@ def evaluate(
     with complete_folder(out, REPORT, force) as done:
         (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
         write_webpage(report, sorted((run / "plots").glob("*.png")), done / "report.html")
+    if not unlike:
+        update_card(checkpoint, report)
     journal.close()
     return report

@@ -21,15 +21,8 @@ from ..core.journal import Journal
 from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.chat import ChatFormat
-from ..data.prompts import (
-    SIDES,
-    SPLITS,
-    Prompt,
-    Side,
-    Split,
-    split_preserved,
-    split_prompts,
-)
+from ..data.inventory import drop_too_long, inventory
+from ..data.prompts import SIDES, SPLITS, Prompt, Side, Source, Split, split_preserved, split_prompts
 from ..data.refusals import LEAST_TOKENS, refused
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
@@ -39,6 +32,7 @@ from ..edits.fitting import ANSWER_START
 from ..edits.recipe import ProbeResult
 from ..models.generation import generate, stop_tokens
 from ..models.loading import choose_device, load_model, load_tokenizer
+from ..models.resolve import context_length
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import keep_expected, measure_behaviour
 from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
@@ -59,7 +53,7 @@ from ..selection.run_folder import (
 from ..selection.search.objectives import Trial
 from ..selection.search.try_edits import EditTrials, ValPrompts
 from ..selection.settings import Settings
-from ..selection.source import Source, read_source
+from ..selection.source import RunSource, read_source
 from ..selection.stages import STAGES, Stage, StageBook
 
 CONFIRM_TOKENS = LEAST_TOKENS  # of the edited model's answers, in which refusals are counted
@@ -78,7 +72,7 @@ def _versions() -> dict[str, str]:
 class _Extraction:
     """The stages; each reads the results of earlier stages from the run folder."""
 
-    def __init__(self, source: Source, settings: Settings, out: Path) -> None:
+    def __init__(self, source: RunSource, settings: Settings, out: Path) -> None:
         self.source, self.settings, self.out = source, settings, out
         self.book = StageBook(out)
         self.weights = source.checkpoint.fingerprint()
@@ -168,10 +162,12 @@ class _Extraction:
         """Split the prompts, learn the behaviour tokens, keep the prompts on which the model behaves as expected."""
         s = self.settings
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
-        prompts = [p for each in self.source.prompts.values() for p in split_prompts(each, s.seed, **counts)]
+        fitting = drop_too_long(self.source.prompts, self.chat.encode, context_length(self.source.folder))
+        prompts = [p for each in fitting.values() for p in split_prompts(each, s.seed, **counts)]
         tokens, prompts = measure_behaviour(self.model, self.tokenizer, self.chat, prompts, s.behaviour_tokens or ())
         kept, filtered = keep_expected(prompts, s.filtered)
         words = [self.tokenizer.decode([t]) for t in tokens]
+        note(inventory(self.source.prompts, fitting, prompts, kept, counts))
         note(f"behaviour tokens: {', '.join(map(repr, words))}")
         self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
@@ -334,12 +330,12 @@ class _Extraction:
 
 
 def extract(
-    model: str,
+    model: Path | str,
     out: Path | str,
     *,
     concept: str | None = None,
-    positive: str | None = None,
-    negative: str | None = None,
+    positive: Source | None = None,
+    negative: Source | None = None,
     column: str | None = None,
     hub_split: str = "train",
     data: Path | str | None = None,
@@ -356,7 +352,7 @@ def extract(
     Args:
         model: a checkpoint folder, a Hub id or a .gguf file.
         out: the run folder to create or resume.
-        concept: a named contrast; the alternative is `positive` and `negative`, two prompt sources.
+        concept: a named contrast; the alternative is `positive` and `negative`, two prompt sources or lists of texts.
         column, hub_split: the column and the dataset split that hold the prompts.
         data: a folder with local copies of a concept's public sets; by default they are read from the Hub.
         settings: everything else.
@@ -372,7 +368,7 @@ def extract(
     """
     settings = (settings or Settings()).with_changes(**changes)
     settings.check()
-    out = Path(out)
+    out, model = Path(out), str(model)
     check_run_folder(out, RUN)
     source = read_source(
         model, settings, concept=concept, positive=positive, negative=negative, column=column, hub_split=hub_split,

@@ -25,6 +25,7 @@ from ..engines.base import ONE_DEVICE, Engine, EngineOptions
 from ..engines.registry import ENGINES
 from ..engines.weight_swap import WeightSwap
 from ..evals.choosing import why_nothing_is_chosen
+from ..evals.origins import check_origins, mismatches
 from ..evals.plan import EvalPlan, Measurements
 from ..evals.setup import check_request, prepare
 from ..evals.shared_engine import SharedBase, check_room, common_folder, edited_weights, own_folder
@@ -255,7 +256,7 @@ def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, C
 
 
 def sweep(
-    model: str,
+    model: Path | str,
     run: Path | str,
     out: Path | str,
     *,
@@ -269,6 +270,7 @@ def sweep(
     limit: int | None = None,
     data: Path | str | None = None,
     judges: Sequence[str] = (),
+    allow_other_base: bool = False,
     revision: str | None = None,
     options: EngineOptions = ONE_DEVICE,
     force: bool = False,
@@ -293,7 +295,7 @@ def sweep(
     Raises:
         OrthogonalizeError: something is missing, or the engine does not start.
     """
-    out, run = Path(out), Path(run)
+    model, out, run = str(model), Path(out), Path(run)
     check_free(out, SWEEP, force, [Path(model), run])
     check_request(suites, engine, options, data)
     if semantics == "residual" and not ENGINES.find(engine).hooks:
@@ -303,6 +305,8 @@ def sweep(
     check_complete(folder)
     source = open_checkpoint(folder)
     check_fits(found, source)
+    unlike = mismatches(folder, model, found.info)
+    check_origins(unlike, allow_other_base)
     fits = fits_of(run, found, source, options.device) if semantics == "weights" else None
     variants = make_variants(found, methods, scopes, grid, fits)
     ready = prepare(
@@ -345,6 +349,7 @@ def sweep(
         model=public_name(model),
         effect=None,
         harm=None,
+        mismatches=unlike,
         restored=True if journal.has(restored) else None,
         base=Measures.of(runner.measured["test"]["base"].series),
         val=Measures.of(runner.measured["val"]["base"].series) if "val" in runner.measured else None,

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
-from ..checkpoints.diff import Audit, audit
+from ..checkpoints.diff import PROJECTED, Audit, audit
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import dequantize
 from ..checkpoints.safetensors_file import stored_bytes
 from ..core.errors import OrthogonalizeError
 from ..core.progress import track
+from ..core.words import counted
 from ..edits.bake import bake
 from ..edits.hub_cache import edited_folder
+from ..edits.leaks import TensorLeak, tensor_leaks
 from ..edits.plan import EditPlan
 from ..edits.recipe import Recipe, Verification, load_recipe
 from ..models.hooks import intervened
@@ -28,9 +30,51 @@ TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains
 
 @dataclass
 class Verified(Audit):
-    """An audit and, if there is a recipe, the proof that hooks equal weights."""
+    """An audit and, if there is a recipe, the proof that hooks equal weights.
+
+    `edit` describes the recipe's edit; `leaks` is what every edited tensor shows of it along the edit's own maps.
+    `mismatches` says that the base is not the recipe's, if that was allowed; nothing is proven then.
+    """
 
     verification: Verification | None = None
+    edit: str | None = None
+    leaks: dict[str, TensorLeak] = field(default_factory=dict)
+    mismatches: list[str] = field(default_factory=list)
+
+    @property
+    def largest_leak(self) -> float | None:
+        """The largest share of a tensor's planned change that is missing; None if nothing was planned."""
+        return max((each.leak for each in self.leaks.values() if each.leak is not None), default=None)
+
+    def projected(self) -> dict[str, float]:
+        """As `Audit.projected`; with a recipe, along the maps of its own edit."""
+        if self.edit is None:
+            return super().projected()
+        left = {name: each.left for name, each in self.leaks.items() if each.left is not None}
+        return {name: share for name, share in left.items() if share <= PROJECTED}
+
+    def verdict(self) -> str:
+        """As `Audit.verdict`; with a recipe, nothing is estimated from the differences."""
+        if self.edit is None or not self.leaks:
+            return super().verdict()
+        leak = self.largest_leak
+        missing = "" if leak is None else f", of whose planned change at most {leak:.1e} is missing"
+        ranks = sorted({each.rank for each in self.leaks.values()})
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        projected = self.projected()
+        if len(projected) == len(self.leaks):
+            return (
+                f"an orthogonalisation of {rank}: the recipe's edit ({self.edit}), projected out of all "
+                f"{counted(len(projected), 'tensor')} (at most {max(projected.values()):.1e} of it is left)"
+            )
+        return f"the recipe's edit ({self.edit}), of {rank}: {counted(len(self.leaks), 'tensor')}{missing}"
+
+    def document(self) -> dict[str, Any]:
+        """As `Audit.document`, with `recipe`: its edit and the leak of every tensor."""
+        if self.edit is None:
+            return super().document()
+        leaks = {name: asdict(each) for name, each in self.leaks.items()}
+        return super().document() | {"recipe": {"edit": self.edit, "tensors": leaks}}
 
     def __repr__(self) -> str:
         proof = self.verification
@@ -105,13 +149,20 @@ def _gaps(edited: Path, base: Path, recipe: Recipe, plan: EditPlan, device: str)
 
 
 def verify(
-    checkpoint: Path | str, base: str | None = None, *, device: str = "auto", logits: bool = True, record: bool = True
+    checkpoint: Path | str,
+    base: Path | str | None = None,
+    *,
+    device: str = "auto",
+    logits: bool = True,
+    record: bool = True,
+    allow_other_base: bool = False,
 ) -> Verified:
     """Audit the difference of `checkpoint` and `base`; if there is a recipe, prove that hooks = weights.
 
     For the proof, the edit is recomputed and compared byte for byte, and the logits of the hooked base are compared, in
     float32, with those of the edit before rounding and of the checkpoint as stored. The result is written into the
-    recipe unless `record` is False; `logits=False` compares bytes only.
+    recipe unless `record` is False; `logits=False` compares bytes only. With `allow_other_base`, a base that is not the
+    recipe's is compared without the proof.
 
     Raises:
         OrthogonalizeError: `checkpoint` is not a checkpoint, or its base is unknown or not that of the recipe.
@@ -122,11 +173,14 @@ def verify(
     if base is None and recipe is None:
         raise OrthogonalizeError(f"{folder} has no recipe, so its base is unknown; give --base")
     revision = recipe.base.revision if recipe and not base else None
-    source = open_checkpoint(find_model(base or (recipe.base.model if recipe else ""), revision))
+    source = open_checkpoint(find_model(str(base or (recipe.base.model if recipe else "")), revision))
     if recipe is None:
         return Verified(**vars(audit(edited, source)))
     if source.fingerprint() != recipe.base.weights:
-        raise OrthogonalizeError(f"{source.path} is not the base of the recipe: its weights differ")
+        mismatch = f"{source.path} is not the base of the recipe: its weights differ"
+        if not allow_other_base:
+            raise OrthogonalizeError(f"{mismatch}; --allow-other-base compares the two without the proof")
+        return Verified(**vars(audit(edited, source)), mismatches=[mismatch])
     plan = bake(source, recipe.intervention())
     planned = plan.checkpoint
     planned.rounding = recipe.rounding
@@ -139,6 +193,7 @@ def verify(
         for key in sorted(wanted.keys() | edited.config.keys())
         if wanted.get(key) != edited.config.get(key)
     ]
+    result.edit, result.leaks = recipe.choice.describe(), tensor_leaks(edited, planned)
     rebuilt = _rebuilds(edited, planned)
     gaps: dict[str, float | None] = {"hooks_gap": None, "stored_gap": None}
     if logits and not unexpected:  # with another configuration the model may not even load

@@ -30,6 +30,11 @@ def ran_out_of_memory(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its class if the message is empty."""
-    lines = str(error).strip().splitlines()
+    """The first line of an exception's message, or the name of its class if the message is empty.
+
+    A line that ends with a colon says nothing without what it announces, which is added.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):
+        return " ".join(lines)
     return lines[0] if lines else type(error).__name__

@@ -12,6 +12,7 @@ from .prompts import (
     Prompt,
     PublicConcept,
     Side,
+    Source,
     Split,
     check_contrast,
     concept,
@@ -46,15 +47,17 @@ def _public_prompts(named: PublicConcept, side: Side, data: Path | None) -> list
     return [prompt for split in reversed(KEEPING) for prompt in found[split]]
 
 
-def is_sensitive(source: str) -> bool:
+def is_sensitive(source: Source) -> bool:
     """Whether a prompt source is one of the known sets whose answers can be harmful."""
-    return source in {each.source.repository for each in PROMPT_SETS.values() if each.sensitive}
+    return isinstance(source, str) and source in {
+        each.source.repository for each in PROMPT_SETS.values() if each.sensitive
+    }
 
 
 def read_contrast(
     concept_name: str | None,
-    positive: str | None,
-    negative: str | None,
+    positive: Source | None,
+    negative: Source | None,
     column: str | None = None,
     hub_split: str = "train",
     data: Path | None = None,
@@ -84,7 +87,7 @@ def read_contrast(
             load_prompts(positive, "positive", column, hub_split),
             load_prompts(negative, "negative", column, hub_split),
         )
-        named_by_side: dict[Side, str] = {"positive": positive, "negative": negative}
+        named_by_side: dict[Side, Source] = {"positive": positive, "negative": negative}
         sensitive = [side for side, source in named_by_side.items() if is_sensitive(source)]
     else:
         raise OrthogonalizeError("give either --concept, or both --positive and --negative")

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..core.errors import OrthogonalizeError, first_line
+from ..core.words import counted
 from .benchmarks import PROMPT_SETS, BenchmarkSet, PromptSet, category_of
-from .rows import SUFFIXES, read_rows
+from .rows import SUFFIXES, check_utf8, read_rows
 from .tokenization import is_valid_unicode
 
 # "target" prompts do not show the behaviour, and are to show it after an edit that strengthens it.
@@ -24,6 +25,7 @@ GOALS: tuple[Goal, ...] = get_args(Goal)
 Split = Literal["train", "val", "test", "spare"]
 SIDES: tuple[Side, ...] = ("positive", "negative")  # of a contrast
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "spare")
+Source = str | Path | Sequence[str]  # a file, a Hub dataset, or the prompts themselves
 COLUMNS = ("instruction", "prompt", "question", "text", "goal", "Goal", "behavior", "forbidden_prompt")
 PROMPT_SUFFIXES = (".txt", *SUFFIXES)
 MINIMUM = 8  # usable prompts per side
@@ -39,6 +41,21 @@ class Prompt:
     split: Split = "train"
     category: str | None = None
     score: float | None = None
+
+
+class LoadedPrompts(list[Prompt]):
+    """The prompts of one source, and what was read there.
+
+    `rows` counts what was read, of which `empty` and `duplicates` were dropped; `columns` are the rows' other columns
+    that hold text.
+    """
+
+    def __init__(
+        self, prompts: Iterable[Prompt] = (), rows: int = 0, empty: int = 0, columns: Sequence[str] = ()
+    ) -> None:
+        super().__init__(prompts)
+        self.rows, self.empty, self.columns = rows, empty, tuple(columns)
+        self.duplicates = rows - empty - len(self)
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,9 @@ def _rows_of_file(path: Path) -> list[Any]:
     suffix = path.suffix.lower()
     if suffix not in PROMPT_SUFFIXES:
         raise OrthogonalizeError(f"{path}: {suffix or 'no suffix'} is not one of {' '.join(PROMPT_SUFFIXES)}")
-    return path.read_text("utf-8-sig").split("\n") if suffix == ".txt" else list(read_rows(path))
+    if suffix != ".parquet":
+        check_utf8(path)
+    return path.read_text("utf-8-sig").removesuffix("\n").split("\n") if suffix == ".txt" else list(read_rows(path))
 
 
 def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
@@ -171,11 +190,14 @@ def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
     return text, category_of(row.get("category"))
 
 
-def load_prompts(source: str, side: Side = "positive", column: str | None = None, split: str = "train") -> list[Prompt]:
+def load_prompts(
+    source: Source, side: Side = "positive", column: str | None = None, split: str = "train"
+) -> LoadedPrompts:
     """Read prompts from a file or a Hub dataset, stripped and without blanks or duplicates.
 
     Args:
-        source: a .txt (one prompt per line), .json, .jsonl, .csv or .parquet file, or a dataset `owner/name`.
+        source: a .txt (one prompt per line), .json, .jsonl, .csv or .parquet file, a dataset `owner/name`, or a list
+            of texts.
         side: the side of the contrast that they belong to.
         column: the column or key that holds the text; by default the first of `COLUMNS` that exists.
         split: the split of a Hub dataset.
@@ -184,7 +206,10 @@ def load_prompts(source: str, side: Side = "positive", column: str | None = None
         OrthogonalizeError: the source does not exist, cannot be read, or holds no prompts.
     """
     seen: dict[str, Prompt] = {}
-    for row in _rows(source, split):
+    found = _rows(str(source), split) if isinstance(source, str | Path) else list(source)
+    source = source_name(source)
+    empty = 0
+    for row in found:
         text, category = _text(row, column, source)
         if not is_valid_unicode(text + (category or "")):
             raise OrthogonalizeError(
@@ -192,9 +217,18 @@ def load_prompts(source: str, side: Side = "positive", column: str | None = None
             )
         if text.strip():
             seen.setdefault(text.strip(), Prompt(text.strip(), side, category=category))
+        else:
+            empty += 1
     if not seen:
         raise OrthogonalizeError(f"{source} holds no prompts")
-    return list(seen.values())
+    first = found[0] if isinstance(found[0], dict) else {}
+    columns = [name for name, value in first.items() if isinstance(value, str)]
+    return LoadedPrompts(seen.values(), len(found), empty, columns)
+
+
+def source_name(source: Source) -> str:
+    """What messages call a prompt source."""
+    return str(source) if isinstance(source, str | Path) else "the list of prompts"
 
 
 def source_names(sources: Iterable[str]) -> dict[str, str]:
@@ -228,13 +262,24 @@ def check_contrast(positive: Sequence[Prompt], negative: Sequence[Prompt], targe
             )
     for side, prompts in named.items():
         if len(prompts) < MINIMUM:
-            raise OrthogonalizeError(f"the {side} side has {len(prompts)} prompts; at least {MINIMUM} are required")
+            raise OrthogonalizeError(
+                f"the {side} side has {counted(len(prompts), 'prompt')}{_dropped(prompts)}; "
+                f"at least {MINIMUM} are required"
+            )
         train = sum(p.split == "train" for p in prompts)
         if train < MINIMUM_TRAIN:
             raise OrthogonalizeError(
-                f"the {side} side has {train} train prompts; at least {MINIMUM_TRAIN} are required"
+                f"the {side} side has {counted(train, 'train prompt')}; at least {MINIMUM_TRAIN} are required"
             )
     _check_splits([*positive, *negative, *target])
+
+
+def _dropped(prompts: Sequence[Prompt]) -> str:
+    """What the rows of a small side were dropped for, and the columns that may have been meant."""
+    if not isinstance(prompts, LoadedPrompts) or prompts.rows == len(prompts):
+        return ""
+    columns = f"; is --column right? Columns of text: {', '.join(prompts.columns)}" if prompts.columns else ""
+    return f" of {prompts.rows} rows ({prompts.duplicates} duplicates, {prompts.empty} empty{columns})"
 
 
 def plain(text: str) -> str:

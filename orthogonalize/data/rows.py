@@ -13,6 +13,29 @@ from typing import Any
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
+def check_utf8(file: Path) -> None:
+    """Check that a text file is UTF-8.
+
+    Raises:
+        ValueError: it is not; says what it looks like and how to convert it.
+        OSError: the file cannot be read.
+    """
+    content = file.read_bytes()
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content:  # UTF-8 of text holds no zero bytes
+        encoding = "UTF-16BE" if content[:1] == b"\0" else "UTF-16LE"
+        encoding = "UTF-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else encoding
+    else:
+        try:
+            content.decode("utf-8")
+            return
+        except UnicodeDecodeError:
+            encoding = "LATIN1"
+    raise ValueError(
+        f"it is not UTF-8 but looks like {encoding}; convert it: "
+        f"iconv -f {encoding} -t UTF-8 {file.name} > utf8{file.suffix}"
+    )
+
+
 def read_rows(file: Path) -> Iterator[Any]:
     """The rows of one file, in order; its suffix says the format. JSON Lines are read line by line, as needed.
 

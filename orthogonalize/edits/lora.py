@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
+from ..core.files import write_atomically
 from ..models.loading import model_class
 from .plan import EditPlan
 
@@ -118,7 +119,8 @@ def write_adapter(plan: EditPlan, folder: Path, base: str) -> None:
         a, b = torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
         tensors[f"base_model.model.{layers[name]}.lora_A.weight"] = a.float().contiguous()
         tensors[f"base_model.model.{layers[name]}.lora_B.weight"] = b.float().contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    # `save_file` would give it mode 0600, whatever the umask.
+    write_atomically(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(
         json.dumps(_config(sorted(layers.values()), rank, base), indent=2) + "\n", "utf-8"
     )

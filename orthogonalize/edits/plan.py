@@ -17,6 +17,7 @@ from ..checkpoints.tensor_edit import TensorEdit
 from ..checkpoints.writer import Written
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Site, shift
+from ..core.words import counted
 from ..models.sites import Sites
 
 
@@ -41,7 +42,7 @@ class EditPlan:
 
     def __repr__(self) -> str:
         edited, added = len(self.checkpoint.edits), len(self.checkpoint.additions)
-        return f"EditPlan({self.architecture.family}: {edited} tensors edited, {added} added)"
+        return f"EditPlan({self.architecture.family}: {counted(edited, 'tensor')} edited, {added} added)"
 
     @property
     def source(self) -> Checkpoint:

@@ -18,6 +18,7 @@ from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError
 from ..core.files import write_atomically
 from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix
+from ..core.words import counted
 from .config import EditConfig
 
 RoundingName = Annotated[str, AfterValidator(lambda name: ROUNDING_SCHEMES.find(name).name)]
@@ -121,7 +122,7 @@ class Recipe(_Record):
     def __repr__(self) -> str:
         edit = shorten(self.choice.describe(), 80, placeholder=" …")
         verified = "" if self.verification is None else ", verified" if self.verification.passed else ", NOT verified"
-        return f"Recipe({edit}; {len(self.tensors)} tensors edited{verified})"
+        return f"Recipe({edit}; {counted(len(self.tensors), 'tensor')} edited{verified})"
 
     __str__ = __repr__
 

@@ -1,15 +1,22 @@
-"""Confidence intervals and paired tests. SciPy imports its statistics on first use, which takes most of a second."""
+"""Confidence intervals and paired tests, in pairs that cannot contradict each other.
+
+Shares have Tango's score interval and McNemar's score test; other means and relative increases have one bootstrap
+distribution for both. In either pair the 95% interval leaves out zero exactly where p is below 0.05. SciPy imports its
+statistics on first use, which takes most of a second.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy
 
 RESAMPLES = 2000
 FEWEST = 5  # items; with fewer, a bootstrap interval misses its level by far
+FEWEST_PAIRS = 6  # with fewer, no distribution-free test can reject at 5%, however the pairs differ
 RESOLVED = 1e-6  # nats
 BATCH = 100  # resamples in memory at a time: with 14,000 items, all of them would take 2 GB
 Z = 1.959963984540054  # the normal quantile of a two-sided 95% interval
@@ -28,9 +35,13 @@ def _changed(before: Sequence[bool], after: Sequence[bool]) -> tuple[int, int]:
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Exact two-sided McNemar p-value of paired yes/no outcomes; 1 if none changed."""
+    """Two-sided p-value of McNemar's score test (1947, no continuity correction); 1 if nothing changed.
+
+    `share_difference_interval` inverts this test. The exact binomial test is more conservative, so that its p can be
+    above 0.05 where the interval leaves out zero.
+    """
     lost, gained = _changed(before, after)
-    return float(scipy.stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
+    return float(2 * scipy.stats.norm.sf(abs(gained - lost) / math.sqrt(lost + gained))) if lost + gained else 1.0
 
 
 def share_difference_interval(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float]:
@@ -61,16 +72,15 @@ def share_difference_interval(before: Sequence[bool], after: Sequence[bool]) -> 
     return end(-1.0, Z), end(1.0, -Z)
 
 
-def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int = 0) -> tuple[float, float] | None:
-    """Hesterberg's (2015) "expanded percentile" bootstrap interval, which corrects for small samples.
+class Comparison(NamedTuple):
+    """A 95% interval, None below `FEWEST_PAIRS`, and the p-value of the test that goes with it."""
 
-    None below `FEWEST` items: resamples never leave the observed range, so with two items half the intervals would
-    miss.
-    """
-    n = len(columns[0])
-    if n < FEWEST:
-        return None
-    tail = float(scipy.stats.norm.cdf(math.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.025, n - 1)))
+    ci95: tuple[float, float] | None
+    p: float
+
+
+def _resampled(columns: tuple[Sequence[float], ...], statistic: object, seed: int) -> np.ndarray:
+    """`RESAMPLES` values of `statistic` on resampled items, sorted."""
     result = scipy.stats.bootstrap(
         tuple(np.asarray(c, dtype=float) for c in columns),
         statistic,
@@ -79,11 +89,50 @@ def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int
         n_resamples=RESAMPLES,
         batch=BATCH,
         method="percentile",
-        confidence_level=1 - 2 * tail,
         rng=np.random.default_rng(seed),
     )
-    low, high = float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return np.sort(np.asarray(result.bootstrap_distribution, dtype=float))
+
+
+def _interval(columns: tuple[Sequence[float], ...], statistic: object, seed: int = 0) -> tuple[float, float] | None:
+    """Hesterberg's (2015) "expanded percentile" bootstrap interval, which corrects for small samples.
+
+    None below `FEWEST` items: resamples never leave the observed range, so with two items half the intervals would
+    miss.
+    """
+    n = len(columns[0])
+    return None if n < FEWEST else _expanded_percentiles(_resampled(columns, statistic, seed), n)
+
+
+def _expanded_percentiles(values: np.ndarray, n: int) -> tuple[float, float] | None:
+    tail = float(scipy.stats.norm.cdf(math.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.025, n - 1)))
+    low, high = (float(end) for end in np.quantile(values, [tail, 1 - tail]))
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _expanded_p(values: np.ndarray, n: int) -> float:
+    """Two-sided p-value of zero: 1 minus the level at which the expanded percentile interval begins to hold it."""
+    nearest = max(min(_level(values), _level(-values[::-1])), 1 / (len(values) + 1))
+    return min(1.0, 2 * float(scipy.stats.t.cdf(scipy.stats.norm.ppf(nearest) / math.sqrt(n / (n - 1)), n - 1)))
+
+
+def _level(values: np.ndarray) -> float:
+    """The largest level whose quantile of the sorted `values` is at most zero."""
+    last = int(np.searchsorted(values, 0.0, side="right")) - 1
+    if last < 0 or last == len(values) - 1:
+        return 0.0 if last < 0 else 1.0
+    return float(last - values[last] / (values[last + 1] - values[last])) / (len(values) - 1)
+
+
+def _compared(base: Sequence[float], edited: Sequence[float], statistic: object, seed: int = 0) -> Comparison:
+    """Interval and p-value from one bootstrap distribution; below `FEWEST_PAIRS`, only a permutation test's p-value."""
+    n = len(base)
+    if n >= FEWEST_PAIRS:
+        values = _resampled((base, edited), statistic, seed)
+        ci95 = _expanded_percentiles(values, n)
+        if ci95 is not None:
+            return Comparison(ci95, _expanded_p(values, n))
+    return Comparison(None, paired_permutation(base, edited))
 
 
 def _per_token(losses: np.ndarray, tokens: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -104,14 +153,14 @@ def loss_interval(losses: Sequence[float], tokens: Sequence[int]) -> tuple[float
     return _interval((losses, [float(t) for t in tokens]), _per_token)
 
 
-def increase_interval(base: Sequence[float], edited: Sequence[float]) -> tuple[float, float] | None:
-    """95% bootstrap interval, over texts, for the relative increase of the summed loss."""
-    return _interval((base, edited), increase)
+def compared_increase(base: Sequence[float], edited: Sequence[float]) -> Comparison:
+    """The relative increase of the summed loss, bootstrapped over texts."""
+    return _compared(base, edited, increase)
 
 
-def difference_interval(base: Sequence[float], edited: Sequence[float]) -> tuple[float, float] | None:
-    """95% bootstrap interval, over items, for the mean difference of paired values."""
-    return _interval((base, edited), _difference)
+def compared_means(base: Sequence[float], edited: Sequence[float]) -> Comparison:
+    """The mean difference of paired values, bootstrapped over items."""
+    return _compared(base, edited, _difference)
 
 
 def paired_permutation(base: Sequence[float], edited: Sequence[float], seed: int = 0) -> float:

@@ -10,12 +10,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from .intervals import (
-    difference_interval,
+    compared_increase,
+    compared_means,
     increase,
-    increase_interval,
     loss_interval,
     mcnemar,
-    paired_permutation,
     proportion_interval,
     share_difference_interval,
 )
@@ -80,10 +79,10 @@ Measure = Rate | Loss | Divergence | Score
 class Paired(Record):
     """Base against edited on the same `n` items.
 
-    `difference` is edited minus base (for a loss: relative to the base) and `ci95` its interval (Tango's for shares,
-    otherwise bootstrap). `p` is McNemar's for shares, otherwise that of a paired permutation test, and None for a
-    divergence, which is zero for the base by definition. `by_category` repeats all of it for shares and losses, by
-    category.
+    `difference` is edited minus base (for a loss: relative to the base). `ci95` and `p` come as a pair that agrees:
+    for shares Tango's score interval and McNemar's score test, otherwise one bootstrap distribution (below six
+    pairs there is no interval, and `p` is that of a permutation test). `p` is None for a divergence, which is zero for
+    the base by definition. `by_category` repeats all of it for shares and losses, by category.
     """
 
     difference: float
@@ -196,8 +195,7 @@ def compare(base: Series, edited: Series) -> Paired:
             return Paired(
                 difference=float(increase(np.asarray(before), np.asarray(after))),
                 n=len(pairs),
-                ci95=increase_interval(before, after),
-                p=paired_permutation(before, after),
+                **compared_increase(before, after)._asdict(),
                 by_category={name: compare(base.part(name), edited.part(name)) for name in base.names()},
             )
         case "divergence":
@@ -212,8 +210,7 @@ def compare(base: Series, edited: Series) -> Paired:
             return Paired(
                 difference=(sum(after) - sum(before)) / len(pairs),
                 n=len(pairs),
-                ci95=difference_interval(before, after),
-                p=paired_permutation(before, after),
+                **compared_means(before, after)._asdict(),
             )
 
 

@@ -16,13 +16,14 @@ from ..core.journal import Journal
 from ..core.progress import note
 from ..data.benchmarks import PROMPT_SETS, as_documented, instructions
 from ..data.chat import ChatFormat
-from ..data.prompts import Side, Split, source_names
+from ..data.contrast import is_sensitive
+from ..data.prompts import Side, Source, Split, load_prompts, source_name, source_names
 from ..data.refusals import LEAST_TOKENS
 from ..engines.base import Engine
 from ..selection.run_folder import Run
 from .metrics import Record, Series
 from .resumable import ResumableEngine
-from .suites.answers import CONTRAST, PRESERVED, Answering, AnswerSet, Item
+from .suites.answers import CONTRAST, OWN, PRESERVED, Answering, AnswerSet, Item
 from .suites.base import BaseOutputs, Suite, SuiteContext, SuiteEntry, report_key
 from .suites.registry import FAMILIES, SUITES, family_arguments
 
@@ -169,6 +170,14 @@ def _preserved_sets(run: Run, chat: ChatFormat, limit: int | None) -> list[Answe
     return sets
 
 
+def _own_set(name: str, source: Source, chat: ChatFormat, limit: int | None) -> AnswerSet:
+    if not name or "." in name:
+        raise OrthogonalizeError(f"a prompt set cannot be called {name!r}: give it a name without dots")
+    found = load_prompts(source)[:limit]
+    items = [Item(chat.encode(p.text), p.text, p.category) for p in found]
+    return AnswerSet(OWN + name, items, is_sensitive(source))
+
+
 def _public_set(name: str, chat: ChatFormat, data: Path | None, limit: int | None) -> AnswerSet:
     items = [Item(chat.encode(text), text, category) for text, category in instructions(PROMPT_SETS[name], data, limit)]
     return AnswerSet(name, items, PROMPT_SETS[name].sensitive)
@@ -183,6 +192,7 @@ def make_plan(
     data: Path | None = None,
     positions: int | None = None,
     split: Split = "test",
+    prompts: Mapping[str, Source] | None = None,
 ) -> EvalPlan:
     """Build the suites `names` for the model of `tokenizer`: read all of their data and encode them.
 
@@ -192,6 +202,7 @@ def make_plan(
         data: a folder with local copies of public sets; None to read them from the Hub.
         positions: maximum number of tokens that the model takes, where known.
         split: whose prompts of the run are answered.
+        prompts: the user's own prompt sources by name; every model answers them as well.
 
     Raises:
         OrthogonalizeError: data that are missing, empty or damaged.
@@ -200,7 +211,8 @@ def make_plan(
     chat = ChatFormat(tokenizer, run.info.system, run.info.template_arguments, run.info.chat_template)
     context = SuiteContext(run, tokenizer, chat, data, limit, new_tokens, positions)
     public = [name for name in names if name in PROMPT_SETS]
-    context = replace(context, answering=_answering(context, entries, public, split))
+    own = [_own_set(name, source, chat, limit) for name, source in (prompts or {}).items()]
+    context = replace(context, answering=_answering(context, entries, public, split, own))
     suites = [_build(entry, context) for entry in entries if entry.make is not None]
     family_suites = [
         suite
@@ -211,7 +223,9 @@ def make_plan(
     plan = EvalPlan(
         [*suites, *family_suites],
         context.answering,
-        _sources(names, data) | {suite.name: suite.source for suite in family_suites},
+        _sources(names, data)
+        | {suite.name: suite.source for suite in family_suites}
+        | {OWN + name: Path(source_name(source)).name for name, source in (prompts or {}).items()},
         any(entry.needs == "base answers" for entry in entries),
     )
     if positions is not None and plan.max_model_len > positions:
@@ -220,10 +234,10 @@ def make_plan(
 
 
 def _answering(
-    context: SuiteContext, entries: Sequence[SuiteEntry], public: Sequence[str], split: Split
+    context: SuiteContext, entries: Sequence[SuiteEntry], public: Sequence[str], split: Split, own: Sequence[AnswerSet]
 ) -> Answering | None:
-    """The prompts to answer for `entries` and for the public prompt sets `public`; None if no suite needs answers."""
-    counted = bool(public) or any(entry.make is None for entry in entries)
+    """The prompts to answer for `entries`, the `public` prompt sets and the user's `own`; None if nothing needs any."""
+    counted = bool(public) or bool(own) or any(entry.make is None for entry in entries)
     if not counted and all(entry.needs == "nothing" for entry in entries):
         return None
     contrast = _contrast_sets(context.run, split, context.chat, context.limit)
@@ -231,14 +245,16 @@ def _answering(
     if split == "test":  # val prompts only choose among edits, by the contrast
         sets += _preserved_sets(context.run, context.chat, context.limit)
     sets += [_public_set(name, context.chat, context.data, context.limit) for name in public]
+    sets += own
     names = {entry.name for entry in entries}
     answering = Answering(
         sets,
         context.tokenizer,
         context.new_tokens,
         frozenset(context.run.info.behaviour_tokens),
-        refusal="refusal" in names or bool(public),
+        refusal="refusal" in names or bool(public) or bool(own),
         behaviour="behaviour" in names,
+        form="form" in names,
     )
     if split == "test" and answering.refusal and context.new_tokens < LEAST_TOKENS:
         note(
@@ -271,7 +287,9 @@ def _too_long(plan: EvalPlan) -> str:
         ((len(item.ids), i, s) for s in plan.sets for i, item in enumerate(s.items, 1)),
         key=lambda each: (each[0], each[2].name, each[1]),
     )
-    advice = "remove it from the run's prompts" if found.from_run else f"leave out --suite {found.name}"
+    advice = f"leave out --suite {found.name}"
+    if found.from_run or found.own:
+        advice = "remove it from the run's prompts" if found.from_run else "remove it from --prompts"
     return (
         f"prompt {number} of {found.name} has {size} tokens and needs {plan.max_model_len} with its answer "
         f"({advice}, or lower --max-new-tokens)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
-from ..data.prompts import Split
+from ..data.prompts import Source, Split
 from ..engines.base import Engine, EngineOptions
 from ..engines.registry import ENGINES, check_engine, engine_state, open_engine
 from ..models.loading import load_tokenizer
@@ -109,6 +109,7 @@ def prepare(
     judges: Sequence[str],
     options: EngineOptions,
     choose: bool = False,
+    prompts: Mapping[str, Source] | None = None,
 ) -> EvalSetup:
     """Find and read everything that measuring the checkpoint `folder` on the test prompts of `run` needs.
 
@@ -120,7 +121,7 @@ def prepare(
     """
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
     positions = context_length(folder)
-    plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, positions)
+    plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, positions, prompts=prompts)
     choosing = None
     if choose and why_nothing_is_chosen(run, suites) is None:
         names = choosing_suites(suites)

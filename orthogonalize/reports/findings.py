@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..core.words import counted
 from ..evals.metrics import Divergence, Loss, Paired, Score
 from ..evals.suites.answers import CONTRAST
 from .schema import Rates, Report
 from .tables import loss_title, set_title, title
 
 ALPHA = 0.05
+FORM = "suites.form."
 HARM = 0.05  # a relative increase of a loss that the findings warn about
 
 
@@ -36,10 +38,6 @@ def _numbers(*values: float) -> list[str]:
     )
 
 
-def _count(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
 def _rate_finding(report: Report, key: str, what: str, forms: Callable[..., list[str]] = _percents) -> str | None:
     before, after = report.base.flat().get(key), report.edited.flat().get(key)
     pair = report.paired.get(key)
@@ -48,7 +46,7 @@ def _rate_finding(report: Report, key: str, what: str, forms: Callable[..., list
     if not pair.n:
         return f"{what}: no item was readable for both models (base {before.n}, edited {after.n})."
     old, new = forms(before.value, after.value)
-    items = _count(pair.n, "item")
+    items = counted(pair.n, "item")
     word = "rose" if pair.difference > 0 else "fell"
     if not pair.n == before.n == after.n:  # the shares and the difference are over different items
         items = f"the {items} in common (of {max(before.n, after.n)} readable)"
@@ -70,7 +68,7 @@ def _loss_finding(report: Report, key: str) -> str | None:
     ends = " to ".join(f"{end:+.1f}%" if abs(end) >= 0.05 else f"{end:+.2g}%" for end in (100 * low, 100 * high))
     interval = f" (95%: {ends})" if pair.ci95 else ""
     if not _is_significant(pair):  # five texts are too few for the test, whatever their interval says
-        return f"{name}: no detectable change on {_count(pair.n, 'text')}{interval if low <= 0 <= high else ''}."
+        return f"{name}: no detectable change on {counted(pair.n, 'text')}{interval if low <= 0 <= high else ''}."
     size = (
         "; that is more than 5%, so other abilities may have suffered"
         if pair.difference > HARM
@@ -134,5 +132,7 @@ def findings(report: Report) -> list[str]:
             f"{each.first_token.value:.3f} at the first."
             for name, each in kl.sets.items()
         ]
-    found += [_finding(report, key) for key in report.paired if key.startswith(("choices.", "tasks.", "suites."))]
+    others = [key for key in report.paired if key.startswith(("choices.", "tasks.", "suites."))]
+    # Every set has six forms of answers, so only those that changed are worth a sentence.
+    found += [_finding(report, k) for k in others if not k.startswith(FORM) or _is_significant(report.paired[k])]
     return [sentence for sentence in found if sentence is not None]

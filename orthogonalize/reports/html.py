@@ -8,7 +8,7 @@ from pathlib import Path
 from .findings import findings
 from .rate_plot import as_png, base64_of, rates_figure
 from .schema import Judged, Report
-from .tables import category_rows, set_title, summary_rows
+from .tables import LEGEND, category_rows, set_title, summary_rows
 from .templating import templates
 
 
@@ -30,6 +30,7 @@ def write_webpage(report: Report, plots: Sequence[Path], file: Path) -> None:
         .get_template("report.html.j2")
         .render(
             report=report,
+            legend=LEGEND,
             judged=_judged,
             rows=summary_rows(report, categories=False),
             categories=category_rows(report),

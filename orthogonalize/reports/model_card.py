@@ -7,13 +7,15 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
 
-from ..checkpoints.checkpoint import CARD
+from ..checkpoints.checkpoint import CARD, RECIPE
 from ..edits.methods.registry import METHODS
-from ..edits.recipe import Recipe
-from ..models.resolve import is_hub_id, public_name
+from ..edits.recipe import Recipe, load_recipe
+from ..models.resolve import commit_of, is_hub_id, public_name
 from .schema import Report
 from .tables import summary_rows
 from .templating import templates
+
+MADE_WITH = "made with orthogonalize"  # in every card from the template
 
 
 def _base_metadata(base: Path) -> dict[str, Any]:
@@ -57,3 +59,15 @@ def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None =
 def write_card(folder: Path, recipe: Recipe, base: Path | None = None, report: Report | None = None) -> None:
     """Write README.md into a checkpoint folder; without `base`, the licence in its current README.md is kept."""
     (folder / CARD).write_text(card_text(recipe, _base_metadata(base or folder), report), "utf-8")
+
+
+def update_card(checkpoint: Path, report: Report) -> None:
+    """Put the measures of `report` into the card that `edit` wrote; any other card, or none, is left as it is.
+
+    A card in the Hub's cache, where files may be shared, is left as well.
+    """
+    card = checkpoint / CARD
+    if commit_of(checkpoint) is not None or not (card.is_file() and (checkpoint / RECIPE).is_file()):
+        return
+    if MADE_WITH in card.read_text("utf-8", errors="replace"):
+        write_card(checkpoint, load_recipe(checkpoint), report=report)

@@ -12,16 +12,20 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..evals.metrics import Rate
+from .findings import FORM
 from .schema import Report
 from .style import BLUE, VERMILION
 from .tables import title
 
 
 def rates_figure(report: Report) -> Figure | None:
-    """Every rate with its 95% interval, base above edited; None if there are no rates."""
+    """Every rate with its 95% interval, base above edited; None if there are no rates.
+
+    The forms of answers, six for every set, are left to the table.
+    """
     edited = report.edited.flat()
     known = [{k for k, m in flat.items() if isinstance(m, Rate) and m.n} for flat in (report.base.flat(), edited)]
-    keys = [k for k in report.base.flat() if k in known[0] & known[1]]
+    keys = [k for k in report.base.flat() if k in known[0] & known[1] and not k.startswith(FORM)]
     if not keys:
         return None
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.55 * len(keys)), layout="constrained")

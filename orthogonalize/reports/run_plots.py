@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..core.errors import OrthogonalizeError
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.finders.registry import FINDERS
@@ -261,6 +262,20 @@ def figures(run: Run, recording: Recording) -> Iterator[tuple[str, Figure]]:
     for name, figure in optional.items():
         if figure is not None:
             yield name, figure
+
+
+def run_figures(run: Run) -> dict[str, Figure]:
+    """Every figure of a run by name, as Matplotlib figures to show or save; they are those of its folder's `plots`.
+
+    Raises:
+        OrthogonalizeError: the run was not read from a folder, or has no activations there.
+    """
+    if run.folder is None:
+        raise OrthogonalizeError("this run was not read from a folder, where its activations are stored")
+    found = dict(figures(run, Recording(run.folder / ACTIVATIONS)))
+    for figure in found.values():
+        plt.close(figure)  # out of pyplot's list of open figures; the figure itself stays usable
+    return found
 
 
 def plot_run(run: Run, folder: Path) -> None:

@@ -176,10 +176,11 @@ class Report(Sparse):
 
     `recipe` is the fingerprint of the edited checkpoint's recipe, `data` says where each set was read from, and
     `redacted` is the number of answers to sensitive prompts left out of `answers` by `--redact`. `kept` is, for
-    preserved sets, the share of what the base shows that the edited model still does, by dotted key.
+    preserved sets, the share of what the base shows that the edited model still does, by dotted key. `mismatches` says
+    what does not belong together, which `--allow-other-base` let pass.
     """
 
-    SPARSE = frozenset({"kept"})
+    SPARSE = frozenset({"kept", "mismatches"})
 
     format: Literal[2] = 2
     engine: str
@@ -195,6 +196,7 @@ class Report(Sparse):
     limit: int | None = None
     sensitive: bool
     redacted: int = 0
+    mismatches: list[str] = Field(default_factory=list)
     base: Measures
     edited: Measures
     paired: dict[str, Paired]

@@ -45,7 +45,8 @@ class Sweep(Record):
     test prompts. `unmarked` says why nothing could be chosen. `effect` and `harm` are the dotted keys of the front's
     axes: how much of the behaviour is gone, and how much worse the base's own answers (or next tokens) are predicted.
     `restored` is True if the engine held the base's
-    weights again at the end, bit for bit, and None for hooks or if that was not checked.
+    weights again at the end, bit for bit, and None for hooks or if that was not checked. `mismatches` says what does
+    not belong together, which `--allow-other-base` let pass.
     """
 
     format: Literal[2] = 2
@@ -67,6 +68,7 @@ class Sweep(Record):
     variants: list[SweepRow]
     pareto: list[str]
     unmarked: str | None
+    mismatches: list[str] = Field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"Sweep({self.model}: {len(self.variants)} edits, {len(self.pareto)} on the Pareto front)"

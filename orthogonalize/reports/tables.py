@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from ..data.benchmarks import PROMPT_SETS
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, perplexity_of
-from ..evals.suites.answers import CONTRAST_TITLES
+from ..evals.suites.answers import CONTRAST_TITLES, FORMS
 from ..evals.suites.registry import series_title
 from .schema import Report
 
 Row = tuple[str, str, str, str]
+LEGEND = (
+    "[ ]: 95% intervals. Shares: Tango's score interval with McNemar's score test; the rest: one bootstrap for both. "
+    "An interval leaves out zero exactly where p < 0.05."
+)
 
 
 def set_title(name: str) -> str:
@@ -34,6 +38,9 @@ def title(key: str) -> str:
             return f"{title('loss.own_completions')}, {set_title(name)}"
         case ["kl", "sets", name, series]:
             return f"{title(f'kl.{series}')}, {set_title(name)}"
+        case ["suites", "form", name]:
+            of, _, form = name.rpartition(": ")
+            return f"{set_title(of)}: {FORMS.get(form, form)}"
         case ["tasks" | "suites", group, name]:
             return f"{group}, {name}"
     return key
@@ -66,7 +73,10 @@ def perplexity(loss: Loss) -> str:
 
 
 def change(measure: Measure, after: Measure, pair: Paired) -> str:
-    """The paired difference with its interval and p-value, and its n if some items are missing on either side."""
+    """The paired difference with its interval and p-value, and its n if some items are missing on either side.
+
+    Interval and test agree (see `evals.intervals`).
+    """
     if not pair.n:
         return "no items in common"
     scale, unit, sign = (100, " points", "+.1f") if isinstance(measure, Rate) else (1, "", "+.4f")

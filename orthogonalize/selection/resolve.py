@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ..architectures.schema import architecture_of
-from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import Intervention, centred
 from ..core.progress import track
@@ -23,6 +23,7 @@ from ..edits.recipe import ProbeResult, load_recipe
 from ..edits.scopes import stream_after
 from ..edits.settings import EditSettings
 from ..models.loading import load_model
+from ..models.resolve import find_model
 from .builder import EditBuilder
 from .fits import Fits
 from .probes import probe_choice
@@ -33,13 +34,15 @@ from .run_folder import Run, load_run
 class ResolvedEdit:
     """An edit that is ready to be baked, and its origin.
 
-    `prompts` are fingerprints of the prompt sets. `rounding` and `base_weights` (SHA-256 by file) come from a recipe,
-    if there is one.
+    `taken_from` says in one line which settings come from options, from the run or file, and from defaults. `prompts`
+    are fingerprints of the prompt sets. `rounding` and `base_weights` (SHA-256 by file) come from a recipe, if there is
+    one.
     """
 
     choice: EditConfig
     intervention: Intervention
     kind: Literal["run", "file"]
+    taken_from: str
     prompts: dict[str, str] = field(default_factory=dict)
     probes: list[ProbeResult] = field(default_factory=list)
     run: Run | None = None
@@ -80,19 +83,16 @@ def pick_edit(run: Run, pick: int, given: dict[str, Any]) -> EditConfig:
 def choose(run: Run, **given: Any) -> EditConfig:
     """Complete the `given` fields of `EditConfig` from a run; None means not given.
 
-    If at most the method is given, this is the best edit that the run tried (with that method). Otherwise, or if there
-    is none, position and layer are those of the best candidate, the scope is `all` (`one` for actadd) and the strength
-    is 1.
+    If nothing is given, this is the best edit that the run tried, as a whole. Otherwise, or if it tried none, position
+    and layer are those of the best candidate, and everything else has its default: scope `all` (`one` for actadd),
+    strength 1.
 
     Raises:
         OrthogonalizeError: the run has no matching candidate.
     """
     named = {key: value for key, value in given.items() if value is not None}
-    method = named.get("method")
-    if set(named) <= {"method"}:
-        tried = [t.choice for t in run.trials if method in (None, t.choice.method)]
-        if tried:
-            return tried[0]
+    if not named and run.trials:
+        return run.trials[0].choice
     method = named.setdefault("method", DEFAULT)
     if METHODS.find(method).fitted:
         named.setdefault("scope", METHODS[method].scopes(run.info.layer_count)[0])
@@ -101,6 +101,7 @@ def choose(run: Run, **given: Any) -> EditConfig:
         named.setdefault("position", run.directions.positions[-1])
         named["per_layer"] = True
         return _edit_config(named)
+    _check_place(run, named)
     finder = finder_of(method, run.directions, named.get("finder"))
     fitting = [
         c
@@ -118,6 +119,46 @@ def choose(run: Run, **given: Any) -> EditConfig:
         if not named.get("per_layer"):
             named.setdefault("layer", fitting[0].layer)
     return _edit_config(named)
+
+
+def _check_place(run: Run, named: dict[str, Any]) -> None:
+    """Check that the run read the stream at a given position and layer.
+
+    Raises:
+        OrthogonalizeError: it did not.
+    """
+    layer, position = named.get("layer"), named.get("position")
+    if layer is not None and not 0 <= layer <= run.directions.layer_count:
+        raise OrthogonalizeError(f"the run has no layer {layer}; its layers are 0 to {run.directions.layer_count}")
+    positions = run.directions.positions
+    if position is not None and position not in positions:
+        raise OrthogonalizeError(f"the run has no position {position}; it has {positions[0]} to {positions[-1]}")
+
+
+def _taken_from(choice: EditConfig, given: dict[str, Any], found: tuple[str, ...], source: str) -> str:
+    """Which settings of `choice` are `given` as options, which of the `found` ones `source` has, and the defaults."""
+    places = {"options": list(given), source: [n for n in found if n not in given], "defaults": []}
+    named = {name for names in places.values() for name in names}
+    places["defaults"] = [name for name in ("method", "scope", "strength") if name not in named]
+    parts = []
+    for place, names in places.items():
+        values = {name.replace("_", "-"): getattr(choice, name) for name in names}
+        words = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                 for name, value in values.items() if value is not None]  # fmt: skip
+        if words:
+            parts.append(f"{place}: {', '.join(words)}")
+    return "; ".join(parts)
+
+
+def _origin_in_run(run: Run, choice: EditConfig, given: dict[str, Any], pick: int | None) -> str:
+    if pick is not None:
+        return f"everything: edit {pick} of those that extract lists"
+    if not given and run.trials:
+        return "everything: the best edit that extract tried"
+    finder = finder_of(choice.method, run.directions, choice.finder)
+    text = _taken_from(choice, given, ("position", "layer"), f"the run's best {finder} direction")
+    tried = [n for n, trial in enumerate(run.shortlist, 1) if trial.choice.method == choice.method]
+    return f"{text} (--pick {tried[0]} is the best {choice.method} that extract lists)" if tried else text
 
 
 def _edit_config(named: dict[str, Any]) -> EditConfig:
@@ -180,6 +221,34 @@ def fits_of(folder: Path, run: Run, source: Checkpoint, device: str = "auto") ->
     return Fits(folder, run.directions, source.config, source.fingerprint(), lambda: load_model(source.path, device))
 
 
+def _intervention(folder: Path, run: Run, source: Checkpoint, choice: EditConfig, device: str) -> Intervention:
+    """The maps of `choice`; those of a fitted method are taken from the run, or fitted to `source` and stored there."""
+    layer_norm = architecture_of(source.config).norms.kind == "layer"
+    # Only fits depend on the weights, whose fingerprint takes as long as reading them.
+    fits = fits_of(folder, run, source, device) if METHODS[choice.method].fitted else None
+    return EditBuilder(run.directions, run.candidates, layer_norm, fits)(choice)
+
+
+def intervention_of(
+    model: Path | str, run: Path | str, config: EditConfig | None = None, *, device: str = "auto"
+) -> Intervention:
+    """The maps that `edit` would write into `model`, for hooks (`intervened`) or `bake`.
+
+    Args:
+        model: a checkpoint folder, a Hub id or a .gguf file.
+        run: a folder written by `extract`.
+        config: the edit; None is the best that the run tried.
+        device: where the model runs, if the edit is fitted to it.
+
+    Raises:
+        OrthogonalizeError: the run is from another model, or has no direction for it.
+    """
+    folder, source = Path(run), open_checkpoint(find_model(str(model)))
+    found = load_run(folder)
+    check_fits(found, source)
+    return _intervention(folder, found, source, config or choose(found), device)
+
+
 def resolve_run(
     folder: Path, source: Checkpoint, given: dict[str, Any], pick: int | None = None, device: str = "auto"
 ) -> ResolvedEdit:
@@ -193,14 +262,12 @@ def resolve_run(
     run = load_run(folder)
     check_fits(run, source)
     choice = choose(run, **given) if pick is None else pick_edit(run, pick, given)
-    layer_norm = architecture_of(source.config).norms.kind == "layer"
-    # Only fits depend on the weights, whose fingerprint takes as long as reading them.
-    fits = fits_of(folder, run, source, device) if METHODS[choice.method].fitted else None
-    intervention = EditBuilder(run.directions, run.candidates, layer_norm, fits)(choice)
+    intervention = _intervention(folder, run, source, choice, device)
     return ResolvedEdit(
         choice,
         intervention,
         "run",
+        taken_from=_origin_in_run(run, choice, given, pick),
         prompts=run.info.prompts,
         probes=_probe_edit(folder, run, choice, intervention),
         run=run,
@@ -230,7 +297,8 @@ def resolve_file(file: Path, source: Checkpoint, given: dict[str, Any]) -> Resol
     intervention = intervention_from_basis(choice, direction.basis, direction.norm, layer_count)
     if architecture_of(source.config).norms.kind == "layer":  # otherwise the norms would bring the direction back
         intervention = centred(intervention)
-    return ResolvedEdit(choice, intervention, "file")
+    origin = _taken_from(choice, given, ("position", "layer"), file.name)
+    return ResolvedEdit(choice, intervention, "file", taken_from=origin)
 
 
 def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
@@ -246,6 +314,7 @@ def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
         recipe.choice,
         recipe.intervention(),
         recipe.source.kind,
+        taken_from="everything: the recipe",
         prompts=recipe.source.prompts,
         probes=recipe.probes,
         rounding=recipe.rounding,

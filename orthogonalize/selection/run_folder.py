@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import OrthogonalizeError
 from ..core.files import write_atomically
 from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split
+from ..directions.activation_store import FILE as ACTIVATIONS
+from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
 from ..models.resolve import public_name
@@ -56,7 +59,7 @@ class RunInfo(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run folder; `trials` are the tried edits, the best first."""
+    """The contents of a run folder, if it was read from one; `trials` are the tried edits, the best first."""
 
     info: RunInfo
     prompts: list[Prompt]
@@ -65,6 +68,7 @@ class Run:
     trials: list[Trial]
     probes: list[ProbeResult] = field(default_factory=list)
     preserved: list[PreservedPrompt] = field(default_factory=list)
+    folder: Path | None = None
 
     def __repr__(self) -> str:
         return (
@@ -81,6 +85,25 @@ class Run:
     def target_side(self) -> Side:
         """The side whose behaviour the run's edits change: the positive one, unless there are target prompts."""
         return target_side(self.prompts)
+
+    def activations(self, side: Side, split: Split, position: int, layer: int) -> torch.Tensor:
+        """The residual stream [prompts, d] at the input of block `layer`, as stored, in the order of `texts`.
+
+        Args:
+            side, split: which prompts; activations of test prompts are not stored.
+            position: the token, counted from the end of the prompt (-1 is the last).
+            layer: the block; `layer_count` is the input of the head's norm.
+
+        Raises:
+            OrthogonalizeError: the run has no such activations.
+        """
+        if self.folder is None:
+            raise OrthogonalizeError("this run was not read from a folder, where activations are stored")
+        if position not in self.directions.positions:
+            have = self.directions.positions
+            raise OrthogonalizeError(f"the run has no position {position}; it has {have[0]} to {have[-1]}")
+        stored = Recording(self.folder / ACTIVATIONS).read(f"{side}.{split}", layer)
+        return stored[:, self.directions.positions.index(position)]
 
     def texts(self, side: Side, split: Split) -> list[str]:
         """The prompts of one side and split."""
@@ -161,4 +184,4 @@ def load_run(folder: Path | str) -> Run:
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise OrthogonalizeError(f"run folder {folder} is damaged ({reason}); extract again") from error
-    return Run(info, prompts, directions, candidates, trials, probes, preserved)
+    return Run(info, prompts, directions, candidates, trials, probes, preserved, folder)

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..data.contrast import is_sensitive, read_contrast
-from ..data.prompts import Prompt, Side, check_contrast, load_prompts
+from ..data.prompts import Prompt, Side, Source, check_contrast, load_prompts
 from ..models.resolve import commit_of, find_model
 from .settings import Settings
 
 
 @dataclass(frozen=True)
-class Source:
+class RunSource:
     """The model and the prompts that a run is made from.
 
     Attributes:
@@ -41,13 +41,13 @@ def read_source(
     settings: Settings,
     *,
     concept: str | None,
-    positive: str | None,
-    negative: str | None,
+    positive: Source | None,
+    negative: Source | None,
     column: str | None,
     hub_split: str,
     data: Path | str | None,
     revision: str | None,
-) -> Source:
+) -> RunSource:
     """Find the model and read all prompts (see `commands.extract.extract`).
 
     Raises:
@@ -63,7 +63,7 @@ def read_source(
         sensitive = [*sensitive, "target"]
     preserved = {name: load_prompts(name, split=hub_split) for name in settings.preserve}
     folder = find_model(model, revision)
-    return Source(
+    return RunSource(
         str(model),
         folder,
         open_checkpoint(folder),

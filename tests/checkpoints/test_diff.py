@@ -101,6 +101,38 @@ def test_direction_removed_by_a_plain_script_is_recovered(tmp_path, dtype, rank)
         assert own.strength == pytest.approx(1, abs=0.01)
 
 
+def test_uneven_rows_do_not_raise_the_rank(tmp_path):
+    """The rounding noise of long rows of an embedding is no direction of the edit."""
+    weights, basis = tensors(), directions(1)
+    lengths = torch.randn(600, 1, generator=torch.Generator().manual_seed(1)).mul(1.2).exp()
+    for name, axis in (("embed.weight", 0), ("layers.1.o.weight", 1)):
+        scale = lengths if axis == 0 else lengths[:WIDTH].T
+        weights[name] = (weights[name].float() * scale).to(torch.bfloat16)
+    base = folder(tmp_path / "base", weights)
+    found = verify(folder(tmp_path / "edited", orthogonalised(weights, basis)), str(base))
+    assert {difference.rank for difference in found.differences.values()} == {1}
+    assert found.projected().keys() == {name for name in weights if axis_of(name) is not None}
+    along = found.along_common("embed.weight")
+    assert along.left <= 0.02
+    assert along.strength == pytest.approx(1, abs=0.01)
+
+
+def test_what_is_left_is_measured_along_the_common_direction_alone(tmp_path):
+    """A tensor that was changed in another way as well still has all of the common direction projected out."""
+    weights, basis = tensors(), directions(1)
+    base, edited = folder(tmp_path / "base", weights), orthogonalised(weights, basis)
+    generator = torch.Generator().manual_seed(5)
+    own = torch.nn.functional.normalize(torch.randn(WIDTH, generator=generator), dim=0)
+    own = own - (own @ basis[0]) * basis[0]
+    name = "layers.0.c_proj.weight"
+    edited[name] = (edited[name].float() + 0.3 * torch.outer(torch.randn(320, generator=generator), own)).bfloat16()
+    found = verify(folder(tmp_path / "edited", edited), str(base))
+    assert found.differences[name].rank == 2
+    assert found.along_common(name).left <= 0.02
+    assert found.along_common(name).strength == pytest.approx(1, abs=0.01)
+    assert name in found.projected()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_direction_is_recovered_from_an_edit_in_another_dtype(dtype, tmp_path):
     weights, basis = tensors(), directions(1)

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from click.testing import CliRunner
 from helpers.command_line import SMALL, UNTRIED, command
+from helpers.llama import LAYERS, WIDTH
+from safetensors.torch import save_file
 
+from orthogonalize.cli import main
 from orthogonalize.commands import _console
 from orthogonalize.commands import extract as extraction
+from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.data.refusals import LEAST_TOKENS
 from orthogonalize.edits.config import EditConfig
@@ -19,6 +26,7 @@ from orthogonalize.edits.fitting import ANSWER_START
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.reports.run_plots import plot_run, trial_figure
 from orthogonalize.selection.own_answers import ANSWER_TOKENS
+from orthogonalize.selection.resolve import choose
 from orthogonalize.selection.run_folder import Run, load_run, save_selection
 from orthogonalize.selection.search.objectives import Trial
 
@@ -140,3 +148,105 @@ def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources,
     assert len(confirming) == 3, "the base's answers, and those of both edits"
     assert min(confirming) >= max(LEAST_TOKENS, 100)
     assert [t.confirmed for t in found.trials] == [1.0, 1.0]
+
+
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """The notes that `edit` prints."""
+    notes: list[str] = []
+    monkeypatch.setattr("orthogonalize.commands.edit.note", notes.append)
+    return notes
+
+
+def best(tried) -> str:
+    first = next(c for c in load_run(tried).candidates if c.finder == "dim")
+    return f"the run's best dim direction: position {first.position}, layer {first.layer}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "scope", "strength"),
+    [
+        ({"method": "ablate"}, "all", 1.0),
+        ({"method": "actadd"}, "one", 1.0),
+        ({"strength": 0.7}, "all", 0.7),
+        ({"scope": "upto:2"}, "upto:2", 1.0),
+    ],
+)
+def test_any_option_makes_a_new_edit_with_the_defaults(tried, settings, scope, strength):
+    """The run's tried edits have another scope and other strengths; none of them leaks into a new edit."""
+    chosen = choose(load_run(tried), **settings)
+    assert (chosen.scope, chosen.strength) == (scope, strength)
+
+
+def test_edit_prints_what_it_took_from_where(tried, model, tmp_path, said):
+    def notes(**settings) -> str:
+        said.clear()
+        edit(str(model), tmp_path / str(len(list(tmp_path.iterdir()))), run=tried, **settings)
+        return next(line for line in said if line.startswith("taken from "))
+
+    assert notes() == "taken from everything: the best edit that extract tried"
+    assert notes(pick=3) == "taken from everything: edit 3 of those that extract lists"
+    listed = "(--pick 1 is the best ablate that extract lists)"
+    assert notes(method="ablate") == (
+        f"taken from options: method ablate; {best(tried)}; defaults: scope all, strength 1 {listed}"
+    )
+    assert notes(strength=0.5, layer=2, position=-1) == (
+        f"taken from options: strength 0.5, position -1, layer 2; defaults: method ablate, scope all {listed}"
+    )
+    assert notes(method="actadd", coefficient=2.0) == (
+        f"taken from options: method actadd, coefficient 2; {best(tried)}; defaults: scope one, strength 1"
+    )
+
+
+def test_edit_of_a_file_or_recipe_says_so(model, tried, tmp_path, said):
+    save_file({"direction": torch.ones(WIDTH)}, tmp_path / "found.safetensors")
+    edit(str(model), tmp_path / "a", direction=tmp_path / "found.safetensors", layer=2, method="ablate")
+    assert "taken from options: method ablate, layer 2; defaults: scope all, strength 1" in said
+    edit(str(model), tmp_path / "b", recipe=tmp_path / "a")
+    assert said[-1] == "taken from everything: the recipe"
+
+
+def test_help_states_the_rule_and_the_defaults():
+    text = " ".join(CliRunner().invoke(main, ["edit", "--help"]).output.split())
+    assert "Any other option, --method included, makes a new edit" in text
+    for words in ("Edit method; default: ablate.", "all (default; one for actadd)", "Scale of the edit, default 1"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (("--layer", "99"), f"the run has no layer 99; its layers are 0 to {LAYERS}"),
+        (("--position", "-9"), "the run has no position -9; it has -3 to -1"),
+    ],
+)
+def test_place_that_the_run_did_not_read_is_named(tried, model, tmp_path, words, complaint):
+    status, said = command("edit", model, "--run", tried, *words, "--out", tmp_path / "edited")
+    assert (status, said) == (1, f"error: {complaint}")
+
+
+def test_one_edited_tensor_is_singular(tried, model, tmp_path):
+    words = ("--method", "ablate", "--scope", "upto:0", "--out", tmp_path / "edited")
+    status, said = command("edit", model, "--run", tried, *words)
+    assert status == 0, said
+    assert "1 tensor edited, 1 added" in said
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_adapter_has_the_permissions_that_the_umask_gives(tried, model, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        words = ("--method", "ablate", "--scope", "layers:1-2", "--format", "lora", "--out", tmp_path / "adapter")
+        status, said = command("edit", model, "--run", tried, *words)
+    finally:
+        os.umask(before)
+    assert status == 0, said
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").iterdir()}
+    assert set(modes.values()) == {0o666 & ~mask}, modes
+
+
+@pytest.mark.parametrize("option", ["--kl", "--induce"])
+def test_rank_refuses_a_filter_that_is_no_number(tried, option):
+    status, said = command("rank", tried, option, "nan")
+    assert status == 1
+    assert "finite" in said or "number" in said

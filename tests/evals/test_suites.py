@@ -21,6 +21,7 @@ from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.engines.transformers import TransformersEngine
+from orthogonalize.evals.suites.answers import FORMS
 from orthogonalize.evals.suites.base import BaseOutputs
 from orthogonalize.evals.suites.kl import kl_bound
 from orthogonalize.evals.suites.multiple_choice import MultipleChoice, Question, arc, mmlu, truthfulqa
@@ -70,6 +71,7 @@ def test_one_engine_start_per_model_measures_every_suite(report):
         "behaviour.target", "behaviour.harmless", "refusal.target", "refusal.harmless", "refusal.sets.xstest",
         "refusal.sets.orbench", "loss.own_completions", "loss.other_prompts", "loss.pile", "loss.alpaca",
         "kl.first_token", "kl.completions", "choices.mmlu", "choices.arc", "choices.truthfulqa",
+        *(f"suites.form.{name}: {form}" for name in ("target", "harmless", "xstest", "orbench") for form in FORMS),
     }  # fmt: skip
     for key, measure in edited.items():
         assert measure.n == (5 if "orbench" in key else 6) or key.startswith(("loss.own", "kl"))

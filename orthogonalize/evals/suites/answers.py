@@ -1,4 +1,4 @@
-"""Suites `refusal` and `behaviour`: what the generated answers to prompt sets begin with or contain."""
+"""Suites `refusal`, `behaviour` and `form`: what generated answers begin with, contain or look like."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ...core.files import fingerprint
+from ...data.answer_forms import form_of, repeats, words
 from ...data.refusals import refused
 from ..metrics import Series, yes_no_series
 from .base import HARMLESS, SuiteEntry
@@ -19,6 +20,15 @@ if TYPE_CHECKING:
 CONTRAST = ("target", HARMLESS)  # the prompt sets that are sides of the run
 CONTRAST_TITLES = {name: f"{name} prompts" for name in CONTRAST}
 PRESERVED = "preserved "  # prefix of the names of preserved sets
+OWN = "own "  # prefix of the names of sets that the user gives
+FORMS = {
+    "repeats": "repeats itself (four words in a row, three times or more)",
+    "empty": "empty (no word)",
+    "asks back": "only asks back",
+    "lectures": "lectures without refusing",
+    "answers": "answers (none of these, and no refusal)",
+    "words": "words per answer",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,11 @@ class AnswerSet:
         return self.name in CONTRAST or self.preserved
 
     @property
+    def own(self) -> bool:
+        """Whether it is a set that the user gives."""
+        return self.name.startswith(OWN)
+
+    @property
     def scored_again(self) -> bool:
         """Whether suites `loss` and `kl` score every model along the base's answers to it."""
         return self.name == HARMLESS or self.preserved
@@ -66,7 +81,7 @@ def is_preserved(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Answering:
-    """The prompt sets that models answer; `refusal` and `behaviour` say what is counted in the answers."""
+    """The prompt sets that models answer; `refusal`, `behaviour` and `form` say what is counted in the answers."""
 
     sets: Sequence[AnswerSet]
     tokenizer: Any
@@ -74,6 +89,7 @@ class Answering:
     behaviour_tokens: frozenset[int]
     refusal: bool = True
     behaviour: bool = True
+    form: bool = False
 
     @property
     def longest(self) -> int:
@@ -83,7 +99,7 @@ class Answering:
     @property
     def counts(self) -> bool:
         """Whether anything is counted; otherwise only the base answers, for suites that need its answers."""
-        return self.refusal or self.behaviour
+        return self.refusal or self.behaviour or self.form
 
     @cached_property
     def states(self) -> dict[str, str]:
@@ -119,10 +135,32 @@ class Answering:
             said = answers[each.name]
             if self.refusal:
                 result[f"refusal.{each.key}"] = yes_no_series([refused(self.text(ids)) for ids in said], categories)
-            if self.behaviour and each.from_run:
+            if self.behaviour and (each.from_run or each.own):
                 flags = [bool(ids) and ids[0] in self.behaviour_tokens for ids in said]
                 result[f"behaviour.{each.key}"] = yes_no_series(flags, categories)
+            if self.form:
+                result |= {
+                    f"suites.form.{form_key(each.name, name)}": series
+                    for name, series in form_series([self.text(ids) for ids in said]).items()
+                }
         return result
+
+
+def form_key(of: str, name: str) -> str:
+    """The key of one series of suite `form` for the prompt set `of`."""
+    return f"{of}: {name}"
+
+
+def form_series(answers: Sequence[str]) -> dict[str, Series]:
+    """The series of suite `form` for one set of answers, by the names in `FORMS`.
+
+    Repetition is counted in every answer, refusals included; the other forms exclude each other (see `form_of`).
+    """
+    forms = [form_of(answer) for answer in answers]
+    found = {name: yes_no_series([form == name for form in forms]) for name in FORMS if name != "words"}
+    found["repeats"] = yes_no_series([repeats(answer) for answer in answers])
+    found["words"] = Series(kind="score", values=[float(len(words(answer))) for answer in answers])
+    return found
 
 
 ENTRIES = (
@@ -136,6 +174,16 @@ ENTRIES = (
         "behaviour",
         "answers to the run's test prompts that begin with one of its behaviour tokens, both sides and preserved sets",
         {f"behaviour.{name}": f"behaviour's first token, {title}" for name, title in CONTRAST_TITLES.items()},
+        columns=(),
+    ),
+    SuiteEntry(
+        "form",
+        "answers that repeat, are empty, ask back or lecture, and their length, of every set that is answered",
+        {
+            form_key(of, name): f"{title}: {words}"
+            for of, title in CONTRAST_TITLES.items()
+            for name, words in FORMS.items()
+        },
         columns=(),
     ),
 )

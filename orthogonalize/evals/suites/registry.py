@@ -16,7 +16,7 @@ from .base import SuiteEntry, SuiteFamily
 
 # In the order of help texts and reports.
 MODULES = ("answers", "own_loss", "kl", "other_prompts", "text_losses", "multiple_choice", "lm_eval")
-DEFAULT_SUITES = ("refusal", "behaviour", "loss", "kl", "other")
+DEFAULT_SUITES = ("refusal", "behaviour", "form", "loss", "kl", "other")
 
 SUITES: Registry[SuiteEntry] = Registry("suite")
 FAMILIES: Registry[SuiteFamily] = Registry("suite family")
@@ -71,10 +71,12 @@ def series_title(key: str) -> str | None:
 def has_column(key: str) -> bool:
     """Whether the series with a dotted key gets a column in a sweep's table; one that no entry declares does.
 
-    A preserved set's KL has one where that of harmless prompts does.
+    A preserved set's KL has one where that of harmless prompts does, and no set's forms of answers do.
     """
     match key.split("."):
         case ["kl", "sets", _, name]:
             key = f"kl.{name}"
+        case ["suites", "form", _]:
+            return False
     entry = next((e for e in SUITES.values() if key in e.report_titles), None)
     return entry is None or key in entry.report_columns

@@ -1,0 +1,30 @@
+"""Counts and error messages that say what they announce."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from orthogonalize.core.errors import OrthogonalizeError, first_line
+from orthogonalize.core.words import counted
+from orthogonalize.models.loading import load_tokenizer
+
+
+def test_one_is_singular():
+    assert [counted(n, "tensor") for n in (0, 1, 2)] == ["0 tensors", "1 tensor", "2 tensors"]
+
+
+def test_a_line_that_ends_with_a_colon_gets_what_it_announces():
+    assert first_line(ValueError("could not load from one of:\n  (1) a file,\n\n (2) a folder")) == (
+        "could not load from one of: (1) a file, (2) a folder"
+    )
+    assert first_line(ValueError("first\nsecond")) == "first"
+    assert first_line(ValueError()) == "ValueError"
+
+
+def test_missing_tokenizer_is_one_whole_sentence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(OrthogonalizeError, match="has no usable tokenizer: ") as error:
+        load_tokenizer(tmp_path)
+    assert not str(error.value).rstrip().endswith(":")

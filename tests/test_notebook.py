@@ -1,0 +1,91 @@
+"""What the command line does, from Python: lists of strings, `Path | str`, and what a run holds."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from helpers.chat import bake_prompts
+from helpers.command_line import UNTRIED
+from helpers.llama import LAYERS, WIDTH
+
+import orthogonalize as oz
+from orthogonalize.core.errors import OrthogonalizeError
+
+RUN_SETTINGS = UNTRIED
+
+
+def test_full_pipeline_from_lists_of_strings_and_paths(model, tmp_path):
+    positive, negative = (list(side) for side in bake_prompts())
+    run = oz.extract(model, tmp_path / "run", positive=positive, negative=negative, settings=UNTRIED)
+    assert set(run.texts("positive", "train")) <= set(positive)
+    edited = str(tmp_path / "edited")
+    oz.edit(model, edited, run=tmp_path / "run", method="ablate")
+    assert oz.verify(edited, model).verification.passed
+    report = oz.evaluate(edited, model, str(tmp_path / "run"), tmp_path / "report", engine="hf", suites=["refusal"],
+                         max_new_tokens=4)  # fmt: skip
+    assert report.paired
+    again = oz.extract(str(model), str(tmp_path / "run"), positive=positive, negative=negative, settings=UNTRIED)
+    assert again.info == run.info
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        ("extract", ("model", "out", "data")),
+        ("edit", ("model", "out", "run", "direction", "recipe")),
+        ("evaluate", ("checkpoint", "base", "run", "out", "data")),
+        ("sweep", ("model", "run", "out", "data")),
+        ("verify", ("checkpoint", "base")),
+        ("push", ("checkpoint", "report")),
+        ("compare", ("first", "second")),
+        ("judge", ("file",)),
+        ("describe", ("model",)),
+        ("load_run", ("folder",)),
+        ("load_report", ("folder",)),
+        ("load_recipe", ("path",)),
+        ("load_direction", ("file",)),
+        ("intervention_of", ("model", "run")),
+    ],
+)
+def test_every_path_may_be_a_path_or_a_string(function, names):
+    hints = typing.get_type_hints(getattr(oz, function))
+    assert set(names) <= set(inspect.signature(getattr(oz, function)).parameters)
+    for name in names:
+        assert {Path, str} <= set(typing.get_args(hints[name])), (function, name)
+
+
+def test_activations_are_found_by_layer_and_position(run):
+    found = oz.load_run(str(run))
+    means = []
+    for side in ("positive", "negative"):
+        rows = found.activations(side, "train", position=-2, layer=1)
+        assert rows.shape == (len(found.texts(side, "train")), WIDTH)
+        means.append(rows.double().mean(0))
+    assert torch.allclose(means[0] - means[1], found.directions.mean_diff(-2, 1).double(), atol=1e-5)
+    for place, message in (((-9, 1), "no position -9"), ((-1, LAYERS + 1), "no activations of positive.train at")):
+        with pytest.raises(OrthogonalizeError, match=message):
+            found.activations("positive", "train", *place)
+
+
+def test_intervention_of_a_run_is_the_one_that_edit_writes(model, run, tmp_path):
+    config = oz.EditConfig(method="ablate", scope="upto:2", position=-1, layer=2)
+    found = oz.intervention_of(model, run, config)
+    recipe = oz.edit(
+        model, tmp_path / "edited", run=run, **config.model_dump(include={"method", "scope", "position", "layer"})
+    )
+    written = recipe.intervention()
+    assert found.writes.keys() == written.writes.keys()
+    assert all(found.writes[site].u.equal(written.writes[site].u) for site in found.writes)
+    assert oz.intervention_of(model, run).width == WIDTH
+
+
+def test_figures_of_a_run_can_be_shown(run):
+    figures = oz.run_figures(oz.load_run(run))
+    assert set(figures) == {file.stem for file in (run / "plots").glob("*.png")}
+    assert all(figure.axes for figure in figures.values())
+    assert not plt.get_fignums()
