@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import OrthogonalizeError
+from ..core.locks import exclusive
 from ..core.output_folders import FolderKind, check_free
 from ..core.progress import note
 from ..edits.recipe import Recipe, Verification, load_recipe
@@ -36,6 +37,7 @@ class DemoResult:
     page: Path
 
 
+@exclusive
 def demo(out: Path | str, *, engine: str = "vllm", force: bool = False) -> DemoResult:
     """Extract, select, edit, verify and evaluate on the embedded model; all output is written to `out`.
 

@@ -19,6 +19,7 @@ from ..architectures.schema import architecture_of
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.files import fingerprint, write_atomically
 from ..core.journal import Journal
+from ..core.locks import exclusive
 from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.chat import ChatFormat
@@ -333,6 +334,7 @@ class _Extraction:
         )
 
 
+@exclusive
 def extract(
     model: str,
     out: Path | str,

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from ..checkpoints.checkpoint import CARD
+from ..core.files import write_atomically
 from ..edits.methods.registry import METHODS
 from ..edits.recipe import Recipe
 from ..models.resolve import is_hub_id, public_name
@@ -56,4 +57,4 @@ def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None =
 
 def write_card(folder: Path, recipe: Recipe, base: Path | None = None, report: Report | None = None) -> None:
     """Write README.md into a checkpoint folder; without `base`, the licence in its current README.md is kept."""
-    (folder / CARD).write_text(card_text(recipe, _base_metadata(base or folder), report), "utf-8")
+    write_atomically(folder / CARD, card_text(recipe, _base_metadata(base or folder), report))

@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..core.errors import OrthogonalizeError
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.finders.registry import FINDERS
@@ -265,6 +266,8 @@ def figures(run: Run, recording: Recording) -> Iterator[tuple[str, Figure]]:
 def plot_run(run: Run, folder: Path) -> None:
     """Write a run's figures into the folder's `plots`; its activations are read from the same folder."""
     plots = folder / "plots"
+    if plots.is_symlink():
+        raise OrthogonalizeError(f"{plots} is a symbolic link, and its files would be replaced; remove it")
     plots.mkdir(parents=True, exist_ok=True)
     for old in plots.glob("*.png"):
         old.unlink()
