@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.files import check_regular_files, is_inside
 from ..core.progress import Progress, track
 from .safetensors_file import DTYPES, TensorFile, TensorInfo, open_tensor_file
+from .settings_files import read_json, read_settings
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -139,18 +139,6 @@ def _sha256(path: Path, progress: Progress) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
-
-    Raises:
-        OrthogonalizeError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise OrthogonalizeError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
-
-
 def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
     index = folder / INDEX
     if not index.exists():
@@ -214,9 +202,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     if not (folder / "config.json").exists():
         raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
     check_regular_files(folder)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise OrthogonalizeError(f"{folder / 'config.json'} is not a JSON object")
+    config = read_settings(folder / "config.json")
+    if (folder / "generation_config.json").exists():
+        read_settings(folder / "generation_config.json")
     files, indexed = _weight_files(folder)
     return Checkpoint(folder, config, files, indexed)
 

@@ -28,7 +28,7 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIS
 
 # The locks of this process by file: the thread that holds it, and how often. Record locks do not exclude threads.
 _held: dict[Path, tuple[int, int]] = {}
-_guard = threading.Lock()
+_changed = threading.Condition()
 
 
 class InUseError(OrthogonalizeError):
@@ -66,8 +66,11 @@ def locked(place: Path, folder: Path | None = None, wait: bool = False) -> Itera
     place = Path(os.path.abspath(place))
     file = (folder or place.parent).resolve() / f".{place.name}.lock"
     thread = threading.get_ident()
-    with _guard:
+    with _changed:
         holder, depth = _held.get(file, (thread, 0))
+        while holder != thread and wait:
+            _changed.wait()
+            holder, depth = _held.get(file, (thread, 0))
         if holder != thread:
             raise InUseError(f"{place} is being written by another thread of this process; choose a different path")
         _held[file] = thread, depth + 1
@@ -77,11 +80,12 @@ def locked(place: Path, folder: Path | None = None, wait: bool = False) -> Itera
         else:
             yield from _acquired(place, file, wait)
     finally:
-        with _guard:
+        with _changed:
             if depth:
                 _held[file] = thread, depth
             else:
                 del _held[file]
+                _changed.notify_all()
 
 
 def _acquired(place: Path, file: Path, wait: bool) -> Iterator[None]:

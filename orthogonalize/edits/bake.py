@@ -8,6 +8,7 @@ from ..architectures.schema import Part, bias_name
 from ..checkpoints.checkpoint import Addition, Checkpoint
 from ..checkpoints.quantization import row_reader
 from ..checkpoints.safetensors_file import DTYPES, row_blocks
+from ..checkpoints.settings_files import code_keys
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix, conjugate
@@ -32,6 +33,11 @@ def bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
             f"the direction has width {wrong} and the model's residual stream {width}; "
             "was it extracted from another model?"
         )
+    for key in code_keys(source.config):  # served by whoever gets the result, who should not run what a file names
+        plan.checkpoint.config_changes[key] = None
+    nested = source.config.get("text_config")
+    for key in code_keys(nested) if isinstance(nested, dict) else ():
+        plan.checkpoint.set_text_config(key, None)
     plan.sites.check_complete()
     plan.sites.check_images()
     for site, affine in intervention.writes.items():

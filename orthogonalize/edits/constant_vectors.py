@@ -19,6 +19,7 @@ from ..checkpoints.quantization import dequantize, scale_name
 from ..checkpoints.safetensors_file import EDITABLE
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import Site
+from ..models.loading import load_config
 from .plan import EditPlan
 
 REACHED = 1e-6  # largest relative part of a vector that a value bias may miss
@@ -153,9 +154,7 @@ def _rows_of_parts(total: int, shares: Mapping[str, int | str], config: Mapping[
 
 
 def _convert_to_llama(plan: EditPlan) -> None:
-    from transformers import AutoConfig
-
-    full = AutoConfig.from_pretrained(plan.source.path).to_dict()
+    full = load_config(plan.source.path).to_dict()
     given = plan.source.config
     fused = _fused_weights(plan)
     parts = {name: _rows_of_parts(plan.source.tensors[name].shape[0], shares, full) for name, shares in fused.items()}

@@ -16,16 +16,27 @@ from .schema import Report
 from .tables import summary_rows
 from .templating import templates
 
+LARGEST_CARD = 2**20  # bytes of a base's card that are read
+
 
 def _base_metadata(base: Path) -> dict[str, Any]:
     """The licence and language that the base's own card declares."""
     file = base / CARD
     try:
-        metadata = metadata_load(file) or {} if file.is_file() else {}
-    except ValueError:  # a card whose header is not YAML
-        metadata = {}
+        readable = file.is_file() and file.stat().st_size <= LARGEST_CARD
+        metadata = metadata_load(file) if readable else None
+    except Exception:  # a card whose header is not YAML, which raises many things
+        metadata = None
+    if not isinstance(metadata, dict):
+        return {}
     kept = ("license", "license_name", "license_link", "language")
-    return {key: metadata[key] for key in kept if key in metadata}
+    return {key: metadata[key] for key in kept if _is_plain(metadata.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a header field is a short text or a list of them."""
+    texts = value if isinstance(value, list) else [value]
+    return 0 < len(texts) <= 200 and all(isinstance(each, str) and 0 < len(each) <= 200 for each in texts)
 
 
 def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None = None) -> str:
