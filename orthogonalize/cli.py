@@ -42,7 +42,7 @@ from .commands._options import (
 )
 from .commands._sweep_options import grid_options, sweep_grid
 from .core import interrupts, progress
-from .core.errors import OrthogonalizeError, ran_out_of_memory
+from .core.errors import OrthogonalizeError, ran_out_of_memory, shown
 from .core.registry import load_plugins
 from .core.words import counted
 
@@ -60,10 +60,10 @@ class Commands(click.Group):
             with interrupts.handle_signals():
                 return super().invoke(ctx)
         except OrthogonalizeError as error:
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            click.echo(f"error: {shown(' '.join(str(error).split()), 1000)}", err=True)
             ctx.exit(1)
         except OSError as error:
-            click.echo(f"error: {error.filename or 'the system'}: {error.strerror or error}", err=True)
+            click.echo(f"error: {shown(error.filename or 'the system')}: {shown(error.strerror or error)}", err=True)
             ctx.exit(1)
         except (MemoryError, RuntimeError) as error:
             message = ran_out_of_memory(error)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, shown
 
 
 class _Data(BaseModel):
@@ -192,6 +192,8 @@ class Architecture(_Data):
         value = setting(config, key)
         if type(value) is not int:
             raise OrthogonalizeError(f"config.json of this {self.family} model has no integer {key!r}")
+        if value < 1:
+            raise OrthogonalizeError(f"config.json of this {self.family} model has {key} = {value}, which is below 1")
         return value
 
     def epsilon(self, config: Mapping[str, Any]) -> float:
@@ -296,16 +298,17 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """
     model_type = config.get("model_type")
     described = families()
-    if model_type not in described:
+    if not isinstance(model_type, str) or model_type not in described:
+        known = ", ".join(sorted(described))
         raise OrthogonalizeError(
-            f"architecture {model_type!r} is not supported (supported: {', '.join(sorted(described))}); "
+            f"architecture {shown(repr(model_type), 100)} is not supported (supported: {known}); "
             "run `orthogonalize describe MODEL` to draft a file for orthogonalize/architectures"
         )
-    architecture = described[str(model_type)]
+    architecture = described[model_type]
     for key, wanted in architecture.requires.items():
         if setting(config, key, wanted) != wanted:
             raise OrthogonalizeError(
-                f"{architecture.family} with {key} = {setting(config, key)} is not supported: its stream itself "
-                "passes through a norm, so its weights cannot be edited exactly"
+                f"{architecture.family} with {key} = {shown(setting(config, key), 60)} is not supported: its stream "
+                "itself passes through a norm, so its weights cannot be edited exactly"
             )
     return architecture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,8 +14,10 @@ from typing import Any
 import torch
 
 from ..core.errors import OrthogonalizeError
+from ..core.files import check_regular_files, is_inside
 from ..core.progress import Progress, track
 from .safetensors_file import DTYPES, TensorFile, TensorInfo, open_tensor_file
+from .settings_files import read_json, read_settings
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,7 +25,8 @@ RECIPE = "orthogonalize.json"
 CARD = "README.md"
 # A copy of the same weights in another format would still have the behaviour that the edit removed.
 OTHER_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "consolidated*")
-NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes")
+UNFINISHED = (".*.partial", ".*.lock", ".*.journal")  # left by killed processes
+NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes", *UNFINISHED)
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -78,13 +80,27 @@ class Checkpoint:
         return sum(file.path.stat().st_size for file in self.files.values())
 
     def side_files(self) -> list[Path]:
-        """The files that an edit copies byte for byte, relative to the folder."""
+        """The files that an edit copies byte for byte, relative to the folder.
+
+        Raises:
+            OrthogonalizeError: one of them is a link that leads out of the folder (and of the Hub cache's blobs).
+        """
         weights = {*self.files, INDEX, "config.json"}
-        return [
-            name
-            for name in _walk(self.path)
-            if str(name) not in weights and not _matches(name, NOT_COPIED) and not self._holds_weights(name)
-        ]
+        names = [name for name in _walk(self.path) if str(name) not in weights and not _matches(name, NOT_COPIED)]
+        for name in names:
+            self.check_inside(name)
+        return [name for name in names if not self._holds_weights(name)]
+
+    def check_inside(self, name: Path) -> None:
+        """Reject a file of the folder that is a link to elsewhere, which an edit would copy and a push upload.
+
+        Raises:
+            OrthogonalizeError: the message names it.
+        """
+        here = self.path.resolve()
+        blobs = here.parent.parent / "blobs"  # of a snapshot in the Hub's cache
+        if not is_inside(self.path / name, here, *([blobs] if here.parent.name == "snapshots" else [])):
+            raise OrthogonalizeError(f"{self.path / name} is a link that leads out of its folder; remove it")
 
     def left_out(self) -> list[Path]:
         """Copies of the weights in other formats, which must not be copied into an edited checkpoint."""
@@ -121,18 +137,6 @@ def _sha256(path: Path, progress: Progress) -> str:
             digest.update(chunk)
             progress(len(chunk))
     return digest.hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file.
-
-    Raises:
-        OrthogonalizeError: it is missing or damaged.
-    """
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
-        raise OrthogonalizeError(f"{path} cannot be read as JSON ({error}); fetch it again") from error
 
 
 def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
@@ -197,9 +201,10 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         )
     if not (folder / "config.json").exists():
         raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict):
-        raise OrthogonalizeError(f"{folder / 'config.json'} is not a JSON object")
+    check_regular_files(folder)
+    config = read_settings(folder / "config.json")
+    if (folder / "generation_config.json").exists():
+        read_settings(folder / "generation_config.json")
     files, indexed = _weight_files(folder)
     return Checkpoint(folder, config, files, indexed)
 

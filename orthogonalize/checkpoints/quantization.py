@@ -9,8 +9,9 @@ where the edited numbers would not fit under it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -95,10 +96,11 @@ def read_scales(source: Checkpoint, name: str, axis: int) -> Scales | None:
     weight, info = source.tensors[name], source.tensors[other]
     if len(weight.shape) != 2 or info.dtype not in EDITABLE:
         raise OrthogonalizeError(f"{name} {list(weight.shape)} has {info.dtype} scales in an unknown layout, {WAY_OUT}")
+    if not all(info.shape) or not all(weight.shape):
+        raise OrthogonalizeError(f"{other} {list(info.shape)} has no scales for {name} {list(weight.shape)}")
     table = source.read(other).float()
     table = table.reshape(1, 1) if table.numel() == 1 else table.reshape(len(table), -1)
-    settings = source.config.get("quantization_config") or {}
-    blocks = settings.get("weight_block_size") or _group_blocks(settings) or (None, None)
+    blocks = _blocks(source.config)
     every = tuple(_group_size(size, count, b) for size, count, b in zip(weight.shape, table.shape, blocks, strict=True))
     if every[0] is None or every[1] is None:
         raise OrthogonalizeError(
@@ -119,13 +121,31 @@ def dequantize(source: Checkpoint, name: str) -> torch.Tensor:
     return stored.double() * torch.from_numpy(scales.values).double()[rows][:, columns]
 
 
-def _group_blocks(settings: dict[str, object]) -> tuple[int, int] | None:
+def _blocks(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Rows and columns that share a scale according to the configuration; None if it has no blocks.
+
+    Raises:
+        OrthogonalizeError: the configuration has blocks that are not two positive integers.
+    """
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return None, None
+    blocks = settings.get("weight_block_size") or _group_blocks(settings)
+    if not blocks:
+        return None, None
+    if not isinstance(blocks, list) or len(blocks) != 2 or not all(type(n) is int and n > 0 for n in blocks):
+        raise OrthogonalizeError("config.json has blocks of scales that are not two positive integers; fetch it again")
+    return blocks[0], blocks[1]
+
+
+def _group_blocks(settings: Mapping[str, Any]) -> Any:
     """The block structure in a compressed-tensors configuration, if it has one."""
     groups = settings.get("config_groups")
     for group in groups.values() if isinstance(groups, dict) else ():
-        blocks = (group.get("weights") or {}).get("block_structure")
+        weights = group.get("weights") if isinstance(group, dict) else None
+        blocks = weights.get("block_structure") if isinstance(weights, dict) else None
         if blocks:
-            return tuple(blocks)
+            return blocks
     return None
 
 

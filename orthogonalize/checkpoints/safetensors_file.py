@@ -47,6 +47,12 @@ BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
 EDITABLE = ("F64", "F32", "F16", "BF16")
 
 
+def show_shape(shape: Sequence[int]) -> str:
+    """A shape for a message, shortened if it has many axes."""
+    text = str(list(shape[:8]))
+    return text if len(shape) <= 8 else f"{text[:-1]}, … ({len(shape)} axes)]"
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """The place of a tensor in its file: `start` and `end` are byte offsets in the data section."""

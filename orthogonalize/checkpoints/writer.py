@@ -15,12 +15,13 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..core.progress import Progress
-from .checkpoint import INDEX, Addition, Checkpoint, read_json
+from .checkpoint import INDEX, Addition, Checkpoint
 from .chunks import Job
 from .file_copy import copy_and_hash, copy_file
 from .rounding.base import Scales
 from .rounding.registry import DEFAULT_ROUNDING
 from .safetensors_file import DTYPES, TensorFile, TensorInfo, stored_bytes
+from .settings_files import read_json
 from .tensor_edit import TensorEdit, TensorRecord
 from .weight_file import FileWriter, StoppedError
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OrthogonalizeError
+from ..core.locks import exclusive
 from ..core.output_folders import FolderKind, check_free
 from ..core.progress import note
 from ..data.prompts import PLANTED
@@ -60,6 +61,7 @@ class DemoResult:
     page: Path
 
 
+@exclusive
 def demo(out: Path | str, *, goal: str = "remove", engine: str = "vllm", force: bool = False) -> DemoResult:
     """Extract, select, edit, verify and evaluate on the embedded model; all output is written to `out`.
 

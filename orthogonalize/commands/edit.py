@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING
 from ..checkpoints.writer import Written
 from ..core.errors import OrthogonalizeError
+from ..core.locks import InUseError
 from ..core.output_folders import EDITED, OutputFolder, check_space, complete_folder
 from ..core.progress import note, track
 from ..edits.bake import bake
@@ -73,54 +75,56 @@ def edit(
         raise OrthogonalizeError("an adapter is one small file; leave out --shard with --format lora")
     if share is not None and cache is not None:
         raise OrthogonalizeError("give --out with --shard: shares are written beside that folder")
-    place.check_free(settings.force, [Path(p) for p in (model, run, direction, recipe) if p is not None])
-    if sum(source is not None for source in (run, direction, recipe)) != 1:
-        raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
-    if settings.pick is not None and run is None:
-        raise OrthogonalizeError("--pick chooses among the edits that a run tried; give --run")
-    folder = find_model(model, settings.revision)
-    place.check_free(settings.force, [folder])
-    source = open_checkpoint(folder)
-    if recipe is not None:
-        resolved = resolve_recipe(Path(recipe), settings)
-    elif run is not None:
-        resolved = resolve_run(Path(run), source, settings.edit_fields, settings.pick, settings.device)
-    else:
-        resolved = resolve_file(Path(str(direction)), source, settings.edit_fields)
-    resolved.check_not_empty()
-    plan = bake(source, resolved.intervention)
-    planned = plan.checkpoint
-    planned.rounding = resolved.rounding or settings.rounding or DEFAULT_ROUNDING
-    link = settings.link or (cache is not None and commit_of(folder) is not None)  # blobs are never changed in place
-    if settings.format == "checkpoint":
-        needed = planned.changed_bytes if link else planned.output_bytes
-        check_space(place.folder, int(1.01 * (needed if share is None else share_bytes(planned, share, link))))
-    if resolved.base_weights is not None and source.files.keys() != resolved.base_weights.keys():
-        raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
-    note(f"editing: {resolved.choice.describe()}")
-    note(f"taken from {resolved.taken_from}")
-    written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
-    how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
-    if settings.format == "lora":
-        weights = source.fingerprint()
-        if resolved.base_weights not in (None, weights):
-            raise OrthogonalizeError(f"{model} is not the base of the recipe (its weights differ)")
+    with nullcontext() if share is not None else place.locked():
+        place.check_free(settings.force, [Path(p) for p in (model, run, direction, recipe) if p is not None])
+        if sum(source is not None for source in (run, direction, recipe)) != 1:
+            raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
+        if settings.pick is not None and run is None:
+            raise OrthogonalizeError("--pick chooses among the edits that a run tried; give --run")
+        folder = find_model(model, settings.revision)
+        place.check_free(settings.force, [folder])
+        source = open_checkpoint(folder)
+        if recipe is not None:
+            resolved = resolve_recipe(Path(recipe), settings)
+        elif run is not None:
+            resolved = resolve_run(Path(run), source, settings.edit_fields, settings.pick, settings.device)
+        else:
+            resolved = resolve_file(Path(str(direction)), source, settings.edit_fields)
+        resolved.check_not_empty()
+        plan = bake(source, resolved.intervention)
+        planned = plan.checkpoint
+        planned.rounding = resolved.rounding or settings.rounding or DEFAULT_ROUNDING
+        # Blobs in the Hub's cache are never changed in place.
+        link = settings.link or (cache is not None and commit_of(folder) is not None)
+        if settings.format == "checkpoint":
+            needed = planned.changed_bytes if link else planned.output_bytes
+            check_space(place.folder, int(1.01 * (needed if share is None else share_bytes(planned, share, link))))
+        if resolved.base_weights is not None and source.files.keys() != resolved.base_weights.keys():
+            raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
+        note(f"editing: {resolved.choice.describe()}")
+        note(f"taken from {resolved.taken_from}")
+        written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
+        how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
+        if settings.format == "lora":
+            weights = source.fingerprint()
+            if resolved.base_weights not in (None, weights):
+                raise OrthogonalizeError(f"{model} is not the base of the recipe (its weights differ)")
+            with place.complete(settings.force) as partial:
+                write_adapter(plan, partial, written.base.model)
+                written.base.weights = weights
+                written.save(partial)
+            _note_relative(resolved, written)
+            return written
+        if share is not None:
+            return _write_share(planned, place.folder, share, written, how)
         with place.complete(settings.force) as partial:
-            write_adapter(plan, partial, written.base.model)
-            written.base.weights = weights
+            done = _write(planned, partial, how)
+            written.base.weights, written.weights = done.source, done.result
+            written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
             written.save(partial)
+            write_card(partial, written, source.path)
         _note_relative(resolved, written)
         return written
-    if share is not None:
-        return _write_share(planned, place.folder, share, written, how)
-    with place.complete(settings.force) as partial:
-        done = _write(planned, partial, how)
-        written.base.weights, written.weights = done.source, done.result
-        written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
-        written.save(partial)
-        write_card(partial, written, source.path)
-    _note_relative(resolved, written)
-    return written
 
 
 def _note_relative(resolved: ResolvedEdit, written: Recipe) -> None:
@@ -188,9 +192,13 @@ def _write_share(plan: CheckpointPlan, out: Path, share: Share, recipe: Recipe, 
     if waiting:
         note(f"{out} will be complete with {', '.join(folder.name for folder in waiting)}")
         return recipe
-    with complete_folder(out, EDITED, how.force) as partial:
-        whole = assemble(plan, share, out, partial, how.link)
-        whole.save(partial)
-        write_card(partial, whole, plan.source.path)
+    try:
+        with complete_folder(out, EDITED, how.force) as partial:
+            whole = assemble(plan, share, out, partial, how.link)
+            whole.save(partial)
+            write_card(partial, whole, plan.source.path)
+    except InUseError:  # by a process whose share was completed at the same moment
+        note(f"{out} is being assembled by another process")
+        return recipe
     remove_shares(share, out)
     return whole

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import RECIPE, open_checkpoint
 from ..core.errors import InPlaceError, OrthogonalizeError
+from ..core.files import is_inside
 from ..core.journal import Journal
+from ..core.locks import exclusive
 from ..core.output_folders import REPORT, check_free, complete_folder
 from ..core.progress import note
 from ..data.prompts import Source
@@ -149,6 +151,7 @@ def _measure_both(
     return before, after, (judgements["base"], judgements["edited"])
 
 
+@exclusive
 def evaluate(
     checkpoint: Path | str,
     base: Path | str,
@@ -238,7 +241,8 @@ def evaluate(
     )
     with complete_folder(out, REPORT, force) as done:
         (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
-        write_webpage(report, sorted((run / "plots").glob("*.png")), done / "report.html")
+        plots = [p for p in sorted((run / "plots").glob("*.png")) if p.is_file() and is_inside(p, run.resolve())]
+        write_webpage(report, plots, done / "report.html")
     if not unlike:
         update_card(checkpoint, report)
     journal.close()

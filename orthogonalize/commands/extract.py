@@ -18,6 +18,7 @@ from typing import Any
 from ..architectures.schema import architecture_of
 from ..core.files import fingerprint, write_atomically
 from ..core.journal import Journal
+from ..core.locks import exclusive
 from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.chat import ChatFormat
@@ -329,6 +330,7 @@ class _Extraction:
         )
 
 
+@exclusive
 def extract(
     model: Path | str,
     out: Path | str,

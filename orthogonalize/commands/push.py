@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint import CARD, RECIPE, open_checkpoint
+from ..checkpoints.checkpoint import CARD, RECIPE, UNFINISHED, open_checkpoint
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.progress import note
 from ..edits.hub_cache import edited_folder
@@ -55,7 +55,9 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     from huggingface_hub import HfApi, get_token
 
     folder = edited_folder(checkpoint)
-    open_checkpoint(folder)
+    opened = open_checkpoint(folder)
+    for file in folder.rglob("*"):  # upload_folder follows links
+        opened.check_inside(file.relative_to(folder))
     if not (folder / RECIPE).is_file():
         raise OrthogonalizeError(f"{folder} has no recipe; push only uploads output of `orthogonalize edit`")
     if not re.fullmatch(HUB_ID, repository):
@@ -85,7 +87,7 @@ def _upload(api: HfApi, folder: Path, stage: Path, repository: str, public: bool
     api.upload_folder(
         repo_id=repository,
         folder_path=folder,
-        ignore_patterns=[RECIPE, CARD],
+        ignore_patterns=[RECIPE, CARD, *UNFINISHED, *(f"*/{name}" for name in UNFINISHED)],
         commit_message="Upload an edited checkpoint",
     )
     api.upload_folder(repo_id=repository, folder_path=stage, commit_message="Add the recipe, card and report")

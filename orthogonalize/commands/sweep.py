@@ -14,6 +14,7 @@ from ..checkpoints.plan import CheckpointPlan
 from ..core.errors import InPlaceError, NoNumberError, OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
+from ..core.locks import exclusive
 from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..core.progress import note, track
 from ..data.prompts import Split
@@ -255,6 +256,7 @@ def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, C
     return plans, refused
 
 
+@exclusive
 def sweep(
     model: Path | str,
     run: Path | str,

@@ -29,12 +29,19 @@ def ran_out_of_memory(error: BaseException) -> str | None:
     return None
 
 
+def shown(text: object, most: int = 200) -> str:
+    """Text from a file for a message: one line, shortened, control characters and unpaired surrogates visible."""
+    whole = str(text)
+    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in whole[: most + 1])
+    return visible if len(whole) <= most and len(visible) <= 2 * most else f"{visible[:most]}…"
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its class if the message is empty.
+    """The first line of an exception's message (see `shown`), or the name of its class if the message is empty.
 
     A line that ends with a colon says nothing without what it announces, which is added.
     """
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if lines and lines[0].endswith(":"):
-        return " ".join(lines)
-    return lines[0] if lines else type(error).__name__
+        return shown(" ".join(lines), 400)
+    return shown(lines[0], 400) if lines else type(error).__name__

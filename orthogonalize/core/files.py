@@ -1,12 +1,18 @@
-"""Write files atomically, and fingerprint what results depend on."""
+"""Read and write files that others may have prepared, write atomically, and fingerprint what results depend on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from .errors import OrthogonalizeError
+from .locks import try_lock
 
 
 def fingerprint(inputs: Any) -> str:
@@ -15,25 +21,76 @@ def fingerprint(inputs: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
+def no_follow(path: str, flags: int) -> int:
+    """An `opener` for `open` that refuses symbolic links and does not wait for the other end of a pipe."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
 def partial_file(file: Path) -> Path:
-    """Where `file` is written before it is complete."""
+    """Where `file` is kept before it is complete, under a name that the next run finds; open it with `no_follow`."""
     return file.with_name(f".{file.name}.partial")
+
+
+@contextmanager
+def new_partial_file(file: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file beside `file` under a random name, removed at the end if it is still there.
+
+    Those that killed processes left behind are removed as well.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    for stale in file.parent.glob(f".{_escaped(file.name)}.*.partial"):
+        _remove_unless_locked(stale)
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(8)}.partial")
+    with open(partial, "xb", opener=no_follow) as out:
+        with suppress(OSError):  # a file system without locks
+            try_lock(out.fileno())
+        try:
+            yield partial, out
+        finally:
+            with suppress(OSError):
+                partial.unlink()
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _remove_unless_locked(file: Path) -> None:
+    with suppress(OSError), open(file, "r+b", opener=no_follow) as left:
+        if try_lock(left.fileno()):
+            file.unlink()
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
     """Write `content` so that `file` is either as it was or complete; an error leaves nothing behind.
 
+    A symbolic link at `file` is replaced, not followed.
+
     Raises:
         OSError: the file cannot be written.
     """
-    partial = partial_file(file)
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    with new_partial_file(file) as (partial, out):
+        out.write(content.encode() if isinstance(content, str) else content)
+        out.flush()
         partial.replace(file)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
+
+
+def check_regular_files(folder: Path) -> None:
+    """Reject a folder that holds a pipe, device or socket, which could keep a reader waiting forever.
+
+    Raises:
+        OrthogonalizeError: the message names it.
+    """
+    for path in folder.rglob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OrthogonalizeError(f"{path} is not a regular file; remove it")
+
+
+def is_inside(path: Path, *folders: Path) -> bool:
+    """Whether `path`, all symbolic links followed, lies in one of `folders`."""
+    return any(path.resolve().is_relative_to(folder) for folder in folders)
 
 
 def write_after(file: Path, size: int, data: bytes) -> None:
@@ -42,7 +99,7 @@ def write_after(file: Path, size: int, data: bytes) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with file.open("r+b" if size else "wb") as out:
+    with open(file, "r+b" if size else "wb", opener=no_follow) as out:
         out.truncate(size)
         out.seek(size)
         out.write(data)

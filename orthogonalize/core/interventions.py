@@ -31,8 +31,8 @@ class Site(NamedTuple):
     def parse(cls, text: str) -> Site:
         """The inverse of `str`."""
         kind, _, layer = text.partition(".")
-        if kind not in ("embed", "attn", "mlp", "head"):
-            raise ValueError(f"unknown site: {text!r}")
+        if kind not in ("embed", "attn", "mlp", "head") or (kind in ("attn", "mlp")) != bool(layer):
+            raise ValueError(f"unknown site: {text[:40]!r}")
         return cls(kind, int(layer) if layer else None)  # type: ignore[arg-type]
 
 
@@ -272,6 +272,8 @@ class Intervention:
     def __post_init__(self) -> None:
         if any(m.shifts for m in self.reads.values()):
             raise ValueError("a map at a read site cannot add a constant; shift the last write before it instead")
+        if len(self.widths) > 1:
+            raise ValueError(f"maps have different widths: {', '.join(map(str, sorted(self.widths)))}")
         object.__setattr__(self, "writes", MappingProxyType(dict(self.writes)))
         object.__setattr__(self, "reads", MappingProxyType(dict(self.reads)))
         object.__setattr__(self, "conditional", MappingProxyType(dict(self.conditional)))
@@ -290,10 +292,15 @@ class Intervention:
         return f"Intervention({', '.join(parts)})"
 
     @property
+    def widths(self) -> set[int]:
+        """The width of the stream in every map: one, unless the maps belong to different models."""
+        maps = (*self.writes.values(), *self.reads.values())
+        return {each.width for each in maps} | {each.width for each in self.conditional.values()}
+
+    @property
     def width(self) -> int | None:
         """The width of the stream; None if the intervention is empty."""
-        widths = (each.width for each in (*self.writes.values(), *self.reads.values()))
-        return next(widths, next((each.width for each in self.conditional.values()), None))
+        return next(iter(self.widths), None)
 
     def spares(self, layer: int) -> bool:
         """Whether the stream at the input of block `layer` stays as it is."""

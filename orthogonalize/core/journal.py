@@ -40,6 +40,10 @@ class Journal:
         return cls(out.absolute().parent / f".{out.name}.partial-measured", needed=needed)
 
     def _read(self) -> None:
+        if self.file.is_symlink():  # never made by this class, and what it points to must not be written
+            self.file.unlink()
+        if not self.file.is_file():
+            return
         try:
             content = self.file.read_bytes()
         except OSError:

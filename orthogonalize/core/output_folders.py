@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,8 +17,10 @@ from tempfile import TemporaryFile
 from safetensors import SafetensorError
 
 from .errors import OrthogonalizeError
+from .locks import locked
 
-UNFINISHED = re.compile(r"\..*\.(partial|journal)(-\d+|-measured)?$")
+UNFINISHED = re.compile(r"\..*\.(partial|journal|lock)(-[0-9a-f]+|-measured)?$")
+WITHOUT_REPLACING, EXCHANGE = 1, 2  # flags of renameat2
 
 
 @dataclass(frozen=True)
@@ -99,25 +103,58 @@ def check_space(out: Path, needed: int, advice: str = "choose a different --out"
         )
 
 
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _clean_up(out: Path, scratch: Path) -> None:
-    """Clean up after killed runs: remove partial folders of `out`, and restore one that was being replaced."""
+    """Clean up after killed runs: remove partial folders of `out`, and restore one that was being replaced.
+
+    The caller holds the lock of `out`, so that nobody is writing them.
+    """
     for what in ("partial", "previous"):
-        for stale in scratch.glob(f".{out.name}.{what}-*"):
-            if _alive(stale.name.rpartition("-")[2]):
+        name = re.compile(re.escape(f".{out.name}.{what}-") + "[0-9a-f]+")
+        for stale in scratch.iterdir() if scratch.is_dir() else ():
+            if not name.fullmatch(stale.name) or stale.is_symlink() or not stale.is_dir():
                 continue
             if what == "previous" and not out.exists():
                 stale.rename(out)
             shutil.rmtree(stale, ignore_errors=True)
+
+
+def _rename(old: Path, new: Path, flag: int) -> bool:
+    """Rename in one step, without replacing or by exchanging; False if the system cannot.
+
+    Raises:
+        OSError: the rename failed; `FileExistsError` if `new` exists and must not be replaced.
+    """
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        return False
+    here = -100  # AT_FDCWD
+    if call(here, os.fsencode(old), here, os.fsencode(new), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(new))
+
+
+def _publish(partial: Path, out: Path, previous: Path, kind: FolderKind, force: bool) -> None:
+    """Move the complete folder `partial` to `out`, after a second look at what is there by now.
+
+    With `force` an earlier output is exchanged for it, so that there is one at every moment.
+
+    Raises:
+        OrthogonalizeError: something that may not be replaced has appeared at `out`.
+    """
+    check_free(out, kind, force)
+    if out.exists():
+        if not _rename(partial, out, EXCHANGE):
+            out.rename(previous)
+            partial.rename(out)
+        return
+    try:
+        if not _rename(partial, out, WITHOUT_REPLACING):
+            partial.rename(out)
+    except FileExistsError as error:
+        raise OrthogonalizeError(f"{out} appeared while it was being written, and is kept; try again") from error
 
 
 @contextmanager
@@ -125,7 +162,7 @@ def complete_folder(out: Path, kind: FolderKind, force: bool = False, scratch: P
     """Yield an empty temporary folder to write into; rename it to `out` when the block succeeds.
 
     On any error, Ctrl-C included, the temporary folder is removed and an existing `out` is kept. The next run
-    cleans up after a killed one.
+    cleans up after a killed one. Other processes cannot write `out` meanwhile (see `locks.locked`).
 
     Args:
         out: the final path.
@@ -133,23 +170,24 @@ def complete_folder(out: Path, kind: FolderKind, force: bool = False, scratch: P
         scratch: where to create the temporary folder, on the same file system; by default beside `out`.
 
     Raises:
-        OrthogonalizeError: `out` cannot be used (see `check_free`), or the disk fills up.
+        OrthogonalizeError: `out` cannot be used (see `check_free`) or is being written, or the disk fills up.
     """
-    out = out.absolute()
-    scratch = (scratch or out.parent).absolute()
+    with locked(out, scratch):
+        yield from _complete_folder(out.absolute(), kind, force, (scratch or out.parent).absolute())
+
+
+def _complete_folder(out: Path, kind: FolderKind, force: bool, scratch: Path) -> Iterator[Path]:
     _clean_up(out, scratch)
     check_free(out, kind, force)
     for folder in (out.parent, scratch):
         folder.mkdir(parents=True, exist_ok=True)
-    partial = scratch / f".{out.name}.partial-{os.getpid()}"
-    previous = scratch / f".{out.name}.previous-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
+    token = secrets.token_hex(8)
+    partial = scratch / f".{out.name}.partial-{token}"
+    previous = scratch / f".{out.name}.previous-{token}"
     partial.mkdir()
     try:
         yield partial
-        if out.exists():
-            out.rename(previous)
-        partial.rename(out)
+        _publish(partial, out, previous, kind, force)
     except (OSError, SafetensorError) as error:
         # safetensors reports a full disk as an exception class of its own.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
@@ -174,6 +212,10 @@ class OutputFolder:
     def check_free(self, force: bool = False, inputs: Sequence[Path] = ()) -> None:
         """See `check_free`."""
         check_free(self.folder, self.kind, force, inputs)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """See `locks.locked`."""
+        return locked(self.folder)
 
     def complete(self, force: bool = False) -> AbstractContextManager[Path]:
         """See `complete_folder`."""

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from rich import progress as bars
 from rich.console import Console
 
+from .errors import shown
+
 Progress = Callable[[int], None]
 """Called with the amount of work done since the last call."""
 
@@ -24,7 +26,7 @@ def show(on: bool = True) -> None:
 def note(text: str) -> None:
     """Print one line to the user, if progress is shown."""
     if _shown:
-        console.print(text, highlight=False, markup=False)
+        console.print(shown(text, 2000), highlight=False, markup=False)
 
 
 @contextmanager

@@ -4,26 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
-
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, shown
+from .template_process import TemplateError, render
 from .tokenization import encode_open_ended
-
-# The date given to templates that write the current one; otherwise prompts, and results, would change at midnight.
-# Llama 3's own template falls back to this date.
-TODAY = datetime(2024, 7, 26)
 
 # Instructions without a common suffix, so that what their renderings share at the end comes from the template.
 _PROBES = ("Name a colour", "7 + 5 =", "Why?", "translate: bonjour\nto English")
 
 
-def with_fixed_date(tokenizer: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """`arguments` for the chat template of `tokenizer`, with a fixed date if the template writes the current one."""
-    writes_date = "strftime_now" in str(tokenizer.chat_template)
-    return ({"strftime_now": TODAY.strftime} if writes_date else {}) | dict(arguments)
+def chat_ids(tokenizer: Any, chats: Sequence[Any], arguments: Mapping[str, Any], rejects: str) -> list[list[int]]:
+    """Token ids of each of `chats` (lists of messages), up to where the answer begins.
+
+    The template is rendered in a process of its own (see `template_process`). The rendered text is tokenized without
+    adding special tokens, so a BOS that the template writes is not doubled.
+
+    Args:
+        arguments: passed to the chat template.
+        rejects: how the error message begins, such as "the chat template rejects this prompt".
+
+    Raises:
+        OrthogonalizeError: the template rejects a chat, fails, or exceeds a limit.
+    """
+    if not chats:
+        return []
+    try:
+        if _renders_itself(tokenizer):
+            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+            rows = [list(tokenizer.apply_chat_template(chat, **options, **arguments)) for chat in chats]
+        else:
+            template = tokenizer.get_chat_template()
+            texts = render(template, chats, {**tokenizer.special_tokens_map, **arguments})
+            rows = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    except (TemplateError, TypeError, ValueError) as error:
+        raise OrthogonalizeError(f"{rejects}: {shown(error)}") from error
+    if not all(rows):
+        raise OrthogonalizeError(f"{rejects}: the tokenizer has no token for what it writes")
+    return rows
+
+
+def _renders_itself(tokenizer: Any) -> bool:
+    """Whether the tokenizer's class has code of its own in place of a Jinja template (Mistral's)."""
+    from transformers import PreTrainedTokenizerBase
+
+    own = getattr(type(tokenizer), "apply_chat_template", None)
+    return own is not PreTrainedTokenizerBase.apply_chat_template
 
 
 @dataclass(frozen=True)
@@ -49,32 +75,18 @@ class ChatFormat:
     def encode(self, instruction: str) -> list[int]:
         """Token ids of the full prompt, up to where the model's answer begins.
 
-        The rendered text is tokenized without adding special tokens, so a BOS that the template writes is not
-        doubled.
-
         Raises:
             OrthogonalizeError: the chat template rejects the prompt.
         """
-        if not self.templated:
-            return encode_open_ended(self.tokenizer, [instruction])[0]
-        messages = [{"role": "user", "content": instruction}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **with_fixed_date(self.tokenizer, self.arguments),
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise OrthogonalizeError(f"the chat template rejects this prompt: {error}") from error
-        return list(ids)
+        return self.encode_all([instruction])[0]
 
     def encode_all(self, instructions: Sequence[str]) -> list[list[int]]:
         """`encode` for several instructions."""
-        return [self.encode(instruction) for instruction in instructions]
+        if not self.templated:
+            return encode_open_ended(self.tokenizer, instructions)
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        chats = [[*system, {"role": "user", "content": instruction}] for instruction in instructions]
+        return chat_ids(self.tokenizer, chats, self.arguments, "the chat template rejects this prompt")
 
     def post_instruction_tokens(self) -> list[int]:
         """The token ids that the template appends to every instruction, found by rendering; [] without a template."""

@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoints.safetensors_file import TensorFile, TensorInfo, open_tensor_file, stored_bytes, write_header
 from ..core.errors import OrthogonalizeError
-from ..core.files import partial_file
+from ..core.files import no_follow, partial_file
 from ..core.interrupts import check
 from ..core.journal import Journal
 from ..core.progress import track
@@ -86,11 +86,12 @@ def record(
     """
     partial = partial_file(folder / FILE)  # left by an interrupted call, which this one completes
     journal = Journal(folder / f".{FILE}.journal", inputs)
-    if not partial.is_file():
+    if partial.is_symlink() or not partial.is_file():
+        partial.unlink(missing_ok=True)
         journal.close()  # its file is gone
     done = set(journal.done)
     infos = _layout(model, {name: len(ids) for name, ids in sets.items()}, positions, layers)
-    with partial.open("r+b" if done else "w+b") as file:
+    with open(partial, "r+b" if done else "w+b", opener=no_follow) as file:
         write_header(file, list(infos.values()), {})
         start = file.tell()
         file.truncate(start + max(info.end for info in infos.values()))

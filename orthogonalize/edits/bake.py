@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ..architectures.schema import Part, bias_name
 from ..checkpoints.checkpoint import Addition, Checkpoint
 from ..checkpoints.quantization import row_reader
 from ..checkpoints.safetensors_file import DTYPES, row_blocks
+from ..checkpoints.settings_files import code_keys
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix, conjugate
@@ -29,11 +28,16 @@ def bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
     """
     plan = EditPlan.of(source)
     width = plan.architecture.width(source.config)
-    if intervention.width not in (None, width):
+    for wrong in sorted(intervention.widths - {width}):
         raise OrthogonalizeError(
-            f"the direction has width {intervention.width} and the model's residual stream {width}; "
+            f"the direction has width {wrong} and the model's residual stream {width}; "
             "was it extracted from another model?"
         )
+    for key in code_keys(source.config):  # served by whoever gets the result, who should not run what a file names
+        plan.checkpoint.config_changes[key] = None
+    nested = source.config.get("text_config")
+    for key in code_keys(nested) if isinstance(nested, dict) else ():
+        plan.checkpoint.set_text_config(key, None)
     plan.sites.check_complete()
     plan.sites.check_images()
     for site, affine in intervention.writes.items():
@@ -61,7 +65,7 @@ def _plan_part(plan: EditPlan, site: Site, part: Part, affine: AffineMap) -> Non
     layer = int(site.layer or 0)
     if part.post_norm is not None:
         norm = plan.sites.in_layer(f"{part.post_norm}.weight", layer)
-        affine = conjugate(affine, _norm_weight(plan, norm, site))
+        affine = conjugate(affine, _norm_weight(plan, norm, site, affine.width))
     for write in plan.sites.writes(part, layer):
         plan.edit(write.name, site, write.axis, affine, "matrix")
         bias = bias_name(write.name)
@@ -79,22 +83,36 @@ def _plan_conditional(plan: EditPlan, matrix: WriteMatrix, conditional: Conditio
     affine = conditional.directions
     if part.post_norm is not None:
         norm = plan.sites.in_layer(f"{part.post_norm}.weight", layer)
-        affine = conjugate(affine, _norm_weight(plan, norm, matrix.site))
+        affine = conjugate(affine, _norm_weight(plan, norm, matrix.site, affine.width))
+    _check_inputs(plan, matrix, stored, conditional)
     # Of experts that are stored one by one, each has its own components; fused ones have them in the same order.
     parts = conditional.c if len(stored) > 1 else [conditional.c]
     for write, c in zip(stored, parts, strict=True):
         if not c.any():
             continue
         inputs = c.movedim(-2, 0).reshape(conditional.rank, -1)
-        vectors = math.prod(plan.checkpoint.shape(write.name)) // conditional.width
-        if inputs.shape[1] != vectors:
-            raise OrthogonalizeError(
-                f"the edit of {write.name} was fitted to {inputs.shape[1]} inputs, but it has {vectors}; "
-                "was it fitted to another model?"
-            )
         if write.name in plan.checkpoint.edits:
             raise OrthogonalizeError(f"{write.name} is edited twice, conditionally and for every input")
         plan.edit_given(write.name, matrix.site, write.axis, affine, inputs)
+
+
+def _check_inputs(plan: EditPlan, matrix: WriteMatrix, stored: list[Located], conditional: ConditionalMap) -> None:
+    """Reject a conditional map whose experts or inputs are not those of the matrix.
+
+    Raises:
+        OrthogonalizeError: the message names the tensor, its shape, and the map's.
+    """
+    for write in stored:
+        shape = plan.checkpoint.shape(plan.check_shape(write.name, matrix.site, write.axis, conditional.width))
+        inputs = tuple(size for axis, size in enumerate(shape) if axis != write.axis % len(shape))
+        wanted = (*inputs[:-1], conditional.rank, inputs[-1]) if inputs else ()
+        if matrix.routed and len(shape) == 2:
+            wanted = (len(stored), *wanted)
+        if tuple(conditional.c.shape) != wanted:
+            raise OrthogonalizeError(
+                f"the edit of {write.name} {list(shape)} has the components {list(conditional.c.shape)} and needs "
+                f"{list(wanted)}; was it fitted to another model?"
+            )
 
 
 def _plan_embedding(plan: EditPlan, site: Site, affine: AffineMap) -> None:
@@ -151,12 +169,15 @@ def _plan_reads(
         raise OrthogonalizeError(
             f"{plan.architecture.family} subtracts the mean before it reads, so a direction must be centred first"
         )
-    scale = torch.ones(affine.width, dtype=torch.float64) if norm is None else _norm_weight(plan, norm, site)
+    if norm is None:
+        scale = torch.ones(affine.width, dtype=torch.float64)
+    else:
+        scale = _norm_weight(plan, norm, site, affine.width)
     bias = bias_name(norm) if norm else ""
     for read in reads:
-        edit = TensorEdit(plan.check_tensor(read.name, site), site, read.axis, affine, "read", scale)
-        plan.checkpoint.edits[edit.name] = edit
+        edit = plan.edit_reader(read.name, site, read.axis, affine, scale)
         if centring and bias in plan.source.tensors:
+            _check_vector(plan, bias, site, affine.width)
             _restore_norm_bias(plan, edit, plan.source.read(bias).double())
 
 
@@ -186,9 +207,17 @@ def _restore_norm_bias(plan: EditPlan, edit: TensorEdit, bias: torch.Tensor) -> 
     plan.add_constant(own, edit.site, lost)
 
 
-def _norm_weight(plan: EditPlan, name: str, site: Site) -> torch.Tensor:
-    """What the norm with weight `name` multiplies by, [d] in float64."""
-    return plan.architecture.norms.offset + plan.source.read(plan.check_tensor(name, site)).double()
+def _check_vector(plan: EditPlan, name: str, site: Site, width: int) -> str:
+    """`name`, once checked that the tensor is a vector of `width` (see `EditPlan.check_shape`)."""
+    shape = plan.checkpoint.shape(plan.check_shape(name, site, -1, width))
+    if len(shape) != 1:
+        raise OrthogonalizeError(f"{name} has the shape {list(shape)} instead of [{width}]; fetch the checkpoint again")
+    return name
+
+
+def _norm_weight(plan: EditPlan, name: str, site: Site, width: int) -> torch.Tensor:
+    """What the norm with weight `name` multiplies by, [width] in float64."""
+    return plan.architecture.norms.offset + plan.source.read(_check_vector(plan, name, site, width)).double()
 
 
 def _untie_head(plan: EditPlan) -> None:

@@ -19,6 +19,7 @@ from ..checkpoints.quantization import dequantize, scale_name
 from ..checkpoints.safetensors_file import EDITABLE
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import Site
+from ..models.loading import load_config
 from .plan import EditPlan
 
 REACHED = 1e-6  # largest relative part of a vector that a value bias may miss
@@ -153,9 +154,7 @@ def _rows_of_parts(total: int, shares: Mapping[str, int | str], config: Mapping[
 
 
 def _convert_to_llama(plan: EditPlan) -> None:
-    from transformers import AutoConfig
-
-    full = AutoConfig.from_pretrained(plan.source.path).to_dict()
+    full = load_config(plan.source.path).to_dict()
     given = plan.source.config
     fused = _fused_weights(plan)
     parts = {name: _rows_of_parts(plan.source.tensors[name].shape[0], shares, full) for name, shares in fused.items()}
@@ -179,11 +178,16 @@ def _value_bias(plan: EditPlan, site: Site, part: Part, vector: torch.Tensor) ->
         return ""
     layer = int(site.layer or 0)
     output, value = (plan.sites.in_layer(name, layer) for name in (through.output, through.weight))
-    weight = dequantize(plan.source, plan.check_tensor(output, site)).double()
+    weight = dequantize(plan.source, plan.check_shape(output, site, 0, len(vector))).double()
     if output in plan.checkpoint.edits:
         weight = plan.checkpoint.edits[output].exact(weight)
     heads = int(setting(plan.source.config, "num_attention_heads"))
     groups = int(setting(plan.source.config, "num_key_value_heads", heads))
+    if weight.dim() != 2 or min(heads, groups) < 1 or heads % groups or weight.shape[1] % heads:
+        raise OrthogonalizeError(
+            f"{output} has the shape {list(weight.shape)}, but config.json needs {len(vector)} by a multiple of "
+            f"{heads} heads in {groups} groups; fetch both again"
+        )
     reach = weight.reshape(len(weight), groups, heads // groups, -1).sum(2).reshape(len(weight), -1)
     solution = torch.linalg.lstsq(reach, vector.unsqueeze(1), driver="gelsd").solution.squeeze(1)
     missed = ((reach @ solution - vector).norm() / vector.norm()).item()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints.checkpoint import RECIPE
 from ..core.errors import OrthogonalizeError
+from ..core.locks import locked
 from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..models.resolve import is_hub_id
 from .recipe import load_recipe
@@ -84,6 +85,11 @@ class CachedRepository:
                 "replace it; choose another name"
             )
         check_free(self.folder, EDITED, force, inputs)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other processes from writing the repository (see `locks.locked`)."""
+        self.snapshot()  # refuses invalid names
+        return locked(self.folder, self.folder.parent / SCRATCH)
 
     @contextmanager
     def complete(self, force: bool = False) -> Iterator[Path]:

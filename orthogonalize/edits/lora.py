@@ -18,7 +18,7 @@ from safetensors.torch import save
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError
 from ..core.files import write_atomically
-from ..models.loading import model_class
+from ..models.loading import load_config, model_class
 from .plan import EditPlan
 
 VECTORS = 4096  # vectors of a weight held in float64 at a time
@@ -58,11 +58,9 @@ def _linear_layers(plan: EditPlan) -> dict[str, str]:
     Raises:
         OrthogonalizeError: a weight is not a linear layer there.
     """
-    from transformers import AutoConfig
-
     folder = plan.source.path
     with torch.device("meta"):
-        model = model_class(folder).from_config(AutoConfig.from_pretrained(folder))
+        model = model_class(folder).from_config(load_config(folder))
     held = dict(model.named_modules())
     linear = {name for name, module in held.items() if isinstance(module, torch.nn.Linear)}
     head = next(name for name in linear if held[name] is model.get_output_embeddings())

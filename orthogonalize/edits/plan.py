@@ -12,7 +12,7 @@ from ..architectures.schema import Architecture, architecture_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import check_editable
-from ..checkpoints.safetensors_file import EDITABLE
+from ..checkpoints.safetensors_file import EDITABLE, show_shape
 from ..checkpoints.tensor_edit import TensorEdit
 from ..checkpoints.writer import Written
 from ..core.errors import OrthogonalizeError
@@ -87,18 +87,46 @@ class EditPlan:
             )
         return name
 
+    def check_shape(self, name: str, site: Site, axis: int, width: int) -> str:
+        """`name`, once checked (see `check_tensor`) that the tensor has `width` entries along `axis`.
+
+        A tensor with three axes holds one matrix per expert of the configuration.
+
+        Raises:
+            OrthogonalizeError: it is missing, cannot be edited, or has another shape.
+        """
+        shape = self.checkpoint.shape(self.check_tensor(name, site))
+        wanted = f"{width} along axis {axis}"
+        fits = -len(shape) <= axis < len(shape) and shape[axis] == width
+        experts = self.architecture.experts(self.source.config)
+        if fits and len(shape) == 3 and experts:
+            wanted, fits = f"{wanted} and {experts} experts along axis 0", shape[0] == experts
+        if not fits or len(shape) > 3 or not all(shape):
+            raise OrthogonalizeError(
+                f"{name} has the shape {show_shape(shape)}, but config.json and the edit need {wanted}; "
+                "fetch the checkpoint again"
+            )
+        return name
+
     def edit(self, name: str, site: Site, axis: int, affine: AffineMap, part: Literal["matrix", "vectors"]) -> None:
         """Plan the edit of one tensor along its stream `axis`."""
-        self.checkpoint.edits[name] = TensorEdit(self.check_tensor(name, site), site, axis, affine, part)
+        self.check_shape(name, site, axis, affine.width)
+        self.checkpoint.edits[name] = TensorEdit(name, site, axis, affine, part)
+
+    def edit_reader(self, name: str, site: Site, axis: int, affine: AffineMap, norm: torch.Tensor) -> TensorEdit:
+        """Plan the edit of a tensor that reads the stream along `axis` through a norm with weight `norm` [d]."""
+        self.check_shape(name, site, axis, affine.width)
+        self.checkpoint.edits[name] = TensorEdit(name, site, axis, affine, "read", norm)
+        return self.checkpoint.edits[name]
 
     def edit_given(self, name: str, site: Site, axis: int, affine: AffineMap, given: torch.Tensor) -> None:
         """Plan to take the components `given` out of one matrix along its stream `axis` (see `TensorEdit.given`)."""
-        name = self.check_tensor(name, site)
+        self.check_shape(name, site, axis, affine.width)
         self.checkpoint.edits[name] = TensorEdit(name, site, axis, affine, "matrix", given=given)
 
     def add_constant(self, name: str, site: Site, vector: torch.Tensor, axis: int = -1) -> None:
         """Add `vector` along `axis` of tensor `name`, on top of whatever is already planned for it."""
-        axis %= len(self.checkpoint.shape(self.check_tensor(name, site)))
+        axis %= len(self.checkpoint.shape(self.check_shape(name, site, axis, len(vector))))
         planned = self.checkpoint.edits.get(name)
         affine = shift(vector)
         if planned is not None:

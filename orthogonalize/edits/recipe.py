@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..checkpoints.checkpoint import RECIPE
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, first_line
 from ..core.files import write_atomically
 from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix
 from ..core.words import counted
@@ -138,9 +138,9 @@ class Recipe(_Record):
                 WriteMatrix.parse(record.matrix): ConditionalMap(arrays[record.r], arrays[record.c])
                 for record in self.conditional
             }
-        except (KeyError, ValueError) as error:
-            raise OrthogonalizeError(f"the recipe's maps are damaged: {error}") from error
-        return Intervention(sides["write"], sides["read"], conditional)
+            return Intervention(sides["write"], sides["read"], conditional)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise OrthogonalizeError(f"the recipe's maps are damaged: {first_line(error)}") from error
 
     def save(self, folder: Path) -> None:
         """Write the recipe into a checkpoint folder, atomically."""
@@ -181,6 +181,8 @@ def _decode(array: Array) -> torch.Tensor:
         values = np.frombuffer(base64.b64decode(array.data, validate=True), dtype="<f8").reshape(array.shape)
     except ValueError as error:
         raise OrthogonalizeError("the recipe's vectors are damaged") from error
+    if not np.isfinite(values).all():
+        raise OrthogonalizeError("the recipe's vectors hold NaN or infinite values")
     return torch.from_numpy(values.astype(np.float64))
 
 

@@ -10,9 +10,10 @@ from typing import Literal
 
 import torch
 
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, shown
 from ..core.interventions import AffineMap, Intervention, Site, block_sites, shift
 
+MOST_LAYERS = 10_000
 Kind = Literal["all", "one", "top", "layers", "upto", "from"]
 
 
@@ -55,7 +56,9 @@ def parse_scope(text: str) -> Scope:
     Raises:
         OrthogonalizeError: the text is not a valid scope.
     """
-    wrong = OrthogonalizeError(f"scope {text!r} is not one of: all, one, top:50%, layers:3,5-9, upto:12, from:12")
+    wrong = OrthogonalizeError(
+        f"scope {shown(text, 60)!r} is not one of: all, one, top:50%, layers:3,5-9, upto:12, from:12"
+    )
     if text in ("all", "one"):
         return Scope("all" if text == "all" else "one")
     kind, _, rest = text.partition(":")
@@ -72,6 +75,8 @@ def parse_scope(text: str) -> Scope:
             for part in rest.split(","):
                 first, _, last = part.partition("-")
                 span = range(int(first), int(last or first) + 1)
+                if span.stop > MOST_LAYERS:
+                    raise OrthogonalizeError(f"scope {shown(text, 60)!r}: no model has {MOST_LAYERS} layers")
                 if not span:
                     raise OrthogonalizeError(f"scope {text!r}: the range {part} is reversed")
                 layers.update(span)

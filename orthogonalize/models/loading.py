@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.settings_files import check_tokenizer_files
 from ..core.errors import OrthogonalizeError, first_line, ran_out_of_memory
 
 
@@ -35,17 +36,36 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder."""
     from transformers import AutoTokenizer
 
+    check_tokenizer_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
+    except BaseException as error:  # the file may be anybody's; the library's own panics are no `Exception`
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise OrthogonalizeError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers configuration of a model folder, without its choice of implementations.
+
+    Raises:
+        OrthogonalizeError: transformers cannot read it.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config._attn_implementation = config._experts_implementation = None  # these could name code to be fetched
+    except Exception as error:  # the file may be anybody's
+        raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
+    return config
 
 
 def model_class(folder: Path, trust_remote_code: bool = False) -> Any:
     """The transformers auto class that loads a checkpoint; some image-text models are not causal-LM classes."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    config = load_config(folder, trust_remote_code)
     known = type(config) in AutoModelForCausalLM._model_mapping or getattr(config, "auto_map", None)
     wrapped = type(config) in AutoModelForImageTextToText._model_mapping
     return AutoModelForImageTextToText if wrapped and not known else AutoModelForCausalLM
@@ -72,9 +92,12 @@ def load_model(
     try:
         loader = model_class(folder, trust_remote_code)
         model, found = loader.from_pretrained(
-            folder, dtype=chosen, trust_remote_code=trust_remote_code, output_loading_info=True
-        )
-    except (ValueError, OSError, KeyError, RuntimeError) as error:
+            folder, config=load_config(folder, trust_remote_code), dtype=chosen, trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )  # fmt: skip
+    except OrthogonalizeError:
+        raise
+    except Exception as error:  # the files may be anybody's
         if ran_out_of_memory(error):
             raise
         raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
@@ -97,10 +120,12 @@ def check_complete(folder: Path) -> None:
     if config.get("model_type") not in CONFIG_MAPPING or "quantization_config" in config:
         return
     try:
-        _, found = model_class(folder).from_pretrained(folder, device_map="meta", output_loading_info=True)
+        _, found = model_class(folder).from_pretrained(
+            folder, config=load_config(folder), device_map="meta", output_loading_info=True
+        )
     except RuntimeError as error:
         raise OrthogonalizeError(f"{folder} is incomplete or has wrong shapes: {first_line(error)}") from error
-    except (ValueError, OSError, KeyError, ImportError):
+    except Exception:  # the files may be anybody's
         return  # transformers has no class for it, but the engine may
     _check_missing(folder, found["missing_keys"])
 

@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from ..checkpoints.checkpoint import RECIPE, open_checkpoint
 from ..core.errors import OrthogonalizeError, first_line
+from ..core.locks import locked
 from .gguf import convert_gguf
 
 # The files of a checkpoint that are downloaded; weights in other formats are not.
@@ -37,7 +36,7 @@ def cached(name: str, make: Callable[[Path], object]) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{name}.lock")):
+    with locked(folder, wait=True):
         if not folder.exists():
             make(folder)
     return folder

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 
 from ..checkpoints.checkpoint import CARD, RECIPE
+from ..core.files import write_atomically
 from ..edits.methods.registry import METHODS
 from ..edits.recipe import Recipe, load_recipe
 from ..models.resolve import commit_of, is_hub_id, public_name
@@ -16,17 +17,27 @@ from .tables import summary_rows
 from .templating import templates
 
 MADE_WITH = "made with orthogonalize"  # in every card from the template
+LARGEST_CARD = 2**20  # bytes of a base's card that are read
 
 
 def _base_metadata(base: Path) -> dict[str, Any]:
     """The licence and language that the base's own card declares."""
     file = base / CARD
     try:
-        metadata = metadata_load(file) or {} if file.is_file() else {}
-    except ValueError:  # a card whose header is not YAML
-        metadata = {}
+        readable = file.is_file() and file.stat().st_size <= LARGEST_CARD
+        metadata = metadata_load(file) if readable else None
+    except Exception:  # a card whose header is not YAML, which raises many things
+        metadata = None
+    if not isinstance(metadata, dict):
+        return {}
     kept = ("license", "license_name", "license_link", "language")
-    return {key: metadata[key] for key in kept if key in metadata}
+    return {key: metadata[key] for key in kept if _is_plain(metadata.get(key))}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a header field is a short text or a list of them."""
+    texts = value if isinstance(value, list) else [value]
+    return 0 < len(texts) <= 200 and all(isinstance(each, str) and 0 < len(each) <= 200 for each in texts)
 
 
 def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None = None) -> str:
@@ -58,7 +69,7 @@ def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None =
 
 def write_card(folder: Path, recipe: Recipe, base: Path | None = None, report: Report | None = None) -> None:
     """Write README.md into a checkpoint folder; without `base`, the licence in its current README.md is kept."""
-    (folder / CARD).write_text(card_text(recipe, _base_metadata(base or folder), report), "utf-8")
+    write_atomically(folder / CARD, card_text(recipe, _base_metadata(base or folder), report))
 
 
 def update_card(checkpoint: Path, report: Report) -> None:

@@ -281,6 +281,8 @@ def run_figures(run: Run) -> dict[str, Figure]:
 def plot_run(run: Run, folder: Path) -> None:
     """Write a run's figures into the folder's `plots`; its activations are read from the same folder."""
     plots = folder / "plots"
+    if plots.is_symlink():
+        raise OrthogonalizeError(f"{plots} is a symbolic link, and its files would be replaced; remove it")
     plots.mkdir(parents=True, exist_ok=True)
     for old in plots.glob("*.png"):
         old.unlink()

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import OrthogonalizeError
-from ..core.files import write_atomically
+from ..core.files import check_regular_files, write_atomically
 from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
@@ -173,6 +173,7 @@ def load_run(folder: Path | str) -> Run:
         raise OrthogonalizeError(f"run folder {folder} is unfinished; re-run the same extract command to resume it")
     if not (folder / "run.json").is_file():
         raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); create one with extract")
+    check_regular_files(folder)
     try:
         info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))
         prompts, preserved = load_prompt_file(folder), load_preserved(folder)

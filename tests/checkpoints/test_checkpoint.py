@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -219,19 +220,30 @@ def test_force_replaces_only_folders_that_the_tool_made(tmp_path):
     assert (other / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_killed_run_shows_no_result_and_the_next_cleans_up(tmp_path, how):
+@contextmanager
+def writing(out: Path) -> Iterator[subprocess.Popen]:
+    """A process that has begun to write `out`."""
     code = (
         "import sys, time; from pathlib import Path\n"
         "from orthogonalize.core.output_folders import RUN, complete_folder\n"
-        f"with complete_folder(Path({str(tmp_path / 'out')!r}), RUN) as p:\n"
+        f"with complete_folder(Path({str(out)!r}), RUN) as p:\n"
         "    (p / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
-    process.send_signal(how)
-    process.wait(timeout=30)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(timeout=30)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_killed_run_shows_no_result_and_the_next_cleans_up(tmp_path, how):
+    with writing(tmp_path / "out") as process:
+        process.send_signal(how)
+        process.wait(timeout=30)
     assert not (tmp_path / "out").exists()
     with complete_folder(tmp_path / "out", RUN) as partial:
         (partial / "run.json").write_text("{}")
@@ -255,11 +267,13 @@ def test_output_being_replaced_by_a_killed_run_is_restored(tmp_path):
 
 
 def test_partial_folder_of_a_live_process_is_left_alone(tmp_path):
-    living = tmp_path / f".out.partial-{os.getppid()}"
-    living.mkdir()
-    with complete_folder(tmp_path / "out", RUN) as partial:
-        (partial / "run.json").write_text("{}")
-    assert living.exists()
+    """Whatever its process number, which is 1 for every container on a shared volume."""
+    with writing(tmp_path / "out") as process:
+        [living] = tmp_path.glob(".out.partial-*")
+        said = rf"is being written by process {process.pid}; wait for it"
+        with pytest.raises(OrthogonalizeError, match=said), complete_folder(tmp_path / "out", RUN):
+            pass
+        assert living.exists()
 
 
 def test_force_spares_inputs_and_other_kinds_of_output(tmp_path):

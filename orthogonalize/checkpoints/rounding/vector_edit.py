@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ...core.interventions import AffineMap
+from .arguments import check_given, check_scales, check_vectors
 from .base import GRIDS, EditStats, Grid, Scales
 from .kernels import edit_tiles
 
@@ -41,8 +42,11 @@ class VectorEdit:
 
     def __init__(self, affine: AffineMap, dtype: torch.dtype, cancels: bool) -> None:
         u, v, s = affine.u, affine.v, affine.s
+        if u.dim() != 2 or v.shape != u.shape or s.shape != u.shape[:1]:
+            raise ValueError(f"not the map of one vector: u {tuple(u.shape)}, v {tuple(v.shape)}, s {tuple(s.shape)}")
         wide, grid = dtype in (torch.float32, torch.float64), GRIDS.get(dtype)
         number: Any = np.float64 if wide else np.float32
+        self._held = np.dtype(np.uint16 if dtype == torch.bfloat16 else number)
         digits = 52 if wide else 23
         limits = grid or Grid(digits, -126, float(np.finfo(number).max))
         self._exact = [t.detach().to("cpu", torch.float64).numpy() for t in (u, v, s)]
@@ -71,8 +75,15 @@ class VectorEdit:
         scales: Scales | None = None,
         given: np.ndarray[Any, Any] | None = None,
     ) -> EditStats:
-        """Edit the vectors `first` to `last` of `stored`, in place (see `VectorKernel`)."""
+        """Edit the vectors `first` to `last` of `stored`, in place (see `VectorKernel`).
+
+        Raises:
+            ValueError: an argument has another shape, format or memory layout than the compiled loops assume.
+        """
         u, v, s = self._maps
+        check_vectors(stored, by_rows, first, last, len(v), self._held)
+        check_given(given, stored, by_rows, v.shape[1])
+        check_scales(scales, stored, by_rows)
         sums, before = np.zeros(6), np.empty((v.shape[1], last - first))
         old = None if scales is None else np.ascontiguousarray(scales.values, u.dtype)
         new = old if scales is None or scales.edited is None else np.ascontiguousarray(scales.edited, u.dtype)

@@ -12,7 +12,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from ...core.errors import OrthogonalizeError
-from ...data.chat import with_fixed_date
+from ...data.chat import chat_ids
 from ...data.tokenization import encode_open_ended
 
 if TYPE_CHECKING:
@@ -69,22 +69,9 @@ Judge = ModelJudge | WordingJudge
 
 def _chat_ids(tokenizer: Any, name: str, messages: list[dict[str, Any]], **arguments: Any) -> list[int]:
     """The ids of a chat that ends where the judge's reply begins."""
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise OrthogonalizeError(f"the model for judge {name} has no chat template; check that it is a {name} model")
-    try:
-        return list(
-            tokenizer.apply_chat_template(
-                messages,
-                tokenize=True,
-                return_dict=False,
-                add_generation_prompt=True,
-                **with_fixed_date(tokenizer, arguments),
-            )
-        )
-    except (TemplateError, TypeError, ValueError) as error:
-        raise OrthogonalizeError(f"the chat template of judge {name} rejects this answer: {error}") from error
+    return chat_ids(tokenizer, [messages], arguments, f"the chat template of judge {name} rejects this answer")[0]
 
 
 def template(name: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from ...architectures.schema import Architecture, bias_name, parse
 from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...core.errors import OrthogonalizeError, first_line
-from ..loading import model_class
+from ..loading import load_config, model_class
 from ..sites import Sites
 from .block_probe import FoundPart
 from .discovery import Findings, discover, layout_of
@@ -239,16 +239,13 @@ def draft(folder: Path) -> Draft:
         OrthogonalizeError: transformers has no such class or cannot build a small one; the stream passes through
             a norm; or the draft misses a tensor of the checkpoint.
     """
-    from transformers import AutoConfig
-
     checkpoint = open_checkpoint(folder)
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = load_config(folder).get_text_config()
         small = shrink_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OrthogonalizeError(
-            f"transformers does not support the configuration of {folder}: {first_line(error)}"
-        ) from error
+    except (OrthogonalizeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = first_line(error.__cause__ or error)
+        raise OrthogonalizeError(f"transformers does not support the configuration of {folder}: {reason}") from error
     with tempfile.TemporaryDirectory(prefix="orthogonalize-") as scratch:
         try:
             _save_small_model(small, Path(scratch))
@@ -270,11 +267,9 @@ def draft(folder: Path) -> Draft:
 
 def _name_wrapper(checkpoint: Checkpoint, text: ModelNames, width: int) -> ModelNames:
     """The names of a multimodal model's text model, and the tensors through which images may enter its stream."""
-    from transformers import AutoConfig
-
     try:
         with torch.device("meta"):
-            model = model_class(checkpoint.path).from_config(AutoConfig.from_pretrained(checkpoint.path))
+            model = model_class(checkpoint.path).from_config(load_config(checkpoint.path))
         decoder = model.get_decoder()
         inside = next(name for name, module in model.named_modules() if module is decoder)
     except (ValueError, KeyError, AttributeError, StopIteration) as error:

@@ -1,0 +1,143 @@
+"""The JSON files beside the weights: read within limits, before any library sees them.
+
+A configuration from anybody may be huge, nested without end, or ask for ten million layers; or name an implementation
+that transformers would fetch from the Hub and run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import OrthogonalizeError, first_line, shown
+
+LARGEST = 256 * 2**20  # bytes of a tokenizer or index
+LARGEST_CONFIG = 16 * 2**20  # bytes of a configuration
+DEEPEST = 64  # nested lists and tables
+LARGEST_ID = 10**8  # of a token
+# The largest integers that a configuration may have, by key; a library would build that many objects.
+MOST = (
+    (re.compile(r"n_layers?|(.*_)?num_.*layers|num_labels|.*_?depth"), 10**4),
+    (re.compile(r"n_experts|.*num_.*experts|(.*_)?n_.*experts"), 10**5),
+)
+LARGEST_NUMBER = 2**53  # of any other key
+# Keys with which a model's files could choose the code that runs it.
+CODE = re.compile(r"_?\w+_implementation(_internal)?|use_kernels|kernel_config|kernels")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def read_json(path: Path, most: int = LARGEST) -> Any:
+    """The contents of a JSON file of at most `most` bytes.
+
+    Raises:
+        OrthogonalizeError: it is missing, damaged, too large or nested too deeply.
+    """
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise OrthogonalizeError(f"{path} has {size} bytes, and at most {most} are read")
+        found = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise OrthogonalizeError(f"{path} cannot be read as JSON ({first_line(error)}); fetch it again") from error
+    _check_depth(path, found)
+    return found
+
+
+def _check_depth(path: Path, value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _children(outer)]
+        if not level:
+            return
+    raise OrthogonalizeError(f"{path} is nested more than {DEEPEST} deep")
+
+
+def _children(value: dict[str, Any] | list[Any]) -> Iterator[Any]:
+    inner = value.values() if isinstance(value, dict) else value
+    return (each for each in inner if isinstance(each, (dict, list)))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A table of settings, such as config.json, whose values no library would choke on.
+
+    Raises:
+        OrthogonalizeError: it is not a JSON object (see `read_json`); a number is out of bounds, `model_type` is not a
+            name, or a key names code to be fetched.
+    """
+    found = read_json(path, LARGEST_CONFIG)
+    if not isinstance(found, dict):
+        raise OrthogonalizeError(f"{path} is not a JSON object")
+    for key, value in _entries(found):
+        _check_entry(path, key, value)
+    return found
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield key, inner
+            yield from _entries(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _entries(inner)
+
+
+def _check_entry(path: Path, key: str, value: Any) -> None:
+    if type(value) is int:
+        most = next((limit for pattern, limit in MOST if pattern.fullmatch(key)), LARGEST_NUMBER)
+        if abs(value) > most:
+            raise OrthogonalizeError(f"{path} has {shown(key, 60)} = {shown(value, 40)}, beyond {most}")
+    name = isinstance(value, str) and re.fullmatch(r"[\w.+-]{1,100}", value)
+    if key == "model_type" and value not in (None, "") and not name:
+        raise OrthogonalizeError(f"{path} has the model_type {shown(value, 60)}, which is not a name")
+    if key == "architectures" and value is not None:
+        names = isinstance(value, list) and all(isinstance(each, str) and len(each) <= 200 for each in value)
+        if not names:
+            raise OrthogonalizeError(f"{path} has architectures that are not a list of names")
+    if CODE.fullmatch(key) and re.search(r"[/:]", str(value)) and not isinstance(value, dict):
+        raise OrthogonalizeError(
+            f"{path} names code to be fetched and run ({shown(key, 60)}: {shown(value, 60)}); remove that key"
+        )
+    if CODE.fullmatch(key) and isinstance(value, dict):
+        for inner in value.values():
+            _check_entry(path, key, inner)
+
+
+def code_keys(config: Mapping[str, Any]) -> list[str]:
+    """The keys of `config` with which it chooses the code that runs the model."""
+    return [key for key, value in config.items() if CODE.fullmatch(key) and value is not None]
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Reject a tokenizer whose files a library would choke on.
+
+    Raises:
+        OrthogonalizeError: a file is not a JSON object (see `read_json`), or the id of a token is out of bounds.
+    """
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if not path.exists():
+            continue
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise OrthogonalizeError(f"{path} is not a JSON object")
+        for number in _token_ids(name, found):
+            if type(number) is not int or not 0 <= number <= LARGEST_ID:
+                raise OrthogonalizeError(f"{path} has a token whose id is {shown(number, 40)}; fetch it again")
+
+
+def _token_ids(name: str, found: Mapping[str, Any]) -> Iterator[Any]:
+    if name == "added_tokens.json":
+        yield from found.values()
+    added = found.get("added_tokens")
+    yield from (entry.get("id") for entry in added if isinstance(entry, dict)) if isinstance(added, list) else ()
+    decoder = found.get("added_tokens_decoder")
+    yield from (int(k) if k.isdecimal() and len(k) < 20 else k for k in decoder) if isinstance(decoder, dict) else ()
+    model = found.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, dict):
+        yield from vocabulary.values()

@@ -1,0 +1,174 @@
+"""Configurations and tokenizers from anybody: limits hold before a library reads them; a refusal is one line."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.chat import store_chatting
+from helpers.command_line import command
+from helpers.llama import WIDTH
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.verify import verify
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import Intervention, Site, removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.models.loading import check_complete, load_model, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def chatting(tmp_path_factory) -> Path:
+    return store_chatting(tmp_path_factory.mktemp("settings") / "base")
+
+
+def changed(source: Path, target: Path, name: str, content: object) -> Path:
+    """A copy of a model folder in which one file has other settings, or another text."""
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    file = target / name
+    if isinstance(content, dict):
+        known = json.loads(file.read_text()) if file.exists() else {}
+        content = json.dumps(known | content)
+    file.write_text(str(content))
+    return target
+
+
+def refusal(folder: Path, use) -> str:
+    """The one line with which `use` refuses the folder."""
+    began = time.monotonic()
+    with pytest.raises(OrthogonalizeError) as error:
+        use(folder)
+    said = str(error.value)
+    assert said.isprintable(), said
+    assert len(said) < 800 + len(str(folder)), said[:900]
+    assert time.monotonic() - began < 30
+    return said
+
+
+CONFIGS = {
+    "model_type is a list": ({"model_type": ["llama"]}, "model_type"),
+    "model_type is a table": ({"text_config": {"model_type": {}}}, "model_type"),
+    "model_type of 10 MB": ({"model_type": "x" * 10_000_000}, "model_type"),
+    "model_type with escapes": ({"model_type": "\x1b[31mllama\n"}, "x1b"),
+    "ten million layers": ({"num_hidden_layers": 10**7}, "num_hidden_layers"),
+    "ten million labels": ({"num_labels": 10**7}, "num_labels"),
+    "experts": ({"num_local_experts": 10**9}, "num_local_experts"),
+    "huge number": ({"whatever": 10**40}, "whatever"),
+    "architectures": ({"architectures": {"a": 1}}, "architectures"),
+    "attention from the Hub": ({"attn_implementation": "evil/kernel"}, "names code"),
+    "attention from the Hub, inside": ({"text_config": {"_attn_implementation": "evil/kernel:v1"}}, "names code"),
+    "attention by part": ({"_attn_implementation": {"text_config": "evil/kernel"}}, "names code"),
+    "experts from the Hub": ({"_experts_implementation": "evil/kernel"}, "names code"),
+    "kernels from the Hub": ({"kernel_config": {"RMSNorm": "evil/kernel:Norm"}}, "names code"),
+    "a list": ("[]", "not a JSON object"),
+    "nested": ("[" * 100_000 + "]" * 100_000, "JSON"),
+    "nested a little": ('{"a":' * 100 + "1" + "}" * 100, "deep"),
+    "large": ('{"a": "' + "x" * 17_000_000 + '"}', "bytes"),
+    "digits": ('{"a": ' + "9" * 5000 + "}", "JSON"),
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hostile_configuration_is_refused_before_a_library_reads_it(name, file, chatting, tmp_path):
+    content, named = CONFIGS[name]
+    assert named in refusal(changed(chatting, tmp_path / "base", file, content), open_checkpoint)
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_a_model_without_layers_is_refused(layers, chatting, tmp_path):
+    torch.save(torch.ones(WIDTH), tmp_path / "direction.pt")
+    base = changed(chatting, tmp_path / "base", "config.json", {"num_hidden_layers": layers})
+    said = refusal(base, lambda folder: edit(str(folder), tmp_path / "out", direction=tmp_path / "direction.pt"))
+    assert "num_hidden_layers" in said
+
+
+TOKENIZERS = {
+    "a list": ("tokenizer.json", "[]"),
+    "nested": ("tokenizer.json", "[" * 100_000),
+    "nested a little": ("tokenizer_config.json", '{"a":' * 100 + "1" + "}" * 100),
+    "huge id": ("tokenizer.json", {"added_tokens": [{"id": 10**12, "content": "x"}]}),
+    "negative id": ("tokenizer.json", {"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}}),
+    "id that is a text": ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "y"}}}),
+    "added ids": ("added_tokens.json", {"x": 10**15}),
+    "special tokens that are objects": ("tokenizer_config.json", {"bos_token": {"a": {"b": 1}}}),
+    "special tokens that are numbers": ("tokenizer_config.json", {"eos_token": 5}),
+    "no model": ("tokenizer.json", {"model": None}),
+    "class of another kind": ("tokenizer_config.json", {"tokenizer_class": 7}),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_hostile_tokenizer_is_one_line(name, chatting, tmp_path):
+    refusal(changed(chatting, tmp_path / "base", *TOKENIZERS[name]), load_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_parameters": [1]},
+        {"hidden_act": "no_such"},
+        {"num_attention_heads": 0},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": []},
+        {"layer_types": 3},
+        {"vocab_size": "many"},
+    ],
+    ids=str,
+)
+def test_odd_configuration_is_one_line(config, chatting, tmp_path):
+    refusal(changed(chatting, tmp_path / "base", "config.json", config), lambda folder: load_model(folder, "cpu"))
+
+
+def test_error_on_the_terminal_is_one_visible_line(chatting, tmp_path):
+    base = changed(chatting, tmp_path / "ba\x1b[31mse", "config.json", {"model_type": "of\u202eanother"})
+    status, said = command("verify", base, "--base", base)
+    assert status == 1
+    assert said.isprintable()
+    assert len(said) < 1100
+
+
+def test_implementations_are_not_chosen_by_files_nor_written(chatting, tmp_path):
+    """A name of transformers' own is dropped; the model runs as without it."""
+    base = changed(
+        chatting, tmp_path / "base", "config.json",
+        {"_attn_implementation": "flash_attention_2", "attn_implementation": "flash_attention_2"},
+    )  # fmt: skip
+    check_complete(base)
+    plain, model = load_model(chatting, "cpu"), load_model(base, "cpu")
+    assert model.config._attn_implementation == plain.config._attn_implementation
+    torch.save(torch.ones(WIDTH), tmp_path / "direction.pt")
+    edit(str(base), tmp_path / "out", direction=tmp_path / "direction.pt", scope="layers:0")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "flash_attention_2" not in str(written)
+    assert verify(tmp_path / "out", str(base)).verification.passed
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+KEYS = st.sampled_from(
+    ["model_type", "architectures", "num_hidden_layers", "hidden_size", "text_config", "quantization_config",
+     "attn_implementation", "kernel_config", "num_labels", "auto_map", "tie_word_embeddings"]
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150)
+@given(content=JSON | st.dictionaries(KEYS, JSON, min_size=1, max_size=4))
+def test_nothing_but_its_own_error_leaves_the_reader(content, chatting, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz") / "base"
+    changed(chatting, folder, "config.json", content if isinstance(content, dict) else json.dumps(content))
+    with suppress(OrthogonalizeError):
+        checkpoint = open_checkpoint(folder)
+        bake(checkpoint, Intervention({Site("mlp", 0): removal(torch.eye(WIDTH, dtype=torch.float64)[:1])}))
