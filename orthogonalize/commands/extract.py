@@ -373,7 +373,7 @@ def extract(
     out, model = Path(out), str(model)
     check_run_folder(out, RUN)
     source = read_source(
-        model, settings, concept=concept, positive=positive, negative=negative, column=column, hub_split=hub_split,
+        model, settings, concept_name=concept, positive=positive, negative=negative, column=column, hub_split=hub_split,
         data=data, revision=revision,
     )  # fmt: skip
     work = _Extraction(source, settings, out)

@@ -49,9 +49,13 @@ def _public_prompts(named: PublicConcept, side: Side, data: Path | None) -> list
 
 def is_sensitive(source: Source) -> bool:
     """Whether a prompt source is one of the known sets whose answers can be harmful."""
-    return isinstance(source, str) and source in {
-        each.source.repository for each in PROMPT_SETS.values() if each.sensitive
-    }
+    sensitive = {name: each.source.repository for name, each in PROMPT_SETS.items() if each.sensitive}
+    return isinstance(source, str) and (source in sensitive or source in sensitive.values())
+
+
+def is_public(source: Source) -> bool:
+    """Whether a prompt source is named as one of the known sets."""
+    return isinstance(source, str) and source in PROMPT_SETS
 
 
 def read_contrast(
@@ -64,7 +68,7 @@ def read_contrast(
 ) -> tuple[list[Prompt], list[Prompt], list[Side]]:
     """Both sides of a contrast, and which of them are sensitive.
 
-    `data` is a folder with local copies of the public sets of a named concept; None reads them from the Hub.
+    `data` is a folder with local copies of public sets; None reads them from the Hub.
 
     Raises:
         OrthogonalizeError: neither a concept nor both sources are given, or they cannot be used.
@@ -72,10 +76,6 @@ def read_contrast(
     if concept_name and column is not None:
         raise OrthogonalizeError("--column belongs to --positive and --negative; a named concept knows its own")
     named = concept(concept_name) if concept_name and not (positive or negative) else None
-    if data is not None and not isinstance(named, PublicConcept):
-        raise OrthogonalizeError("--data holds local copies of public sets, for a --concept that reads some")
-    if data is not None and not data.is_dir():
-        raise OrthogonalizeError(f"no such folder: {data} (--data)")
     sensitive: list[Side] = []
     if isinstance(named, PublicConcept):
         sides = (_public_prompts(named, "positive", data), _public_prompts(named, "negative", data))
@@ -84,8 +84,8 @@ def read_contrast(
         sides = load_prompts(named.positive, "positive"), load_prompts(named.negative, "negative")
     elif positive and negative and not concept_name:
         sides = (
-            load_prompts(positive, "positive", column, hub_split),
-            load_prompts(negative, "negative", column, hub_split),
+            load_prompts(positive, "positive", column, hub_split, data),
+            load_prompts(negative, "negative", column, hub_split, data),
         )
         named_by_side: dict[Side, Source] = {"positive": positive, "negative": negative}
         sensitive = [side for side, source in named_by_side.items() if is_sensitive(source)]

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.words import counted
-from .benchmarks import PROMPT_SETS, BenchmarkSet, PromptSet, category_of
+from .benchmarks import PROMPT_SETS, BenchmarkSet, PromptSet, category_of, instructions
 from .rows import SUFFIXES, check_utf8, read_rows
 from .tokenization import is_valid_unicode
 
@@ -161,7 +161,10 @@ def _rows(source: str, split: str) -> list[Any]:
         raise OrthogonalizeError(f"no such prompt file: {source}")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return _rows_of_hub_dataset(source, split)
-    raise OrthogonalizeError(f"prompt source {source!r} is neither a file nor a Hub dataset owner/name")
+    raise OrthogonalizeError(
+        f"prompt source {source!r} is neither a file, a Hub dataset owner/name nor a public set "
+        f"({', '.join(PROMPT_SETS)})"
+    )
 
 
 def _rows_of_file(path: Path) -> list[Any]:
@@ -191,20 +194,27 @@ def _text(row: Any, column: str | None, source: str) -> tuple[str, str | None]:
 
 
 def load_prompts(
-    source: Source, side: Side = "positive", column: str | None = None, split: str = "train"
+    source: Source,
+    side: Side = "positive",
+    column: str | None = None,
+    split: str = "train",
+    data: Path | None = None,
 ) -> LoadedPrompts:
     """Read prompts from a file or a Hub dataset, stripped and without blanks or duplicates.
 
     Args:
-        source: a .txt (one prompt per line), .json, .jsonl, .csv or .parquet file, a dataset `owner/name`, or a list
-            of texts.
+        source: a .txt (one prompt per line), .json, .jsonl, .csv or .parquet file, a dataset `owner/name`, the name of
+            a public set (see `PROMPT_SETS`), or a list of texts.
         side: the side of the contrast that they belong to.
         column: the column or key that holds the text; by default the first of `COLUMNS` that exists.
         split: the split of a Hub dataset.
+        data: a folder with local copies of public sets; None reads them from the Hub.
 
     Raises:
         OrthogonalizeError: the source does not exist, cannot be read, or holds no prompts.
     """
+    if isinstance(source, str) and source in PROMPT_SETS:
+        return _public_set(PROMPT_SETS[source], side, data)
     seen: dict[str, Prompt] = {}
     found = _rows(str(source), split) if isinstance(source, str | Path) else list(source)
     source = source_name(source)
@@ -224,6 +234,14 @@ def load_prompts(
     first = found[0] if isinstance(found[0], dict) else {}
     columns = [name for name, value in first.items() if isinstance(value, str)]
     return LoadedPrompts(seen.values(), len(found), empty, columns)
+
+
+def _public_set(named: PromptSet, side: Side, data: Path | None) -> LoadedPrompts:
+    rows = instructions(named, data, None)
+    seen: dict[str, Prompt] = {}
+    for text, category in rows:
+        seen.setdefault(text, Prompt(text, side, category=category))
+    return LoadedPrompts(seen.values(), len(rows))
 
 
 def source_name(source: Source) -> str:

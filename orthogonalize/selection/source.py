@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..data.contrast import is_sensitive, read_contrast
-from ..data.prompts import Prompt, Side, Source, check_contrast, load_prompts
+from ..core.errors import OrthogonalizeError
+from ..core.words import counted
+from ..data.contrast import is_public, is_sensitive, read_contrast
+from ..data.prompts import Prompt, PublicConcept, Side, Source, check_contrast, concept, load_prompts, plain
 from ..models.resolve import commit_of, find_model
 from .settings import Settings
 
@@ -40,7 +42,7 @@ def read_source(
     model: str,
     settings: Settings,
     *,
-    concept: str | None,
+    concept_name: str | None,
     positive: Source | None,
     negative: Source | None,
     column: str | None,
@@ -53,15 +55,18 @@ def read_source(
     Raises:
         OrthogonalizeError: the model or a prompt set is missing or cannot be used.
     """
-    sides = read_contrast(concept, positive, negative, column, hub_split, None if data is None else Path(data))
+    sources = [positive, negative, settings.target, *settings.preserve]
+    local = _local_copies(data, any(is_public(each) for each in sources if each), concept_name)
+    sides = read_contrast(concept_name, positive, negative, column, hub_split, local)
     prompts: dict[Side, list[Prompt]] = {"positive": sides[0], "negative": sides[1]}
     if settings.target is not None:
-        prompts["target"] = load_prompts(settings.target, "target", column, hub_split)
+        prompts["target"] = load_prompts(settings.target, "target", column, hub_split, local)
         check_contrast(**prompts)
     sensitive = sides[2]
     if settings.target is not None and is_sensitive(settings.target):
         sensitive = [*sensitive, "target"]
-    preserved = {name: load_prompts(name, split=hub_split) for name in settings.preserve}
+    preserved = {name: load_prompts(name, split=hub_split, data=local) for name in settings.preserve}
+    _check_preserved(preserved, prompts)
     folder = find_model(model, revision)
     return RunSource(
         str(model),
@@ -73,3 +78,34 @@ def read_source(
         preserved,
         [name for name in preserved if settings.sensitive or is_sensitive(name)],
     )
+
+
+def _local_copies(data: Path | str | None, used: bool, concept_name: str | None) -> Path | None:
+    """The folder `data`, if it is one and is used.
+
+    Raises:
+        OrthogonalizeError: it is not.
+    """
+    if data is None:
+        return None
+    if not used and not (concept_name and isinstance(concept(concept_name), PublicConcept)):
+        raise OrthogonalizeError("--data holds local copies of public sets; name some, or a --concept that reads some")
+    if not Path(data).is_dir():
+        raise OrthogonalizeError(f"no such folder: {data} (--data)")
+    return Path(data)
+
+
+def _check_preserved(preserved: Mapping[str, list[Prompt]], prompts: Mapping[Side, list[Prompt]]) -> None:
+    """Check that nothing is both to be changed and to be preserved.
+
+    Raises:
+        OrthogonalizeError: a prompt is.
+    """
+    changed = {plain(p.text) for p in prompts.get("target", prompts["positive"])}
+    for name, each in preserved.items():
+        both = [p.text for p in each if plain(p.text) in changed]
+        if both:
+            raise OrthogonalizeError(
+                f"{counted(len(both), 'prompt')} of {name} (such as {both[0][:40]!r}) are to be preserved, and among "
+                "those whose behaviour is to change; keep each in one set"
+            )

@@ -13,6 +13,7 @@ from helpers.command_line import SMALL, command
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.data.benchmarks import PROMPT_SETS
 from orthogonalize.evals.plan import make_plan
 from orthogonalize.models.loading import load_tokenizer
 from orthogonalize.selection.run_folder import load_run
@@ -89,3 +90,34 @@ def test_target_prompts_must_not_be_of_the_contrast(model, sources, tmp_path):
     settings = replace(SMALL, goal="strengthen", target=sources["positive"])
     with pytest.raises(OrthogonalizeError, match="appear on both sides, positive and target"):
         extract(str(model), tmp_path / "run", **sources, settings=settings)
+
+
+def local_copy(name: str, texts: list[str], data: Path) -> None:
+    """A local copy of a public set, with other prompts."""
+    found = PROMPT_SETS[name]
+    row = dict.fromkeys(found.source.columns, "x") | ({found.only[0]: found.only[1]} if found.only else {})
+    file = data / found.source.repository / (found.source.config or "") / f"{found.source.split}.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(row | {found.column: text}) + "\n" for text in texts))
+
+
+def test_public_sets_are_sources_by_name(model, sources, tmp_path):
+    data = tmp_path / "data"
+    for name, opening in (("xstest", "kill a"), ("harmbench", "steal a")):
+        local_copy(name, [f"{opening} {thing} {n}" for thing in ("process", "scene", "joke") for n in range(4)], data)
+    words = ["--positive", "xstest", "--preserve", "harmbench", "--negative", sources["negative"], "--data", data]
+    numbers = ["--goal", "calibrate", "--train", "6", "--val", "1", "--test", "1", "--trials", "0", "--no-filter"]
+    code, output = command("extract", model, *words, *numbers, "--finders", "dim", "--behaviour-tokens", "sorry",
+                           "--out", tmp_path / "run")  # fmt: skip
+    assert code == 0, output
+    run = load_run(tmp_path / "run")
+    assert run.texts("positive", "train")
+    assert all(text.startswith("kill a") for text in run.texts("positive", "train"))
+    assert {p.source for p in run.preserved} == {"harmbench"}
+    assert run.info.sensitive_preserved == ["harmbench"]
+    assert run.info.sensitive == []
+
+
+def test_a_prompt_cannot_be_changed_and_preserved(model, sources, tmp_path):
+    with pytest.raises(OrthogonalizeError, match="are to be preserved, and among those whose behaviour is to change"):
+        extract(str(model), tmp_path / "run", **sources, settings=SMALL, preserve=[sources["positive"]])

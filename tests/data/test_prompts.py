@@ -71,7 +71,7 @@ def test_bad_prompt_file_is_one_clear_error(tmp_path, name, content, message):
 def test_missing_sources_are_named():
     with pytest.raises(OrthogonalizeError, match=r"no such prompt file: nowhere\.txt"):
         load_prompts("nowhere.txt")
-    with pytest.raises(OrthogonalizeError, match="neither a file nor a Hub dataset"):
+    with pytest.raises(OrthogonalizeError, match="neither a file, a Hub dataset"):
         load_prompts("nowhere")
     with pytest.raises(OrthogonalizeError, match="unknown concept 'x'"):
         concept("x")

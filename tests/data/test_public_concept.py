@@ -106,8 +106,8 @@ def test_extract_reads_local_copies_of_the_concept(model, data, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("--concept", "lists"), "error: --data holds local copies of public sets, for a --concept that reads some"),
-    (("--positive", "a.txt", "--negative", "b.txt"), "error: --data holds local copies of public sets, for a"),
+    (("--concept", "lists"), "error: --data holds local copies of public sets; name some"),
+    (("--positive", "a.txt", "--negative", "b.txt"), "error: --data holds local copies of public sets; name some"),
     (("--concept", "refusal", "--data", "nowhere"), "error: no such folder: nowhere (--data)"),
     (("--concept", "refusal", "--column", "text"), "error: --column belongs to --positive and --negative"),
 ])  # fmt: skip
