@@ -114,8 +114,8 @@ def _quieten_libraries() -> None:
 def extract(model: str, out: Path, **options: Any) -> None:
     """Find where MODEL represents a contrast, and which edit removes it at the least cost.
 
-    There are four stages: prompts, activations, directions, selection. Those whose inputs are unchanged are kept, so
-    re-running the command resumes an interrupted run.
+    There are five stages: prompts, activations, directions, answers, selection. Those whose inputs are unchanged are
+    kept, so re-running the command resumes an interrupted run.
     """
     from .commands.extract import extract as run_extract
 

@@ -24,13 +24,14 @@ from ..core.progress import note, track
 from ..data.chat import ChatFormat
 from ..data.inventory import drop_too_long, inventory
 from ..data.prompts import SIDES, SPLITS, Prompt, Side, Source, Split, split_preserved, split_prompts
-from ..data.refusals import LEAST_TOKENS, refused
+from ..data.refusals import LEAST_TOKENS
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
 from ..directions.direction_set import Directions
 from ..directions.fit import DirectionSettings, find_directions
 from ..edits.fitting import ANSWER_START
 from ..edits.recipe import ProbeResult
+from ..evals.judges.refusals import RefusalCheck
 from ..models.generation import generate, stop_tokens
 from ..models.loading import choose_device, load_model, load_tokenizer
 from ..models.resolve import context_length
@@ -82,6 +83,7 @@ class _Extraction:
         self.tokenizer = load_tokenizer(source.folder, settings.trust_remote_code)
         self.chat = ChatFormat(self.tokenizer, settings.system, settings.template_arguments, settings.chat_template)
         self.positions = tuple(self.chat.positions())
+        self.check = RefusalCheck.of(settings.judge, settings.device)
 
     @cached_property
     def model(self) -> Any:
@@ -128,6 +130,7 @@ class _Extraction:
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive, "goal": s.goal}
+                own |= {"judge": s.judge} if s.judge else {}
                 own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": CONFIRM_TOKENS}
                 if self.source.preserved:
                     own["sensitive_preserved"] = self.source.sensitive_preserved
@@ -284,17 +287,18 @@ class _Extraction:
         )
         fits = Fits(self.out, directions, self.source.checkpoint.config, self.weights, lambda: self.model)
         trials = EditTrials(self.model, self.source.checkpoint, directions, ranked, tokens, self._generate, journal)
-        return trials.run(s.trials, val, fits, lambda: self._left_in_answers(val.target))
+        texts = [p.text for p in prompts if (p.side, p.split) == (target_side(prompts), "val")]
+        return trials.run(s.trials, val, fits, lambda: self._left_in_answers(texts, val.target, journal))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
         return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)
 
-    def _left_in_answers(self, ids: Sequence[Sequence[int]]) -> float:
+    def _left_in_answers(self, texts: Sequence[str], ids: Sequence[Sequence[int]], journal: Journal) -> float:
         """The share of answers to prompts that refuse; that do not refuse, if the goal is to strengthen refusal."""
         with track("confirming by answers", len(ids), "prompts") as advance:
             answers = self._generate([list(row) for row in ids], CONFIRM_TOKENS, advance)
-        wanted = self.settings.goal == "strengthen"
-        return sum(refused(self.tokenizer.decode(a)) != wanted for a in answers) / len(answers)
+        pairs = list(zip(texts, map(self.tokenizer.decode, answers), strict=True))
+        return self.check.left(pairs, self.settings.goal == "strengthen", journal)
 
     def _info(self, prompts: list[Prompt], directions: Directions) -> RunInfo:
         def texts(side: Side, split: Split) -> list[str]:

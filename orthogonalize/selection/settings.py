@@ -48,6 +48,7 @@ class Settings:
             prompts, which show it rightly; `strengthen` extends it to target prompts, which do not show it.
         target: a source of the prompts to which the goal `strengthen` extends the behaviour.
         preserve: sources of prompts whose outputs an edit should not move.
+        judge: the judge that tells refusals from other answers when edits are confirmed; None goes by wording.
         answers: number of the model's own answers to negative prompts along which an edit's KL is measured.
         trust_remote_code: whether to run code from the model's repository.
     """
@@ -74,6 +75,7 @@ class Settings:
     scoring: Sequence[str] = ("local",)
     scored: int | None = None
     trials: int = 32
+    judge: str | None = None
     answers: int = 32
     goal: Goal = "remove"
     target: str | None = None

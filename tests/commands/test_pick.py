@@ -24,6 +24,7 @@ from orthogonalize.data.refusals import LEAST_TOKENS
 from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.fitting import ANSWER_START
 from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.evals.judges.refusals import RefusalCheck
 from orthogonalize.reports.run_plots import plot_run, trial_figure
 from orthogonalize.selection.own_answers import ANSWER_TOKENS
 from orthogonalize.selection.resolve import choose
@@ -130,6 +131,12 @@ def test_figure_marks_and_numbers_the_listed_edits(tried):
     assert trial_figure(Run(found.info, [], found.directions, found.candidates, [])) is None
 
 
+class AllRefuse(RefusalCheck):
+    @classmethod
+    def of(cls, name, device="auto"):
+        return cls(lambda answer: True)
+
+
 def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources, tmp_path, monkeypatch):
     """With fewer than 100 tokens refusals are undercounted, for the base as well as for the edits."""
     lengths, real = [], extraction.generate
@@ -139,7 +146,7 @@ def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources,
         return real(model, ids, min(tokens, 3), stops, **others)
 
     monkeypatch.setattr(extraction, "generate", noting)
-    monkeypatch.setattr(extraction, "refused", lambda answer: True)
+    monkeypatch.setattr(extraction, "RefusalCheck", AllRefuse)
     settings = dataclasses.replace(SMALL, trials=2, finders=("dim",))
     found = extract(str(model), tmp_path / "run", **sources, settings=settings)
     *own, base, first, second = lengths
