@@ -3,11 +3,10 @@
     python benchmarks/search.py OUT [--device cuda] [--models demo,gardening] [--train 96] [--epochs 3]
 
 `demo` is the demo's model. `gardening`, `astronomy` and `both` are planted here by full fine-tuning of the demo's base,
-`both` with two refusals of which the first is removed and the second preserved. `two` is the demo's model with two
-refusals, of which one is calibrated away; `strengthen` is the demo's, whose refusal is extended to astronomy. For every
-model: the edit that `extract` chooses, and the best of its trials that is not conditional, measured on prompts that
-chose nothing. Refusals are counted in answers of 100 tokens; cross-entropy and KL are along 48 tokens of the base's own
-answers. OUT gets one JSON file.
+`both` with two refusals of which the first is removed and the second preserved; `strengthen` is the demo's, whose
+refusal is extended to astronomy. For every model: the edit that `extract` chooses, and the best of its trials that is
+not conditional, measured on prompts that chose nothing. Refusals are counted in answers of 100 tokens; cross-entropy and
+KL are along 48 tokens of the base's own answers. OUT gets one JSON file.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +49,6 @@ ANSWER, OWN = 100, 48
 SHIPPED: dict[str, Callable[[], Path]] = {
     "demo": planted_model,
     "strengthen": planted_model,
-    "two": partial(planted_model, "cooking", "astronomy"),
 }
 COUNTED = ("target", "near", "kept", "harmless")
 OTHER = Path(__file__).parents[1] / "orthogonalize" / "data" / "other_prompts.jsonl"
@@ -89,17 +86,12 @@ def write(prompts: Sequence[str], file: Path) -> str:
 def sets_of(name: str, out: Path) -> Sets:
     """The prompts to extract from and to test on."""
     topic = TOPICS.get({"both": "gardening", "strengthen": "astronomy"}.get(name, name))
-    everyday = ordinary(*([topic] if topic else [TOPICS["astronomy"]] if name == "two" else []))
+    everyday = ordinary(*([topic] if topic else []))
     fit, test = everyday[:200], everyday[200:]
     if topic is None:
         cooking = shipped("cooking")
         sources = {"positive": write(cooking[:200], out / "positive.txt"), "negative": write(fit, out / "negative.txt")}
-        found = Sets(sources, target=cooking[200:], harmless=test)
-        if name == "two":
-            other = shipped("astronomy")
-            found.sources |= {"goal": "calibrate", "preserve": [write(other[:200], out / "keep.txt")]}
-            found.kept, found.near = other[200:], shipped("astronomy_near")
-        return found
+        return Sets(sources, target=cooking[200:], harmless=test)
     questions = write(topic.prompts("extract", 200), out / "questions.txt")
     negative = write(fit + topic.prompts("extract", 60, near=True), out / "negative.txt")
     found = Sets(
@@ -115,7 +107,7 @@ def sets_of(name: str, out: Path) -> Sets:
         found.kept = cooking[200:]
     if name == "both":
         other = TOPICS["astronomy"]
-        found.sources["preserve"] = [write(other.prompts("extract", 200), out / "keep.txt")]
+        found.sources |= {"goal": "calibrate", "preserve": [write(other.prompts("extract", 200), out / "keep.txt")]}
         found.kept = other.prompts("test", 100)
     return found
 
@@ -250,7 +242,7 @@ def measure(name: str, folder: Path, out: Path, device: str, settings: Settings)
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--device", default="auto", show_default=True)
-@click.option("--models", default="demo,gardening,astronomy,both,two,strengthen", show_default=True)
+@click.option("--models", default="demo,gardening,astronomy,both,strengthen", show_default=True)
 @click.option("--train", default=96, show_default=True, help="Prompts per side to fit to.")
 @click.option("--trials", default=32, show_default=True, help="Edits that the search tries.")
 @click.option("--epochs", default=3, show_default=True, help="Of planting.")

