@@ -5,8 +5,8 @@
 `demo` is the demo's model. `gardening`, `astronomy` and `both` are planted here by full fine-tuning of the demo's base,
 `both` with two refusals of which the first is removed and the second preserved; `strengthen` is the demo's, whose
 refusal is extended to astronomy. For every model: the edit that `extract` chooses, and the best of its trials that is
-not conditional, measured on prompts that chose nothing. Refusals are counted in answers of 100 tokens; cross-entropy and
-KL are along 48 tokens of the base's own answers. OUT gets one JSON file.
+not conditional, measured on prompts that chose nothing. Refusals are counted in answers of 100 tokens; cross-entropy
+and KL are along 48 tokens of the base's own answers. OUT gets one JSON file.
 """
 
 from __future__ import annotations
