@@ -85,7 +85,8 @@ def test_intervention_of_a_run_is_the_one_that_edit_writes(model, run, tmp_path)
 
 
 def test_figures_of_a_run_can_be_shown(run):
+    before = plt.get_fignums()
     figures = oz.run_figures(oz.load_run(run))
     assert set(figures) == {file.stem for file in (run / "plots").glob("*.png")}
     assert all(figure.axes for figure in figures.values())
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before

@@ -13,6 +13,12 @@ from .tokenization import encode_open_ended
 # Instructions without a common suffix, so that what their renderings share at the end comes from the template.
 _PROBES = ("Name a colour", "7 + 5 =", "Why?", "translate: bonjour\nto English")
 
+# Arguments of `apply_chat_template` itself, which is not called.
+_NOT_FOR_TEMPLATES = frozenset(
+    {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length", "chat_template",
+     "add_generation_prompt", "continue_final_message"}
+)  # fmt: skip
+
 
 def chat_ids(tokenizer: Any, chats: Sequence[Any], arguments: Mapping[str, Any], rejects: str) -> list[list[int]]:
     """Token ids of each of `chats` (lists of messages), up to where the answer begins.
@@ -29,6 +35,9 @@ def chat_ids(tokenizer: Any, chats: Sequence[Any], arguments: Mapping[str, Any],
     """
     if not chats:
         return []
+    taken = sorted(_NOT_FOR_TEMPLATES & arguments.keys())
+    if taken:
+        raise OrthogonalizeError(f"{rejects}: {taken[0]} is an argument of transformers, and none of templates")
     try:
         if _renders_itself(tokenizer):
             options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}

@@ -56,6 +56,7 @@ def test_val_prompts_are_answered_by_the_same_engine(found, run):
         assert row.paired["behaviour.target"].n == counts["test"]
         assert row.val["behaviour.target"].n == counts["val"]
         others = {"kl.first_token", "kl.completions", "loss.other_prompts"}
+        others |= {key for key in result.base.flat() if key.startswith("suites.form.")}
         assert row.val.keys() == result.val.flat().keys() == set(result.base.flat()) - others
 
 

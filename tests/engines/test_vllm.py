@@ -272,7 +272,7 @@ def test_eval_measures_base_and_edited_in_one_engine_start(model, run, written, 
     theirs = evaluate(written["ablate"], str(model), run, tmp_path / "hf", engine="hf", **settings)
     for mine, yours in ((ours.base, theirs.base), (ours.edited, theirs.edited)):
         expected = yours.flat()
-        assert len(expected) == 16
+        assert len([key for key in expected if not key.startswith("suites.form.")]) == 16
         assert mine.flat().keys() == expected.keys()
         for key, measure in mine.flat().items():
             assert measure.value == pytest.approx(expected[key].value, **CLOSE), key

@@ -319,7 +319,7 @@ def test_sensitive_preserved_sets_are_folded_and_redacted(model, edited, run, ke
 
 
 def test_known_sources_and_marked_runs_preserve_sensitive_sets(model, sources, kept, run, tmp_path, monkeypatch):
-    from orthogonalize.commands import extract as module
+    from orthogonalize.selection import source as module
 
     copy, known, load = tmp_path / "run", "walledai/AdvBench", module.load_prompts
     monkeypatch.setattr(module, "load_prompts", lambda source, **more: load(kept[0] if source == known else source))
