@@ -10,11 +10,10 @@ from ..core.errors import OrthogonalizeError
 from ..core.locks import exclusive
 from ..core.output_folders import FolderKind, check_free
 from ..core.progress import note
-from ..edits.recipe import Recipe, Verification, load_recipe
+from ..edits.recipe import Recipe, Verification
 from ..engines.base import ONE_DEVICE
 from ..engines.registry import check_engine
 from ..models.demo_model import planted_model
-from ..reports.model_card import write_card
 from ..reports.schema import Report
 from ..selection.settings import Settings
 from .edit import edit
@@ -62,5 +61,4 @@ def demo(out: Path | str, *, engine: str = "vllm", force: bool = False) -> DemoR
     for name in PARTS[2:]:
         shutil.move(out / ".report" / name, out / name)
     shutil.rmtree(out / ".report")
-    write_card(out / "edited", load_recipe(out / "edited"), report=report)
     return DemoResult(recipe, verified, report, out / "report.html")

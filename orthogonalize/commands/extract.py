@@ -23,7 +23,7 @@ from ..core.output_folders import RUN, check_run_folder
 from ..core.progress import note, track
 from ..data.chat import ChatFormat
 from ..data.inventory import drop_too_long, inventory
-from ..data.prompts import SIDES, SPLITS, Prompt, Side, Source, Split, split_preserved, split_prompts
+from ..data.prompts import SIDES, SPLITS, Prompt, Side, Source, Split, split_preserved, split_prompts, texts_of
 from ..data.refusals import LEAST_TOKENS
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
@@ -183,7 +183,7 @@ class _Extraction:
     # activations and directions
 
     def _ids(self, prompts: Sequence[Prompt], side: Side, split: Split) -> list[list[int]]:
-        return self.chat.encode_all([p.text for p in prompts if (p.side, p.split) == (side, split)])
+        return self.chat.encode_all(texts_of(prompts, side, split))
 
     def _run_activations(self) -> dict[str, Any]:
         prompts = load_prompt_file(self.out)
@@ -287,7 +287,7 @@ class _Extraction:
         )
         fits = Fits(self.out, directions, self.source.checkpoint.config, self.weights, lambda: self.model)
         trials = EditTrials(self.model, self.source.checkpoint, directions, ranked, tokens, self._generate, journal)
-        texts = [p.text for p in prompts if (p.side, p.split) == (target_side(prompts), "val")]
+        texts = texts_of(prompts, target_side(prompts), "val")
         return trials.run(s.trials, val, fits, lambda: self._left_in_answers(texts, val.target, journal))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
@@ -301,9 +301,6 @@ class _Extraction:
         return self.check.left(pairs, self.settings.goal == "strengthen", journal)
 
     def _info(self, prompts: list[Prompt], directions: Directions) -> RunInfo:
-        def texts(side: Side, split: Split) -> list[str]:
-            return [p.text for p in prompts if (p.side, p.split) == (side, split)]
-
         sides = list(self.source.prompts)
         base_score: dict[str, float] = {}
         for side in sides:
@@ -316,7 +313,9 @@ class _Extraction:
             architecture=self.architecture.family,
             weights=self.weights,
             prompts={
-                f"{side}.{split}": fingerprint(texts(side, split)) for side in self.source.prompts for split in SPLITS
+                f"{side}.{split}": fingerprint(texts_of(prompts, side, split))
+                for side in self.source.prompts
+                for split in SPLITS
             },
             goal=self.settings.goal,
             sensitive=self.source.sensitive,

@@ -53,11 +53,6 @@ def is_sensitive(source: Source) -> bool:
     return isinstance(source, str) and (source in sensitive or source in sensitive.values())
 
 
-def is_public(source: Source) -> bool:
-    """Whether a prompt source is named as one of the known sets."""
-    return isinstance(source, str) and source in PROMPT_SETS
-
-
 def read_contrast(
     concept_name: str | None,
     positive: Source | None,

@@ -58,6 +58,11 @@ class LoadedPrompts(list[Prompt]):
         self.duplicates = rows - empty - len(self)
 
 
+def texts_of(prompts: Iterable[Prompt], side: Side, split: Split) -> list[str]:
+    """The texts of one side and split, in order."""
+    return [p.text for p in prompts if p.side == side and p.split == split]
+
+
 @dataclass(frozen=True)
 class PreservedPrompt:
     """One prompt whose outputs an edit should not move; `source` is the prompt source that it comes from."""
@@ -213,8 +218,8 @@ def load_prompts(
     Raises:
         OrthogonalizeError: the source does not exist, cannot be read, or holds no prompts.
     """
-    if isinstance(source, str) and source in PROMPT_SETS:
-        return _public_set(PROMPT_SETS[source], side, data)
+    if is_public(source):
+        return _public_set(PROMPT_SETS[str(source)], side, data)
     seen: dict[str, Prompt] = {}
     found = _rows(str(source), split) if isinstance(source, str | Path) else list(source)
     source = source_name(source)
@@ -234,6 +239,11 @@ def load_prompts(
     first = found[0] if isinstance(found[0], dict) else {}
     columns = [name for name, value in first.items() if isinstance(value, str)]
     return LoadedPrompts(seen.values(), len(found), empty, columns)
+
+
+def is_public(source: Source) -> bool:
+    """Whether a prompt source is named as one of the public sets."""
+    return isinstance(source, str) and source in PROMPT_SETS
 
 
 def _public_set(named: PromptSet, side: Side, data: Path | None) -> LoadedPrompts:

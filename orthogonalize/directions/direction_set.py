@@ -67,6 +67,18 @@ class Directions:
         """The number of blocks of the model."""
         return self.mean_diffs.shape[1] - 1
 
+    def check_place(self, position: int | None = None, layer: int | None = None) -> None:
+        """Check that the stream was read at `position` and `layer`, where they are given.
+
+        Raises:
+            OrthogonalizeError: it was not.
+        """
+        if layer is not None and not 0 <= layer <= self.layer_count:
+            raise OrthogonalizeError(f"the run has no layer {layer}; its layers are 0 to {self.layer_count}")
+        if position is not None and position not in self.positions:
+            first, last = self.positions[0], self.positions[-1]
+            raise OrthogonalizeError(f"the run has no position {position}; it has {first} to {last}")
+
     def mean_diff(self, position: int, layer: int) -> torch.Tensor:
         """The mean difference [d] at a position (negative) and layer, in float64."""
         return self.mean_diffs[self.positions.index(position), layer].to(torch.float64)

@@ -59,13 +59,7 @@ def intervention_from_directions(
     """
     if choice.position is None or (choice.layer is None and not choice.per_layer):
         raise OrthogonalizeError("an edit needs the position and layer of its direction; give --position and --layer")
-    position = choice.position
-    if position not in directions.positions:
-        raise OrthogonalizeError(
-            f"the run has no position {position}; it has {directions.positions[0]} to {directions.positions[-1]}"
-        )
-    if choice.layer is not None and not 0 <= choice.layer <= directions.layer_count:
-        raise OrthogonalizeError(f"the run has no layer {choice.layer}; its layers are 0 to {directions.layer_count}")
+    directions.check_place(choice.position, choice.layer)
     method = METHODS.find(choice.method)
     if layer_norm and method.restores_mean(choice):
         directions = directions.centred()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,10 +24,24 @@ def _identity_forward(wrapped: bool) -> Any:
 
 
 @contextmanager
+def noting_tuples(model: Any, take: Callable[[bool], None]) -> Iterator[None]:
+    """Call `take` with whether blocks return tuples, when the first block runs in this context."""
+
+    def look(_module: Any, _inputs: Any, output: Any) -> None:
+        take(isinstance(output, tuple))
+
+    handle = Stream.of(model).block(0).register_forward_hook(look)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def starting_at(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Iterator[None]:
     """Make `model` start at block `layer` with the input `hidden`; earlier blocks do nothing.
 
-    `wrapped`: whether blocks return tuples (see `returns_tuples`).
+    `wrapped`: whether blocks return tuples (see `noting_tuples`).
     """
     stream = Stream.of(model)
     skipped = [stream.block(i) for i in range(layer)]
@@ -85,18 +99,14 @@ class StreamCache:
             if layer == self.layer and held + hidden.numel() <= self.kept:
                 self._hidden[name] = hidden.clone()
 
-        def look(_module: Any, _inputs: Any, output: Any) -> None:
-            self._wrapped = isinstance(output, tuple)
+        def note(wrapped: bool) -> None:
+            self._wrapped = wrapped
 
         if not self.layer:
             yield
             return
-        watch = Stream.of(self.model).block(0).register_forward_hook(look)
-        try:
-            with capturing_inputs(self.model, keep):
-                yield
-        finally:
-            watch.remove()
+        with noting_tuples(self.model, note), capturing_inputs(self.model, keep):
+            yield
 
     @contextmanager
     def resumed(self, name: Hashable) -> Iterator[None]:

@@ -14,7 +14,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.interventions import ConditionalMap, WriteMatrix
 from .activations import TOKENS_PER_BATCH, batches, pad
 from .hooks import capturing_inputs
-from .partial_forward import starting_at, stopping_before
+from .partial_forward import noting_tuples, starting_at, stopping_before
 from .stream import Stream
 from .write_matrices import Watch, conditionally_edited, watching, write_modules
 
@@ -130,8 +130,7 @@ class WriteReader:
             if start is not None and self.at:
                 stack.enter_context(starting_at(self.model, self.at, start, self.wrapped))
             else:
-                watch = self.stream.block(0).register_forward_hook(self._look)
-                stack.callback(watch.remove)
+                stack.enter_context(noting_tuples(self.model, self._note))
             stack.enter_context(capturing_inputs(self.model, keep))
             stack.enter_context(stopping_before(self.model, last + 1))  # after `keep` has seen that block's input
             stack.enter_context(conditionally_edited(self.model, edits, renormalise=False))
@@ -139,8 +138,8 @@ class WriteReader:
             stack.enter_context(watching(self.model, watches))
             self.stream.decoder(input_ids=batch.padded, use_cache=False)
 
-    def _look(self, _module: Any, _inputs: Any, output: Any) -> None:
-        self.wrapped = isinstance(output, tuple)
+    def _note(self, wrapped: bool) -> None:
+        self.wrapped = wrapped
 
     def _watch(self, stack: ExitStack, batch: _Batch, matrix: WriteMatrix, take: Take) -> Watch:
         if not matrix.routed:

@@ -9,7 +9,7 @@ from ..core.interrupts import check
 from ..core.journal import Journal
 from ..core.progress import track
 from ..data.chat import ChatFormat
-from ..data.prompts import PreservedPrompt, Prompt
+from ..data.prompts import PreservedPrompt, Prompt, texts_of
 from ..edits.fitting import ANSWER_START, EXAMPLES, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
 
 ANSWER_TOKENS = 48
@@ -29,19 +29,15 @@ class OwnAnswers:
 
         With target prompts, the positive ones are the examples of what the target is to become.
         """
-
-        def texts(side: str) -> list[str]:
-            return [p.text for p in prompts if (p.side, p.split) == (side, "train")]
-
         sets: dict[str, list[str]] = {}
         for p in preserved:
             if p.split == "train":
                 sets.setdefault(p.source, []).append(p.text)
-        positive, target = texts("positive"), texts("target")
+        positive, negative, target = (texts_of(prompts, side, "train") for side in ("positive", "negative", "target"))
         return FitTokens(
             len(self.chat.positions()),
             self._answered(TARGET, target or positive, ANSWER_START),
-            self._answered(HARMLESS, texts("negative"), ANSWER_TOKENS),
+            self._answered(HARMLESS, negative, ANSWER_TOKENS),
             {source: self._answered(f"{PRESERVED}{source}", each, ANSWER_TOKENS) for source, each in sets.items()},
             self._answered(EXAMPLES, positive, ANSWER_START) if target else None,
         )

@@ -101,7 +101,7 @@ def choose(run: Run, **given: Any) -> EditConfig:
         named.setdefault("position", run.directions.positions[-1])
         named["per_layer"] = True
         return _edit_config(named)
-    _check_place(run, named)
+    run.directions.check_place(named.get("position"), named.get("layer"))
     finder = finder_of(method, run.directions, named.get("finder"))
     fitting = [
         c
@@ -119,20 +119,6 @@ def choose(run: Run, **given: Any) -> EditConfig:
         if not named.get("per_layer"):
             named.setdefault("layer", fitting[0].layer)
     return _edit_config(named)
-
-
-def _check_place(run: Run, named: dict[str, Any]) -> None:
-    """Check that the run read the stream at a given position and layer.
-
-    Raises:
-        OrthogonalizeError: it did not.
-    """
-    layer, position = named.get("layer"), named.get("position")
-    if layer is not None and not 0 <= layer <= run.directions.layer_count:
-        raise OrthogonalizeError(f"the run has no layer {layer}; its layers are 0 to {run.directions.layer_count}")
-    positions = run.directions.positions
-    if position is not None and position not in positions:
-        raise OrthogonalizeError(f"the run has no position {position}; it has {positions[0]} to {positions[-1]}")
 
 
 def _taken_from(choice: EditConfig, given: dict[str, Any], found: tuple[str, ...], source: str) -> str:

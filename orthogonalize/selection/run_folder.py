@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..core.errors import OrthogonalizeError
 from ..core.files import check_regular_files, write_atomically
-from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split
+from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split, texts_of
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
@@ -99,15 +99,13 @@ class Run:
         """
         if self.folder is None:
             raise OrthogonalizeError("this run was not read from a folder, where activations are stored")
-        if position not in self.directions.positions:
-            have = self.directions.positions
-            raise OrthogonalizeError(f"the run has no position {position}; it has {have[0]} to {have[-1]}")
+        self.directions.check_place(position)
         stored = Recording(self.folder / ACTIVATIONS).read(f"{side}.{split}", layer)
         return stored[:, self.directions.positions.index(position)]
 
     def texts(self, side: Side, split: Split) -> list[str]:
         """The prompts of one side and split."""
-        return [p.text for p in self.prompts if p.side == side and p.split == split]
+        return texts_of(self.prompts, side, split)
 
 
 def target_side(prompts: Sequence[Prompt]) -> Side:

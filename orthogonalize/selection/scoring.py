@@ -13,8 +13,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, pad
 from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
-from ..models.partial_forward import StreamCache, starting_at
-from ..models.stream import Stream
+from ..models.partial_forward import StreamCache, noting_tuples, starting_at
 
 SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
 
@@ -137,17 +136,16 @@ class LocalScorer:
         self.inputs: list[list[torch.Tensor]] = []
         self.wrapped = False
 
-        def look(_module: Any, _inputs: Any, output: Any) -> None:
-            self.wrapped = isinstance(output, tuple)
+        def note(wrapped: bool) -> None:
+            self.wrapped = wrapped
 
-        watch = Stream.of(model).block(0).register_forward_hook(look)
-        for group in self.groups:
-            stream: list[torch.Tensor] = []
-            padded, _ = pad(group, model.device)
-            with torch.inference_mode(), capturing_inputs(model, lambda _l, h, s=stream: s.append(h.clone())):  # type: ignore[misc]
-                model(input_ids=padded, use_cache=False, logits_to_keep=1)
-            self.inputs.append(stream)
-        watch.remove()
+        with noting_tuples(model, note):
+            for group in self.groups:
+                stream: list[torch.Tensor] = []
+                padded, _ = pad(group, model.device)
+                with torch.inference_mode(), capturing_inputs(model, lambda _l, h, s=stream: s.append(h.clone())):  # type: ignore[misc]
+                    model(input_ids=padded, use_cache=False, logits_to_keep=1)
+                self.inputs.append(stream)
 
     @torch.inference_mode()
     def probabilities(self, layer: int, maps: AffineMap, projected: bool) -> torch.Tensor:

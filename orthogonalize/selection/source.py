@@ -9,8 +9,8 @@ from pathlib import Path
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError
 from ..core.words import counted
-from ..data.contrast import is_public, is_sensitive, read_contrast
-from ..data.prompts import Prompt, PublicConcept, Side, Source, check_contrast, concept, load_prompts, plain
+from ..data.contrast import is_sensitive, read_contrast
+from ..data.prompts import Prompt, PublicConcept, Side, Source, check_contrast, concept, is_public, load_prompts, plain
 from ..models.resolve import commit_of, find_model
 from .settings import Settings
 

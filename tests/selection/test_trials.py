@@ -199,7 +199,7 @@ def test_what_is_left_to_strengthen_are_the_prompts_that_lack_it(base):
     build = EditBuilder(directions_of(model, target, negative), [], False)
     own = AnsweredPrompts(model, negative, generate(model, negative, 5, []))
     choice = EditConfig(method="actadd", scope="one", position=-1, layer=2)
-    found = EditSearch(model, build, TOKENS, target, own, examples=examples, shows=True).run(choice)
+    found = EditSearch(model, build, TOKENS, target, own, examples=examples).run(choice)
     with intervened(model, build(choice), renormalise=False):
         edited = behaviour_score(plain_probabilities(model, target), TOKENS)
     assert found.left == pytest.approx(share_left(-edited), abs=1e-6)

@@ -45,9 +45,8 @@ class EditSearch:
         answers: the base model's answers to the negative prompts.
         preserved: its answers to further prompts on which it should not change, by the name of their set.
         known: a store for trials; those that it contains are not repeated.
-        examples: prompts that are as the target should be: that show the behaviour, if the target should show it, or
-            that do not; None: those of `answers`.
-        shows: whether the target should show the behaviour after the edit.
+        examples: prompts that show the behaviour, if the target should show it, too; None: it should not, as those of
+            `answers` do not.
         layer: the block at which the model starts under edits that spare its input.
     """
 
@@ -59,9 +58,13 @@ class EditSearch:
     preserved: Mapping[str, AnsweredPrompts] = field(default_factory=dict)
     known: ScoreStore | None = None
     examples: Sequence[Sequence[int]] | None = None
-    shows: bool = False
     layer: int = 0
     tried: dict[EditConfig, Trial] = field(default_factory=dict, init=False)
+
+    @property
+    def shows(self) -> bool:
+        """Whether the target should show the behaviour after the edit."""
+        return self.examples is not None
 
     @cached_property
     def _target(self) -> FirstTokenScores:

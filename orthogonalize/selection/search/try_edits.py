@@ -79,7 +79,6 @@ class EditTrials:
             {name: each for name, each in preserved.items() if each is not None},
             known=self.journal,
             examples=prompts.examples,
-            shows=prompts.examples is not None,
             layer=layer,
         )
         self._warn_if_done(search)
