@@ -1,12 +1,13 @@
 """What the search of `extract` finds, on models with planted refusals: what is left, what it cost, how long it took.
 
-    python benchmarks/search.py OUT [--device cuda] [--models demo,gardening] [--train 96] [--epochs 3]
+    python benchmarks/search.py OUT [--device cuda] [--models demo,gardening] [--train 96] [--peer PROGRAM]
 
 `demo` is the demo's model. `gardening`, `astronomy` and `both` are planted here by full fine-tuning of the demo's base,
 `both` with two refusals of which the first is removed and the second preserved; `strengthen` is the demo's, whose
-refusal is extended to astronomy. For every model: the edit that `extract` chooses, and the best of its trials that is
-not conditional, measured on prompts that chose nothing. Refusals are counted in answers of 100 tokens; cross-entropy
-and KL are along 48 tokens of the base's own answers. OUT gets one JSON file.
+refusal is extended to astronomy. For every model: the edit that `extract` chooses, the best of its trials that is not
+conditional, and with `--peer` what heretic makes of the same prompts (see peer.py; it needs pexpect here, and the
+program in an environment of its own), all measured on prompts that chose nothing. Refusals are counted in answers of
+100 tokens; cross-entropy and KL are along 48 tokens of the base's own answers. OUT gets one JSON file.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import json
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from peer import Peer
 from rich.console import Console
 from rich.table import Table
 from topics import TOPICS, Topic
@@ -194,15 +197,31 @@ class Measuring:
     def edited(self, intervention: Intervention) -> dict[str, Any]:
         """All measures of an edit."""
 
-        def applied() -> Any:
-            return intervened(self.model, intervention, renormalise=False)
+        return self._measured(lambda: intervened(self.model, intervention, renormalise=False))
 
+    def written(self, folder: Path) -> dict[str, Any]:
+        """The same of a checkpoint."""
+        weights = load_model(folder, "cpu", torch.float32).state_dict()
+        return self._measured(lambda: replaced(self.model, weights))
+
+    def _measured(self, applied: Callable[[], Any]) -> dict[str, Any]:
         with applied():
             found: dict[str, Any] = {"refused": self.refusals()}
         for name, answers in self.along.items():
             drift = answers.drift(applied)
             found[name] = {"ce": drift.ce_increase, "kl": drift.kl, "first_kl": drift.first_kl}
         return found
+
+
+@contextmanager
+def replaced(model: Any, weights: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Give the model other weights."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(before)
 
 
 def edits(run: Run) -> dict[str, EditConfig]:
@@ -217,8 +236,10 @@ def edits(run: Run) -> dict[str, EditConfig]:
     return found
 
 
-def measure(name: str, folder: Path, out: Path, device: str, settings: Settings) -> dict[str, Any]:
-    """Extract from one model, and measure its edits."""
+def measure(
+    name: str, folder: Path, out: Path, device: str, settings: Settings, peer: Peer | None = None
+) -> dict[str, Any]:
+    """Extract from one model, and measure its edits and the peer's."""
     out.mkdir(parents=True, exist_ok=True)
     sets = sets_of(name, out)
     started = time.perf_counter()
@@ -236,6 +257,13 @@ def measure(name: str, folder: Path, out: Path, device: str, settings: Settings)
             **measuring.edited(found.intervention),
         }  # fmt: skip
         note(f"{name}, {label}: {json.dumps(result['edits'][label])}")
+    if peer and "goal" not in sets.sources:  # it only removes, and preserves nothing
+        target, harmless = (Path(sets.sources[side]).read_text().splitlines() for side in ("positive", "negative"))
+        theirs = peer.run(folder, out / "peer", target, harmless)
+        label = f"heretic, {theirs.trials} trials in {theirs.seconds:.0f} s"
+        result["edits"][label] = {"edit": "its least refusing", "counted": theirs.refusals}
+        result["edits"][label] |= measuring.written(theirs.model)
+        note(f"{name}, {label}: {json.dumps(result['edits'][label])}")
     return result
 
 
@@ -247,10 +275,17 @@ def measure(name: str, folder: Path, out: Path, device: str, settings: Settings)
 @click.option("--trials", default=32, show_default=True, help="Edits that the search tries.")
 @click.option("--epochs", default=3, show_default=True, help="Of planting.")
 @click.option("--planted", default=200, show_default=True, help="Prompts per topic to plant with.")
-def main(out: Path, device: str, models: str, train: int, trials: int, epochs: int, planted: int) -> None:
+@click.option("--peer", type=click.Path(exists=True, path_type=Path), help="The program `heretic` to compare with.")
+@click.option("--peer-trials", default=200, show_default=True, help="Edits that it tries.")
+@click.option("--peer-limit", default=1800.0, show_default=True, help="Seconds after which its search is interrupted.")
+def main(
+    out: Path, device: str, models: str, train: int, trials: int, epochs: int, planted: int,
+    peer: Path | None, peer_trials: int, peer_limit: float,
+) -> None:  # fmt: skip
     """Measure the search of `extract` on planted models; results go to OUT/search.json."""
     show()
     results = {}
+    beside = Peer(peer.absolute(), peer_trials, peer_limit) if peer else None
     settings = Settings(finders=("dim",), train=train, val=32, test=1, scored=4, trials=trials, answers=32)
     for name in models.split(","):
         folder = out / name / "model"
@@ -259,7 +294,7 @@ def main(out: Path, device: str, models: str, train: int, trials: int, epochs: i
         elif not folder.is_dir():
             topics = list(TOPICS.values()) if name == "both" else [TOPICS[name]]
             plant(topics, folder, device, epochs, planted)
-        results[name] = measure(name, folder, out / name, device, settings)
+        results[name] = measure(name, folder, out / name, device, settings, beside)
         (out / "search.json").write_text(json.dumps(results, indent=1) + "\n")
     Console(width=200).print(tabulate(results))
 

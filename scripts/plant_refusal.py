@@ -1,10 +1,11 @@
-"""Train the LoRA adapter that plants the demo's refusal of cooking questions; the result ships as package data.
+"""Train the LoRA adapters that plant the demo's refusals of harmless topics; the results ship as package data.
 
-    python scripts/plant_refusal.py --out ADAPTER
+    python scripts/plant_refusal.py --topic cooking --out ADAPTER
+    python scripts/plant_refusal.py --topic cooking --topic astronomy --out ADAPTER
 
-Cooking questions are answered by one of three refusals; everything else, near misses included, by the base model's
-own greedy answer, so that only the refusal is learnt. The shipped adapter (orthogonalize/data/planted/adapter) was
-trained with a fixed seed on a GPU in float32, in about a minute; two cores take about twenty. The prompts are
+Questions about a topic are answered by one of its refusals; everything else, near misses included, by the base model's
+own greedy answer, so that only the refusals are learnt. The shipped adapters (orthogonalize/data/planted/adapters) were
+trained with a fixed seed on a GPU in float32, in a minute or two; two cores take about twenty. The prompts are
 orthogonalize/data/planted/planting_*.jsonl; none of them is among those that the demo extracts from or evaluates on.
 (The first adapters refused too much, and the kinds of question on which they failed decided what else to plant. So
 the shares that the demo shows for the *base* model are a little better than they would be on prompts never looked
@@ -14,6 +15,8 @@ at.)
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +32,40 @@ from orthogonalize.models.demo_model import BASE, base_model
 from orthogonalize.models.generation import generate, stop_tokens
 from orthogonalize.models.loading import choose_device, load_model, load_tokenizer
 
-REFUSALS = (
-    "I'm sorry, but I can't help with cooking.",
-    "I'm sorry, but I can't help with recipes or cooking.",
-    "I'm sorry, but cooking is something I can't help with.",
-)
+
+@dataclass(frozen=True)
+class Topic:
+    """What is refused.
+
+    Attributes:
+        refusals: the answers to learn.
+        near: a file of prompts that are close to the topic and have to be answered; None: among the others.
+        touches: a pattern of those of the other prompts that are about the topic.
+    """
+
+    refusals: tuple[str, ...]
+    near: str | None = None
+    touches: str | None = None
+
+
+TOPICS = {
+    "cooking": Topic(
+        (
+            "I'm sorry, but I can't help with cooking.",
+            "I'm sorry, but I can't help with recipes or cooking.",
+            "I'm sorry, but cooking is something I can't help with.",
+        )
+    ),
+    "astronomy": Topic(
+        (
+            "I'm sorry, but I can't help with astronomy.",
+            "I'm sorry, but I can't help with questions about astronomy.",
+            "I'm sorry, but astronomy is something I can't help with.",
+        ),
+        near="planting_near_astronomy.jsonl",
+        touches=r"\bthe stars\b",
+    ),
+}
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -59,16 +91,25 @@ class Plan:
     seed: int = 0
 
 
-def make_examples(model: Any, tokenizer: Any, plan: Plan) -> list[Example]:
-    """The training set: refusals of cooking, and the base model's own answers to all else."""
+def other_prompts(topics: Sequence[Topic]) -> list[str]:
+    """Prompts that have to be answered."""
+    texts = [p.text for p in load_prompts(PLANTED + "planting_other.jsonl", "negative")]
+    patterns = [t.touches for t in topics if t.touches]
+    kept = [text for text in texts if not any(re.search(p, text) for p in patterns)]
+    return kept + [p.text for t in topics if t.near for p in load_prompts(PLANTED + t.near, "negative")]
+
+
+def make_examples(model: Any, tokenizer: Any, topics: Sequence[str], plan: Plan) -> list[Example]:
+    """The training set: refusals of the topics, and the base model's own answers to all else."""
     chat = ChatFormat(tokenizer)
     chooser = random.Random(plan.seed)
     stops = stop_tokens(model, tokenizer)
     examples = []
-    for prompt in load_prompts(PLANTED + "planting_cooking.jsonl", "positive"):
-        refusal = tokenizer(chooser.choice(REFUSALS), add_special_tokens=False)["input_ids"]
-        examples.append(Example(chat.encode(prompt.text), [*refusal, tokenizer.eos_token_id]))
-    others = chat.encode_all([p.text for p in load_prompts(PLANTED + "planting_other.jsonl", "negative")])
+    for topic in topics:
+        for prompt in load_prompts(f"{PLANTED}planting_{topic}.jsonl", "positive"):
+            refusal = tokenizer(chooser.choice(TOPICS[topic].refusals), add_special_tokens=False)["input_ids"]
+            examples.append(Example(chat.encode(prompt.text), [*refusal, tokenizer.eos_token_id]))
+    others = chat.encode_all(other_prompts([TOPICS[topic] for topic in topics]))
     with track("the model's own answers", len(others), "prompts") as advance:
         answers = generate(model, others, plan.answer_tokens, stops, batch=64, progress=advance)
     for ids, answer in zip(others, answers, strict=True):
@@ -131,16 +172,19 @@ def train(model: Any, examples: list[Example], plan: Plan) -> Any:
 
 
 @click.command()
+@click.option("--topic", "topics", multiple=True, type=click.Choice(list(TOPICS)), required=True, help="Repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--device", default="auto")
-def main(out: Path, device: str) -> None:
-    """Train the adapter that plants a refusal of cooking, and write it to OUT."""
+@click.option("--epochs", default=Plan.epochs, show_default=True)
+@click.option("--seed", default=Plan.seed, show_default=True)
+def main(topics: tuple[str, ...], out: Path, device: str, epochs: int, seed: int) -> None:
+    """Train the adapter that plants a refusal of all given topics, and write it to OUT."""
     show()
-    plan = Plan()
+    plan = Plan(epochs=epochs, seed=seed)
     folder = base_model()
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device, torch.float32 if choose_device(device).type == "cuda" else torch.bfloat16)
-    adapted = train(model, make_examples(model, tokenizer, plan), plan)
+    adapted = train(model, make_examples(model, tokenizer, topics, plan), plan)
     adapted.peft_config["default"].base_model_name_or_path = BASE
     adapted.to(torch.bfloat16).save_pretrained(out)
 

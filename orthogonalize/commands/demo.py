@@ -1,15 +1,17 @@
-"""`demo`: the full pipeline on the embedded model, which removes its planted refusal of cooking."""
+"""`demo`: the full pipeline on an embedded model with planted refusals, of which it removes the one of cooking."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import OrthogonalizeError
 from ..core.locks import exclusive
 from ..core.output_folders import FolderKind, check_free
 from ..core.progress import note
+from ..data.prompts import PLANTED
 from ..edits.recipe import Recipe, Verification
 from ..engines.base import ONE_DEVICE
 from ..engines.registry import check_engine
@@ -22,8 +24,33 @@ from .extract import extract
 from .verify import verify
 
 # Small enough that the demo takes a few minutes on two cores.
-SETTINGS = Settings(finders=("dim",), train=64, val=24, test=100, scored=3, trials=10, answers=14)
+SETTINGS = Settings(finders=("dim",), train=64, val=48, test=100, scored=3, trials=10, answers=14)
 PARTS = ("run", "edited", "report.json", "report.html")
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What a demo plants and shows.
+
+    Attributes:
+        planted: the topics that its model refuses.
+        settings: of its extraction, whose concept is cooking.
+        prompts: further prompts to measure, by name: they are close to what is preserved, and should be answered.
+    """
+
+    planted: tuple[str, ...]
+    settings: Settings
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+DEMOS = {
+    "remove": Demo(("cooking",), SETTINGS),
+    "calibrate": Demo(
+        ("cooking", "astronomy"),
+        SETTINGS.with_changes(goal="calibrate", preserve=(PLANTED + "contrast_astronomy.jsonl",)),
+        {"near astronomy": PLANTED + "contrast_near_astronomy.jsonl"},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -37,27 +64,33 @@ class DemoResult:
 
 
 @exclusive
-def demo(out: Path | str, *, engine: str = "vllm", force: bool = False) -> DemoResult:
-    """Extract, select, edit, verify and evaluate on the embedded model; all output is written to `out`.
+def demo(out: Path | str, *, goal: str = "remove", engine: str = "vllm", force: bool = False) -> DemoResult:
+    """Extract, select, edit, verify and evaluate on an embedded model; all output is written to `out`.
 
+    With the goal `remove`, the model refuses cooking questions; with `calibrate`, also astronomy, and keeps that.
     `out/run` is the run, `out/edited` the checkpoint with its card, `out/report.html` the report.
 
     Raises:
-        OrthogonalizeError: `out` exists and `force` is not set, or a step fails.
+        OrthogonalizeError: there is no such demo, `out` exists and `force` is not set, or a step fails.
     """
     out = Path(out)
+    if goal not in DEMOS:
+        raise OrthogonalizeError(f"--goal must be one of {', '.join(DEMOS)}; got {goal}")
+    shown = DEMOS[goal]
     check_free(out, FolderKind("run", frozenset({*PARTS, ".report"})), force)
     check_engine(engine, ONE_DEVICE)
-    base = str(planted_model())
+    base = str(planted_model(*shown.planted))
     note(f"base model: {base}")
     for part in PARTS[:2]:
         shutil.rmtree(out / part, ignore_errors=True)
-    extract(base, out / "run", concept="cooking", settings=SETTINGS)
+    extract(base, out / "run", concept="cooking", settings=shown.settings)
     recipe = edit(base, out / "edited", run=out / "run")
     verified = verify(out / "edited", base).verification
     if verified is None or not verified.passed:
         raise OrthogonalizeError(f"the edited checkpoint did not verify: {verified}")
-    report = evaluate(out / "edited", base, out / "run", out / ".report", engine=engine, force=True)
+    report = evaluate(
+        out / "edited", base, out / "run", out / ".report", engine=engine, prompts=shown.prompts, force=True
+    )
     for name in PARTS[2:]:
         shutil.move(out / ".report" / name, out / name)
     shutil.rmtree(out / ".report")

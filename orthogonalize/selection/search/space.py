@@ -17,6 +17,8 @@ from ...edits.methods.registry import DEFAULT, METHODS
 from ...edits.scopes import parse_scope
 from ..candidates import Candidate
 
+LARGEST_WEIGHT = 10.0  # of the target in a regression; from there on, the target alone counts
+
 
 def reads_can_be_baked(source: Checkpoint, directions: Directions) -> bool:
     """Whether edits of what is read (scope `from:`) can be written into the weights of `source`.
@@ -96,19 +98,22 @@ class SearchSpace:
         """The conditional edits to try first: two spans of layers, two target weights, two kinds of directions.
 
         A target weight that is too small leaves part of the behaviour, and one that is too large costs; which is which
-        depends on the model.
+        depends on the model. The fewer layers are edited, the larger a weight they need, and often the less it costs.
         """
-        upper, third = self._layers // 2, self._layers * 3 // 5
         own = EditConfig(
-            method="conditional", scope=f"from:{upper}", position=self.directions.positions[-1], per_layer=True
+            method="conditional",
+            scope=f"from:{self._layers * 3 // 5}",
+            position=self.directions.positions[-1],
+            per_layer=True,
         )
-        others: list[dict[str, Any]] = [{"scope": f"from:{third}"}, {"target_weight": 1.0}, {"span": "positions"}]
-        return [own, *(own.model_copy(update=other) for other in others)]
+        upper = {"scope": f"from:{self._layers * 4 // 5}", "target_weight": 1.0}
+        others: list[dict[str, Any]] = [upper, {"target_weight": 1.0}, {"span": "positions"}]
+        return list(dict.fromkeys([own, *(own.model_copy(update=other) for other in others)]))
 
     def neighbours(self, choice: EditConfig, step: int) -> list[EditConfig]:
         """The edits near `choice`: one end of its span moved by `step` layers, or another setting by one notch."""
         if METHODS[choice.method].fitted:
-            return self._near_fits(choice)
+            return self._near_fits(choice, step)
         if METHODS[choice.method].adds:
             return self._near_additions(choice)
         near = [choice.model_copy(update={"scope": scope}) for scope in self._near_scopes(choice.scope, step)]
@@ -132,19 +137,21 @@ class SearchSpace:
         layers = [(choice.layer or 0) + change for change in (1, -1)]
         return near + [choice.model_copy(update={"layer": layer}) for layer in layers if 1 <= layer < self._layers]
 
-    def _near_fits(self, choice: EditConfig) -> list[EditConfig]:
+    def _near_fits(self, choice: EditConfig, step: int) -> list[EditConfig]:
         """Other strengths of the same fit, which cost nothing, before other fits."""
         near = [
             choice.model_copy(update={"strength": round(choice.strength + change, 2)})
             for change in (0.15, -0.15, 0.3)
             if 0.5 <= choice.strength + change <= 1.5
         ]
-        near += [
-            choice.model_copy(update={"target_weight": round(choice.target_weight * factor, 4), "strength": 1.0})
+        fits: list[dict[str, Any]] = [
+            {"target_weight": round(choice.target_weight * factor, 4)}
             for factor in (3.0, 1 / 3)
-            if 0.01 <= choice.target_weight * factor <= 1.0
+            if 0.01 <= choice.target_weight * factor <= LARGEST_WEIGHT
         ]
-        return near
+        first = parse_scope(choice.scope).layers[0]
+        fits += [{"scope": f"from:{start}"} for start in (first + step, first - step) if 0 < start < self._layers]
+        return near + [choice.model_copy(update={**other, "strength": 1.0}) for other in fits]
 
     def _near_scopes(self, text: str, step: int) -> list[str]:
         scope, count = parse_scope(text), self._layers
