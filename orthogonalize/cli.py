@@ -61,7 +61,7 @@ class Commands(click.Group):
             with interrupts.handle_signals():
                 return super().invoke(ctx)
         except OrthogonalizeError as error:
-            click.echo(f"error: {shown(' '.join(str(error).split()), 1000)}", err=True)
+            click.echo(f"error: {error}", err=True)
             ctx.exit(1)
         except OSError as error:
             click.echo(f"error: {shown(error.filename or 'the system')}: {shown(error.strerror or error)}", err=True)

@@ -183,7 +183,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
             raise OrthogonalizeError(
                 f"{index} points outside its folder ({name!r}); this checkpoint is not to be trusted"
             )
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise OrthogonalizeError(f"{folder} lacks the shard {name}; fetch it again")
         files[name] = open_tensor_file(folder / name)
     stored: dict[str, str] = {}
