@@ -6,12 +6,12 @@ import re
 import shutil
 from glob import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import CARD, INDEX, OTHER_WEIGHTS, RECIPE, open_checkpoint, walk
 from ..core.errors import OrthogonalizeError, first_line, shown
 from ..core.progress import note
+from ..core.temporary_folders import temporary_folder
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import Recipe, load_recipe
 from ..models.resolve import HUB_ID, public_name
@@ -91,10 +91,10 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     token = get_token()
     if token is None:
         raise OrthogonalizeError("no Hub token: set HF_TOKEN, or log in with `hf auth login`")
-    with TemporaryDirectory() as stage:
-        _stage(folder, None if report is None else Path(report), Path(stage))
+    with temporary_folder() as stage:
+        _stage(folder, None if report is None else Path(report), stage)
         try:
-            url = _upload(HfApi(token=token), folder, Path(stage), repository, public)
+            url = _upload(HfApi(token=token), folder, stage, repository, public)
         except OrthogonalizeError:
             raise
         except Exception as error:  # whatever the network and its libraries raise
