@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Commands(click.Group):
             with interrupts.handle_signals():
                 return super().invoke(ctx)
         except OrthogonalizeError as error:
-            click.echo(f"error: {shown(' '.join(str(error).split()), 1000)}", err=True)
+            click.echo(f"error: {error}", err=True)
             ctx.exit(1)
         except OSError as error:
             click.echo(f"error: {shown(error.filename or 'the system')}: {shown(error.strerror or error)}", err=True)
@@ -89,9 +90,18 @@ def main(quiet: bool) -> None:
     The usual order is extract, edit, eval, push. MODEL is a checkpoint folder, a Hub id or a .gguf
     file. A prompt source is a .txt, .json, .jsonl, .csv or .parquet file, or a Hub dataset.
     """
+    _write_what_streams_can()
     progress.show(not quiet)
     load_plugins()
     _quieten_libraries()
+
+
+def _write_what_streams_can() -> None:
+    """Question marks for what a stream cannot write; where that is not UTF-8, tables are ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            unicode = stream.encoding.lower().replace("-", "").startswith("utf")
+            stream.reconfigure(encoding=None if unicode else "ascii", errors="replace")
 
 
 def _quieten_libraries() -> None:

@@ -28,6 +28,11 @@ OTHER_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.ggu
 UNFINISHED = (".*.partial", ".*.lock", ".*.journal")  # left by killed processes
 NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes", *UNFINISHED)
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
+# What training leaves in a folder, with its machine's paths and users.
+LOGS = (
+    *("*.log", "wandb/*", "mlruns/*", "runs/*", "logs/*", "checkpoint-*/*", "events.out.tfevents*"),
+    *("trainer_state.json", "trainer_log.jsonl", "training_args*", "optimizer*", "scheduler*", "rng_state*"),
+)
 
 
 @dataclass(frozen=True)
@@ -80,31 +85,39 @@ class Checkpoint:
         return sum(file.path.stat().st_size for file in self.files.values())
 
     def side_files(self) -> list[Path]:
-        """The files that an edit copies byte for byte, relative to the folder.
+        """The files that an edit copies byte for byte, relative to the folder: all but weights and `private_files`."""
+        return [name for name in self._others() if not self._is_private(name) and not self._holds_weights(name)]
 
-        Raises:
-            OrthogonalizeError: one of them is a link that leads out of the folder (and of the Hub cache's blobs).
-        """
-        weights = {*self.files, INDEX, "config.json"}
-        names = [name for name in _walk(self.path) if str(name) not in weights and not _matches(name, NOT_COPIED)]
-        for name in names:
-            self.check_inside(name)
-        return [name for name in names if not self._holds_weights(name)]
+    def private_files(self) -> list[Path]:
+        """What an edit leaves behind: hidden files, training logs, and links that lead out of the folder."""
+        return [name for name in self._others() if self._is_private(name)]
+
+    def _others(self) -> list[Path]:
+        known = {*self.files, INDEX, "config.json"}
+        return [name for name in walk(self.path) if str(name) not in known and not _matches(name, NOT_COPIED)]
+
+    def _is_private(self, name: Path) -> bool:
+        hidden = any(part.startswith(".") for part in name.parts)
+        return hidden or _matches(name, LOGS) or not self._is_inside(name)
 
     def check_inside(self, name: Path) -> None:
-        """Reject a file of the folder that is a link to elsewhere, which an edit would copy and a push upload.
+        """Reject a file of the folder that is a link to elsewhere, which a push would upload.
 
         Raises:
             OrthogonalizeError: the message names it.
         """
+        if not self._is_inside(name):
+            raise OrthogonalizeError(f"{self.path / name} is a link that leads out of its folder; remove it")
+
+    def _is_inside(self, name: Path) -> bool:
         here = self.path.resolve()
         blobs = here.parent.parent / "blobs"  # of a snapshot in the Hub's cache
-        if not is_inside(self.path / name, here, *([blobs] if here.parent.name == "snapshots" else [])):
-            raise OrthogonalizeError(f"{self.path / name} is a link that leads out of its folder; remove it")
+        return is_inside(self.path / name, here, *([blobs] if here.parent.name == "snapshots" else []))
 
     def left_out(self) -> list[Path]:
         """Copies of the weights in other formats, which must not be copied into an edited checkpoint."""
-        return [name for name in _walk(self.path) if str(name) not in self.files and self._holds_weights(name)]
+        others = (name for name in walk(self.path) if str(name) not in self.files)
+        return [name for name in others if not self._is_private(name) and self._holds_weights(name)]
 
     def _holds_weights(self, name: Path) -> bool:
         """Whether a file duplicates weights of this model; auxiliary tensors under other names do not count."""
@@ -120,7 +133,8 @@ class Checkpoint:
             return {name: _sha256(file.path, advance) for name, file in sorted(self.files.items())}
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and those below, relative to it, in order."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             yield path.relative_to(folder)
@@ -147,7 +161,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
             return {SINGLE: open_tensor_file(single)}, False
         if any(folder.glob("*.safetensors")):
             raise OrthogonalizeError(f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}")
-        if any(_matches(name, PICKLES) for name in _walk(folder)):
+        if any(_matches(name, PICKLES) for name in walk(folder)):
             raise OrthogonalizeError(
                 f"{folder} has pickled weights only, which can run arbitrary code when loaded; "
                 "convert them to safetensors first (the Hub's safetensors/convert Space does)"
@@ -169,7 +183,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
             raise OrthogonalizeError(
                 f"{index} points outside its folder ({name!r}); this checkpoint is not to be trusted"
             )
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise OrthogonalizeError(f"{folder} lacks the shard {name}; fetch it again")
         files[name] = open_tensor_file(folder / name)
     stored: dict[str, str] = {}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..core.files import parse_json
 from ..core.progress import track
 from ..core.words import counted
 from .checkpoint import Checkpoint
@@ -237,7 +238,7 @@ def _describe_file_difference(mine: Path, theirs: Path) -> str | None:
     if ours == other:
         return None
     try:
-        new, old = json.loads(ours), json.loads(other)
+        new, old = parse_json(ours), parse_json(other)
     except ValueError:
         return "differs"
     if not (isinstance(new, dict) and isinstance(old, dict)):

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OrthogonalizeError, first_line, shown
+from ..core.files import parse_json
 
 LARGEST = 256 * 2**20  # bytes of a tokenizer or index
 LARGEST_CONFIG = 16 * 2**20  # bytes of a configuration
-DEEPEST = 64  # nested lists and tables
 LARGEST_ID = 10**8  # of a token
 # The largest integers that a configuration may have, by key; a library would build that many objects.
 MOST = (
@@ -26,6 +26,7 @@ MOST = (
 LARGEST_NUMBER = 2**53  # of any other key
 # Keys with which a model's files could choose the code that runs it.
 CODE = re.compile(r"_?\w+_implementation(_internal)?|use_kernels|kernel_config|kernels")
+OTHER_MODELS = ("speculators_config",)  # keys by which vLLM loads a model that the file names, in place of this one
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -39,37 +40,25 @@ def read_json(path: Path, most: int = LARGEST) -> Any:
         size = path.stat().st_size
         if size > most:
             raise OrthogonalizeError(f"{path} has {size} bytes, and at most {most} are read")
-        found = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
+        return parse_json(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
         raise OrthogonalizeError(f"{path} cannot be read as JSON ({first_line(error)}); fetch it again") from error
-    _check_depth(path, found)
-    return found
-
-
-def _check_depth(path: Path, value: Any) -> None:
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _children(outer)]
-        if not level:
-            return
-    raise OrthogonalizeError(f"{path} is nested more than {DEEPEST} deep")
-
-
-def _children(value: dict[str, Any] | list[Any]) -> Iterator[Any]:
-    inner = value.values() if isinstance(value, dict) else value
-    return (each for each in inner if isinstance(each, (dict, list)))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """A table of settings, such as config.json, whose values no library would choke on.
 
     Raises:
-        OrthogonalizeError: it is not a JSON object (see `read_json`); a number is out of bounds, `model_type` is not a
-            name, or a key names code to be fetched.
+        OrthogonalizeError: it is not a JSON object (see `read_json`) or not Unicode; a number is out of bounds,
+            `model_type` is not a name, or a key names code to be fetched.
     """
     found = read_json(path, LARGEST_CONFIG)
     if not isinstance(found, dict):
         raise OrthogonalizeError(f"{path} is not a JSON object")
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise OrthogonalizeError(f"{path} contains an unpaired surrogate (invalid Unicode); remove it") from error
     for key, value in _entries(found):
         _check_entry(path, key, value)
     return found
@@ -98,6 +87,8 @@ def _check_entry(path: Path, key: str, value: Any) -> None:
         names = isinstance(value, list) and all(isinstance(each, str) and len(each) <= 200 for each in value)
         if not names:
             raise OrthogonalizeError(f"{path} has architectures that are not a list of names")
+    if key in OTHER_MODELS and value is not None:
+        raise OrthogonalizeError(f"{path} names another model, which vLLM would load instead ({key}); remove that key")
     if CODE.fullmatch(key) and re.search(r"[/:]", str(value)) and not isinstance(value, dict):
         raise OrthogonalizeError(
             f"{path} names code to be fetched and run ({shown(key, 60)}: {shown(value, 60)}); remove that key"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 import click
 
 from ..core.errors import OrthogonalizeError
+from ..core.files import parse_json
 from ..data.prompts import GOALS
 from ..data.refusals import LEAST_TOKENS
 from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
@@ -140,7 +140,7 @@ def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise OrthogonalizeError(f"--template-argument {pair!r} is not of the form name=value")
         try:
-            arguments[key] = json.loads(value)
+            arguments[key] = parse_json(value)
         except ValueError:
             arguments[key] = value
     return arguments

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.schema import architecture_of
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING
 from ..checkpoints.writer import Written
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, shown
 from ..core.locks import InUseError
 from ..core.output_folders import EDITED, OutputFolder, check_space, complete_folder
 from ..core.progress import note, track
@@ -103,6 +103,7 @@ def edit(
             raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
         note(f"editing: {resolved.choice.describe()}")
         note(f"taken from {resolved.taken_from}")
+        _note_private(source)
         written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
         how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
         if settings.format == "lora":
@@ -125,6 +126,16 @@ def edit(
             write_card(partial, written, source.path)
         _note_relative(resolved, written)
         return written
+
+
+def _note_private(source: Checkpoint) -> None:
+    """Name what stays behind because it may hold what is nobody else's business."""
+    private = [shown(name, 60) for name in source.private_files()]
+    if private:
+        more = f" and {len(private) - 8} more" if len(private) > 8 else ""
+        note(
+            f"not copied, being hidden files, training logs or links out of the folder: {', '.join(private[:8])}{more}"
+        )
 
 
 def _note_relative(resolved: ResolvedEdit, written: Recipe) -> None:
@@ -152,6 +163,7 @@ def _recipe_of(
         arrays=stored.arrays,
         conditional=stored.conditional,
         rounding=changes.rounding,
+        files=sorted(["config.json", *([INDEX] if source.indexed else []), *map(str, source.side_files())]),
         added=sorted(changes.additions),
         config_changes=changes.config_changes,
         left_out=[str(name) for name in source.left_out()],

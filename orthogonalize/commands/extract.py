@@ -82,6 +82,7 @@ class _Extraction:
         self.layer_count = self.architecture.layers(source.checkpoint.config)
         self.tokenizer = load_tokenizer(source.folder, settings.trust_remote_code)
         self.chat = ChatFormat(self.tokenizer, settings.system, settings.template_arguments, settings.chat_template)
+        self.chat.check_template()
         self.positions = tuple(self.chat.positions())
         self.check = RefusalCheck.of(settings.judge, settings.device)
 

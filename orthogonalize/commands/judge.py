@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import OrthogonalizeError
+from ..core.files import parse_json
 from ..core.journal import Journal
 from ..data.benchmarks import category_of
 from ..data.tokenization import is_valid_unicode
@@ -47,8 +47,8 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         raise OrthogonalizeError(f"no such file: {file}")
     try:
-        rows = json.loads(file.read_text("utf-8-sig"))
-    except (ValueError, OSError, RecursionError) as error:
+        rows = parse_json(file.read_text("utf-8-sig"))
+    except (ValueError, OSError) as error:
         raise OrthogonalizeError(f"{file} cannot be read as JSON ({error}); is it truncated?") from error
     if not isinstance(rows, list) or not rows:
         raise OrthogonalizeError(f"{file} must contain a list of at least one answer")
@@ -100,8 +100,8 @@ def _is_report(file: Path) -> bool:
     if file.is_dir():
         return True
     try:
-        return isinstance(found := json.loads(file.read_text("utf-8-sig")), dict) and "answers" in found
-    except (ValueError, OSError, RecursionError):
+        return isinstance(found := parse_json(file.read_text("utf-8-sig")), dict) and "answers" in found
+    except (ValueError, OSError):
         return False  # `read_answers` says what is wrong
 
 

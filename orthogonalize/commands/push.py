@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+from glob import escape
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint import CARD, RECIPE, UNFINISHED, open_checkpoint
-from ..core.errors import OrthogonalizeError, first_line
+from ..checkpoints.checkpoint import CARD, INDEX, OTHER_WEIGHTS, RECIPE, open_checkpoint, walk
+from ..core.errors import OrthogonalizeError, first_line, shown
 from ..core.progress import note
+from ..core.temporary_folders import temporary_folder
 from ..edits.hub_cache import edited_folder
-from ..edits.recipe import load_recipe
+from ..edits.recipe import Recipe, load_recipe
 from ..models.resolve import HUB_ID, public_name
 from ..reports.model_card import write_card
 from ..reports.schema import load_report
@@ -20,21 +21,46 @@ from ..reports.schema import load_report
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+PUBLISHED = (RECIPE, CARD, "report.json", "report.html")  # beside the files that a recipe lists
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
+
 
 def _stage(folder: Path, report: Path | None, stage: Path) -> None:
-    """Write the recipe, card and report for publication, without local paths, into `stage`."""
+    """Put what is to be published into `stage`: the recipe's files, and a recipe, card and report without local paths.
+
+    The files are links; the Hub's client follows them.
+    """
     recipe = load_recipe(folder)
     found = load_report(report) if report is not None else None
     if report is not None and report.is_file():
         report = report.parent
     if found is not None and found.recipe not in (None, recipe.fingerprint()):
         raise OrthogonalizeError(f"{report} reports on a different edit than {folder}; run eval on this checkpoint")
+    for name in _listed(recipe, folder):
+        (stage / name).parent.mkdir(parents=True, exist_ok=True)
+        (stage / name).symlink_to((folder / name).absolute())
     recipe.base.model = public_name(recipe.base.model)
     recipe.save(stage)
     write_card(stage, recipe, base=folder, report=found)
     for name in ("report.json", "report.html"):
         if report is not None and (report / name).is_file():
             shutil.copyfile(report / name, stage / name)
+
+
+def _listed(recipe: Recipe, folder: Path) -> list[str]:
+    """The files of an edited checkpoint that its recipe lists; those of an old recipe by the rules of `edit`.
+
+    Raises:
+        OrthogonalizeError: one is missing, or is not in the folder.
+    """
+    opened = open_checkpoint(folder)
+    others = recipe.files or ["config.json", *([INDEX] if opened.indexed else []), *map(str, opened.side_files())]
+    names = sorted({*opened.files, *others} - {RECIPE, CARD})
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file():
+            raise OrthogonalizeError(f"{folder} has no file {shown(name)}, which its recipe lists; edit again")
+        opened.check_inside(Path(name))
+    return names
 
 
 def push(checkpoint: Path | str, repository: str, *, public: bool = False, report: Path | str | None = None) -> str:
@@ -56,7 +82,7 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
 
     folder = edited_folder(checkpoint)
     opened = open_checkpoint(folder)
-    for file in folder.rglob("*"):  # upload_folder follows links
+    for file in folder.rglob("*"):
         opened.check_inside(file.relative_to(folder))
     if not (folder / RECIPE).is_file():
         raise OrthogonalizeError(f"{folder} has no recipe; push only uploads output of `orthogonalize edit`")
@@ -65,10 +91,10 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     token = get_token()
     if token is None:
         raise OrthogonalizeError("no Hub token: set HF_TOKEN, or log in with `hf auth login`")
-    with TemporaryDirectory() as stage:
-        _stage(folder, None if report is None else Path(report), Path(stage))
+    with temporary_folder() as stage:
+        _stage(folder, None if report is None else Path(report), stage)
         try:
-            url = _upload(HfApi(token=token), folder, Path(stage), repository, public)
+            url = _upload(HfApi(token=token), folder, stage, repository, public)
         except OrthogonalizeError:
             raise
         except Exception as error:  # whatever the network and its libraries raise
@@ -84,11 +110,12 @@ def _upload(api: HfApi, folder: Path, stage: Path, repository: str, public: bool
     if public and private:
         api.update_repo_settings(repository, private=False)
     note(f"uploading {folder} to {repository} ({'public' if public else 'private'})")
-    api.upload_folder(
+    known = {*_listed(load_recipe(folder), folder), *PUBLISHED}
+    api.upload_folder(  # in one commit, so that no weights are on the Hub without their recipe
         repo_id=repository,
-        folder_path=folder,
-        ignore_patterns=[RECIPE, CARD, *UNFINISHED, *(f"*/{name}" for name in UNFINISHED)],
-        commit_message="Upload an edited checkpoint",
+        folder_path=stage,
+        ignore_patterns=[escape(str(name)) for name in walk(stage) if str(name) not in known],
+        delete_patterns=list(WEIGHTS),  # loaders would take what an earlier upload left beside these
+        commit_message="Upload an edited checkpoint with its recipe and card",
     )
-    api.upload_folder(repo_id=repository, folder_path=stage, commit_message="Add the recipe, card and report")
     return str(url)

@@ -2,6 +2,7 @@
 
 import re
 
+LONGEST = 1000  # characters of a message
 # Matches the messages of the libraries, but not "an illegal memory access".
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|enough memory", re.IGNORECASE)
 
@@ -9,9 +10,13 @@ OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|enough memory", re.IG
 class OrthogonalizeError(Exception):
     """An error that the user can fix: one line that names the cause and a remedy.
 
-    The command line prints it without a traceback and exits with status 1. Any other exception is a bug in
-    this package.
+    Messages quote files and names that may be anybody's, so what is not printable is made visible, and what is too
+    long is cut. The command line prints the message without a traceback and exits with status 1. Any other exception
+    is a bug in this package.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown(" ".join(message.split()), LONGEST))
 
 
 class InPlaceError(OrthogonalizeError):

@@ -6,13 +6,36 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import OrthogonalizeError
 from .locks import try_lock
+
+DEEPEST = 64  # nested lists and tables of JSON
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text that may be anybody's.
+
+    Raises:
+        ValueError: it is not JSON, or nested more than `DEEPEST` deep, which would be too deep for its readers.
+    """
+    with suppress(RecursionError):
+        found = json.loads(text)
+        level = [found]
+        for _ in range(DEEPEST):
+            level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return found
+    raise ValueError(f"it is nested more than {DEEPEST} deep")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (each for each in inner if isinstance(each, dict | list))
 
 
 def fingerprint(inputs: Any) -> str:

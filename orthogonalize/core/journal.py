@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import OrthogonalizeError, ran_out_of_memory
-from .files import fingerprint, write_after
+from .files import fingerprint, parse_json, write_after
 from .progress import note
 
 
@@ -54,10 +54,13 @@ class Journal:
         self._end = len(self._head)
         for line in content[self._end :].split(b"\n")[:-1]:
             try:
-                entry = json.loads(line)
-                self.done[entry["step"]] = entry["result"]
+                entry = parse_json(line)
+                name, result = entry["step"], entry["result"]
             except (ValueError, KeyError, TypeError):
                 break
+            if not isinstance(name, str):
+                break
+            self.done[name] = result
             self._end += len(line) + 1
         self.done = {name: result for name, result in self.done.items() if not self._is_replaced(name)}
 

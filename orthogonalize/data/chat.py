@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..core.errors import OrthogonalizeError, shown
+from ..core.errors import OrthogonalizeError, first_line, shown
 from .template_process import TemplateError, render
-from .tokenization import encode_open_ended
+from .tokenization import encode_open_ended, encode_rendered
 
 # Instructions without a common suffix, so that what their renderings share at the end comes from the template.
 _PROBES = ("Name a colour", "7 + 5 =", "Why?", "translate: bonjour\nto English")
+
+_REJECTS = "the chat template rejects this prompt"
 
 # Arguments of `apply_chat_template` itself, which is not called.
 _NOT_FOR_TEMPLATES = frozenset(
@@ -38,19 +40,25 @@ def chat_ids(tokenizer: Any, chats: Sequence[Any], arguments: Mapping[str, Any],
     taken = sorted(_NOT_FOR_TEMPLATES & arguments.keys())
     if taken:
         raise OrthogonalizeError(f"{rejects}: {taken[0]} is an argument of transformers, and none of templates")
-    try:
-        if _renders_itself(tokenizer):
-            options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    if _renders_itself(tokenizer):
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+        try:
             rows = [list(tokenizer.apply_chat_template(chat, **options, **arguments)) for chat in chats]
-        else:
-            template = tokenizer.get_chat_template()
-            texts = render(template, chats, {**tokenizer.special_tokens_map, **arguments})
-            rows = [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    except (TemplateError, TypeError, ValueError) as error:
-        raise OrthogonalizeError(f"{rejects}: {shown(error)}") from error
+        except Exception as error:  # whatever the model's files make the library raise
+            raise OrthogonalizeError(f"{rejects}: {first_line(error)}") from error
+    else:
+        rows = encode_rendered(tokenizer, _rendered(tokenizer, chats, arguments, rejects))
     if not all(rows):
         raise OrthogonalizeError(f"{rejects}: the tokenizer has no token for what it writes")
     return rows
+
+
+def _rendered(tokenizer: Any, chats: Sequence[Any], arguments: Mapping[str, Any], rejects: str) -> list[str]:
+    """Each of `chats` as the text that the tokenizer's template writes (see `chat_ids`)."""
+    try:
+        return render(tokenizer.get_chat_template(), chats, {**tokenizer.special_tokens_map, **arguments})
+    except (TemplateError, TypeError, ValueError) as error:
+        raise OrthogonalizeError(f"{rejects}: {shown(error)}") from error
 
 
 def _renders_itself(tokenizer: Any) -> bool:
@@ -93,9 +101,29 @@ class ChatFormat:
         """`encode` for several instructions."""
         if not self.templated:
             return encode_open_ended(self.tokenizer, instructions)
+        return chat_ids(self.tokenizer, [self._chat(each) for each in instructions], self.arguments, _REJECTS)
+
+    def _chat(self, instruction: str) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        chats = [[*system, {"role": "user", "content": instruction}] for instruction in instructions]
-        return chat_ids(self.tokenizer, chats, self.arguments, "the chat template rejects this prompt")
+        return [*system, {"role": "user", "content": instruction}]
+
+    def check_template(self) -> None:
+        """Reject a template that silently drops text; one that loops over a message's parts finds none in a text.
+
+        Raises:
+            OrthogonalizeError: it leaves out the instruction or the system prompt.
+        """
+        if not self.templated or _renders_itself(self.tokenizer):
+            return
+        chat = self._chat(_PROBES[0])
+        text, without = (_rendered(self.tokenizer, [each], self.arguments, _REJECTS)[0] for each in (chat, chat[-1:]))
+        failure = None
+        if _PROBES[0] not in text:
+            failure = "instruction out of what it writes; use --no-chat-template to send the bare prompts"
+        elif chat[1:] and text == without:
+            failure = "system prompt out of what it writes; omit --system"
+        if failure is not None:
+            raise OrthogonalizeError(f"the chat template leaves the {failure}, or give the model another template")
 
     def post_instruction_tokens(self) -> list[int]:
         """The token ids that the template appends to every instruction, found by rendering; [] without a template."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from ..core.files import parse_json
 
 # Formats of rows, by suffix: a new one is named here and read below.
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -47,7 +48,7 @@ def read_rows(file: Path) -> Iterator[Any]:
         case ".jsonl" | ".zst":
             return _json_lines(file)
         case ".json":
-            rows = json.loads(file.read_text("utf-8-sig"))
+            rows = parse_json(file.read_text("utf-8-sig"))
             if not isinstance(rows, list):
                 raise ValueError("the top level is not a list")
             return iter(rows)
@@ -79,10 +80,10 @@ def _json_lines(file: Path) -> Iterator[Any]:
         import zstandard
 
         with file.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            yield from (json.loads(line) for line in io.TextIOWrapper(stream, "utf-8") if line.strip())
+            yield from (parse_json(line) for line in io.TextIOWrapper(stream, "utf-8") if line.strip())
     else:
         with file.open(encoding="utf-8-sig") as text:
-            yield from (json.loads(line) for line in text if line.strip())
+            yield from (parse_json(line) for line in text if line.strip())
 
 
 def _shards(file: Path) -> list[Path]:

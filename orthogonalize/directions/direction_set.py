@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from ..core.errors import OrthogonalizeError
-from ..core.files import write_atomically
+from ..core.files import parse_json, write_atomically
 from ..core.interventions import AffineMap, orthonormal
 from .finders.registry import FINDERS
 from .inlp.nullspace import Subspace
@@ -237,7 +236,7 @@ class GivenDirection:
 
 def _reference_metadata(file: Path) -> dict[str, Any]:
     metadata = file.with_name("direction_metadata.json")
-    return dict(json.loads(metadata.read_text("utf-8"))) if metadata.is_file() else {}
+    return dict(parse_json(metadata.read_text("utf-8"))) if metadata.is_file() else {}
 
 
 def load_direction(file: Path | str) -> GivenDirection:

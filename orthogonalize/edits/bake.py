@@ -39,6 +39,7 @@ def bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
     for key in code_keys(nested) if isinstance(nested, dict) else ():
         plan.checkpoint.set_text_config(key, None)
     plan.sites.check_complete()
+    plan.sites.check_head()
     plan.sites.check_images()
     for site, affine in intervention.writes.items():
         _plan_write(plan, site, affine)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from ..core.errors import OrthogonalizeError
 from ..core.files import write_atomically
@@ -44,6 +45,13 @@ class AnsweredTokens:
 
     ids: Sequence[Sequence[int]]
     prompts: Sequence[int]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.prompts):
+            raise ValueError(f"{len(self.ids)} sequences with the lengths of {len(self.prompts)} prompts")
+        for row, length in zip(self.ids, self.prompts, strict=True):
+            if not 0 < length <= len(row) or min(row) < 0:
+                raise ValueError(f"a sequence of {len(row)} tokens whose prompt has {length}, or a negative token")
 
     def whole(self) -> TokenSet:
         """All tokens."""
@@ -134,17 +142,16 @@ class FitTokens:
             OrthogonalizeError: the file is missing or damaged.
         """
         try:
-            stored = json.loads(file.read_text("utf-8"))
-            target, harmless = (AnsweredTokens(**stored[name]) for name in (TARGET, HARMLESS))
-            preserved = {name: AnsweredTokens(**each) for name, each in stored["preserved"].items()}
-            examples = AnsweredTokens(**stored[EXAMPLES]) if stored.get(EXAMPLES) else None
-            return cls(stored["template"], target, harmless, preserved, examples)
+            return _FIT_TOKENS.validate_json(file.read_bytes())
         except FileNotFoundError:
             raise OrthogonalizeError(
                 f"{file.parent} lacks the model's own answers, which a conditional edit is fitted to; run extract again"
             ) from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except ValidationError as error:
             raise OrthogonalizeError(f"{file} is damaged; run extract again with --force") from error
+
+
+_FIT_TOKENS = TypeAdapter(FitTokens)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ class Verification(_Record):
 class Recipe(_Record):
     """Everything about an edit; `weights` is the SHA-256 of each weight file of the edited checkpoint.
 
+    `files` are the names of its other files, which the edit copied or wrote; `push` uploads these and no others.
     `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`).
     """
 
@@ -113,6 +114,7 @@ class Recipe(_Record):
     rounding: RoundingName = DEFAULT_ROUNDING
     tensors: list[TensorChange] = []
     weights: dict[str, str] = {}
+    files: list[str] = []
     added: list[str] = []
     config_changes: dict[str, Any] = {}
     left_out: list[str] = []

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +17,10 @@ import torch
 from ..checkpoints.checkpoint import open_checkpoint
 from ..core.errors import InPlaceError, OrthogonalizeError
 from ..core.progress import track
+from ..core.temporary_folders import temporary_folder
 from ..models.loading import choose_dtype
 from ..models.logprobs import Completion, Likeliest
-from .base import LIKELIEST, ONE_DEVICE, Engine, EngineOptions, Ids, Part, fingerprint
+from .base import LIKELIEST, ONE_DEVICE, Engine, EngineOptions, Ids, Part
 from .choice_search import ChoiceSearch
 from .registry import check_engine
 
@@ -30,13 +30,16 @@ SLICE = 256  # prompts between progress updates; each slice keeps the engine's b
 ROTATED_BY_HEAD = ("lfm2", "deepseek_v2", "deepseek_v3")
 SHARD = 2 * 2**30  # bytes of new weights in memory at a time
 
+_for_sockets = ExitStack()
+atexit.register(_for_sockets.close)
+
 
 def set_environment(on_cpu: bool, parallel: bool = False) -> None:
     """Set the environment variables that vLLM reads, unless the user has set them."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    # `apply_model` sends a function of this package to the engine's own processes.
-    os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    if "VLLM_RPC_BASE_PATH" not in os.environ:  # its sockets: in a folder that only this user can enter
+        os.environ["VLLM_RPC_BASE_PATH"] = str(_for_sockets.enter_context(temporary_folder()))
     # `ForcedDecoding` is a logits processor for vLLM's V1 model runner; V2 has a different interface.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     if on_cpu:
@@ -121,6 +124,11 @@ class VllmEngine:
             "max_logprobs": LIKELIEST,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
+            # Files of other formats beside the checkpoint are not what was validated.
+            "config_format": "hf",
+            "load_format": "safetensors",
+            "trust_remote_code": False,
+            "worker_extension_cls": "orthogonalize.engines.worker.FingerprintWorker",
             "logits_processors": ["orthogonalize.engines.forced_decoding:ForcedDecoding"],
             "tensor_parallel_size": self.options.tensor_parallel_size,
             "pipeline_parallel_size": self.options.pipeline_parallel_size,
@@ -235,23 +243,23 @@ class VllmEngine:
 
     def fingerprint(self, part: Part = "all") -> str:
         with _explained("vLLM failed while reading its weights", InPlaceError):
-            return "-".join(self.llm.apply_model(partial(fingerprint, part=part)))
+            return "-".join(self.llm.collective_rpc("weights_fingerprint", args=(part,)))
 
 
 @contextmanager
 def stored_weights(weights: Mapping[str, Callable[[], torch.Tensor]]) -> Iterator[Path]:
     """A temporary folder with `weights` in safetensors files; one shard at a time is in memory."""
-    with tempfile.TemporaryDirectory(prefix="orthogonalize-") as folder:
+    with temporary_folder() as folder:
         shard: dict[str, torch.Tensor] = {}
         number = 0
         for name, make in weights.items():
             shard[name] = make().contiguous()
             if sum(t.nbytes for t in shard.values()) >= SHARD:
-                _store(shard, Path(folder) / f"{number:05}.safetensors")
+                _store(shard, folder / f"{number:05}.safetensors")
                 shard, number = {}, number + 1
         if shard:
-            _store(shard, Path(folder) / f"{number:05}.safetensors")
-        yield Path(folder)
+            _store(shard, folder / f"{number:05}.safetensors")
+        yield folder
 
 
 def _store(shard: dict[str, torch.Tensor], file: Path) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import gettempdir
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.writer import Changes, write_weights
 from ..core.errors import OrthogonalizeError
 from ..core.output_folders import check_space
+from ..core.temporary_folders import temporary_folder
 from ..edits.bake import bake
 from ..edits.recipe import load_recipe
 
@@ -93,9 +94,9 @@ def check_room(plans: Iterable[CheckpointPlan]) -> None:
 @contextmanager
 def own_folder(plan: CheckpointPlan) -> Iterator[Path]:
     """A temporary folder with the edited checkpoint, for an engine that serves this edit alone."""
-    with TemporaryDirectory(prefix="orthogonalize-") as name:
-        plan.write(Path(name), link=True)
-        yield Path(name)
+    with temporary_folder() as folder:
+        plan.write(folder, link=True)
+        yield folder
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,7 @@ def common_folder(source: Checkpoint, plans: Sequence[CheckpointPlan]) -> Iterat
         yield source.path
         return
     source = common.source
-    with TemporaryDirectory(prefix="orthogonalize-") as name:
-        folder = Path(name)
+    with temporary_folder() as folder:
         # Renamed, since loaders take a lone model.safetensors for the whole model.
         links = {file: f"weights-{number:05}.safetensors" for number, file in enumerate(source.files)}
         for file in (*source.files, *map(str, source.side_files())):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..architectures.schema import Architecture, Embedded, Part, bias_name
+from ..architectures.schema import Architecture, Embedded, Part, bias_name, text_config
 from ..checkpoints.quantization import refuse_packed
 from ..checkpoints.safetensors_file import TensorInfo
 from ..core.errors import OrthogonalizeError
@@ -180,6 +180,21 @@ class Sites:
     def tied_to(self) -> str:
         """The name of the embedding that a tied head shares its weights with."""
         return next(self.decoder + e.weight for e in self.architecture.embed.values() if e.tied)
+
+    def check_head(self) -> None:
+        """Reject a checkpoint whose configuration says that the head is untied, and which has none.
+
+        Raises:
+            OrthogonalizeError: the message names the missing tensor.
+        """
+        head = self.architecture.head
+        configs = [self.config, text_config(self.config)]
+        told = [(flag, c[flag]) for c in configs for flag in head.flags if isinstance(c.get(flag), bool)]
+        if self.head not in self.tensors and told and not any(tied for _, tied in told):
+            raise OrthogonalizeError(
+                f"the checkpoint is incomplete: it lacks {self.head}, which {told[0][0]} = false in config.json calls "
+                "for; fetch it again"
+            )
 
     @cached_property
     def reader(self) -> Located:

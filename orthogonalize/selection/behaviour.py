@@ -12,6 +12,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.progress import track
 from ..data.chat import ChatFormat
 from ..data.prompts import MINIMUM_TRAIN, SIDES, Prompt
+from ..data.tokenization import encode_rendered
 from ..models.activations import mean_activations
 from .scoring import behaviour_score, first_token_probabilities, learn_behaviour_tokens
 
@@ -73,7 +74,7 @@ def _token(model: Any, tokenizer: Any, token: int | str) -> int:
         if not 0 <= token < model.config.vocab_size:
             raise OrthogonalizeError(f"behaviour token {token} is not in the model's vocabulary")
         return token
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    [ids] = encode_rendered(tokenizer, [token])
     if len(ids) != 1:
         raise OrthogonalizeError(
             f"behaviour token {token!r} is {len(ids)} tokens in this model's vocabulary; it must be one"

@@ -5,7 +5,6 @@ Scores are stored, so that ranking again needs no model.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +14,10 @@ from typing import Any, Protocol
 
 import scipy
 import torch
+from pydantic import TypeAdapter
 
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, first_line
+from ..core.files import parse_json
 from ..core.interrupts import check
 from ..core.interventions import AffineMap, centred_map, shift, stack_maps
 from ..core.progress import track
@@ -65,14 +66,20 @@ class Candidate:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Candidate:
-        """The candidate of an entry of candidates.json, in which the finder is called `method`."""
-        rest = {key: value for key, value in row.items() if key != "method"}
-        return cls(row["method"], **{**rest, "failed": tuple(row.get("failed", ()))})
+        """The candidate of an entry of candidates.json, in which the finder is called `method`.
+
+        Raises:
+            ValueError: it is not one.
+        """
+        return _CANDIDATE.validate_python({"finder" if key == "method" else key: value for key, value in row.items()})
 
     def row(self) -> dict[str, Any]:
         """The entry for candidates.json."""
         named = asdict(self)
         return {"method": named.pop("finder"), **named}
+
+
+_CANDIDATE = TypeAdapter(Candidate)
 
 
 def load_candidates(file: Path) -> list[Candidate]:
@@ -82,9 +89,10 @@ def load_candidates(file: Path) -> list[Candidate]:
         OrthogonalizeError: the file is missing or damaged.
     """
     try:
-        return [Candidate.from_row(row) for row in json.loads(file.read_text("utf-8"))["candidates"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OrthogonalizeError(f"{file} is not a candidates.json that this version can read ({error})") from error
+        return [Candidate.from_row(row) for row in parse_json(file.read_text("utf-8"))["candidates"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = first_line(error)
+        raise OrthogonalizeError(f"{file} is not a candidates.json that this version can read ({reason})") from error
 
 
 def rank(

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from ..core.errors import OrthogonalizeError
-from ..core.files import check_regular_files, write_atomically
+from ..core.errors import OrthogonalizeError, first_line
+from ..core.files import check_regular_files, parse_json, write_atomically
 from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split, texts_of
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
@@ -24,6 +24,7 @@ from .search.objectives import Trial, shortlist
 from .stages import BOOK
 
 PRESERVED = "preserved.jsonl"
+_PROMPT, _PRESERVED = TypeAdapter(Prompt), TypeAdapter(PreservedPrompt)
 
 
 class RunInfo(BaseModel):
@@ -122,7 +123,7 @@ def save_prompts(prompts: Sequence[Prompt], folder: Path) -> None:
 def load_prompt_file(folder: Path) -> list[Prompt]:
     """Read prompts.jsonl."""
     lines = (folder / "prompts.jsonl").read_text("utf-8").split("\n")
-    return [Prompt(**json.loads(line)) for line in lines if line]
+    return [_PROMPT.validate_json(line) for line in lines if line]
 
 
 def save_preserved(prompts: Sequence[PreservedPrompt], folder: Path) -> None:
@@ -138,7 +139,7 @@ def load_preserved(folder: Path) -> list[PreservedPrompt]:
     """Read preserved.jsonl; none if there is no such file."""
     file = folder / PRESERVED
     lines = file.read_text("utf-8").split("\n") if file.is_file() else []
-    return [PreservedPrompt(**json.loads(line)) for line in lines if line]
+    return [_PRESERVED.validate_json(line) for line in lines if line]
 
 
 def save_selection(
@@ -175,12 +176,12 @@ def load_run(folder: Path | str) -> Run:
     try:
         info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))
         prompts, preserved = load_prompt_file(folder), load_preserved(folder)
-        scores = json.loads((folder / "candidates.json").read_text("utf-8"))
+        scores = parse_json((folder / "candidates.json").read_text("utf-8"))
         candidates = [Candidate.from_row(row) for row in scores["candidates"]]
         trials = [Trial.model_validate(row) for row in scores["trials"]]
         probes = [ProbeResult.model_validate(row) for row in scores["probes"]]
         directions = Directions.load(folder / "directions.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = first_line(error)
         raise OrthogonalizeError(f"run folder {folder} is damaged ({reason}); extract again") from error
     return Run(info, prompts, directions, candidates, trials, probes, preserved, folder)

@@ -7,12 +7,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint, write_atomically
 
 Stage = Literal["prompts", "activations", "directions", "answers", "selection"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 BOOK = "stages.json"
+
+
+class _Entry(BaseModel):
+    fingerprint: str
+    inputs: dict[str, Any]
+    result: dict[str, Any]
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry])
 
 
 class StageBook:
@@ -23,11 +34,11 @@ class StageBook:
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / BOOK
-        self.entries: dict[str, dict[str, Any]] = {}
+        self.entries: dict[str, _Entry] = {}
         if self.file.is_file():
             try:
-                self.entries = dict(json.loads(self.file.read_text("utf-8")))
-            except ValueError as error:
+                self.entries = _ENTRIES.validate_json(self.file.read_bytes())
+            except ValidationError as error:
                 raise OrthogonalizeError(f"{self.file} is damaged; delete its folder, or change --out") from error
 
     def result(self, stage: Stage) -> dict[str, Any]:
@@ -38,19 +49,19 @@ class StageBook:
         """
         if stage not in self.entries:
             raise OrthogonalizeError(f"{self.file.parent} lacks stage {stage!r}; run extract with --stage {stage}")
-        return dict(self.entries[stage]["result"])
+        return dict(self.entries[stage].result)
 
     def unchanged(self, stage: Stage, inputs: Mapping[str, Any]) -> bool:
         """Whether `stage` was done from these `inputs`."""
         entry = self.entries.get(stage)
-        return entry is not None and entry["fingerprint"] == fingerprint(inputs)
+        return entry is not None and entry.fingerprint == fingerprint(inputs)
 
     def changed_inputs(self, stage: Stage, inputs: Mapping[str, Any]) -> list[str]:
         """The names of the inputs that differ from those of a finished `stage`; none if it is not done."""
         entry = self.entries.get(stage)
         if entry is None:
             return []
-        before = entry["inputs"]
+        before = entry.inputs
         return [key for key in sorted(before.keys() | inputs.keys()) if before.get(key) != _as_json(inputs.get(key))]
 
     def to_run(
@@ -86,12 +97,9 @@ class StageBook:
         """Record that `stage` is done; later stages are forgotten, since their inputs may have changed."""
         kept = STAGES[: STAGES.index(stage)]
         self.entries = {name: entry for name, entry in self.entries.items() if name in kept}
-        self.entries[stage] = {
-            "fingerprint": fingerprint(inputs),
-            "inputs": _as_json(inputs),
-            "result": dict(result),
-        }
-        write_atomically(self.file, json.dumps(self.entries, indent=1, ensure_ascii=False) + "\n")
+        self.entries[stage] = _Entry(fingerprint=fingerprint(inputs), inputs=_as_json(inputs), result=dict(result))
+        stored = {name: entry.model_dump() for name, entry in self.entries.items()}
+        write_atomically(self.file, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
 
 
 def _as_json(value: Any) -> Any:

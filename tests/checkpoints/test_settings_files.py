@@ -20,6 +20,7 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal
+from orthogonalize.data.chat import ChatFormat
 from orthogonalize.edits.bake import bake
 from orthogonalize.models.loading import check_complete, load_model, load_tokenizer
 
@@ -110,6 +111,18 @@ TOKENIZERS = {
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_hostile_tokenizer_is_one_line(name, chatting, tmp_path):
     refusal(changed(chatting, tmp_path / "base", *TOKENIZERS[name]), load_tokenizer)
+
+
+def test_tokenizer_that_fails_on_a_prompt_is_one_line(chatting, tmp_path):
+    """This one has no token for unknown words, which only a prompt with one shows."""
+    known = json.loads((chatting / "tokenizer.json").read_text())["model"]
+    model = {"model": {**known, "unk_token": "<none>"}}
+    base = changed(chatting, tmp_path / "base", "tokenizer.json", model)
+
+    def encode(folder: Path) -> None:
+        ChatFormat(load_tokenizer(folder)).encode("unheard-of")
+
+    assert "unk" in refusal(base, encode).lower()
 
 
 @pytest.mark.parametrize(

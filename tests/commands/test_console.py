@@ -1,16 +1,32 @@
-"""The width of printed tables."""
+"""The width of printed tables, and their encoding."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+
+import pytest
 
 LONG = "a measure whose name is much longer than any terminal of that width would show"
 PRINT = (
     "from rich.table import Table; from orthogonalize.commands._console import console; "
     f"t = Table(); t.add_row({LONG!r}); console.print(t)"
 )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("form", [(), ("--json",)])
+def test_what_a_stream_cannot_write_becomes_a_question_mark(encoding, form, tmp_path):
+    answer = {"prompt": "a", "response": "I cannot \U0001f600", "category": "caf\u00e9 \U0001f600"}
+    (tmp_path / "answers.json").write_text(json.dumps([answer]))
+    printed = subprocess.run(
+        [sys.executable, "-m", "orthogonalize", "judge", tmp_path / "answers.json", *form],
+        capture_output=True, check=True, env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+    ).stdout.decode("utf-8")  # fmt: skip
+    whole = encoding == "utf-8" or form  # click writes UTF-8 wherever it can, and JSON is
+    assert ("caf\u00e9 \U0001f600" if whole else "caf? ?") in printed
 
 
 def test_a_pipe_gets_whole_lines_whatever_terminal_its_parent_had():

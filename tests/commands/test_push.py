@@ -87,6 +87,36 @@ def test_push_is_private_complete_and_leaks_no_token(edited, report, tmp_path):
     assert "| refusal, target prompts (n = 10) | 90.0% [60.0, 98.0] | 10.0% [2.0, 40.0] |" in card.text
 
 
+def test_push_uploads_what_the_recipe_lists_in_one_commit(edited, tmp_path):
+    for name in (".env", "notes.txt", "wandb/run.log", ".README.md.0123.partial", "more/secrets.json", "[a].txt"):
+        (edited / name).parent.mkdir(exist_ok=True)
+        (edited / name).write_text("secret")
+    with Hub(TOKEN) as hub:
+        left = {"model.safetensors": b"old", "pytorch_model.bin": b"old", "notes.md": b"mine"}
+        hub.state.repositories["me/edited"] = Repository(True, left)
+        done = push(hub, edited, "me/edited", home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        pushed = hub.state.repositories["me/edited"].files
+        commits = [request for request in hub.state.requests if "/commit/" in request]
+    recipe = load_recipe(edited)
+    assert pushed.keys() == {*recipe.weights, *recipe.files, "README.md", "orthogonalize.json", "notes.md"}
+    assert not [name for name, content in pushed.items() if b"secret" in content or content == b"old"]
+    assert len(commits) == 1
+
+
+@pytest.mark.parametrize("name", ["missing.json", "../outside.json", "/etc/hostname"])
+def test_push_refuses_a_recipe_that_lists_what_is_not_there(name, edited, tmp_path):
+    (tmp_path / "outside.json").write_text("{}")
+    recipe = load_recipe(edited)
+    recipe.files.append(name)
+    recipe.save(edited)
+    with Hub(TOKEN) as hub:
+        done = push(hub, edited, "me/edited", home=tmp_path / "home")
+        assert hub.state.repositories == {}
+    assert done.returncode == 1
+    assert "which its recipe lists" in done.stderr
+
+
 def test_repository_is_public_only_on_request(edited, tmp_path):
     with Hub(TOKEN) as hub:
         assert push(hub, edited, "me/open", "--public", home=tmp_path / "home").returncode == 0

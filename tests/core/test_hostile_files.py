@@ -89,15 +89,23 @@ def test_a_journal_that_is_a_link_is_dropped(secret, tmp_path):
     assert Journal(tmp_path / ".journal", inputs="ours").done == {"step": 1}
 
 
-def test_a_side_file_that_leads_out_of_the_folder_is_refused(base, direction, secret, tmp_path):
+def test_private_files_stay_behind_and_are_named(base, direction, secret, tmp_path, monkeypatch):
     (base / "notes.txt").symlink_to(secret)
-    with pytest.raises(OrthogonalizeError, match=r"notes\.txt is a link that leads out"):
-        edit(str(base), tmp_path / "out", direction=direction, scope="layers:0")
-    (base / "notes.txt").unlink()
     (base / "real.txt").write_text("mine")
-    (base / "notes.txt").symlink_to("real.txt")
+    (base / "linked.txt").symlink_to("real.txt")
+    for name in (".env", "wandb/run.log", ".ssh/id_rsa", "trainer_state.json", "optimizer.pt", "runs/events.out.x"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text("secret")
+    said: list[str] = []
+    monkeypatch.setattr("orthogonalize.commands.edit.note", said.append)
     edit(str(base), tmp_path / "out", direction=direction, scope="layers:0")
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert not [file for file in written if b"secret" in file.read_bytes()]
+    assert (tmp_path / "out" / "linked.txt").read_text() == "mine"
+    assert any("notes.txt" in line and ".env" in line and "links out of the folder" in line for line in said)
+    recipe = load_recipe(tmp_path / "out")
+    listed = {*recipe.weights, *recipe.files, "README.md", "orthogonalize.json"}
+    assert {str(file.relative_to(tmp_path / "out")) for file in written} == listed
 
 
 def test_links_into_the_blobs_of_the_hub_cache_are_followed(base, tmp_path):
@@ -110,8 +118,7 @@ def test_links_into_the_blobs_of_the_hub_cache_are_followed(base, tmp_path):
     assert Path("notes.txt") in open_checkpoint(snapshot).side_files()
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OrthogonalizeError, match="leads out"):
-        open_checkpoint(snapshot).side_files()
+    assert Path("notes.txt") in open_checkpoint(snapshot).private_files()
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -85,6 +85,20 @@ def test_one_process_serves_all(monkeypatch):
     assert chat.encode("how") == first
 
 
+PARTS = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %} [answer]"
+NO_SYSTEM = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %} [answer]"
+
+
+def test_template_that_drops_text_is_refused():
+    """Both say nothing by themselves: the first loops over a text's characters, the second over other roles."""
+    with pytest.raises(OrthogonalizeError, match="leaves the instruction out"):
+        ChatFormat(tiny_tokenizer(PARTS)).check_template()
+    with pytest.raises(OrthogonalizeError, match="leaves the system prompt out"):
+        ChatFormat(tiny_tokenizer(NO_SYSTEM), "now").check_template()
+    ChatFormat(tiny_tokenizer(NO_SYSTEM)).check_template()
+    ChatFormat(tiny_tokenizer(TEMPLATE), "now").check_template()
+
+
 def test_process_has_no_secrets(monkeypatch):
     template_process._end()
     monkeypatch.setenv("HF_TOKEN", "hf_secret")

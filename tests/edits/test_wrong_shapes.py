@@ -182,3 +182,14 @@ def test_conditional_map_must_have_the_inputs_of_its_matrix(family, change, tmp_
     matrices[matrix] = ConditionalMap(each.r, changed[change](each.c))
     with pytest.raises(OrthogonalizeError, match="fitted to another model"):
         bake(base.checkpoint, Intervention(conditional=matrices))
+
+
+def test_untied_head_that_is_not_stored_is_refused(direction, tmp_path):
+    """The head would be made up, as a copy of the embedding, and the checkpoint would look whole."""
+    base = store(tiny_llama(tie_word_embeddings=True), tmp_path / "base", torch.bfloat16)
+    config = json.loads((base / "config.json").read_text())
+    edit(str(base), tmp_path / "tied", direction=direction, scope="all")
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(OrthogonalizeError, match=r"lacks lm_head\.weight"):
+        edit(str(base), tmp_path / "out", direction=direction, scope="all")
+    assert not (tmp_path / "out").exists()

@@ -160,6 +160,8 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                     if entry["key"] == "file":
                         content = base64.b64decode(entry["value"]["content"])
                         repository.files[entry["value"]["path"]] = content
+                    if entry["key"] == "deletedFile":
+                        del repository.files[entry["value"]["path"]]
                     if entry["key"] == "lfsFile":
                         repository.files[entry["value"]["path"]] = state.blobs[entry["value"]["oid"]]
                 oid = hashlib.sha1(data).hexdigest()

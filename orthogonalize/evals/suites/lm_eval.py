@@ -17,7 +17,7 @@ import numpy as np
 from ...core.errors import OrthogonalizeError, first_line
 from ...core.files import fingerprint
 from ...core.progress import note
-from ...data.tokenization import encode_open_ended
+from ...data.tokenization import encode_open_ended, encode_rendered
 from ..metrics import Series
 from .base import BaseOutputs, SuiteContext, SuiteFamily
 
@@ -62,7 +62,7 @@ def harness_model(engine: Responder, tokenizer: Any, max_length: int) -> Templat
                 add_special_tokens = not (tokenizer.bos_token and string.startswith(tokenizer.bos_token))
             if add_special_tokens:
                 return encode_open_ended(tokenizer, [string])[0]
-            return list(tokenizer(string, add_special_tokens=False)["input_ids"])
+            return encode_rendered(tokenizer, [string])[0]
 
         def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
             # A text that does not fit loses its beginning; at least one token is left to condition on.

@@ -12,7 +12,7 @@ from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint
 from ...data.benchmarks import ALPACA, PILE, rows
 from ...data.chat import ChatFormat
-from ...data.tokenization import encode_open_ended
+from ...data.tokenization import encode_open_ended, encode_rendered
 from ..metrics import Series
 from .base import BaseOutputs, SuiteEntry
 
@@ -69,7 +69,7 @@ def alpaca_losses(tokenizer: Any, chat: ChatFormat, data: Path | None, limit: in
     for row in rows(ALPACA, data, limit):
         text = "\n\n".join(part for part in (row["instruction"].strip(), (row["input"] or "").strip()) if part)
         prompt = chat.encode(text)
-        answer = list(tokenizer(row["output"].strip(), add_special_tokens=False)["input_ids"])
+        [answer] = encode_rendered(tokenizer, [row["output"].strip()])
         answer = answer[: max(0, TEXT_TOKENS - len(prompt))]
         if answer:
             prompts.append(prompt)

@@ -8,7 +8,6 @@ what to look up.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from ...architectures.schema import Architecture, bias_name, parse
 from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...core.errors import OrthogonalizeError, first_line
+from ...core.temporary_folders import temporary_folder
 from ..loading import load_config, model_class
 from ..sites import Sites
 from .block_probe import FoundPart
@@ -246,14 +246,14 @@ def draft(folder: Path) -> Draft:
     except (OrthogonalizeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error.__cause__ or error)
         raise OrthogonalizeError(f"transformers does not support the configuration of {folder}: {reason}") from error
-    with tempfile.TemporaryDirectory(prefix="orthogonalize-") as scratch:
+    with temporary_folder() as scratch:
         try:
-            _save_small_model(small, Path(scratch))
+            _save_small_model(small, scratch)
         except Exception as error:  # classes raise anything at sizes that they do not support
             raise OrthogonalizeError(
                 f"cannot build a small {config.model_type} model for the experiments: {first_line(error)}"
             ) from error
-        findings = discover(Path(scratch))
+        findings = discover(scratch)
     decoder, head = layout_of(checkpoint.tensors, int(config.num_hidden_layers), findings)
     named = ModelNames(str(config.model_type), findings.decoder_module, decoder, head)
     if checkpoint.config.get("model_type") != config.model_type:
