@@ -26,7 +26,7 @@ def show(on: bool = True) -> None:
 def note(text: str) -> None:
     """Print one line to the user, if progress is shown."""
     if _shown:
-        console.print(shown(text, 2000), highlight=False, markup=False)
+        console.print(shown(text, 2000), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from ..builder import EditBuilder
 from ..candidates import Candidate
 from ..fits import Fits
 from ..own_answers import ANSWER_TOKENS, Generate
+from ..readouts import Readout
 from .drift import AnsweredPrompts
 from .objectives import LEFT, Trial
 from .space import SearchSpace, reads_can_be_baked
@@ -50,11 +51,11 @@ class EditTrials:
         source: Checkpoint,
         directions: Directions,
         ranked: Sequence[Candidate],
-        tokens: Sequence[int],
+        readout: Readout,
         generate: Generate,
         journal: Journal,
     ) -> None:
-        self.model, self.source, self.tokens = model, source, tokens
+        self.model, self.source, self.readout = model, source, readout
         self.directions, self.ranked = directions, ranked
         self.generate, self.journal = generate, journal
 
@@ -73,7 +74,7 @@ class EditTrials:
         search = EditSearch(
             self.model,
             EditBuilder(self.directions, self.ranked, architecture_of(self.source.config).norms.kind == "layer", fits),
-            self.tokens,
+            self.readout,
             prompts.target,
             answers,
             {name: each for name, each in preserved.items() if each is not None},
