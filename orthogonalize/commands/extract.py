@@ -24,7 +24,7 @@ from ..data.chat import ChatFormat
 from ..data.inventory import drop_too_long, inventory
 from ..data.prompts import SIDES, SPLITS, Prompt, Side, Source, Split, split_preserved, split_prompts, texts_of
 from ..data.refusals import LEAST_TOKENS
-from ..data.thoughts import without_thought
+from ..data.thoughts import answer_texts
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
 from ..directions.direction_set import Directions
@@ -32,14 +32,14 @@ from ..directions.fit import DirectionSettings, find_directions
 from ..edits.fitting import ANSWER_START
 from ..edits.recipe import ProbeResult
 from ..evals.measures.check import AnswerCheck
-from ..evals.measures.measured_prompts import measure_prompts, read_phrases
+from ..evals.measures.measured_prompts import measure_prompts, other_measures, read_phrases
 from ..evals.measures.registry import AUTO, check_measure
 from ..models.generation import generate, stop_tokens
 from ..models.loading import choose_device, load_model, load_tokenizer
 from ..models.resolve import context_length
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import MeasureInfo, keep_expected, load_readout, save_readout
-from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
+from ..selection.candidates import Candidate, explain_ranking, rank, score_candidates
 from ..selection.fits import TOKENS, Fits
 from ..selection.own_answers import ANSWER_TOKENS, OwnAnswers
 from ..selection.probes import probe_candidate
@@ -55,9 +55,8 @@ from ..selection.run_folder import (
     save_preserved,
     save_prompts,
     save_selection,
-    target_side,
 )
-from ..selection.search.objectives import Trial
+from ..selection.search.objectives import Trial, why_none
 from ..selection.search.try_edits import EditTrials, ValPrompts
 from ..selection.settings import Settings
 from ..selection.source import RunSource, read_source
@@ -169,7 +168,7 @@ class _Extraction:
         measured, prompts = measure_prompts(self.model, self.tokenizer, self.chat, prompts, s, journal)
         kept, filtered = keep_expected(prompts, s.filtered)
         words = [self.tokenizer.decode([t]) for t in measured.tokens]
-        note(inventory(self.source.prompts, fitting, prompts, kept, counts))
+        note(*inventory(self.source.prompts, fitting, prompts, kept, counts).split("\n"))
         self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
         save_readout(measured.readout, self.out)
@@ -237,7 +236,7 @@ class _Extraction:
         probes = self._probe(directions, candidates)
         trials = self._try_edits(prompts, directions, candidates, journal)
         save_selection(candidates, trials, probes, self.out)
-        info = self._info(prompts, directions)
+        info = self._info(prompts, directions, self._nothing_chosen(trials, prompts, journal))
         plot_run(Run(info, prompts, directions, candidates, trials, probes), self.out)
         write_atomically(self.out / "run.json", info.model_dump_json(indent=2) + "\n")
         journal.close()
@@ -264,13 +263,7 @@ class _Extraction:
             self.model, positive, negative, directions, finders, self._readout, everywhere, journal
         )
         ranked = rank(scored)
-        for finder in finders:
-            fallback = explain_fallback(ranked, finder)
-            if fallback:
-                note(fallback)
-            correlation = rank_correlation(ranked, finder)
-            if correlation is not None:
-                note(f"{finder}: Spearman correlation of local and global scores {correlation:.2f}")
+        note(*explain_ranking(ranked, finders))
         return ranked
 
     def _probe(self, directions: Directions, ranked: list[Candidate]) -> list[ProbeResult]:
@@ -285,22 +278,13 @@ class _Extraction:
         """Search whole edits on val prompts, and confirm the best by the answers of the edited model."""
         if not self.settings.trials:
             return []
-        s, kept = self.settings, load_preserved(self.out)
-        val = ValPrompts(
-            self._ids(prompts, target_side(prompts), "val"),
-            self._ids(prompts, "negative", "val")[: s.answers],
-            {
-                name: self.chat.encode_all([p.text for p in kept if (p.source, p.split) == (name, "val")][: s.answers])
-                for name in dict.fromkeys(p.source for p in kept)
-            },
-            self._ids(prompts, "positive", "val") if s.goal == "strengthen" else None,
-        )
+        s = self.settings
+        val = ValPrompts.of(self.chat, prompts, load_preserved(self.out), s.answers, s.goal == "strengthen")
         fits = Fits(self.out, directions, self.source.checkpoint.config, self.weights, lambda: self.model)
         trials = EditTrials(
             self.model, self.source.checkpoint, directions, ranked, self._readout, self._generate, journal
         )
-        texts = texts_of(prompts, target_side(prompts), "val")
-        return trials.run(s.trials, val, fits, lambda: self._left_in_answers(texts, val.target, journal))
+        return trials.run(s.trials, val, fits, lambda: self._left_in_answers(val.target_texts, val.target, journal))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
         return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)
@@ -309,12 +293,23 @@ class _Extraction:
         """The share of answers to prompts that show the behaviour; that lack it, if the goal is to strengthen it."""
         with track("confirming by answers", len(ids), "prompts") as advance:
             answers = self._generate([list(row) for row in ids], CONFIRM_TOKENS, advance)
-        said = [without_thought(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in answers]
-        return self._check.left(list(zip(texts, said, strict=True)), self.settings.goal == "strengthen", journal)
+        pairs = list(zip(texts, answer_texts(self.tokenizer, answers), strict=True))
+        return self._check.left(pairs, self.settings.goal == "strengthen", journal)
 
-    def _info(self, prompts: list[Prompt], directions: Directions) -> RunInfo:
+    def _nothing_chosen(self, trials: list[Trial], prompts: list[Prompt], journal: Journal) -> str | None:
+        """Why no edit is chosen, and which other measures tell the two sides apart; None if one is."""
+        reason = why_none(trials)
+        if reason is not None:
+            reason += other_measures(
+                self.model, self.tokenizer, self.chat, prompts, self.settings, journal, self._measure_info.name
+            )
+            note(f"no edit is chosen: {reason}")
+        return reason
+
+    def _info(self, prompts: list[Prompt], directions: Directions, nothing_chosen: str | None) -> RunInfo:
         found = self.book.result("prompts")
         return RunInfo(
+            nothing_chosen=nothing_chosen,
             concept=self.source.concept,
             sources=dict(self.source.sources),
             thinking=self.settings.thinking,

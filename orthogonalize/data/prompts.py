@@ -68,6 +68,11 @@ def texts_of(prompts: Iterable[Prompt], side: Side, split: Split) -> list[str]:
     return [p.text for p in prompts if p.side == side and p.split == split]
 
 
+def target_side(prompts: Sequence[Prompt]) -> Side:
+    """The side whose behaviour is to change: the positive one, unless there are target prompts."""
+    return "target" if any(p.side == "target" for p in prompts) else "positive"
+
+
 @dataclass(frozen=True)
 class PreservedPrompt:
     """One prompt whose outputs an edit should not move; `source` is the prompt source that it comes from."""

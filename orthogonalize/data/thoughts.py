@@ -6,6 +6,7 @@ Where a prompt ends in an open thought, or a model begins with one, the first to
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -90,6 +91,11 @@ def special_tokens(tokenizer: Any) -> list[int]:
     added = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
     marks = {_first_part(marker) for mark in MARKS for marker in (mark.opener, mark.closer)}
     return sorted({*tokenizer.all_special_ids, *added, *(known[part] for part in marks if part in known)})
+
+
+def answer_texts(tokenizer: Any, answers: Iterable[Sequence[int]]) -> list[str]:
+    """The texts of answers, given as ids, without their thoughts."""
+    return [without_thought(tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in answers]
 
 
 def without_thought(answer: str) -> str:

@@ -169,6 +169,17 @@ def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:
     )
 
 
+def explain_ranking(ranked: Sequence[Candidate], finders: Sequence[str]) -> list[str]:
+    """What is to be said of a ranking: finders of which none passes, and how local and global scores agree."""
+    lines = []
+    for finder in finders:
+        fallback, correlation = explain_fallback(ranked, finder), rank_correlation(ranked, finder)
+        lines += [fallback] if fallback else []
+        if correlation is not None:
+            lines.append(f"{finder}: Spearman correlation of local and global scores {correlation:.2f}")
+    return lines
+
+
 def layer_ranking(ranked: Sequence[Candidate], finder: str) -> list[int]:
     """The layers of `finder`, best first, each ranked by its best candidate."""
     return list(dict.fromkeys(c.layer for c in ranked if c.finder == finder))

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..core.errors import OrthogonalizeError
 from ..core.files import check_regular_files, write_atomically
 from ..data.chat import ChatFormat
-from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split, texts_of
+from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split, target_side, texts_of
 from ..data.thoughts import Thinking
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
@@ -36,6 +36,7 @@ class RunInfo(BaseModel):
 
     `concept` is what the behaviour is called, `sources` where the prompts come from by side, and `measure` what shows
     the behaviour; `behaviour_tokens` are its first tokens, if it is read from them, and `behaviour_words` their text.
+    `nothing_chosen` says why the run has no best edit, if it tried some and none does what it should.
     `goal` is what the edits are for (see `Settings.goal`), and `thinking` what became of thoughts before answers.
     `sensitive` names the sensitive sides of the contrast, and `sensitive_preserved` the sensitive preserved sources.
     """
@@ -59,6 +60,7 @@ class RunInfo(BaseModel):
     thinking: Thinking = "keep"
     layer_count: int
     width: int
+    nothing_chosen: str | None = None
     finders: list[str] = Field(validation_alias="methods", serialization_alias="methods")
     behaviour_tokens: list[int]
     behaviour_words: list[str]
@@ -149,11 +151,6 @@ def base_scores(prompts: Sequence[Prompt]) -> dict[str, float]:
         if p.split == "val" and p.score is not None:
             scores.setdefault(p.side, []).append(p.score)
     return {side: sum(each) / len(each) for side, each in scores.items()}
-
-
-def target_side(prompts: Sequence[Prompt]) -> Side:
-    """The side whose behaviour is to change: the positive one, unless there are target prompts."""
-    return "target" if any(p.side == "target" for p in prompts) else "positive"
 
 
 def save_prompts(prompts: Sequence[Prompt], folder: Path) -> None:

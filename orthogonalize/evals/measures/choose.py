@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...core.errors import OrthogonalizeError
@@ -57,30 +57,36 @@ def fit_measure(name: str, evidence: Evidence, opening: Opening, journal: Journa
 
 def _chosen(evidence: Evidence, opening: Opening, journal: Journal) -> FittedMeasure:
     """The first measure that tells the sides apart; given tokens are taken as they are."""
+    if evidence.given_tokens:
+        return _of_pass(evidence, MEASURES[FIRST_TOKEN])
     tried: dict[str, float] = {}
-    try:
-        found = _of_pass(evidence, MEASURES[FIRST_TOKEN])
-    except OrthogonalizeError:  # the answers to both sides begin alike
-        tried[FIRST_TOKEN] = 0.0
-    else:
-        if evidence.given_tokens or found.info.separation >= SEPARATES:
-            return found
-        tried[FIRST_TOKEN] = found.info.separation
-    wording = MEASURES["wording"]
-    assert isinstance(wording, AnswerMeasure)
-    shows = wording.open(opening)
-    sample = [evidence.rows(side, "train")[:SAMPLE] for side in ("positive", "negative")]
-    tried["wording"] = separation(*(shows(evidence.answers(rows), journal) for rows in sample))
-    if tried["wording"] >= SEPARATES:
-        return replace(_of_answers("wording", wording, opening, evidence, journal), tried=tried)
-    tried[DIRECTION] = _held_out_separation(evidence)
-    if tried[DIRECTION] >= SEPARATES:
-        return replace(_of_pass(evidence, MEASURES[DIRECTION]), tried=tried)
+    for name, apart in separations(evidence, opening, journal):
+        if apart >= SEPARATES:
+            return replace(fit_measure(name, evidence, opening, journal), tried=tried)
+        tried[name] = apart
     found_apart = ", ".join(f"{each} {100 * apart:.0f}%" for each, apart in tried.items())
     raise OrthogonalizeError(
         f"no behaviour measure tells the two sides apart ({found_apart} of train prompts); the model may not behave "
         f"differently on them: give --behaviour-tokens, --wording, or another --measure{evidence.thought_hint()}"
     )
+
+
+def separations(evidence: Evidence, opening: Opening, journal: Journal) -> Iterator[tuple[str, float]]:
+    """How far the measures that need nothing but the prompts tell the sides apart, the cheapest first.
+
+    First tokens that cannot be learnt do not; wording is tried on a sample of answers, and the direction on train
+    prompts that it was not fitted to.
+    """
+    try:
+        yield FIRST_TOKEN, _of_pass(evidence, MEASURES[FIRST_TOKEN]).info.separation
+    except OrthogonalizeError:  # the answers to both sides begin alike
+        yield FIRST_TOKEN, 0.0
+    wording = MEASURES["wording"]
+    assert isinstance(wording, AnswerMeasure)
+    shows = wording.open(opening)
+    sample = [evidence.rows(side, "train")[:SAMPLE] for side in ("positive", "negative")]
+    yield "wording", separation(*(shows(evidence.answers(rows), journal) for rows in sample))
+    yield DIRECTION, _held_out_separation(evidence)
 
 
 def _of_pass(evidence: Evidence, measure: Measure) -> FittedMeasure:

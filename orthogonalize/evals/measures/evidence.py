@@ -14,7 +14,7 @@ from ...core.progress import track
 from ...data.chat import ChatFormat
 from ...data.prompts import Prompt, Side, Split
 from ...data.refusals import LEAST_TOKENS
-from ...data.thoughts import opener_tokens, special_tokens, without_thought
+from ...data.thoughts import answer_texts, opener_tokens, special_tokens
 from ...models.activations import mean_activations
 from ...models.generation import generate, stop_tokens
 from ...models.stream import Stream
@@ -84,11 +84,9 @@ class Evidence:
             stops = stop_tokens(self.model, self.tokenizer)
             with track("answering", len(missing), "prompts") as advance:
                 found = generate(self.model, [self.ids[i] for i in missing], LEAST_TOKENS, stops, progress=advance)
-            self.journal.put({f"answer:{i}": self._text(ids) for i, ids in zip(missing, found, strict=True)})
+            texts = answer_texts(self.tokenizer, found)
+            self.journal.put({f"answer:{i}": text for i, text in zip(missing, texts, strict=True)})
         return [(self.prompts[i].text, self.journal[f"answer:{i}"]) for i in rows]
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return without_thought(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def thought_hint(self) -> str:
         """What to do about answers that begin with a thought, as the end of a sentence; "" if few do."""

@@ -13,9 +13,10 @@ from ...core.progress import note
 from ...data.chat import ChatFormat
 from ...data.prompts import Prompt
 from ...data.refusals import PREFIXES
+from ...selection.behaviour import FIRST_TOKEN
 from ...selection.settings import Settings
-from .base import Opening
-from .choose import FittedMeasure, fit_measure
+from .base import SEPARATES, Opening
+from .choose import FittedMeasure, fit_measure, separations
 from .evidence import Evidence
 
 
@@ -73,3 +74,33 @@ def describe(found: FittedMeasure, words: Sequence[str], hint: str = "") -> str:
         how = f"how answers begin ({', '.join(map(repr, words))})" if words else "the direction of activations"
         text += f"; edits are tried by {how}, and the best confirmed by answers"
     return text + hint
+
+
+def other_measures(
+    model: Any,
+    tokenizer: Any,
+    chat: ChatFormat,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    journal: Journal,
+    but: str,
+) -> str:
+    """Which measures besides `but` tell the sides' train and val prompts apart, as the end of a sentence.
+
+    First tokens are learnt for this, whatever tokens were given.
+    """
+    evidence = Evidence(model, tokenizer, chat, [p for p in prompts if p.split != "test"], journal)
+    opening = Opening("", read_phrases(None), settings.device)
+    learnt = but == FIRST_TOKEN and not settings.behaviour_tokens
+    found = {
+        name: apart
+        for name, apart in separations(evidence, opening, journal)
+        if apart >= SEPARATES and (name != but or (name == FIRST_TOKEN and not learnt))
+    }
+    if not found:
+        return "; no other measure that needs only the prompts tells the two sides apart either"
+    return "; " + " and ".join(
+        f"{'first tokens that are learnt (no --behaviour-tokens)' if name == but else f'--measure {name}'} "
+        f"would tell the two sides apart by {100 * apart:.0f}%"
+        for name, apart in found.items()
+    )
