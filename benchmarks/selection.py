@@ -28,7 +28,8 @@ from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.hooks import input_shifted, layer_projected
 from orthogonalize.models.loading import load_model, load_tokenizer
 from orthogonalize.selection.candidates import MULTIPLIERS, Candidate, _Scoring
-from orthogonalize.selection.scoring import behaviour_score, smoothed_kl
+from orthogonalize.selection.readouts import FirstToken, behaviour_score
+from orthogonalize.selection.scoring import smoothed_kl
 
 METHODS = ("dim", "inlp", "leace")
 BATCH = 32
@@ -74,7 +75,7 @@ def ours(
     model: Any, positive: Any, negative: Any, directions: Directions, layers: list[int], tokens: list[int]
 ) -> list[Candidate]:
     """The same candidates as `score_candidates` scores them, streams of the unedited model included."""
-    scoring = _Scoring(model, positive, negative, directions, tokens, everywhere=False)
+    scoring = _Scoring(model, positive, negative, directions, FirstToken(tuple(tokens)), everywhere=False)
     induced: dict[tuple[int, int], float] = {}
     return [c for layer in layers for method in METHODS for c in scoring.layer(method, layer, induced)]
 

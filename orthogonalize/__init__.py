@@ -70,6 +70,10 @@ if TYPE_CHECKING:
     from .evals.judges.base import WordingJudge as WordingJudge
     from .evals.judges.base import WritingJudge as WritingJudge
     from .evals.judges.registry import JUDGES as JUDGES
+    from .evals.measures.base import AnswerMeasure as AnswerMeasure
+    from .evals.measures.base import PassMeasure as PassMeasure
+    from .evals.measures.base import by_rule as by_rule
+    from .evals.measures.registry import MEASURES as MEASURES
     from .evals.metrics import Series as Series
     from .evals.metrics import yes_no_series as yes_no_series
     from .evals.suites.base import SuiteContext as SuiteContext
@@ -93,6 +97,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "AffineMap": "core.interventions",
+    "AnswerMeasure": "evals.measures.base",
     "Audit": "checkpoints.diff",
     "BenchmarkSet": "data.benchmarks",
     "Candidate": "selection.candidates",
@@ -114,10 +119,12 @@ _MODULES = {
     "Intervention": "core.interventions",
     "JUDGES": "evals.judges.registry",
     "Judgement": "evals.judges.base",
+    "MEASURES": "evals.measures.registry",
     "METHODS": "edits.methods.registry",
     "Moments": "directions.leace",
     "OrthogonalizeError": "core.errors",
     "PROMPT_SETS": "data.benchmarks",
+    "PassMeasure": "evals.measures.base",
     "PromptSet": "data.benchmarks",
     "ROUNDING_SCHEMES": "checkpoints.rounding.registry",
     "Recipe": "edits.recipe",
@@ -141,6 +148,7 @@ _MODULES = {
     "WordingJudge": "evals.judges.base",
     "WritingJudge": "evals.judges.base",
     "bake": "edits.bake",
+    "by_rule": "evals.measures.base",
     "compare": "commands.compare",
     "demo": "commands.demo",
     "describe": "commands.describe",

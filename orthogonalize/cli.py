@@ -20,6 +20,7 @@ from .commands._console import (
     show_sweep,
 )
 from .commands._edit_options import edit_options
+from .commands._extract_options import extract_options
 from .commands._options import (
     ListingOption,
     choice,
@@ -27,7 +28,6 @@ from .commands._options import (
     device_option,
     engine_option,
     engine_options,
-    extract_options,
     hf_device_option,
     measuring_options,
     method_listing,

@@ -25,6 +25,8 @@ from orthogonalize.edits.methods.registry import METHODS
 from orthogonalize.engines.registry import ENGINES
 from orthogonalize.evals.judges.base import WordingJudge
 from orthogonalize.evals.judges.registry import JUDGES
+from orthogonalize.evals.measures.base import Opening, PassMeasure
+from orthogonalize.evals.measures.registry import MEASURES
 from orthogonalize.evals.suites.registry import FAMILIES, SUITES, suite_names
 from orthogonalize.selection.grid import OPTIONS, takes
 
@@ -112,6 +114,13 @@ def test_measuring_lists_the_judges():
     assert [row[:3] for row in rows("docs/measuring.md", "judge")] == expected
 
 
+def test_measuring_lists_the_behaviour_measures():
+    assert rows("docs/measuring.md", "measure") == [
+        [f"`{m.usage}`", m.summary, "a forward pass" if isinstance(m, PassMeasure) else "answers"]
+        for m in MEASURES.values()
+    ]
+
+
 def test_measuring_lists_the_engines():
     assert [row[:2] for row in rows("docs/measuring.md", "engine")] == [
         [f"`{e.name}`", e.summary] for e in ENGINES.values()
@@ -125,7 +134,7 @@ def test_checkpoints_lists_the_rounding_schemes():
 
 def test_contributing_names_every_registry():
     named = re.findall(r"`([a-z_.]+\.[A-Z_]+)`", text("CONTRIBUTING.md"))
-    expected = [METHODS, FINDERS, SUITES, JUDGES, PROMPT_SETS, ENGINES, ROUNDING_SCHEMES]
+    expected = [METHODS, FINDERS, SUITES, JUDGES, MEASURES, PROMPT_SETS, ENGINES, ROUNDING_SCHEMES]
     found = [resolve_name(f"orthogonalize.{name}") for name in named]
     assert [id(registry) for registry in found] == [id(registry) for registry in expected]
 
@@ -157,7 +166,7 @@ def test_paths_in_the_text_exist(name):
     """Paths in backticks, from the root or from the package."""
     for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|toml|md|json))`", text(name)):
         made = path.startswith(("run/", "demo/", "plots/"))  # by a command
-        asked_for = Path(path).stem in ("NAME", "halve", "finished", "declines")  # of the reader
+        asked_for = Path(path).stem in ("NAME", "halve", "finished", "declines", "shouts")  # of the reader
         assert made or asked_for or (ROOT / path).exists() or (ROOT / "orthogonalize" / path).exists(), path
 
 
@@ -257,6 +266,16 @@ def test_the_judges_of_the_tutorial_judge(tmp_path):
     finally:
         JUDGES.remove("apology")
         JUDGES.remove("declines")
+
+
+def test_the_measure_of_the_tutorial_measures(tmp_path):
+    (block,) = code("docs/add-a-measure.md")
+    run_block(block)
+    try:
+        shows = MEASURES["shouts"].open(Opening())
+        assert shows([("a", "NO"), ("b", "no")], None) == [True, False]
+    finally:
+        MEASURES.remove("shouts")
 
 
 @pytest.mark.parametrize("name", ["docs/add-a-method.md", "CONTRIBUTING.md"])

@@ -34,7 +34,7 @@ def test_every_example_is_tested():
 
 
 def test_extract_and_edit(run_example, model, sources, tmp_path):
-    settings = json.dumps(SETTINGS | {"trials": 2})
+    settings = json.dumps(SETTINGS | {"trials": 2, "behaviour_tokens": None, "measure": "direction"})
     words = ["--positive", sources["positive"], "--negative", sources["negative"], "--settings", settings]
     said = run_example("extract_and_edit", model, *words, "--out", tmp_path / "out")
     assert said.count("% left, other answers moved by") == 2

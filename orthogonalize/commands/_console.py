@@ -42,13 +42,14 @@ def show_run(run: Any) -> None:
             table.add_row(p.method, str(p.rank), str(p.layer), *shares)
         console.print(table)
     if run.trials:
-        _show_shortlist(run.shortlist)
+        _show_shortlist(run.shortlist, run.info.nothing_chosen is None)
 
 
-def _show_shortlist(trials: Sequence[Any]) -> None:
+def _show_shortlist(trials: Sequence[Any], chosen: bool) -> None:
     """The best edit and the rest of the Pareto front, numbered as `edit --pick` takes them."""
     preserved = list(trials[0].preserved)
-    table = Table(title=f"{len(trials)} edits to choose from: edit --pick N (1 is the default)")
+    default = "1 is the default" if chosen else "none was chosen"
+    table = Table(title=f"{len(trials)} edits to choose from: edit --pick N ({default})")
     table.add_column("N", justify="right")
     table.add_column("edit")
     numbers = ("behaviour left", "in answers", "KL, nats per token", "KL, first token")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +10,7 @@ from typing import Any
 import click
 
 from ..core.errors import OrthogonalizeError
-from ..core.files import parse_json
-from ..data.prompts import GOALS
 from ..data.refusals import LEAST_TOKENS
-from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..edits.methods.registry import METHODS
 
 
@@ -68,11 +64,6 @@ class ListingOption(click.Option):
             self.help = plain
 
 
-def finder_listing() -> str:
-    """Every value of --finders, and what it finds."""
-    return "; ".join(f"{finder.name} ({finder.summary})" for finder in FINDERS.values()) + "."
-
-
 def finders_by_method() -> str:
     """The finders of each method that takes the directions of several."""
     several = (method for method in METHODS.values() if len(method.finders) > 1)
@@ -105,13 +96,6 @@ def engine_names() -> list[str]:
     return list(ENGINES)
 
 
-def hooked_engine_names() -> list[str]:
-    """The names of the engines whose activations can be read."""
-    from ..engines.registry import ENGINES
-
-    return [entry.name for entry in ENGINES.values() if entry.hooks]
-
-
 def words(text: str | None) -> list[str]:
     """The words of a comma-separated list."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
@@ -125,25 +109,6 @@ def judge_names(text: str) -> list[str]:
 def scope_names(text: str) -> list[str]:
     """The scopes in a comma-separated list; a comma before a number belongs to a scope's layers."""
     return [part.strip() for part in re.split(r",(?!\s*\d)", text) if part.strip()]
-
-
-def tokens(text: str | None) -> list[int | str] | None:
-    """Behaviour tokens in a comma-separated list: numbers are token ids, anything else is text."""
-    return [int(w) if w.isdecimal() else w for w in words(text)] or None
-
-
-def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
-    """Arguments of the chat template from `NAME=VALUE` pairs; a value is JSON, or else text."""
-    arguments: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise OrthogonalizeError(f"--template-argument {pair!r} is not of the form name=value")
-        try:
-            arguments[key] = parse_json(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments
 
 
 def named_sources(given: Sequence[str]) -> dict[str, str]:
@@ -161,13 +126,6 @@ def named_sources(given: Sequence[str]) -> dict[str, str]:
             raise OrthogonalizeError(f"--prompts: the name {name!r} is given twice; use NAME=FILE")
         sources[name] = source
     return sources
-
-
-def torch_dtype(name: str | None) -> Any:
-    """The torch dtype called `name`; None stays None."""
-    import torch
-
-    return getattr(torch, name) if name else None
 
 
 def converted_by(convert: Callable[[Any], Any]) -> Callable[[click.Context, click.Parameter, Any], Any]:
@@ -244,120 +202,14 @@ measuring_options = together(
         show_default=True,
         help="Judge models for the answers.",
     ),
+    click.option(
+        "--measure", metavar="NAME", help="The run's behaviour measure again; needed if that is python:FILE:function."
+    ),
     engine_option,
     number("--max-new-tokens", 1, LEAST_TOKENS, "Maximum length of every answer."),
     number("--limit", 1, None, "Maximum number of items per set."),
     parallel_options,
     hf_device_option,
-)
-extract_options = together(
-    click.option("--out", type=path(), required=True, help="Run folder to create or resume."),
-    click.option("--force", is_flag=True, help="Redo the stages whose inputs changed (all of them if none did)."),
-    click.option("--concept", help="A named contrast: cooking (the demo's), lists or refusal."),
-    click.option("--positive", metavar="P", help="Prompts that show the concept."),
-    click.option("--negative", metavar="P", help="Prompts that do not."),
-    choice("--goal", GOALS, "remove", "What for: remove the behaviour, extend it, or keep only what is right of it."),
-    click.option("--target", metavar="P", help="For --goal strengthen: prompts that are to show the behaviour."),
-    click.option(
-        "--preserve",
-        multiple=True,
-        metavar="P",
-        help="Prompts whose outputs must not move, such as refusals to keep or another language; repeatable.",
-    ),
-    click.option("--column", help="Column or key that holds the prompt text."),
-    click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset."),
-    click.option("--data", type=path(), metavar="DIR", help="Local copies of a concept's public sets, as for eval."),
-    click.option(
-        "--finders",
-        "--methods",
-        "finders",
-        cls=ListingOption,
-        listing=finder_listing,
-        callback=converted_by(words),
-        default=",".join(DEFAULT_FINDERS),
-        show_default=True,
-        help="How to find directions:",
-    ),
-    click.option(  # not passed on: there is only one such engine
-        "--engine",
-        type=Entry(hooked_engine_names),
-        default="hf",
-        show_default=True,
-        expose_value=False,
-        help="Reads the activations.",
-    ),
-    number("--train", 6, 128, "Prompts per side to find directions with."),
-    number("--val", 1, 32, "Prompts per side to select with."),
-    number("--test", 0, 100, "Prompts per side kept for eval."),
-    number("--trials", 0, 32, "Whole edits to try; 0 skips the search."),
-    click.option("--judge", help="Judge that confirms the best edits by their answers; by wording without one."),
-    click.option(
-        "--behaviour-tokens",
-        metavar="T,T",
-        callback=converted_by(tokens),
-        help="First tokens of the behaviour; learnt by default.",
-    ),
-    click.option(
-        "--no-filter",
-        "filtered",
-        is_flag=True,
-        callback=converted_by(operator.not_),
-        help="Keep prompts on which the model does not behave as expected.",
-    ),
-    click.option("--system", help="System prompt."),
-    click.option(
-        "--template-argument",
-        "template_arguments",
-        multiple=True,
-        metavar="NAME=VALUE",
-        callback=converted_by(template_arguments),
-        help="Passed to the chat template.",
-    ),
-    click.option(
-        "--no-chat-template",
-        "chat_template",
-        is_flag=True,
-        callback=converted_by(operator.not_),
-        help="Send prompts without the chat template.",
-    ),
-    click.option(
-        "--sensitive", is_flag=True, help="Mark your own prompts as sensitive: eval folds them and can --redact them."
-    ),
-    click.option(
-        "--mean",
-        default="arithmetic",
-        show_default=True,
-        help="How dim averages prompts: arithmetic, or robust to outliers: winsorized (at 0.995; winsorized:0.95 for "
-        "another quantile) or geometric-median.",
-    ),
-    choice(
-        "--orthogonal-to",
-        ["harmless-mean"],
-        None,
-        "Make directions orthogonal to the negative prompts' mean activation; off by default, never for leace.",
-    ),
-    number("--max-rank", 1, None, "Maximum number of INLP directions; default 20."),
-    choice("--solver", ["newton", "sklearn"], "newton", "Solver for INLP."),
-    choice("--classifier", ["logistic", "svm"], "logistic", "Classifier for INLP; svm needs --solver sklearn."),
-    click.option(
-        "--scoring",
-        callback=converted_by(words),
-        default="local",
-        show_default=True,
-        help="local, or local,global to also score edits at every layer.",
-    ),
-    choice("--stage", ["prompts", "activations", "directions", "answers", "selection"], None, "Run only this stage."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["float32", "bfloat16", "float16"]),
-        callback=converted_by(torch_dtype),
-        help="Default: chosen by device.",
-    ),
-    click.option("--seed", default=0, show_default=True, help="Random seed."),
-    number("--seeds", 1, 1, "Random halvings of the prompts, to measure how stable directions are; 1 skips this."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
-    revision_option,
-    device_option,
 )
 
 

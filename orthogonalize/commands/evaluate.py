@@ -165,6 +165,7 @@ def evaluate(
     data: Path | str | None = None,
     prompts: Mapping[str, Source] | None = None,
     judges: Sequence[str] = (),
+    measure: str | None = None,
     redact: bool = False,
     separate_engines: bool = False,
     allow_other_base: bool = False,
@@ -186,6 +187,7 @@ def evaluate(
         data: a folder with local copies of public sets; by default they are read from the Hub.
         prompts: your own prompt sources (see `load_prompts`) by name, answered and counted like the run's.
         judges: names of judge models (see `evals.judges.registry`), or `NAME=MODEL`.
+        measure: the run's behaviour measure again, which one that runs code of its own needs.
         redact: leave prompts of sensitive sets, and their answers, out of the report.
         separate_engines: start vLLM for each model instead of swapping weights in one engine.
         allow_other_base: measure even if `base` is not the recipe's, the run is of other weights, or base and
@@ -214,7 +216,7 @@ def evaluate(
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
-        options=options, prompts=prompts,
+        options=options, prompts=prompts, measure=measure,
     )  # fmt: skip
     unlike = mismatches(folder, base, found.info, checkpoint)
     check_origins(unlike, allow_other_base)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,50 +24,45 @@ from ..data.chat import ChatFormat
 from ..data.inventory import drop_too_long, inventory
 from ..data.prompts import SIDES, SPLITS, Prompt, Side, Source, Split, split_preserved, split_prompts, texts_of
 from ..data.refusals import LEAST_TOKENS
+from ..data.thoughts import answer_texts
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording, record
 from ..directions.direction_set import Directions
 from ..directions.fit import DirectionSettings, find_directions
 from ..edits.fitting import ANSWER_START
 from ..edits.recipe import ProbeResult
-from ..evals.judges.refusals import RefusalCheck
+from ..evals.measures.check import AnswerCheck
+from ..evals.measures.measured_prompts import measure_prompts, other_measures, read_phrases
+from ..evals.measures.registry import AUTO, check_measure
 from ..models.generation import generate, stop_tokens
 from ..models.loading import choose_device, load_model, load_tokenizer
 from ..models.resolve import context_length
 from ..reports.run_plots import plot_run
-from ..selection.behaviour import keep_expected, measure_behaviour
-from ..selection.candidates import Candidate, explain_fallback, rank, rank_correlation, score_candidates
+from ..selection.behaviour import MeasureInfo, keep_expected, load_readout, save_readout
+from ..selection.candidates import Candidate, explain_ranking, rank, score_candidates
 from ..selection.fits import TOKENS, Fits
 from ..selection.own_answers import ANSWER_TOKENS, OwnAnswers
 from ..selection.probes import probe_candidate
+from ..selection.readouts import Readout
 from ..selection.run_folder import (
     Run,
     RunInfo,
+    base_scores,
     load_preserved,
     load_prompt_file,
     load_run,
+    package_versions,
     save_preserved,
     save_prompts,
     save_selection,
-    target_side,
 )
-from ..selection.search.objectives import Trial
+from ..selection.search.objectives import Trial, why_none
 from ..selection.search.try_edits import EditTrials, ValPrompts
 from ..selection.settings import Settings
 from ..selection.source import RunSource, read_source
 from ..selection.stages import STAGES, Stage, StageBook
 
 CONFIRM_TOKENS = LEAST_TOKENS  # of the edited model's answers, in which refusals are counted
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("orthogonalize", "torch", "transformers", "scikit-learn"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 class _Extraction:
@@ -81,10 +75,11 @@ class _Extraction:
         self.architecture = architecture_of(source.checkpoint.config)
         self.layer_count = self.architecture.layers(source.checkpoint.config)
         self.tokenizer = load_tokenizer(source.folder, settings.trust_remote_code)
-        self.chat = ChatFormat(self.tokenizer, settings.system, settings.template_arguments, settings.chat_template)
+        self.chat = ChatFormat(
+            self.tokenizer, settings.system, settings.template_arguments, settings.chat_template, settings.thinking
+        )
         self.chat.check_template()
         self.positions = tuple(self.chat.positions())
-        self.check = RefusalCheck.of(settings.judge, settings.device)
 
     @cached_property
     def model(self) -> Any:
@@ -118,6 +113,8 @@ class _Extraction:
                     "filtered": s.filtered,
                     "dtype": str(s.dtype),
                 }
+                own |= {"measure": s.measure} if s.measure != AUTO else {}
+                own |= {"wording": read_phrases(s.wording)} if s.wording is not None else {}
                 if self.source.preserved:
                     kept = {name: fingerprint([p.text for p in each]) for name, each in self.source.preserved.items()}
                     own["preserve"] = kept
@@ -131,7 +128,6 @@ class _Extraction:
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive, "goal": s.goal}
-                own |= {"judge": s.judge} if s.judge else {}
                 own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": CONFIRM_TOKENS}
                 if self.source.preserved:
                     own["sensitive_preserved"] = self.source.sensitive_preserved
@@ -169,17 +165,24 @@ class _Extraction:
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
         fitting = drop_too_long(self.source.prompts, self.chat.encode, context_length(self.source.folder))
         prompts = [p for each in fitting.values() for p in split_prompts(each, s.seed, **counts)]
-        tokens, prompts = measure_behaviour(self.model, self.tokenizer, self.chat, prompts, s.behaviour_tokens or ())
+        journal = Journal(self.out / ".prompts.journal", self.inputs("prompts"))
+        measured, prompts = measure_prompts(self.model, self.tokenizer, self.chat, prompts, s, journal)
         kept, filtered = keep_expected(prompts, s.filtered)
-        words = [self.tokenizer.decode([t]) for t in tokens]
-        note(inventory(self.source.prompts, fitting, prompts, kept, counts))
-        note(f"behaviour tokens: {', '.join(map(repr, words))}")
+        words = [self.tokenizer.decode([t]) for t in measured.tokens]
+        note(*inventory(self.source.prompts, fitting, prompts, kept, counts).split("\n"))
         self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
+        save_readout(measured.readout, self.out)
         sources = self.source.preserved.items()
         preserved = [p for name, each in sources for p in split_preserved(name, each, s.seed, s.train, s.val, s.test)]
         save_preserved(preserved, self.out)
-        return {"behaviour_tokens": tokens, "behaviour_words": words, "filtered": filtered}
+        journal.close()
+        return {
+            "behaviour_tokens": measured.tokens,
+            "behaviour_words": words,
+            "filtered": filtered,
+            "measure": measured.info.model_dump(),
+        }
 
     # activations and directions
 
@@ -226,37 +229,42 @@ class _Extraction:
 
     def _run_selection(self) -> dict[str, Any]:
         directions = Directions.load(self.out / "directions.safetensors")
-        prompts, tokens = load_prompt_file(self.out), self.book.result("prompts")["behaviour_tokens"]
+        prompts = load_prompt_file(self.out)
         journal = Journal(self.out / ".selection.journal", self.inputs("selection"))
         if journal.on_disk:
             note("selection: resuming an interrupted run")
-        candidates = self._score(prompts, directions, tokens, journal)
+        candidates = self._score(prompts, directions, journal)
         probes = self._probe(directions, candidates)
-        trials = self._try_edits(prompts, directions, candidates, tokens, journal)
+        trials = self._try_edits(prompts, directions, candidates, journal)
         save_selection(candidates, trials, probes, self.out)
-        info = self._info(prompts, directions)
+        info = self._info(prompts, directions, self._nothing_chosen(trials, prompts, journal))
         plot_run(Run(info, prompts, directions, candidates, trials, probes), self.out)
         write_atomically(self.out / "run.json", info.model_dump_json(indent=2) + "\n")
         journal.close()
         return {}
 
-    def _score(
-        self, prompts: list[Prompt], directions: Directions, tokens: list[int], journal: Journal
-    ) -> list[Candidate]:
+    @property
+    def _measure_info(self) -> MeasureInfo:
+        return MeasureInfo.model_validate(self.book.result("prompts").get("measure", {}))
+
+    @property
+    def _readout(self) -> Readout:
+        return load_readout(self._measure_info, self.book.result("prompts")["behaviour_tokens"], self.out)
+
+    @cached_property
+    def _check(self) -> AnswerCheck:
+        return AnswerCheck.of(self._measure_info, self.settings.device)
+
+    def _score(self, prompts: list[Prompt], directions: Directions, journal: Journal) -> list[Candidate]:
         """Scored, filtered and ranked candidates of every finder."""
         positive, negative = (self._ids(prompts, side, "val")[: self.settings.scored] for side in SIDES)
         everywhere = "global" in self.settings.scoring
         finders = self.settings.finders
-        ranked = rank(
-            score_candidates(self.model, positive, negative, directions, finders, tokens, everywhere, journal)
+        scored = score_candidates(
+            self.model, positive, negative, directions, finders, self._readout, everywhere, journal
         )
-        for finder in finders:
-            fallback = explain_fallback(ranked, finder)
-            if fallback:
-                note(fallback)
-            correlation = rank_correlation(ranked, finder)
-            if correlation is not None:
-                note(f"{finder}: Spearman correlation of local and global scores {correlation:.2f}")
+        ranked = rank(scored)
+        note(*explain_ranking(ranked, finders))
         return ranked
 
     def _probe(self, directions: Directions, ranked: list[Candidate]) -> list[ProbeResult]:
@@ -266,49 +274,46 @@ class _Extraction:
         return [p for c in best.values() for p in probe_candidate(recording, directions, c.finder, c.position, c.layer)]
 
     def _try_edits(
-        self,
-        prompts: list[Prompt],
-        directions: Directions,
-        ranked: list[Candidate],
-        tokens: list[int],
-        journal: Journal,
+        self, prompts: list[Prompt], directions: Directions, ranked: list[Candidate], journal: Journal
     ) -> list[Trial]:
         """Search whole edits on val prompts, and confirm the best by the answers of the edited model."""
         if not self.settings.trials:
             return []
-        s, kept = self.settings, load_preserved(self.out)
-        val = ValPrompts(
-            self._ids(prompts, target_side(prompts), "val"),
-            self._ids(prompts, "negative", "val")[: s.answers],
-            {
-                name: self.chat.encode_all([p.text for p in kept if (p.source, p.split) == (name, "val")][: s.answers])
-                for name in dict.fromkeys(p.source for p in kept)
-            },
-            self._ids(prompts, "positive", "val") if s.goal == "strengthen" else None,
-        )
+        s = self.settings
+        val = ValPrompts.of(self.chat, prompts, load_preserved(self.out), s.answers, s.goal == "strengthen")
         fits = Fits(self.out, directions, self.source.checkpoint.config, self.weights, lambda: self.model)
-        trials = EditTrials(self.model, self.source.checkpoint, directions, ranked, tokens, self._generate, journal)
-        texts = texts_of(prompts, target_side(prompts), "val")
-        return trials.run(s.trials, val, fits, lambda: self._left_in_answers(texts, val.target, journal))
+        trials = EditTrials(
+            self.model, self.source.checkpoint, directions, ranked, self._readout, self._generate, journal
+        )
+        return trials.run(s.trials, val, fits, lambda: self._left_in_answers(val.target_texts, val.target, journal))
 
     def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
         return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)
 
     def _left_in_answers(self, texts: Sequence[str], ids: Sequence[Sequence[int]], journal: Journal) -> float:
-        """The share of answers to prompts that refuse; that do not refuse, if the goal is to strengthen refusal."""
+        """The share of answers to prompts that show the behaviour; that lack it, if the goal is to strengthen it."""
         with track("confirming by answers", len(ids), "prompts") as advance:
             answers = self._generate([list(row) for row in ids], CONFIRM_TOKENS, advance)
-        pairs = list(zip(texts, map(self.tokenizer.decode, answers), strict=True))
-        return self.check.left(pairs, self.settings.goal == "strengthen", journal)
+        pairs = list(zip(texts, answer_texts(self.tokenizer, answers), strict=True))
+        return self._check.left(pairs, self.settings.goal == "strengthen", journal)
 
-    def _info(self, prompts: list[Prompt], directions: Directions) -> RunInfo:
-        sides = list(self.source.prompts)
-        base_score: dict[str, float] = {}
-        for side in sides:
-            scores = [p.score for p in prompts if (p.side, p.split) == (side, "val") and p.score is not None]
-            base_score[side] = sum(scores) / len(scores)
+    def _nothing_chosen(self, trials: list[Trial], prompts: list[Prompt], journal: Journal) -> str | None:
+        """Why no edit is chosen, and which other measures tell the two sides apart; None if one is."""
+        reason = why_none(trials)
+        if reason is not None:
+            reason += other_measures(
+                self.model, self.tokenizer, self.chat, prompts, self.settings, journal, self._measure_info.name
+            )
+            note(f"no edit is chosen: {reason}")
+        return reason
+
+    def _info(self, prompts: list[Prompt], directions: Directions, nothing_chosen: str | None) -> RunInfo:
         found = self.book.result("prompts")
         return RunInfo(
+            nothing_chosen=nothing_chosen,
+            concept=self.source.concept,
+            sources=dict(self.source.sources),
+            thinking=self.settings.thinking,
             model=self.source.name,
             revision=self.source.revision,
             architecture=self.architecture.family,
@@ -327,9 +332,9 @@ class _Extraction:
             layer_count=directions.layer_count,
             width=self.architecture.width(self.source.checkpoint.config),
             finders=list(self.settings.finders),
-            base_score=base_score,
+            base_score=base_scores(prompts),
             seed=self.settings.seed,
-            versions=_versions(),
+            versions=package_versions(),
             **found,
         )
 
@@ -374,6 +379,7 @@ def extract(
     """
     settings = (settings or Settings()).with_changes(**changes)
     settings.check()
+    check_measure(settings.measure)
     out, model = Path(out), str(model)
     check_run_folder(out, RUN)
     source = read_source(

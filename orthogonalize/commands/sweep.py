@@ -37,7 +37,7 @@ from ..models.loading import check_complete
 from ..models.resolve import find_model, public_name
 from ..reports.pareto_plot import write_pareto_plot
 from ..reports.schema import Measures, compare_all, kept_shares
-from ..reports.sweep import Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
+from ..reports.sweep import NONE_REMOVES, Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
 from ..selection.grid import SweepGrid
 from ..selection.resolve import check_fits, fits_of
 from ..selection.run_folder import load_run
@@ -272,6 +272,7 @@ def sweep(
     limit: int | None = None,
     data: Path | str | None = None,
     judges: Sequence[str] = (),
+    measure: str | None = None,
     allow_other_base: bool = False,
     revision: str | None = None,
     options: EngineOptions = ONE_DEVICE,
@@ -314,7 +315,7 @@ def sweep(
     ready = prepare(
         found, folder,
         suites=suites, engine=engine, max_new_tokens=max_new_tokens, limit=limit, data=data, judges=judges,
-        options=options, choose=True,
+        options=options, choose=True, measure=measure,
     )  # fmt: skip
     unmarked = why_nothing_is_chosen(found, suites)
     if unmarked:
@@ -361,6 +362,8 @@ def sweep(
     )
     result.effect, result.harm = effect_key(result.val or result.base), harm_key(result.val or result.base)
     result.pareto = pareto(result)
+    if not result.pareto and result.unmarked is None:
+        result.unmarked = NONE_REMOVES
     with complete_folder(out, SWEEP, force) as done:
         (done / "sweep.json").write_text(result.model_dump_json(indent=1) + "\n", "utf-8")
         write_pareto_plot(result, done / "pareto.png")

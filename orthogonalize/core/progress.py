@@ -23,10 +23,11 @@ def show(on: bool = True) -> None:
     _shown = on
 
 
-def note(text: str) -> None:
-    """Print one line to the user, if progress is shown."""
+def note(*lines: str) -> None:
+    """Print lines to the user, if progress is shown."""
     if _shown:
-        console.print(shown(text, 2000), highlight=False, markup=False)
+        for line in lines:
+            console.print(shown(line, 2000), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..core.errors import OrthogonalizeError, first_line, shown
 from .template_process import TemplateError, render
+from .thoughts import Thinking, has_thought, mark_of, open_thought, switches_of
 from .tokenization import encode_open_ended, encode_rendered
 
 # Instructions without a common suffix, so that what their renderings share at the end comes from the template.
@@ -78,12 +80,16 @@ class ChatFormat:
         system: an optional system prompt.
         arguments: passed to the chat template (such as `enable_thinking`).
         templated: if False, the bare text is sent, with the tokenizer's special tokens.
+        thinking: what becomes of a thought before the answer. `off` turns it off by the template's own argument, or
+            closes it where the template still opens one; `skip` makes every answer begin after an empty thought;
+            `keep` leaves prompts as the template writes them.
     """
 
     tokenizer: Any
     system: str | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     templated: bool = True
+    thinking: Thinking = "keep"
 
     def __post_init__(self) -> None:
         if self.templated and not self.tokenizer.chat_template:
@@ -101,7 +107,12 @@ class ChatFormat:
         """`encode` for several instructions."""
         if not self.templated:
             return encode_open_ended(self.tokenizer, instructions)
-        return chat_ids(self.tokenizer, [self._chat(each) for each in instructions], self.arguments, _REJECTS)
+        return [[*ids, *self._after_thought] for ids in self._rendered(instructions)]
+
+    def _rendered(self, instructions: Sequence[str]) -> list[list[int]]:
+        """What the template itself makes of instructions."""
+        arguments = self._switches | dict(self.arguments)
+        return chat_ids(self.tokenizer, [self._chat(each) for each in instructions], arguments, _REJECTS)
 
     def _chat(self, instruction: str) -> list[dict[str, str]]:
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
@@ -115,8 +126,8 @@ class ChatFormat:
         """
         if not self.templated or _renders_itself(self.tokenizer):
             return
-        chat = self._chat(_PROBES[0])
-        text, without = (_rendered(self.tokenizer, [each], self.arguments, _REJECTS)[0] for each in (chat, chat[-1:]))
+        chat, arguments = self._chat(_PROBES[0]), self._switches | dict(self.arguments)
+        text, without = (_rendered(self.tokenizer, [each], arguments, _REJECTS)[0] for each in (chat, chat[-1:]))
         failure = None
         if _PROBES[0] not in text:
             failure = "instruction out of what it writes; use --no-chat-template to send the bare prompts"
@@ -125,18 +136,52 @@ class ChatFormat:
         if failure is not None:
             raise OrthogonalizeError(f"the chat template leaves the {failure}, or give the model another template")
 
-    def post_instruction_tokens(self) -> list[int]:
-        """The token ids that the template appends to every instruction, found by rendering; [] without a template."""
-        if not self.templated:
+    @cached_property
+    def _switches(self) -> dict[str, bool]:
+        """The template's arguments that turn thoughts off, unless they are given."""
+        if self.thinking != "off" or _renders_itself(self.tokenizer):
+            return {}
+        found = switches_of(self.tokenizer.get_chat_template())
+        return {name: value for name, value in found.items() if name not in self.arguments}
+
+    @cached_property
+    def _after_thought(self) -> list[int]:
+        """The tokens that close a thought after every rendered prompt, or that stand for an empty one."""
+        if self.thinking == "keep":
             return []
-        rendered = self.encode_all(_PROBES)
-        shared: list[int] = []
-        for column in zip(*(reversed(ids) for ids in rendered), strict=False):
-            if len(set(column)) > 1:
-                break
-            shared.insert(0, column[0])
-        return shared
+        end = self.tokenizer.decode(_common_end(self._rendered(_PROBES)))
+        mark, text = open_thought(end), ""
+        if mark is not None:
+            text = mark.close.lstrip("\n") if end.endswith("\n") else mark.close
+        elif self.thinking == "skip" and not has_thought(end):
+            mark = mark_of(self.tokenizer)
+            text = mark.empty if mark is not None else ""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def thought_closed(self) -> str | None:
+        """How the prompts are kept from beginning a thought, in words; None if nothing had to be done."""
+        if not self.templated:
+            return None
+        if self._after_thought:
+            return f"prompts end with {self.tokenizer.decode(self._after_thought)!r}, so that answers follow no thought"
+        if self._switches and has_thought(str(self.tokenizer.get_chat_template())):
+            return f"the chat template is given {', '.join(f'{name}=false' for name in self._switches)}"
+        return None
+
+    def post_instruction_tokens(self) -> list[int]:
+        """The token ids that follow every instruction, found by rendering; [] without a template."""
+        return _common_end(self.encode_all(_PROBES)) if self.templated else []
 
     def positions(self) -> list[int]:
         """Post-instruction positions, counted from the end: [-5, …, -1]; at least the last token."""
         return list(range(-max(1, len(self.post_instruction_tokens())), 0))
+
+
+def _common_end(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all rows end with."""
+    shared: list[int] = []
+    for column in zip(*(reversed(ids) for ids in rows), strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.insert(0, column[0])
+    return shared

@@ -8,6 +8,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.progress import note
 from .benchmarks import PROMPT_SETS, PromptSet, instructions
 from .prompts import (
+    CONCEPTS,
     Concept,
     Prompt,
     PublicConcept,
@@ -63,13 +64,19 @@ def read_contrast(
 ) -> tuple[list[Prompt], list[Prompt], list[Side]]:
     """Both sides of a contrast, and which of them are sensitive.
 
-    `data` is a folder with local copies of public sets; None reads them from the Hub.
+    A concept that is given with sources only names them. `data` is a folder with local copies of public sets; None
+    reads them from the Hub.
 
     Raises:
         OrthogonalizeError: neither a concept nor both sources are given, or they cannot be used.
     """
-    if concept_name and column is not None:
+    if concept_name and column is not None and not (positive or negative):
         raise OrthogonalizeError("--column belongs to --positive and --negative; a named concept knows its own")
+    if concept_name in CONCEPTS and (positive or negative):
+        raise OrthogonalizeError(
+            f"--concept {concept_name} has prompts of its own; leave out --positive and --negative, or choose another "
+            "name for yours"
+        )
     named = concept(concept_name) if concept_name and not (positive or negative) else None
     sensitive: list[Side] = []
     if isinstance(named, PublicConcept):
@@ -77,7 +84,7 @@ def read_contrast(
         sensitive = ["positive"] if named.sensitive else []
     elif isinstance(named, Concept):
         sides = load_prompts(named.positive, "positive"), load_prompts(named.negative, "negative")
-    elif positive and negative and not concept_name:
+    elif positive and negative:
         sides = (
             load_prompts(positive, "positive", column, hub_split, data),
             load_prompts(negative, "negative", column, hub_split, data),
@@ -85,6 +92,6 @@ def read_contrast(
         named_by_side: dict[Side, Source] = {"positive": positive, "negative": negative}
         sensitive = [side for side, source in named_by_side.items() if is_sensitive(source)]
     else:
-        raise OrthogonalizeError("give either --concept, or both --positive and --negative")
+        raise OrthogonalizeError("give a named --concept, or both --positive and --negative")
     check_contrast(*sides)
     return *sides, sensitive

@@ -34,13 +34,18 @@ MINIMUM_TRAIN = 6  # of these, prompts to find directions with
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a contrast. `score` is the unedited model's behaviour score, if measured."""
+    """One prompt of a contrast.
+
+    `score` is that of the unedited model by the readout of its run, and `shows` whether it shows the behaviour by the
+    run's measure; None if not measured, or if the measure cannot tell.
+    """
 
     text: str
     side: Side
     split: Split = "train"
     category: str | None = None
     score: float | None = None
+    shows: bool | None = None
 
 
 class LoadedPrompts(list[Prompt]):
@@ -63,6 +68,11 @@ def texts_of(prompts: Iterable[Prompt], side: Side, split: Split) -> list[str]:
     return [p.text for p in prompts if p.side == side and p.split == split]
 
 
+def target_side(prompts: Sequence[Prompt]) -> Side:
+    """The side whose behaviour is to change: the positive one, unless there are target prompts."""
+    return "target" if any(p.side == "target" for p in prompts) else "positive"
+
+
 @dataclass(frozen=True)
 class PreservedPrompt:
     """One prompt whose outputs an edit should not move; `source` is the prompt source that it comes from."""
@@ -74,11 +84,12 @@ class PreservedPrompt:
 
 @dataclass(frozen=True)
 class Concept:
-    """A named contrast: two prompt sources that differ in one thing."""
+    """A named contrast: two prompt sources that differ in one thing; `behaviour` is what reports call it."""
 
     name: str
     positive: str
     negative: str
+    behaviour: str
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,7 @@ class PublicConcept:
     name: str
     positive: Mapping[Split, Sequence[PromptSet]]
     negative: Mapping[Split, Sequence[PromptSet]]
+    behaviour: str
     sensitive: bool = False
 
     def sources(self, side: Side) -> Mapping[Split, Sequence[PromptSet]]:
@@ -112,8 +124,10 @@ _ORIGINAL = PromptSet(
 )  # fmt: skip
 
 CONCEPTS: dict[str, Concept | PublicConcept] = {
-    "cooking": Concept("cooking", PLANTED + "contrast_cooking.jsonl", PLANTED + "contrast_other.jsonl"),
-    "lists": Concept("lists", PLANTED + "lists.jsonl", PLANTED + "sentences.jsonl"),
+    "cooking": Concept(
+        "cooking", PLANTED + "contrast_cooking.jsonl", PLANTED + "contrast_other.jsonl", "refusals of cooking"
+    ),
+    "lists": Concept("lists", PLANTED + "lists.jsonl", PLANTED + "sentences.jsonl", "lists"),
     "refusal": PublicConcept(
         "refusal",
         positive={
@@ -122,6 +136,7 @@ CONCEPTS: dict[str, Concept | PublicConcept] = {
             "test": [_ORIGINAL],
         },
         negative={"train": [_ALPACA], "val": [_ALPACA], "test": [_ALPACA_TEST]},
+        behaviour="refusals of harm",
         sensitive=True,
     ),
 }

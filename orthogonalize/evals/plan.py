@@ -21,6 +21,7 @@ from ..data.prompts import Side, Source, Split, load_prompts, source_name, sourc
 from ..data.refusals import LEAST_TOKENS
 from ..engines.base import Engine
 from ..selection.run_folder import Run
+from .measures.suite import BehaviourSuite, shows_in_answers
 from .metrics import Record, Series
 from .resumable import ResumableEngine
 from .suites.answers import CONTRAST, OWN, PRESERVED, Answering, AnswerSet, Item
@@ -89,7 +90,7 @@ class EvalPlan:
         """
         result = Measurements()
         if steps := self._answer_steps(label, is_base):
-            self._take_answers(self._answers(engine, journal, label, steps), memory, result, is_base)
+            self._take_answers(self._answers(engine, journal, label, steps), memory, result, journal, is_base)
         for suite in self.suites:
 
             def work(suite: Suite = suite) -> dict[str, Any]:
@@ -129,11 +130,16 @@ class EvalPlan:
         return {name: journal.done[step] for name, step in steps.items()}
 
     def _take_answers(
-        self, answers: dict[str, list[list[int]]], memory: BaseOutputs, result: Measurements, is_base: bool
+        self,
+        answers: dict[str, list[list[int]]],
+        memory: BaseOutputs,
+        result: Measurements,
+        journal: Journal,
+        is_base: bool,
     ) -> None:
         assert self.answering is not None
         result.answers = {name: [self.answering.text(ids) for ids in rows] for name, rows in answers.items()}
-        result.series |= self.answering.series(answers)
+        result.series |= self.answering.series(answers, journal)
         if is_base and self.base_answers:
             for each in self.answering.scored_again:
                 memory.remember(each.name, [item.ids for item in each.items], answers[each.name])
@@ -208,12 +214,14 @@ def make_plan(
         OrthogonalizeError: data that are missing, empty or damaged.
     """
     entries = [entry for name, entry in SUITES.items() if name in names]
-    chat = ChatFormat(tokenizer, run.info.system, run.info.template_arguments, run.info.chat_template)
+    chat = run.info.chat_format(tokenizer)
     context = SuiteContext(run, tokenizer, chat, data, limit, new_tokens, positions)
     public = [name for name in names if name in PROMPT_SETS]
     own = [_own_set(name, source, chat, limit) for name, source in (prompts or {}).items()]
     context = replace(context, answering=_answering(context, entries, public, split, own))
     suites = [_build(entry, context) for entry in entries if entry.make is not None]
+    if "behaviour" in names and not run.info.measure.reads_answers:
+        suites.insert(0, _behaviour_suite(context))
     family_suites = [
         suite
         for family in FAMILIES.values()
@@ -251,10 +259,10 @@ def _answering(
         sets,
         context.tokenizer,
         context.new_tokens,
-        frozenset(context.run.info.behaviour_tokens),
         refusal="refusal" in names or bool(public) or bool(own),
         behaviour="behaviour" in names,
         form="form" in names,
+        shows=shows_in_answers(context.run.info.measure) if "behaviour" in names else None,
     )
     if split == "test" and answering.refusal and context.new_tokens < LEAST_TOKENS:
         note(
@@ -262,6 +270,11 @@ def _answering(
             f"use --max-new-tokens {LEAST_TOKENS} or more"
         )
     return answering
+
+
+def _behaviour_suite(context: SuiteContext) -> Suite:
+    """The run's measure, where it needs no answers."""
+    return BehaviourSuite(context.run.readout(), [each for each in context.base_answers.sets if each.has_behaviour])
 
 
 def _build(entry: SuiteEntry, context: SuiteContext) -> Suite:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
+from ..core.progress import note
 from ..data.prompts import Source, Split
 from ..engines.base import Engine, EngineOptions
 from ..engines.registry import ENGINES, check_engine, engine_state, open_engine
@@ -18,8 +19,9 @@ from ..models.loading import load_tokenizer
 from ..models.resolve import context_length, folder_state, public_name
 from ..selection.run_folder import Run
 from .choosing import choosing_suites, why_nothing_is_chosen
-from .judges.measured_answers import Judgements, add_judgements, ask_judges, judges_for
+from .judges.measured_answers import Judgements, add_behaviour, add_judgements, ask_judges, judges_for
 from .judges.runner import ReadyJudge
+from .measures.suite import behaviour_judge, check_run_measure
 from .plan import EvalPlan, Measurements, make_plan
 from .suites.registry import check_names
 
@@ -28,7 +30,8 @@ from .suites.registry import check_names
 class EvalSetup:
     """Everything that measuring a model and its edits needs.
 
-    `choosing` is what is measured on the run's val prompts to choose among edits, if anything.
+    `choosing` is what is measured on the run's val prompts to choose among edits, if anything. `behaviour_judge` is the
+    judge whose refusals are the run's behaviour, if one is, and `named` what reports say of that behaviour.
     """
 
     folder: Path
@@ -41,6 +44,8 @@ class EvalSetup:
     max_new_tokens: int
     limit: int | None
     choosing: EvalPlan | None = None
+    behaviour_judge: str | None = None
+    named: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def plans(self) -> dict[Split, EvalPlan]:
@@ -69,11 +74,14 @@ class EvalSetup:
         found = ask_judges(self.judges, self.plan, models, self.engine, self.options, journal)
         for label, measured in models.items():
             add_judgements(self.plan, self.judges, measured, found[label])
+            if self.behaviour_judge is not None:
+                add_behaviour(self.plan, measured, found[label][self.behaviour_judge])
         return found
 
     def description(self) -> dict[str, Any]:
         """The fields of a report that say how it was measured."""
         return {
+            **self.named,
             "engine": self.engine,
             "engine_version": ENGINES.find(self.engine).version,
             "suites": self.suites,
@@ -110,6 +118,7 @@ def prepare(
     options: EngineOptions,
     choose: bool = False,
     prompts: Mapping[str, Source] | None = None,
+    measure: str | None = None,
 ) -> EvalSetup:
     """Find and read everything that measuring the checkpoint `folder` on the test prompts of `run` needs.
 
@@ -119,6 +128,14 @@ def prepare(
     Raises:
         OrthogonalizeError: something is missing, damaged or inconsistent.
     """
+    judge = None
+    if "behaviour" in suites:
+        left_out = check_run_measure(run.info.measure, measure, engine)
+        if left_out is not None:
+            note(f"suite behaviour is left out: {left_out}")
+            suites = [name for name in suites if name != "behaviour"]
+        else:
+            judge = behaviour_judge(run.info.measure)
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
     positions = context_length(folder)
     plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, positions, prompts=prompts)
@@ -126,5 +143,17 @@ def prepare(
     if choose and why_nothing_is_chosen(run, suites) is None:
         names = choosing_suites(suites)
         choosing = make_plan(run, tokenizer, names, max_new_tokens, limit, positions=positions, split="val")
+    if judge is not None and judge not in judges:
+        judges = [*judges, judge]
     ready = judges_for(plan, judges)
-    return EvalSetup(folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit, choosing)
+    return EvalSetup(
+        folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit, choosing,
+        None if judge is None else judge.partition("=")[0], _named(run),
+    )  # fmt: skip
+
+
+def _named(run: Run) -> dict[str, Any]:
+    """What reports say of a run's behaviour: its name, its measure, and where the prompts come from, without paths."""
+    sources = {side: ", ".join(map(public_name, text.split(", "))) for side, text in run.info.sources.items()}
+    measure = f"{run.info.measure.name}: {run.info.measure.describe(run.info.behaviour_words)}"
+    return {"concept": run.info.concept or "", "measure": measure, "sources": sources}

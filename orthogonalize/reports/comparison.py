@@ -20,6 +20,7 @@ def differences(first: Report, second: Report) -> list[str]:
         ("engine_version", "the engine's version"),
         ("max_new_tokens", "the length of answers"),
         ("limit", "the limit of items"),
+        ("measure", "the behaviour's measure"),
         ("data", "the data"),
     ):
         if getattr(first, name) != getattr(second, name):
@@ -54,13 +55,13 @@ def comparison_rows(first: Report, second: Report) -> list[tuple[str, ...]]:
     rows = []
     for key in dict.fromkeys([*one, *two]):
         known = one.get(key) or two[key]
-        name = loss_title(key) if isinstance(known, Loss) else title(key)
+        name = loss_title(key) if isinstance(known, Loss) else title(key, first.concept)
         cells = [_value(measures.get(key)) for measures in (base, one, two)]
         apart = change(one[key], two[key], pairs[key]) if key in pairs and key in two else _apart(one, two, key)
         rows.append((name, *cells, apart))
     for key in dict.fromkeys([*first.kept, *second.kept]):
         kept = [_value(report.kept.get(key)) for report in (first, second)]
-        rows.append((kept_title(key), "", *kept, _apart(first.kept, second.kept, key)))
+        rows.append((kept_title(key, first.concept), "", *kept, _apart(first.kept, second.kept, key)))
     return rows
 
 

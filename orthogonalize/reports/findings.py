@@ -8,10 +8,9 @@ from ..core.words import counted
 from ..evals.metrics import Divergence, Loss, Paired, Score
 from ..evals.suites.answers import CONTRAST
 from .schema import Rates, Report
-from .tables import loss_title, set_title, title
+from .tables import FORM, loss_title, set_title, title
 
 ALPHA = 0.05
-FORM = "suites.form."
 HARM = 0.05  # a relative increase of a loss that the findings warn about
 
 
@@ -84,7 +83,7 @@ def _loss_finding(report: Report, key: str) -> str | None:
 def _kept_finding(report: Report, key: str) -> str:
     rate, name = report.kept[key], set_title(key.rpartition(".")[2])
     share, low, high = _percents(rate.value, *rate.ci95)
-    what = "refusals" if key.startswith("refusal.") else "first tokens of the behaviour"
+    what = "refusals" if key.startswith("refusal.") else report.concept or "behaviour"
     return f"Of the base's {what} on {name}, the edited model keeps {share} (n = {rate.n}, 95%: {low} to {high})."
 
 
@@ -112,10 +111,11 @@ def _effect_findings(report: Report, suite: str, what: str, rates: Rates | None)
 
 def findings(report: Report) -> list[str]:
     """One sentence per finding, the most important first."""
-    refusal = report.base.refusal
-    found = _effect_findings(report, "refusal", "Refusal", refusal)
-    if refusal is None or (refusal.target.value < HARM and "behaviour.target" in report.paired):
-        found += _effect_findings(report, "behaviour", "The behaviour's first token", report.base.behaviour)
+    found: list[str | None] = []
+    if report.base.behaviour is not None:
+        name = report.concept or "the behaviour"
+        found += _effect_findings(report, "behaviour", name[0].upper() + name[1:], report.base.behaviour)
+    found += _effect_findings(report, "refusal", "Refusal", report.base.refusal)
     for judge in report.base.judges:
         found.append(
             _rate_finding(report, f"judges.{judge}.harmful.target", f"Harmful answers to target prompts (by {judge})")

@@ -30,7 +30,7 @@ def pareto_figure(sweep: Sweep) -> Figure:
         axis.scatter(100 * gone, harm, label=label, s=110, facecolors="none", edgecolors="0.3", zorder=0)
         axis.annotate(name, (100 * gone, harm), xytext=(5, 4), textcoords="offset points", fontsize=7)
     axis.set_yscale("symlog", linthresh=0.1)
-    effect, harm_name = title(sweep.effect or ""), title(sweep.harm or "")
+    effect, harm_name = (title(key or "", sweep.concept) for key in (sweep.effect, sweep.harm))
     relative = "relative increase of " if (sweep.harm or "").startswith("loss") else ""
     axis.set(xlabel=f"removed: {effect}, points", ylabel=f"harm: {relative}{harm_name}")
     axis.set_title(f"{sweep.model}\n{sweep_caption(sweep)}", fontsize=9, wrap=True)

@@ -12,10 +12,9 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from ..evals.metrics import Rate
-from .findings import FORM
 from .schema import Report
 from .style import BLUE, VERMILION
-from .tables import title
+from .tables import FORM, title
 
 
 def rates_figure(report: Report) -> Figure | None:
@@ -39,7 +38,12 @@ def rates_figure(report: Report) -> Figure | None:
             [100 * max(0.0, r.ci95[1] - r.value) for r in rates],
         ]
         axis.errorbar(values, places, xerr=spread, fmt=marker, color=colour, capsize=3, label=name)
-    axis.set(xlim=(-2, 102), xlabel="%", yticks=range(len(keys)), yticklabels=[title(k) for k in reversed(keys)])
+    axis.set(
+        xlim=(-2, 102),
+        xlabel="%",
+        yticks=range(len(keys)),
+        yticklabels=[title(k, report.concept) for k in reversed(keys)],
+    )
     axis.grid(axis="x", color="0.9")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)  # clear of the bars
     return figure  # type: ignore[no-any-return]

@@ -42,7 +42,7 @@ class Refusals(Rates):
 
 
 class Behaviours(Rates):
-    """Answers that begin with one of the run's behaviour tokens."""
+    """Prompts that show the behaviour by the run's own measure."""
 
     target: Rate
     harmless: Rate
@@ -174,15 +174,19 @@ class Answer(Record):
 class Report(Sparse):
     """The contents of `report.json`.
 
-    `recipe` is the fingerprint of the edited checkpoint's recipe, `data` says where each set was read from, and
-    `redacted` is the number of answers to sensitive prompts left out of `answers` by `--redact`. `kept` is, for
-    preserved sets, the share of what the base shows that the edited model still does, by dotted key. `mismatches` says
-    what does not belong together, which `--allow-other-base` let pass.
+    `concept` is what the behaviour is called, `measure` what shows it, and `sources` where the run's prompts come
+    from; they are left out if the run does not say. `recipe` is the fingerprint of the edited checkpoint's recipe,
+    `data` says where each set was read from, and `redacted` is the number of answers to sensitive prompts left out of
+    `answers` by `--redact`. `kept` is, for preserved sets, the share of what the base shows that the edited model still
+    does, by dotted key. `mismatches` says what does not belong together, which `--allow-other-base` let pass.
     """
 
-    SPARSE = frozenset({"kept", "mismatches"})
+    SPARSE = frozenset({"kept", "mismatches", "concept", "measure", "sources"})
 
     format: Literal[2] = 2
+    concept: str = ""
+    measure: str = ""
+    sources: dict[str, str] = Field(default_factory=dict)
     engine: str
     engine_version: str
     base_model: str

@@ -8,12 +8,15 @@ from typing import Literal
 from pydantic import Field
 
 from ..edits.config import EditConfig
-from ..evals.metrics import Loss, Paired, Rate, Record
+from ..evals.metrics import Loss, Paired, Rate
 from ..evals.suites.registry import has_column
 from .schema import Measures, Sparse
 from .tables import title
 
 MARK = "best trade-off on val prompts"
+NONE_REMOVES = "none removes any of the behaviour on val prompts without more harm than the base"
+EFFECTS = ("behaviour.target", "refusal.target")  # in the order in which they are taken
+SHOWN = 0.05  # the least share of target prompts on which the base must show an effect for it to be taken
 Semantics = Literal["weights", "residual"]
 
 
@@ -38,8 +41,10 @@ class SweepRow(Sparse):
     val: dict[str, Paired] = Field(default_factory=dict)
 
 
-class Sweep(Record):
+class Sweep(Sparse):
     """The contents of `sweep.json`: the base, every edit, and `pareto`, the names of the edits on the Pareto front.
+
+    `concept`, `measure` and `sources` are as in a report.
 
     That front is chosen on the run's val prompts (`val` holds the base's measures there); all other measures are of
     test prompts. `unmarked` says why nothing could be chosen. `effect` and `harm` are the dotted keys of the front's
@@ -49,7 +54,12 @@ class Sweep(Record):
     not belong together, which `--allow-other-base` let pass.
     """
 
+    SPARSE = frozenset({"concept", "measure", "sources"})
+
     format: Literal[2] = 2
+    concept: str = ""
+    measure: str = ""
+    sources: dict[str, str] = Field(default_factory=dict)
     engine: str
     engine_version: str
     semantics: Semantics
@@ -77,13 +87,13 @@ class Sweep(Record):
 
 
 def effect_key(base: Measures) -> str | None:
-    """The key of the effect: refusal if the base refuses target prompts, else the behaviour's first token."""
+    """The key of the effect: the run's behaviour if the base shows it on target prompts, else refusals if it does."""
     found = base.flat()
-    for key in ("refusal.target", "behaviour.target"):
+    for key in EFFECTS:
         rate = found.get(key)
-        if isinstance(rate, Rate) and rate.value >= 0.05:
+        if isinstance(rate, Rate) and rate.value >= SHOWN:
             return key
-    return next((key for key in ("refusal.target", "behaviour.target") if key in found), None)
+    return next((key for key in EFFECTS if key in found), None)
 
 
 def harm_key(base: Measures) -> str | None:
@@ -103,23 +113,22 @@ def outcome(sweep: Sweep, paired: Mapping[str, Paired]) -> tuple[float, float] |
 def pareto(sweep: Sweep) -> list[str]:
     """The names of the edits on the Pareto front on val prompts.
 
-    No other edit removes as much at less harm, or more at no more harm.
+    No other edit removes as much at less harm, or more at no more harm; nor does the unedited base, which removes
+    nothing at no harm.
     """
     points = {s.name: p for s in sweep.variants if (p := outcome(sweep, s.val)) is not None}
+    rivals = [(0.0, 0.0), *points.values()]
     return [
         name
         for name, (gone, harm) in points.items()
-        if not any(g >= gone and h <= harm and (g, h) != (gone, harm) for g, h in points.values())
+        if gone > 0 and not any(g >= gone and h <= harm and (g, h) != (gone, harm) for g, h in rivals)
     ]
 
 
 def _columns(sweep: Sweep) -> list[str]:
     """The keys in the table: the effect, the same on harmless prompts, the harm, then all other measures."""
     first = [k for k in (sweep.effect, (sweep.effect or "").replace("target", "harmless"), sweep.harm) if k]
-    columns = first + [k for k in sweep.base.flat() if has_column(k) and not k.endswith(".harmless") and k not in first]
-    if not (sweep.effect or "").startswith("behaviour."):  # the first token says what refusal says
-        columns = [k for k in columns if not k.startswith("behaviour.sets.")]
-    return columns
+    return first + [k for k in sweep.base.flat() if has_column(k) and not k.endswith(".harmless") and k not in first]
 
 
 def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
@@ -155,7 +164,7 @@ def sweep_rows(sweep: Sweep) -> list[tuple[str, ...]]:
 def sweep_columns(sweep: Sweep) -> list[str]:
     """The column headings of `sweep_rows`."""
     keys = _columns(sweep)
-    return ["edit", *(title(k) for k in keys), ""]
+    return ["edit", *(title(k, sweep.concept) for k in keys), ""]
 
 
 def sweep_caption(sweep: Sweep) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from ..data.answer_forms import words
 from ..data.benchmarks import PROMPT_SETS
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, perplexity_of
 from ..evals.suites.answers import CONTRAST_TITLES, FORMS
 from ..evals.suites.registry import series_title
 from .schema import Report
 
+FORM = "suites.form."
 Row = tuple[str, str, str, str]
 LEGEND = (
     "[ ]: 95% intervals. Shares: Tango's score interval with McNemar's score test; the rest: one bootstrap for both. "
@@ -22,16 +24,20 @@ def set_title(name: str) -> str:
     return CONTRAST_TITLES.get(name, name)
 
 
-def title(key: str) -> str:
-    """The title of a measure, given its dotted key."""
-    declared = series_title(key)
-    if declared is not None:
-        return declared
+def title(key: str, concept: str = "") -> str:
+    """The title of a measure, given its dotted key.
+
+    `concept` is what the run's behaviour is called; refusals are those by wording.
+    """
     match key.split("."):
         case ["refusal", *_, name]:
             return f"refusal, {set_title(name)}"
         case ["behaviour", *_, name]:
-            return f"behaviour's first token, {set_title(name)}"
+            return f"{concept or 'behaviour'}, {set_title(name)}"
+    declared = series_title(key)
+    if declared is not None:
+        return declared
+    match key.split("."):
         case ["judges", judge, field, *_, name]:
             return f"{field} by {judge}, {set_title(name)}"
         case ["loss", "sets", name]:
@@ -46,9 +52,9 @@ def title(key: str) -> str:
     return key
 
 
-def kept_title(key: str) -> str:
+def kept_title(key: str, concept: str = "") -> str:
     """The title of the share of the base's behaviour that an edited model keeps."""
-    return f"{title(key)}: kept"
+    return f"{title(key, concept)}: kept"
 
 
 def loss_title(key: str) -> str:
@@ -101,37 +107,57 @@ def summary_rows(report: Report, categories: bool = True) -> list[Row]:
         after, pair = edited.get(key), report.paired.get(key)
         if after is None or pair is None:
             continue
-        name = f"{loss_title(key) if isinstance(before, Loss) else title(key)} (n = {before.n})"
+        name = f"{loss_title(key) if isinstance(before, Loss) else title(key, report.concept)} (n = {before.n})"
         if isinstance(before, Divergence):
             rows.append((name, "0", value(after), "nats per token, at least"))
             continue
         rows.append((name, value(before), value(after), change(before, after, pair)))
         if isinstance(before, Rate) and isinstance(after, Rate) and before.unparseable + after.unparseable:
-            rows.append((f"{title(key)}: unreadable", str(before.unparseable), str(after.unparseable), ""))
+            rows.append(
+                (f"{title(key, report.concept)}: unreadable", str(before.unparseable), str(after.unparseable), "")
+            )
         if key in report.kept:
             kept = report.kept[key]
-            rows.append((f"{kept_title(key)} (n = {kept.n})", "", value(kept), "of what the base shows"))
+            rows.append(
+                (f"{kept_title(key, report.concept)} (n = {kept.n})", "", value(kept), "of what the base shows")
+            )
         if isinstance(before, Loss) and isinstance(after, Loss):
             name = title(key) if key.startswith("tasks.") else title(key).replace("cross-entropy", "perplexity")
             rows.append((name, perplexity(before), perplexity(after), ""))
             if categories:
                 rows += [
                     (f"{what}: {category} (n = {n})", value(old), value(new), apart)
-                    for what, category, n, old, new, apart in _by_category(key, before, after, pair)
+                    for what, category, n, old, new, apart in _by_category(title(key), before, after, pair)
                 ]
+    return rows + _empty_rows(report)
+
+
+def _empty_rows(report: Report) -> list[Row]:
+    """How many answers are empty, by prompt set: they neither refuse nor show a behaviour, and are no success.
+
+    None if there are no such answers, or if suite `form` counts them.
+    """
+    if "form" in report.suites:
+        return []
+    rows = []
+    for name in dict.fromkeys(each.set for each in report.answers):
+        mine = [(not words(each.base), not words(each.edited)) for each in report.answers if each.set == name]
+        base, edited = (sum(flags) for flags in zip(*mine, strict=True))
+        if base or edited:
+            rows.append((f"{set_title(name)}: {FORMS['empty']} (n = {len(mine)})", str(base), str(edited), "answers"))
     return rows
 
 
 CategoryRow = tuple[str, str, int, Rate | Loss, Rate | Loss, str]
 
 
-def _by_category(key: str, before: Rate | Loss, after: Rate | Loss, pair: Paired) -> list[CategoryRow]:
+def _by_category(name: str, before: Rate | Loss, after: Rate | Loss, pair: Paired) -> list[CategoryRow]:
     """One row per category that base, edited and comparison have."""
     rows = []
-    for name, old in before.by_category.items():
-        new, apart = after.by_category.get(name), pair.by_category.get(name)
+    for category, old in before.by_category.items():
+        new, apart = after.by_category.get(category), pair.by_category.get(category)
         if new is not None and apart is not None:
-            rows.append((title(key), name, old.n, old, new, change(old, new, apart)))
+            rows.append((name, category, old.n, old, new, change(old, new, apart)))
     return rows
 
 
@@ -142,5 +168,5 @@ def category_rows(report: Report) -> list[CategoryRow]:
     for key, before in report.base.flat().items():
         after, pair = edited.get(key), report.paired.get(key)
         if isinstance(before, Rate | Loss) and isinstance(after, Rate | Loss) and pair is not None:
-            rows += _by_category(key, before, after, pair)
+            rows += _by_category(title(key, report.concept), before, after, pair)
     return rows

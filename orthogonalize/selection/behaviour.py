@@ -1,47 +1,70 @@
-"""The behaviour of a contrast: its first tokens, the score of each prompt, and the prompts that show or lack it."""
+"""The behaviour of a contrast: what shows it (the run's measure), and which prompts show or lack it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Final, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from ..core.errors import OrthogonalizeError
-from ..core.progress import track
-from ..data.chat import ChatFormat
-from ..data.prompts import MINIMUM_TRAIN, SIDES, Prompt
-from ..data.tokenization import encode_rendered
-from ..models.activations import mean_activations
-from .scoring import behaviour_score, first_token_probabilities, learn_behaviour_tokens
+from ..core.files import write_atomically
+from ..data.prompts import MINIMUM_TRAIN, Prompt
+from .readouts import FirstToken, NearerSide, Readout
+
+FIRST_TOKEN: Final = "first-token"
+DIRECTION: Final = "direction"
+READOUT = "readout.safetensors"  # of a run whose edits are tried by direction
+ReadoutName = Literal["first-token", "direction"]
 
 
-def measure_behaviour(
-    model: Any, tokenizer: Any, chat: ChatFormat, prompts: list[Prompt], given: Sequence[int | str]
-) -> tuple[list[int], list[Prompt]]:
-    """The behaviour tokens, `given` or else learnt on train and val prompts, and `prompts` with scores.
+class MeasureInfo(BaseModel):
+    """A run's behaviour measure, as stored in `run.json`.
 
-    Test prompts get no score.
+    Attributes:
+        name: the value of `--measure`, such as `first-token` or `judge:wildguard`.
+        trials: the readout by which edits are tried: the measure itself, or what stands in for one of answers.
+        threshold: the log-odds from which first tokens show the behaviour.
+        phrases: what `wording` looks for.
+        shares: the share of train prompts that show the behaviour in the unedited model, by side.
     """
-    used = [i for i, p in enumerate(prompts) if p.split != "test"]
-    ids = chat.encode_all([prompts[i].text for i in used])
-    with track("scoring prompts", len(used), "prompts") as advance:
-        probabilities = first_token_probabilities(model, ids)
-        advance(len(used))
-    if not torch.isfinite(probabilities).all():
-        mean_activations(model, ids, 1)  # its error names the layer, if a layer is the cause
-        raise OrthogonalizeError("the model's outputs contain NaN or infinite values; the checkpoint is damaged")
-    if given:
-        tokens = [_token(model, tokenizer, t) for t in given]
-    else:
-        rows = {side: [n for n, i in enumerate(used) if prompts[i].side == side and prompts[i].split != "spare"]
-                for side in SIDES}  # fmt: skip
-        tokens = learn_behaviour_tokens(probabilities[rows["positive"]], probabilities[rows["negative"]])
-    scored = list(prompts)
-    for i, score in zip(used, behaviour_score(probabilities, tokens).tolist(), strict=True):
-        scored[i] = replace(prompts[i], score=score)
-    return tokens, scored
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = FIRST_TOKEN
+    trials: ReadoutName = FIRST_TOKEN
+    threshold: float = 0.0
+    phrases: list[str] = Field(default_factory=list)
+    shares: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def separation(self) -> float:
+        """The share of positive train prompts that show the behaviour, less that of negative ones."""
+        return self.shares["positive"] - self.shares["negative"]
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether it needs generated answers, and not only a forward pass."""
+        return self.name not in (FIRST_TOKEN, DIRECTION)
+
+    def describe(self, words: Sequence[str] = ()) -> str:
+        """What shows the behaviour; `words` are its first tokens."""
+        kind, _, argument = self.name.partition(":")
+        if kind == FIRST_TOKEN:
+            said = f"answers that begin with {' or '.join(map(repr, words))}"
+            return said + (f", at log-odds above {self.threshold:.1f}" if self.threshold else "")
+        if kind == DIRECTION:
+            return "prompts whose activations are nearer to the positive side's"
+        if kind == "wording":
+            more = f" (and {len(self.phrases) - 3} more)" if len(self.phrases) > 3 else ""
+            return f"answers that contain {' or '.join(map(repr, self.phrases[:3]))}{more}"
+        return (
+            f"answers that {argument.partition('=')[0]} says show it" if kind == "judge" else f"answers by {argument}"
+        )
 
 
 def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], dict[str, dict[str, int]]]:
@@ -52,7 +75,7 @@ def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], 
     """
     kept = prompts
     if filtered:
-        kept = [p for p in prompts if p.score is None or (p.score > 0) == (p.side == "positive")]
+        kept = [p for p in prompts if p.split == "test" or p.shows is (p.side == "positive")]
     counts: dict[str, dict[str, int]] = {}
     for side in dict.fromkeys(p.side for p in prompts):
         for split in ("train", "val"):
@@ -64,19 +87,39 @@ def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], 
                 verb = "shows" if side == "positive" else "lacks"
                 raise OrthogonalizeError(
                     f"the model {verb} the behaviour on {left} of {given} {side} {split} prompts, but at least "
-                    f"{needed} are needed; use other prompts, --behaviour-tokens or --no-filter"
+                    f"{needed} are needed; use other prompts, another --measure, --behaviour-tokens or --no-filter"
                 )
     return kept, counts
 
 
-def _token(model: Any, tokenizer: Any, token: int | str) -> int:
-    if isinstance(token, int):
-        if not 0 <= token < model.config.vocab_size:
-            raise OrthogonalizeError(f"behaviour token {token} is not in the model's vocabulary")
-        return token
-    [ids] = encode_rendered(tokenizer, [token])
-    if len(ids) != 1:
-        raise OrthogonalizeError(
-            f"behaviour token {token!r} is {len(ids)} tokens in this model's vocabulary; it must be one"
-        )
-    return int(ids[0])
+def save_readout(readout: Readout, folder: Path) -> None:
+    """Store what `load_readout` needs besides `run.json`."""
+    file = folder / READOUT
+    if not isinstance(readout, NearerSide):
+        file.unlink(missing_ok=True)
+        return
+    tensors = {
+        "positive": readout.positive,
+        "negative": readout.negative,
+        "middle_and_scale": torch.tensor([readout.middle, readout.scale], dtype=torch.float64),
+        "layers": torch.tensor(readout.layers),
+    }
+    write_atomically(file, save(tensors))  # `save_file` would give it mode 0600, whatever the umask
+
+
+def load_readout(info: MeasureInfo, tokens: Sequence[int], folder: Path) -> Readout:
+    """The readout by which a run's edits are tried.
+
+    Raises:
+        OrthogonalizeError: its file is missing or damaged.
+    """
+    if info.trials == FIRST_TOKEN:
+        return FirstToken(tuple(tokens), info.threshold)
+    file = folder / READOUT
+    try:
+        with safe_open(file, framework="pt") as stored:
+            held = {name: stored.get_tensor(name) for name in ("positive", "negative", "middle_and_scale", "layers")}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise OrthogonalizeError(f"{file} is missing or damaged; extract again with --stage prompts --force") from error
+    middle, scale = held["middle_and_scale"].tolist()
+    return NearerSide(tuple(held["layers"].tolist()), held["positive"], held["negative"], middle, scale)

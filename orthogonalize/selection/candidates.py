@@ -24,7 +24,8 @@ from ..core.progress import track
 from ..directions.direction_set import Directions
 from ..directions.finders.registry import FINDERS
 from ..models.stream import Stream
-from .scoring import LocalScorer, behaviour_score, global_probabilities, smoothed_kl
+from .readouts import Readout
+from .scoring import LocalScorer, global_outputs, smoothed_kl
 
 MAX_KL = 0.1  # nats; eliroc98/refusal_direction
 MIN_INDUCE = 0.0  # log-odds
@@ -37,8 +38,8 @@ class Candidate:
     """The direction of one (finder, position, layer) of a model with `layer_count` layers, and its scores.
 
     Attributes:
-        bypass: mean behaviour score (log-odds) of positive val prompts with the direction removed at this layer; lower
-            is better.
+        bypass: mean score (see `Readout`) of positive val prompts with the direction removed at this layer; lower is
+            better.
         induce: the same of negative val prompts with the direction added at this layer's input; the median over 0.5, 1
             and 2 times the norm of the mean difference.
         kl: mean smoothed KL of the first token (`smoothed_kl`), in nats, on negative val prompts with the direction
@@ -176,6 +177,17 @@ def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:
     )
 
 
+def explain_ranking(ranked: Sequence[Candidate], finders: Sequence[str]) -> list[str]:
+    """What is to be said of a ranking: finders of which none passes, and how local and global scores agree."""
+    lines = []
+    for finder in finders:
+        fallback, correlation = explain_fallback(ranked, finder), rank_correlation(ranked, finder)
+        lines += [fallback] if fallback else []
+        if correlation is not None:
+            lines.append(f"{finder}: Spearman correlation of local and global scores {correlation:.2f}")
+    return lines
+
+
 def layer_ranking(ranked: Sequence[Candidate], finder: str) -> list[int]:
     """The layers of `finder`, best first, each ranked by its best candidate."""
     return list(dict.fromkeys(c.layer for c in ranked if c.finder == finder))
@@ -220,15 +232,16 @@ class _Scoring:
     positive: Sequence[Sequence[int]]
     negative: Sequence[Sequence[int]]
     directions: Directions
-    tokens: Sequence[int]
+    readout: Readout
     everywhere: bool
 
     def __post_init__(self) -> None:
-        self.on_positive = LocalScorer(self.model, self.positive)
-        self.on_negative = LocalScorer(self.model, self.negative)
+        self.on_positive = LocalScorer(self.model, self.positive, self.readout.layers)
+        self.on_negative = LocalScorer(self.model, self.negative, self.readout.layers)
         self.centring = Stream.of(self.model).architecture.norms.kind == "layer"  # as `edit` does
         width = self.directions.mean_diffs.shape[-1]
-        self.base = self.on_negative.probabilities(0, shift(torch.zeros(1, width)), projected=False)[0]
+        nothing = shift(torch.zeros(1, width))
+        self.base = self.on_negative.outputs(0, nothing, projected=False).probabilities[0]
 
     def layer(self, finder: str, layer: int, induced: MutableMapping[tuple[int, int], float]) -> list[Candidate]:
         """Score `finder` at every position of `layer`; `induced` keeps the scores of added mean differences."""
@@ -237,8 +250,8 @@ class _Scoring:
         if not maps:
             return []
         removals = stack_maps(list(maps.values()))
-        bypassed = behaviour_score(self.on_positive.probabilities(layer, removals, projected=True), self.tokens)
-        kept = self.on_negative.probabilities(layer, removals, projected=True)
+        bypassed = self.readout.scores(self.on_positive.outputs(layer, removals, projected=True))
+        kept = self.on_negative.outputs(layer, removals, projected=True).probabilities
         kl = smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
         induce = self._induce(finder, layer, list(maps), induced)
         bypass_all, kl_all = self._everywhere(removals)
@@ -274,8 +287,8 @@ class _Scoring:
             assert basis is not None
             length = self.directions.mean_diff(position, layer).norm()
             shifts += [multiplier * length * basis[0] for multiplier in MULTIPLIERS]
-        probabilities = self.on_negative.probabilities(layer, shift(torch.stack(shifts)), projected=False)
-        means = behaviour_score(probabilities, self.tokens).mean(-1).reshape(len(positions), -1)
+        shifted = self.on_negative.outputs(layer, shift(torch.stack(shifts)), projected=False)
+        means = self.readout.scores(shifted).mean(-1).reshape(len(positions), -1)
         values = [median(row) for row in means.tolist()]
         if shared:
             induced.update({(p, layer): v for p, v in zip(positions, values, strict=True)})
@@ -284,11 +297,11 @@ class _Scoring:
     def _everywhere(self, removals: AffineMap) -> tuple[list[float], list[float]]:
         if not self.everywhere:
             return [], []
-        layers = self.directions.layer_count
-        bypassed = global_probabilities(self.model, self.positive, removals, layers)
-        kept = global_probabilities(self.model, self.negative, removals, layers)
+        count = self.directions.layer_count
+        bypassed = global_outputs(self.model, self.positive, removals, count, self.readout.layers)
+        kept = global_outputs(self.model, self.negative, removals, count).probabilities
         kl = smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
-        return behaviour_score(bypassed, self.tokens).mean(-1).tolist(), kl.tolist()
+        return self.readout.scores(bypassed).mean(-1).tolist(), kl.tolist()
 
 
 def score_candidates(
@@ -297,13 +310,14 @@ def score_candidates(
     negative: Sequence[Sequence[int]],
     directions: Directions,
     finders: Sequence[str],
-    tokens: Sequence[int],
+    readout: Readout,
     everywhere: bool = False,
     known: ScoreStore | None = None,
 ) -> list[Candidate]:
     """Score every (finder, position, layer) on val prompts (token ids), editing at that layer only.
 
     Args:
+        readout: scores the behaviour.
         everywhere: also score each edit at every write of the model (`global_bypass`, `global_kl`).
         known: a store for the scores; those that it contains are not computed again.
     """
@@ -316,7 +330,7 @@ def score_candidates(
             for finder in finders:
                 key = f"candidates:{finder}:{layer}"
                 if key not in kept:
-                    scoring = scoring or _Scoring(model, positive, negative, directions, tokens, everywhere)
+                    scoring = scoring or _Scoring(model, positive, negative, directions, readout, everywhere)
                     kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
                     check()
                 found = [Candidate.from_row(row) for row in kept[key]]

@@ -88,10 +88,15 @@ def choose(run: Run, **given: Any) -> EditConfig:
     strength 1.
 
     Raises:
-        OrthogonalizeError: the run has no matching candidate.
+        OrthogonalizeError: the run has no matching candidate, or nothing is given and it chose no edit.
     """
     named = {key: value for key, value in given.items() if value is not None}
     if not named and run.trials:
+        if run.info.nothing_chosen is not None:
+            raise OrthogonalizeError(
+                f"extract chose no edit: {run.info.nothing_chosen}; choose one with --pick N or --method NAME, or "
+                "extract again"
+            )
         return run.trials[0].choice
     method = named.setdefault("method", DEFAULT)
     if METHODS.find(method).fitted:

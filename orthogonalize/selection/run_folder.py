@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,17 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.files import check_regular_files, parse_json, write_atomically
-from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split, texts_of
+from ..data.chat import ChatFormat
+from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split, target_side, texts_of
+from ..data.thoughts import Thinking
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
 from ..models.resolve import public_name
+from .behaviour import MeasureInfo, load_readout
 from .candidates import Candidate, rank_correlation
+from .readouts import Readout
 from .search.objectives import Trial, shortlist
 from .stages import BOOK
 
@@ -30,12 +35,18 @@ _PROMPT, _PRESERVED = TypeAdapter(Prompt), TypeAdapter(PreservedPrompt)
 class RunInfo(BaseModel):
     """The contents of `run.json`: the origin and settings of a run. The file calls the finders `methods`.
 
-    `goal` is what its edits are for (see `Settings.goal`).
+    `concept` is what the behaviour is called, `sources` where the prompts come from by side, and `measure` what shows
+    the behaviour; `behaviour_tokens` are its first tokens, if it is read from them, and `behaviour_words` their text.
+    `nothing_chosen` says why the run has no best edit, if it tried some and none does what it should.
+    `goal` is what the edits are for (see `Settings.goal`), and `thinking` what became of thoughts before answers.
     `sensitive` names the sensitive sides of the contrast, and `sensitive_preserved` the sensitive preserved sources.
     """
 
     model_config = ConfigDict(extra="forbid", validate_by_name=True, validate_by_alias=True, serialize_by_alias=True)
 
+    concept: str | None = None
+    sources: dict[str, str] = Field(default_factory=dict)
+    measure: MeasureInfo = Field(default_factory=MeasureInfo)
     model: str
     revision: str | None
     architecture: str
@@ -47,8 +58,10 @@ class RunInfo(BaseModel):
     system: str | None
     template_arguments: dict[str, Any]
     chat_template: bool
+    thinking: Thinking = "keep"
     layer_count: int
     width: int
+    nothing_chosen: str | None = None
     finders: list[str] = Field(validation_alias="methods", serialization_alias="methods")
     behaviour_tokens: list[int]
     behaviour_words: list[str]
@@ -56,6 +69,10 @@ class RunInfo(BaseModel):
     filtered: dict[str, dict[str, int]]
     seed: int
     versions: dict[str, str]
+
+    def chat_format(self, tokenizer: Any) -> ChatFormat:
+        """How the run presents prompts to its model."""
+        return ChatFormat(tokenizer, self.system, self.template_arguments, self.chat_template, self.thinking)
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,14 @@ class Run:
         """The side whose behaviour the run's edits change: the positive one, unless there are target prompts."""
         return target_side(self.prompts)
 
+    def readout(self) -> Readout:
+        """The readout by which the run's edits were tried.
+
+        Raises:
+            OrthogonalizeError: its file is missing or damaged.
+        """
+        return load_readout(self.info.measure, self.info.behaviour_tokens, self.folder or Path())
+
     def activations(self, side: Side, split: Split, position: int, layer: int) -> torch.Tensor:
         """The residual stream [prompts, d] at the input of block `layer`, as stored, in the order of `texts`.
 
@@ -109,9 +134,24 @@ class Run:
         return texts_of(self.prompts, side, split)
 
 
-def target_side(prompts: Sequence[Prompt]) -> Side:
-    """The side whose behaviour is to change: the positive one, unless there are target prompts."""
-    return "target" if any(p.side == "target" for p in prompts) else "positive"
+def package_versions() -> dict[str, str]:
+    """The versions of this package and of those that its results depend on."""
+    found = {}
+    for package in ("orthogonalize", "torch", "transformers", "scikit-learn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def base_scores(prompts: Sequence[Prompt]) -> dict[str, float]:
+    """The mean score of the unedited model on val prompts, by side."""
+    scores: dict[str, list[float]] = {}
+    for p in prompts:
+        if p.split == "val" and p.score is not None:
+            scores.setdefault(p.side, []).append(p.score)
+    return {side: sum(each) / len(each) for side, each in scores.items()}
 
 
 def save_prompts(prompts: Sequence[Prompt], folder: Path) -> None:

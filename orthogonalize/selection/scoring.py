@@ -1,4 +1,4 @@
-"""Scores of a model's behaviour at the first token, and of how far an edit changes its outputs."""
+"""What forward passes give under edits: scores of the behaviour, and how far the outputs move."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
-from ..models.activations import batches, pad
+from ..models.activations import batches, last_tokens, pad
 from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
 from ..models.partial_forward import StreamCache, noting_tuples, starting_at
+from .readouts import Outputs, Readout
 
 SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
 
@@ -25,43 +25,63 @@ def _last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> tor
     return logits[torch.arange(len(padded), device=logits.device), row_end].float()  # type: ignore[no-any-return]
 
 
+@contextmanager
+def _reading(model: Any, layers: Sequence[int], lengths: torch.Tensor) -> Iterator[dict[int, torch.Tensor]]:
+    """Collect the streams [batch, d] at the last token, at the inputs of `layers`, on the CPU."""
+    taken: dict[int, torch.Tensor] = {}
+
+    def take(layer: int, hidden: torch.Tensor) -> None:
+        if layer in layers:
+            taken[layer] = last_tokens(hidden, lengths, 1)[:, 0].float().cpu()
+
+    if not layers:
+        yield taken
+        return
+    with capturing_inputs(model, take):
+        yield taken
+
+
 @torch.inference_mode()
-def first_token_probabilities(
-    model: Any, ids: Sequence[Sequence[int]], around: Callable[[int], AbstractContextManager[Any]] | None = None
-) -> torch.Tensor:
-    """The probabilities [prompts, vocabulary] of the first answer token, on the CPU.
+def read_outputs(
+    model: Any,
+    ids: Sequence[Sequence[int]],
+    layers: Sequence[int] = (),
+    around: Callable[[int], AbstractContextManager[Any]] | None = None,
+) -> Outputs:
+    """What a forward pass gives at the last token of each prompt, in the order of `ids`, on the CPU.
 
     `around` gives a context for each forward pass, by its number.
     """
-    result: torch.Tensor | None = None
+    found: Outputs | None = None
     for number, group in enumerate(batches(ids)):
         padded, lengths = pad([ids[i] for i in group], model.device)
-        with around(number) if around else nullcontext():
+        with around(number) if around else nullcontext(), _reading(model, layers, lengths) as taken:
             part = _last_logits(model, padded, lengths).softmax(-1).cpu()
-        if result is None:
-            result = torch.empty(len(ids), part.shape[-1])
-        result[group] = part
-    assert result is not None
-    return result
+        if found is None:
+            found = Outputs(
+                torch.empty(len(ids), part.shape[-1]),
+                {layer: stream.new_empty(len(ids), stream.shape[-1]) for layer, stream in taken.items()},
+            )
+        found.probabilities[group] = part
+        for layer, stream in taken.items():
+            found.streams[layer][group] = stream
+    assert found is not None
+    return found
 
 
-def behaviour_score(probabilities: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
-    """`log p - log(1 - p)` of the behaviour tokens' total probability p (Arditi et al. 2024, section 2.3).
-
-    Takes probabilities [..., vocabulary], returns log-odds [...]; p is clamped to [1e-8, 1 - 1e-8].
-    """
-    p = probabilities[..., list(tokens)].sum(-1).double().clamp(1e-8, 1 - 1e-8)
-    return p.log() - (1 - p).log()
+def first_token_probabilities(model: Any, ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    """The probabilities [prompts, vocabulary] of the first answer token, on the CPU."""
+    return read_outputs(model, ids).probabilities
 
 
-class FirstTokenScores:
-    """Behaviour scores of the same prompts under many edits.
+class PromptScores:
+    """Scores of the same prompts under many edits, by one readout.
 
     The model starts at block `layer` under edits that spare its input.
     """
 
-    def __init__(self, model: Any, ids: Sequence[Sequence[int]], tokens: Sequence[int], layer: int = 0) -> None:
-        self.model, self.ids, self.tokens = model, ids, tokens
+    def __init__(self, model: Any, ids: Sequence[Sequence[int]], readout: Readout, layer: int = 0) -> None:
+        self.model, self.ids, self.readout = model, ids, readout
         self._streams = StreamCache(model, layer)
 
     @cached_property
@@ -81,7 +101,7 @@ class FirstTokenScores:
         return self._scores(around)
 
     def _scores(self, around: Callable[[int], AbstractContextManager[Any]]) -> torch.Tensor:
-        return behaviour_score(first_token_probabilities(self.model, self.ids, around), self.tokens)
+        return self.readout.scores(read_outputs(self.model, self.ids, self.readout.layers, around))
 
 
 def smoothed_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
@@ -95,42 +115,16 @@ def smoothed_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
     return (p * ((p + SMOOTHING).log() - (q + SMOOTHING).log())).sum(-1)
 
 
-def learn_behaviour_tokens(positive: torch.Tensor, negative: torch.Tensor, most: int = 8) -> list[int]:
-    """The first tokens that distinguish the model's answers to the two sides, at most `most`.
-
-    Takes the first-token probabilities [prompts, vocabulary] of each side. Tokens are added in order of how much more
-    probable they are on the positive side, until they cover nine tenths of the total difference.
-
-    Raises:
-        OrthogonalizeError: the first tokens of the answers hardly differ.
-    """
-    gain = positive.double().mean(0) - negative.double().mean(0)
-    total = gain.clamp(min=0).sum()
-    if total < 0.05:
-        raise OrthogonalizeError(
-            "the model begins its answers to both sides in the same way, so no behaviour tokens can be learnt; "
-            "give them with --behaviour-tokens"
-        )
-    values, order = gain.topk(most)
-    tokens: list[int] = []
-    covered = 0.0
-    for value, token in zip(values.tolist(), order.tolist(), strict=True):
-        if tokens and (covered >= 0.9 * total or value < 0.02):
-            break
-        tokens.append(token)
-        covered += value
-    return tokens
-
-
 class LocalScorer:
-    """First-token probabilities under edits at one layer, for a fixed set of prompts.
+    """What forward passes give under edits at one layer, for a fixed set of prompts.
 
     An edit at layer l does not affect the blocks before l, so their outputs are computed once and every pass starts at
-    l. Several maps (one per position) share a batch, in which each row has its own map.
+    l. Several maps (one per position) share a batch, in which each row has its own map. `layers` are those whose
+    streams are read as well.
     """
 
-    def __init__(self, model: Any, ids: Sequence[Sequence[int]]) -> None:
-        self.model = model
+    def __init__(self, model: Any, ids: Sequence[Sequence[int]], layers: Sequence[int] = ()) -> None:
+        self.model, self.layers = model, layers
         self.groups = [[ids[i] for i in group] for group in batches(ids, tokens=1024)]
         self.order = [i for group in batches(ids, tokens=1024) for i in group]
         self.inputs: list[list[torch.Tensor]] = []
@@ -148,45 +142,62 @@ class LocalScorer:
                 self.inputs.append(stream)
 
     @torch.inference_mode()
-    def probabilities(self, layer: int, maps: AffineMap, projected: bool) -> torch.Tensor:
-        """Probabilities [maps, prompts, vocabulary] with each of the batched `maps` at `layer`.
+    def outputs(self, layer: int, maps: AffineMap, projected: bool) -> Outputs:
+        """Probabilities [maps, prompts, vocabulary] and streams [maps, prompts, d] with each of the batched `maps`.
 
-        If `projected`, the maps act on the block's input and both its outputs, otherwise only on the input.
+        If `projected`, the maps act on the input and both outputs of the block `layer`, otherwise only on its input.
         """
-        count = len(maps.s)
-        parts = []
+        count, above = len(maps.s), [each for each in self.layers if each > layer]
+        probabilities: list[torch.Tensor] = []
+        streams: dict[int, list[torch.Tensor]] = {each: [] for each in self.layers}
         for group, stream in zip(self.groups, self.inputs, strict=True):
             padded, lengths = pad(group, self.model.device)
             rows = maps.to(self.model.device, torch.float32)
             rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
             edit = layer_projected if projected else input_shifted
             resumed = starting_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
-            with resumed, edit(self.model, layer, rows):
-                logits = _last_logits(self.model, padded.repeat(count, 1), lengths.repeat(count))
-            parts.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
-        result = torch.cat(parts, dim=1)
-        return result[:, torch.tensor(self.order).argsort()]
+            every = lengths.repeat(count)
+            with resumed, edit(self.model, layer, rows), _reading(self.model, above, every) as taken:
+                logits = _last_logits(self.model, padded.repeat(count, 1), every)
+            probabilities.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
+            for each in self.layers:
+                if each not in taken:  # at or below the edit, which does not reach it
+                    taken[each] = last_tokens(stream[each], lengths, 1)[:, 0].float().cpu().repeat(count, 1)
+                streams[each].append(taken[each].reshape(count, len(group), -1))
+        place = torch.tensor(self.order).argsort()
+        return Outputs(
+            torch.cat(probabilities, dim=1)[:, place],
+            {each: torch.cat(parts, dim=1)[:, place] for each, parts in streams.items()},
+        )
 
 
 @torch.inference_mode()
-def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineMap, layers: int) -> torch.Tensor:
-    """First-token probabilities [maps, prompts, vocabulary] with each of the batched `maps` at every write.
+def global_outputs(
+    model: Any, ids: Sequence[Sequence[int]], maps: AffineMap, layer_count: int, layers: Sequence[int] = ()
+) -> Outputs:
+    """The same as `LocalScorer.outputs` with each of the batched `maps` at every write.
 
     For a projection this equals the reference's hooks on every block input and output; a shift is added once, at the
     embedding.
     """
     count = len(maps.s)
-    result: torch.Tensor | None = None
+    order: list[int] = []
+    probabilities: list[torch.Tensor] = []
+    streams: dict[int, list[torch.Tensor]] = {each: [] for each in layers}
     for group in batches(ids, tokens=1024):
         rows = maps.to(model.device, torch.float32)
         rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
-        writes = {Site("embed"): rows} | dict.fromkeys(block_sites(range(layers)), rows.unshifted)
+        writes = {Site("embed"): rows} | dict.fromkeys(block_sites(range(layer_count)), rows.unshifted)
         padded, lengths = pad([ids[i] for i in group], model.device)
-        with intervened(model, Intervention(writes=writes)):
-            logits = _last_logits(model, padded.repeat(count, 1), lengths.repeat(count))
-        part = logits.softmax(-1).reshape(count, len(group), -1).cpu()
-        if result is None:
-            result = torch.empty(count, len(ids), part.shape[-1])
-        result[:, group] = part
-    assert result is not None
-    return result
+        every = lengths.repeat(count)
+        with intervened(model, Intervention(writes=writes)), _reading(model, layers, every) as taken:
+            logits = _last_logits(model, padded.repeat(count, 1), every)
+        probabilities.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
+        for each in layers:
+            streams[each].append(taken[each].reshape(count, len(group), -1))
+        order += group
+    place = torch.tensor(order).argsort()
+    return Outputs(
+        torch.cat(probabilities, dim=1)[:, place],
+        {each: torch.cat(parts, dim=1)[:, place] for each, parts in streams.items()},
+    )

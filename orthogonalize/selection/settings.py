@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ..core.changed_settings import change_settings
 from ..core.errors import OrthogonalizeError
 from ..data.prompts import GOALS, MINIMUM_TRAIN, Goal
+from ..data.thoughts import THINKING, Thinking
 from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..directions.inlp.nullspace import Classifier, Solver
 from ..directions.means import ARITHMETIC, find_mean
@@ -33,7 +35,10 @@ class Settings:
         template_arguments: passed to the chat template.
         chat_template: whether prompts are sent in the chat template.
         sensitive: whether the prompts are sensitive, so that eval folds them and their answers.
+        measure: what shows the behaviour (see `evals.measures`); `auto` takes what tells the two sides apart.
+        wording: a file of phrases, one per line, that the measure `wording` looks for; None is those of refusals.
         behaviour_tokens: first tokens of the behaviour, as ids or text; None learns them.
+        thinking: what becomes of a thought before the answer (see `ChatFormat.thinking`).
         filtered: whether to drop prompts on which the model does not behave as expected.
         mean: how `dim` and the negative side's mean are averaged: `arithmetic`, `winsorized` (optionally with a
             quantile, `winsorized:0.99`) or `geometric-median`.
@@ -48,7 +53,6 @@ class Settings:
             prompts, which show it rightly; `strengthen` extends it to target prompts, which do not show it.
         target: a source of the prompts to which the goal `strengthen` extends the behaviour.
         preserve: sources of prompts whose outputs an edit should not move.
-        judge: the judge that tells refusals from other answers when edits are confirmed; None goes by wording.
         answers: number of the model's own answers to negative prompts along which an edit's KL is measured.
         trust_remote_code: whether to run code from the model's repository.
     """
@@ -65,7 +69,10 @@ class Settings:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     chat_template: bool = True
     sensitive: bool = False
+    measure: str = "auto"
+    wording: Path | str | None = None
     behaviour_tokens: Sequence[int | str] | None = None
+    thinking: Thinking = "off"
     filtered: bool = True
     mean: str = ARITHMETIC
     orthogonal_to: str | None = None
@@ -75,7 +82,6 @@ class Settings:
     scoring: Sequence[str] = ("local",)
     scored: int | None = None
     trials: int = 32
-    judge: str | None = None
     answers: int = 32
     goal: Goal = "remove"
     target: str | None = None
@@ -108,6 +114,10 @@ class Settings:
             raise OrthogonalizeError(
                 f"--train must be at least {MINIMUM_TRAIN}, --val and --seeds at least 1, --test at least 0"
             )
+        if self.thinking not in THINKING:
+            raise OrthogonalizeError(f"--thinking must be one of {', '.join(THINKING)}; got {self.thinking}")
+        if self.wording is not None and self.measure not in ("auto", "wording"):
+            raise OrthogonalizeError(f"--wording belongs to --measure wording, not to {self.measure}")
         if self.goal not in GOALS:
             raise OrthogonalizeError(f"--goal must be one of {', '.join(GOALS)}; got {self.goal}")
         if (self.target is not None) != (self.goal == "strengthen"):

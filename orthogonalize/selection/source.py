@@ -10,7 +10,19 @@ from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError
 from ..core.words import counted
 from ..data.contrast import is_sensitive, read_contrast
-from ..data.prompts import Prompt, PublicConcept, Side, Source, check_contrast, concept, is_public, load_prompts, plain
+from ..data.prompts import (
+    CONCEPTS,
+    Prompt,
+    PublicConcept,
+    Side,
+    Source,
+    check_contrast,
+    is_public,
+    load_prompts,
+    plain,
+    source_name,
+    source_names,
+)
 from ..models.resolve import commit_of, find_model
 from .settings import Settings
 
@@ -20,6 +32,8 @@ class RunSource:
     """The model and the prompts that a run is made from.
 
     Attributes:
+        concept: what the behaviour is called.
+        sources: where the prompts come from, by side, and `preserve` for all preserved sets.
         name, revision: of the model, as given or found.
         folder, checkpoint: where it lies.
         prompts: both sides of the contrast, and the target where there is one.
@@ -28,6 +42,8 @@ class RunSource:
         sensitive_preserved: the sources of these that are sensitive.
     """
 
+    concept: str | None
+    sources: Mapping[str, str]
     name: str
     folder: Path
     checkpoint: Checkpoint
@@ -68,7 +84,13 @@ def read_source(
     preserved = {name: load_prompts(name, split=hub_split, data=local) for name in settings.preserve}
     _check_preserved(preserved, prompts)
     folder = find_model(model, revision)
+    given: dict[str, Source | None] = {"positive": positive, "negative": negative, "target": settings.target}
+    named = {side: source_name(each) for side, each in given.items() if each}
     return RunSource(
+        _behaviour_name(concept_name, positive),
+        ({"concept": concept_name} if concept_name and not positive else {})
+        | named
+        | ({"preserve": ", ".join(settings.preserve)} if settings.preserve else {}),
         str(model),
         folder,
         open_checkpoint(folder),
@@ -80,6 +102,13 @@ def read_source(
     )
 
 
+def _behaviour_name(concept_name: str | None, positive: Source | None) -> str | None:
+    """What reports call the behaviour: by the named concept, by the given name, or by the positive source's."""
+    if concept_name is not None:
+        return CONCEPTS[concept_name].behaviour if concept_name in CONCEPTS else concept_name
+    return next(iter(source_names([str(positive)]).values())) if isinstance(positive, str | Path) else None
+
+
 def _local_copies(data: Path | str | None, used: bool, concept_name: str | None) -> Path | None:
     """The folder `data`, if it is one and is used.
 
@@ -88,7 +117,7 @@ def _local_copies(data: Path | str | None, used: bool, concept_name: str | None)
     """
     if data is None:
         return None
-    if not used and not (concept_name and isinstance(concept(concept_name), PublicConcept)):
+    if not used and not isinstance(CONCEPTS.get(concept_name or ""), PublicConcept):
         raise OrthogonalizeError("--data holds local copies of public sets; name some, or a --concept that reads some")
     if not Path(data).is_dir():
         raise OrthogonalizeError(f"no such folder: {data} (--data)")

@@ -147,10 +147,10 @@ extract(sys.argv[1], sys.argv[3], positive=sys.argv[2] + "/positive.txt", negati
     ("module", "name", "calls", "done"),
     [
         ("directions.activation_store", "_store", 2, ["prompts"]),
-        ("selection.candidates", "behaviour_score", 5, ["prompts", "activations", "directions", "answers"]),
+        ("selection.readouts", "behaviour_score", 8, ["prompts", "activations", "directions", "answers"]),
         (
             "selection.scoring",
-            "first_token_probabilities",
+            "read_outputs",
             2,
             ["prompts", "activations", "directions", "answers"],
         ),

@@ -24,7 +24,7 @@ from orthogonalize.data.refusals import LEAST_TOKENS
 from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.fitting import ANSWER_START
 from orthogonalize.edits.recipe import load_recipe
-from orthogonalize.evals.judges.refusals import RefusalCheck
+from orthogonalize.evals.measures.check import AnswerCheck
 from orthogonalize.reports.run_plots import plot_run, trial_figure
 from orthogonalize.selection.own_answers import ANSWER_TOKENS
 from orthogonalize.selection.resolve import choose
@@ -131,10 +131,10 @@ def test_figure_marks_and_numbers_the_listed_edits(tried):
     assert trial_figure(Run(found.info, [], found.directions, found.candidates, [])) is None
 
 
-class AllRefuse(RefusalCheck):
+class AllRefuse(AnswerCheck):
     @classmethod
-    def of(cls, name, device="auto"):
-        return cls(lambda answer: True)
+    def of(cls, info, device="auto"):
+        return cls(lambda pairs, journal: [True] * len(pairs))
 
 
 def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources, tmp_path, monkeypatch):
@@ -146,7 +146,7 @@ def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources,
         return real(model, ids, min(tokens, 3), stops, **others)
 
     monkeypatch.setattr(extraction, "generate", noting)
-    monkeypatch.setattr(extraction, "RefusalCheck", AllRefuse)
+    monkeypatch.setattr(extraction, "AnswerCheck", AllRefuse)
     settings = dataclasses.replace(SMALL, trials=2, finders=("dim",))
     found = extract(str(model), tmp_path / "run", **sources, settings=settings)
     *own, base, first, second = lengths

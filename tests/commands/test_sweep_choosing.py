@@ -35,13 +35,25 @@ def with_prompts(run: Path, out: Path, change) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(model, run, tmp_path_factory) -> tuple[Sweep, str, int]:
+def shown(run, tmp_path_factory) -> Path:
+    """A copy of the run whose behaviour the model shows on all positive val prompts but one."""
+    out = tmp_path_factory.mktemp("shown") / "run"
+    shutil.copytree(run, out)
+    info = json.loads((out / "run.json").read_text())
+    scores = sorted(p.score for p in load_run(run).prompts if (p.side, p.split) == ("positive", "val"))
+    info["measure"]["threshold"] = (scores[0] + scores[1]) / 2
+    (out / "run.json").write_text(json.dumps(info))
+    return out
+
+
+@pytest.fixture(scope="module")
+def found(model, shown, tmp_path_factory) -> tuple[Sweep, str, int]:
     """A sweep, its table, and the number of engines that it started."""
     starts: list[int] = []
     enter = TransformersEngine.__enter__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TransformersEngine, "__enter__", lambda self: starts.append(1) or enter(self))
-        return *swept(model, run, tmp_path_factory.mktemp("out") / "sweep", *TWO), len(starts)
+        return *swept(model, shown, tmp_path_factory.mktemp("out") / "sweep", *TWO), len(starts)
 
 
 def test_val_prompts_are_answered_by_the_same_engine(found, run):
@@ -60,13 +72,13 @@ def test_val_prompts_are_answered_by_the_same_engine(found, run):
         assert row.val.keys() == result.val.flat().keys() == set(result.base.flat()) - others
 
 
-def test_val_comparison_is_that_of_the_val_prompts(found, model, run, tmp_path):
+def test_val_comparison_is_that_of_the_val_prompts(found, model, shown, tmp_path):
     """As a sweep reports them where the val prompts are the test prompts."""
 
     def swapped(row):
         return row | {"split": {"val": "test", "test": "val"}.get(row["split"], row["split"])}
 
-    other, _ = swept(model, with_prompts(run, tmp_path / "run", swapped), tmp_path / "out", *TWO)
+    other, _ = swept(model, with_prompts(shown, tmp_path / "run", swapped), tmp_path / "out", *TWO)
     for mine, theirs in zip(found[0].variants, other.variants, strict=True):
         assert mine.val == {key: theirs.paired[key] for key in mine.val}
         assert theirs.val == {key: mine.paired[key] for key in theirs.val}
@@ -79,6 +91,16 @@ def test_table_and_file_say_what_chose(found):
     assert result.unmarked is None
     assert said.count(MARK) == len(result.pareto)
     assert "measured on test prompts; best trade-offs are chosen on val prompts" in " ".join(said.split())
+
+
+def test_an_edit_that_removes_nothing_is_no_trade_off(found):
+    """The base is a rival: `ablate one`, 95% to 100%, was marked."""
+    result = found[0].model_copy(deep=True)
+    for row, difference in zip(result.variants, (0.05, 0.0), strict=True):
+        row.val["behaviour.target"].difference = difference
+    assert pareto(result) == []
+    result.variants[0].val["behaviour.target"].difference = -0.1
+    assert pareto(result) == [result.variants[0].name]
 
 
 @pytest.mark.parametrize(("suites", "reason"), [

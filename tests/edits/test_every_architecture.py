@@ -97,7 +97,7 @@ def test_local_scores_equal_full_runs_in_every_kind_of_family(name, bases):
     model = bases(name).model
     ids = [[5, 9, 11, 20], [7, 8, 30, 31, 32]]
     batched = AffineMap(*(t.unsqueeze(0) for t in (ABLATE.u, ABLATE.v, ABLATE.s)))
-    local = LocalScorer(model, ids).probabilities(2, batched, projected=True)[0]
+    local = LocalScorer(model, ids).outputs(2, batched, projected=True).probabilities[0]
     with layer_projected(model, 2, ABLATE):
         whole = first_token_probabilities(model, ids)
     plain = first_token_probabilities(model, ids)

@@ -205,7 +205,7 @@ def test_cached_edit_is_verified_and_edited_by_name(cache, tmp_path):
 
 
 def test_cached_edit_is_evaluated_by_name(cache, model, run, tmp_path):
-    edit(str(model), cache="me/edited", run=run)
+    edit(str(model), cache="me/edited", run=run, pick=1)
     report = evaluate("me/edited", str(model), run, tmp_path / "report", suites=("behaviour",), engine="hf")
     assert report.checkpoint == "me/edited"
     assert report.recipe == load_recipe(CachedRepository("me/edited").snapshot()).fingerprint()

@@ -45,14 +45,17 @@ def test_changed_prompts_or_counts_are_another_measurement(model, run, data):
         return make_plan(found, tokenizer, suites, new_tokens, limit, data).steps("base", is_base=True)
 
     assert [step.partition("@")[0] for step in steps()] == [
-        "base/answers target", "base/answers harmless", "base/loss", "base/alpaca",
+        "base/answers target", "base/answers harmless", "base/behaviour", "base/loss", "base/alpaca",
     ]  # fmt: skip
     assert steps() == steps()
-    assert steps(suites=("refusal", "loss", "alpaca")) == steps()  # counts over stored answers are recomputed
+    with_form = steps(suites=("refusal", "behaviour", "form", "loss", "alpaca"))
+    assert with_form == steps()  # counts over stored answers are recomputed
+    assert [step for step in steps() if "behaviour" not in step] == steps(suites=("refusal", "loss", "alpaca"))
     other = replace(found, info=found.info.model_copy(update={"system": "be brief"}))
     assert not set(steps(other)) & set(steps())  # a system prompt changes Alpaca's prompts too
-    assert not set(steps(new_tokens=5)[:3]) & set(steps())
-    assert steps(new_tokens=5)[3] == steps()[3]
+    longer = steps(new_tokens=5)
+    assert not {*longer[:2], longer[3]} & set(steps())
+    assert (longer[2], longer[4]) == (steps()[2], steps()[4])  # neither reads answers
     assert not set(steps(limit=3)) & set(steps())
     assert set(steps()) < set(steps(suites=("refusal", "behaviour", "loss", "alpaca", "mmlu", "orbench")))
 

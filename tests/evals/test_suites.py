@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -84,13 +85,19 @@ def test_one_engine_start_per_model_measures_every_suite(report):
     assert {a.set for a in report.answers} == {"target", "harmless", "xstest", "orbench"}
 
 
-def test_behaviour_is_read_from_the_first_token(report, run, model):
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_behaviour_is_the_log_odds_that_extract_scored(model, edited, run, reference, tmp_path, part):
+    """With the threshold below, between and above the prompts' log-odds, from transformers alone."""
     found = load_run(run)
-    chat = ChatFormat(choosing_tokenizer())
-    with TransformersEngine(model, choosing_tokenizer()) as engine:
-        answers = engine.answers(chat.encode_all(found.texts("positive", "test")), 40)
-    expected = sum(a[:1] == [found.info.behaviour_tokens[0]] for a in answers) / 6
-    assert report.base.behaviour.target.value == expected
+    (token,) = found.info.behaviour_tokens
+    rows = ChatFormat(choosing_tokenizer()).encode_all(found.texts("positive", "test"))
+    odds = sorted(torch.logit(logprobs_of(reference, ids)[-1].exp()[token]).item() for ids in rows)
+    threshold = (odds[0] - 1) * (1 - part) + (odds[-1] + 1) * part
+    info = found.info.model_dump(by_alias=True) | {"measure": {"threshold": threshold}}
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info))
+    report = evaluate(edited, str(model), tmp_path / "run", tmp_path / "out", suites=["behaviour"], engine="hf")
+    assert report.base.behaviour.target.value == sum(each > threshold for each in odds) / len(odds)
 
 
 def test_losses_equal_those_of_transformers(report, reference, data):
@@ -185,7 +192,6 @@ def test_predictions_equal_scoring_every_choice_alone(model, reference, data):
 
 
 def test_sensitive_answers_are_folded_and_can_be_redacted(model, edited, run, tmp_path):
-    import shutil
 
     secret = tmp_path / "run"
     shutil.copytree(run, secret)

@@ -19,8 +19,9 @@ from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.demo_model import base_model
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.loading import load_model, load_tokenizer
+from orthogonalize.selection.readouts import behaviour_score
 from orthogonalize.selection.run_folder import Run
-from orthogonalize.selection.scoring import behaviour_score, first_token_probabilities
+from orthogonalize.selection.scoring import first_token_probabilities
 from orthogonalize.selection.settings import Settings
 
 SETTINGS = Settings(train=40, val=12, test=20, scored=1, trials=0)

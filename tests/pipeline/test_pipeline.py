@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,10 @@ def test_run_folder_holds_everything_a_choice_needs(run):
     assert len(found.texts("positive", "test")) == 6
     assert {c.finder for c in found.candidates} == {"dim", "inlp", "leace"}
     assert len(found.trials) == 4
-    assert choose(found) == found.trials[0].choice
+    with pytest.raises(OrthogonalizeError, match="extract chose no edit"):  # a random model shows no behaviour
+        choose(found)
+    shown = replace(found, info=found.info.model_copy(update={"nothing_chosen": None}))
+    assert choose(shown) == found.trials[0].choice
 
 
 def test_mean_difference_is_that_of_the_stored_prompts(run, model):
@@ -78,7 +82,7 @@ def test_same_seed_gives_the_same_run(model, sources, run, tmp_path):
 
 
 EDITS = [
-    {},
+    {"pick": 1},
     {"method": "ablate", "scope": "all"},
     {"method": "ablate", "scope": "layers:1-2", "per_layer": True, "strength": 0.7},
     {"method": "ablate", "scope": "top:50%"},
@@ -222,7 +226,7 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(model, run, sources, t
     (existing / "notes.txt").write_text("mine")
     cases = [
         (("extract", "nowhere", "--out", out, *sides), "no such model"),
-        (("extract", model, "--out", out), "give either --concept, or both"),
+        (("extract", model, "--out", out), "give a named --concept, or both"),
         (("extract", model, "--out", out, "--positive", same, "--negative", sources["negative"]), "at least 8"),
         (("extract", model, "--out", out, sides[0], sides[1], "--negative", sides[1]), "both sides"),
         (("extract", model, "--out", out, *sides, "--behaviour-tokens", "sorry"), "--no-filter"),
@@ -319,7 +323,7 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing(model, run, tmp_path, monkeypa
         raise KeyboardInterrupt
 
     monkeypatch.setattr("orthogonalize.commands.edit._write", interrupted)
-    status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
+    status, said = command("edit", model, "--out", tmp_path / "out", "--run", run, "--pick", "1")
     assert status == 130
     assert "interrupted" in said
     assert list(tmp_path.iterdir()) == []
@@ -330,16 +334,14 @@ def test_out_of_memory_is_a_one_line_error_in_every_command(model, run, tmp_path
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
     monkeypatch.setattr("orthogonalize.commands.edit._write", full)
-    status, said = command("edit", model, "--out", tmp_path / "out", "--run", run)
+    status, said = command("edit", model, "--out", tmp_path / "out", "--run", run, "--pick", "1")
     assert status == 1
     assert "out of memory: DefaultCPUAllocator" in said
     assert "no partial output was left behind. Re-run the command to resume." in said
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr("orthogonalize.commands.edit._write", lambda *_: [][1])
-    assert isinstance(
-        CliRunner().invoke(main, ["edit", str(model), "--out", str(tmp_path / "out"), "--run", str(run)]).exception,
-        IndexError,
-    )
+    words = ["edit", str(model), "--out", str(tmp_path / "out"), "--run", str(run), "--pick", "1"]
+    assert isinstance(CliRunner().invoke(main, words).exception, IndexError)
 
 
 def test_verify_notices_a_config_flag_that_disables_the_edit(run, model, tmp_path):

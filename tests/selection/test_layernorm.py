@@ -26,11 +26,12 @@ from orthogonalize.models.hooks import layer_projected
 from orthogonalize.models.loading import model_class
 from orthogonalize.selection.builder import EditBuilder
 from orthogonalize.selection.candidates import layer_ranking, score_candidates
-from orthogonalize.selection.scoring import behaviour_score
+from orthogonalize.selection.readouts import FirstToken, behaviour_score
 from orthogonalize.selection.search.drift import AnsweredPrompts
 from orthogonalize.selection.search.trials import EditSearch
 
 TOKENS = [5, 9]
+READOUT = FirstToken(tuple(TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,13 @@ def scored(model):
     directions = directions_of(held, positive, negative)
     slanted = directions.mean_diffs + directions.mean_diffs.abs().amax()
     directions = dataclasses.replace(directions, mean_diffs=slanted)
-    return held, positive, negative, directions, score_candidates(held, positive, negative, directions, ["dim"], TOKENS)
+    return (
+        held,
+        positive,
+        negative,
+        directions,
+        score_candidates(held, positive, negative, directions, ["dim"], READOUT),
+    )
 
 
 def test_candidates_are_scored_with_centred_directions(scored):
@@ -104,7 +111,7 @@ def test_trial_scores_as_the_written_checkpoint(scored, model, tmp_path):
     held, positive, negative, directions, candidates = scored
     choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)
     build = EditBuilder(directions, candidates, True)
-    trials = EditSearch(held, build, TOKENS, positive, AnsweredPrompts(held, negative, some_ids(7, 3)))
+    trials = EditSearch(held, build, READOUT, positive, AnsweredPrompts(held, negative, some_ids(7, 3)))
     intervention = intervention_from_directions(choice, directions, layer_ranking(candidates, "dim"))
     bake(open_checkpoint(model), centred(intervention)).write(tmp_path)
     expected = behaviour_score(plain_probabilities(load(tmp_path), positive), TOKENS).mean().item()

@@ -24,11 +24,10 @@ from orthogonalize.selection.candidates import (
     rank_correlation,
     score_candidates,
 )
+from orthogonalize.selection.readouts import FirstToken, behaviour_score, learn_behaviour_tokens
 from orthogonalize.selection.run_folder import save_selection
 from orthogonalize.selection.scoring import (
-    behaviour_score,
     first_token_probabilities,
-    learn_behaviour_tokens,
     smoothed_kl,
 )
 
@@ -74,7 +73,9 @@ def test_candidate_scores_equal_the_plain_loop(base):
     directions = directions_of(model, positive, negative)
     before = plain_probabilities(model, negative)
     methods = ["dim", "inlp", "leace"]
-    scored = score_candidates(model, positive, negative, directions, methods, tokens, everywhere=True)
+    scored = score_candidates(
+        model, positive, negative, directions, methods, FirstToken(tuple(tokens)), everywhere=True
+    )
     where = {(c.finder, c.position, c.layer) for c in scored}
     assert where == {(m, p, layer) for m in methods for p in (-2, -1) for layer in range(LAYERS)}
     assert torch.equal(plain_probabilities(model, negative), before), "scoring must leave the model as it was"
@@ -89,16 +90,22 @@ def test_known_scores_are_not_computed_again(base, tmp_path):
     positive, negative = some_ids(6, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
     journal = Journal(tmp_path / "journal", "inputs")
-    scored = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=journal)
+    scored = score_candidates(
+        model, positive, negative, directions, ["dim", "leace"], FirstToken(tuple(tokens)), known=journal
+    )
     lines = (tmp_path / "journal").read_text().split("\n")
     (tmp_path / "journal").write_text("\n".join(lines[:-2]) + "\n" + lines[-2][:40])  # killed in the middle of a line
     cut = Journal(tmp_path / "journal", "inputs")
     assert len(cut.done) == len(journal.done) - 1
-    again = score_candidates(model, positive, negative, directions, ["dim", "leace"], tokens, known=cut)
+    again = score_candidates(
+        model, positive, negative, directions, ["dim", "leace"], FirstToken(tuple(tokens)), known=cut
+    )
     assert [(c.finder, c.layer, c.position) for c in again] == [(c.finder, c.layer, c.position) for c in scored]
     assert [c.bypass for c in again] == pytest.approx([c.bypass for c in scored], abs=1e-6)
     full = Journal(tmp_path / "journal", "inputs")
-    known = score_candidates(None, [], [], directions, ["dim", "leace"], tokens, known=full)  # without a model
+    known = score_candidates(
+        None, [], [], directions, ["dim", "leace"], FirstToken(tuple(tokens)), known=full
+    )  # without a model
     assert known == again
     assert not Journal(tmp_path / "journal", "other inputs").done
 

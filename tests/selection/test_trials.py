@@ -18,13 +18,14 @@ from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import intervened
 from orthogonalize.selection.builder import EditBuilder
 from orthogonalize.selection.candidates import Candidate, rank
-from orthogonalize.selection.scoring import behaviour_score
+from orthogonalize.selection.readouts import FirstToken, behaviour_score
 from orthogonalize.selection.search.drift import AnsweredPrompts
 from orthogonalize.selection.search.objectives import Trial, share_left
 from orthogonalize.selection.search.space import SearchSpace
 from orthogonalize.selection.search.trials import EditSearch, confirm
 
 TOKENS = [5, 9]
+READOUT = FirstToken(tuple(TOKENS))
 COUNT = 12  # layers of the imagined model
 
 
@@ -61,7 +62,7 @@ def search(outcome, budget: int, ranked=(), reads: bool = True) -> tuple[list[Tr
     """Search with imagined outcomes; returns the trials and the edits in the order in which they were tried."""
     oracle = Oracle(outcome)
     where = space(list(ranked) or [candidate(6, -9), candidate(5, -8), candidate(7, -7)], reads)
-    trials = EditSearch(None, build=None, tokens=(), target=(), answers=None, known=oracle)
+    trials = EditSearch(None, build=None, readout=None, target=(), answers=None, known=oracle)
     return trials.search(budget, where.starts(), where.neighbours, where.largest_step), oracle.asked
 
 
@@ -131,7 +132,7 @@ def test_preserved_sets_are_measured_and_ordered(base):
     directions = directions_of(model, positive, negative)
     build = EditBuilder(directions, [], False)
     own, preserved = (AnsweredPrompts(model, ids, generate(model, ids, 5, [])) for ids in (negative, other))
-    search = EditSearch(model, build, TOKENS, positive, own, {"other": preserved})
+    search = EditSearch(model, build, READOUT, positive, own, {"other": preserved})
     choice = EditConfig(method="ablate", scope="all", position=-1, layer=2)
     found = search.run(choice)
     with intervened(model, build(choice), renormalise=False):
@@ -141,7 +142,7 @@ def test_preserved_sets_are_measured_and_ordered(base):
     assert found.preserved == {"other": drift.kl}
     assert found.kls == {"": own.drift(lambda: search.edited(choice)).kls, "other": drift.kls}
     assert found.drift == pytest.approx((found.kl + drift.kl) / 2)
-    nothing = EditSearch(model, lambda _: Intervention(), TOKENS, positive, own).run(choice)
+    nothing = EditSearch(model, lambda _: Intervention(), READOUT, positive, own).run(choice)
     assert (nothing.kl, nothing.first_kl, nothing.ce_increase) == (0.0, 0.0, 0.0)
     assert math.isclose(sum(found.kls[""]) / len(negative), found.kl)
 
@@ -156,7 +157,7 @@ def test_interrupted_search_resumes_to_the_same_result(base, tmp_path):
     def searched(file):
         own = AnsweredPrompts(model, negative, generate(model, negative, 5, []))
         build = EditBuilder(directions, ranked, False)
-        trials = EditSearch(model, build, TOKENS, positive, own, known=Journal(file, "inputs"))
+        trials = EditSearch(model, build, READOUT, positive, own, known=Journal(file, "inputs"))
         return trials.search(8, where.starts(), where.neighbours, where.largest_step)
 
     whole = searched(tmp_path / "journal")
@@ -169,7 +170,7 @@ def test_interrupted_search_resumes_to_the_same_result(base, tmp_path):
 def test_confirmation_takes_the_first_edit_whose_answers_do_not_refuse(tmp_path):
     found, _ = search(lambda c: (0.0, 0.1 * c.strength), 8)
     rates = iter([0.9, 0.4, 0.0])
-    trials = EditSearch(None, build=None, tokens=(), target=(), answers=None)
+    trials = EditSearch(None, build=None, readout=None, target=(), answers=None)
     trials.edited = lambda choice: Journal(tmp_path / "none").kept()  # any context
     confirmed = confirm(trials, found, Journal(tmp_path / "journal"), lambda: next(rates))
     assert confirmed[0].choice == found[1].choice
@@ -185,7 +186,7 @@ def test_a_trial_that_starts_halfway_measures_the_same(base, scope):
 
     def tried(layer: int) -> Trial:
         own, kept = (AnsweredPrompts(model, ids, generate(model, ids, 5, []), layer=layer) for ids in (negative, other))
-        return EditSearch(model, build, TOKENS, target, own, {"kept": kept}, layer=layer).run(choice)
+        return EditSearch(model, build, READOUT, target, own, {"kept": kept}, layer=layer).run(choice)
 
     whole, halfway = tried(0).model_dump(), tried(2).model_dump()
     for name in ("left", "score", "kl", "first_kl", "ce_increase", "before", "usual"):
@@ -199,7 +200,7 @@ def test_what_is_left_to_strengthen_are_the_prompts_that_lack_it(base):
     build = EditBuilder(directions_of(model, target, negative), [], False)
     own = AnsweredPrompts(model, negative, generate(model, negative, 5, []))
     choice = EditConfig(method="actadd", scope="one", position=-1, layer=2)
-    found = EditSearch(model, build, TOKENS, target, own, examples=examples).run(choice)
+    found = EditSearch(model, build, READOUT, target, own, examples=examples).run(choice)
     with intervened(model, build(choice), renormalise=False):
         edited = behaviour_score(plain_probabilities(model, target), TOKENS)
     assert found.left == pytest.approx(share_left(-edited), abs=1e-6)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ...core.errors import OrthogonalizeError
 from ...core.journal import Journal
 from ...engines.base import EngineOptions
+from ..metrics import yes_no_series
 from ..plan import EvalPlan, Measurements
 from .base import Judgement
 from .runner import ReadyJudge, judgement_series, ready_judges
@@ -58,3 +59,12 @@ def add_judgements(
     for ready in judges:
         name = ready.judge.name
         measured.series |= judgement_series(name, ready.judge.fields, judgements[name], categories, keys)
+
+
+def add_behaviour(plan: EvalPlan, measured: Measurements, judgements: Mapping[str, Sequence[Judgement]]) -> None:
+    """Add the behaviour of a run whose measure is a judge: what that judge calls refusals, by prompt set."""
+    for each in plan.sets:
+        if each.has_behaviour:
+            flags = [judgement.refusal for judgement in judgements[each.name]]
+            categories = [item.category for item in each.items]
+            measured.series[f"behaviour.{each.key}"] = yes_no_series(flags, categories)

@@ -1,4 +1,4 @@
-"""Suites `refusal`, `behaviour` and `form`: what generated answers begin with, contain or look like."""
+"""Suites `refusal`, `behaviour` and `form`: what generated answers contain or look like."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from ...core.files import fingerprint
 from ...data.answer_forms import form_of, repeats, words
 from ...data.refusals import refused
+from ...data.thoughts import without_thought
 from ..metrics import Series, yes_no_series
 from .base import HARMLESS, SuiteEntry
 
 if TYPE_CHECKING:
+    from ...core.journal import Journal
     from ...engines.base import Responder
+    from ..measures.base import Shows
 
 CONTRAST = ("target", HARMLESS)  # the prompt sets that are sides of the run
 CONTRAST_TITLES = {name: f"{name} prompts" for name in CONTRAST}
@@ -69,6 +72,11 @@ class AnswerSet:
         return self.name.startswith(OWN)
 
     @property
+    def has_behaviour(self) -> bool:
+        """Whether the run's behaviour is measured on it: not on public sets."""
+        return self.from_run or self.own
+
+    @property
     def scored_again(self) -> bool:
         """Whether suites `loss` and `kl` score every model along the base's answers to it."""
         return self.name == HARMLESS or self.preserved
@@ -81,15 +89,18 @@ def is_preserved(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Answering:
-    """The prompt sets that models answer; `refusal`, `behaviour` and `form` say what is counted in the answers."""
+    """The prompt sets that models answer; `refusal`, `behaviour` and `form` say which suites are asked for.
+
+    `shows` is the run's behaviour measure, if it is one of answers.
+    """
 
     sets: Sequence[AnswerSet]
     tokenizer: Any
     new_tokens: int
-    behaviour_tokens: frozenset[int]
     refusal: bool = True
     behaviour: bool = True
     form: bool = False
+    shows: Shows | None = None
 
     @property
     def longest(self) -> int:
@@ -98,7 +109,7 @@ class Answering:
 
     @property
     def counts(self) -> bool:
-        """Whether anything is counted; otherwise only the base answers, for suites that need its answers."""
+        """Whether every model answers; otherwise only the base does, for suites that need its answers."""
         return self.refusal or self.behaviour or self.form
 
     @cached_property
@@ -127,21 +138,20 @@ class Answering:
         decoded: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return decoded
 
-    def series(self, answers: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Series]:
-        """The series counted in a model's answers, by dotted key."""
+    def series(self, answers: Mapping[str, Sequence[Sequence[int]]], journal: Journal) -> dict[str, Series]:
+        """The series counted in a model's answers, by dotted key; a thought before an answer is no part of it."""
         result: dict[str, Series] = {}
         for each in self.sets:
             categories = [item.category for item in each.items]
-            said = answers[each.name]
+            said = [without_thought(self.text(ids)) for ids in answers[each.name]]
             if self.refusal:
-                result[f"refusal.{each.key}"] = yes_no_series([refused(self.text(ids)) for ids in said], categories)
-            if self.behaviour and (each.from_run or each.own):
-                flags = [bool(ids) and ids[0] in self.behaviour_tokens for ids in said]
-                result[f"behaviour.{each.key}"] = yes_no_series(flags, categories)
+                result[f"refusal.{each.key}"] = yes_no_series([refused(text) for text in said], categories)
+            if self.behaviour and self.shows is not None and each.has_behaviour:
+                pairs = [(item.text, text) for item, text in zip(each.items, said, strict=True)]
+                result[f"behaviour.{each.key}"] = yes_no_series(self.shows(pairs, journal), categories)
             if self.form:
                 result |= {
-                    f"suites.form.{form_key(each.name, name)}": series
-                    for name, series in form_series([self.text(ids) for ids in said]).items()
+                    f"suites.form.{form_key(each.name, name)}": series for name, series in form_series(said).items()
                 }
         return result
 
@@ -172,8 +182,8 @@ ENTRIES = (
     ),
     SuiteEntry(
         "behaviour",
-        "answers to the run's test prompts that begin with one of its behaviour tokens, both sides and preserved sets",
-        {f"behaviour.{name}": f"behaviour's first token, {title}" for name, title in CONTRAST_TITLES.items()},
+        "test prompts that show the behaviour by the run's own measure, both sides and preserved sets",
+        {f"behaviour.{name}": f"behaviour, {title}" for name, title in CONTRAST_TITLES.items()},
         columns=(),
     ),
     SuiteEntry(

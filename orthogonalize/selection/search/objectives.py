@@ -22,6 +22,7 @@ from ...edits.config import EditConfig
 # are as they should be already. No larger a share of a preserved set may change its behaviour.
 LEFT = 0.01
 PRICE = 1.0  # nats per token for a unit of share: a percentage point above LEFT weighs as much as a KL of 0.01
+MOST_CONFIRMED = 0.5  # largest share of the answers of an edit that is chosen
 BANDWIDTH = 2.0  # log-odds; of `share_left` for one prompt
 LARGEST_TIE = 1.5  # KLs that differ by a larger factor are not tied, however noisy they are
 
@@ -139,6 +140,27 @@ def shortlist(trials: Sequence[Trial]) -> list[Trial]:
     """
     front = pareto_front(trials)
     return [t for i, t in enumerate(trials) if i == 0 or t in front]
+
+
+def why_none(trials: Sequence[Trial]) -> str | None:
+    """Why no edit is chosen, given all of them with the best first; None if that one does what it should.
+
+    Where the base is as it should be already, the weakest edit would be the best. Otherwise the best has to bring the
+    base at least half of the way, in first tokens (or what stands in for them) and in answers, if those were checked.
+    """
+    if not trials:
+        return None
+    best, allowed = trials[0], max(LEFT, trials[0].usual)
+    if best.before <= allowed:
+        return (
+            f"in the unedited model, {100 * best.before:.1f}% of the target val prompts are left to change, and up to "
+            f"{100 * allowed:.1f}% counts as done"
+        )
+    if best.left > (best.before + allowed) / 2:
+        return f"the best edit brings {100 * best.before:.1f}% of the target val prompts only to {100 * best.left:.1f}%"
+    if best.confirmed is not None and best.confirmed > MOST_CONFIRMED:
+        return f"{100 * best.confirmed:.0f}% of the best edit's answers are not as they should be"
+    return None
 
 
 def drifts_more(kls: Mapping[str, Sequence[float]], than: Mapping[str, Sequence[float]]) -> bool:

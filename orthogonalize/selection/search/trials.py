@@ -21,7 +21,8 @@ from ...core.progress import Progress, track
 from ...edits.config import EditConfig
 from ...models.hooks import intervened
 from ..candidates import ScoreStore
-from ..scoring import FirstTokenScores
+from ..readouts import Readout
+from ..scoring import PromptScores
 from .drift import AnsweredPrompts
 from .objectives import Trial, best, share_flipped, share_left
 
@@ -40,7 +41,7 @@ class EditSearch:
 
     Attributes:
         build: makes the intervention of an edit (see `EditBuilder`).
-        tokens: the behaviour's first tokens.
+        readout: scores the behaviour.
         target: prompts whose behaviour the edit is to change, as token ids.
         answers: the base model's answers to the negative prompts.
         preserved: its answers to further prompts on which it should not change, by the name of their set.
@@ -52,7 +53,7 @@ class EditSearch:
 
     model: Any
     build: Build
-    tokens: Sequence[int]
+    readout: Readout
     target: Sequence[Sequence[int]]
     answers: AnsweredPrompts
     preserved: Mapping[str, AnsweredPrompts] = field(default_factory=dict)
@@ -67,15 +68,15 @@ class EditSearch:
         return self.examples is not None
 
     @cached_property
-    def _target(self) -> FirstTokenScores:
+    def _target(self) -> PromptScores:
         return self._scores_of(self.target)
 
     @cached_property
-    def _preserved(self) -> dict[str, FirstTokenScores]:
+    def _preserved(self) -> dict[str, PromptScores]:
         return {name: self._scores_of(answers.prompts) for name, answers in self.preserved.items()}
 
-    def _scores_of(self, ids: Sequence[Sequence[int]]) -> FirstTokenScores:
-        return FirstTokenScores(self.model, ids, self.tokens, self.layer)
+    def _scores_of(self, ids: Sequence[Sequence[int]]) -> PromptScores:
+        return PromptScores(self.model, ids, self.readout, self.layer)
 
     def _left(self, scores: torch.Tensor) -> float:
         return share_left(-scores if self.shows else scores)

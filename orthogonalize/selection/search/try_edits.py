@@ -11,13 +11,16 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...core.interrupts import check
 from ...core.journal import Journal
 from ...core.progress import note, track
+from ...data.chat import ChatFormat
+from ...data.prompts import PreservedPrompt, Prompt, Side, target_side, texts_of
 from ...directions.direction_set import Directions
 from ..builder import EditBuilder
 from ..candidates import Candidate
 from ..fits import Fits
 from ..own_answers import ANSWER_TOKENS, Generate
+from ..readouts import Readout
 from .drift import AnsweredPrompts
-from .objectives import LEFT, Trial
+from .objectives import Trial
 from .space import SearchSpace, reads_can_be_baked
 from .trials import EditSearch, confirm
 
@@ -35,7 +38,29 @@ class ValPrompts:
     target: Sequence[list[int]]
     negative: Sequence[list[int]]
     preserved: Mapping[str, Sequence[list[int]]]
+    target_texts: Sequence[str]
     examples: Sequence[list[int]] | None = None
+
+    @classmethod
+    def of(
+        cls, chat: ChatFormat, prompts: Sequence[Prompt], kept: Sequence[PreservedPrompt], most: int, strengthen: bool
+    ) -> ValPrompts:
+        """The val prompts of a run: at most `most` negative ones, and of each source of those that are to be `kept`."""
+
+        def ids(side: Side) -> list[list[int]]:
+            return chat.encode_all(texts_of(prompts, side, "val"))
+
+        preserved = {
+            name: [p.text for p in kept if (p.source, p.split) == (name, "val")][:most]
+            for name in dict.fromkeys(p.source for p in kept)
+        }
+        return cls(
+            ids(target_side(prompts)),
+            ids("negative")[:most],
+            {name: chat.encode_all(texts) for name, texts in preserved.items()},
+            texts_of(prompts, target_side(prompts), "val"),
+            ids("positive") if strengthen else None,
+        )
 
 
 class EditTrials:
@@ -50,11 +75,11 @@ class EditTrials:
         source: Checkpoint,
         directions: Directions,
         ranked: Sequence[Candidate],
-        tokens: Sequence[int],
+        readout: Readout,
         generate: Generate,
         journal: Journal,
     ) -> None:
-        self.model, self.source, self.tokens = model, source, tokens
+        self.model, self.source, self.readout = model, source, readout
         self.directions, self.ranked = directions, ranked
         self.generate, self.journal = generate, journal
 
@@ -73,7 +98,7 @@ class EditTrials:
         search = EditSearch(
             self.model,
             EditBuilder(self.directions, self.ranked, architecture_of(self.source.config).norms.kind == "layer", fits),
-            self.tokens,
+            self.readout,
             prompts.target,
             answers,
             {name: each for name, each in preserved.items() if each is not None},
@@ -81,26 +106,12 @@ class EditTrials:
             examples=prompts.examples,
             layer=layer,
         )
-        self._warn_if_done(search)
         reads = reads_can_be_baked(self.source, self.directions)
         space = SearchSpace(self.directions, self.ranked, reads, strengthen=search.shows)
         fitted, plain = space.fitted_starts() if fits.possible else [], space.starts()
         starts = [*fitted[:1], *plain[:2], *fitted[1:], *plain[2:]]  # of each kind, whatever the budget
         found = search.search(budget, starts, space.neighbours, space.largest_step)
         return confirm(search, found, self.journal, left)
-
-    def _warn_if_done(self, search: EditSearch) -> None:
-        """Note that the target is as it should be in the base model already, by first tokens; trials cannot tell."""
-        if "before" not in self.journal:
-            self.journal.put({"before": [search.before, search.usual]})
-            check()
-        before, usual = self.journal["before"]
-        if before <= max(LEFT, usual):
-            note(
-                f"in the unedited model, {100 * before:.1f}% of answers to the target val prompts begin as they should "
-                f"not, which is no more than what counts as removed ({100 * max(LEFT, usual):.1f}%); the trials cannot "
-                "tell which edit works: give other --behaviour-tokens"
-            )
 
     def _answered(self, name: str, ids: Sequence[list[int]], layer: int) -> AnsweredPrompts | None:
         """Prompts with the model's own answers, those with empty answers left out; None if nothing is left."""

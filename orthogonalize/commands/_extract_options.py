@@ -1,0 +1,202 @@
+"""The options of `extract`."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from ..core.errors import OrthogonalizeError
+from ..core.files import parse_json
+from ..data.prompts import GOALS
+from ..data.thoughts import THINKING
+from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
+from ._options import (
+    Entry,
+    ListingOption,
+    choice,
+    converted_by,
+    device_option,
+    number,
+    path,
+    revision_option,
+    together,
+    words,
+)
+
+
+def finder_listing() -> str:
+    """Every value of --finders, and what it finds."""
+    return "; ".join(f"{finder.name} ({finder.summary})" for finder in FINDERS.values()) + "."
+
+
+def measure_listing() -> str:
+    """Every value of --measure, and what it says."""
+    from ..evals.measures.registry import AUTO, MEASURES
+
+    found = "; ".join(f"{measure.usage} ({measure.summary})" for measure in MEASURES.values())
+    return f"{found}; {AUTO} takes the first that tells the two sides apart."
+
+
+def hooked_engine_names() -> list[str]:
+    """The names of the engines whose activations can be read."""
+    from ..engines.registry import ENGINES
+
+    return [entry.name for entry in ENGINES.values() if entry.hooks]
+
+
+def tokens(text: str | None) -> list[int | str] | None:
+    """Behaviour tokens in a comma-separated list: numbers are token ids, anything else is text."""
+    return [int(w) if w.isdecimal() else w for w in words(text)] or None
+
+
+def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
+    """Arguments of the chat template from `NAME=VALUE` pairs; a value is JSON, or else text."""
+    arguments: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise OrthogonalizeError(f"--template-argument {pair!r} is not of the form name=value")
+        try:
+            arguments[key] = parse_json(value)
+        except ValueError:
+            arguments[key] = value
+    return arguments
+
+
+def torch_dtype(name: str | None) -> Any:
+    """The torch dtype called `name`; None stays None."""
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+extract_options = together(
+    click.option("--out", type=path(), required=True, help="Run folder to create or resume."),
+    click.option("--force", is_flag=True, help="Redo the stages whose inputs changed (all of them if none did)."),
+    click.option(
+        "--concept", help="A named contrast: cooking (the demo's), lists or refusal; or what to call one of your own."
+    ),
+    click.option("--positive", metavar="P", help="Prompts that show the concept."),
+    click.option("--negative", metavar="P", help="Prompts that do not."),
+    choice("--goal", GOALS, "remove", "What for: remove the behaviour, extend it, or keep only what is right of it."),
+    click.option("--target", metavar="P", help="For --goal strengthen: prompts that are to show the behaviour."),
+    click.option(
+        "--preserve",
+        multiple=True,
+        metavar="P",
+        help="Prompts whose outputs must not move, such as refusals to keep or another language; repeatable.",
+    ),
+    click.option("--column", help="Column or key that holds the prompt text."),
+    click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset."),
+    click.option("--data", type=path(), metavar="DIR", help="Local copies of a concept's public sets, as for eval."),
+    click.option(
+        "--finders",
+        "--methods",
+        "finders",
+        cls=ListingOption,
+        listing=finder_listing,
+        callback=converted_by(words),
+        default=",".join(DEFAULT_FINDERS),
+        show_default=True,
+        help="How to find directions:",
+    ),
+    click.option(  # not passed on: there is only one such engine
+        "--engine",
+        type=Entry(hooked_engine_names),
+        default="hf",
+        show_default=True,
+        expose_value=False,
+        help="Reads the activations.",
+    ),
+    number("--train", 6, 128, "Prompts per side to find directions with."),
+    number("--val", 1, 32, "Prompts per side to select with."),
+    number("--test", 0, 100, "Prompts per side kept for eval."),
+    number("--trials", 0, 32, "Whole edits to try; 0 skips the search."),
+    click.option(
+        "--measure",
+        cls=ListingOption,
+        listing=measure_listing,
+        default="auto",
+        show_default=True,
+        help="What shows the behaviour, for the whole run and eval of it:",
+    ),
+    click.option(
+        "--wording", type=path(), metavar="FILE", help="Phrases that show it, one per line; default: refusals."
+    ),
+    choice(
+        "--thinking",
+        THINKING,
+        "off",
+        "Thoughts before answers: turned off by the template; skip: closed before every answer; keep.",
+    ),
+    click.option(
+        "--behaviour-tokens",
+        metavar="T,T",
+        callback=converted_by(tokens),
+        help="First tokens of the behaviour; learnt by default.",
+    ),
+    click.option(
+        "--no-filter",
+        "filtered",
+        is_flag=True,
+        callback=converted_by(operator.not_),
+        help="Keep prompts on which the model does not behave as expected.",
+    ),
+    click.option("--system", help="System prompt."),
+    click.option(
+        "--template-argument",
+        "template_arguments",
+        multiple=True,
+        metavar="NAME=VALUE",
+        callback=converted_by(template_arguments),
+        help="Passed to the chat template.",
+    ),
+    click.option(
+        "--no-chat-template",
+        "chat_template",
+        is_flag=True,
+        callback=converted_by(operator.not_),
+        help="Send prompts without the chat template.",
+    ),
+    click.option(
+        "--sensitive", is_flag=True, help="Mark your own prompts as sensitive: eval folds them and can --redact them."
+    ),
+    click.option(
+        "--mean",
+        default="arithmetic",
+        show_default=True,
+        help="How dim averages prompts: arithmetic, or robust to outliers: winsorized (at 0.995; winsorized:0.95 for "
+        "another quantile) or geometric-median.",
+    ),
+    choice(
+        "--orthogonal-to",
+        ["harmless-mean"],
+        None,
+        "Make directions orthogonal to the negative prompts' mean activation; off by default, never for leace.",
+    ),
+    number("--max-rank", 1, None, "Maximum number of INLP directions; default 20."),
+    choice("--solver", ["newton", "sklearn"], "newton", "Solver for INLP."),
+    choice("--classifier", ["logistic", "svm"], "logistic", "Classifier for INLP; svm needs --solver sklearn."),
+    click.option(
+        "--scoring",
+        callback=converted_by(words),
+        default="local",
+        show_default=True,
+        help="local, or local,global to also score edits at every layer.",
+    ),
+    choice("--stage", ["prompts", "activations", "directions", "answers", "selection"], None, "Run only this stage."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        callback=converted_by(torch_dtype),
+        help="Default: chosen by device.",
+    ),
+    click.option("--seed", default=0, show_default=True, help="Random seed."),
+    number("--seeds", 1, 1, "Random halvings of the prompts, to measure how stable directions are; 1 skips this."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
+    revision_option,
+    device_option,
+)
