@@ -105,13 +105,6 @@ def engine_names() -> list[str]:
     return list(ENGINES)
 
 
-def hooked_engine_names() -> list[str]:
-    """The names of the engines whose activations can be read."""
-    from ..engines.registry import ENGINES
-
-    return [entry.name for entry in ENGINES.values() if entry.hooks]
-
-
 def words(text: str | None) -> list[str]:
     """The words of a comma-separated list."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
@@ -278,13 +271,11 @@ extract_options = together(
         show_default=True,
         help="How to find directions:",
     ),
-    click.option(  # not passed on: there is only one such engine
+    choice(
         "--engine",
-        type=Entry(hooked_engine_names),
-        default="hf",
-        show_default=True,
-        expose_value=False,
-        help="Reads the activations.",
+        ["auto", "hf", "stream"],
+        "auto",
+        "How the model is held: whole on one device (hf), or one block at a time, for models of any size (stream).",
     ),
     number("--train", 6, 128, "Prompts per side to find directions with."),
     number("--val", 1, 32, "Prompts per side to select with."),

@@ -6,33 +6,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from ..core.errors import OrthogonalizeError
-from ..core.progress import track
 from ..data.chat import ChatFormat
-from ..data.prompts import MINIMUM_TRAIN, SIDES, Prompt
-from ..models.activations import mean_activations
-from .scoring import behaviour_score, first_token_probabilities, learn_behaviour_tokens
+from ..data.prompts import MINIMUM_TRAIN, SIDES, PreservedPrompt, Prompt
+from .reader import Reader
+from .scoring import behaviour_score, learn_behaviour_tokens
 
 
 def measure_behaviour(
-    model: Any, tokenizer: Any, chat: ChatFormat, prompts: list[Prompt], given: Sequence[int | str]
+    reader: Reader,
+    tokenizer: Any,
+    chat: ChatFormat,
+    prompts: list[Prompt],
+    given: Sequence[int | str],
+    preserved: Sequence[PreservedPrompt] = (),
 ) -> tuple[list[int], list[Prompt]]:
     """The behaviour tokens, `given` or else learnt on train and val prompts, and `prompts` with scores.
 
-    Test prompts get no score.
+    Test prompts get no score. The answers to `preserved` will be asked for later.
     """
     used = [i for i, p in enumerate(prompts) if p.split != "test"]
     ids = chat.encode_all([prompts[i].text for i in used])
-    with track("scoring prompts", len(used), "prompts") as advance:
-        probabilities = first_token_probabilities(model, ids)
-        advance(len(used))
-    if not torch.isfinite(probabilities).all():
-        mean_activations(model, ids, 1)  # its error names the layer, if a layer is the cause
-        raise OrthogonalizeError("the model's outputs contain NaN or infinite values; the checkpoint is damaged")
+    later = chat.encode_all([p.text for p in preserved if p.split != "test"])
+    probabilities = reader.first_token_probabilities(ids, later)
     if given:
-        tokens = [_token(model, tokenizer, t) for t in given]
+        tokens = [_token(reader.vocabulary, tokenizer, t) for t in given]
     else:
         rows = {side: [n for n, i in enumerate(used) if prompts[i].side == side and prompts[i].split != "spare"]
                 for side in SIDES}  # fmt: skip
@@ -68,9 +66,9 @@ def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], 
     return kept, counts
 
 
-def _token(model: Any, tokenizer: Any, token: int | str) -> int:
+def _token(vocabulary: int, tokenizer: Any, token: int | str) -> int:
     if isinstance(token, int):
-        if not 0 <= token < model.config.vocab_size:
+        if not 0 <= token < vocabulary:
             raise OrthogonalizeError(f"behaviour token {token} is not in the model's vocabulary")
         return token
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]

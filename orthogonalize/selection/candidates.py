@@ -20,6 +20,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.interrupts import check
 from ..core.interventions import AffineMap, centred_map, shift, stack_maps
 from ..core.progress import track
+from ..data.prompts import Side
 from ..directions.direction_set import Directions
 from ..directions.finders.registry import FINDERS
 from ..models.stream import Stream
@@ -199,39 +200,83 @@ class _MemoryStore(dict[str, Any]):
         self.update(results)
 
 
-def _adds_mean_difference(finder: str, directions: Directions) -> bool:
+def adds_mean_difference(finder: str, directions: Directions) -> bool:
     """Whether adding the first direction of `finder` is the same as adding that of every other such finder."""
     return FINDERS[finder].adds_mean_difference and directions.leace_erases_mean_diffs
 
 
+@dataclass(frozen=True)
+class ScoredMaps:
+    """A batch of maps whose effect on val prompts is to be measured.
+
+    Attributes:
+        side: whose prompts.
+        maps: see `AffineMap`; with a batch dimension.
+        layer: where they act; None at every write of the model.
+        projected: whether they act on the block's input and both its outputs, otherwise only on its input.
+    """
+
+    side: Side
+    maps: AffineMap
+    layer: int | None
+    projected: bool = True
+
+
+class Meter(Protocol):
+    """Measures maps on val prompts; each result is a mean over the prompts, by map."""
+
+    def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
+        """Behaviour scores, in log-odds."""
+        ...
+
+    def kl(self, edits: ScoredMaps) -> torch.Tensor:
+        """`smoothed_kl` of the first token from the base's, in nats."""
+        ...
+
+
+class _ResidentMeter:
+    """Measures with a model that is whole in memory."""
+
+    def __init__(self, model: Any, prompts: Mapping[Side, Sequence[Sequence[int]]], tokens: Sequence[int]) -> None:
+        self.model, self.prompts, self.tokens = model, prompts, tokens
+        self.layer_count = Stream.of(model).layer_count
+        self.local = {side: LocalScorer(model, ids) for side, ids in prompts.items()}
+        nothing = shift(torch.zeros(1, Stream.of(model).architecture.width(model.config.to_dict())))
+        self.base = self.local["negative"].probabilities(0, nothing, projected=False)[0]
+
+    def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
+        return behaviour_score(self._probabilities(edits), self.tokens).mean(-1)
+
+    def kl(self, edits: ScoredMaps) -> torch.Tensor:
+        kept = self._probabilities(edits)
+        return smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
+
+    def _probabilities(self, edits: ScoredMaps) -> torch.Tensor:
+        if edits.layer is None:
+            return global_probabilities(self.model, self.prompts[edits.side], edits.maps, self.layer_count)
+        return self.local[edits.side].probabilities(edits.layer, edits.maps, edits.projected)
+
+
 @dataclass
-class _Scoring:
-    """The model, prompts and directions that are scored."""
+class DirectionScoring:
+    """Scores the directions of a run; `meter` measures, and `layer_norm` says whether the model has LayerNorms."""
 
-    model: Any
-    positive: Sequence[Sequence[int]]
-    negative: Sequence[Sequence[int]]
+    meter: Meter
     directions: Directions
-    tokens: Sequence[int]
     everywhere: bool
-
-    def __post_init__(self) -> None:
-        self.on_positive = LocalScorer(self.model, self.positive)
-        self.on_negative = LocalScorer(self.model, self.negative)
-        self.centring = Stream.of(self.model).architecture.norms.kind == "layer"  # as `edit` does
-        width = self.directions.mean_diffs.shape[-1]
-        self.base = self.on_negative.probabilities(0, shift(torch.zeros(1, width)), projected=False)[0]
+    layer_norm: bool
 
     def layer(self, finder: str, layer: int, induced: MutableMapping[tuple[int, int], float]) -> list[Candidate]:
         """Score `finder` at every position of `layer`; `induced` keeps the scores of added mean differences."""
         found = {p: self.directions.removal(finder, p, layer) for p in self.directions.positions}
-        maps = {p: centred_map(m) if self.centring else m for p, m in found.items() if m is not None}
+        maps = {
+            p: centred_map(m) if self.layer_norm else m for p, m in found.items() if m is not None
+        }  # as `edit` does
         if not maps:
             return []
         removals = stack_maps(list(maps.values()))
-        bypassed = behaviour_score(self.on_positive.probabilities(layer, removals, projected=True), self.tokens)
-        kept = self.on_negative.probabilities(layer, removals, projected=True)
-        kl = smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
+        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, layer))
+        kl = self.meter.kl(ScoredMaps("negative", removals, layer))
         induce = self._induce(finder, layer, list(maps), induced)
         bypass_all, kl_all = self._everywhere(removals)
         result = []
@@ -242,7 +287,7 @@ class _Scoring:
                     position,
                     layer,
                     self.directions.layer_count,
-                    bypassed.mean(-1)[i].item(),
+                    bypassed[i].item(),
                     induce[i],
                     kl[i].item(),
                     maps[position].rank,
@@ -257,7 +302,7 @@ class _Scoring:
         self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
     ) -> list[float]:
         """The median over the multipliers of the mean score with the first direction added, per position."""
-        shared = _adds_mean_difference(finder, self.directions)  # which another finder may have scored
+        shared = adds_mean_difference(finder, self.directions)  # which another finder may have scored
         if shared and all((p, layer) in induced for p in positions):
             return [induced[p, layer] for p in positions]
         shifts = []
@@ -266,9 +311,8 @@ class _Scoring:
             assert basis is not None
             length = self.directions.mean_diff(position, layer).norm()
             shifts += [multiplier * length * basis[0] for multiplier in MULTIPLIERS]
-        probabilities = self.on_negative.probabilities(layer, shift(torch.stack(shifts)), projected=False)
-        means = behaviour_score(probabilities, self.tokens).mean(-1).reshape(len(positions), -1)
-        values = [median(row) for row in means.tolist()]
+        scores = self.meter.behaviour(ScoredMaps("negative", shift(torch.stack(shifts)), layer, projected=False))
+        values = [median(row) for row in scores.reshape(len(positions), -1).tolist()]
         if shared:
             induced.update({(p, layer): v for p, v in zip(positions, values, strict=True)})
         return values
@@ -276,11 +320,26 @@ class _Scoring:
     def _everywhere(self, removals: AffineMap) -> tuple[list[float], list[float]]:
         if not self.everywhere:
             return [], []
-        layers = self.directions.layer_count
-        bypassed = global_probabilities(self.model, self.positive, removals, layers)
-        kept = global_probabilities(self.model, self.negative, removals, layers)
-        kl = smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
-        return behaviour_score(bypassed, self.tokens).mean(-1).tolist(), kl.tolist()
+        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, None))
+        return bypassed.tolist(), self.meter.kl(ScoredMaps("negative", removals, None)).tolist()
+
+
+def score_key(finder: str, layer: int) -> str:
+    """The name of the scores of a finder at a layer in a `ScoreStore`."""
+    return f"candidates:{finder}:{layer}"
+
+
+def _resident(
+    model: Any,
+    positive: Sequence[Sequence[int]],
+    negative: Sequence[Sequence[int]],
+    directions: Directions,
+    tokens: Sequence[int],
+    everywhere: bool,
+) -> DirectionScoring:
+    meter = _ResidentMeter(model, {"positive": positive, "negative": negative}, tokens)
+    layer_norm = Stream.of(model).architecture.norms.kind == "layer"
+    return DirectionScoring(meter, directions, everywhere, layer_norm)
 
 
 def score_candidates(
@@ -300,19 +359,19 @@ def score_candidates(
         known: a store for the scores; those that it contains are not computed again.
     """
     kept = _MemoryStore() if known is None else known
-    scoring: _Scoring | None = None
+    scoring: DirectionScoring | None = None
     induced: dict[tuple[int, int], float] = {}
     result: list[Candidate] = []
     with track("scoring directions", directions.layer_count * len(finders), "layers") as advance:
         for layer in range(directions.layer_count):
             for finder in finders:
-                key = f"candidates:{finder}:{layer}"
+                key = score_key(finder, layer)
                 if key not in kept:
-                    scoring = scoring or _Scoring(model, positive, negative, directions, tokens, everywhere)
+                    scoring = scoring or _resident(model, positive, negative, directions, tokens, everywhere)
                     kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
                     check()
                 found = [Candidate.from_row(row) for row in kept[key]]
-                if _adds_mean_difference(finder, directions):
+                if adds_mean_difference(finder, directions):
                     induced.update({(c.position, c.layer): c.induce for c in found})
                 result += found
                 advance(1)

@@ -26,6 +26,7 @@ from orthogonalize.edits.fitting import ANSWER_START
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.evals.judges.refusals import RefusalCheck
 from orthogonalize.reports.run_plots import plot_run, trial_figure
+from orthogonalize.selection import reader as reading
 from orthogonalize.selection.own_answers import ANSWER_TOKENS
 from orthogonalize.selection.resolve import choose
 from orthogonalize.selection.run_folder import Run, load_run, save_selection
@@ -139,13 +140,13 @@ class AllRefuse(RefusalCheck):
 
 def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources, tmp_path, monkeypatch):
     """With fewer than 100 tokens refusals are undercounted, for the base as well as for the edits."""
-    lengths, real = [], extraction.generate
+    lengths, real = [], reading.generate
 
     def noting(model, ids, tokens, stops, **others):
         lengths.append(tokens)
         return real(model, ids, min(tokens, 3), stops, **others)
 
-    monkeypatch.setattr(extraction, "generate", noting)
+    monkeypatch.setattr(reading, "generate", noting)
     monkeypatch.setattr(extraction, "RefusalCheck", AllRefuse)
     settings = dataclasses.replace(SMALL, trials=2, finders=("dim",))
     found = extract(str(model), tmp_path / "run", **sources, settings=settings)
