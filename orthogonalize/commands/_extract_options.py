@@ -14,7 +14,6 @@ from ..data.prompts import GOALS
 from ..data.thoughts import THINKING
 from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ._options import (
-    Entry,
     ListingOption,
     choice,
     converted_by,
@@ -38,13 +37,6 @@ def measure_listing() -> str:
 
     found = "; ".join(f"{measure.usage} ({measure.summary})" for measure in MEASURES.values())
     return f"{found}; {AUTO} takes the first that tells the two sides apart."
-
-
-def hooked_engine_names() -> list[str]:
-    """The names of the engines whose activations can be read."""
-    from ..engines.registry import ENGINES
-
-    return [entry.name for entry in ENGINES.values() if entry.hooks]
 
 
 def tokens(text: str | None) -> list[int | str] | None:
@@ -103,13 +95,11 @@ extract_options = together(
         show_default=True,
         help="How to find directions:",
     ),
-    click.option(  # not passed on: there is only one such engine
+    choice(
         "--engine",
-        type=Entry(hooked_engine_names),
-        default="hf",
-        show_default=True,
-        expose_value=False,
-        help="Reads the activations.",
+        ["auto", "hf", "stream"],
+        "auto",
+        "How the model is held: whole on one device (hf), or one block at a time, for models of any size (stream).",
     ),
     number("--train", 6, 128, "Prompts per side to find directions with."),
     number("--val", 1, 32, "Prompts per side to select with."),

@@ -81,7 +81,9 @@ def demo(out: Path | str, *, goal: str = "remove", engine: str = "vllm", force: 
     check_engine(engine, ONE_DEVICE)
     base = str(planted_model(*shown.planted))
     note(f"base model: {base}")
-    for part in PARTS[:2]:
+    for part in PARTS[:1:-1]:
+        (out / part).unlink(missing_ok=True)
+    for part in PARTS[1::-1]:  # the run last: by that, a later --force knows what an interrupted demo has left
         shutil.rmtree(out / part, ignore_errors=True)
     extract(base, out / "run", concept="cooking", settings=shown.settings)
     recipe = edit(base, out / "edited", run=out / "run")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..data.prompts import SIDES, SPLITS, Prompt, Side, Source, Split, split_pre
 from ..data.refusals import LEAST_TOKENS
 from ..data.thoughts import answer_texts
 from ..directions.activation_store import FILE as ACTIVATIONS
-from ..directions.activation_store import Recording, record
+from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
 from ..directions.fit import DirectionSettings, find_directions
 from ..edits.fitting import ANSWER_START
@@ -34,15 +34,16 @@ from ..edits.recipe import ProbeResult
 from ..evals.measures.check import AnswerCheck
 from ..evals.measures.measured_prompts import measure_prompts, other_measures, read_phrases
 from ..evals.measures.registry import AUTO, check_measure
-from ..models.generation import generate, stop_tokens
-from ..models.loading import choose_device, load_model, load_tokenizer
+from ..models.loading import choose_device, load_tokenizer
 from ..models.resolve import context_length
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import MeasureInfo, keep_expected, load_readout, save_readout
-from ..selection.candidates import Candidate, explain_ranking, rank, score_candidates
-from ..selection.fits import TOKENS, Fits
+from ..selection.candidates import Candidate, explain_ranking, rank
+from ..selection.fits import TOKENS
 from ..selection.own_answers import ANSWER_TOKENS, OwnAnswers
 from ..selection.probes import probe_candidate
+from ..selection.readers.base import Reader, Scored
+from ..selection.readers.choose import choose_engine, open_reader
 from ..selection.readouts import Readout
 from ..selection.run_folder import (
     Run,
@@ -57,7 +58,7 @@ from ..selection.run_folder import (
     save_selection,
 )
 from ..selection.search.objectives import Trial, why_none
-from ..selection.search.try_edits import EditTrials, ValPrompts
+from ..selection.search.try_edits import ValPrompts
 from ..selection.settings import Settings
 from ..selection.source import RunSource, read_source
 from ..selection.stages import STAGES, Stage, StageBook
@@ -80,13 +81,15 @@ class _Extraction:
         )
         self.chat.check_template()
         self.positions = tuple(self.chat.positions())
+        self.engine, self.why = choose_engine(source, settings)
 
     @cached_property
-    def model(self) -> Any:
-        """The model, loaded when the first stage needs it."""
-        return load_model(
-            self.source.folder, self.settings.device, self.settings.dtype, self.settings.trust_remote_code
-        )
+    def reader(self) -> Reader:
+        """The model, opened by the engine of the settings when the first stage needs it."""
+        if self.settings.engine == "auto":
+            note(f"engine: {self.engine}, {self.why}")
+        places = len(self.positions), self.layer_count + 1
+        return open_reader(self.engine, self.source, self.settings, self.tokenizer, places, self.out, self.weights)
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """The inputs of `stage`, including the fingerprint of the stage before it."""
@@ -125,6 +128,7 @@ class _Extraction:
                 own = {"methods": found.pop("finders"), **found}  # stages.json calls the finders `methods`
             case "answers":
                 own = {"wanted": s.trials > 0, "tokens": [ANSWER_START, ANSWER_TOKENS]}
+                own |= {"engine": self.engine} if self.engine == "stream" else {}  # which cuts answers short
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive, "goal": s.goal}
@@ -165,16 +169,16 @@ class _Extraction:
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
         fitting = drop_too_long(self.source.prompts, self.chat.encode, context_length(self.source.folder))
         prompts = [p for each in fitting.values() for p in split_prompts(each, s.seed, **counts)]
+        sources = self.source.preserved.items()
+        preserved = [p for name, each in sources for p in split_preserved(name, each, s.seed, s.train, s.val, s.test)]
+        self.out.mkdir(parents=True, exist_ok=True)
         journal = Journal(self.out / ".prompts.journal", self.inputs("prompts"))
-        measured, prompts = measure_prompts(self.model, self.tokenizer, self.chat, prompts, s, journal)
+        measured, prompts = measure_prompts(self.reader, self.tokenizer, self.chat, prompts, s, journal, preserved)
         kept, filtered = keep_expected(prompts, s.filtered)
         words = [self.tokenizer.decode([t]) for t in measured.tokens]
         note(*inventory(self.source.prompts, fitting, prompts, kept, counts).split("\n"))
-        self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
         save_readout(measured.readout, self.out)
-        sources = self.source.preserved.items()
-        preserved = [p for name, each in sources for p in split_preserved(name, each, s.seed, s.train, s.val, s.test)]
         save_preserved(preserved, self.out)
         journal.close()
         return {
@@ -194,9 +198,8 @@ class _Extraction:
         sets = {
             f"{side}.{split}": self._ids(prompts, side, split) for side in SIDES for split in SPLITS if split != "test"
         }
-        inputs = [self.inputs("activations"), str(self.model.dtype)]
-        record(self.model, sets, len(self.positions), self.layer_count + 1, self.out, inputs)
-        return {"dtype": str(self.model.dtype).removeprefix("torch.")}
+        self.reader.record(sets, [self.inputs("activations"), str(self.reader.dtype)])
+        return {"dtype": str(self.reader.dtype).removeprefix("torch.")}
 
     def _run_directions(self) -> dict[str, Any]:
         found = find_directions(
@@ -219,7 +222,7 @@ class _Extraction:
             file.unlink(missing_ok=True)
             return {}
         journal = Journal(self.out / ".answers.journal", self.inputs("answers"))
-        own = OwnAnswers(self.chat, self._generate, journal)
+        own = OwnAnswers(self.chat, self.reader.answers, journal)
         tokens = own.fit_tokens(load_prompt_file(self.out), load_preserved(self.out))
         tokens.save(file)
         journal.close()
@@ -233,14 +236,16 @@ class _Extraction:
         journal = Journal(self.out / ".selection.journal", self.inputs("selection"))
         if journal.on_disk:
             note("selection: resuming an interrupted run")
-        candidates = self._score(prompts, directions, journal)
+        given = Scored(directions, self._readout, journal)
+        candidates = self._score(prompts, given)
         probes = self._probe(directions, candidates)
-        trials = self._try_edits(prompts, directions, candidates, journal)
+        trials = self._try_edits(prompts, candidates, given)
         save_selection(candidates, trials, probes, self.out)
         info = self._info(prompts, directions, self._nothing_chosen(trials, prompts, journal))
         plot_run(Run(info, prompts, directions, candidates, trials, probes), self.out)
         write_atomically(self.out / "run.json", info.model_dump_json(indent=2) + "\n")
         journal.close()
+        self.reader.close()
         return {}
 
     @property
@@ -255,15 +260,12 @@ class _Extraction:
     def _check(self) -> AnswerCheck:
         return AnswerCheck.of(self._measure_info, self.settings.device)
 
-    def _score(self, prompts: list[Prompt], directions: Directions, journal: Journal) -> list[Candidate]:
+    def _score(self, prompts: list[Prompt], given: Scored) -> list[Candidate]:
         """Scored, filtered and ranked candidates of every finder."""
         positive, negative = (self._ids(prompts, side, "val")[: self.settings.scored] for side in SIDES)
         everywhere = "global" in self.settings.scoring
         finders = self.settings.finders
-        scored = score_candidates(
-            self.model, positive, negative, directions, finders, self._readout, everywhere, journal
-        )
-        ranked = rank(scored)
+        ranked = rank(self.reader.score(positive, negative, finders, everywhere, given))
         note(*explain_ranking(ranked, finders))
         return ranked
 
@@ -273,27 +275,19 @@ class _Extraction:
         best = {c.finder: c for c in reversed(ranked)}
         return [p for c in best.values() for p in probe_candidate(recording, directions, c.finder, c.position, c.layer)]
 
-    def _try_edits(
-        self, prompts: list[Prompt], directions: Directions, ranked: list[Candidate], journal: Journal
-    ) -> list[Trial]:
+    def _try_edits(self, prompts: list[Prompt], ranked: list[Candidate], given: Scored) -> list[Trial]:
         """Search whole edits on val prompts, and confirm the best by the answers of the edited model."""
         if not self.settings.trials:
             return []
         s = self.settings
         val = ValPrompts.of(self.chat, prompts, load_preserved(self.out), s.answers, s.goal == "strengthen")
-        fits = Fits(self.out, directions, self.source.checkpoint.config, self.weights, lambda: self.model)
-        trials = EditTrials(
-            self.model, self.source.checkpoint, directions, ranked, self._readout, self._generate, journal
-        )
-        return trials.run(s.trials, val, fits, lambda: self._left_in_answers(val.target_texts, val.target, journal))
-
-    def _generate(self, ids: list[list[int]], tokens: int, advance: Any) -> list[list[int]]:
-        return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)
+        left = partial(self._left_in_answers, val.target_texts, val.target, given.journal)
+        return self.reader.try_edits(s.trials, val, ranked, given, left)
 
     def _left_in_answers(self, texts: Sequence[str], ids: Sequence[Sequence[int]], journal: Journal) -> float:
         """The share of answers to prompts that show the behaviour; that lack it, if the goal is to strengthen it."""
         with track("confirming by answers", len(ids), "prompts") as advance:
-            answers = self._generate([list(row) for row in ids], CONFIRM_TOKENS, advance)
+            answers = self.reader.answers([list(row) for row in ids], CONFIRM_TOKENS, advance)
         pairs = list(zip(texts, answer_texts(self.tokenizer, answers), strict=True))
         return self._check.left(pairs, self.settings.goal == "strengthen", journal)
 
@@ -302,7 +296,7 @@ class _Extraction:
         reason = why_none(trials)
         if reason is not None:
             reason += other_measures(
-                self.model, self.tokenizer, self.chat, prompts, self.settings, journal, self._measure_info.name
+                self.reader, self.tokenizer, self.chat, prompts, self.settings, journal, self._measure_info.name
             )
             note(f"no edit is chosen: {reason}")
         return reason

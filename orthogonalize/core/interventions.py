@@ -307,6 +307,21 @@ class Intervention:
         sites = (*self.writes, *self.reads, *(matrix.site for matrix in self.conditional))
         return all(site.kind == "head" or (site.layer is not None and site.layer >= layer) for site in sites)
 
+    def at(self, layer: int, layer_count: int) -> Intervention | None:
+        """The part that acts in block `layer`, or in the head if that is `layer_count`; None if there is none.
+
+        What is written before the first block belongs to it.
+        """
+
+        def here(site: Site) -> bool:
+            own = {"embed": 0, "head": layer_count}.get(site.kind, site.layer)
+            return own == layer
+
+        writes = {site: each for site, each in self.writes.items() if here(site)}
+        reads = {site: each for site, each in self.reads.items() if here(site)}
+        conditional = {matrix: each for matrix, each in self.conditional.items() if here(matrix.site)}
+        return Intervention(writes, reads, conditional) if writes or reads or conditional else None
+
 
 def block_sites(layers: Iterable[int]) -> list[Site]:
     """The attention and MLP sites of `layers`, in execution order."""

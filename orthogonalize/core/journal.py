@@ -29,7 +29,8 @@ class Journal:
         """`needed` says whether failing to write the file is an error; otherwise it is only reported."""
         self.file, self.needed = file, needed
         self.done: dict[str, Any] = {}
-        self._head = b"" if inputs is None else _line({"inputs": fingerprint(inputs)})
+        self.inputs = None if inputs is None else fingerprint(inputs)
+        self._head = b"" if inputs is None else _line({"inputs": self.inputs})
         self._end = 0  # bytes of the file that are intact
         self._unwritten: dict[str, Any] = {}
         self._read()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +16,19 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.safetensors_file import TensorFile, TensorInfo, open_tensor_file, stored_bytes, write_header
+from ..checkpoints.safetensors_file import DTYPES, TensorFile, TensorInfo, open_tensor_file, stored_bytes, write_header
 from ..core.errors import OrthogonalizeError
 from ..core.files import no_follow, partial_file
 from ..core.interrupts import check
 from ..core.journal import Journal
 from ..core.progress import track
-from ..models.activations import capture
+from ..models.activations import capture, check_finite, check_lengths
+from ..models.streaming.lanes import Lane, StreamedModel
+from ..models.streaming.passes import Pass
+from ..models.streaming.state import StreamState
 
 FILE = "activations.safetensors"
+PROMPTS = "prompts"  # the set of a recording of all prompts, before they are divided
 STORED = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 ROWS_AT_A_TIME = 256
 
@@ -41,6 +46,11 @@ class Recording:
     @cached_property
     def _tensors(self) -> TensorFile:
         return open_tensor_file(self.file)
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The stored tensors, called `SET.LAYER`."""
+        return self._tensors.tensors
 
     def _key(self, name: str, layer: int) -> str:
         key = f"{name}.{layer}"
@@ -71,6 +81,38 @@ class Recording:
         return torch.as_tensor(total) / count
 
 
+class _Writing:
+    """The file of a recording while it is written, and the journal of what it has already."""
+
+    def __init__(self, file: Path, infos: Mapping[str, TensorInfo], inputs: Any) -> None:
+        self.file, self.infos = file, infos
+        self.partial = partial_file(file)  # left by an interrupted call, which this one completes
+        self.journal = Journal(file.with_name(f".{file.name}.journal"), inputs)
+        if self.partial.is_symlink() or not self.partial.is_file():
+            self.partial.unlink(missing_ok=True)
+            self.journal.close()  # its file is gone
+        self._descriptor, self._start = -1, 0
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Write in this context; the file is published at its end."""
+        with open(self.partial, "r+b" if self.journal.done else "w+b", opener=no_follow) as file:
+            write_header(file, list(self.infos.values()), {})
+            self._descriptor, self._start = file.fileno(), file.tell()
+            file.truncate(self._start + max(info.end for info in self.infos.values()))
+            file.flush()
+            yield
+        self.partial.replace(self.file)
+        self.journal.close()
+
+    def store(self, key: str, rows: Sequence[int], values: torch.Tensor) -> None:
+        """Write the activations [rows, positions, d] of some prompts at one layer."""
+        info = self.infos[key]
+        for row, value in zip(rows, values.cpu().contiguous(), strict=True):
+            data = stored_bytes(value)
+            os.pwrite(self._descriptor, data, self._start + info.start + row * len(data))
+
+
 def record(
     model: Any, sets: Mapping[str, Sequence[Sequence[int]]], positions: int, layers: int, folder: Path, inputs: Any
 ) -> Recording:
@@ -84,30 +126,21 @@ def record(
     Raises:
         OrthogonalizeError: see `activations.capture`.
     """
-    partial = partial_file(folder / FILE)  # left by an interrupted call, which this one completes
-    journal = Journal(folder / f".{FILE}.journal", inputs)
-    if partial.is_symlink() or not partial.is_file():
-        partial.unlink(missing_ok=True)
-        journal.close()  # its file is gone
-    done = set(journal.done)
-    infos = _layout(model, {name: len(ids) for name, ids in sets.items()}, positions, layers)
-    with open(partial, "r+b" if done else "w+b", opener=no_follow) as file:
-        write_header(file, list(infos.values()), {})
-        start = file.tell()
-        file.truncate(start + max(info.end for info in infos.values()))
-        file.flush()
-        with track("reading activations", sum(map(len, sets.values())), "prompts") as advance:
-            advance(len(done))
-            for name, ids in sets.items():
-                left = [i for i in range(len(ids)) if f"{name}:{i}" not in done]
-                for group, hidden in _capture_all(model, [ids[i] for i in left], positions):
-                    rows = [left[i] for i in group]
-                    _store(file.fileno(), start, infos, name, rows, hidden)
-                    journal.put({f"{name}:{row}": 1 for row in rows})
-                    check()
-                    advance(len(rows))
-    partial.replace(folder / FILE)
-    journal.close()
+    width = model.get_input_embeddings().embedding_dim
+    infos = _layout(model.dtype, width, {name: len(ids) for name, ids in sets.items()}, positions, layers)
+    writing = _Writing(folder / FILE, infos, inputs)
+    done = set(writing.journal.done)
+    with writing.opened(), track("reading activations", sum(map(len, sets.values())), "prompts") as advance:
+        advance(len(done))
+        for name, ids in sets.items():
+            left = [i for i in range(len(ids)) if f"{name}:{i}" not in done]
+            for group, hidden in _capture_all(model, [ids[i] for i in left], positions):
+                rows = [left[i] for i in group]
+                for layer in range(layers):
+                    writing.store(f"{name}.{layer}", rows, hidden[:, :, layer])
+                writing.journal.put({f"{name}:{row}": 1 for row in rows})
+                check()
+                advance(len(rows))
     return Recording(folder / FILE)
 
 
@@ -115,26 +148,66 @@ def _capture_all(model: Any, ids: Sequence[Sequence[int]], positions: int) -> It
     return capture(model, ids, positions) if ids else iter(())
 
 
-def _layout(model: Any, counts: Mapping[str, int], positions: int, layers: int) -> dict[str, TensorInfo]:
-    width = model.get_input_embeddings().embedding_dim
-    size = torch.empty((), dtype=model.dtype).element_size()
+def _layout(
+    dtype: torch.dtype, width: int, counts: Mapping[str, int], positions: int, layers: int
+) -> dict[str, TensorInfo]:
     infos: dict[str, TensorInfo] = {}
     end = 0
     for name, count in counts.items():
         for layer in range(layers):
-            begin, end = end, end + count * positions * width * size
+            begin, end = end, end + count * positions * width * dtype.itemsize
             key = f"{name}.{layer}"
-            infos[key] = TensorInfo(key, STORED[model.dtype], (count, positions, width), begin, end)
+            infos[key] = TensorInfo(key, STORED[dtype], (count, positions, width), begin, end)
     return infos
 
 
-def _store(
-    descriptor: int, start: int, infos: Mapping[str, TensorInfo], name: str, rows: list[int], hidden: torch.Tensor
-) -> None:
-    """Write `hidden` [rows, positions, layers, d] at the offsets of the prompts `rows`."""
-    here = hidden.cpu()
-    for layer in range(here.shape[2]):
-        info = infos[f"{name}.{layer}"]
-        for row, values in zip(rows, here[:, :, layer].contiguous(), strict=True):
-            data = stored_bytes(values)
-            os.pwrite(descriptor, data, start + info.start + row * len(data))
+def record_streamed(
+    streamed: StreamedModel, sets: Mapping[str, Sequence[Sequence[int]]], positions: int, file: Path, inputs: Any
+) -> Recording:
+    """Store what `record` stores in `file`, in one pass over the weights of a model that is never whole in memory.
+
+    An interrupted call resumes at the block that it had come to.
+    """
+    check_lengths([ids for each in sets.values() for ids in each], positions)
+    layers = streamed.layer_count + 1
+    counts = {name: len(ids) for name, ids in sets.items()}
+    writing = _Writing(file, _layout(streamed.dtype, streamed.width, counts, positions, layers), inputs)
+    state = StreamState(file.with_name(f".{file.name.removeprefix('.')}.streams.partial"), inputs)
+    if not writing.journal.done:
+        state.close()
+
+    def take(layer: int, lanes: Mapping[str, list[Lane]]) -> None:
+        for name, each in lanes.items():
+            for lane in each:
+                here = lane.last(positions)
+                check_finite(layer, here)
+                writing.store(f"{name}.{layer}", lane.rows, here)
+        writing.journal.put({str(layer): 1})
+
+    with writing.opened():
+        Pass(streamed, {name: ids for name, ids in sets.items() if ids}, state=state, take=take).run(
+            "reading activations"
+        )
+    state.close()
+    return Recording(file)
+
+
+def copy_rows(source: Recording, rows: Mapping[str, Sequence[int]], file: Path) -> Recording:
+    """Make a recording in `file` of sets of prompts of another one.
+
+    Args:
+        source: a recording with the single set `PROMPTS`.
+        rows: by set of the new recording, the numbers of its prompts in the old one.
+    """
+    infos = source.tensors
+    layers = range(len(infos))
+    _, positions, width = infos[f"{PROMPTS}.0"].shape
+    dtype = DTYPES[infos[f"{PROMPTS}.0"].dtype]
+    counts = {name: len(numbers) for name, numbers in rows.items()}
+    writing = _Writing(file, _layout(dtype, width, counts, positions, len(layers)), "copy")
+    with writing.opened():
+        for layer in layers:
+            values = source.read(PROMPTS, layer)
+            for name, numbers in rows.items():
+                writing.store(f"{name}.{layer}", range(len(numbers)), values[list(numbers)])
+    return Recording(file)

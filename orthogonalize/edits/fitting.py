@@ -118,6 +118,13 @@ class FitTokens:
         kept = {name: tokens for name, (tokens, _, _) in self.kept.items()}
         return {**self._changed, HARMLESS: self.harmless.whole(), **kept}
 
+    def shares(self, weights: Weights) -> dict[str, float]:
+        """The weight of each set of `kept` in the regression."""
+        return {
+            name: (weights.preserve if preserved else 1.0) * (weights.first if first else 1.0)
+            for name, (_, preserved, first) in self.kept.items()
+        }
+
     @property
     def _changed(self) -> dict[str, TokenSet]:
         """The target's tokens; behind those of the examples, if there are any, both by place (`target@-1`)."""
@@ -188,17 +195,14 @@ def fit_conditional(
     """
     stream = Stream.of(model)
     reader = reader or WriteReader(model, tokens.sets)
-    shares = {
-        name: (weights.preserve if preserved else 1.0) * (weights.first if first else 1.0)
-        for name, (_, preserved, first) in tokens.kept.items()
-    }
-    groups = _groups(sites) if sequential else [list(sites)]
+    shares = tokens.shares(weights)
+    groups = site_groups(sites, sequential)
     fitted, left_alone = {}, 0
     previous: dict[WriteMatrix, ConditionalMap] = {}
     with track("fitting a conditional edit", len(sites), "write sites") as advance:
         for group in groups:
             regressions = [
-                _Regression(module, basis, stream, shares)
+                Regression(module, basis, stream, shares)
                 for site in group
                 if (basis := basis_at(stream_after(site))) is not None
                 for module in write_modules(stream, site).values()
@@ -215,14 +219,23 @@ def fit_conditional(
                     check()
                 fitted.update(previous)
             advance(len(group))
-    if not fitted:
+    return finished_fit(fitted, left_alone)
+
+
+def finished_fit(maps: Mapping[WriteMatrix, ConditionalMap], left_alone: int) -> ConditionalFit:
+    """The fit with these maps.
+
+    Raises:
+        OrthogonalizeError: there are none.
+    """
+    if not maps:
         why = (
             "every expert saw too few tokens; extract with more prompts (--train)"
             if left_alone
             else ("no layer of the scope has a direction")
         )
         raise OrthogonalizeError(f"there is nothing to fit: {why}")
-    return ConditionalFit(fitted, left_alone)
+    return ConditionalFit(dict(maps), left_alone)
 
 
 def sites_to_fit(choice: EditConfig, layer_count: int, ranking: Sequence[int] | None) -> list[Site]:
@@ -260,7 +273,10 @@ def weights_of(choice: EditConfig) -> Weights:
     return Weights(choice.target_weight, choice.preserve_weight, choice.first_weight, choice.ridge)
 
 
-def _groups(sites: Sequence[Site]) -> list[list[Site]]:
+def site_groups(sites: Sequence[Site], sequential: bool) -> list[list[Site]]:
+    """`sites` in the groups that are read together, in order."""
+    if not sequential:
+        return [list(sites)]
     layers = sorted({int(site.layer or 0) for site in sites})
     return [
         [site for site in sites if int(site.layer or 0) in layers[start : start + GROUP]]
@@ -286,7 +302,7 @@ class _Mean:
         return self._sum / self.count
 
 
-class _Regression:
+class Regression:
     """The regression of one write matrix, or of each of its experts."""
 
     def __init__(self, module: WriteModule, basis: torch.Tensor, stream: Stream, shares: Mapping[str, float]) -> None:

@@ -46,6 +46,31 @@ def last_tokens(hidden: torch.Tensor, lengths: torch.Tensor, count: int) -> torc
     return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], index]
 
 
+def check_lengths(ids: Sequence[Sequence[int]], positions: int) -> None:
+    """Check that every prompt has at least `positions` tokens.
+
+    Raises:
+        OrthogonalizeError: one is shorter.
+    """
+    short = min(len(row) for row in ids)
+    if short < positions:
+        raise OrthogonalizeError(f"a prompt has {short} tokens, fewer than the {positions} positions to read")
+
+
+def check_finite(layer: int, hidden: torch.Tensor) -> None:
+    """Check what enters block `layer`.
+
+    Raises:
+        OrthogonalizeError: a value is NaN or infinite.
+    """
+    if not torch.isfinite(hidden).all():
+        source = f"block {layer - 1}" if layer else "the embedding"
+        raise OrthogonalizeError(
+            f"the activations at the input of layer {layer} contain NaN or infinite values, which {source} puts out; "
+            "try --dtype float32, or check the checkpoint"
+        )
+
+
 @torch.inference_mode()
 def capture(
     model: Any, ids: Sequence[Sequence[int]], positions: int, progress: Progress | None = None
@@ -63,9 +88,7 @@ def capture(
     Raises:
         OrthogonalizeError: an activation is NaN or infinite, or a prompt has fewer tokens than `positions`.
     """
-    short = min(len(row) for row in ids)
-    if short < positions:
-        raise OrthogonalizeError(f"a prompt has {short} tokens, fewer than the {positions} positions to read")
+    check_lengths(ids, positions)
     decoder = Stream.of(model).decoder
     for group in batches(ids):
         padded, lengths = pad([ids[i] for i in group], model.device)
@@ -75,11 +98,7 @@ def capture(
             layer: int, hidden: torch.Tensor, lengths: torch.Tensor = lengths, taken: list[torch.Tensor] = taken
         ) -> None:
             here = last_tokens(hidden, lengths, positions)
-            if not torch.isfinite(here).all():
-                raise OrthogonalizeError(
-                    f"the activations at the input of layer {layer} contain NaN or infinite values; "
-                    "try --dtype float32, or check the checkpoint"
-                )
+            check_finite(layer, here)
             taken.append(here)
 
         with capturing_inputs(model, take):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.safetensors_file import DTYPES, TensorInfo
 from ..checkpoints.settings_files import check_tokenizer_files
 from ..core.errors import OrthogonalizeError, first_line, ran_out_of_memory
 
@@ -103,6 +104,32 @@ def load_model(
         raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
     _check_missing(folder, found["missing_keys"])
     return model.to(place).eval()
+
+
+def load_on_meta(folder: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> Any:
+    """The transformers model of a checkpoint without any values: all of its tensors are on the meta device.
+
+    Nothing is read but the configuration; `tensors` are those of the checkpoint.
+
+    Raises:
+        OrthogonalizeError: a tensor is missing or has the wrong shape, or transformers has no class for the model.
+    """
+    config = load_config(folder)
+    state = {
+        name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta")
+        for name, info in tensors.items()
+    }
+    try:
+        cls = model_class(folder)._model_mapping[type(config)]
+        if cls.config_class is config.sub_configs.get("text_config"):  # the text part of an image-text model
+            config = config.get_text_config()
+        model, found = cls.from_pretrained(
+            None, config=config, dtype=dtype, state_dict=state, device_map={"": "meta"}, output_loading_info=True
+        )
+    except Exception as error:  # the files may be anybody's
+        raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
+    _check_missing(folder, found["missing_keys"])
+    return model.eval()
 
 
 def check_complete(folder: Path) -> None:

@@ -69,19 +69,12 @@ class WriteReader:
         self.batches: list[_Batch] = []
         self.at = 0
         self.wrapped = False
-        together: dict[int, dict[str, TokenSet]] = {}
-        for name, each in sets.items():
-            together.setdefault(id(each.ids), {})[name] = each
-        for shared in together.values():
+        for shared in group_sets(sets):
             ids = next(iter(shared.values())).ids
             for group in batches(ids, tokens):
                 padded, _ = pad([ids[i] for i in group], model.device)
-                places = torch.arange(padded.shape[1])
-                counted = {}
-                for name, each in shared.items():
-                    starts, ends = (torch.tensor([of[i] for i in group])[:, None] for of in (each.starts, each.lasts))
-                    counted[name] = ((places >= starts) & (places < ends)).flatten().to(model.device)
-                self.batches.append(_Batch(padded, counted))
+                counted = counted_tokens(shared, group, padded.shape[1])
+                self.batches.append(_Batch(padded, {name: each.to(model.device) for name, each in counted.items()}))
 
     def copy(self) -> WriteReader:
         """A reader of the same tokens at the same layer; neither moves the other."""
@@ -134,46 +127,71 @@ class WriteReader:
             stack.enter_context(capturing_inputs(self.model, keep))
             stack.enter_context(stopping_before(self.model, last + 1))  # after `keep` has seen that block's input
             stack.enter_context(conditionally_edited(self.model, edits, renormalise=False))
-            watches = {matrix: self._watch(stack, batch, matrix, take) for matrix in matrices}
+            watches = {m: watch_counted(stack, self.stream, m, batch.counted, take) for m in matrices}
             stack.enter_context(watching(self.model, watches))
             self.stream.decoder(input_ids=batch.padded, use_cache=False)
 
     def _note(self, wrapped: bool) -> None:
         self.wrapped = wrapped
 
-    def _watch(self, stack: ExitStack, batch: _Batch, matrix: WriteMatrix, take: Take) -> Watch:
-        if not matrix.routed:
 
-            def dense(inputs: torch.Tensor, outputs: torch.Tensor, _expert: int | None) -> None:
-                for name, counted in batch.counted.items():
-                    x, y = (part.reshape(-1, part.shape[-1])[counted] for part in (inputs, outputs))
-                    take(name, matrix, None, x, y)
+def group_sets(sets: Mapping[str, TokenSet]) -> list[dict[str, TokenSet]]:
+    """The sets by what they are read with: those that hold the very same `ids` are read together."""
+    together: dict[int, dict[str, TokenSet]] = {}
+    for name, each in sets.items():
+        together.setdefault(id(each.ids), {})[name] = each
+    return list(together.values())
 
-            return dense
-        chosen: list[torch.Tensor] = []  # experts [tokens, per token], as the router has chosen them
 
-        def routing(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found = args[1] if len(args) > 1 else kwargs.get("top_k_index", kwargs.get("router_indices"))
-            chosen[:] = [] if found is None else [found]
+def counted_tokens(sets: Mapping[str, TokenSet], rows: Sequence[int], width: int) -> dict[str, torch.Tensor]:
+    """By set, whether each token of the sequences `rows`, padded to `width`, counts: [batch * tokens], bool."""
+    places = torch.arange(width)
+    counted = {}
+    for name, each in sets.items():
+        starts, ends = (torch.tensor([of[i] for i in rows])[:, None] for of in (each.starts, each.lasts))
+        counted[name] = ((places >= starts) & (places < ends)).flatten()
+    return counted
 
-        module = write_modules(self.stream, matrix.site)[matrix].module
-        stack.callback(module.register_forward_pre_hook(routing, with_kwargs=True).remove)
 
-        def expert(inputs: torch.Tensor, outputs: torch.Tensor, number: int | None) -> None:
-            if chosen:  # transformers computes an expert's tokens in this order
-                tokens = torch.eq(chosen[0].mT, number or 0).nonzero(as_tuple=True)[1]
-                own = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-            else:  # every expert sees all tokens, those that are not its own as zeros
-                tokens = torch.arange(batch.padded.numel(), device=inputs.device)
-                own = (inputs != 0).any(-1)
-            if len(tokens) != len(inputs):
-                raise OrthogonalizeError(
-                    f"{matrix} has {len(inputs)} tokens where its router chose {len(tokens)}; this version of "
-                    "transformers routes in another way than can be read, so use --components attn"
-                )
-            for name, counted in batch.counted.items():
-                here = counted[tokens] & own
-                if here.any():
-                    take(name, matrix, number, inputs[here], outputs[here])
+def watch_counted(
+    stack: ExitStack, stream: Stream, matrix: WriteMatrix, counted: Mapping[str, torch.Tensor], take: Take
+) -> Watch:
+    """A watch of `matrix` that calls `take` with the tokens of each set that count (see `counted_tokens`).
 
-        return expert
+    Hooks that it needs are removed when `stack` is closed.
+    """
+    if not matrix.routed:
+
+        def dense(inputs: torch.Tensor, outputs: torch.Tensor, _expert: int | None) -> None:
+            for name, here in counted.items():
+                x, y = (part.reshape(-1, part.shape[-1])[here] for part in (inputs, outputs))
+                take(name, matrix, None, x, y)
+
+        return dense
+    chosen: list[torch.Tensor] = []  # experts [tokens, per token], as the router has chosen them
+
+    def routing(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = args[1] if len(args) > 1 else kwargs.get("top_k_index", kwargs.get("router_indices"))
+        chosen[:] = [] if found is None else [found]
+
+    module = write_modules(stream, matrix.site)[matrix].module
+    stack.callback(module.register_forward_pre_hook(routing, with_kwargs=True).remove)
+
+    def expert(inputs: torch.Tensor, outputs: torch.Tensor, number: int | None) -> None:
+        if chosen:  # transformers computes an expert's tokens in this order
+            tokens = torch.eq(chosen[0].mT, number or 0).nonzero(as_tuple=True)[1]
+            own = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+        else:  # every expert sees all tokens, those that are not its own as zeros
+            tokens = torch.arange(len(next(iter(counted.values()))), device=inputs.device)
+            own = (inputs != 0).any(-1)
+        if len(tokens) != len(inputs):
+            raise OrthogonalizeError(
+                f"{matrix} has {len(inputs)} tokens where its router chose {len(tokens)}; this version of "
+                "transformers routes in another way than can be read, so use --components attn"
+            )
+        for name, of_set in counted.items():
+            here = of_set[tokens] & own
+            if here.any():
+                take(name, matrix, number, inputs[here], outputs[here])
+
+    return expert

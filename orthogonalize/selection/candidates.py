@@ -24,8 +24,8 @@ from ..core.progress import track
 from ..directions.direction_set import Directions
 from ..directions.finders.registry import FINDERS
 from ..models.stream import Stream
+from .readers.meters import Meter, ResidentMeter, ScoredMaps
 from .readouts import Readout
-from .scoring import LocalScorer, global_outputs, smoothed_kl
 
 MAX_KL = 0.1  # nats; eliroc98/refusal_direction
 MIN_INDUCE = 0.0  # log-odds
@@ -219,40 +219,31 @@ class _MemoryStore(dict[str, Any]):
         self.update(results)
 
 
-def _adds_mean_difference(finder: str, directions: Directions) -> bool:
+def adds_mean_difference(finder: str, directions: Directions) -> bool:
     """Whether adding the first direction of `finder` is the same as adding that of every other such finder."""
     return FINDERS[finder].adds_mean_difference and directions.leace_erases_mean_diffs
 
 
 @dataclass
-class _Scoring:
-    """The model, prompts and directions that are scored."""
+class DirectionScoring:
+    """Scores the directions of a run; `meter` measures, and `layer_norm` says whether the model has LayerNorms."""
 
-    model: Any
-    positive: Sequence[Sequence[int]]
-    negative: Sequence[Sequence[int]]
+    meter: Meter
     directions: Directions
-    readout: Readout
     everywhere: bool
-
-    def __post_init__(self) -> None:
-        self.on_positive = LocalScorer(self.model, self.positive, self.readout.layers)
-        self.on_negative = LocalScorer(self.model, self.negative, self.readout.layers)
-        self.centring = Stream.of(self.model).architecture.norms.kind == "layer"  # as `edit` does
-        width = self.directions.mean_diffs.shape[-1]
-        nothing = shift(torch.zeros(1, width))
-        self.base = self.on_negative.outputs(0, nothing, projected=False).probabilities[0]
+    layer_norm: bool
 
     def layer(self, finder: str, layer: int, induced: MutableMapping[tuple[int, int], float]) -> list[Candidate]:
         """Score `finder` at every position of `layer`; `induced` keeps the scores of added mean differences."""
         found = {p: self.directions.removal(finder, p, layer) for p in self.directions.positions}
-        maps = {p: centred_map(m) if self.centring else m for p, m in found.items() if m is not None}
+        maps = {
+            p: centred_map(m) if self.layer_norm else m for p, m in found.items() if m is not None
+        }  # as `edit` does
         if not maps:
             return []
         removals = stack_maps(list(maps.values()))
-        bypassed = self.readout.scores(self.on_positive.outputs(layer, removals, projected=True))
-        kept = self.on_negative.outputs(layer, removals, projected=True).probabilities
-        kl = smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
+        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, layer))
+        kl = self.meter.kl(ScoredMaps("negative", removals, layer))
         induce = self._induce(finder, layer, list(maps), induced)
         bypass_all, kl_all = self._everywhere(removals)
         result = []
@@ -263,7 +254,7 @@ class _Scoring:
                     position,
                     layer,
                     self.directions.layer_count,
-                    bypassed.mean(-1)[i].item(),
+                    bypassed[i].item(),
                     induce[i],
                     kl[i].item(),
                     maps[position].rank,
@@ -278,7 +269,7 @@ class _Scoring:
         self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
     ) -> list[float]:
         """The median over the multipliers of the mean score with the first direction added, per position."""
-        shared = _adds_mean_difference(finder, self.directions)  # which another finder may have scored
+        shared = adds_mean_difference(finder, self.directions)  # which another finder may have scored
         if shared and all((p, layer) in induced for p in positions):
             return [induced[p, layer] for p in positions]
         shifts = []
@@ -287,9 +278,8 @@ class _Scoring:
             assert basis is not None
             length = self.directions.mean_diff(position, layer).norm()
             shifts += [multiplier * length * basis[0] for multiplier in MULTIPLIERS]
-        shifted = self.on_negative.outputs(layer, shift(torch.stack(shifts)), projected=False)
-        means = self.readout.scores(shifted).mean(-1).reshape(len(positions), -1)
-        values = [median(row) for row in means.tolist()]
+        scores = self.meter.behaviour(ScoredMaps("negative", shift(torch.stack(shifts)), layer, projected=False))
+        values = [median(row) for row in scores.reshape(len(positions), -1).tolist()]
         if shared:
             induced.update({(p, layer): v for p, v in zip(positions, values, strict=True)})
         return values
@@ -297,11 +287,26 @@ class _Scoring:
     def _everywhere(self, removals: AffineMap) -> tuple[list[float], list[float]]:
         if not self.everywhere:
             return [], []
-        count = self.directions.layer_count
-        bypassed = global_outputs(self.model, self.positive, removals, count, self.readout.layers)
-        kept = global_outputs(self.model, self.negative, removals, count).probabilities
-        kl = smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
-        return self.readout.scores(bypassed).mean(-1).tolist(), kl.tolist()
+        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, None))
+        return bypassed.tolist(), self.meter.kl(ScoredMaps("negative", removals, None)).tolist()
+
+
+def score_key(finder: str, layer: int) -> str:
+    """The name of the scores of a finder at a layer in a `ScoreStore`."""
+    return f"candidates:{finder}:{layer}"
+
+
+def _resident(
+    model: Any,
+    positive: Sequence[Sequence[int]],
+    negative: Sequence[Sequence[int]],
+    directions: Directions,
+    readout: Readout,
+    everywhere: bool,
+) -> DirectionScoring:
+    meter = ResidentMeter(model, {"positive": positive, "negative": negative}, readout)
+    layer_norm = Stream.of(model).architecture.norms.kind == "layer"
+    return DirectionScoring(meter, directions, everywhere, layer_norm)
 
 
 def score_candidates(
@@ -322,19 +327,19 @@ def score_candidates(
         known: a store for the scores; those that it contains are not computed again.
     """
     kept = _MemoryStore() if known is None else known
-    scoring: _Scoring | None = None
+    scoring: DirectionScoring | None = None
     induced: dict[tuple[int, int], float] = {}
     result: list[Candidate] = []
     with track("scoring directions", directions.layer_count * len(finders), "layers") as advance:
         for layer in range(directions.layer_count):
             for finder in finders:
-                key = f"candidates:{finder}:{layer}"
+                key = score_key(finder, layer)
                 if key not in kept:
-                    scoring = scoring or _Scoring(model, positive, negative, directions, readout, everywhere)
+                    scoring = scoring or _resident(model, positive, negative, directions, readout, everywhere)
                     kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
                     check()
                 found = [Candidate.from_row(row) for row in kept[key]]
-                if _adds_mean_difference(finder, directions):
+                if adds_mean_difference(finder, directions):
                     induced.update({(c.position, c.layer): c.induce for c in found})
                 result += found
                 advance(1)

@@ -19,6 +19,7 @@ from ..directions.means import ARITHMETIC, find_mean
 from ..directions.orthogonal import HARMLESS_MEAN
 
 SCORINGS = ("local", "global")
+ENGINES = ("auto", "hf", "stream")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Settings:
 
     Attributes:
         finders: names of the direction finders.
+        engine: `hf` holds the whole model on one device, `stream` one block at a time; `auto` picks `hf` where the
+            model fits.
         device, dtype: where and how the model runs; None chooses the dtype by device.
         seed: of the split of the prompts and of the draws.
         seeds: how often the prompts are halved, to measure how stable the directions are; 1 measures nothing.
@@ -58,6 +61,7 @@ class Settings:
     """
 
     finders: Sequence[str] = DEFAULT_FINDERS
+    engine: str = "auto"
     device: str = "auto"
     dtype: torch.dtype | None = None
     seed: int = 0
@@ -105,6 +109,10 @@ class Settings:
         if set(self.finders) - set(FINDERS) or "dim" not in self.finders:
             others = " and ".join(name for name in FINDERS if name != "dim")
             raise OrthogonalizeError(f"--finders must name dim, and may add {others}; got {','.join(self.finders)}")
+        if self.engine not in ENGINES:
+            raise OrthogonalizeError(f"--engine must be one of {', '.join(ENGINES)}; got {self.engine}")
+        if self.engine == "stream" and self.trust_remote_code:
+            raise OrthogonalizeError("--engine stream runs transformers' own classes only, not --trust-remote-code")
         find_mean(self.mean)
         if self.orthogonal_to not in (None, HARMLESS_MEAN):
             raise OrthogonalizeError(f"--orthogonal-to must be {HARMLESS_MEAN}; got {self.orthogonal_to}")

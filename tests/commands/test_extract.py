@@ -62,7 +62,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def test_repeated_extraction_does_nothing_and_loads_no_model(copy, model, sources, ran, monkeypatch):
-    monkeypatch.setattr(extraction, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "orthogonalize.selection.readers.choose.load_model", lambda *_: pytest.fail("the model was loaded")
+    )
     before = files(copy)
     found = extract(str(model), copy, **sources, settings=SMALL)
     assert ran == []
@@ -146,7 +148,7 @@ extract(sys.argv[1], sys.argv[3], positive=sys.argv[2] + "/positive.txt", negati
 @pytest.mark.parametrize(
     ("module", "name", "calls", "done"),
     [
-        ("directions.activation_store", "_store", 2, ["prompts"]),
+        ("directions.activation_store", "_Writing.store", 10, ["prompts"]),
         ("selection.readouts", "behaviour_score", 8, ["prompts", "activations", "directions", "answers"]),
         (
             "selection.scoring",

@@ -27,6 +27,7 @@ from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.evals.measures.check import AnswerCheck
 from orthogonalize.reports.run_plots import plot_run, trial_figure
 from orthogonalize.selection.own_answers import ANSWER_TOKENS
+from orthogonalize.selection.readers import base as reading
 from orthogonalize.selection.resolve import choose
 from orthogonalize.selection.run_folder import Run, load_run, save_selection
 from orthogonalize.selection.search.objectives import Trial
@@ -139,21 +140,21 @@ class AllRefuse(AnswerCheck):
 
 def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources, tmp_path, monkeypatch):
     """With fewer than 100 tokens refusals are undercounted, for the base as well as for the edits."""
-    lengths, real = [], extraction.generate
+    lengths, real = [], reading.generate
 
     def noting(model, ids, tokens, stops, **others):
         lengths.append(tokens)
         return real(model, ids, min(tokens, 3), stops, **others)
 
-    monkeypatch.setattr(extraction, "generate", noting)
+    monkeypatch.setattr(reading, "generate", noting)
     monkeypatch.setattr(extraction, "AnswerCheck", AllRefuse)
     settings = dataclasses.replace(SMALL, trials=2, finders=("dim",))
     found = extract(str(model), tmp_path / "run", **sources, settings=settings)
-    *own, base, first, second = lengths
-    confirming = [base, first, second]
+    own, confirming, others = lengths[:3], lengths[3:6], lengths[6:]
     assert own == [ANSWER_START, ANSWER_TOKENS, ANSWER_TOKENS], "to fit to, on both sides, and to measure along"
     assert len(confirming) == 3, "the base's answers, and those of both edits"
-    assert min(confirming) >= max(LEAST_TOKENS, 100)
+    assert len(others) == 2, "the wording of both sides, since no edit is chosen"
+    assert min(confirming + others) >= max(LEAST_TOKENS, 100)
     assert [t.confirmed for t in found.trials] == [1.0, 1.0]
 
 

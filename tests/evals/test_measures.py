@@ -136,6 +136,7 @@ class Imagined:
     said: dict[str, str] = field(default_factory=lambda: {"positive": "Yes.", "negative": "Yes."})
     given_tokens: list[int] = field(default_factory=list)
     structural_tokens: list[int] = field(default_factory=list)
+    generates: bool = True
 
     @property
     def prompts(self):

@@ -126,7 +126,7 @@ def test_only_edits_that_can_be_written_are_tried(model, sources, tmp_path):
     assert {"ablate", "conditional"} <= {trial.choice.method for trial in found.trials}
     plain = [trial.choice for trial in found.trials if trial.choice.method != "conditional"]
     assert not [choice for choice in plain if choice.scope.startswith("from:")]
-    edit(str(model), tmp_path / "edited", run=tmp_path / "run")
+    edit(str(model), tmp_path / "edited", run=tmp_path / "run", pick=1)
     with pytest.raises(OrthogonalizeError, match="LayerNorm with a bias"):
         edit(str(model), tmp_path / "read", run=tmp_path / "run", method="ablate", scope="from:2")
 

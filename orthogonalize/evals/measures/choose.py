@@ -81,11 +81,12 @@ def separations(evidence: Evidence, opening: Opening, journal: Journal) -> Itera
         yield FIRST_TOKEN, _of_pass(evidence, MEASURES[FIRST_TOKEN]).info.separation
     except OrthogonalizeError:  # the answers to both sides begin alike
         yield FIRST_TOKEN, 0.0
-    wording = MEASURES["wording"]
-    assert isinstance(wording, AnswerMeasure)
-    shows = wording.open(opening)
-    sample = [evidence.rows(side, "train")[:SAMPLE] for side in ("positive", "negative")]
-    yield "wording", separation(*(shows(evidence.answers(rows), journal) for rows in sample))
+    if evidence.generates:
+        wording = MEASURES["wording"]
+        assert isinstance(wording, AnswerMeasure)
+        shows = wording.open(opening)
+        sample = [evidence.rows(side, "train")[:SAMPLE] for side in ("positive", "negative")]
+        yield "wording", separation(*(shows(evidence.answers(rows), journal) for rows in sample))
     yield DIRECTION, _held_out_separation(evidence)
 
 

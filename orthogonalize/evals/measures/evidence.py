@@ -12,15 +12,12 @@ from ...core.errors import OrthogonalizeError
 from ...core.journal import Journal
 from ...core.progress import track
 from ...data.chat import ChatFormat
-from ...data.prompts import Prompt, Side, Split
+from ...data.prompts import PreservedPrompt, Prompt, Side, Split
 from ...data.refusals import LEAST_TOKENS
 from ...data.thoughts import answer_texts, opener_tokens, special_tokens
 from ...data.tokenization import encode_rendered
-from ...models.activations import mean_activations
-from ...models.generation import generate, stop_tokens
-from ...models.stream import Stream
+from ...selection.readers.base import Reader
 from ...selection.readouts import Outputs, read_layers
-from ...selection.scoring import read_outputs
 
 THOUGHTFUL = 0.1  # probability that answers to one side begin with a thought, from which the user is told
 
@@ -28,21 +25,23 @@ THOUGHTFUL = 0.1  # probability that answers to one side begin with a thought, f
 class Evidence:
     """The train and val prompts of a run (spare ones included), and what the unedited model does with them.
 
-    Nothing is computed before it is asked for.
+    Nothing is computed before it is asked for. The answers to `preserved` prompts will be asked of the reader later.
     """
 
     def __init__(
         self,
-        model: Any,
+        reader: Reader,
         tokenizer: Any,
         chat: ChatFormat,
         prompts: Sequence[Prompt],
         journal: Journal,
         given: Sequence[int | str] = (),
+        preserved: Sequence[PreservedPrompt] = (),
     ) -> None:
-        self.model, self.tokenizer, self.prompts, self.journal = model, tokenizer, prompts, journal
+        self.reader, self.tokenizer, self.prompts, self.journal = reader, tokenizer, prompts, journal
         self.ids = chat.encode_all([p.text for p in prompts])
-        self.given_tokens = [_token(model, tokenizer, each) for each in given]
+        self.later = chat.encode_all([p.text for p in preserved if p.split != "test"])
+        self.given_tokens = [_token(reader.vocabulary, tokenizer, each) for each in given]
 
     def rows(self, side: Side, split: Split | None = None) -> list[int]:
         """The places of a side's prompts: those of one split, or of train and val."""
@@ -62,29 +61,32 @@ class Evidence:
         Raises:
             OrthogonalizeError: they contain NaN or infinite values.
         """
-        return self._read(())
+        return self.reader.outputs(self.ids, later=self.later)
 
     @cached_property
     def streams(self) -> dict[int, torch.Tensor]:
         """The streams [prompts, d] at the last token of every prompt, by the layers at which a direction is read."""
-        return dict(self._read(read_layers(Stream.of(self.model).layer_count)).streams)
+        return dict(self.reader.outputs(self.ids, read_layers(self.reader.layer_count), self.later).streams)
 
-    def _read(self, layers: Sequence[int]) -> Outputs:
-        with track("scoring prompts", len(self.ids), "prompts") as advance:
-            found = read_outputs(self.model, self.ids, layers)
-            advance(len(self.ids))
-        if not torch.isfinite(found.probabilities).all():
-            mean_activations(self.model, self.ids, 1)  # its error names the layer, if a layer is the cause
-            raise OrthogonalizeError("the model's outputs contain NaN or infinite values; the checkpoint is damaged")
-        return found
+    @property
+    def generates(self) -> bool:
+        """Whether there are whole answers."""
+        return self.reader.generates
 
     def answers(self, rows: Sequence[int]) -> list[tuple[str, str]]:
-        """The prompts in `rows` with the model's greedy answers, without their thoughts."""
+        """The prompts in `rows` with the model's greedy answers, without their thoughts.
+
+        Raises:
+            OrthogonalizeError: the model is streamed, and generates none.
+        """
+        if not self.generates:
+            raise OrthogonalizeError(
+                f"--engine {self.reader.name} generates no answers; use --measure first-token, or --engine hf"
+            )
         missing = [i for i in rows if f"answer:{i}" not in self.journal]
         if missing:
-            stops = stop_tokens(self.model, self.tokenizer)
             with track("answering", len(missing), "prompts") as advance:
-                found = generate(self.model, [self.ids[i] for i in missing], LEAST_TOKENS, stops, progress=advance)
+                found = self.reader.answers([self.ids[i] for i in missing], LEAST_TOKENS, advance)
             texts = answer_texts(self.tokenizer, found)
             self.journal.put({f"answer:{i}": text for i, text in zip(missing, texts, strict=True)})
         return [(self.prompts[i].text, self.journal[f"answer:{i}"]) for i in rows]
@@ -102,9 +104,9 @@ class Evidence:
         )
 
 
-def _token(model: Any, tokenizer: Any, token: int | str) -> int:
+def _token(vocabulary: int, tokenizer: Any, token: int | str) -> int:
     if isinstance(token, int):
-        if not 0 <= token < model.config.vocab_size:
+        if not 0 <= token < vocabulary:
             raise OrthogonalizeError(f"behaviour token {token} is not in the model's vocabulary")
         return token
     [ids] = encode_rendered(tokenizer, [token])

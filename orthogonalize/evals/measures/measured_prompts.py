@@ -11,9 +11,10 @@ from ...core.errors import OrthogonalizeError
 from ...core.journal import Journal
 from ...core.progress import note
 from ...data.chat import ChatFormat
-from ...data.prompts import Prompt
+from ...data.prompts import PreservedPrompt, Prompt
 from ...data.refusals import PREFIXES
 from ...selection.behaviour import FIRST_TOKEN
+from ...selection.readers.base import Reader
 from ...selection.settings import Settings
 from .base import SEPARATES, Opening
 from .choose import FittedMeasure, fit_measure, separations
@@ -39,18 +40,25 @@ def read_phrases(file: Path | str | None) -> list[str]:
 
 
 def measure_prompts(
-    model: Any, tokenizer: Any, chat: ChatFormat, prompts: Sequence[Prompt], settings: Settings, journal: Journal
+    reader: Reader,
+    tokenizer: Any,
+    chat: ChatFormat,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    journal: Journal,
+    preserved: Sequence[PreservedPrompt] = (),
 ) -> tuple[FittedMeasure, list[Prompt]]:
     """The measure of a run, and its prompts with their scores and whether they show the behaviour.
 
-    Test prompts are not measured. Answers and judgements are kept in `journal`.
+    Test prompts are not measured. Answers and judgements are kept in `journal`; those to `preserved` will be asked of
+    the reader later.
 
     Raises:
         OrthogonalizeError: as `fit_measure`.
     """
     used = [i for i, p in enumerate(prompts) if p.split != "test"]
     given = settings.behaviour_tokens or ()
-    evidence = Evidence(model, tokenizer, chat, [prompts[i] for i in used], journal, given)
+    evidence = Evidence(reader, tokenizer, chat, [prompts[i] for i in used], journal, given, preserved)
     name = "wording" if settings.wording is not None else settings.measure
     found = fit_measure(name, evidence, Opening("", read_phrases(settings.wording), settings.device), journal)
     measured = list(prompts)
@@ -77,7 +85,7 @@ def describe(found: FittedMeasure, words: Sequence[str], hint: str = "") -> str:
 
 
 def other_measures(
-    model: Any,
+    reader: Reader,
     tokenizer: Any,
     chat: ChatFormat,
     prompts: Sequence[Prompt],
@@ -89,7 +97,7 @@ def other_measures(
 
     First tokens are learnt for this, whatever tokens were given.
     """
-    evidence = Evidence(model, tokenizer, chat, [p for p in prompts if p.split != "test"], journal)
+    evidence = Evidence(reader, tokenizer, chat, [p for p in prompts if p.split != "test"], journal)
     opening = Opening("", read_phrases(None), settings.device)
     learnt = but == FIRST_TOKEN and not settings.behaviour_tokens
     found = {

@@ -1,0 +1,200 @@
+"""Fit conditional maps in one pass over the weights of a model that is never whole in memory.
+
+A layer's maps are solved as soon as its tokens have passed it. Where layers are fitted in groups, each behind the edits
+of those before it, two streams go through a group: one without the group's own edits, which is read, and one with them,
+which is where the next group begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+
+import torch
+
+from ..core.interrupts import check
+from ..core.interventions import ConditionalMap, Site, WriteMatrix
+from ..core.progress import track
+from ..directions.conditional import Weights
+from ..models.streaming.lanes import Lane, StreamedModel
+from ..models.streaming.state import StreamState
+from ..models.write_matrices import conditionally_edited, watching, write_modules
+from ..models.write_reading import counted_tokens, group_sets, watch_counted
+from .fitting import ConditionalFit, FitTokens, Regression, finished_fit, site_groups
+from .scopes import stream_after
+
+
+@dataclass(frozen=True)
+class FitJob:
+    """One conditional edit to fit; see `fit_conditional` for its attributes."""
+
+    basis_at: Callable[[int], torch.Tensor | None]
+    sites: Sequence[Site]
+    weights: Weights
+    sequential: bool = True
+
+
+@dataclass
+class _Fit:
+    """A fit under way.
+
+    `groups` are those that are not done, as layers. `read` are its lanes without the edits of the first of them, and
+    `edited` those with them; None while they are the base's, or the same.
+    """
+
+    job: FitJob
+    groups: list[list[int]]
+    read: list[Lane] | None = None
+    edited: list[Lane] | None = None
+    maps: dict[WriteMatrix, ConditionalMap] = field(default_factory=dict)
+    left_alone: int = 0
+
+
+def fit_streamed(
+    streamed: StreamedModel, tokens: FitTokens, jobs: Mapping[str, FitJob], state: StreamState | None = None
+) -> dict[str, ConditionalFit]:
+    """Fit several conditional edits, by name, in one pass.
+
+    Args:
+        tokens: what they are fitted to.
+        state: where the pass is kept between interruptions; to be closed when the fits are safe.
+
+    Raises:
+        OrthogonalizeError: a set is empty, or a system cannot be solved.
+    """
+    fits = {name: _started(job) for name, job in jobs.items()}
+    one_pass = _FitPass(streamed, tokens, fits, state)
+    one_pass.run()
+    return {name: finished_fit(fit.maps, fit.left_alone) for name, fit in fits.items()}
+
+
+def _started(job: FitJob) -> _Fit:
+    groups = site_groups(job.sites, job.sequential)
+    return _Fit(job, [sorted({int(site.layer or 0) for site in group}) for group in groups])
+
+
+class _FitPass:
+    def __init__(
+        self, streamed: StreamedModel, tokens: FitTokens, fits: dict[str, _Fit], state: StreamState | None
+    ) -> None:
+        self.streamed, self.tokens, self.fits, self.state = streamed, tokens, fits, state
+        self.lanes: list[Lane] = []
+        self.counted: list[dict[str, torch.Tensor]] = []  # by lane
+        for shared in group_sets(tokens.sets):
+            for lane in streamed.enter(next(iter(shared.values())).ids):
+                self.lanes.append(lane)
+                counted = counted_tokens(shared, lane.rows, lane.hidden.shape[1])
+                self.counted.append({name: each.to(streamed.device) for name, each in counted.items()})
+
+    def run(self) -> None:
+        count = self.streamed.layer_count
+        first = self._restore()
+        with (
+            track("fitting conditional edits", count, "blocks") as advance,
+            closing(self.streamed.blocks(first)) as blocks,
+        ):
+            advance(first)
+            for layer in blocks:
+                for fit in self.fits.values():
+                    self._pass(fit, layer)
+                for lane in self.lanes:
+                    self.streamed.advance(layer, lane)
+                if not any(fit.groups for fit in self.fits.values()):
+                    break
+                if self.state is not None:
+                    self.state.passed(layer + 1, self.streamed.parts.block_bytes(layer), self._streams())
+                check()
+                advance(1)
+
+    def _pass(self, fit: _Fit, layer: int) -> None:
+        """Take the lanes of a fit through block `layer`, and fit what writes there."""
+        if not fit.groups or (fit.read is None and layer < fit.groups[0][0]):
+            return
+        group = fit.groups[0]
+        if fit.read is None:
+            fit.read = [lane.fork() for lane in self.lanes]
+        before = [lane.fork() for lane in fit.read]
+        maps = self._fit_layer(fit, layer) if layer in group else self._advance(fit.read, layer, {})
+        fit.maps |= maps
+        if fit.edited is not None or maps:
+            fit.edited = before if fit.edited is None else fit.edited
+            self._advance(fit.edited, layer, maps)
+        if layer == group[-1]:
+            fit.groups = fit.groups[1:]
+            fit.read, fit.edited = (fit.edited or fit.read) if fit.groups else None, None
+
+    def _advance(
+        self, lanes: Sequence[Lane], layer: int, maps: dict[WriteMatrix, ConditionalMap]
+    ) -> dict[WriteMatrix, ConditionalMap]:
+        """Take lanes through block `layer` with `maps`, and return these."""
+        with torch.inference_mode(), conditionally_edited(self.streamed.model, maps, renormalise=False):
+            for lane in lanes:
+                self.streamed.advance(layer, lane)
+        return maps
+
+    def _fit_layer(self, fit: _Fit, layer: int) -> dict[WriteMatrix, ConditionalMap]:
+        """Read block `layer`, and return the maps of what writes there."""
+        stream = self.streamed.stream
+        shares = self.tokens.shares(fit.job.weights)
+        regressions = {
+            module.matrix: Regression(module, basis, stream, shares)
+            for site in fit.job.sites
+            if site.layer == layer and (basis := fit.job.basis_at(stream_after(site))) is not None
+            for module in write_modules(stream, site).values()
+        }
+        assert fit.read is not None
+        for lane, counted in zip(fit.read, self.counted, strict=True):
+            with ExitStack() as stack, torch.inference_mode():
+                watches = {
+                    matrix: watch_counted(
+                        stack, stream, matrix, counted, lambda name, m, *rest: regressions[m].take(name, *rest)
+                    )
+                    for matrix in regressions
+                }
+                stack.enter_context(watching(self.streamed.model, watches))
+                self.streamed.advance(layer, lane)
+        maps = {}
+        for matrix, regression in regressions.items():
+            found, alone = regression.solve(fit.job.weights)
+            fit.left_alone += alone
+            if found is not None:
+                maps[matrix] = found
+        return maps
+
+    # interruptions
+
+    def _streams(self) -> dict[str, torch.Tensor]:
+        """Everything that an interrupted pass needs to resume, by name."""
+        found = {f"base/{number}": lane.hidden for number, lane in enumerate(self.lanes)}
+        for name, fit in self.fits.items():
+            for kind in ("read", "edited"):
+                for number, lane in enumerate(getattr(fit, kind) or ()):
+                    found[f"{name}/{kind}/{number}"] = lane.hidden
+            found[f"{name}/left_alone"] = torch.tensor(fit.left_alone)
+            for matrix, each in fit.maps.items():
+                found |= {f"{name}/r/{matrix}": each.r, f"{name}/c/{matrix}": each.c}
+        return found
+
+    def _restore(self) -> int:
+        """Go to the layer that an interrupted pass had come to, and return it."""
+        if self.state is None or not self.state.layer:
+            return 0
+        stored, layer = self.state.load(), self.state.layer
+        bases = [lane.fork() for lane in self.lanes]
+        for number, lane in enumerate(self.lanes):
+            lane.hidden = stored[f"base/{number}"].to(lane.hidden.device)
+        for name, fit in self.fits.items():
+            fit.groups = [group for group in fit.groups if group[-1] >= layer]
+            for kind in ("read", "edited"):
+                if f"{name}/{kind}/0" in stored:
+                    lanes = [lane.fork() for lane in bases]
+                    for number, lane in enumerate(lanes):
+                        lane.hidden = stored[f"{name}/{kind}/{number}"].to(lane.hidden.device)
+                    setattr(fit, kind, lanes)
+            fit.left_alone = int(stored[f"{name}/left_alone"])
+            prefix = f"{name}/r/"
+            for key in (key for key in stored if key.startswith(prefix)):
+                matrix = key.removeprefix(prefix)
+                fit.maps[WriteMatrix.parse(matrix)] = ConditionalMap(stored[key], stored[f"{name}/c/{matrix}"])
+        return layer

@@ -1,0 +1,72 @@
+"""The streams of an interrupted pass on disk, so that it resumes at the block that it had come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ...checkpoints.safetensors_file import open_tensor_file
+from ...core.errors import OrthogonalizeError
+from ...core.files import fingerprint, new_partial_file
+
+WRITTEN = 0.25  # bytes written per byte of weights read, at most
+
+
+class StreamState:
+    """A file with the stream of every lane at the input of one block.
+
+    Args:
+        file: where it lies.
+        inputs: everything that the streams depend on; a file made from other inputs is removed.
+    """
+
+    def __init__(self, file: Path, inputs: Any) -> None:
+        self.file, self._inputs = file, fingerprint(inputs)
+        self._unread = 0.0  # bytes of weights since the last writing
+        self.layer = self._stored_layer()
+
+    def _stored_layer(self) -> int:
+        """The layer that the file has come to; 0 without a usable file."""
+        if self.file.is_symlink() or not self.file.is_file():
+            return 0
+        try:
+            metadata = open_tensor_file(self.file).metadata
+        except OrthogonalizeError:
+            metadata = {}
+        if metadata.get("inputs") == self._inputs:
+            return int(metadata["layer"])
+        self.file.unlink()
+        return 0
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """The stored streams by name."""
+        stored = open_tensor_file(self.file)
+        return {name: stored.read(name) for name in stored.tensors}
+
+    def passed(self, layer: int, weights: int, streams: Mapping[str, torch.Tensor]) -> None:
+        """Note that the streams stand at the input of block `layer`, and write them if enough weights were read.
+
+        `weights`: bytes of the block behind them.
+        """
+        self._unread += weights
+        size = sum(each.numel() * each.element_size() for each in streams.values())
+        if size > WRITTEN * self._unread:
+            return
+        self._unread = 0.0
+        with new_partial_file(self.file) as (partial, _):
+            save_file(
+                {name: each.cpu().contiguous() for name, each in streams.items()},
+                partial,
+                {"inputs": self._inputs, "layer": str(layer)},
+            )
+            partial.replace(self.file)
+        self.layer = layer
+
+    def close(self) -> None:
+        """Remove the file: the results of the pass are safe, or not to be trusted."""
+        self.file.unlink(missing_ok=True)
+        self.layer = 0

@@ -1,0 +1,243 @@
+"""The weights of a model that is never whole in memory: a transformers model whose parts are read when they are needed.
+
+The model is built on the meta device, where tensors have shapes but no values. A part (a block, the embedding, the
+head) gets its values through transformers' own loader, which knows how a checkpoint's tensors become a module's
+parameters, and loses them again when it is released.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...architectures.schema import architecture_of
+from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ...checkpoints.safetensors_file import DTYPES, TensorFile, TensorInfo
+from ...core.errors import OrthogonalizeError
+from ..loading import choose_device, choose_dtype, load_on_meta
+from ..sites import Sites
+from ..stream import Stream
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a checkpoint that is read when transformers' loader, in one of its threads, asks for its values."""
+
+    file: TensorFile
+    name: str
+
+    def __getitem__(self, _whole: Any) -> torch.Tensor:
+        return self.file.read(self.name)
+
+
+class PartialModel:
+    """A transformers model of which only the norms, the buffers and the parts in use have values.
+
+    Attributes:
+        model: the model, in evaluation mode.
+        stream: where its residual stream passes.
+        device, dtype: of the values.
+    """
+
+    def __init__(self, folder: Path, device: str = "auto", dtype: torch.dtype | None = None) -> None:
+        """
+        Raises:
+            OrthogonalizeError: the checkpoint is incomplete or quantized, or transformers cannot load it.
+        """
+        self.checkpoint: Checkpoint = open_checkpoint(folder)
+        config = self.checkpoint.config
+        if "quantization_config" in config:
+            raise OrthogonalizeError(
+                f"{folder} is quantized, and its blocks cannot be loaded one at a time; use --engine hf"
+            )
+        self.device = choose_device(device)
+        self.dtype = dtype or choose_dtype(self.device, config.get("dtype") or config.get("torch_dtype"))
+        self.model = load_on_meta(folder, self.checkpoint.tensors, self.dtype)
+        self.stream = Stream.of(self.model)
+        self._sites = Sites(architecture_of(config), config, self.checkpoint.tensors)
+        self._empty: dict[str, torch.Tensor] = dict(self.model.state_dict(keep_vars=True))
+        _compute_buffers(self.model, self.device)
+        self._fill(self._always)
+
+    # parts of the checkpoint
+
+    @cached_property
+    def _in_blocks(self) -> dict[int, list[str]]:
+        """The names of the tensors of each block."""
+        layers = range(self.stream.layer_count)
+        prefixes = {self._sites.in_layer("", layer).removesuffix("."): layer for layer in layers}
+        depth = next(iter(prefixes)).count(".") + 1
+        found: dict[int, list[str]] = {layer: [] for layer in layers}
+        for name in self.checkpoint.tensors:
+            layer = prefixes.get(".".join(name.split(".")[:depth]))
+            if layer is not None:
+                found[layer].append(name)
+        return found
+
+    @property
+    def _token_embedding(self) -> str:
+        weight = next(each.weight for each in self._sites.architecture.embed.values() if each.tied)
+        return self._sites.decoder + weight
+
+    @cached_property
+    def _head(self) -> list[str]:
+        """The names of the head's tensors; none if it is tied."""
+        stem = self._sites.head.removesuffix("weight")
+        return [name for name in self.checkpoint.tensors if name.startswith(stem)]
+
+    @property
+    def _always(self) -> list[str]:
+        """The names of what is small and used outside blocks: norms, positions, projections."""
+        decoder, first_block = self._sites.decoder, self._sites.in_layer("", 0)
+        blocks = first_block[: first_block.index("0", len(decoder))]
+        apart = {self._token_embedding, *self._head}
+        return [
+            n for n in self.checkpoint.tensors if n.startswith(decoder) and not n.startswith(blocks) and n not in apart
+        ]
+
+    # values
+
+    @torch.no_grad()
+    def _fill(self, names: Sequence[str]) -> None:
+        """Give values to what the checkpoint's tensors `names` become."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        loading = LoadStateDictConfig(
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            weight_mapping=get_model_conversion_mapping(self.model, None, None),
+            device_map={"": self.device},
+        )
+        older = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters  # transformers < 5.10
+        stored = {name: _Stored(self.checkpoint.file_of(name), name) for name in names}
+        with _no_progress_bar():
+            convert_and_load_state_dict_in_model(self.model, stored, loading, **({"tp_plan": None} if older else {}))
+
+    def _check_filled(self, name: str) -> None:
+        missing = [key for key, value in self._values_of(name) if value.is_meta]
+        if missing:
+            raise OrthogonalizeError(
+                f"{self.checkpoint.path} has no values for {missing[0]}; download or write it again"
+            )
+
+    def _values_of(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """The stored tensors of module `name`, by their name in the model."""
+        module = self.model.get_submodule(name)
+        for key, value in module.state_dict(keep_vars=True).items():
+            yield f"{name}.{key}", value
+
+    def _release(self, name: str) -> None:
+        """Take the values of module `name` away again."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # kernels that still read them
+        for key, _ in list(self._values_of(name)):
+            parent, _, last = key.rpartition(".")
+            setattr(self.model.get_submodule(parent), last, self._empty[key])
+
+    def _name_of(self, module: nn.Module) -> str:
+        names: dict[nn.Module, str] = {each: name for name, each in self.model.named_modules()}
+        return names[module]
+
+    def _fill_block(self, layer: int) -> None:
+        self._fill(self._in_blocks[layer])
+        self._check_filled(self.stream.block_name(layer))
+
+    def block_bytes(self, layer: int) -> int:
+        """The size of a block's values in memory."""
+        return sum(value.numel() * value.element_size() for _, value in self._values_of(self.stream.block_name(layer)))
+
+    # parts in use
+
+    @contextmanager
+    def block(self, layer: int) -> Iterator[None]:
+        """Hold block `layer` in this context."""
+        self._fill_block(layer)
+        try:
+            yield
+        finally:
+            self._release(self.stream.block_name(layer))
+
+    def blocks(self, first: int = 0) -> Generator[int]:
+        """The layers from `first` on, each while its block is held; the next one is read meanwhile."""
+        with ThreadPoolExecutor(1) as reader:
+            coming: Future[None] = (
+                reader.submit(self._fill_block, first) if first < self.stream.layer_count else Future()
+            )
+            try:
+                for layer in range(first, self.stream.layer_count):
+                    coming.result()
+                    if layer + 1 < self.stream.layer_count:
+                        coming = reader.submit(self._fill_block, layer + 1)
+                    yield layer
+                    self._release(self.stream.block_name(layer))
+            finally:
+                reader.shutdown(cancel_futures=True)
+                for layer in range(first, self.stream.layer_count):
+                    self._release(self.stream.block_name(layer))
+
+    @contextmanager
+    def embedding(self) -> Iterator[None]:
+        """Hold the token embedding in this context."""
+        name = self._name_of(self.model.get_input_embeddings())
+        self._fill([self._token_embedding])
+        self._check_filled(name)
+        try:
+            yield
+        finally:
+            self._release(name)
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Hold the output head in this context."""
+        module = self.model.get_output_embeddings()
+        name = self._name_of(module)
+        self._fill(self._head or [self._token_embedding])
+        embedding = self.model.get_input_embeddings()
+        if not self._head:
+            module.weight = embedding.weight
+            self._release(self._name_of(embedding))
+        self._check_filled(name)
+        try:
+            yield
+        finally:
+            self._release(name)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Let transformers show no progress in this context, which would be a line per block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Give their values to the buffers that no checkpoint holds, such as rotary frequencies."""
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, torch.empty_like(buffer, device=device))
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()  # parameters are on the meta device, where this does nothing
+
+
+def weight_bytes(tensors: Sequence[TensorInfo], dtype: torch.dtype) -> int:
+    """The size of `tensors` in memory when computed in `dtype`."""
+    return sum(info.size // DTYPES[info.dtype].itemsize * dtype.itemsize for info in tensors)

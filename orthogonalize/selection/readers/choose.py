@@ -1,0 +1,49 @@
+"""Choose how `extract` holds the model: whole, or streamed block by block."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...core.memory import available_memory
+from ...core.progress import note
+from ...models.loading import choose_device, choose_dtype, load_model
+from ...models.streaming.weights import weight_bytes
+from ..settings import Settings
+from ..source import RunSource
+from .base import Reader, ResidentReader
+from .streamed import StreamedReader
+
+FILLED = 0.85  # of the free memory that the weights of a resident model may take; the rest is for what it computes
+
+
+def choose_engine(source: RunSource, settings: Settings) -> tuple[str, str]:
+    """The engine to use (`hf` or `stream`), and why."""
+    if settings.engine != "auto":
+        return settings.engine, "as asked"
+    config = source.checkpoint.config
+    if "quantization_config" in config or (config.get("auto_map") and settings.trust_remote_code):
+        return "hf", "since only that runs quantized models and code from the model's repository"
+    device = choose_device(settings.device)
+    dtype = settings.dtype or choose_dtype(device, config.get("dtype") or config.get("torch_dtype"))
+    needed = weight_bytes(list(source.checkpoint.tensors.values()), dtype)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    sizes = f"{needed / 1e9:.1f} GB of weights in {str(dtype).removeprefix('torch.')}, {free / 1e9:.1f} GB free"
+    if needed <= FILLED * free:
+        return "hf", f"since the model fits into the memory of {device} ({sizes})"
+    return "stream", f"since the model does not fit into the memory of {device} ({sizes})"
+
+
+def open_reader(
+    engine: str, source: RunSource, settings: Settings, tokenizer: Any, places: tuple[int, int], out: Path, weights: Any
+) -> Reader:
+    """The reader that uses `engine`; `places` are the numbers of positions and of streams to store."""
+    positions, layers = places
+    if engine == "stream":
+        note("streaming the model: nothing is generated, so its own answers are cut to their first token")
+        return StreamedReader(source.checkpoint, weights, settings.device, settings.dtype, tokenizer, positions, out)
+    load = partial(load_model, source.folder, settings.device, settings.dtype, settings.trust_remote_code)
+    return ResidentReader(load, tokenizer, positions, layers, out, source.checkpoint, weights)

@@ -1,0 +1,68 @@
+"""Measure maps on val prompts, for the scores of single directions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from ...core.interventions import AffineMap, shift
+from ...data.prompts import Side
+from ...models.stream import Stream
+from ..readouts import Outputs, Readout
+from ..scoring import LocalScorer, global_outputs, smoothed_kl
+
+
+@dataclass(frozen=True)
+class ScoredMaps:
+    """A batch of maps whose effect on val prompts is to be measured.
+
+    Attributes:
+        side: whose prompts.
+        maps: see `AffineMap`; with a batch dimension.
+        layer: where they act; None at every write of the model.
+        projected: whether they act on the block's input and both its outputs, otherwise only on its input.
+    """
+
+    side: Side
+    maps: AffineMap
+    layer: int | None
+    projected: bool = True
+
+
+class Meter(Protocol):
+    """Measures maps on val prompts; each result is a mean over the prompts, by map."""
+
+    def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
+        """Behaviour scores, in log-odds."""
+        ...
+
+    def kl(self, edits: ScoredMaps) -> torch.Tensor:
+        """`smoothed_kl` of the first token from the base's, in nats."""
+        ...
+
+
+class ResidentMeter:
+    """Measures with a model that is whole in memory."""
+
+    def __init__(self, model: Any, prompts: Mapping[Side, Sequence[Sequence[int]]], readout: Readout) -> None:
+        self.model, self.prompts, self.readout = model, prompts, readout
+        self.layer_count = Stream.of(model).layer_count
+        self.local = {side: LocalScorer(model, ids, readout.layers) for side, ids in prompts.items()}
+        nothing = shift(torch.zeros(1, Stream.of(model).architecture.width(model.config.to_dict())))
+        self.base = self.local["negative"].outputs(0, nothing, projected=False).probabilities[0]
+
+    def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
+        return self.readout.scores(self._outputs(edits)).mean(-1)
+
+    def kl(self, edits: ScoredMaps) -> torch.Tensor:
+        kept = self._outputs(edits).probabilities
+        return smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
+
+    def _outputs(self, edits: ScoredMaps) -> Outputs:
+        if edits.layer is None:
+            ids, layers = self.prompts[edits.side], self.readout.layers
+            return global_outputs(self.model, ids, edits.maps, self.layer_count, layers)
+        return self.local[edits.side].outputs(edits.layer, edits.maps, edits.projected)

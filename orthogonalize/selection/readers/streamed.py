@@ -1,0 +1,167 @@
+"""What `extract` asks of a model that is never whole in memory: each request is one pass over its weights, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...core.errors import OrthogonalizeError
+from ...core.files import fingerprint
+from ...core.journal import Journal
+from ...core.memory import available_memory
+from ...directions.activation_store import FILE, PROMPTS, Recording, copy_rows, record_streamed
+from ...models.generation import stop_tokens
+from ...models.streaming.lanes import StreamedModel
+from ...models.streaming.weights import PartialModel
+from ..candidates import Candidate
+from ..readouts import Outputs
+from ..search.objectives import Trial
+from ..search.try_edits import ValPrompts
+from .base import Ids, Scored
+from .streamed_scores import StreamedScoring
+
+ALL_PROMPTS = ".prompts.partial"  # activations of all prompts, before they are filtered
+FIRST_TOKENS = ".first-tokens.journal"
+STATE = ".pass.streams.partial"
+HEAD_ROWS = 256  # prompts whose logits are computed at a time
+SHARE = 0.5  # of the available memory that the streams of one pass may take
+
+
+class StreamedReader:
+    """A model that is streamed block by block; it is opened when it is first needed.
+
+    It generates nothing: its own answers are cut to their first token, which the pass over the prompts gives.
+
+    Args:
+        source, weights: the checkpoint, and the SHA-256 of each of its weight files.
+        device, dtype: see `PartialModel`.
+        tokenizer: its tokenizer.
+        positions: how many tokens of every prompt to store.
+        out: the run folder.
+    """
+
+    name, generates = "stream", False
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        weights: dict[str, str],
+        device: str,
+        dtype: torch.dtype | None,
+        tokenizer: Any,
+        positions: int,
+        out: Path,
+    ) -> None:
+        self.source, self.weights = source, weights
+        self._device, self._dtype = device, dtype
+        self.tokenizer, self.positions, self.out = tokenizer, positions, out
+
+    @cached_property
+    def streamed(self) -> StreamedModel:
+        return StreamedModel(PartialModel(self.source.path, self._device, self._dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.streamed.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.streamed.model.config.get_text_config().vocab_size)
+
+    @property
+    def budget(self) -> int:
+        """Bytes of streams that a pass may hold."""
+        return int(SHARE * available_memory())
+
+    # prompts
+
+    @property
+    def layer_count(self) -> int:
+        return self.streamed.layer_count
+
+    def outputs(self, ids: Ids, layers: Sequence[int] = (), later: Ids = ()) -> Outputs:
+        """See `Reader`. The activations of all these prompts are read in the same pass, and kept for `record`."""
+        everything = [*ids, *later]
+        found = record_streamed(
+            self.streamed,
+            {PROMPTS: everything},
+            self.positions,
+            self.out / ALL_PROMPTS,
+            [self.weights, str(self.dtype), everything],
+        )
+        last = found.read(PROMPTS, self.streamed.layer_count)[:, -1]
+        probabilities = []
+        firsts: list[int] = []
+        with self.streamed.parts.head():
+            for part in torch.split(last, HEAD_ROWS):
+                logits = self.streamed.logits(part)
+                firsts += logits.argmax(-1).tolist()
+                probabilities.append(logits.softmax(-1).cpu())
+        if not torch.isfinite(result := torch.cat(probabilities)).all():
+            raise OrthogonalizeError("the model's outputs contain NaN or infinite values; the checkpoint is damaged")
+        rows = enumerate(zip(everything, firsts, strict=True))
+        self._known.put({fingerprint(list(row)): [number, token] for number, (row, token) in rows})
+        streams = {layer: found.read(PROMPTS, layer)[: len(ids), -1].float() for layer in layers}
+        return Outputs(result[: len(ids)], streams)
+
+    @property
+    def _known(self) -> Journal:
+        """By the fingerprint of a prompt that has been read, its number in the file and its answer's first token."""
+        return Journal(self.out / FIRST_TOKENS, [self.weights, str(self.dtype)])
+
+    def record(self, sets: Mapping[str, Ids], inputs: Any) -> None:
+        """See `Reader`. Prompts that were read already cost no other pass."""
+        file, known = self.out / ALL_PROMPTS, self._known
+        wanted = {name: [fingerprint(list(row)) for row in ids] for name, ids in sets.items()}
+        if file.is_file() and known.has(*(key for keys in wanted.values() for key in keys)):
+            rows = {name: [known[key][0] for key in keys] for name, keys in wanted.items()}
+            copy_rows(Recording(file), rows, self.out / FILE)
+            return
+        record_streamed(self.streamed, sets, self.positions, self.out / FILE, inputs)
+
+    def answers(self, ids: list[list[int]], tokens: int, advance: Callable[[int], None]) -> list[list[int]]:
+        """The first tokens of the model's answers; none where an answer is empty."""
+        keys = [fingerprint(list(row)) for row in ids]
+        if not self._known.has(*keys):
+            self.outputs(ids)
+            (self.out / ALL_PROMPTS).unlink()  # the numbers of the prompts that were read before are not of this file
+        known, stops = self._known, stop_tokens(self.streamed.model, self.tokenizer)
+        firsts = [known[key][1] for key in keys]
+        advance(len(ids))
+        return [[] if token in stops else [token] for token in firsts]
+
+    # selection
+
+    def score(
+        self, positive: Ids, negative: Ids, finders: Sequence[str], everywhere: bool, given: Scored
+    ) -> list[Candidate]:
+        if given.readout.layers:
+            raise OrthogonalizeError(
+                "--engine stream scores edits by how answers begin, which does not tell the two sides apart here; "
+                "give --behaviour-tokens, or use --engine hf"
+            )
+        scoring = StreamedScoring(
+            self.streamed,
+            {"positive": positive, "negative": negative},
+            given.directions,
+            given.readout,
+            everywhere,
+            self.budget,
+            self.out / STATE,
+        )
+        return scoring.score(finders, given.journal)
+
+    def try_edits(
+        self, budget: int, prompts: ValPrompts, ranked: Sequence[Candidate], given: Scored, left: Callable[[], float]
+    ) -> list[Trial]:
+        raise OrthogonalizeError("--engine stream tries no whole edits; use --trials 0")
+
+    def close(self) -> None:
+        """See `Reader`."""
+        (self.out / ALL_PROMPTS).unlink(missing_ok=True)
+        self._known.close()

@@ -1,0 +1,197 @@
+"""Score directions with a model that is never whole in memory: all candidates of many layers in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...core.interventions import AffineMap, Intervention, Site, block_sites
+from ...core.journal import Journal
+from ...core.progress import note
+from ...data.prompts import SIDES, Side
+from ...directions.direction_set import Directions
+from ...models.hooks import input_shifted, intervened, layer_projected
+from ...models.streaming.lanes import StreamedModel
+from ...models.streaming.passes import Pass, Variant
+from ...models.streaming.state import StreamState
+from ..candidates import (
+    Candidate,
+    DirectionScoring,
+    adds_mean_difference,
+    score_candidates,
+    score_key,
+)
+from ..readouts import Outputs, Readout
+from ..scoring import smoothed_kl
+from .meters import ScoredMaps
+
+Ids = Sequence[Sequence[int]]
+Key = tuple[int, str]  # layer, finder
+
+
+@dataclass
+class _Request:
+    edits: ScoredMaps
+    kl: bool
+    scores: torch.Tensor  # by map and prompt
+
+
+@dataclass
+class _Meter:
+    """A meter that is asked twice: first it notes what it is asked, and later it gives the same answers in turn."""
+
+    prompts: dict[Side, Ids]
+    noted: list[_Request] = field(default_factory=list)
+    measured: Iterator[_Request] | None = None
+
+    def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
+        return self._ask(edits, kl=False)
+
+    def kl(self, edits: ScoredMaps) -> torch.Tensor:
+        return self._ask(edits, kl=True)
+
+    def _ask(self, edits: ScoredMaps, kl: bool) -> torch.Tensor:
+        if self.measured is None:
+            scores = torch.zeros(len(edits.maps.s), len(self.prompts[edits.side]), dtype=torch.float64)
+            self.noted.append(_Request(edits, kl, scores))
+            return scores.mean(-1)
+        return next(self.measured).scores.mean(-1)
+
+    def answer(self) -> None:
+        """From now on, give the answers in turn."""
+        self.measured = iter(self.noted)
+
+
+class StreamedScoring:
+    """Scores candidates in as few passes as the memory for their streams allows.
+
+    Args:
+        readout: scores the behaviour.
+        everywhere: also score each edit at every write of the model.
+        budget: bytes of streams that may be held at a time.
+        state: where a pass is kept between interruptions.
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        prompts: dict[Side, Ids],
+        directions: Directions,
+        readout: Readout,
+        everywhere: bool,
+        budget: int,
+        state: Path,
+    ) -> None:
+        self.streamed, self.prompts, self.directions, self.readout = streamed, prompts, directions, readout
+        self.everywhere, self.budget, self.state = everywhere, budget, state
+        self.sets: dict[str, Ids] = {str(side): ids for side, ids in prompts.items()}
+        self.layer_norm = streamed.stream.architecture.norms.kind == "layer"
+
+    def score(self, finders: Sequence[str], known: Journal) -> list[Candidate]:
+        """The scores of every (finder, position, layer); those that `known` contains are not computed again."""
+        keys = [(layer, finder) for layer in range(self.directions.layer_count) for finder in finders]
+        portions = list(self._portions([key for key in keys if score_key(key[1], key[0]) not in known], known))
+        if len(portions) > 1:
+            note(f"scoring directions takes {len(portions)} passes over the weights, as their streams need more memory")
+        before: Pass | None = None
+        for number, portion in enumerate(portions):
+            following = portions[number + 1][0][0] if number + 1 < len(portions) and not self.everywhere else None
+            before = self._score(portion, known, before, following)
+        return score_candidates(
+            None, [], [], self.directions, finders, self.readout, self.everywhere, known
+        )  # which finds all of them in `known`
+
+    def _scoring(self, meter: _Meter) -> DirectionScoring:
+        return DirectionScoring(meter, self.directions, self.everywhere, self.layer_norm)
+
+    def _asked(self, keys: Sequence[Key], known: Journal) -> _Meter:
+        """A meter that has noted all that is to be measured for `keys`."""
+        meter = _Meter(self.prompts)
+        self._candidates(keys, known, meter)
+        return meter
+
+    def _candidates(self, keys: Sequence[Key], known: Journal, meter: _Meter) -> dict[Key, list[Candidate]]:
+        scoring, induced = self._scoring(meter), _induced(known, self.directions)
+        return {(layer, finder): scoring.layer(finder, layer, induced) for layer, finder in keys}
+
+    def _portions(self, keys: Sequence[Key], known: Journal) -> Iterator[list[Key]]:
+        """`keys` in groups whose streams fit into the budget, whole layers at a time."""
+        size = {
+            side: sum(map(len, ids)) * self.streamed.width * self.streamed.dtype.itemsize
+            for side, ids in self.prompts.items()
+        }
+        group: list[Key] = []
+        held = 0
+        for layer in sorted({layer for layer, _ in keys}):
+            here = [key for key in keys if key[0] == layer]
+            noted = self._asked(here, known).noted
+            needed = sum(len(request.edits.maps.s) * size[request.edits.side] for request in noted)
+            if group and held + needed > self.budget:
+                yield group
+                group, held = [], 0
+            group, held = group + here, held + needed
+        if group:
+            yield group
+
+    def _score(self, keys: Sequence[Key], known: Journal, before: Pass | None, following: int | None) -> Pass:
+        meter = self._asked(keys, known)
+        requests = {f"{n}:{i}": (r, i) for n, r in enumerate(meter.noted) for i in range(len(r.edits.maps.s))}
+        state = StreamState(self.state, [known.inputs, keys])
+        one_pass = Pass(
+            self.streamed,
+            self.sets,
+            [self._variant(name, request.edits, i) for name, (request, i) in requests.items()],
+            state,
+            entry=before,
+            keep=following,
+        )
+        one_pass.run("scoring directions")
+        base = torch.empty(0)
+        for name, lane, logits in one_pass.logits(lambda lane: lane.last(1)[:, 0]):
+            found = logits.softmax(-1)
+            if name in SIDES:
+                base = found
+                continue
+            request, i = requests[name]
+            score = smoothed_kl(base, found) if request.kl else self.readout.scores(Outputs(found, {}))
+            request.scores[i, lane.rows] = score.cpu()
+        one_pass.lanes, one_pass.forks = {}, {}
+        meter.answer()
+        candidates = self._candidates(keys, known, meter)
+        known.put({score_key(finder, layer): [c.row() for c in each] for (layer, finder), each in candidates.items()})
+        state.close()
+        return one_pass
+
+    def _variant(self, name: str, edits: ScoredMaps, number: int) -> Variant:
+        maps = edits.maps.to(self.streamed.device, torch.float32)
+        own = AffineMap(maps.u[number], maps.v[number], maps.s[number])
+        if edits.layer is None:
+            return Variant(name, edits.side, 0, partial(self._everywhere_at, own))
+        around = partial(self._local_at, own, edits.layer, layer_projected if edits.projected else input_shifted)
+        return Variant(name, edits.side, edits.layer, around)
+
+    def _local_at(
+        self, own: AffineMap, layer: int, edit: Callable[..., AbstractContextManager[Any]], here: int
+    ) -> AbstractContextManager[Any]:
+        return edit(self.streamed.model, layer, own) if here == layer else nullcontext()
+
+    def _everywhere_at(self, own: AffineMap, here: int) -> AbstractContextManager[Any]:
+        if here == self.streamed.layer_count:
+            return nullcontext()
+        writes = dict.fromkeys(block_sites([here]), own.unshifted)
+        if here == 0:
+            writes[Site("embed")] = own
+        return intervened(self.streamed.model, Intervention(writes=writes))
+
+
+def _induced(known: Journal, directions: Directions) -> dict[tuple[int, int], float]:
+    """The scores of added mean differences that `known` has, by position and layer (see `DirectionScoring.layer`)."""
+    rows = [row for key, rows in known.done.items() if key.startswith("candidates:") for row in rows]
+    found = [Candidate.from_row(row) for row in rows]
+    return {(c.position, c.layer): c.induce for c in found if adds_mean_difference(c.finder, directions)}
