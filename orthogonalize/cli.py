@@ -188,15 +188,15 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 
     recipe = run_edit(model, out, cache=cache, **options)
     where = f"{cache} in the Hub's cache" if out is None else str(out)
+    described = shown(recipe.choice.describe(), 1000)
     if options["format"] == "lora":
-        click.echo(f"{recipe.choice.describe()}; adapter: {where}")
+        click.echo(f"{described}; adapter: {where}")
         return
     if out is not None and not out.exists():
-        click.echo(f"{recipe.choice.describe()}: share {options['shard']} written; {out} appears with the last share")
+        click.echo(f"{described}: share {options['shard']} written; {out} appears with the last share")
         return
     click.echo(
-        f"{recipe.choice.describe()}: {counted(len(recipe.tensors), 'tensor')} edited, {len(recipe.added)} added; "
-        f"checkpoint: {where}"
+        f"{described}: {counted(len(recipe.tensors), 'tensor')} edited, {len(recipe.added)} added; checkpoint: {where}"
     )
 
 

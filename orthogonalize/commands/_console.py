@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
+from rich.markup import escape as escape_markup
 from rich.table import Table
+
+from ..core.errors import shown
 
 console = Console()
 if not console.is_terminal:  # a file or a pipe has no width; COLUMNS may be inherited from any terminal before it
     console = Console(width=400)
+LONGEST = 1000  # characters of a cell
+
+
+def escape(text: object) -> str:
+    """Text for a table that may come from a file: one visible line, in which no markup counts."""
+    return escape_markup(shown(text, LONGEST))
 
 
 def show_candidates(candidates: Sequence[Any], most: int = 3) -> None:
@@ -27,7 +35,8 @@ def show_candidates(candidates: Sequence[Any], most: int = 3) -> None:
             numbers = [f"{c.bypass:.2f}", f"{c.induce:.2f}", f"{c.kl:.3f}"]
             if everywhere:
                 numbers += ["", ""] if c.global_bypass is None else [f"{c.global_bypass:.2f}", f"{c.global_kl:.3f}"]
-            table.add_row(finder, str(c.position), str(c.layer), *numbers, ", ".join(c.failed) or "passes")
+            filters = escape(", ".join(c.failed) or "passes")
+            table.add_row(escape(finder), str(c.position), str(c.layer), *numbers, filters)
     console.print(table)
 
 
@@ -39,7 +48,7 @@ def show_run(run: Any) -> None:
             table.add_column(name, justify="left" if name == "method" else "right")
         for p in run.probes:
             shares = (f"{100 * share:.0f}%" for share in (p.before, p.after, p.chance))
-            table.add_row(p.method, str(p.rank), str(p.layer), *shares)
+            table.add_row(escape(p.method), str(p.rank), str(p.layer), *shares)
         console.print(table)
     if run.trials:
         _show_shortlist(run.shortlist, run.info.nothing_chosen is None)
@@ -62,7 +71,7 @@ def _show_shortlist(trials: Sequence[Any], chosen: bool) -> None:
         answers = "" if t.confirmed is None else f"{100 * t.confirmed:.1f}%"
         moved = [cell for name in preserved for cell in (f"{t.preserved[name]:.4f}", f"{100 * t.flipped[name]:.1f}%")]
         cells = [f"{100 * t.left:.1f}%", answers, f"{t.kl:.4f}", f"{t.first_kl:.4f}", *moved]
-        table.add_row(str(number), t.choice.describe(), *cells, f"{100 * t.ce_increase:+.1f}%")
+        table.add_row(str(number), escape(t.choice.describe()), *cells, f"{100 * t.ce_increase:+.1f}%")
     console.print(table)
 
 
@@ -129,7 +138,7 @@ def show_report(report: Any) -> None:
 
     _show_mismatches(report.mismatches)
 
-    table = Table(title=f"base against edited ({report.engine_version})", caption=LEGEND)
+    table = Table(title=escape(f"base against edited ({report.engine_version})"), caption=LEGEND)
     for name in ("measure", "base", "edited", "change"):
         table.add_column(name)
     for row in summary_rows(report):
@@ -202,14 +211,15 @@ def show_audit(audit: Any) -> None:
         show_differences(audit)
     table = Table(title="against the base", show_header=False)
     table.add_row("tensors changed", str(len(audit.changed)))
-    table.add_row("tensors added", ", ".join(audit.added[:3]) + (" …" if len(audit.added) > 3 else "") or "none")
-    table.add_row("tensors missing", ", ".join(audit.missing) or "none")
+    added = ", ".join(audit.added[:3]) + (" …" if len(audit.added) > 3 else "")
+    changes = ", ".join(f"{key}: {before!r} -> {after!r}" for key, (before, after) in audit.config.items())
+    files = "; ".join(f"{name} ({audit.notes[name]})" for name in audit.side_files)
+    table.add_row("tensors added", escape(added or "none"))
+    table.add_row("tensors missing", escape(", ".join(audit.missing) or "none"))
     table.add_row("identical tensors", str(audit.same))
-    table.add_row("configuration", ", ".join(f"{k}: {a!r} -> {b!r}" for k, (a, b) in audit.config.items()) or "same")
-    table.add_row(
-        "other files that differ", "; ".join(f"{name} ({audit.notes[name]})" for name in audit.side_files) or "none"
-    )
-    table.add_row("the change looks like", audit.verdict())
+    table.add_row("configuration", escape(changes or "same"))
+    table.add_row("other files that differ", escape(files or "none"))
+    table.add_row("the change looks like", escape(audit.verdict()))
     proof = audit.verification
     if proof is not None:
         table.add_section()
@@ -221,6 +231,6 @@ def show_audit(audit: Any) -> None:
             table.add_row(
                 "hooks that rescale the stream", f"{proof.renormalised_gap:.2e} (a positive factor per token)"
             )
-        table.add_row("not explained by the recipe", ", ".join(proof.unexpected_changes) or "nothing")
+        table.add_row("not explained by the recipe", escape(", ".join(proof.unexpected_changes) or "nothing"))
         table.add_row("verdict", "[green]verified[/]" if proof.passed else "[red]NOT verified[/]")
     console.print(table)

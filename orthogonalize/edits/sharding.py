@@ -96,7 +96,7 @@ def assemble(plan: CheckpointPlan, share: Share, out: Path, partial: Path, link:
     """
     folders = [other.folder(out) for other in share.all()]
     recipes = [load_recipe(folder / RECORD) for folder in folders]
-    compared = {"choice", "maps", "arrays", "rounding", "added", "config_changes"}
+    compared = {"choice", "maps", "conditional", "arrays", "rounding", "added", "config_changes"}
     for folder, recipe in zip(folders, recipes, strict=True):
         if recipe.model_dump_json(include=compared) != recipes[0].model_dump_json(include=compared):
             raise OrthogonalizeError(f"{folder} and {folders[0]} are shares of different edits; write one again")

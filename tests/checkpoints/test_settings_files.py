@@ -70,6 +70,8 @@ CONFIGS = {
     "attention by part": ({"_attn_implementation": {"text_config": "evil/kernel"}}, "names code"),
     "experts from the Hub": ({"_experts_implementation": "evil/kernel"}, "names code"),
     "kernels from the Hub": ({"kernel_config": {"RMSNorm": "evil/kernel:Norm"}}, "names code"),
+    "another model": ({"speculators_config": {"verifier": {"name_or_path": "evil/model"}}}, "another model"),
+    "surrogates": ({"a": "\ud800"}, "Unicode"),
     "a list": ("[]", "not a JSON object"),
     "nested": ("[" * 100_000 + "]" * 100_000, "JSON"),
     "nested a little": ('{"a":' * 100 + "1" + "}" * 100, "deep"),

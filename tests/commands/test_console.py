@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
+
+from orthogonalize.commands import _console
 
 LONG = "a measure whose name is much longer than any terminal of that width would show"
 PRINT = (
@@ -33,3 +38,21 @@ def test_a_pipe_gets_whole_lines_whatever_terminal_its_parent_had():
     environment = {**os.environ, "COLUMNS": "40", "LINES": "10"}
     printed = subprocess.run([sys.executable, "-c", PRINT], capture_output=True, text=True, env=environment, check=True)
     assert LONG in printed.stdout
+
+
+def test_tables_show_texts_from_files_as_they_are(monkeypatch):
+    """A name is no markup, no escape sequence and no line of its own."""
+    hostile = "[red]name\x1b[31m\nnext"
+    written = io.StringIO()
+    monkeypatch.setattr(_console, "console", Console(file=written, width=400))
+    candidate = SimpleNamespace(
+        finder=hostile, position=-1, layer=0, bypass=0.0, induce=0.0, kl=0.0, global_bypass=None, failed=(hostile,)
+    )
+    audit = SimpleNamespace(
+        mismatches=[hostile], changed={}, added=[hostile], missing=[hostile], same=0, config={hostile: (hostile, 1)},
+        side_files=[hostile], notes={hostile: hostile}, verification=None, verdict=lambda: hostile,
+    )  # fmt: skip
+    _console.show_candidates([candidate])
+    _console.show_audit(audit)
+    assert "\x1b" not in written.getvalue()
+    assert written.getvalue().count("[red]name\\x1b[31m\\nnext") >= 8

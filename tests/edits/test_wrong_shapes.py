@@ -17,7 +17,8 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import ConditionalMap, Intervention, Site, removal, shift
 from orthogonalize.edits.bake import bake
-from orthogonalize.edits.recipe import load_recipe, store_maps
+from orthogonalize.edits.recipe import ConditionalRecord, load_recipe, store_maps
+from orthogonalize.edits.sharding import RECORD, Share, assemble
 
 DOWN, EMBEDDING, O_PROJ = (
     "model.layers.1.mlp.down_proj.weight",
@@ -193,3 +194,15 @@ def test_untied_head_that_is_not_stored_is_refused(direction, tmp_path):
     with pytest.raises(OrthogonalizeError, match=r"lacks lm_head\.weight"):
         edit(str(base), tmp_path / "out", direction=direction, scope="all")
     assert not (tmp_path / "out").exists()
+
+
+def test_shares_of_different_conditional_maps_are_not_assembled(llama, direction, tmp_path):
+    edit(str(llama), tmp_path / "edited", direction=direction, scope="all")
+    recipe = load_recipe(tmp_path / "edited")
+    for share in Share.parse("1/2").all():
+        share.folder(tmp_path / "out").mkdir(parents=True)
+        matrix = f"mlp:{share.number}:mlp.down_proj"
+        recipe.conditional = [ConditionalRecord(matrix=matrix, r="a", c="b")]
+        (share.folder(tmp_path / "out") / RECORD).write_text(recipe.model_dump_json())
+    with pytest.raises(OrthogonalizeError, match="shares of different edits"):
+        assemble(None, Share.parse("1/2"), tmp_path / "out", tmp_path / "partial")

@@ -9,12 +9,12 @@ import re
 import pytest
 import torch
 import yaml
+from helpers.hostile_report import hostile_report
 from helpers.llama import WIDTH, store, tiny_llama
 
 from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import shown
 from orthogonalize.reports.html import write_webpage
-from orthogonalize.reports.schema import Answer, Measures, Report
 from orthogonalize.reports.templating import escape_markdown
 
 NAMES = [
@@ -67,15 +67,7 @@ def test_a_licence_is_kept_as_one_value(tmp_path):
 
 def test_a_page_allows_its_own_script_and_nothing_else(tmp_path):
     hostile = "</summary><script>alert(1)</script><img src=http://evil/x onerror=alert(1)> POLICY \"'"
-    answer = Answer(
-        set="target", prompt=hostile, category=hostile, base=hostile, edited=hostile,
-        base_refused=True, edited_refused=False,
-    )  # fmt: skip
-    report = Report(
-        engine="hf", engine_version=hostile, base_model=hostile, checkpoint=hostile, edit=hostile,
-        max_new_tokens=100, sensitive=False, base=Measures(), edited=Measures(), paired={}, answers=[answer],
-    )  # fmt: skip
-    write_webpage(report, [], tmp_path / "report.html")
+    write_webpage(hostile_report(hostile), [], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     [script] = re.findall("<script>(.*?)</script>", page, re.DOTALL)
     assert "alert" not in script
@@ -87,7 +79,8 @@ def test_a_page_allows_its_own_script_and_nothing_else(tmp_path):
     assert rules["img-src"] == "data:"
     assert page.index("Content-Security-Policy") < page.index("evil")
     assert "<img src=http" not in page
-    assert not re.search(r"<[^>]*\s(on\w+|style)=", page), "what the policy forbids, the page does not use"
+    without_values = re.sub(r'="[^"]*"', '=""', page)
+    assert not re.search(r"<[^>]*\s(on\w+|style)=", without_values), "what the policy forbids, the page does not use"
 
 
 @pytest.mark.parametrize("plain", ["Qwen2.5-0.5B", "my_model_v2", "llama 3 (base)", "3.1"])
