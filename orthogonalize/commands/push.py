@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from ..checkpoints.checkpoint import CARD, RECIPE, UNFINISHED, open_checkpoint
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.progress import note
-from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
 from ..models.resolve import HUB_ID, public_name
 from ..reports.model_card import write_card
 from ..reports.schema import load_report
+from .merge import checkpoint_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -54,7 +54,7 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     """
     from huggingface_hub import HfApi, get_token
 
-    folder = edited_folder(checkpoint)
+    folder = checkpoint_of(checkpoint)
     opened = open_checkpoint(folder)
     for file in folder.rglob("*"):  # upload_folder follows links
         opened.check_inside(file.relative_to(folder))
