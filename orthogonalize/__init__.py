@@ -1,9 +1,9 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
-Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `push`, `verify`, `sweep`,
-`judge`, `compare`, `rank`, `describe` and `demo`. The algebra under them is also exported, and so are the registries
-that plugins add to. Import from this package only; everything below it may move. A name is loaded on first use, so
-that importing the package, or asking the command line for help, does not wait for torch.
+Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `merge`, `push`, `verify`,
+`sweep`, `judge`, `compare`, `rank`, `describe` and `demo`. The algebra under them is also exported, and so are the
+registries that plugins add to. Import from this package only; everything below it may move. A name is loaded on first
+use, so that importing the package, or asking the command line for help, does not wait for torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .commands.evaluate import evaluate as evaluate
     from .commands.extract import extract as extract
     from .commands.judge import judge as judge
+    from .commands.merge import merge as merge
     from .commands.push import push as push
     from .commands.sweep import sweep as sweep
     from .commands.verify import Verified as Verified
@@ -166,6 +167,7 @@ _MODULES = {
     "load_recipe": "edits.recipe",
     "load_report": "reports.schema",
     "load_run": "selection.run_folder",
+    "merge": "commands.merge",
     "orthonormal": "core.interventions",
     "planted_model": "models.demo_model",
     "push": "commands.push",

@@ -28,6 +28,7 @@ from .commands._options import (
     device_option,
     engine_option,
     engine_options,
+    grid_options,
     hf_device_option,
     measuring_options,
     method_listing,
@@ -39,9 +40,9 @@ from .commands._options import (
     path,
     revision_option,
     scope_names,
+    sweep_grid,
     words,
 )
-from .commands._sweep_options import grid_options, sweep_grid
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory, shown
 from .core.registry import load_plugins
@@ -78,7 +79,8 @@ class Commands(click.Group):
             ctx.exit(130)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["extract", "edit", "eval", "push", "verify", "sweep", "judge", "compare", "rank", "describe", "demo"]
+        usual = ["extract", "edit", "eval", "push", "verify", "sweep"]
+        return [*usual, "merge", "judge", "compare", "rank", "describe", "demo"]
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -229,6 +231,20 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> 
     report = evaluate(checkpoint, base, run, out, options=engine, **options)
     show_report(report)
     click.echo(f"report: {out / 'report.html'}")
+
+
+@main.command()
+@click.argument("adapter", type=path())
+@click.option("--base", metavar="MODEL", help="The model that it adapts; default: the one that it names.")
+@out_option
+def merge(adapter: Path, base: str | None, out: Path, force: bool) -> None:
+    """Merge a LoRA ADAPTER, of edit --format lora or any other, into its base.
+
+    verify, eval and push take an adapter as well: they merge it into the cache of converted models.
+    """
+    from .commands.merge import merge as run_merge
+
+    click.echo(f"checkpoint: {run_merge(adapter, out, base=base, force=force)}")
 
 
 @main.command()

@@ -16,7 +16,6 @@ from ..core.output_folders import REPORT, check_free, complete_folder
 from ..core.progress import note
 from ..data.prompts import Source
 from ..data.refusals import LEAST_TOKENS, refused
-from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
 from ..engines.base import Engine, EngineOptions
 from ..engines.registry import ENGINES
@@ -35,6 +34,7 @@ from ..reports.html import write_webpage
 from ..reports.model_card import update_card
 from ..reports.schema import Answer, Measures, Report, compare_all, judged_pair, kept_shares
 from ..selection.run_folder import load_run
+from .merge import checkpoint_of
 
 
 def side_by_side(
@@ -197,7 +197,7 @@ def evaluate(
     Raises:
         OrthogonalizeError: something is missing or does not belong together, or the engine does not start.
     """
-    called, checkpoint = public_name(str(checkpoint)), edited_folder(checkpoint)
+    called, checkpoint = public_name(str(checkpoint)), checkpoint_of(checkpoint, base)
     base, out, run = str(base), Path(out), Path(run)
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
     if options is not None and device != "auto":

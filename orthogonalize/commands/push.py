@@ -12,11 +12,11 @@ from ..checkpoints.checkpoint import CARD, INDEX, OTHER_WEIGHTS, RECIPE, open_ch
 from ..core.errors import OrthogonalizeError, first_line, shown
 from ..core.progress import note
 from ..core.temporary_folders import temporary_folder
-from ..edits.hub_cache import edited_folder
 from ..edits.recipe import Recipe, load_recipe
 from ..models.resolve import HUB_ID, public_name
 from ..reports.model_card import write_card
 from ..reports.schema import load_report
+from .merge import checkpoint_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -80,7 +80,7 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     """
     from huggingface_hub import HfApi, get_token
 
-    folder = edited_folder(checkpoint)
+    folder = checkpoint_of(checkpoint)
     opened = open_checkpoint(folder)
     for file in folder.rglob("*"):
         opened.check_inside(file.relative_to(folder))

@@ -17,13 +17,13 @@ from ..core.errors import OrthogonalizeError
 from ..core.progress import track
 from ..core.words import counted
 from ..edits.bake import bake
-from ..edits.hub_cache import edited_folder
 from ..edits.leaks import TensorLeak, tensor_leaks
 from ..edits.plan import EditPlan
 from ..edits.recipe import Recipe, Verification, load_recipe
 from ..models.hooks import intervened
 from ..models.loading import load_model
 from ..models.resolve import find_model
+from .merge import checkpoint_of
 
 TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains
 
@@ -167,7 +167,7 @@ def verify(
     Raises:
         OrthogonalizeError: `checkpoint` is not a checkpoint, or its base is unknown or not that of the recipe.
     """
-    folder = edited_folder(checkpoint)
+    folder = checkpoint_of(checkpoint, base)
     edited = open_checkpoint(folder)
     recipe = load_recipe(folder) if (folder / RECIPE).is_file() else None
     if base is None and recipe is None:
