@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -16,13 +17,15 @@ from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_pr
 from ..models.partial_forward import StreamCache, noting_tuples, starting_at
 
 SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
+LEAST_PROBABILITY = 1e-8  # of the behaviour, and of all else
+LARGEST_SCORE = math.log(1 / LEAST_PROBABILITY - 1)
 
 
-def _last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Logits [batch, vocabulary] at the last real token of each row; the head is applied only there."""
     ends, row_end = torch.unique(lengths - 1, return_inverse=True)
     logits = model(input_ids=padded, use_cache=False, logits_to_keep=ends).logits
-    return logits[torch.arange(len(padded), device=logits.device), row_end].float()  # type: ignore[no-any-return]
+    return logits[torch.arange(len(padded), device=logits.device), row_end]  # type: ignore[no-any-return]
 
 
 @torch.inference_mode()
@@ -37,7 +40,7 @@ def first_token_probabilities(
     for number, group in enumerate(batches(ids)):
         padded, lengths = pad([ids[i] for i in group], model.device)
         with around(number) if around else nullcontext():
-            part = _last_logits(model, padded, lengths).softmax(-1).cpu()
+            part = last_logits(model, padded, lengths).float().softmax(-1).cpu()
         if result is None:
             result = torch.empty(len(ids), part.shape[-1])
         result[group] = part
@@ -50,8 +53,17 @@ def behaviour_score(probabilities: torch.Tensor, tokens: Sequence[int]) -> torch
 
     Takes probabilities [..., vocabulary], returns log-odds [...]; p is clamped to [1e-8, 1 - 1e-8].
     """
-    p = probabilities[..., list(tokens)].sum(-1).double().clamp(1e-8, 1 - 1e-8)
+    p = probabilities[..., list(tokens)].sum(-1).double().clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     return p.log() - (1 - p).log()
+
+
+def log_odds(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """`behaviour_score` from logits [..., vocabulary], in float64, with gradients."""
+    wide = logits.double()
+    inside = torch.zeros(wide.shape[-1], dtype=torch.bool, device=wide.device)
+    inside[list(tokens)] = True
+    odds = wide[..., inside].logsumexp(-1) - wide[..., ~inside].logsumexp(-1)
+    return odds.clamp(-LARGEST_SCORE, LARGEST_SCORE)
 
 
 class FirstTokenScores:
@@ -162,8 +174,8 @@ class LocalScorer:
             edit = layer_projected if projected else input_shifted
             resumed = starting_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
             with resumed, edit(self.model, layer, rows):
-                logits = _last_logits(self.model, padded.repeat(count, 1), lengths.repeat(count))
-            parts.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
+                logits = last_logits(self.model, padded.repeat(count, 1), lengths.repeat(count))
+            parts.append(logits.float().softmax(-1).reshape(count, len(group), -1).cpu())
         result = torch.cat(parts, dim=1)
         return result[:, torch.tensor(self.order).argsort()]
 
@@ -183,8 +195,8 @@ def global_probabilities(model: Any, ids: Sequence[Sequence[int]], maps: AffineM
         writes = {Site("embed"): rows} | dict.fromkeys(block_sites(range(layers)), rows.unshifted)
         padded, lengths = pad([ids[i] for i in group], model.device)
         with intervened(model, Intervention(writes=writes)):
-            logits = _last_logits(model, padded.repeat(count, 1), lengths.repeat(count))
-        part = logits.softmax(-1).reshape(count, len(group), -1).cpu()
+            logits = last_logits(model, padded.repeat(count, 1), lengths.repeat(count))
+        part = logits.float().softmax(-1).reshape(count, len(group), -1).cpu()
         if result is None:
             result = torch.empty(count, len(ids), part.shape[-1])
         result[:, group] = part

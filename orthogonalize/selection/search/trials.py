@@ -19,11 +19,13 @@ from ...core.interventions import Intervention
 from ...core.journal import Journal
 from ...core.progress import Progress, track
 from ...edits.config import EditConfig
+from ...edits.methods.registry import METHODS
 from ...models.hooks import intervened
 from ..candidates import ScoreStore
 from ..scoring import FirstTokenScores
 from .drift import AnsweredPrompts
 from .objectives import Trial, best, share_flipped, share_left
+from .strengths import StrengthGradients, StrengthSteps
 
 CONFIRMED = 0.05  # largest share left among the answers of a confirmed edit
 
@@ -137,18 +139,27 @@ class EditSearch:
         )
 
     def search(
-        self, budget: int, starts: Sequence[EditConfig], neighbours: Neighbours, largest_step: int = 1
+        self,
+        budget: int,
+        starts: Sequence[EditConfig],
+        neighbours: Neighbours,
+        largest_step: int = 1,
+        strength_steps: int = 0,
     ) -> list[Trial]:
         """Try up to `budget` edits and return all of them, the best first, the others by their cost.
 
         Half of the budget, and at least two edits, are for the first of `starts`; the rest is a descent from the best
-        edit to its `neighbours`, in steps that shrink from `largest_step` to 1.
+        edit to its `neighbours`, in steps that shrink from `largest_step` to 1. The last `strength_steps` edits of the
+        budget give single sites strengths of their own, if there is an edit where that pays (see `strengths`).
         """
         with track("trying edits", budget, "edits") as advance:
             for choice in starts[: min(budget, max(2, budget // 2))]:
                 self.run(choice)
                 advance(1)
-            self._refine(budget, neighbours, largest_step, advance)
+            self._refine(budget - strength_steps, neighbours, largest_step, advance)
+            if strength_steps:
+                self._refine_strengths(strength_steps, advance)
+                self._refine(budget, neighbours, largest_step, advance)
         first = best(list(self.tried.values()))
         return [first, *(t for t in self._by_cost() if t is not first)]
 
@@ -173,6 +184,44 @@ class EditSearch:
                 advance(1)
                 if best(list(self.tried.values())) is not current:
                     break
+
+    def _refine_strengths(self, steps: int, advance: Progress) -> None:
+        """Give the sites of the best plain edit strengths of their own, step by step.
+
+        Edits that are fitted are left alone: for them, it gains nothing over one strength for all.
+        """
+        start = self._best_of_several_writes()
+        if start is None:
+            return
+        gradients = StrengthGradients(self.model, self.build(start.choice).writes)
+        sets = [(each.prompts, each.answers) for each in (self.answers, *self.preserved.values())]
+        found = StrengthSteps(gradients, self.target, self.tokens, sets, self.shows, start.score)
+        strengths = [1.0] * len(gradients.sites)
+        for step in range(steps):
+            key = f"strengths:{step}:{start.choice.model_dump_json()}"
+            if self.known is None:
+                after = found.after(strengths)
+            else:
+                if key not in self.known:
+                    self.known.put({key: found.after(strengths)})
+                    check()
+                after = self.known[key]
+            if after == strengths:
+                return
+            strengths = after
+            by_site = {str(site): each for site, each in zip(gradients.sites, strengths, strict=True)}
+            self.run(EditConfig.model_validate({**start.choice.model_dump(), "site_strengths": by_site}))
+            advance(1)
+
+    def _best_of_several_writes(self) -> Trial | None:
+        """The best trial of an edit that is not fitted and acts on several write sites, and on nothing else."""
+        plain = []
+        for trial in self.tried.values():
+            method = METHODS[trial.choice.method]
+            if not (method.fitted or method.adds or method.restores_mean(trial.choice)):
+                edit = self.build(trial.choice)
+                plain += [trial] if len(edit.writes) > 1 and not edit.reads else []
+        return best(plain) if plain else None
 
 
 def confirm(
