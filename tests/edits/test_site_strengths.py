@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from orthogonalize.edits.bake import bake
 from orthogonalize.edits.build import intervention_from_basis
 from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.hooks import intervened
+from orthogonalize.selection.resolve import choose, intervention_of
+from orthogonalize.selection.run_folder import load_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GIVEN = {"attn.1": 0.5, "mlp.1": 1.25, "mlp.2": 0.0, "attn.2": 1.0}
@@ -78,6 +81,20 @@ def test_a_scaled_constant_is_the_constant_scaled():
     assert scaled.s.tolist() == [0.5, 1.0, 1.5]
 
 
+def test_strengths_scale_what_is_taken_out_conditionally(run, model):
+    """A fit that the run has is scaled, not made again."""
+    found = load_run(run)
+    plain = intervention_of(model, run, choose(found, method="conditional")).conditional
+    fits = set((run / "fits").iterdir())
+    given = choose(found, method="conditional", site_strengths={"attn.3": 0.0, "mlp.3": 0.5})
+    scaled = intervention_of(model, run, given).conditional
+    assert set((run / "fits").iterdir()) == fits
+    assert {str(matrix.site) for matrix in plain.keys() - scaled.keys()} == {"attn.3"}
+    for matrix, each in scaled.items():
+        assert each.r.equal(plain[matrix].r)
+        assert each.c.equal((0.5 if str(matrix.site) == "mlp.3" else 1.0) * plain[matrix].c)
+
+
 def test_a_weight_loses_that_share_of_its_component(basis, tmp_path):
     """Against the formula of the method, with the same direction at every site."""
     source = store(tiny_llama(), tmp_path / "base")
@@ -118,8 +135,8 @@ def rows_of(base: Base, intervention: Intervention, ids: torch.Tensor, **others)
 @pytest.mark.parametrize("name", ["opt", *FAMILIES])
 def test_every_row_of_a_batch_has_its_own_strengths(name, bases):
     """A batch of rows, each with other strengths, against one row at a time with a scaled intervention."""
-    base = bases(name)
-    writes = every_write()
+    base, shift = bases(name), torch.randn(48, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    writes = Intervention({site: replace(affine, s=shift) for site, affine in every_write().writes.items()})
     strengths = torch.rand(3, len(writes.writes), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     ids = torch.randint(3, 90, (3, 7), generator=torch.Generator().manual_seed(2))
     by_site = dict(zip(writes.writes, strengths.unbind(1), strict=True))

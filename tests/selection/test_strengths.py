@@ -287,6 +287,16 @@ def test_killed_search_resumes_to_the_same_strengths(tiny, tmp_path, monkeypatch
     assert tiny(Journal(tmp_path / "journal", "inputs")) == whole
 
 
+def test_search_goes_on_without_the_memory_for_gradients(tiny, monkeypatch):
+    def exhausted(*_args) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(StrengthGradients, "fisher", exhausted)
+    found = tiny()
+    assert len(found) == 9
+    assert not any(t.choice.site_strengths for t in found)
+
+
 def test_neighbours_of_uneven_strengths_have_the_same_sites():
     where = SearchSpace(None, [])
     choice = EditConfig(method="ablate", scope="layers:1-2", position=-1, layer=2, site_strengths={"mlp.1": 0.5})

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from ...core.errors import ran_out_of_memory
 from ...core.interrupts import check
 from ...core.interventions import Intervention
 from ...core.journal import Journal
-from ...core.progress import Progress, track
+from ...core.progress import Progress, note, track
 from ...edits.config import EditConfig
 from ...edits.methods.registry import METHODS
 from ...models.hooks import intervened
@@ -198,20 +199,28 @@ class EditSearch:
         found = StrengthSteps(gradients, self.target, self.tokens, sets, self.shows, start.score)
         strengths = [1.0] * len(gradients.sites)
         for step in range(steps):
-            key = f"strengths:{step}:{start.choice.model_dump_json()}"
-            if self.known is None:
-                after = found.after(strengths)
-            else:
-                if key not in self.known:
-                    self.known.put({key: found.after(strengths)})
-                    check()
-                after = self.known[key]
-            if after == strengths:
+            before = strengths
+            try:
+                strengths = self._kept(f"strengths:{step}:{start.choice.model_dump_json()}", found, before)
+            except (MemoryError, RuntimeError) as error:
+                if ran_out_of_memory(error) is None:
+                    raise
+                note("there is not enough memory for gradients, so sites do not get strengths of their own")
                 return
-            strengths = after
+            if strengths == before:
+                return
             by_site = {str(site): each for site, each in zip(gradients.sites, strengths, strict=True)}
             self.run(EditConfig.model_validate({**start.choice.model_dump(), "site_strengths": by_site}))
             advance(1)
+
+    def _kept(self, key: str, steps: StrengthSteps, strengths: list[float]) -> list[float]:
+        """The strengths after a step from `strengths`, from the store if it knows them."""
+        if self.known is None:
+            return steps.after(strengths)
+        if key not in self.known:
+            self.known.put({key: steps.after(strengths)})
+            check()
+        return list(self.known[key])
 
     def _best_of_several_writes(self) -> Trial | None:
         """The best trial of an edit that is not fitted and acts on several write sites, and on nothing else."""
