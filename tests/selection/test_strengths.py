@@ -28,6 +28,7 @@ from orthogonalize.selection.candidates import Candidate
 from orthogonalize.selection.run_folder import load_run, save_selection
 from orthogonalize.selection.scoring import behaviour_score, log_odds
 from orthogonalize.selection.search import strengths as module
+from orthogonalize.selection.search import trials
 from orthogonalize.selection.search.drift import AnsweredPrompts, exact_kl
 from orthogonalize.selection.search.space import SearchSpace
 from orthogonalize.selection.search.strengths import (
@@ -256,8 +257,8 @@ def tiny(base):
 
     def searched(known=None, budget: int = 9, steps: int = 3):
         own = AnsweredPrompts(model, negative, generate(model, negative, 5, []))
-        trials = EditSearch(model, build, TOKENS, positive, own, known=known)
-        return trials.search(budget, where.starts(), where.neighbours, where.largest_step, steps)
+        search = EditSearch(model, build, TOKENS, positive, own, known=known)
+        return search.search(budget, where.starts(), where.neighbours, where.largest_step, steps)
 
     return searched
 
@@ -287,6 +288,14 @@ def test_killed_search_resumes_to_the_same_strengths(tiny, tmp_path, monkeypatch
     assert tiny(Journal(tmp_path / "journal", "inputs")) == whole
 
 
+def test_edit_out_of_reach_of_the_best_is_not_refined(tiny, monkeypatch):
+    """Its trials go to the neighbours of the best edit instead."""
+    monkeypatch.setattr(trials, "REACH", 0.9)
+    found = tiny()
+    assert len(found) == 9
+    assert found == tiny(steps=0)
+
+
 def test_search_goes_on_without_the_memory_for_gradients(tiny, monkeypatch):
     def exhausted(*_args) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -305,13 +314,14 @@ def test_neighbours_of_uneven_strengths_have_the_same_sites():
     assert {c.model_copy(update={"strength": 1.0}) for c in near} == {choice}
 
 
-@pytest.mark.parametrize(("trials", "uneven"), [(15, 0), (16, STEPS)])
-def test_extract_refines_strengths_if_it_has_trials_for_it(trials, uneven, model, sources, tmp_path):
-    settings = dataclasses.replace(SMALL, trials=trials, finders=("dim",))
+@pytest.mark.parametrize(("count", "uneven"), [(15, 0), (16, STEPS)])
+def test_extract_refines_strengths_if_it_has_trials_for_it(count, uneven, model, sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(trials, "REACH", float("inf"))
+    settings = dataclasses.replace(SMALL, trials=count, finders=("dim",))
     extract(str(model), tmp_path / "run", **sources, settings=settings)
     run = load_run(tmp_path / "run")
     found = [t for t in run.trials if t.choice.site_strengths]
-    assert len(run.trials) <= trials
+    assert len(run.trials) <= count
     assert 0 < len(found) <= uneven if uneven else not found
     if found:
         save_selection(run.candidates, found, run.probes, tmp_path / "run")

@@ -28,6 +28,8 @@ from .drift import AnsweredPrompts
 from .objectives import Trial, best, share_flipped, share_left
 from .strengths import StrengthGradients, StrengthSteps
 
+# Strengths of sites have halved the cost of an edit; one that costs more than this many times the best is not refined.
+REACH = 4.0
 CONFIRMED = 0.05  # largest share left among the answers of a confirmed edit
 
 Build = Callable[[EditConfig], Intervention]
@@ -223,14 +225,18 @@ class EditSearch:
         return list(self.known[key])
 
     def _best_of_several_writes(self) -> Trial | None:
-        """The best trial of an edit that is not fitted and acts on several write sites, and on nothing else."""
+        """The best trial of an edit that is not fitted and acts on several write sites, and on nothing else.
+
+        None if another edit costs so much less that strengths of sites cannot make up for it.
+        """
         plain = []
         for trial in self.tried.values():
             method = METHODS[trial.choice.method]
             if not (method.fitted or method.adds or method.restores_mean(trial.choice)):
                 edit = self.build(trial.choice)
                 plain += [trial] if len(edit.writes) > 1 and not edit.reads else []
-        return best(plain) if plain else None
+        found = best(plain) if plain else None
+        return found if found and found.cost <= REACH * best(list(self.tried.values())).cost else None
 
 
 def confirm(
