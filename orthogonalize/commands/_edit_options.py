@@ -5,9 +5,38 @@ from __future__ import annotations
 import click
 
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
+from ..core.errors import OrthogonalizeError
 from ..directions.finders.registry import FINDERS
 from ..edits.methods.registry import DEFAULT, METHODS
-from ._options import Entry, ListingOption, Rank, choice, finders_by_method, number, path, revision_option, together
+from ._options import (
+    Entry,
+    ListingOption,
+    Rank,
+    choice,
+    converted_by,
+    finders_by_method,
+    number,
+    path,
+    revision_option,
+    together,
+    words,
+)
+
+
+def site_strengths(text: str | None) -> dict[str, float] | None:
+    """Strengths by site, from `SITE=X` in a comma-separated list; None if none is given."""
+    found: dict[str, float] = {}
+    for word in words(text):
+        site, _, strength = word.partition("=")
+        try:
+            known = site in found
+            found[site] = float(strength)
+        except ValueError:
+            raise OrthogonalizeError(f"--site-strengths {word!r} is not of the form SITE=X, with a number X") from None
+        if known:
+            raise OrthogonalizeError(f"--site-strengths: {site} is given twice")
+    return found or None
+
 
 edit_options = together(
     click.option("--out", type=path(), help="Folder to create; it appears only when complete."),
@@ -28,6 +57,12 @@ edit_options = together(
         "--strength",
         type=float,
         help="Scale of the edit, default 1; at 1, ablate, nullspace and leace remove all of the direction.",
+    ),
+    click.option(
+        "--site-strengths",
+        metavar="SITE=X,…",
+        callback=converted_by(site_strengths),
+        help="Scale single write sites besides, as in attn.12=0.5,mlp.3=0; at 0 a site is left as it is.",
     ),
     click.option(
         "--per-layer/--shared", default=None, help="Edit each site along its own layer's direction, or all along one."

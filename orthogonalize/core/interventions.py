@@ -122,6 +122,13 @@ class AffineMap:
         """Apply the map without its shift."""
         return self.unshifted(h)
 
+    def scaled(self, strength: float | torch.Tensor) -> AffineMap:
+        """`h - c u (v^T h) + c s` for a number c; for a tensor c [batch], a map for each row of a batch."""
+        if not isinstance(strength, torch.Tensor):
+            return AffineMap(strength * self.u, self.v, strength * self.s)
+        rows = strength.to(self.u)[:, None]
+        return AffineMap(rows[..., None] * self.u, self.v.expand(len(rows), *self.v.shape), rows * self.s)
+
     def is_centred(self, tolerance: float) -> bool:
         """Whether `u` and `v` have, up to `tolerance`, no component along (1, …, 1), which a LayerNorm subtracts."""
         return all(
@@ -301,6 +308,19 @@ class Intervention:
     def width(self) -> int | None:
         """The width of the stream; None if the intervention is empty."""
         return next(iter(self.widths), None)
+
+    def scaled(self, strengths: Mapping[Site, float]) -> Intervention:
+        """The same intervention with the maps at some write sites scaled; a site of strength 0 is not edited.
+
+        Maps at read sites, and at sites that `strengths` does not name, stay as they are.
+        """
+        writes = {site: (m, strengths.get(site, 1.0)) for site, m in self.writes.items()}
+        conditional = {matrix: (m, strengths.get(matrix.site, 1.0)) for matrix, m in self.conditional.items()}
+        return Intervention(
+            {site: m.scaled(strength) for site, (m, strength) in writes.items() if strength},
+            self.reads,
+            {matrix: m.scaled(strength) for matrix, (m, strength) in conditional.items() if strength},
+        )
 
     def spares(self, layer: int) -> bool:
         """Whether the stream at the input of block `layer` stays as it is."""

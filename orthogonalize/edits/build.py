@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import AffineMap, Intervention, centred
+from ..core.interventions import AffineMap, Intervention, Site, centred
 from ..directions.direction_set import Directions
 from ..directions.finders.inlp import RANK_BY_ACCURACY
 from ..directions.finders.registry import FINDERS
@@ -43,7 +43,7 @@ def intervention_from_basis(
     Raises:
         OrthogonalizeError: the method does not accept this basis, or the scope does not fit the model.
     """
-    return METHODS.find(choice.method).from_basis(choice, basis, norm, layer_count, ranking)
+    return scale_sites(choice, METHODS.find(choice.method).from_basis(choice, basis, norm, layer_count, ranking))
 
 
 def intervention_from_directions(
@@ -64,7 +64,31 @@ def intervention_from_directions(
     if layer_norm and method.restores_mean(choice):
         directions = directions.centred()
     intervention = method.from_directions(choice, directions, ranking)
-    return centred(intervention) if layer_norm else intervention
+    return scale_sites(choice, centred(intervention) if layer_norm else intervention)
+
+
+def scale_sites(choice: EditConfig, intervention: Intervention) -> Intervention:
+    """The intervention with the strengths that `choice` gives to single sites.
+
+    Raises:
+        OrthogonalizeError: it does not edit what such a site writes, or restores a mean, which strengths would undo.
+    """
+    if not choice.site_strengths:
+        return intervention
+    if METHODS[choice.method].restores_mean(choice):
+        raise OrthogonalizeError(
+            f"{choice.method} restores a mean by what all its sites remove, so single sites cannot have strengths; "
+            "use --strength, or another method"
+        )
+    strengths = {Site.parse(name): strength for name, strength in choice.site_strengths}
+    written = {*intervention.writes, *(matrix.site for matrix in intervention.conditional)}
+    for site in strengths:
+        if site not in written:
+            raise OrthogonalizeError(
+                f"--site-strengths names {site}, but {choice.method} over {choice.scope} does not change what it "
+                "writes; leave it out, or choose another --scope"
+            )
+    return intervention.scaled(strengths)
 
 
 def place_shared_map(

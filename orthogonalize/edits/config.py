@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from ..core.interventions import Site
+from ..core.words import counted
 from .methods.registry import METHODS
 
 
@@ -16,6 +19,9 @@ class EditConfig(BaseModel):
         method: the name of an edit method.
         scope: where to edit (see `scopes.parse_scope`).
         strength: scale of the whole map.
+        site_strengths: what scales the maps at single write sites besides, by the site's name (`embed`, `attn.3`,
+            `mlp.3`); 0 leaves a site as it is. Any mapping or pairs; those that are not 1 are kept, in order of the
+            sites.
         per_layer: whether each site is edited along its own layer's direction, instead of all along one.
         position, layer: where the direction was extracted; the position is counted from the end of the prompt.
         rank: the number of directions to use of an INLP basis; `acc99` and `acc95` use those found before a
@@ -40,6 +46,7 @@ class EditConfig(BaseModel):
     method: str
     scope: str = "all"
     strength: float = 1.0
+    site_strengths: tuple[tuple[str, float], ...] = ()
     per_layer: bool = False
     position: int | None = None
     layer: int | None = None
@@ -61,6 +68,21 @@ class EditConfig(BaseModel):
     @classmethod
     def _is_known(cls, method: str) -> str:
         return METHODS.find(method).name
+
+    @field_validator("site_strengths", mode="before")
+    @classmethod
+    def _are_pairs(cls, given: Any) -> Any:
+        return tuple(given.items()) if isinstance(given, Mapping) else given
+
+    @field_validator("site_strengths")
+    @classmethod
+    def _are_write_sites(cls, pairs: tuple[tuple[str, float], ...]) -> tuple[tuple[str, float], ...]:
+        sites = {_write_site(name): strength for name, strength in pairs}
+        if len(sites) < len(pairs):
+            raise ValueError("a site is named twice")
+        # In execution order; the embedding has no layer, and `attn` is before `mlp`.
+        order = sorted(sites, key=lambda site: (-1 if site.layer is None else site.layer, site.kind))
+        return tuple((str(site), sites[site]) for site in order if sites[site] != 1.0)
 
     def describe(self) -> str:
         """A description in one line."""
@@ -92,6 +114,10 @@ class EditConfig(BaseModel):
             words.append("orthogonal form")
         if self.strength != 1.0:
             words.append(f"strength {self.strength:g}")
+        if self.site_strengths:
+            values = sorted({strength for _, strength in self.site_strengths})
+            scale = " to ".join(f"{value:g}" for value in dict.fromkeys((values[0], values[-1])))
+            words.append(f"times {scale} at {counted(len(self.site_strengths), 'site')}")
         return ", ".join(words)
 
     def _describe_fit(self) -> list[str]:
@@ -108,3 +134,13 @@ class EditConfig(BaseModel):
         if not self.sequential:
             words.append("from one reading")
         return words
+
+
+def _write_site(name: str) -> Site:
+    try:
+        site = Site.parse(name)
+    except ValueError:
+        site = Site("head")
+    if site.kind == "head":  # which only reads
+        raise ValueError(f"{name[:40]!r} is not a write site, such as embed, attn.3 or mlp.3")
+    return site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ class EditSettings:
     method: str | None = None
     scope: str | None = None
     strength: float | None = None
+    site_strengths: Mapping[str, float] | Sequence[tuple[str, float]] | None = None
     per_layer: bool | None = None
     position: int | None = None
     layer: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from .stream import Stream, norm_weight, squares_of
 from .write_matrices import conditionally_edited
 
 Handles = Iterator[torch.utils.hooks.RemovableHandle]
+Strength = float | torch.Tensor
+"""What scales a map (see `AffineMap.scaled`)."""
 
 
 def _hidden_states(output: Any) -> torch.Tensor:
@@ -70,20 +73,19 @@ def _map_norm(norm: nn.Module, affine: AffineMap, norms: Norms, epsilon: float) 
     return norm.register_forward_hook(hook)
 
 
-def _map_before_norm(norm: nn.Module, affine: AffineMap, norms: Norms) -> torch.utils.hooks.RemovableHandle:
-    """Map the input of a `norm` after a block so that its output is mapped, as weights with a baked write do."""
+def _map_before_norm(norm: nn.Module, before: AffineMap) -> torch.utils.hooks.RemovableHandle:
+    """Apply `before` to the input of a `norm` after a block, as weights with a baked write do (see `conjugate`)."""
 
     def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
-        before = conjugate(affine, norm_weight(norm, norms))
-        result: torch.Tensor = norm.forward(before(inputs[0]))
+        result: torch.Tensor = norm.forward(_apply_map(before, inputs[0]))
         return result
 
     return norm.register_forward_hook(hook)
 
 
-def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool) -> Handles:
+def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool, strength: Strength) -> Handles:
     if site.kind == "embed":  # everything written before the first block
-        yield map_input(stream.block(0), affine)
+        yield map_input(stream.block(0), affine.scaled(strength))
         return
     parts = stream.parts(site)
     if not parts:  # the family's blocks have no MLP, so attention adds the constant
@@ -92,11 +94,12 @@ def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool
     for number, part in enumerate(parts):
         module = stream.output(site, part)
         if part.post_norm is not None and not renormalise:
-            yield _map_before_norm(module, affine, stream.architecture.norms)
+            before = conjugate(affine, norm_weight(module, stream.architecture.norms))
+            yield _map_before_norm(module, before.scaled(strength))
             continue
         factor = 1.0 if part.scale_inside else stream.architecture.scale(part.scale, stream.config)
         once = replace(affine, s=affine.s / factor) if number == 0 else affine.unshifted
-        yield map_output(module, once)
+        yield map_output(module, once.scaled(strength))
 
 
 def _hook_reads(stream: Stream, reads: Mapping[Site, AffineMap], renormalise: bool) -> Handles:
@@ -119,7 +122,12 @@ def _hook_reads(stream: Stream, reads: Mapping[Site, AffineMap], renormalise: bo
 
 
 @contextmanager
-def intervened(model: nn.Module, intervention: Intervention, renormalise: bool = True) -> Iterator[nn.Module]:
+def intervened(
+    model: nn.Module,
+    intervention: Intervention,
+    renormalise: bool = True,
+    strengths: Mapping[Site, Strength] = MappingProxyType({}),
+) -> Iterator[nn.Module]:
     """Apply `intervention` to a transformers `model` in this context.
 
     Write sites are mapped where they are added to the stream, after a norm if one follows the block. Read sites
@@ -128,11 +136,13 @@ def intervened(model: nn.Module, intervention: Intervention, renormalise: bool =
     scales: with `renormalise=False` norms use the scales that weights do produce (of the unmapped stream before
     reads, of the mapped block output before a norm that follows it), and weights reproduce the result exactly. The
     two differ by a positive factor per token.
+
+    `strengths` scale the maps at write sites, which may give every row of a batch its own; gradients flow to them.
     """
     stream = Stream.of(model)
     with ExitStack() as stack:
         for site, affine in intervention.writes.items():
-            for handle in _hook_write(stream, site, affine, renormalise):
+            for handle in _hook_write(stream, site, affine, renormalise, strengths.get(site, 1.0)):
                 stack.callback(handle.remove)
         for handle in _hook_reads(stream, intervention.reads, renormalise):
             stack.callback(handle.remove)

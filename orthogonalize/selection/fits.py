@@ -17,6 +17,7 @@ from ..core.files import fingerprint, write_atomically
 from ..core.interventions import ConditionalMap, Intervention, WriteMatrix
 from ..core.progress import note
 from ..directions.direction_set import Directions, read_tensors
+from ..edits.build import scale_sites
 from ..edits.config import EditConfig
 from ..edits.fitting import ConditionalFit, FitTokens, fit_conditional, sites_to_fit, spans_of, weights_of
 from ..models.write_reading import WriteReader
@@ -88,7 +89,8 @@ class Fits:
                 note(f"{fit.left_alone} experts saw too few tokens to be fitted, and are left as they are")
             maps = fit.maps
             _save(fit, file)
-        return Intervention(conditional={matrix: each.scaled(choice.strength) for matrix, each in maps.items()})
+        scaled = {matrix: each.scaled(choice.strength) for matrix, each in maps.items()}
+        return scale_sites(choice, Intervention(conditional=scaled))
 
     def _reader_at(self, layer: int, tokens: FitTokens) -> WriteReader:
         """A reader that has come to `layer` or an earlier one: fits of upper layers share what is below."""

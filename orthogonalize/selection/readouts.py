@@ -6,6 +6,7 @@ shows.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 
+LEAST_PROBABILITY = 1e-8  # of the behaviour, and of all else
+LARGEST_SCORE = math.log(1 / LEAST_PROBABILITY - 1)
 MOST = 8  # tokens that are learnt
 LEAST_GAIN = 0.05  # of probability, by which first tokens must differ between the sides
 READ_LAYERS = 0.1  # of the model's layers, at which `NearerSide` reads
@@ -50,8 +53,17 @@ def behaviour_score(probabilities: torch.Tensor, tokens: Sequence[int]) -> torch
 
     Takes probabilities [..., vocabulary], returns log-odds [...]; p is clamped to [1e-8, 1 - 1e-8].
     """
-    p = probabilities[..., list(tokens)].sum(-1).double().clamp(1e-8, 1 - 1e-8)
+    p = probabilities[..., list(tokens)].sum(-1).double().clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     return p.log() - (1 - p).log()
+
+
+def log_odds(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """`behaviour_score` from logits [..., vocabulary], in float64, with gradients."""
+    wide = logits.double()
+    inside = torch.zeros(wide.shape[-1], dtype=torch.bool, device=wide.device)
+    inside[list(tokens)] = True
+    odds = wide[..., inside].logsumexp(-1) - wide[..., ~inside].logsumexp(-1)
+    return odds.clamp(-LARGEST_SCORE, LARGEST_SCORE)
 
 
 @dataclass(frozen=True)

@@ -134,11 +134,17 @@ def _taken_from(choice: EditConfig, given: dict[str, Any], found: tuple[str, ...
     parts = []
     for place, names in places.items():
         values = {name.replace("_", "-"): getattr(choice, name) for name in names}
-        words = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                 for name, value in values.items() if value is not None]  # fmt: skip
+        words = [f"{name} {_shown(value)}" for name, value in values.items() if value is not None]
         if words:
             parts.append(f"{place}: {', '.join(words)}")
     return "; ".join(parts)
+
+
+def _shown(value: Any) -> str:
+    """The value of a field of `EditConfig`, of which only the strengths of sites are a tuple."""
+    if isinstance(value, tuple):
+        return ",".join(f"{site}={strength:g}" for site, strength in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _origin_in_run(run: Run, choice: EditConfig, given: dict[str, Any], pick: int | None) -> str:
@@ -167,7 +173,8 @@ def _edit_config(named: dict[str, Any]) -> EditConfig:
         return EditConfig(**named)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise OrthogonalizeError(f"--{problem['loc'][0]} {problem['input']}: {problem['msg']}") from error
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise OrthogonalizeError(f"--{option} {problem['input']}: {problem['msg']}") from error
 
 
 def _probe_edit(folder: Path, run: Run, choice: EditConfig, intervention: Intervention) -> list[ProbeResult]:

@@ -18,11 +18,11 @@ from .readouts import Outputs, Readout
 SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
 
 
-def _last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+def last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Logits [batch, vocabulary] at the last real token of each row; the head is applied only there."""
     ends, row_end = torch.unique(lengths - 1, return_inverse=True)
     logits = model(input_ids=padded, use_cache=False, logits_to_keep=ends).logits
-    return logits[torch.arange(len(padded), device=logits.device), row_end].float()  # type: ignore[no-any-return]
+    return logits[torch.arange(len(padded), device=logits.device), row_end]  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def read_outputs(
     for number, group in enumerate(batches(ids)):
         padded, lengths = pad([ids[i] for i in group], model.device)
         with around(number) if around else nullcontext(), _reading(model, layers, lengths) as taken:
-            part = _last_logits(model, padded, lengths).softmax(-1).cpu()
+            part = last_logits(model, padded, lengths).float().softmax(-1).cpu()
         if found is None:
             found = Outputs(
                 torch.empty(len(ids), part.shape[-1]),
@@ -158,7 +158,7 @@ class LocalScorer:
             resumed = starting_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
             every = lengths.repeat(count)
             with resumed, edit(self.model, layer, rows), _reading(self.model, above, every) as taken:
-                logits = _last_logits(self.model, padded.repeat(count, 1), every)
+                logits = last_logits(self.model, padded.repeat(count, 1), every).float()
             probabilities.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
             for each in self.layers:
                 if each not in taken:  # at or below the edit, which does not reach it
@@ -191,7 +191,7 @@ def global_outputs(
         padded, lengths = pad([ids[i] for i in group], model.device)
         every = lengths.repeat(count)
         with intervened(model, Intervention(writes=writes)), _reading(model, layers, every) as taken:
-            logits = _last_logits(model, padded.repeat(count, 1), every)
+            logits = last_logits(model, padded.repeat(count, 1), every).float()
         probabilities.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
         for each in layers:
             streams[each].append(taken[each].reshape(count, len(group), -1))

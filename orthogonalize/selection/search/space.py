@@ -116,12 +116,14 @@ class SearchSpace:
             return self._near_fits(choice, step)
         if METHODS[choice.method].adds:
             return self._near_additions(choice)
-        near = [choice.model_copy(update={"scope": scope}) for scope in self._near_scopes(choice.scope, step)]
-        near += [
+        near = [
             choice.model_copy(update={"strength": round(choice.strength + change, 2)})
             for change in (-0.2, 0.2, -0.1, 0.1)
             if 0.2 <= choice.strength + change <= 1.6
         ]
+        if choice.site_strengths:  # of this span and direction
+            return near
+        near = [choice.model_copy(update={"scope": scope}) for scope in self._near_scopes(choice.scope, step)] + near
         positions = self.directions.positions
         near += [choice.model_copy(update={"position": p}) for p in positions if abs(p - (choice.position or 0)) == 1]
         if choice.layer is not None and not choice.per_layer:

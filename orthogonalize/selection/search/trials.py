@@ -14,18 +14,23 @@ from typing import Any
 
 import torch
 
+from ...core.errors import ran_out_of_memory
 from ...core.interrupts import check
 from ...core.interventions import Intervention
 from ...core.journal import Journal
-from ...core.progress import Progress, track
+from ...core.progress import Progress, note, track
 from ...edits.config import EditConfig
+from ...edits.methods.registry import METHODS
 from ...models.hooks import intervened
 from ..candidates import ScoreStore
-from ..readouts import Readout
+from ..readouts import FirstToken, Readout
 from ..scoring import PromptScores
 from .drift import AnsweredPrompts
 from .objectives import Trial, best, share_flipped, share_left
+from .strengths import StrengthGradients, StrengthSteps
 
+# Strengths of sites have halved the cost of an edit; one that costs more than this many times the best is not refined.
+REACH = 4.0
 CONFIRMED = 0.05  # largest share left among the answers of a confirmed edit
 
 Build = Callable[[EditConfig], Intervention]
@@ -138,18 +143,27 @@ class EditSearch:
         )
 
     def search(
-        self, budget: int, starts: Sequence[EditConfig], neighbours: Neighbours, largest_step: int = 1
+        self,
+        budget: int,
+        starts: Sequence[EditConfig],
+        neighbours: Neighbours,
+        largest_step: int = 1,
+        strength_steps: int = 0,
     ) -> list[Trial]:
         """Try up to `budget` edits and return all of them, the best first, the others by their cost.
 
         Half of the budget, and at least two edits, are for the first of `starts`; the rest is a descent from the best
-        edit to its `neighbours`, in steps that shrink from `largest_step` to 1.
+        edit to its `neighbours`, in steps that shrink from `largest_step` to 1. The last `strength_steps` edits of the
+        budget give single sites strengths of their own, if there is an edit where that pays (see `strengths`).
         """
         with track("trying edits", budget, "edits") as advance:
             for choice in starts[: min(budget, max(2, budget // 2))]:
                 self.run(choice)
                 advance(1)
-            self._refine(budget, neighbours, largest_step, advance)
+            self._refine(budget - strength_steps, neighbours, largest_step, advance)
+            if strength_steps:
+                self._refine_strengths(strength_steps, advance)
+                self._refine(budget, neighbours, largest_step, advance)
         first = best(list(self.tried.values()))
         return [first, *(t for t in self._by_cost() if t is not first)]
 
@@ -174,6 +188,58 @@ class EditSearch:
                 advance(1)
                 if best(list(self.tried.values())) is not current:
                     break
+
+    def _refine_strengths(self, steps: int, advance: Progress) -> None:
+        """Give the sites of the best plain edit strengths of their own, step by step.
+
+        Edits that are fitted are left alone: for them, it gains nothing over one strength for all. So are all where
+        first tokens do not tell of the behaviour: only they have gradients here.
+        """
+        start, readout = self._best_of_several_writes(), self.readout
+        if start is None or not isinstance(readout, FirstToken):
+            return
+        gradients = StrengthGradients(self.model, self.build(start.choice).writes)
+        sets = [(each.prompts, each.answers) for each in (self.answers, *self.preserved.values())]
+        kept = start.score + readout.threshold
+        found = StrengthSteps(gradients, self.target, readout.tokens, sets, self.shows, kept)
+        strengths = [1.0] * len(gradients.sites)
+        for step in range(steps):
+            before = strengths
+            try:
+                strengths = self._kept(f"strengths:{step}:{start.choice.model_dump_json()}", found, before)
+            except (MemoryError, RuntimeError) as error:
+                if ran_out_of_memory(error) is None:
+                    raise
+                note("there is not enough memory for gradients, so sites do not get strengths of their own")
+                return
+            if strengths == before:
+                return
+            by_site = {str(site): each for site, each in zip(gradients.sites, strengths, strict=True)}
+            self.run(EditConfig.model_validate({**start.choice.model_dump(), "site_strengths": by_site}))
+            advance(1)
+
+    def _kept(self, key: str, steps: StrengthSteps, strengths: list[float]) -> list[float]:
+        """The strengths after a step from `strengths`, from the store if it knows them."""
+        if self.known is None:
+            return steps.after(strengths)
+        if key not in self.known:
+            self.known.put({key: steps.after(strengths)})
+            check()
+        return list(self.known[key])
+
+    def _best_of_several_writes(self) -> Trial | None:
+        """The best trial of an edit that is not fitted and acts on several write sites, and on nothing else.
+
+        None if another edit costs so much less that strengths of sites cannot make up for it.
+        """
+        plain = []
+        for trial in self.tried.values():
+            method = METHODS[trial.choice.method]
+            if not (method.fitted or method.adds or method.restores_mean(trial.choice)):
+                edit = self.build(trial.choice)
+                plain += [trial] if len(edit.writes) > 1 and not edit.reads else []
+        found = best(plain) if plain else None
+        return found if found and found.cost <= REACH * best(list(self.tried.values())).cost else None
 
 
 def confirm(

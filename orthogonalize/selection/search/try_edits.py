@@ -22,8 +22,10 @@ from ..readouts import Readout
 from .drift import AnsweredPrompts
 from .objectives import Trial
 from .space import SearchSpace, reads_can_be_baked
+from .strengths import STEPS
 from .trials import EditSearch, confirm
 
+REFINED = 16  # trials from which on some go into the strengths of single sites
 NEGATIVE = "answers"  # the journal's name for the answers to negative prompts
 
 
@@ -110,7 +112,8 @@ class EditTrials:
         space = SearchSpace(self.directions, self.ranked, reads, strengthen=search.shows)
         fitted, plain = space.fitted_starts() if fits.possible else [], space.starts()
         starts = [*fitted[:1], *plain[:2], *fitted[1:], *plain[2:]]  # of each kind, whatever the budget
-        found = search.search(budget, starts, space.neighbours, space.largest_step)
+        steps = STEPS if budget >= REFINED else 0
+        found = search.search(budget, starts, space.neighbours, space.largest_step, steps)
         return confirm(search, found, self.journal, left)
 
     def _answered(self, name: str, ids: Sequence[list[int]], layer: int) -> AnsweredPrompts | None:
