@@ -281,6 +281,12 @@ extract_options = together(
     number("--val", 1, 32, "Prompts per side to select with."),
     number("--test", 0, 100, "Prompts per side kept for eval."),
     number("--trials", 0, 32, "Whole edits to try; 0 skips the search."),
+    click.option(
+        "--own-answers",
+        type=path(),
+        metavar="FILE",
+        help="For --engine stream, which generates nothing: rows of prompt and answer, the model's own.",
+    ),
     click.option("--judge", help="Judge that confirms the best edits by their answers; by wording without one."),
     click.option(
         "--behaviour-tokens",

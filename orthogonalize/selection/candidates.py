@@ -329,7 +329,7 @@ def score_key(finder: str, layer: int) -> str:
     return f"candidates:{finder}:{layer}"
 
 
-def _resident(
+def resident_scoring(
     model: Any,
     positive: Sequence[Sequence[int]],
     negative: Sequence[Sequence[int]],
@@ -337,6 +337,7 @@ def _resident(
     tokens: Sequence[int],
     everywhere: bool,
 ) -> DirectionScoring:
+    """The scoring of directions with a model that is whole in memory; see `score_candidates`."""
     meter = _ResidentMeter(model, {"positive": positive, "negative": negative}, tokens)
     layer_norm = Stream.of(model).architecture.norms.kind == "layer"
     return DirectionScoring(meter, directions, everywhere, layer_norm)
@@ -367,7 +368,7 @@ def score_candidates(
             for finder in finders:
                 key = score_key(finder, layer)
                 if key not in kept:
-                    scoring = scoring or _resident(model, positive, negative, directions, tokens, everywhere)
+                    scoring = scoring or resident_scoring(model, positive, negative, directions, tokens, everywhere)
                     kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
                     check()
                 found = [Candidate.from_row(row) for row in kept[key]]
