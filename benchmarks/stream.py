@@ -21,7 +21,6 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 
 from orthogonalize.directions.activation_store import record, record_streamed
@@ -132,12 +131,7 @@ def main(
     if context.invoked_subcommand:
         return
     own = SHAPES[shape]["num_hidden_layers"]
-    table = Table(title=f"{shape} shape, {prompts} prompts of {tokens} tokens")
-    for column in (
-        "blocks", "weights, GB", "read once, s", "compute, s", "stream, s", "of the slower", "resident, s",
-        "block, MB", "streams, MB", "peak host, MB", "blocks over streams", "peak GPU, MB",
-    ):  # fmt: skip
-        table.add_column(column, justify="right")
+    console.print(f"{shape} shape, {prompts} prompts of {tokens} tokens")
     for count in [int(word) for word in layers.split(",")] if layers else [own]:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             write_random(Path(place), shape, count)
@@ -151,15 +145,17 @@ def main(
                 )
                 found |= json.loads(out.stdout.splitlines()[-1])
         slower = max(found["read"], found["compute"])
-        gpu = found.get("gpu")
-        table.add_row(
-            str(count), f"{found['weights'] / 1e9:.1f}", f"{found['read']:.2f}", f"{found['compute']:.2f}",
-            f"{found['stream']:.2f}", f"{found['stream'] / slower:.2f}x",
-            f"{found['whole']:.2f}" if resident else "", f"{found['block'] / 1e6:.0f}",
-            f"{found['streams'] / 1e6:.0f}", f"{found['peak'] / 1e6:.0f}",
-            f"{(found['peak'] - found['streams']) / found['block']:.2f}", "" if gpu is None else f"{gpu / 1e6:.0f}",
-        )  # fmt: skip
-    console.print(table)
+        beside = f", resident path {found['whole']:.2f} s" if resident else ""
+        gpu = f", of the GPU {found['gpu'] / 1e6:.0f} MB" if "gpu" in found else ""
+        blocks = (found["peak"] - found["streams"]) / found["block"]
+        console.print(
+            f"{count} blocks, {found['weights'] / 1e9:.1f} GB: streamed in {found['stream']:.2f} s, "
+            f"{found['stream'] / slower:.2f}x the slower of reading once ({found['read']:.2f} s) and computing "
+            f"({found['compute']:.2f} s){beside}; peak memory of the host {found['peak'] / 1e6:.0f} MB above the "
+            f"libraries{gpu}, which is the streams ({found['streams'] / 1e6:.0f} MB) and {blocks:.2f} blocks "
+            f"({found['block'] / 1e6:.0f} MB each in memory)",
+            soft_wrap=True,
+        )
 
 
 @main.command("side", hidden=True)
@@ -170,6 +166,7 @@ def main(
 @click.argument("tokens", type=int)
 def measure_side(side: str, folder: Path, device: str, prompts: int, tokens: int) -> None:
     """One measurement, in this process; prints JSON."""
+    os.environ["TQDM_DISABLE"] = "1"
     place, ids = choose_device(device), random_ids(prompts, tokens)
     if place.type == "cuda":
         torch.zeros(1, device=place)  # its start is no part of any side

@@ -118,8 +118,11 @@ def test_at_most_two_blocks_are_held_whatever_their_number(layers, tmp_path):
     embedding = streamed.model.get_input_embeddings().weight.numel()
     always = live_parameters(streamed)
     held = []
-    Pass(streamed, {"prompts": IDS}, take=lambda _layer, _lanes: held.append(live_parameters(streamed))).run("reading")
+    one_pass = Pass(streamed, {"prompts": IDS}, take=lambda _layer, _lanes: held.append(live_parameters(streamed)))
+    one_pass.run("reading")
     assert max(held) <= always + 2 * block
+    for _ in one_pass.logits(lambda _set, lane: lane.last(1)[:, 0]):
+        assert live_parameters(streamed) == always + embedding  # the head, which is tied
     assert live_parameters(streamed) == always
     assert always < min(block, embedding)
 
