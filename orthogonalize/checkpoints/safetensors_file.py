@@ -113,16 +113,14 @@ class TensorFile:
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` in its stored dtype, in newly allocated memory."""
         info = self.tensors[name]
-        buffer = bytearray(info.size)
+        found = torch.empty(info.shape, dtype=DTYPES[info.dtype])
         with self.path.open("rb") as file:
             file.seek(self.data_start + info.start)
-            if file.readinto(buffer) != info.size:
+            if info.size and file.readinto(stored_bytes(found)) != info.size:
                 raise OrthogonalizeError(
                     f"{self.path} is truncated: {name} ends before the offset in its header; fetch the file again"
                 )
-        if not info.size:
-            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
+        return found
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
         """Rows `first` to `last` of tensor `name`, along its first axis, in its stored dtype."""

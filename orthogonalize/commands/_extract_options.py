@@ -106,6 +106,12 @@ extract_options = together(
     number("--test", 0, 100, "Prompts per side kept for eval."),
     number("--trials", 0, 32, "Whole edits to try; 0 skips the search."),
     click.option(
+        "--own-answers",
+        type=path(),
+        metavar="FILE",
+        help="For --engine stream, which generates nothing: rows of prompt and answer, the model's own.",
+    ),
+    click.option(
         "--measure",
         cls=ListingOption,
         listing=measure_listing,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class _Extraction:
         if self.settings.engine == "auto":
             note(f"engine: {self.engine}, {self.why}")
         places = len(self.positions), self.layer_count + 1
-        return open_reader(self.engine, self.source, self.settings, self.tokenizer, places, self.out, self.weights)
+        return open_reader(self.engine, self.source, self.settings, self.chat, places, self.out, self.weights)
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """The inputs of `stage`, including the fingerprint of the stage before it."""
@@ -128,7 +129,10 @@ class _Extraction:
                 own = {"methods": found.pop("finders"), **found}  # stages.json calls the finders `methods`
             case "answers":
                 own = {"wanted": s.trials > 0, "tokens": [ANSWER_START, ANSWER_TOKENS]}
-                own |= {"engine": self.engine} if self.engine == "stream" else {}  # which cuts answers short
+                if s.trials and self.engine == "stream":  # which cuts answers short
+                    own["engine"] = self.engine
+                    if s.own_answers is not None:
+                        own["own_answers"] = sha256(Path(s.own_answers).read_bytes()).hexdigest()
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive, "goal": s.goal}

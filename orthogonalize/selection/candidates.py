@@ -296,7 +296,7 @@ def score_key(finder: str, layer: int) -> str:
     return f"candidates:{finder}:{layer}"
 
 
-def _resident(
+def resident_scoring(
     model: Any,
     positive: Sequence[Sequence[int]],
     negative: Sequence[Sequence[int]],
@@ -304,6 +304,7 @@ def _resident(
     readout: Readout,
     everywhere: bool,
 ) -> DirectionScoring:
+    """The scoring of directions with a model that is whole in memory; see `score_candidates`."""
     meter = ResidentMeter(model, {"positive": positive, "negative": negative}, readout)
     layer_norm = Stream.of(model).architecture.norms.kind == "layer"
     return DirectionScoring(meter, directions, everywhere, layer_norm)
@@ -335,7 +336,7 @@ def score_candidates(
             for finder in finders:
                 key = score_key(finder, layer)
                 if key not in kept:
-                    scoring = scoring or _resident(model, positive, negative, directions, readout, everywhere)
+                    scoring = scoring or resident_scoring(model, positive, negative, directions, readout, everywhere)
                     kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
                     check()
                 found = [Candidate.from_row(row) for row in kept[key]]

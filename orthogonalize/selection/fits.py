@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from ..architectures.schema import architecture_of
 from ..core.files import fingerprint, write_atomically
-from ..core.interventions import ConditionalMap, Intervention, WriteMatrix
+from ..core.interventions import ConditionalMap, Intervention, Site, WriteMatrix
 from ..core.progress import note
 from ..directions.direction_set import Directions, read_tensors
 from ..edits.build import scale_sites
@@ -65,32 +65,44 @@ class Fits:
         Raises:
             OrthogonalizeError: the run has no directions or answers for it.
         """
-        sites = sites_to_fit(choice, self.directions.layer_count, ranking)
+        file = self._file(choice, ranking)
+        maps = load_maps(file) if file.is_file() else self._fit(choice, ranking, file)
+        scaled = {matrix: each.scaled(choice.strength) for matrix, each in maps.items()}
+        return scale_sites(choice, Intervention(conditional=scaled))
+
+    def _sites(self, choice: EditConfig, ranking: Sequence[int] | None) -> list[Site]:
+        return sites_to_fit(choice, self.directions.layer_count, ranking)
+
+    def _file(self, choice: EditConfig, ranking: Sequence[int] | None) -> Path:
+        """Where the fit of `choice` is stored."""
         tokens = self.folder / TOKENS
         depends = {
             **choice.model_dump(include={"span", "position", "rank", "sequential"}),
-            "sites": [str(site) for site in sites],
+            "sites": [str(site) for site in self._sites(choice, ranking)],
             "regression": asdict(weights_of(choice)),
             "weights": self.weights,
             "directions": self._directions,
             "tokens": hashlib.sha256(tokens.read_bytes()).hexdigest() if tokens.is_file() else None,
         }
-        file = self.folder / FOLDER / f"{fingerprint(depends)[:16]}.safetensors"
-        if file.is_file():
-            maps = _load(file)
-        else:
-            read = FitTokens.load(tokens)
-            reader = self._reader_at(min((int(site.layer or 0) for site in sites), default=0), read)
-            fit = fit_conditional(
-                self.load(), read, spans_of(choice, self.directions), sites, weights_of(choice),
-                sequential=choice.sequential, reader=reader,
-            )  # fmt: skip
-            if fit.left_alone:
-                note(f"{fit.left_alone} experts saw too few tokens to be fitted, and are left as they are")
-            maps = fit.maps
-            _save(fit, file)
-        scaled = {matrix: each.scaled(choice.strength) for matrix, each in maps.items()}
-        return scale_sites(choice, Intervention(conditional=scaled))
+        return self.folder / FOLDER / f"{fingerprint(depends)[:16]}.safetensors"
+
+    def _fit(
+        self, choice: EditConfig, ranking: Sequence[int] | None, file: Path
+    ) -> Mapping[WriteMatrix, ConditionalMap]:
+        """Fit `choice`, and store the maps in `file`."""
+        sites, read = self._sites(choice, ranking), FitTokens.load(self.folder / TOKENS)
+        reader = self._reader_at(min((int(site.layer or 0) for site in sites), default=0), read)
+        fit = fit_conditional(
+            self.load(), read, spans_of(choice, self.directions), sites, weights_of(choice),
+            sequential=choice.sequential, reader=reader,
+        )  # fmt: skip
+        self._store(fit, file)
+        return fit.maps
+
+    def _store(self, fit: ConditionalFit, file: Path) -> None:
+        if fit.left_alone:
+            note(f"{fit.left_alone} experts saw too few tokens to be fitted, and are left as they are")
+        _save(fit, file)
 
     def _reader_at(self, layer: int, tokens: FitTokens) -> WriteReader:
         """A reader that has come to `layer` or an earlier one: fits of upper layers share what is below."""
@@ -108,7 +120,8 @@ def _save(fit: ConditionalFit, file: Path) -> None:
     write_atomically(file, save(tensors))
 
 
-def _load(file: Path) -> dict[WriteMatrix, ConditionalMap]:
+def load_maps(file: Path) -> dict[WriteMatrix, ConditionalMap]:
+    """The maps of a stored fit, at strength 1."""
     tensors = read_tensors(file)
     names = dict.fromkeys(name.rpartition("/")[0] for name in tensors)
     return {WriteMatrix.parse(name): ConditionalMap(tensors[f"{name}/r"], tensors[f"{name}/c"]) for name in names}

@@ -56,6 +56,8 @@ class Settings:
             prompts, which show it rightly; `strengthen` extends it to target prompts, which do not show it.
         target: a source of the prompts to which the goal `strengthen` extends the behaviour.
         preserve: sources of prompts whose outputs an edit should not move.
+        own_answers: a file with the model's own answers to its prompts (rows of `prompt` and `answer`), for the engine
+            `stream`, which generates none.
         answers: number of the model's own answers to negative prompts along which an edit's KL is measured.
         trust_remote_code: whether to run code from the model's repository.
     """
@@ -86,6 +88,7 @@ class Settings:
     scoring: Sequence[str] = ("local",)
     scored: int | None = None
     trials: int = 32
+    own_answers: Path | str | None = None
     answers: int = 32
     goal: Goal = "remove"
     target: str | None = None
@@ -113,6 +116,10 @@ class Settings:
             raise OrthogonalizeError(f"--engine must be one of {', '.join(ENGINES)}; got {self.engine}")
         if self.engine == "stream" and self.trust_remote_code:
             raise OrthogonalizeError("--engine stream runs transformers' own classes only, not --trust-remote-code")
+        if self.own_answers is not None and not Path(self.own_answers).is_file():
+            raise OrthogonalizeError(f"no such file: {self.own_answers} (--own-answers)")
+        if self.engine == "hf" and self.own_answers is not None:
+            raise OrthogonalizeError("--own-answers is for --engine stream; --engine hf generates the answers itself")
         find_mean(self.mean)
         if self.orthogonal_to not in (None, HARMLESS_MEAN):
             raise OrthogonalizeError(f"--orthogonal-to must be {HARMLESS_MEAN}; got {self.orthogonal_to}")

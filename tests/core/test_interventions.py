@@ -139,3 +139,18 @@ def test_an_intervention_spares_the_layers_below_its_first_site():
         assert not edit.spares(3)
     assert not Intervention({Site("embed"): mapped, Site("mlp", 3): mapped}).spares(1)
     assert Intervention(reads={Site("head"): mapped}).spares(99)
+
+
+def test_the_parts_of_an_intervention_at_each_block_make_it_up():
+    one = removal(torch.eye(4)[:1])
+    own = ConditionalMap(torch.eye(4)[:1], torch.ones(1, 3))
+    whole = Intervention(
+        {Site("embed"): one, Site("attn", 0): one, Site("mlp", 2): one},
+        {Site("attn", 2): one, Site("head"): one},
+        {WriteMatrix(Site("mlp", 1), "mlp.down_proj"): own},
+    )
+    parts = [whole.at(layer, 3) for layer in range(4)]
+    assert [part and (len(part.writes), len(part.reads), len(part.conditional)) for part in parts] == [
+        (2, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 0)
+    ]  # fmt: skip
+    assert Intervention({Site("mlp", 2): one}).at(1, 3) is None

@@ -54,7 +54,7 @@ def read(streamed: StreamedModel, tokens: int = 4096) -> tuple[torch.Tensor, Pas
 
 def first_tokens(one_pass: Pass) -> torch.Tensor:
     found = {}
-    for _, lane, logits in one_pass.logits(lambda lane: lane.last(1)[:, 0]):
+    for _, lane, logits in one_pass.logits(lambda _set, lane: lane.last(1)[:, 0]):
         found |= dict(zip(lane.rows, logits.softmax(-1), strict=True))
     return torch.stack([found[row] for row in sorted(found)])
 
@@ -94,7 +94,7 @@ def test_variants_are_the_model_with_its_edit(name, tmp_path):
     )
     one_pass.run("edits")
     found = {edit: torch.empty(len(IDS), 96) for edit in ["prompts", *edits]}
-    for edit, lane, logits in one_pass.logits(lambda lane: lane.last(1)[:, 0]):
+    for edit, lane, logits in one_pass.logits(lambda _set, lane: lane.last(1)[:, 0]):
         found[edit][lane.rows] = logits.softmax(-1)
     base = first_token_probabilities(whole, IDS)
     assert (found["prompts"] - base).abs().max() < 1e-6
@@ -118,8 +118,11 @@ def test_at_most_two_blocks_are_held_whatever_their_number(layers, tmp_path):
     embedding = streamed.model.get_input_embeddings().weight.numel()
     always = live_parameters(streamed)
     held = []
-    Pass(streamed, {"prompts": IDS}, take=lambda _layer, _lanes: held.append(live_parameters(streamed))).run("reading")
+    one_pass = Pass(streamed, {"prompts": IDS}, take=lambda _layer, _lanes: held.append(live_parameters(streamed)))
+    one_pass.run("reading")
     assert max(held) <= always + 2 * block
+    for _ in one_pass.logits(lambda _set, lane: lane.last(1)[:, 0]):
+        assert live_parameters(streamed) == always + embedding  # the head, which is tied
     assert live_parameters(streamed) == always
     assert always < min(block, embedding)
 

@@ -58,10 +58,6 @@ class Lane:
         """The stream at the last `count` tokens of each prompt, [batch, count, d]."""
         return last_tokens(self.hidden, self.lengths.to(self.hidden.device), count)
 
-    def tokens(self, row: int, first: int, last: int) -> torch.Tensor:
-        """The stream at tokens `first` to `last` of the prompt at place `row` of the batch, [tokens, d]."""
-        return self.hidden[row, first:last]
-
 
 class StreamedModel:
     """A model whose blocks are held one at a time, while all prompts pass through them.
@@ -92,7 +88,7 @@ class StreamedModel:
         Raises:
             OrthogonalizeError: the blocks of this family do not stand one behind the other.
         """
-        with self.parts.embedding():
+        with self.parts.embedding(token for row in ids for token in row):
             if self._wrapped is None:
                 self._note_tuples(ids[0][:1])
             return [self._enter(group, [ids[i] for i in group]) for group in batches(ids, tokens)]

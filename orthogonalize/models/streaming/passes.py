@@ -100,22 +100,22 @@ class Pass:
         self.take(count, self.lanes)
         self._fork(count)
 
-    def logits(self, wanted: Callable[[Lane], torch.Tensor]) -> Iterator[tuple[str, Lane, torch.Tensor]]:
+    def logits(self, wanted: Callable[[str, Lane], torch.Tensor]) -> Iterator[tuple[str, Lane, torch.Tensor]]:
         """Logits [n, vocabulary] of every lane, with its set's or its variant's name; to be called after `run`.
 
-        A lane of a set comes before those of its variants. `wanted` gives the streams [n, d] of a lane to compute them
-        of.
+        A lane of a set comes before those of its variants. `wanted` gives, by the name of a set, the streams [n, d] of
+        a lane to compute them of.
         """
         by_name = {variant.name: variant for variant in self.variants}
         with self.streamed.head():
             for set_name, lanes in self.lanes.items():
                 own = [v for v in by_name.values() if v.ids == set_name]
                 for number, lane in enumerate(lanes):
-                    yield set_name, lane, self.streamed.logits(wanted(lane))
+                    yield set_name, lane, self.streamed.logits(wanted(set_name, lane))
                     for variant in own:
                         fork = self.forks[variant.name][number]
                         with variant.around(self.streamed.layer_count):
-                            found = self.streamed.logits(wanted(fork))
+                            found = self.streamed.logits(wanted(set_name, fork))
                         yield variant.name, fork, found
                     check()
 

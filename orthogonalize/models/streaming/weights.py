@@ -8,7 +8,8 @@ parameters, and loses them again when it is released.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Iterator, Sequence
+import math
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import nn
 
 from ...architectures.schema import architecture_of
 from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ...checkpoints.safetensors_file import DTYPES, TensorFile, TensorInfo
+from ...checkpoints.safetensors_file import TensorFile, TensorInfo
 from ...core.errors import OrthogonalizeError
 from ..loading import choose_device, choose_dtype, load_on_meta
 from ..sites import Sites
@@ -187,15 +188,25 @@ class PartialModel:
                     self._release(self.stream.block_name(layer))
 
     @contextmanager
-    def embedding(self) -> Iterator[None]:
-        """Hold the token embedding in this context."""
-        name = self._name_of(self.model.get_input_embeddings())
-        self._fill([self._token_embedding])
-        self._check_filled(name)
+    def embedding(self, tokens: Iterable[int]) -> Iterator[None]:
+        """Hold the rows of the token embedding that `tokens` (and padding, 0) look up, in this context."""
+        module = self.model.get_input_embeddings()
+        file, wanted = self.checkpoint.file_of(self._token_embedding), sorted({0, *tokens})
+        vocabulary = file.tensors[self._token_embedding].shape[0]
+        if wanted[-1] >= vocabulary:
+            raise OrthogonalizeError(f"the tokenizer has token {wanted[-1]}, but the model only {vocabulary} tokens")
+        rows = torch.cat([file.rows(self._token_embedding, first, last) for first, last in _runs(wanted)])
+        places = torch.zeros(vocabulary, dtype=torch.long, device=self.device)
+        places[torch.tensor(wanted, device=self.device)] = torch.arange(len(wanted), device=self.device)
+        empty, padding = module.weight, module.padding_idx
+        module.weight = nn.Parameter(rows.to(self.device, self.dtype), requires_grad=False)
+        module.padding_idx = None  # which is no row of these; it matters for gradients only
+        module.forward = lambda ids: type(module).forward(module, places[ids])
         try:
             yield
         finally:
-            self._release(name)
+            del module.forward
+            module.weight, module.padding_idx = empty, padding
 
     @contextmanager
     def head(self) -> Iterator[None]:
@@ -238,6 +249,17 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
     model.initialize_weights()  # parameters are on the meta device, where this does nothing
 
 
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ascending numbers as spans (first, last + 1) without gaps."""
+    first = previous = numbers[0]
+    for number in numbers[1:]:
+        if number != previous + 1:
+            yield first, previous + 1
+            first = number
+        previous = number
+    yield first, previous + 1
+
+
 def weight_bytes(tensors: Sequence[TensorInfo], dtype: torch.dtype) -> int:
     """The size of `tensors` in memory when computed in `dtype`."""
-    return sum(info.size // DTYPES[info.dtype].itemsize * dtype.itemsize for info in tensors)
+    return sum(math.prod(info.shape) * dtype.itemsize for info in tensors)

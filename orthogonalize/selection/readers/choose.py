@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...core.memory import available_memory
 from ...core.progress import note
+from ...data.chat import ChatFormat
 from ...models.loading import choose_device, choose_dtype, load_model
 from ...models.streaming.weights import weight_bytes
 from ..settings import Settings
 from ..source import RunSource
 from .base import Reader, ResidentReader
+from .given_answers import read_answers
 from .streamed import StreamedReader
 
 FILLED = 0.85  # of the free memory that the weights of a resident model may take; the rest is for what it computes
@@ -38,12 +39,23 @@ def choose_engine(source: RunSource, settings: Settings) -> tuple[str, str]:
 
 
 def open_reader(
-    engine: str, source: RunSource, settings: Settings, tokenizer: Any, places: tuple[int, int], out: Path, weights: Any
+    engine: str,
+    source: RunSource,
+    settings: Settings,
+    chat: ChatFormat,
+    places: tuple[int, int],
+    out: Path,
+    weights: dict[str, str],
 ) -> Reader:
     """The reader that uses `engine`; `places` are the numbers of positions and of streams to store."""
     positions, layers = places
     if engine == "stream":
-        note("streaming the model: nothing is generated, so its own answers are cut to their first token")
-        return StreamedReader(source.checkpoint, weights, settings.device, settings.dtype, tokenizer, positions, out)
+        if settings.own_answers is None and settings.trials:
+            note(
+                "streaming the model: it generates nothing, so edits are fitted and tried along the first token of its "
+                "answers (give whole ones with --own-answers), and are not confirmed by answers"
+            )
+        answers = {} if settings.own_answers is None else read_answers(Path(settings.own_answers), chat)
+        return StreamedReader(source.checkpoint, weights, settings, chat.tokenizer, positions, out, answers)
     load = partial(load_model, source.folder, settings.device, settings.dtype, settings.trust_remote_code)
-    return ResidentReader(load, tokenizer, positions, layers, out, source.checkpoint, weights)
+    return ResidentReader(load, chat.tokenizer, positions, layers, out, source.checkpoint, weights)

@@ -14,6 +14,8 @@ from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint
 from ...core.journal import Journal
 from ...core.memory import available_memory
+from ...core.progress import note
+from ...core.words import counted
 from ...directions.activation_store import FILE, PROMPTS, Recording, copy_rows, record_streamed
 from ...models.generation import stop_tokens
 from ...models.streaming.lanes import StreamedModel
@@ -22,8 +24,11 @@ from ..candidates import Candidate
 from ..readouts import Outputs
 from ..search.objectives import Trial
 from ..search.try_edits import ValPrompts
+from ..settings import Settings
 from .base import Ids, Scored
+from .streamed_fits import StreamedFits
 from .streamed_scores import StreamedScoring
+from .streamed_trials import StreamedTrials
 
 ALL_PROMPTS = ".prompts.partial"  # activations of all prompts, before they are filtered
 FIRST_TOKENS = ".first-tokens.journal"
@@ -35,14 +40,16 @@ SHARE = 0.5  # of the available memory that the streams of one pass may take
 class StreamedReader:
     """A model that is streamed block by block; it is opened when it is first needed.
 
-    It generates nothing: its own answers are cut to their first token, which the pass over the prompts gives.
+    It generates nothing: its own answers are given, or else cut to their first token, which the pass over the prompts
+    gives.
 
     Args:
         source, weights: the checkpoint, and the SHA-256 of each of its weight files.
-        device, dtype: see `PartialModel`.
-        tokenizer: its tokenizer.
+        settings: those of the extraction.
+        tokenizer: the model's tokenizer.
         positions: how many tokens of every prompt to store.
         out: the run folder.
+        given: answers by the fingerprint of the prompt (see `read_answers`).
     """
 
     name, generates = "stream", False
@@ -51,19 +58,18 @@ class StreamedReader:
         self,
         source: Checkpoint,
         weights: dict[str, str],
-        device: str,
-        dtype: torch.dtype | None,
+        settings: Settings,
         tokenizer: Any,
         positions: int,
         out: Path,
+        given: Mapping[str, Sequence[int]],
     ) -> None:
-        self.source, self.weights = source, weights
-        self._device, self._dtype = device, dtype
+        self.source, self.weights, self.settings, self.given = source, weights, settings, given
         self.tokenizer, self.positions, self.out = tokenizer, positions, out
 
     @cached_property
     def streamed(self) -> StreamedModel:
-        return StreamedModel(PartialModel(self.source.path, self._device, self._dtype))
+        return StreamedModel(PartialModel(self.source.path, self.settings.device, self.settings.dtype))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,14 +131,24 @@ class StreamedReader:
         record_streamed(self.streamed, sets, self.positions, self.out / FILE, inputs)
 
     def answers(self, ids: list[list[int]], tokens: int, advance: Callable[[int], None]) -> list[list[int]]:
-        """The first tokens of the model's answers; none where an answer is empty."""
+        """The given answers, or the first tokens of the model's own; none where an answer is empty."""
+        keys = [fingerprint(list(row)) for row in ids]
+        left = [number for number, key in enumerate(keys) if key not in self.given]
+        if self.given and left:
+            note(f"{len(left)} of {counted(len(ids), 'prompt')} have no answer in {self.settings.own_answers}")
+        firsts = dict(zip(left, self._first_tokens([ids[number] for number in left]), strict=True))
+        advance(len(ids))
+        return [firsts[n] if n in firsts else list(self.given[key][:tokens]) for n, key in enumerate(keys)]
+
+    def _first_tokens(self, ids: list[list[int]]) -> list[list[int]]:
+        if not ids:
+            return []
         keys = [fingerprint(list(row)) for row in ids]
         if not self._known.has(*keys):
             self.outputs(ids)
             (self.out / ALL_PROMPTS).unlink()  # the numbers of the prompts that were read before are not of this file
         known, stops = self._known, stop_tokens(self.streamed.model, self.tokenizer)
         firsts = [known[key][1] for key in keys]
-        advance(len(ids))
         return [[] if token in stops else [token] for token in firsts]
 
     # selection
@@ -159,7 +175,12 @@ class StreamedReader:
     def try_edits(
         self, budget: int, prompts: ValPrompts, ranked: Sequence[Candidate], given: Scored, left: Callable[[], float]
     ) -> list[Trial]:
-        raise OrthogonalizeError("--engine stream tries no whole edits; use --trials 0")
+        fits = StreamedFits(self.streamed, ranked, self.out / STATE, self.out, given.directions, self.weights)
+        trials = StreamedTrials(
+            self.streamed, fits, self.budget, self.out / STATE,
+            self.source, given.directions, ranked, given.readout, self.answers, given.journal,
+        )  # fmt: skip
+        return trials.run(budget, prompts, fits, left)
 
     def close(self) -> None:
         """See `Reader`."""

@@ -153,7 +153,7 @@ class StreamedScoring:
         )
         one_pass.run("scoring directions")
         base = torch.empty(0)
-        for name, lane, logits in one_pass.logits(lambda lane: lane.last(1)[:, 0]):
+        for name, lane, logits in one_pass.logits(lambda _set, lane: lane.last(1)[:, 0]):
             found = logits.softmax(-1)
             if name in SIDES:
                 base = found

@@ -54,6 +54,33 @@ class Drift:
         return sum(self.kls) / len(self.kls)
 
 
+class DriftSums:
+    """Sums over `answers` (token ids, none empty), added one by one, of which a `Drift` is made."""
+
+    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+        self.answers = answers
+        self._kls, self._first_kls = [0.0] * len(answers), [0.0] * len(answers)
+        self._base_loss = self._edited_loss = 0.0
+
+    def add(self, i: int, base: torch.Tensor, edited: torch.Tensor) -> None:
+        """Add answer `i` by its log-probabilities [tokens, vocabulary]."""
+        kl = exact_kl(base, edited)
+        self._kls[i], self._first_kls[i] = kl.sum().item(), kl[0].item()
+        target = torch.tensor(self.answers[i], device=edited.device)[:, None]
+        self._base_loss -= base.gather(-1, target).sum().item()
+        self._edited_loss -= edited.gather(-1, target).sum().item()
+
+    @property
+    def drift(self) -> Drift:
+        """The result, once all answers were added."""
+        count, tokens = len(self.answers), sum(map(len, self.answers))
+        return Drift(
+            kls=[kl * count / tokens for kl in self._kls],
+            first_kl=sum(self._first_kls) / count,
+            ce_increase=self._edited_loss / max(self._base_loss, FEWEST_NATS * tokens) - 1,
+        )
+
+
 @dataclass
 class AnsweredPrompts:
     """The base model's own answers to some prompts, along which edited models are compared with it.
@@ -105,23 +132,11 @@ class AnsweredPrompts:
         A batch at a time, the model runs without and then within the context. `spared`: whether the edit leaves the
         input of block `layer` as it is.
         """
-        kls, first_kls = [0.0] * len(self.answers), [0.0] * len(self.answers)
-        base_loss = edited_loss = 0.0
+        sums = DriftSums(self.answers)
         for number, group in enumerate(self._groups):
             base = self._base(number)
             with self._streams.resumed(number) if spared else nullcontext(), edited():
                 found = self._logprobs(group)
             for i, q in found.items():
-                p = base[i].to(q.device)
-                kl = exact_kl(p, q)
-                kls[i], first_kls[i] = kl.sum().item(), kl[0].item()
-                target = torch.tensor(self.answers[i], device=q.device)[:, None]
-                base_loss -= p.gather(-1, target).sum().item()
-                edited_loss -= q.gather(-1, target).sum().item()
-        count = len(self.answers)
-        tokens = sum(map(len, self.answers))
-        return Drift(
-            kls=[kl * count / tokens for kl in kls],
-            first_kl=sum(first_kls) / count,
-            ce_increase=edited_loss / max(base_loss, FEWEST_NATS * tokens) - 1,
-        )
+                sums.add(i, base[i].to(q.device), q)
+        return sums.drift

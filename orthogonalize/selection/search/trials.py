@@ -25,7 +25,7 @@ from ...models.hooks import intervened
 from ..candidates import ScoreStore
 from ..readouts import FirstToken, Readout
 from ..scoring import PromptScores
-from .drift import AnsweredPrompts
+from .drift import AnsweredPrompts, Drift
 from .objectives import Trial, best, share_flipped, share_left
 from .strengths import StrengthGradients, StrengthSteps
 
@@ -100,45 +100,66 @@ class EditSearch:
         """Apply an edit to the model by hooks that act exactly as the baked weights would."""
         return intervened(self.model, self.build(choice), renormalise=False)
 
+    @property
+    def at_once(self) -> int:
+        """The number of edits that are measured together."""
+        return 1
+
     def run(self, choice: EditConfig) -> Trial:
         """Try an edit; repeated calls return the first result."""
-        if choice in self.tried:
-            return self.tried[choice]
-        key = f"trial:{choice.model_dump_json()}"
-        if self.known is not None and key in self.known:
-            self.tried[choice] = Trial.model_validate(self.known[key])
-            return self.tried[choice]
-        self.tried[choice] = self._measure(choice)
+        return self.run_all([choice])[0]
+
+    def run_all(self, choices: Sequence[EditConfig]) -> list[Trial]:
+        """Try several edits (see `run`)."""
         if self.known is not None:
-            self.known.put({key: self.tried[choice].model_dump()})
+            keys = {choice: _key(choice) for choice in choices if choice not in self.tried}
+            self.tried |= {c: Trial.model_validate(self.known[key]) for c, key in keys.items() if key in self.known}
+        fresh = [choice for choice in choices if choice not in self.tried]
+        if fresh:
+            self.tried |= dict(zip(fresh, self._measure_all(fresh), strict=True))
+            if self.known is not None:
+                self.known.put({_key(choice): self.tried[choice].model_dump() for choice in fresh})
             check()
-        return self.tried[choice]
+        return [self.tried[choice] for choice in choices]
+
+    def _measure_all(self, choices: Sequence[EditConfig]) -> list[Trial]:
+        return [self._measure(choice) for choice in choices]
 
     def _measure(self, choice: EditConfig) -> Trial:
-        before, usual = self.before, self.usual
         intervention = self.build(choice)
         spared = intervention.spares(self.layer)
 
         def edited() -> AbstractContextManager[Any]:
             return intervened(self.model, intervention, renormalise=False)
 
-        scores = self._target.edited(edited, spared)
-        drift = self.answers.drift(edited, spared)
-        preserved = {name: answers.drift(edited, spared) for name, answers in self.preserved.items()}
-        flipped = {
-            name: share_flipped(each.base, each.edited(edited, spared)) for name, each in self._preserved.items()
-        }
+        return self._trial(
+            choice,
+            self._target.edited(edited, spared),
+            self.answers.drift(edited, spared),
+            {name: answers.drift(edited, spared) for name, answers in self.preserved.items()},
+            {name: share_flipped(each.base, each.edited(edited, spared)) for name, each in self._preserved.items()},
+        )
+
+    def _trial(
+        self,
+        choice: EditConfig,
+        scores: torch.Tensor,
+        drift: Drift,
+        preserved: Mapping[str, Drift],
+        flipped: Mapping[str, float],
+    ) -> Trial:
+        """The trial of an edit with these scores of the target prompts."""
         return Trial(
             choice=choice,
             left=self._left(scores),
-            before=before,
-            usual=usual,
+            before=self.before,
+            usual=self.usual,
             score=scores.mean().item(),
             kl=drift.kl,
             first_kl=drift.first_kl,
             ce_increase=drift.ce_increase,
             preserved={name: found.kl for name, found in preserved.items()},
-            flipped=flipped,
+            flipped=dict(flipped),
             kls={"": drift.kls} | {name: found.kls for name, found in preserved.items()},
         )
 
@@ -157,15 +178,19 @@ class EditSearch:
         budget give single sites strengths of their own, if there is an edit where that pays (see `strengths`).
         """
         with track("trying edits", budget, "edits") as advance:
-            for choice in starts[: min(budget, max(2, budget // 2))]:
-                self.run(choice)
-                advance(1)
+            for group in self._groups(starts[: min(budget, max(2, budget // 2))]):
+                self.run_all(group)
+                advance(len(group))
             self._refine(budget - strength_steps, neighbours, largest_step, advance)
             if strength_steps:
                 self._refine_strengths(strength_steps, advance)
                 self._refine(budget, neighbours, largest_step, advance)
         first = best(list(self.tried.values()))
         return [first, *(t for t in self._by_cost() if t is not first)]
+
+    def _groups(self, choices: Sequence[EditConfig]) -> list[Sequence[EditConfig]]:
+        """`choices` in groups that are measured together."""
+        return [choices[start : start + self.at_once] for start in range(0, len(choices), self.at_once)]
 
     def _by_cost(self) -> list[Trial]:
         return sorted(self.tried.values(), key=lambda t: t.order)
@@ -183,9 +208,9 @@ class EditSearch:
             if not fresh:
                 step = max(1, step // 2)
                 continue
-            for choice in fresh[: budget - len(self.tried)]:
-                self.run(choice)
-                advance(1)
+            for group in self._groups(fresh[: budget - len(self.tried)]):
+                self.run_all(group)
+                advance(len(group))
                 if best(list(self.tried.values())) is not current:
                     break
 
@@ -240,6 +265,11 @@ class EditSearch:
                 plain += [trial] if len(edit.writes) > 1 and not edit.reads else []
         found = best(plain) if plain else None
         return found if found and found.cost <= REACH * best(list(self.tried.values())).cost else None
+
+
+def _key(choice: EditConfig) -> str:
+    """The name of a trial in a store."""
+    return f"trial:{choice.model_dump_json()}"
 
 
 def confirm(

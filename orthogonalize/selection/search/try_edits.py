@@ -28,6 +28,9 @@ from .trials import EditSearch, confirm
 REFINED = 16  # trials from which on some go into the strengths of single sites
 NEGATIVE = "answers"  # the journal's name for the answers to negative prompts
 
+Answered = tuple[list[list[int]], list[list[int]]]
+"""Prompts and the model's own answers to them, as token ids."""
+
 
 @dataclass(frozen=True)
 class ValPrompts:
@@ -91,39 +94,47 @@ class EditTrials:
         `left` gives the share of the model's answers to the target val prompts that are not as they should be. There
         are no trials if the model answers nothing to the negative prompts.
         """
-        layer = self.directions.layer_count // 2
-        answers = self._answered(NEGATIVE, prompts.negative, layer)
+        answers = self._answered(NEGATIVE, prompts.negative)
         if answers is None:
             note("the model gives empty answers to the negative prompts, so no edits are tried")
             return []
-        preserved = {name: self._answered(f"answers:{name}", ids, layer) for name, ids in prompts.preserved.items()}
-        search = EditSearch(
-            self.model,
-            EditBuilder(self.directions, self.ranked, architecture_of(self.source.config).norms.kind == "layer", fits),
-            self.readout,
-            prompts.target,
-            answers,
-            {name: each for name, each in preserved.items() if each is not None},
-            known=self.journal,
-            examples=prompts.examples,
-            layer=layer,
-        )
+        found = {name: self._answered(f"answers:{name}", ids) for name, ids in prompts.preserved.items()}
+        preserved = {name: each for name, each in found.items() if each is not None}
+        layer_norm = architecture_of(self.source.config).norms.kind == "layer"
+        builder = EditBuilder(self.directions, self.ranked, layer_norm, fits)
+        search = self._open_search(builder, prompts, answers, preserved)
         reads = reads_can_be_baked(self.source, self.directions)
         space = SearchSpace(self.directions, self.ranked, reads, strengthen=search.shows)
         fitted, plain = space.fitted_starts() if fits.possible else [], space.starts()
         starts = [*fitted[:1], *plain[:2], *fitted[1:], *plain[2:]]  # of each kind, whatever the budget
         steps = STEPS if budget >= REFINED else 0
-        found = search.search(budget, starts, space.neighbours, space.largest_step, steps)
-        return confirm(search, found, self.journal, left)
+        trials = search.search(budget, starts, space.neighbours, space.largest_step, steps)
+        return self._confirm(search, trials, left)
 
-    def _answered(self, name: str, ids: Sequence[list[int]], layer: int) -> AnsweredPrompts | None:
+    def _open_search(
+        self, builder: EditBuilder, prompts: ValPrompts, answers: Answered, preserved: Mapping[str, Answered]
+    ) -> EditSearch:
+        layer = self.directions.layer_count // 2
+        return EditSearch(
+            self.model,
+            builder,
+            self.readout,
+            prompts.target,
+            AnsweredPrompts(self.model, *answers, layer=layer),
+            {name: AnsweredPrompts(self.model, *each, layer=layer) for name, each in preserved.items()},
+            known=self.journal,
+            examples=prompts.examples,
+            layer=layer,
+        )
+
+    def _confirm(self, search: EditSearch, trials: list[Trial], left: Callable[[], float]) -> list[Trial]:
+        return confirm(search, trials, self.journal, left)
+
+    def _answered(self, name: str, ids: Sequence[list[int]]) -> Answered | None:
         """Prompts with the model's own answers, those with empty answers left out; None if nothing is left."""
         if name not in self.journal:
             with track("the model's own answers", len(ids), "prompts") as advance:
                 self.journal.put({name: self.generate(list(ids), ANSWER_TOKENS, advance)})
             check()
         pairs = [(row, answer) for row, answer in zip(ids, self.journal[name], strict=True) if answer]
-        if not pairs:
-            return None
-        rows, answers = ([pair[i] for pair in pairs] for i in (0, 1))
-        return AnsweredPrompts(self.model, rows, answers, layer=layer)
+        return ([row for row, _ in pairs], [answer for _, answer in pairs]) if pairs else None

@@ -1,0 +1,235 @@
+"""Peak memory and time of reading activations block by block, from random checkpoints of a stated shape made here.
+
+python benchmarks/stream.py [--shape 8B] [--device cuda] [--layers 16,32] [--resident]
+
+The time is set against the slower of reading the weight files once and computing every block at the rate of a resident
+one, and with --resident against the resident path itself. Every measurement is made in a process of its own, with the
+files out of the page cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from orthogonalize.directions.activation_store import record, record_streamed
+from orthogonalize.models.loading import choose_device, load_model
+from orthogonalize.models.streaming.lanes import StreamedModel
+from orthogonalize.models.streaming.weights import PartialModel
+
+console = Console()
+POSITIONS = 5
+SHAPES: dict[str, dict[str, int]] = {
+    "tiny": {
+        "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 64, "num_hidden_layers": 8, "vocab_size": 1024,
+    },
+    "6.4GB": {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8,
+        "head_dim": 128, "num_hidden_layers": 28, "vocab_size": 128256,
+    },
+    "8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "num_hidden_layers": 32, "vocab_size": 128256,
+    },
+    "24B": {
+        "hidden_size": 5120, "intermediate_size": 32768, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "num_hidden_layers": 40, "vocab_size": 131072,
+    },
+}  # fmt: skip
+
+
+def write_random(folder: Path, shape: str, layers: int) -> None:
+    """Write a Llama of `shape` with random bfloat16 weights, one file per block; all blocks have the same values."""
+    from transformers import LlamaConfig
+
+    tied = shape == "6.4GB"
+    config = LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": layers}, tie_word_embeddings=tied, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * h, config.num_key_value_heads * h
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(torch.bfloat16)
+
+    norm = torch.ones(d, dtype=torch.bfloat16)
+    block = {
+        "self_attn.q_proj": matrix(q, d), "self_attn.k_proj": matrix(kv, d), "self_attn.v_proj": matrix(kv, d),
+        "self_attn.o_proj": matrix(d, q), "mlp.gate_proj": matrix(f, d), "mlp.up_proj": matrix(f, d),
+        "mlp.down_proj": matrix(d, f), "input_layernorm": norm, "post_attention_layernorm": norm.clone(),
+    }  # fmt: skip
+    embedding = matrix(config.vocab_size, d)
+    files = {"model-embedding.safetensors": {"model.embed_tokens.weight": embedding, "model.norm.weight": norm}}
+    if not tied:
+        files["model-head.safetensors"] = {"lm_head.weight": embedding}
+    for layer in range(layers):
+        files[f"model-{layer:03}.safetensors"] = {f"model.layers.{layer}.{n}.weight": t for n, t in block.items()}
+    index = {}
+    for name, tensors in files.items():
+        save_file(tensors, folder / name, {"format": "pt"})
+        index |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def forget(folder: Path) -> None:
+    """Drop the files of `folder` from the page cache."""
+    os.sync()
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def random_ids(prompts: int, tokens: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, 1000, (prompts, tokens), generator=generator).tolist()
+
+
+def resident_set() -> int:
+    """The peak of this process's memory so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@click.group(invoke_without_command=True)
+@click.option("--shape", type=click.Choice(list(SHAPES)), default="6.4GB", show_default=True)
+@click.option("--device", default="auto", show_default=True)
+@click.option("--layers", help="Numbers of blocks, such as 14,28; the shape's own by default.")
+@click.option("--prompts", default=256, show_default=True)
+@click.option("--tokens", default=64, show_default=True, help="Per prompt.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where checkpoints are made; removed afterwards.")
+@click.option("--resident", is_flag=True, help="Also measure the resident path, in which the whole model is loaded.")
+@click.pass_context
+def main(
+    context: click.Context,
+    shape: str,
+    device: str,
+    layers: str | None,
+    prompts: int,
+    tokens: int,
+    folder: Path | None,
+    resident: bool,
+) -> None:
+    """Measure streaming at a shape, for each number of blocks."""
+    if context.invoked_subcommand:
+        return
+    own = SHAPES[shape]["num_hidden_layers"]
+    console.print(f"{shape} shape, {prompts} prompts of {tokens} tokens")
+    for count in [int(word) for word in layers.split(",")] if layers else [own]:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            write_random(Path(place), shape, count)
+            sides = ["reading", "computing", "streaming", *(["whole"] if resident else [])]
+            found: dict[str, float] = {}
+            for side in sides:
+                forget(Path(place))
+                words = [side, place, device, str(prompts), str(tokens)]
+                out = subprocess.run(
+                    [sys.executable, __file__, "side", *words], stdout=subprocess.PIPE, text=True, check=True
+                )
+                found |= json.loads(out.stdout.splitlines()[-1])
+        slower = max(found["read"], found["compute"])
+        beside = f", resident path {found['whole']:.2f} s" if resident else ""
+        gpu = f", of the GPU {found['gpu'] / 1e6:.0f} MB" if "gpu" in found else ""
+        blocks = (found["peak"] - found["streams"]) / found["block"]
+        console.print(
+            f"{count} blocks, {found['weights'] / 1e9:.1f} GB: streamed in {found['stream']:.2f} s, "
+            f"{found['stream'] / slower:.2f}x the slower of reading once ({found['read']:.2f} s) and computing "
+            f"({found['compute']:.2f} s){beside}; peak memory of the host {found['peak'] / 1e6:.0f} MB above the "
+            f"libraries{gpu}, which is the streams ({found['streams'] / 1e6:.0f} MB) and {blocks:.2f} blocks "
+            f"({found['block'] / 1e6:.0f} MB each in memory)",
+            soft_wrap=True,
+        )
+
+
+@main.command("side", hidden=True)
+@click.argument("side")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("device")
+@click.argument("prompts", type=int)
+@click.argument("tokens", type=int)
+def measure_side(side: str, folder: Path, device: str, prompts: int, tokens: int) -> None:
+    """One measurement, in this process; prints JSON."""
+    os.environ["TQDM_DISABLE"] = "1"
+    place, ids = choose_device(device), random_ids(prompts, tokens)
+    if place.type == "cuda":
+        torch.zeros(1, device=place)  # its start is no part of any side
+    measures = {"reading": reading, "computing": computing, "streaming": streaming, "whole": whole}
+    print(json.dumps(measures[side](folder, place, ids)))
+
+
+def reading(folder: Path, _device: torch.device, _ids: list[list[int]]) -> dict[str, float]:
+    """The time to read the weight files once."""
+    buffer = memoryview(bytearray(2**24))
+    start, size = time.perf_counter(), 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as opened:
+            while count := opened.readinto(buffer):
+                size += count
+    return {"read": time.perf_counter() - start, "weights": size}
+
+
+def computing(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[str, float]:
+    """The time to push all prompts through one block that stays, times the number of blocks."""
+    streamed = StreamedModel(PartialModel(folder, str(device)))
+    lanes = streamed.enter(ids)
+    with streamed.parts.block(0):
+        streamed.advance(0, lanes[0].fork())  # warm up
+        synchronise(device)
+        start = time.perf_counter()
+        for lane in lanes:
+            streamed.advance(0, lane)
+        synchronise(device)
+        return {"compute": (time.perf_counter() - start) * streamed.layer_count}
+
+
+def streaming(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[str, float]:
+    """The time to record the activations of a streamed model, and the memory that it takes above the libraries."""
+    from transformers import LlamaForCausalLM  # noqa: F401  (a library, whose memory does not count)
+
+    before = resident_set()
+    start = time.perf_counter()
+    streamed = StreamedModel(PartialModel(folder, str(device)))
+    with tempfile.TemporaryDirectory() as out:
+        record_streamed(streamed, {"prompts": ids}, POSITIONS, Path(out) / "activations.safetensors", "benchmark")
+    synchronise(device)
+    wall = time.perf_counter() - start
+    itemsize = streamed.dtype.itemsize
+    found = {
+        "stream": wall,
+        "peak": resident_set() - before,
+        "block": streamed.parts.block_bytes(0),
+        "streams": sum(map(len, ids)) * streamed.width * itemsize,
+    }
+    return found | ({"gpu": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {})
+
+
+def whole(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[str, float]:
+    """The time to load the whole model and record the same activations."""
+    start = time.perf_counter()
+    model = load_model(folder, str(device))
+    layers = model.config.num_hidden_layers + 1
+    with tempfile.TemporaryDirectory() as out:
+        record(model, {"prompts": ids}, POSITIONS, layers, Path(out), "benchmark")
+    synchronise(device)
+    return {"whole": time.perf_counter() - start}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Whole edits tried in passes over streamed blocks: the numbers of the resident model along the same answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from helpers.command_line import SMALL
+
+from orthogonalize.commands.extract import extract
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.models.loading import load_tokenizer
+from orthogonalize.models.streaming import passes, state
+from orthogonalize.models.streaming.weights import PartialModel
+from orthogonalize.selection.readers.base import ResidentReader
+from orthogonalize.selection.run_folder import load_run
+from orthogonalize.selection.search import try_edits
+from orthogonalize.selection.search.trials import EditSearch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = replace(SMALL, trials=9, finders=("dim",), behaviour_tokens=["sorry", "sure"])
+
+APART = {"choice", "preserved", "flipped", "kls", "confirmed"}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("kept") / "kept.txt"
+    things = ("pie", "car", "wall", "soup", "a")
+    file.write_text("\n".join(f"how {verb} the {thing} now" for verb in ("wash", "cake") for thing in things))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def streamed(model, sources, kept, tmp_path_factory):
+    out = tmp_path_factory.mktemp("streamed") / "run"
+    extract(model, out, **sources, settings=SETTINGS, engine="stream", preserve=[kept])
+    return out
+
+
+@pytest.fixture
+def resident(model, sources, kept, tmp_path, monkeypatch):
+    """A resident run whose answers have one token, and whose search measures as many edits together."""
+    answers = ResidentReader.answers
+    monkeypatch.setattr(ResidentReader, "answers", lambda self, ids, _tokens, advance: answers(self, ids, 1, advance))
+    monkeypatch.setattr(EditSearch, "at_once", 1000)
+    monkeypatch.setattr(try_edits, "confirm", lambda _search, trials, _journal, _left: trials)
+    extract(model, tmp_path / "resident", **sources, settings=SETTINGS, engine="hf", preserve=[kept])
+    return tmp_path / "resident"
+
+
+def test_streamed_trials_are_those_of_the_resident_model(streamed, resident):
+    assert (streamed / "tokens.json").read_bytes() == (resident / "tokens.json").read_bytes()
+    found, expected = ({t.choice: t for t in load_run(folder).trials} for folder in (streamed, resident))
+    assert found.keys() == expected.keys()
+    assert {choice.method for choice in found} == {"ablate", "conditional"}
+    for choice, trial in expected.items():
+        values, other = (t.model_dump(exclude=APART) for t in (trial, found[choice]))
+        assert other == pytest.approx(values, abs=2e-5, rel=1e-3), choice
+        assert found[choice].preserved == pytest.approx(trial.preserved, abs=2e-5, rel=1e-3)
+        assert found[choice].flipped == pytest.approx(trial.flipped, abs=2e-5, rel=1e-3)
+    assert any(trial.kl > 1e-3 for trial in expected.values()), "the edits hardly change the model"
+
+
+def test_many_edits_are_tried_in_few_passes(model, sources, kept, tmp_path, monkeypatch):
+    passed, whole = [], passes.Pass.run
+    monkeypatch.setattr(passes.Pass, "run", lambda self, text: (passed.append(text), whole(self, text)))
+    found = extract(model, tmp_path / "run", **sources, settings=SETTINGS, engine="stream", preserve=[kept])
+    assert found is not None
+    assert len(found.trials) == SETTINGS.trials
+    assert passed[:2] == ["reading activations", "scoring directions"]
+    assert passed.count("trying edits") < len(found.trials) / 2
+
+
+def test_a_run_stopped_at_any_block_ends_with_the_same_trials(model, sources, kept, streamed, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "WRITTEN", 1e6)  # tiny blocks are small beside the streams
+    read, fill = [], PartialModel._fill_block
+
+    def stopping(self, layer):
+        read.append(layer)
+        if len(read) == 4:
+            raise KeyboardInterrupt
+        return fill(self, layer)
+
+    monkeypatch.setattr(PartialModel, "_fill_block", stopping)
+    for _ in range(60):
+        read.clear()
+        try:
+            extract(model, tmp_path / "run", **sources, settings=SETTINGS, engine="stream", preserve=[kept])
+            break
+        except KeyboardInterrupt:
+            continue
+    assert load_run(tmp_path / "run").trials == load_run(streamed).trials
+    assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def test_given_answers_stand_for_generated_ones(model, sources, kept, tmp_path, monkeypatch):
+    """A streamed run with answers from a file, and a resident one whose model gives these, have the same trials."""
+    monkeypatch.setattr(EditSearch, "at_once", 1000)
+    monkeypatch.setattr(try_edits, "confirm", lambda _search, trials, _journal, _left: trials)
+    tokenizer, rows = load_tokenizer(model), {}
+
+    def answer(_self, ids, tokens, _advance):
+        for row in ids:
+            words = tokenizer.decode(row[2:-3]).split()  # the prompt's, without the template's
+            rows[" ".join(words)] = " ".join(["sure", *reversed(words * 4)][: 3 + sum(row) % 30])
+        texts = [rows[tokenizer.decode(row[2:-3])] for row in ids]
+        return [tokenizer(text, add_special_tokens=False)["input_ids"][:tokens] for text in texts]
+
+    monkeypatch.setattr(ResidentReader, "answers", answer)
+    extract(model, tmp_path / "resident", **sources, settings=SETTINGS, engine="hf", preserve=[kept])
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p, "answer": a}) + "\n" for p, a in rows.items()))
+    extract(
+        model, tmp_path / "streamed", **sources, settings=SETTINGS, engine="stream", preserve=[kept], own_answers=file
+    )
+    tokens = [(tmp_path / run / "tokens.json").read_text() for run in ("resident", "streamed")]
+    assert tokens[0] == tokens[1]
+    found, expected = ({t.choice: t for t in load_run(tmp_path / run).trials} for run in ("streamed", "resident"))
+    assert found.keys() == expected.keys()
+    for choice, trial in expected.items():
+        assert found[choice].kl == pytest.approx(trial.kl, abs=2e-5, rel=1e-3)
+        assert found[choice].ce_increase == pytest.approx(trial.ce_increase, abs=2e-5, rel=1e-3)
+    assert any(trial.kl != pytest.approx(trial.first_kl, rel=0.01) for trial in expected.values())
+
+
+def test_answers_of_another_form_are_refused(model, sources, tmp_path):
+    (tmp_path / "answers.jsonl").write_text('{"prompt": "how"}\n')
+    for file, why in (("answers.jsonl", "row 1 does not have"), ("none.jsonl", "no such file")):
+        with pytest.raises(OrthogonalizeError, match=why):
+            extract(model, tmp_path / "run", **sources, settings=SETTINGS, engine="stream", own_answers=tmp_path / file)
+    with pytest.raises(OrthogonalizeError, match="--own-answers is for --engine stream"):
+        extract(
+            model, tmp_path / "run", **sources, settings=SETTINGS, engine="hf", own_answers=tmp_path / "answers.jsonl"
+        )
