@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -98,9 +97,10 @@ def random_ids(prompts: int, tokens: int) -> list[list[int]]:
     return torch.randint(3, 1000, (prompts, tokens), generator=generator).tolist()
 
 
-def resident_set() -> int:
-    """The peak of this process's memory so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak_memory() -> int:
+    """The peak of this process's memory so far, in bytes; getrusage would inherit that of the process before it."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def synchronise(device: torch.device) -> None:
@@ -189,21 +189,21 @@ def computing(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[
     """The time to push all prompts through one block that stays, times the number of blocks."""
     streamed = StreamedModel(PartialModel(folder, str(device)))
     lanes = streamed.enter(ids)
-    with streamed.parts.block(0):
-        streamed.advance(0, lanes[0].fork())  # warm up
-        synchronise(device)
-        start = time.perf_counter()
-        for lane in lanes:
-            streamed.advance(0, lane)
-        synchronise(device)
-        return {"compute": (time.perf_counter() - start) * streamed.layer_count}
+    streamed.parts.hold(0)
+    streamed.advance(0, lanes[0].fork())  # warm up
+    synchronise(device)
+    start = time.perf_counter()
+    for lane in lanes:
+        streamed.advance(0, lane)
+    synchronise(device)
+    return {"compute": (time.perf_counter() - start) * streamed.layer_count}
 
 
 def streaming(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[str, float]:
     """The time to record the activations of a streamed model, and the memory that it takes above the libraries."""
     from transformers import LlamaForCausalLM  # noqa: F401  (a library, whose memory does not count)
 
-    before = resident_set()
+    before = peak_memory()
     start = time.perf_counter()
     streamed = StreamedModel(PartialModel(folder, str(device)))
     with tempfile.TemporaryDirectory() as out:
@@ -213,7 +213,7 @@ def streaming(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[
     itemsize = streamed.dtype.itemsize
     found = {
         "stream": wall,
-        "peak": resident_set() - before,
+        "peak": peak_memory() - before,
         "block": streamed.parts.block_bytes(0),
         "streams": sum(map(len, ids)) * streamed.width * itemsize,
     }

@@ -97,7 +97,8 @@ class StreamedModel:
         def note(wrapped: bool) -> None:
             self._wrapped = wrapped
 
-        with self.parts.block(0), noting_tuples(self.model, note), stopping_before(self.model, 1):
+        self.parts.hold(0)
+        with noting_tuples(self.model, note), stopping_before(self.model, 1):
             self.stream.decoder(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
 
     def _enter(self, group: list[int], ids: Sequence[Sequence[int]]) -> Lane:

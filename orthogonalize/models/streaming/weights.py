@@ -160,21 +160,15 @@ class PartialModel:
 
     # parts in use
 
-    @contextmanager
-    def block(self, layer: int) -> Iterator[None]:
-        """Hold block `layer` in this context."""
-        self._fill_block(layer)
-        try:
-            yield
-        finally:
-            self._release(self.stream.block_name(layer))
+    def hold(self, layer: int) -> None:
+        """Read block `layer`, unless it is held; the next use of `blocks` gives it back."""
+        if any(value.is_meta for _, value in self._values_of(self.stream.block_name(layer))):
+            self._fill_block(layer)
 
     def blocks(self, first: int = 0) -> Generator[int]:
         """The layers from `first` on, each while its block is held; the next one is read meanwhile."""
         with ThreadPoolExecutor(1) as reader:
-            coming: Future[None] = (
-                reader.submit(self._fill_block, first) if first < self.stream.layer_count else Future()
-            )
+            coming: Future[None] = reader.submit(self.hold, first) if first < self.stream.layer_count else Future()
             try:
                 for layer in range(first, self.stream.layer_count):
                     coming.result()
@@ -184,7 +178,7 @@ class PartialModel:
                     self._release(self.stream.block_name(layer))
             finally:
                 reader.shutdown(cancel_futures=True)
-                for layer in range(first, self.stream.layer_count):
+                for layer in range(self.stream.layer_count):
                     self._release(self.stream.block_name(layer))
 
     @contextmanager
