@@ -16,7 +16,7 @@ import torch
 
 from orthogonalize.core.interventions import block_sites
 from orthogonalize.directions.conditional import Weights
-from orthogonalize.edits.fitting import AnsweredTokens, FitTokens, fit_conditional
+from orthogonalize.edits.fitting.fit import AnsweredTokens, FitTokens, fit_conditional
 from orthogonalize.models.loading import choose_device
 
 PROMPT, ANSWER, TEMPLATE, VOCABULARY = 40, 48, 5, 32000

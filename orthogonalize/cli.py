@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import click
 
 from .commands._console import (
     console,
+    quieten_libraries,
     show_audit,
     show_candidates,
     show_comparison,
@@ -18,6 +18,7 @@ from .commands._console import (
     show_report,
     show_run,
     show_sweep,
+    write_what_streams_can,
 )
 from .commands._edit_options import edit_options
 from .commands._extract_options import extract_options
@@ -92,32 +93,10 @@ def main(quiet: bool) -> None:
     The usual order is extract, edit, eval, push. MODEL is a checkpoint folder, a Hub id or a .gguf
     file. A prompt source is a .txt, .json, .jsonl, .csv or .parquet file, or a Hub dataset.
     """
-    _write_what_streams_can()
+    write_what_streams_can()
     progress.show(not quiet)
     load_plugins()
-    _quieten_libraries()
-
-
-def _write_what_streams_can() -> None:
-    """Question marks for what a stream cannot write; where that is not UTF-8, tables are ASCII."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            unicode = stream.encoding.lower().replace("-", "").startswith("utf")
-            stream.reconfigure(encoding=None if unicode else "ascii", errors="replace")
-
-
-def _quieten_libraries() -> None:
-    """Silence the libraries' own logs and progress bars, which would break up ours."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten_libraries()
 
 
 @main.command()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -234,3 +236,25 @@ def show_audit(audit: Any) -> None:
         table.add_row("not explained by the recipe", escape(", ".join(proof.unexpected_changes) or "nothing"))
         table.add_row("verdict", "[green]verified[/]" if proof.passed else "[red]NOT verified[/]")
     console.print(table)
+
+
+def write_what_streams_can() -> None:
+    """Question marks for what a stream cannot write; where that is not UTF-8, tables are ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            unicode = stream.encoding.lower().replace("-", "").startswith("utf")
+            stream.reconfigure(encoding=None if unicode else "ascii", errors="replace")
+
+
+def quieten_libraries() -> None:
+    """Silence the libraries' own logs and progress bars, which would break up ours."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -30,7 +30,7 @@ from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
 from ..directions.fit import DirectionSettings, find_directions
-from ..edits.fitting import ANSWER_START
+from ..edits.fitting.fit import ANSWER_START
 from ..edits.recipe import ProbeResult
 from ..evals.measures.check import AnswerCheck
 from ..evals.measures.measured_prompts import measure_prompts, other_measures, read_phrases

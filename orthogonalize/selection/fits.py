@@ -19,7 +19,7 @@ from ..core.progress import note
 from ..directions.direction_set import Directions, read_tensors
 from ..edits.build import scale_sites
 from ..edits.config import EditConfig
-from ..edits.fitting import ConditionalFit, FitTokens, fit_conditional, sites_to_fit, spans_of, weights_of
+from ..edits.fitting.fit import ConditionalFit, FitTokens, fit_conditional, sites_to_fit, spans_of, weights_of
 from ..models.write_reading import WriteReader
 
 TOKENS = "tokens.json"  # of the model's own answers, in the run folder

@@ -10,7 +10,7 @@ from ..core.journal import Journal
 from ..core.progress import track
 from ..data.chat import ChatFormat
 from ..data.prompts import PreservedPrompt, Prompt, texts_of
-from ..edits.fitting import ANSWER_START, EXAMPLES, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
+from ..edits.fitting.fit import ANSWER_START, EXAMPLES, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
 
 ANSWER_TOKENS = 48
 

@@ -22,7 +22,7 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.data.refusals import LEAST_TOKENS
 from orthogonalize.edits.config import EditConfig
-from orthogonalize.edits.fitting import ANSWER_START
+from orthogonalize.edits.fitting.fit import ANSWER_START
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.evals.measures.check import AnswerCheck
 from orthogonalize.reports.run_plots import plot_run, trial_figure

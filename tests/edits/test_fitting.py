@@ -10,7 +10,7 @@ from helpers.tiny_models import DoublePrecision
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import EXPERTS, Intervention, Site, WriteMatrix, block_sites
 from orthogonalize.directions.conditional import InputTokens, Weights, solve
-from orthogonalize.edits.fitting import AnsweredTokens, FitTokens, fit_conditional
+from orthogonalize.edits.fitting.fit import AnsweredTokens, FitTokens, fit_conditional
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.stream import Stream
 from orthogonalize.models.write_reading import TokenSet, WriteReader

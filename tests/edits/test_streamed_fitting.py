@@ -10,8 +10,8 @@ from helpers.tiny_models import store_tiny
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import block_sites
 from orthogonalize.directions.conditional import Weights
-from orthogonalize.edits.fitting import AnsweredTokens, FitTokens, fit_conditional
-from orthogonalize.edits.streamed_fitting import FitJob, fit_streamed
+from orthogonalize.edits.fitting.fit import AnsweredTokens, FitTokens, fit_conditional
+from orthogonalize.edits.fitting.streamed import FitJob, fit_streamed
 from orthogonalize.models.loading import load_model
 from orthogonalize.models.streaming import state
 from orthogonalize.models.streaming.lanes import StreamedModel

@@ -15,7 +15,7 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.edits.fitting import FitTokens
+from orthogonalize.edits.fitting.fit import FitTokens
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.hooks import intervened
 

@@ -36,7 +36,7 @@ from orthogonalize.data import template_process
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.data.prompts import load_prompts
 from orthogonalize.directions.direction_set import load_direction
-from orthogonalize.edits.fitting import FitTokens
+from orthogonalize.edits.fitting.fit import FitTokens
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.loading import check_complete, load_model, load_tokenizer
 from orthogonalize.reports.html import write_webpage

@@ -10,9 +10,9 @@ from ...core.interventions import ConditionalMap, WriteMatrix
 from ...directions.direction_set import Directions
 from ...edits.build import finder_of
 from ...edits.config import EditConfig
-from ...edits.fitting import FitTokens, spans_of, weights_of
+from ...edits.fitting.fit import FitTokens, spans_of, weights_of
+from ...edits.fitting.streamed import FitJob, fit_streamed
 from ...edits.methods.registry import METHODS
-from ...edits.streamed_fitting import FitJob, fit_streamed
 from ...models.streaming.lanes import StreamedModel
 from ...models.streaming.state import StreamState
 from ..candidates import Candidate, layer_ranking

@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..core.interrupts import check
-from ..core.interventions import ConditionalMap, Site, WriteMatrix
-from ..core.progress import track
-from ..directions.conditional import Weights
-from ..models.streaming.lanes import Lane, StreamedModel
-from ..models.streaming.state import StreamState
-from ..models.write_matrices import conditionally_edited, watching, write_modules
-from ..models.write_reading import counted_tokens, group_sets, watch_counted
-from .fitting import ConditionalFit, FitTokens, Regression, finished_fit, site_groups
-from .scopes import stream_after
+from ...core.interrupts import check
+from ...core.interventions import ConditionalMap, Site, WriteMatrix
+from ...core.progress import track
+from ...directions.conditional import Weights
+from ...models.streaming.lanes import Lane, StreamedModel
+from ...models.streaming.state import StreamState
+from ...models.write_matrices import conditionally_edited, watching, write_modules
+from ...models.write_reading import counted_tokens, group_sets, watch_counted
+from ..scopes import stream_after
+from .fit import ConditionalFit, FitTokens, Regression, finished_fit, site_groups
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from ..core.errors import OrthogonalizeError
-from ..core.files import write_atomically
-from ..core.interrupts import check
-from ..core.interventions import ConditionalMap, Site, WriteMatrix, block_sites, orthonormal
-from ..core.progress import track
-from ..directions.conditional import InputTokens, Weights, solve
-from ..directions.direction_set import Directions
-from ..models.stream import Stream, norm_weight, squares_of
-from ..models.write_matrices import WriteModule, write_modules
-from ..models.write_reading import TokenSet, WriteReader
-from .build import no_direction
-from .config import EditConfig
-from .scopes import layers_in_scope, parse_scope, stream_after
+from ...core.errors import OrthogonalizeError
+from ...core.files import write_atomically
+from ...core.interrupts import check
+from ...core.interventions import ConditionalMap, Site, WriteMatrix, block_sites, orthonormal
+from ...core.progress import track
+from ...directions.conditional import InputTokens, Weights, solve
+from ...directions.direction_set import Directions
+from ...models.stream import Stream, norm_weight, squares_of
+from ...models.write_matrices import WriteModule, write_modules
+from ...models.write_reading import TokenSet, WriteReader
+from ..build import no_direction
+from ..config import EditConfig
+from ..scopes import layers_in_scope, parse_scope, stream_after
 
 GROUP = 3  # layers that are read together
 # An expert that saw fewer tokens of a set is left as it is: its own regression would mean nothing.
