@@ -248,6 +248,7 @@ def measure(
     assert run is not None
     measuring = Measuring(folder, sets, device)
     result: dict[str, Any] = {"seconds": seconds, "base": {"refused": measuring.refusals()}, "edits": {}}
+    note(f"{name}, base: {json.dumps(result['base'])}")
     for label, choice in edits(run).items():
         given = choice.model_dump(exclude_defaults=True)
         started = time.perf_counter()

@@ -110,7 +110,10 @@ def extract(model: str, out: Path, **options: Any) -> None:
     """
     from .commands.extract import extract as run_extract
 
-    run = run_extract(model, out, **options)
+    judge = options.pop("judge")
+    if judge and options["measure"] != "auto":
+        raise OrthogonalizeError("--judge NAME is short for --measure judge:NAME; give one of them")
+    run = run_extract(model, out, **options | ({"measure": f"judge:{judge}"} if judge else {}))
     if run is None:
         click.echo(f"run: {out} (unfinished; run extract without --stage to finish it)")
         return

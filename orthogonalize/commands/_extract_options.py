@@ -119,6 +119,7 @@ extract_options = together(
         show_default=True,
         help="What shows the behaviour, for the whole run and eval of it:",
     ),
+    click.option("--judge", metavar="NAME", help="Short for --measure judge:NAME."),
     click.option(
         "--wording", type=path(), metavar="FILE", help="Phrases that show it, one per line; default: refusals."
     ),

@@ -85,3 +85,14 @@ def test_a_measure_that_tells_chooses(model, sources, tmp_path):
     best = found.trials[0]
     assert best.before > 0.7 > 2 * best.usual
     assert (found.info.nothing_chosen is None) == (best.left <= (best.before + best.usual) / 2)
+
+
+def test_a_judge_is_a_measure(model, sources, tmp_path):
+    given = ["extract", model, "--positive", sources["positive"], "--negative", sources["negative"]]
+    given += ["--out", tmp_path / "run"]
+    status, said = command(*given, "--judge", "nobody")
+    assert (status, said) == command(*given, "--measure", "judge:nobody")
+    assert status == 1
+    assert "nobody" in said
+    status, said = command(*given, "--judge", "wildguard", "--measure", "wording")
+    assert (status, said) == (1, "error: --judge NAME is short for --measure judge:NAME; give one of them")
