@@ -175,12 +175,12 @@ class _Extraction:
         prompts = [p for each in fitting.values() for p in split_prompts(each, s.seed, **counts)]
         sources = self.source.preserved.items()
         preserved = [p for name, each in sources for p in split_preserved(name, each, s.seed, s.train, s.val, s.test)]
-        self.out.mkdir(parents=True, exist_ok=True)
         journal = Journal(self.out / ".prompts.journal", self.inputs("prompts"))
         measured, prompts = measure_prompts(self.reader, self.tokenizer, self.chat, prompts, s, journal, preserved)
         kept, filtered = keep_expected(prompts, s.filtered)
         words = [self.tokenizer.decode([t]) for t in measured.tokens]
         note(*inventory(self.source.prompts, fitting, prompts, kept, counts).split("\n"))
+        self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
         save_readout(measured.readout, self.out)
         save_preserved(preserved, self.out)

@@ -50,7 +50,7 @@ def test_rows_dropped_and_split_are_counted(tmp_path):
 def test_extract_prints_the_table_and_drops_what_does_not_fit(model, sources, tmp_path, monkeypatch):
     """The tiny model has a context of 512 tokens."""
     said: list[str] = []
-    monkeypatch.setattr("orthogonalize.commands.extract.note", said.append)
+    monkeypatch.setattr("orthogonalize.commands.extract.note", lambda *lines: said.append("\n".join(lines)))
     lists = {side: Path(file).read_text().split("\n") for side, file in sources.items()}
     long = "how do i bake a cake " * 400
     found = extract(

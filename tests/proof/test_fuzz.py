@@ -71,7 +71,7 @@ class Place:
             shutil.rmtree(self.root / "out", ignore_errors=True)
 
 
-def edits(place: Place, model: str, **source: Path | str) -> None:
+def edits(place: Place, model: str, **source: Path | str | int) -> None:
     with place.output() as out:
         edit(place.root / model, out, **source)
 
@@ -102,7 +102,7 @@ def uses_run(place: Place) -> None:
     assert repr(found)
     StageBook(place.run).to_run(lambda stage: {"stage": stage}, force=True)
     FitTokens.load(place.run / "tokens.json")
-    edits(place, "model", run=place.run)
+    edits(place, "model", run=place.run, pick=1)
     edits(place, "model", run=place.run, method="ablate", scope="all")
 
 

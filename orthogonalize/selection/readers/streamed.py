@@ -92,15 +92,15 @@ class StreamedReader:
 
     def outputs(self, ids: Ids, layers: Sequence[int] = (), later: Ids = ()) -> Outputs:
         """See `Reader`. The activations of all these prompts are read in the same pass, and kept for `record`."""
-        everything = [*ids, *later]
-        found = record_streamed(
-            self.streamed,
-            {PROMPTS: everything},
-            self.positions,
-            self.out / ALL_PROMPTS,
-            [self.weights, str(self.dtype), everything],
-        )
-        last = found.read(PROMPTS, self.streamed.layer_count)[:, -1]
+        file, known, everything = self.out / ALL_PROMPTS, self._known, [*ids, *later]
+        keys = [fingerprint(list(row)) for row in everything]
+        fresh = not (file.is_file() and known.has(*keys))
+        if fresh:
+            self.out.mkdir(parents=True, exist_ok=True)
+            inputs = [self.weights, str(self.dtype), everything]
+            record_streamed(self.streamed, {PROMPTS: everything}, self.positions, file, inputs)
+        found, rows = Recording(file), list(range(len(keys))) if fresh else [known[key][0] for key in keys]
+        last = found.read(PROMPTS, self.streamed.layer_count)[rows, -1]
         probabilities = []
         firsts: list[int] = []
         with self.streamed.parts.head():
@@ -110,10 +110,9 @@ class StreamedReader:
                 probabilities.append(logits.softmax(-1).cpu())
         if not torch.isfinite(result := torch.cat(probabilities)).all():
             raise OrthogonalizeError("the model's outputs contain NaN or infinite values; the checkpoint is damaged")
-        rows = enumerate(zip(everything, firsts, strict=True))
-        self._known.put({fingerprint(list(row)): [number, token] for number, (row, token) in rows})
-        streams = {layer: found.read(PROMPTS, layer)[: len(ids), -1].float() for layer in layers}
-        return Outputs(result[: len(ids)], streams)
+        known.put({key: [number, token] for key, number, token in zip(keys, rows, firsts, strict=True)})
+        wanted = rows[: len(ids)]
+        return Outputs(result[: len(ids)], {layer: found.read(PROMPTS, layer)[wanted, -1].float() for layer in layers})
 
     @property
     def _known(self) -> Journal:
