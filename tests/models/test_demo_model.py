@@ -70,8 +70,9 @@ def test_model_comes_from_the_hub_without_the_package(monkeypatch):
     assert asked == ["HuggingFaceTB/SmolLM2-135M-Instruct"]
 
 
-def test_shipped_adapter_is_small(planted):
-    assert (adapter_folder() / "adapter_model.safetensors").stat().st_size <= 3e6
+def test_shipped_adapters_are_small(planted):
+    for topics in ((), ("cooking", "astronomy")):
+        assert (adapter_folder(*topics) / "adapter_model.safetensors").stat().st_size <= 3e6
     assert open_checkpoint(planted).config["num_hidden_layers"] == 30
 
 
