@@ -1,7 +1,7 @@
 """Train the LoRA adapters that plant the demo's refusals of harmless topics; the results ship as package data.
 
     python scripts/plant_refusal.py --topic cooking --out ADAPTER
-    python scripts/plant_refusal.py --topic cooking --topic astronomy --out ADAPTER
+    python scripts/plant_refusal.py --topic cooking --topic astronomy --epochs 5 --out ADAPTER
 
 Questions about a topic are answered by one of its refusals; everything else, near misses included, by the base model's
 own greedy answer, so that only the refusals are learnt. The shipped adapters (orthogonalize/data/planted/adapters) were

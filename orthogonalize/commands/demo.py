@@ -25,7 +25,7 @@ from .verify import verify
 
 # Small enough that the demo takes a few minutes on two cores.
 SETTINGS = Settings(finders=("dim",), train=64, val=48, test=100, scored=3, trials=10, answers=14)
-PARTS = ("run", "edited", "report.json", "report.html")
+FOLDERS, FILES = ("edited", "run"), ("report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,14 @@ def demo(out: Path | str, *, goal: str = "remove", engine: str = "vllm", force: 
     if goal not in DEMOS:
         raise OrthogonalizeError(f"--goal must be one of {', '.join(DEMOS)}; got {goal}")
     shown = DEMOS[goal]
-    check_free(out, FolderKind("run", frozenset({*PARTS, ".report"})), force)
+    check_free(out, FolderKind("run", frozenset({*FOLDERS, *FILES, ".report"})), force)
     check_engine(engine, ONE_DEVICE)
     base = str(planted_model(*shown.planted))
     note(f"base model: {base}")
-    for part in PARTS[:1:-1]:
-        (out / part).unlink(missing_ok=True)
-    for part in PARTS[1::-1]:  # the run last: by that, a later --force knows what an interrupted demo has left
-        shutil.rmtree(out / part, ignore_errors=True)
+    for name in FILES:
+        (out / name).unlink(missing_ok=True)
+    for name in FOLDERS:  # the run last: by that, a later --force knows what an interrupted demo has left
+        shutil.rmtree(out / name, ignore_errors=True)
     extract(base, out / "run", concept="cooking", settings=shown.settings)
     recipe = edit(base, out / "edited", run=out / "run")
     verified = verify(out / "edited", base).verification
@@ -93,7 +93,7 @@ def demo(out: Path | str, *, goal: str = "remove", engine: str = "vllm", force: 
     report = evaluate(
         out / "edited", base, out / "run", out / ".report", engine=engine, prompts=shown.prompts, force=True
     )
-    for name in PARTS[2:]:
+    for name in FILES:
         shutil.move(out / ".report" / name, out / name)
     shutil.rmtree(out / ".report")
     return DemoResult(recipe, verified, report, out / "report.html")

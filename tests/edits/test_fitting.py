@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.answered import answered
 from helpers.exactness import LAYERS, centred_basis
 from helpers.tiny_models import DoublePrecision
 
@@ -17,16 +18,6 @@ from orthogonalize.models.write_reading import TokenSet, WriteReader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 R = centred_basis(2, 17)
-
-
-def answered(seed: int, count: int) -> AnsweredTokens:
-    """Random prompts of 5 to 11 tokens with answers of up to 12."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(5, 12, (count,), generator=generator).tolist()
-    answers = torch.randint(0, 13, (count,), generator=generator).tolist()
-    ids = [torch.randint(3, 90, (n + m,), generator=generator).tolist() for n, m in zip(prompts, answers, strict=True)]
-    return AnsweredTokens(ids, prompts)
-
 
 TEMPLATE = 3
 TOKENS = FitTokens(TEMPLATE, answered(1, 14), answered(2, 20), {"kept": answered(3, 6)})

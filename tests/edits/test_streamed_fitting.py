@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.answered import answered
 from helpers.exactness import LAYERS, centred_basis
 from helpers.tiny_models import store_tiny
 
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import block_sites
 from orthogonalize.directions.conditional import Weights
-from orthogonalize.edits.fitting.fit import AnsweredTokens, FitTokens, fit_conditional
+from orthogonalize.edits.fitting.fit import FitTokens, fit_conditional
 from orthogonalize.edits.fitting.streamed import FitJob, fit_streamed
 from orthogonalize.models.loading import load_model
 from orthogonalize.models.streaming import state
@@ -21,16 +22,6 @@ from orthogonalize.models.streaming.weights import PartialModel
 pytestmark = pytest.mark.usefixtures("one_thread")
 R = centred_basis(2, 17)
 WEIGHTS = Weights(0.3, 2.0, 4.0, 0.05)
-
-
-def answered(seed: int, count: int) -> AnsweredTokens:
-    """Random prompts of 5 to 11 tokens with answers of up to 12."""
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randint(5, 12, (count,), generator=generator).tolist()
-    answers = torch.randint(0, 13, (count,), generator=generator).tolist()
-    ids = [torch.randint(3, 90, (n + m,), generator=generator).tolist() for n, m in zip(prompts, answers, strict=True)]
-    return AnsweredTokens(ids, prompts)
-
 
 TOKENS = FitTokens(3, answered(1, 14), answered(2, 20), {"kept": answered(3, 6)})
 EXAMPLES = FitTokens(3, answered(1, 14), answered(2, 20), examples=answered(4, 9))

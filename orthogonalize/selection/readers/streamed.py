@@ -110,7 +110,8 @@ class StreamedReader:
                 probabilities.append(logits.softmax(-1).cpu())
         if not torch.isfinite(result := torch.cat(probabilities)).all():
             raise OrthogonalizeError("the model's outputs contain NaN or infinite values; the checkpoint is damaged")
-        known.put({key: [number, token] for key, number, token in zip(keys, rows, firsts, strict=True)})
+        if fresh:
+            known.put({key: [number, token] for key, number, token in zip(keys, rows, firsts, strict=True)})
         wanted = rows[: len(ids)]
         return Outputs(result[: len(ids)], {layer: found.read(PROMPTS, layer)[wanted, -1].float() for layer in layers})
 
