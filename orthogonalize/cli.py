@@ -20,9 +20,7 @@ from .commands._console import (
     show_sweep,
     write_what_streams_can,
 )
-from .commands._edit_options import edit_options
-from .commands._extract_options import extract_options
-from .commands._options import (
+from .commands.options.common import (
     ListingOption,
     choice,
     converted_by,
@@ -44,6 +42,8 @@ from .commands._options import (
     sweep_grid,
     words,
 )
+from .commands.options.edit import edit_options
+from .commands.options.extract import extract_options
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory, shown
 from .core.registry import load_plugins

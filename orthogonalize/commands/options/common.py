@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from ..core.errors import OrthogonalizeError
-from ..data.refusals import LEAST_TOKENS
-from ..edits.methods.registry import METHODS
+from ...core.errors import OrthogonalizeError
+from ...data.refusals import LEAST_TOKENS
+from ...edits.methods.registry import METHODS
 
 
 class Rank(click.ParamType[int | str]):
@@ -77,21 +77,21 @@ def method_listing() -> str:
 
 def suite_listing() -> str:
     """Every value of --suite."""
-    from ..evals.suites.registry import suite_names
+    from ...evals.suites.registry import suite_names
 
     return f"One or more of {', '.join(suite_names())}."
 
 
 def judge_listing() -> str:
     """Every value of --judge."""
-    from ..evals.judges.registry import model_judges
+    from ...evals.judges.registry import model_judges
 
     return f"One or more of {', '.join(model_judges())}, or NAME=MODEL."
 
 
 def engine_names() -> list[str]:
     """The names of all engines."""
-    from ..engines.registry import ENGINES
+    from ...engines.registry import ENGINES
 
     return list(ENGINES)
 
@@ -113,7 +113,7 @@ def scope_names(text: str) -> list[str]:
 
 def named_sources(given: Sequence[str]) -> dict[str, str]:
     """Prompt sources by name, from `NAME=FILE`, or from `FILE` alone, which is called after itself."""
-    from ..data.prompts import source_names
+    from ...data.prompts import source_names
 
     sources: dict[str, str] = {}
     for text in given:
@@ -215,7 +215,7 @@ measuring_options = together(
 
 def engine_options(options: dict[str, Any]) -> Any:
     """The engine's options, taken out of a command's."""
-    from ..engines.base import EngineOptions
+    from ...engines.base import EngineOptions
 
     names = (
         "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend",
@@ -238,6 +238,6 @@ grid_options = together(
 
 def sweep_grid(options: dict[str, Any]) -> Any:
     """The values that a sweep tries, taken out of its options."""
-    from ..selection.grid import OPTIONS, SweepGrid
+    from ...selection.grid import OPTIONS, SweepGrid
 
     return SweepGrid.parse(**{name: options.pop(name) for name in OPTIONS})

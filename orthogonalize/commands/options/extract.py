@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from ..core.errors import OrthogonalizeError
-from ..core.files import parse_json
-from ..data.prompts import GOALS
-from ..data.thoughts import THINKING
-from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
-from ._options import (
+from ...core.errors import OrthogonalizeError
+from ...core.files import parse_json
+from ...data.prompts import GOALS
+from ...data.thoughts import THINKING
+from ...directions.finders.registry import DEFAULT_FINDERS, FINDERS
+from .common import (
     ListingOption,
     choice,
     converted_by,
@@ -33,7 +33,7 @@ def finder_listing() -> str:
 
 def measure_listing() -> str:
     """Every value of --measure, and what it says."""
-    from ..evals.measures.registry import AUTO, MEASURES
+    from ...evals.measures.registry import AUTO, MEASURES
 
     found = "; ".join(f"{measure.usage} ({measure.summary})" for measure in MEASURES.values())
     return f"{found}; {AUTO} takes the first that tells the two sides apart."

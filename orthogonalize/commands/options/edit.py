@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import click
 
-from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
-from ..core.errors import OrthogonalizeError
-from ..directions.finders.registry import FINDERS
-from ..edits.methods.registry import DEFAULT, METHODS
-from ._options import (
+from ...checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
+from ...core.errors import OrthogonalizeError
+from ...directions.finders.registry import FINDERS
+from ...edits.methods.registry import DEFAULT, METHODS
+from .common import (
     Entry,
     ListingOption,
     Rank,
