@@ -1,0 +1,63 @@
+"""Commands that compare what is stored: verify, compare."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from .._console import show_audit, show_comparison
+from ..options.common import device_option, other_base_option, path
+
+
+@click.command()
+@click.argument("checkpoint", type=path())
+@click.option("--base", metavar="MODEL", help="The model that was edited; default: the recipe's.")
+@click.option("--no-logits", is_flag=True, help="Compare bytes only.")
+@click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
+@other_base_option
+@click.option("--json", "json_file", type=path(), metavar="FILE", help="Write the full result as JSON.")
+@device_option
+def verify(
+    checkpoint: Path,
+    base: str | None,
+    no_logits: bool,
+    no_record: bool,
+    allow_other_base: bool,
+    json_file: Path | None,
+    device: str,
+) -> None:
+    """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights.
+
+    Any two checkpoints can be compared: what changed, by what rank, along which directions, and whether
+    something was projected out.
+    """
+    from ..verify import verify as run_verify
+
+    audit = run_verify(
+        checkpoint,
+        base,
+        device=device,
+        logits=not no_logits,
+        record=not no_record,
+        allow_other_base=allow_other_base,
+    )
+    show_audit(audit)
+    if json_file is not None:
+        json_file.write_text(audit.as_json(), "utf-8")
+    if audit.verification is not None and not audit.verification.passed:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("first", type=path())
+@click.argument("second", type=path())
+def compare(first: Path, second: Path) -> None:
+    """Set two reports of eval side by side: FIRST and SECOND are folders made by eval, or their report.json.
+
+    Refusals are compared prompt by prompt, other measures by their values.
+    """
+    from ..compare import compare as run_compare
+
+    show_comparison(run_compare(first, second))

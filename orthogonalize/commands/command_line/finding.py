@@ -1,0 +1,92 @@
+"""Commands that find and describe: extract, rank, describe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...core import progress
+from ...core.errors import OrthogonalizeError
+from .._console import console, show_candidates, show_run
+from ..options.common import number, path, revision_option
+from ..options.extract import extract_options
+
+
+@click.command()
+@click.argument("model")
+@extract_options
+def extract(model: str, out: Path, **options: Any) -> None:
+    """Find where MODEL represents a contrast, and which edit removes it at the least cost.
+
+    There are five stages: prompts, activations, directions, answers, selection. Those whose inputs are unchanged are
+    kept, so re-running the command resumes an interrupted run.
+    """
+    from ..extract import extract as run_extract
+
+    judge = options.pop("judge")
+    if judge and options["measure"] != "auto":
+        raise OrthogonalizeError("--judge NAME is short for --measure judge:NAME; give one of them")
+    run = run_extract(model, out, **options | ({"measure": f"judge:{judge}"} if judge else {}))
+    if run is None:
+        click.echo(f"run: {out} (unfinished; run extract without --stage to finish it)")
+        return
+    show_candidates(run.candidates)
+    show_run(run)
+    click.echo(f"run: {out}")
+
+
+@click.command("rank")
+@click.argument("run", type=path(exists=True, file_okay=False))
+@click.option("--kl", type=float, default=0.1, show_default=True, help="Maximum KL on the other side, nats.")
+@click.option("--induce", type=float, default=0.0, show_default=True, help="Minimum score when added, log-odds.")
+@click.option(
+    "--prune",
+    type=click.FloatRange(0, 1),
+    default=0.2,
+    show_default=True,
+    help="Fraction of the last layers to exclude.",
+)
+@number("--most", 1, 10, "Candidates to show per finder.")
+@click.option("--write", is_flag=True, help="Store the new ranks in RUN; edit uses them once given any option.")
+def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool) -> None:
+    """Filter and rank the directions of RUN again by their stored scores, without the model.
+
+    The trials of whole edits are kept, so edit with --run alone still makes the best trial. With any other option, such
+    as --method, it starts from the best direction by the stored ranks.
+    """
+    from ...selection.candidates import explain_fallback, rank
+    from ...selection.run_folder import load_run, save_selection
+
+    found = load_run(run)
+    ranked = rank(found.candidates, kl=kl, induce=induce, prune=prune)
+    show_candidates(ranked, most)
+    for finder in found.info.finders:
+        progress.note(
+            explain_fallback(ranked, finder)
+            or f"{finder}: {sum(not c.failed for c in ranked if c.finder == finder)} pass"
+        )
+    if write:
+        save_selection(ranked, found.trials, found.probes, run)
+        click.echo(f"ranks written to {run / 'candidates.json'}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--out", type=path(dir_okay=False), help="File for the draft; default: print it.")
+@revision_option
+def describe(model: str, out: Path | None, revision: str | None) -> None:
+    """Draft the description of an architecture that has none.
+
+    Experiments on a small random model of MODEL's class find the modules that write and read the residual stream.
+    Move the draft to orthogonalize/architectures once its open questions are answered.
+    """
+    from ..describe import describe as describe_model
+
+    found = describe_model(model, revision)
+    if out is None:
+        click.echo(found.text, nl=False)
+    else:
+        out.write_text(found.text, "utf-8")
+        console.print(f"{out}: draft for {found.architecture.family}, {len(found.open_questions)} open questions")

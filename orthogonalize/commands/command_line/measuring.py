@@ -1,0 +1,119 @@
+"""Commands that measure with an engine: eval, sweep, judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .._console import show_judged, show_report, show_sweep
+from ..options.common import (
+    ListingOption,
+    choice,
+    converted_by,
+    engine_option,
+    engine_options,
+    grid_options,
+    hf_device_option,
+    measuring_options,
+    method_listing,
+    named_sources,
+    other_base_option,
+    out_option,
+    parallel_options,
+    path,
+    revision_option,
+    scope_names,
+    sweep_grid,
+    words,
+)
+
+
+@click.command("eval")
+@click.argument("checkpoint", type=path())
+@click.option("--base", required=True, metavar="MODEL", help="The model that was edited.")
+@click.option("--run", type=path(), required=True, help="The run whose test prompts are used.")
+@out_option
+@measuring_options
+@click.option(
+    "--prompts",
+    multiple=True,
+    metavar="[NAME=]FILE",
+    callback=converted_by(named_sources),
+    help="Your own prompts, measured beside the run's; repeatable.",
+)
+@click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
+@click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
+@other_base_option
+@revision_option
+def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> None:
+    """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
+
+    The default suites need only the run's data; public sets are read from the Hub, or from --data. Re-run an
+    interrupted evaluation to resume it.
+    """
+    from ..evaluate import evaluate
+
+    engine = engine_options(options)
+    report = evaluate(checkpoint, base, run, out, options=engine, **options)
+    show_report(report)
+    click.echo(f"report: {out / 'report.html'}")
+
+
+@click.command()
+@click.argument("model")
+@click.option("--run", type=path(), required=True, help="The run whose directions and test prompts are used.")
+@out_option
+@click.option(
+    "--methods",
+    cls=ListingOption,
+    listing=method_listing,
+    callback=converted_by(words),
+    help="Edit methods; default: all that the run has directions for.",
+)
+@click.option(
+    "--scopes",
+    callback=converted_by(scope_names),
+    default="",
+    help="Scopes, as edit takes them, except from:. Default: one,top:50%,all; one for methods that add a constant.",
+)
+@grid_options
+@choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's hooks; needs --engine hf.")
+@measuring_options
+@other_base_option
+@revision_option
+def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
+    """Measure every method over every scope, in one engine: the comparison table.
+
+    The engine starts once and swaps in each edit's weights, if it can; otherwise each edit gets its own engine. Re-run
+    an interrupted sweep to resume it.
+    """
+    from ..sweep import sweep as run_sweep
+
+    grid, engine = sweep_grid(options), engine_options(options)
+    show_sweep(run_sweep(model, run, out, grid=grid, options=engine, **options))
+    click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
+
+
+@click.command()
+@click.argument("file", type=path())
+@click.option(
+    "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, … or NAME=MODEL."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@engine_option
+@parallel_options
+@hf_device_option
+def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> None:
+    """Score answers made earlier: FILE is a report of eval, or a JSON list of {prompt, response, category}.
+
+    The answers of a report are scored for both models, by prompt set, without generating them again.
+    """
+    from ..judge import judge as run_judge
+
+    found = run_judge(file, name, engine=engine, options=engine_options(options))
+    if as_json:
+        click.echo(found.model_dump_json(indent=1, exclude_none=True))
+    else:
+        show_judged(found)
