@@ -22,6 +22,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.directions.activation_store import record, record_streamed
 from orthogonalize.models.loading import choose_device, load_model
 from orthogonalize.models.streaming.lanes import StreamedModel
@@ -187,7 +188,7 @@ def reading(folder: Path, _device: torch.device, _ids: list[list[int]]) -> dict[
 
 def computing(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[str, float]:
     """The time to push all prompts through one block that stays, times the number of blocks."""
-    streamed = StreamedModel(PartialModel(folder, str(device)))
+    streamed = StreamedModel(PartialModel(open_checkpoint(folder), str(device)))
     lanes = streamed.enter(ids)
     streamed.parts.hold(0)
     streamed.advance(0, lanes[0].fork())  # warm up
@@ -205,7 +206,7 @@ def streaming(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[
 
     before = peak_memory()
     start = time.perf_counter()
-    streamed = StreamedModel(PartialModel(folder, str(device)))
+    streamed = StreamedModel(PartialModel(open_checkpoint(folder), str(device)))
     with tempfile.TemporaryDirectory() as out:
         record_streamed(streamed, {"prompts": ids}, POSITIONS, Path(out) / "activations.safetensors", "benchmark")
     synchronise(device)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cached_property
@@ -16,9 +17,10 @@ import torch
 from ..core.errors import OrthogonalizeError
 from ..core.files import check_regular_files, is_inside
 from ..core.progress import Progress, track
-from .safetensors_file import DTYPES, TensorFile, TensorInfo, open_tensor_file
+from .safetensors_file import DTYPES, RemoteFile, TensorFile, TensorInfo, open_tensor_file
 from .settings_files import read_json, read_settings
 
+HEADERS = 8  # weight files whose headers are read at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECIPE = "orthogonalize.json"
@@ -82,7 +84,12 @@ class Checkpoint:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(file.path.stat().st_size for file in self.files.values())
+        return sum(file.size for file in self.files.values())
+
+    @property
+    def remote_sizes(self) -> list[int]:
+        """The sizes in bytes of the weight files that are not on this disk, the largest first."""
+        return sorted((file.size for file in self.files.values() if file.remote is not None), reverse=True)
 
     def side_files(self) -> list[Path]:
         """The files that an edit copies byte for byte, relative to the folder: all but weights and `private_files`."""
@@ -128,9 +135,9 @@ class Checkpoint:
         return bool(open_tensor_file(self.path / name).tensors.keys() & self.tensors.keys())
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of every weight file, by file name."""
+        """SHA-256 of every weight file, by file name; of a remote file, what its server says."""
         with track("fingerprint of the weights", self.weight_bytes, "bytes") as advance:
-            return {name: _sha256(file.path, advance) for name, file in sorted(self.files.items())}
+            return {name: _sha256(file, advance) for name, file in sorted(self.files.items())}
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -144,22 +151,25 @@ def _matches(name: Path, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name.name, pattern) or fnmatch(str(name), pattern) for pattern in patterns)
 
 
-def _sha256(path: Path, progress: Progress) -> str:
+def _sha256(file: TensorFile, progress: Progress) -> str:
+    if file.remote is not None:
+        progress(file.size)
+        return file.remote.sha256
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
+    with file.path.open("rb") as opened:
+        while chunk := opened.read(2**22):
             digest.update(chunk)
             progress(len(chunk))
     return digest.hexdigest()
 
 
-def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
+def _weight_files(folder: Path, remote: Mapping[str, RemoteFile]) -> tuple[dict[str, TensorFile], bool]:
     index = folder / INDEX
+    present = {path.name for path in folder.glob("*.safetensors")} | remote.keys()
     if not index.exists():
-        single = folder / SINGLE
-        if single.exists():
-            return {SINGLE: open_tensor_file(single)}, False
-        if any(folder.glob("*.safetensors")):
+        if SINGLE in present:
+            return _open_all(folder, [SINGLE], remote), False
+        if present:
             raise OrthogonalizeError(f"{folder} has safetensors files but neither {SINGLE} nor {INDEX}")
         if any(_matches(name, PICKLES) for name in walk(folder)):
             raise OrthogonalizeError(
@@ -167,7 +177,7 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
                 "convert them to safetensors first (the Hub's safetensors/convert Space does)"
             )
         raise OrthogonalizeError(f"{folder} has no weights ({SINGLE} or {INDEX})")
-    if (folder / SINGLE).exists() and SINGLE not in index.read_text("utf-8"):
+    if SINGLE in present and SINGLE not in index.read_text("utf-8"):
         raise OrthogonalizeError(
             f"{folder} has both {INDEX} and {SINGLE}, and loaders disagree on which to read; keep one"
         )
@@ -177,15 +187,15 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
         raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
     if not all(isinstance(name, str) for name in weight_map.values()):
         raise OrthogonalizeError(f"{index} has a file name that is not a string; fetch it again")
-    files: dict[str, TensorFile] = {}
-    for name in sorted(set(weight_map.values())):
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if Path(name).name != name:
             raise OrthogonalizeError(
                 f"{index} points outside its folder ({name!r}); this checkpoint is not to be trusted"
             )
-        if not (folder / name).is_file():
+        if not (folder / name).is_file() and name not in remote:
             raise OrthogonalizeError(f"{folder} lacks the shard {name}; fetch it again")
-        files[name] = open_tensor_file(folder / name)
+    files = _open_all(folder, names, remote)
     stored: dict[str, str] = {}
     for name, file in files.items():
         for tensor in file.tensors:
@@ -200,8 +210,18 @@ def _weight_files(folder: Path) -> tuple[dict[str, TensorFile], bool]:
     return files, True
 
 
-def open_checkpoint(folder: Path | str) -> Checkpoint:
+def _open_all(folder: Path, names: Sequence[str], remote: Mapping[str, RemoteFile]) -> dict[str, TensorFile]:
+    """The weight files `names`, opened in parallel, since a remote header is a wait for its server."""
+    with ThreadPoolExecutor(HEADERS) as pool:
+        opened = pool.map(lambda name: open_tensor_file(folder / name, remote.get(name)), names)
+        return dict(zip(names, opened, strict=True))
+
+
+def open_checkpoint(folder: Path | str, remote: Mapping[str, RemoteFile] | None = None) -> Checkpoint:
     """Open a checkpoint folder and validate the header of every weight file.
+
+    Args:
+        remote: weight files that are elsewhere, by the names that they would have in the folder.
 
     Raises:
         OrthogonalizeError: something is missing, truncated, inconsistent or unsafe.
@@ -219,7 +239,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     config = read_settings(folder / "config.json")
     if (folder / "generation_config.json").exists():
         read_settings(folder / "generation_config.json")
-    files, indexed = _weight_files(folder)
+    files, indexed = _weight_files(folder, remote or {})
     return Checkpoint(folder, config, files, indexed)
 
 

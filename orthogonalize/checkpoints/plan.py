@@ -81,7 +81,7 @@ class CheckpointPlan:
     def bytes_of(self, files: Iterable[str]) -> int:
         """Total size of these weight files in the edited checkpoint, in bytes."""
         added = {self._file_of_additions: sum(addition.size for addition in self.additions.values())}
-        return sum(self.source.files[name].path.stat().st_size + added.get(name, 0) for name in files)
+        return sum(self.source.files[name].size + added.get(name, 0) for name in files)
 
     @cached_property
     def _scales(self) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import BinaryIO
+from tempfile import TemporaryDirectory
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -22,6 +24,7 @@ from ..core.errors import OrthogonalizeError
 
 MAX_HEADER = 100_000_000  # bytes; the library's own limit
 CHUNK = 16 * 2**20  # bytes copied at a time
+FIRST = 2**17  # bytes of a remote file that are asked for at first: most headers fit
 BLOCK = 2**22  # entries processed at a time
 
 DTYPES: dict[str, torch.dtype] = {
@@ -85,11 +88,43 @@ class TensorInfo:
         }
 
 
+class RemoteFile(Protocol):
+    """A file that is not on this disk, and is read where it is.
+
+    `size` is in bytes, and `sha256` what its server says.
+    """
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def sha256(self) -> str: ...
+
+    def read_into(self, start: int, view: memoryview) -> None:
+        """Fill `view` with the bytes from `start` on.
+
+        Raises:
+            OrthogonalizeError: they cannot be read, or the file has changed.
+        """
+        ...
+
+    def download(self, folder: Path, going_on: Callable[[], None]) -> Path:
+        """Write the whole file into `folder`, and return its path there.
+
+        Raises:
+            OrthogonalizeError: see `read_into`; and what `going_on` raises, which is called between its pieces.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class TensorFile:
     """A safetensors file whose header has been validated against the length of the file.
 
-    `renamed`: whether `tensors` have other names, or are split differently, than in the header on disk.
+    Attributes:
+        path: where it lies, or would lie if it is `remote`.
+        renamed: whether `tensors` have other names, or are split differently, than in the header on disk.
+        remote: where it is read from, if it is not on this disk.
     """
 
     path: Path
@@ -97,6 +132,21 @@ class TensorFile:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str] = field(default_factory=dict)
     renamed: bool = False
+    remote: RemoteFile | None = None
+
+    @property
+    def size(self) -> int:
+        """The length of the file in bytes."""
+        return self.data_start + max((info.end for info in self.tensors.values()), default=0)
+
+    @contextmanager
+    def on_disk(self, folder: Path, going_on: Callable[[], None]) -> Iterator[TensorFile]:
+        """The file on this disk: itself, or a download in `folder`, which is deleted behind (see `RemoteFile`)."""
+        if self.remote is None:
+            yield self
+            return
+        with TemporaryDirectory(prefix=".download-", dir=folder) as own:
+            yield replace(self, path=self.remote.download(Path(own), going_on), remote=None)
 
     def split(self, parts: Mapping[str, Mapping[str, int]]) -> TensorFile:
         """The same file with each tensor in `parts` split by rows: names, and how many rows each gets.
@@ -114,12 +164,7 @@ class TensorFile:
         """Tensor `name` in its stored dtype, in newly allocated memory."""
         info = self.tensors[name]
         found = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        with self.path.open("rb") as file:
-            file.seek(self.data_start + info.start)
-            if info.size and file.readinto(stored_bytes(found)) != info.size:
-                raise OrthogonalizeError(
-                    f"{self.path} is truncated: {name} ends before the offset in its header; fetch the file again"
-                )
+        self._read_into(name, 0, stored_bytes(found))
         return found
 
     def rows(self, name: str, first: int, last: int) -> torch.Tensor:
@@ -127,29 +172,30 @@ class TensorFile:
         info = self.tensors[name]
         row = info.size // info.shape[0] if info.shape[0] else 0
         buffer = bytearray((last - first) * row)
-        with self.path.open("rb") as file:
-            file.seek(self.data_start + info.start + first * row)
-            if file.readinto(buffer) != len(buffer):
-                raise OrthogonalizeError(
-                    f"{self.path} is truncated: {name} ends before the offset in its header; fetch the file again"
-                )
+        self._read_into(name, first * row, memoryview(buffer))
         dtype, shape = DTYPES[info.dtype], (last - first, *info.shape[1:])
         return torch.frombuffer(buffer, dtype=dtype).reshape(shape) if buffer else torch.empty(shape, dtype=dtype)
 
     def chunks(self, name: str) -> Iterator[bytes]:
         """The stored bytes of `name`, in chunks."""
-        info = self.tensors[name]
+        size = self.tensors[name].size
+        for start in range(0, size, CHUNK):
+            buffer = bytearray(min(CHUNK, size - start))
+            self._read_into(name, start, memoryview(buffer))
+            yield bytes(buffer)
+
+    def _read_into(self, name: str, start: int, view: memoryview) -> None:
+        """Fill `view` with the bytes of tensor `name` from its byte `start` on."""
+        place = self.data_start + self.tensors[name].start + start
+        if self.remote is not None:
+            self.remote.read_into(place, view)
+            return
         with self.path.open("rb") as file:
-            file.seek(self.data_start + info.start)
-            left = info.size
-            while left:
-                chunk = file.read(min(left, CHUNK))
-                if not chunk:
-                    raise OrthogonalizeError(
-                        f"{self.path} is truncated: {name} ends before the offset in its header; fetch the file again"
-                    )
-                left -= len(chunk)
-                yield chunk
+            file.seek(place)
+            if view and file.readinto(view) != len(view):
+                raise OrthogonalizeError(
+                    f"{self.path} is truncated: {name} ends before the offset in its header; fetch the file again"
+                )
 
 
 def _bad(path: Path, why: str) -> OrthogonalizeError:
@@ -185,22 +231,18 @@ def _tensor_info(path: Path, name: str, entry: object, data_size: int) -> Tensor
     return TensorInfo(name, dtype, tuple(shape), start, end)
 
 
-def open_tensor_file(path: Path) -> TensorFile:
+def open_tensor_file(path: Path, remote: RemoteFile | None = None) -> TensorFile:
     """Read and validate the header of `path` without touching the data.
+
+    Args:
+        remote: where the file is, if it is not at `path`; only its header is read.
 
     Raises:
         OrthogonalizeError: the header is truncated, oversized or malformed, or its tensors overlap, leave gaps or
             do not match the data.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise _bad(path, f"it has only {size} bytes")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > min(size - 8, MAX_HEADER):
-            raise _bad(path, f"its header claims {length} bytes and the file has {size}")
-        text = file.read(length)
+    size, text = _read_header(path) if remote is None else _read_remote_header(path, remote)
+    length = len(text)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -219,7 +261,34 @@ def open_tensor_file(path: Path) -> TensorFile:
         end = info.end
     if end != data_size:
         raise _bad(path, f"its tensors end at byte {end} and its data at {data_size}")
-    return TensorFile(path, 8 + length, tensors, metadata)
+    return TensorFile(path, 8 + length, tensors, metadata, remote=remote)
+
+
+def _read_header(path: Path) -> tuple[int, bytes]:
+    """The size of a file, and its header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = _header_length(path, size, file.read(8))
+        return size, file.read(length)
+
+
+def _read_remote_header(path: Path, remote: RemoteFile) -> tuple[int, bytes]:
+    start = bytearray(min(FIRST, remote.size))
+    remote.read_into(0, memoryview(start))
+    length = _header_length(path, remote.size, bytes(start[:8]))
+    rest = bytearray(max(0, 8 + length - len(start)))
+    if rest:
+        remote.read_into(len(start), memoryview(rest))
+    return remote.size, bytes(start[8 : 8 + length] + rest)
+
+
+def _header_length(path: Path, size: int, prefix: bytes) -> int:
+    if len(prefix) < 8:
+        raise _bad(path, f"it has only {size} bytes")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(size - 8, MAX_HEADER):
+        raise _bad(path, f"its header claims {length} bytes and the file has {size}")
+    return int(length)
 
 
 def stored_bytes(tensor: torch.Tensor) -> memoryview:

@@ -25,6 +25,8 @@ from .settings_files import read_json
 from .tensor_edit import TensorEdit, TensorRecord
 from .weight_file import FileWriter, StoppedError
 
+DOWNLOADS = 2  # remote files on the disk at a time: one is written while the next one comes
+
 
 @dataclass(frozen=True)
 class Written:
@@ -99,7 +101,7 @@ def write_weights(
 
     Args:
         names: the files to write; None: all.
-        workers: how many files are written at a time.
+        workers: how many files are written at a time; at least two if they are remote.
         link: make unedited files hard links to the source's instead of copies.
         expected: the SHA-256 by file that the source must have.
 
@@ -110,9 +112,12 @@ def write_weights(
     lock, stop = threading.Lock(), threading.Event()
     written = Written({}, {}, {})
 
-    def advance(count: int) -> None:
+    def check_going_on() -> None:
         if stop.is_set():
             raise StoppedError
+
+    def advance(count: int) -> None:
+        check_going_on()
         if progress:
             with lock:
                 progress(count)
@@ -128,17 +133,22 @@ def write_weights(
             raise
 
     def write_one(name: str) -> None:
-        file = source.files[name]
+        remote = source.files[name].remote
         here = dict(changes.additions) if name == home else {}
-        if here or file.renamed or changes.names & file.tensors.keys():
-            jobs = _jobs(source, file, changes, here)
-            hashes = FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
-        else:
-            hashes = (copy_and_hash(file.path, target / name, link, advance),) * 2
+        with source.files[name].on_disk(target, check_going_on) as file:
+            if here or file.renamed or changes.names & file.tensors.keys():
+                jobs = _jobs(source, file, changes, here)
+                hashes = FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
+            else:  # nobody else has what was downloaded, so it need not be copied
+                hashes = (copy_and_hash(file.path, target / name, link or remote is not None, advance),) * 2
         written.source[name], written.result[name] = hashes
+        if remote is not None and remote.sha256 != hashes[0]:
+            raise OrthogonalizeError(f"{name} of {source.path} was damaged on its way; start again")
         if expected is not None and expected.get(name) != hashes[0]:
             raise OrthogonalizeError(f"{source.path} is not the base of the recipe: {name} differs")
 
+    if source.remote_sizes:
+        workers = max(workers, DOWNLOADS)
     cores = os.cpu_count() or 1
     with ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(workers) as files:
         futures = [files.submit(write, name) for name in sorted(source.files) if names is None or name in names]

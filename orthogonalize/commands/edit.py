@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.schema import architecture_of
-from ..checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import INDEX, Checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING
-from ..checkpoints.writer import Written
+from ..checkpoints.writer import DOWNLOADS, Written
 from ..core.errors import OrthogonalizeError, shown
 from ..core.locks import InUseError
 from ..core.output_folders import EDITED, OutputFolder, check_space, complete_folder
@@ -23,7 +23,7 @@ from ..edits.lora import write_adapter
 from ..edits.recipe import Base, Recipe, Source, TensorChange, store_maps
 from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
-from ..models.resolve import commit_of, find_model, is_hub_id
+from ..models.resolve import commit_of, find_checkpoint, is_hub_id
 from ..reports.model_card import write_card
 from ..selection.resolve import ResolvedEdit, resolve_file, resolve_recipe, resolve_run
 
@@ -81,9 +81,11 @@ def edit(
             raise OrthogonalizeError("give exactly one of --run, --direction and --recipe")
         if settings.pick is not None and run is None:
             raise OrthogonalizeError("--pick chooses among the edits that a run tried; give --run")
-        folder = find_model(model, settings.revision)
+        # A share reads only its own files, so the others are never fetched.
+        download = False if share is not None and settings.download is None else settings.download
+        source = find_checkpoint(model, settings.revision, download)
+        folder = source.path
         place.check_free(settings.force, [folder])
-        source = open_checkpoint(folder)
         if recipe is not None:
             resolved = resolve_recipe(Path(recipe), settings)
         elif run is not None:
@@ -97,8 +99,9 @@ def edit(
         # Blobs in the Hub's cache are never changed in place.
         link = settings.link or (cache is not None and commit_of(folder) is not None)
         if settings.format == "checkpoint":
-            needed = planned.changed_bytes if link else planned.output_bytes
-            check_space(place.folder, int(1.01 * (needed if share is None else share_bytes(planned, share, link))))
+            needed = planned.changed_bytes if link and not source.remote_sizes else planned.output_bytes
+            needed = needed if share is None else share_bytes(planned, share, link)
+            check_space(place.folder, int(1.01 * needed) + sum(source.remote_sizes[: max(DOWNLOADS, settings.workers)]))
         if resolved.base_weights is not None and source.files.keys() != resolved.base_weights.keys():
             raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
         note(f"editing: {resolved.choice.describe()}")

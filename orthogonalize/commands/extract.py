@@ -171,7 +171,7 @@ class _Extraction:
         """Split the prompts, learn the behaviour tokens, keep the prompts on which the model behaves as expected."""
         s = self.settings
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
-        fitting = drop_too_long(self.source.prompts, self.chat.encode, context_length(self.source.folder))
+        fitting = drop_too_long(self.source.prompts, self.chat.encode, context_length(self.source.checkpoint.config))
         prompts = [p for each in fitting.values() for p in split_prompts(each, s.seed, **counts)]
         sources = self.source.preserved.items()
         preserved = [p for name, each in sources for p in split_preserved(name, each, s.seed, s.train, s.val, s.test)]

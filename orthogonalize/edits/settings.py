@@ -25,6 +25,9 @@ class EditSettings:
         force: replace an existing output of this tool.
         device: where the model runs, if the edit is fitted to it.
         revision: branch, tag or commit of a model on the Hub.
+        download: whether a model on the Hub is downloaded, or read where it is, with at most two of its files (as many
+            as `workers`, if these are more) on this disk at a time; None: read there for a `shard`, or if the disk has
+            no room for it.
     """
 
     method: str | None = None
@@ -56,6 +59,7 @@ class EditSettings:
     force: bool = False
     device: str = "auto"
     revision: str | None = None
+    download: bool | None = None
 
     def __post_init__(self) -> None:
         if self.rounding is not None:

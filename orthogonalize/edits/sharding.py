@@ -100,6 +100,11 @@ def assemble(plan: CheckpointPlan, share: Share, out: Path, partial: Path, link:
     for folder, recipe in zip(folders, recipes, strict=True):
         if recipe.model_dump_json(include=compared) != recipes[0].model_dump_json(include=compared):
             raise OrthogonalizeError(f"{folder} and {folders[0]} are shares of different edits; write one again")
+        if recipe.base.revision != recipes[0].base.revision:
+            raise OrthogonalizeError(
+                f"{folder} and {folders[0]} are shares of different revisions of {recipe.base.model}; write one again "
+                "with the --revision of the other"
+            )
     whole = recipes[0].model_copy(deep=True)
     for folder, recipe in zip(folders, recipes, strict=True):
         whole.base.weights |= recipe.base.weights

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.checkpoint import open_checkpoint
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
@@ -137,7 +138,7 @@ def prepare(
         else:
             judge = behaviour_judge(run.info.measure)
     tokenizer, local = load_tokenizer(folder), None if data is None else Path(data)
-    positions = context_length(folder)
+    positions = context_length(open_checkpoint(folder).config)
     plan = make_plan(run, tokenizer, suites, max_new_tokens, limit, local, positions, prompts=prompts)
     choosing = None
     if choose and why_nothing_is_chosen(run, suites) is None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+import shutil
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import RECIPE, open_checkpoint
-from ..core.errors import OrthogonalizeError, first_line
+from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
+from ..core.errors import OrthogonalizeError
 from ..core.locks import locked
+from ..core.progress import note
 from .gguf import convert_gguf
+from .hub_files import download_model, missing_bytes, open_on_hub
 
-# The files of a checkpoint that are downloaded; weights in other formats are not.
-HUB_PATTERNS = [
-    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"),
-    *("LICENSE*", "NOTICE*", "README.md"),
-]
 SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # files that change what a checkpoint computes
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
@@ -74,34 +72,47 @@ def find_model(model: str, revision: str | None = None) -> Path:
         stat = path.stat()
         folder = cached(f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}", partial(convert_gguf, path))
     elif is_hub_id(model):
-        folder = _download(model, revision)
+        folder = download_model(model, revision)
     else:
         raise OrthogonalizeError(f"no such model: {model!r} is not a folder, a .gguf file or a Hub id owner/name")
     open_checkpoint(folder)
     return folder
 
 
-def _download(model: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+def find_checkpoint(model: str, revision: str | None = None, download: bool | None = None) -> Checkpoint:
+    """The checkpoint of `model`, opened (see `find_model`).
 
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
-    except GatedRepoError as error:
-        raise OrthogonalizeError(f"{model} is gated: accept its terms on the Hub and log in (hf auth login)") from error
-    except RepositoryNotFoundError as error:
-        raise OrthogonalizeError(
-            f"no such model: {model!r} is neither a local folder nor on the Hub (private models need hf auth login)"
-        ) from error
-    except Exception as error:  # the network and its libraries can raise anything
-        raise OrthogonalizeError(
-            f"{model!r} is not a local folder and cannot be downloaded from the Hub: {first_line(error)}"
-        ) from error
+    Args:
+        download: whether weight files on the Hub are downloaded, or read where they are; None: as the disk has room.
+
+    Raises:
+        OrthogonalizeError: see `find_model`.
+    """
+    from huggingface_hub import constants
+
+    if is_hub_id(model) and not constants.HF_HUB_OFFLINE:
+        if download is None:
+            download = _has_room(model, revision)
+        if not download:
+            return open_on_hub(model, revision)
+    return open_checkpoint(find_model(model, revision))
 
 
-def context_length(folder: Path) -> int | None:
-    """The maximum number of tokens that the model's configuration declares, if any."""
-    config = open_checkpoint(folder).config
+def _has_room(model: str, revision: str | None) -> bool:
+    """Whether the disk of the Hub's cache has room for a model; says so if not."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    needed = missing_bytes(model, revision)
+    free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.exists())).free
+    if needed <= free:
+        return True
+    note(f"{model} is read from the Hub piece by piece: its {needed / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB")
+    return False
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The maximum number of tokens that a model's configuration declares, if any."""
     text = config.get("text_config") or {}
     found = [c.get(key) for c in (config, text) for key in ("max_position_embeddings", "n_positions")]
     return next((n for n in found if isinstance(n, int)), None)

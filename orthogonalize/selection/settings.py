@@ -60,6 +60,8 @@ class Settings:
             `stream`, which generates none.
         answers: number of the model's own answers to negative prompts along which an edit's KL is measured.
         trust_remote_code: whether to run code from the model's repository.
+        download: whether a model on the Hub is downloaded, or read where it is, once per pass of the engine `stream`;
+            None: read there if the disk has no room for it.
     """
 
     finders: Sequence[str] = DEFAULT_FINDERS
@@ -94,6 +96,7 @@ class Settings:
     target: str | None = None
     preserve: Sequence[str] = ()
     trust_remote_code: bool = False
+    download: bool | None = None
 
     def with_changes(self, **changes: Any) -> Settings:
         """A copy with other values.
@@ -116,6 +119,10 @@ class Settings:
             raise OrthogonalizeError(f"--engine must be one of {', '.join(ENGINES)}; got {self.engine}")
         if self.engine == "stream" and self.trust_remote_code:
             raise OrthogonalizeError("--engine stream runs transformers' own classes only, not --trust-remote-code")
+        if self.download is False and self.engine not in ("auto", "stream"):
+            raise OrthogonalizeError(
+                f"--no-download needs --engine stream; --engine {self.engine} loads the whole model"
+            )
         if self.own_answers is not None and not Path(self.own_answers).is_file():
             raise OrthogonalizeError(f"no such file: {self.own_answers} (--own-answers)")
         if self.engine == "hf" and self.own_answers is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint
 from ..core.errors import OrthogonalizeError
 from ..core.words import counted
 from ..data.contrast import is_sensitive, read_contrast
@@ -23,7 +23,7 @@ from ..data.prompts import (
     source_name,
     source_names,
 )
-from ..models.resolve import commit_of, find_model
+from ..models.resolve import commit_of, find_checkpoint
 from .settings import Settings
 
 
@@ -83,7 +83,9 @@ def read_source(
         sensitive = [*sensitive, "target"]
     preserved = {name: load_prompts(name, split=hub_split, data=local) for name in settings.preserve}
     _check_preserved(preserved, prompts)
-    folder = find_model(model, revision)
+    whole = settings.engine not in ("auto", "stream")  # other engines load it from the disk
+    checkpoint = find_checkpoint(model, revision, True if whole else settings.download)
+    folder = checkpoint.path
     given: dict[str, Source | None] = {"positive": positive, "negative": negative, "target": settings.target}
     named = {side: source_name(each) for side, each in given.items() if each}
     return RunSource(
@@ -93,7 +95,7 @@ def read_source(
         | ({"preserve": ", ".join(settings.preserve)} if settings.preserve else {}),
         str(model),
         folder,
-        open_checkpoint(folder),
+        checkpoint,
         commit_of(folder) or revision,
         prompts,
         list(prompts) if settings.sensitive else sensitive,

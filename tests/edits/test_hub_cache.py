@@ -27,7 +27,7 @@ from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.edits.hub_cache import CachedRepository, blob_name
 from orthogonalize.edits.recipe import load_recipe
-from orthogonalize.models.resolve import HUB_PATTERNS
+from orthogonalize.models.hub_files import HUB_PATTERNS
 
 TOKEN = "hf_loopbacktoken"
 SCOPE = "layers:1"  # leaves some weight files entirely unchanged

@@ -8,6 +8,7 @@ from helpers.answered import answered
 from helpers.exactness import LAYERS, centred_basis
 from helpers.tiny_models import store_tiny
 
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import block_sites
 from orthogonalize.directions.conditional import Weights
@@ -35,7 +36,9 @@ JOBS = {
 
 def models(name: str, tmp_path):
     folder = store_tiny(name, tmp_path / "model", torch.float32)
-    return load_model(folder, "cpu", torch.float32), StreamedModel(PartialModel(folder, "cpu", torch.float32))
+    return load_model(folder, "cpu", torch.float32), StreamedModel(
+        PartialModel(open_checkpoint(folder), "cpu", torch.float32)
+    )
 
 
 def assert_same(found, expected, tolerance: float = 2e-5) -> None:

@@ -10,18 +10,24 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from urllib.parse import parse_qs
+
+import pytest
 
 COMMIT = "0" * 40
 
 
 @dataclass
 class Repository:
+    """A repository whose only revision is `commit`, also called main."""
+
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
+    commit: str = COMMIT
 
 
 @dataclass
@@ -31,6 +37,9 @@ class HubState:
     datasets: dict[str, dict[str, bytes]] = field(default_factory=dict)
     blobs: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    sent: list[tuple[str, int, int]] = field(default_factory=list)  # of files: name, first byte, number of bytes
+    before_file: Callable[[str, int], int | None] = lambda _name, _first: None
+    """Called before each piece of a file is sent; says after how many bytes to cut the connection, if it should be."""
 
 
 def etag(path: str, content: bytes) -> str:
@@ -112,9 +121,13 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
             large = re.fullmatch(r"/([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", path)
             if large:
                 return self.reply({"transfer": "basic", "objects": self.large_files(json.loads(data))})
-            resolved = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/[\w.-]+/(.+)", path)
-            if resolved and resolved[2] in state.repositories[resolved[1]].files:
-                return self.send_file(resolved[2], state.repositories[resolved[1]].files[resolved[2]])
+            resolved = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", path)
+            if resolved:
+                repository = state.repositories[resolved[1]]
+                if resolved[2] not in ("main", repository.commit):
+                    return self.reply({"error": "Revision not found"}, 404, code="RevisionNotFound")
+                if resolved[3] in repository.files:
+                    return self.send_file(resolved[3], repository.files[resolved[3]], repository.commit)
             if not found or found[1] not in state.repositories:
                 return self.reply({"error": "Repository not found"}, 404)
             return self.repository(found[1], found[2] or "", data)
@@ -137,17 +150,24 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
             siblings = [{"rfilename": file} for file in files]
             return self.reply({"id": name, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings})
 
-        def send_file(self, path: str, content: bytes) -> None:
+        def send_file(self, path: str, content: bytes, commit: str = COMMIT) -> None:
+            tag, first = etag(path, content), 0
             part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
             if part:
-                content = content[int(part[1]) : int(part[2]) + 1]
+                first = int(part[1])
+                content = content[first : int(part[2]) + 1]
             self.send_response(206 if part else 200)
             self.send_header("Content-Length", str(len(content)))
-            self.send_header("ETag", f'"{etag(path, content)}"')
-            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{tag}"')
+            self.send_header("X-Repo-Commit", commit)
             self.end_headers()
             if self.command == "GET":
+                most = state.before_file(path, first)
+                content = content[:most]
                 self.wfile.write(content)
+                state.sent.append((path, first, len(content)))
+                if most is not None:
+                    self.close_connection = True
 
         def repository(self, name: str, action: str, data: bytes) -> None:
             repository = state.repositories[name]
@@ -176,8 +196,14 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                 if "private" in wanted or "visibility" in wanted:
                     repository.private = wanted.get("private") or wanted.get("visibility") == "private"
                 return self.reply({})
-            return self.reply({"id": name, "modelId": name, "private": repository.private, "sha": COMMIT,
-                               "siblings": [{"rfilename": f} for f in repository.files]})  # fmt: skip
+            return self.reply({"id": name, "modelId": name, "private": repository.private, "sha": repository.commit,
+                               "siblings": [self.sibling(*f) for f in repository.files.items()]})  # fmt: skip
+
+        def sibling(self, path: str, content: bytes) -> dict:
+            """A file of a repository as the Hub lists it; files that git does not hold have their SHA-256."""
+            name = etag(path, content)
+            large = {"lfs": {"sha256": name, "size": len(content), "pointerSize": 134}} if len(name) == 64 else {}
+            return {"rfilename": path, "size": len(content), "blobId": "0" * 40, **large}
 
         def upload_mode(self, file: dict) -> dict:
             mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
@@ -232,3 +258,16 @@ def python(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subpr
         [sys.executable, *map(str, words)],
         capture_output=True, text=True, env=environment, timeout=120, check=False,
     )  # fmt: skip
+
+
+def use_hub(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let huggingface_hub, in this process, talk to the server and keep its cache in the folder `cache`."""
+    from huggingface_hub import constants
+
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    for name, value in {
+        "ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": template, "HF_HUB_CACHE": str(cache),
+        "HF_HUB_DISABLE_XET": True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", hub.state.token)

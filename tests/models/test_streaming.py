@@ -31,7 +31,7 @@ IDS = [
 
 
 def streamed_model(folder) -> StreamedModel:
-    return StreamedModel(PartialModel(folder, "cpu", torch.float32))
+    return StreamedModel(PartialModel(open_checkpoint(folder), "cpu", torch.float32))
 
 
 class Activations:

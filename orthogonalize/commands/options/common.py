@@ -166,6 +166,14 @@ other_base_option = click.option(
     "--allow-other-base", is_flag=True, help="Go ahead, and say so, if the weights are not those of the recipe or run."
 )
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
+download_option = click.option(
+    "--no-download",
+    "download",
+    flag_value=False,
+    type=click.BOOL,
+    default=None,
+    help="Read a Hub model where it is, piece by piece, without keeping it; also done if the disk has no room for it.",
+)
 hf_device_option = click.option(
     "--device", default="auto", show_default=True, help="Device for --engine hf: auto, cpu, cuda, cuda:1, …"
 )

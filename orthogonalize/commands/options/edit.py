@@ -14,6 +14,7 @@ from .common import (
     Rank,
     choice,
     converted_by,
+    download_option,
     finders_by_method,
     number,
     path,
@@ -113,5 +114,6 @@ edit_options = together(
     click.option(
         "--device", default="auto", show_default=True, help="Where conditional reads the model: auto, cpu, cuda, …"
     ),
+    download_option,
     revision_option,
 )

@@ -18,6 +18,7 @@ from .common import (
     choice,
     converted_by,
     device_option,
+    download_option,
     number,
     path,
     revision_option,
@@ -194,6 +195,7 @@ extract_options = together(
     click.option("--seed", default=0, show_default=True, help="Random seed."),
     number("--seeds", 1, 1, "Random halvings of the prompts, to measure how stable directions are; 1 skips this."),
     click.option("--trust-remote-code", is_flag=True, help="Run code from the model's repository."),
+    download_option,
     revision_option,
     device_option,
 )

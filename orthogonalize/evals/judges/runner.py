@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...checkpoints.checkpoint import open_checkpoint
 from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint
 from ...core.journal import Journal
@@ -46,7 +47,7 @@ class ReadyJudge:
 
         def ask() -> list[Judgement]:
             lengths = [len(self.judge.encode(self.tokenizer, *pair)) + self.judge.new_tokens + 1 for pair in pairs]
-            room = context_length(self.folder) or max(lengths)
+            room = context_length(open_checkpoint(self.folder).config) or max(lengths)
             fitting = [i for i, length in enumerate(lengths) if length <= room]
             result = [Judgement()] * len(pairs)
             if len(fitting) < len(pairs):

@@ -14,14 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from ...architectures.schema import architecture_of
-from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.safetensors_file import TensorFile, TensorInfo
 from ...core.errors import OrthogonalizeError
 from ..loading import choose_device, choose_dtype, load_on_meta
@@ -49,20 +48,23 @@ class PartialModel:
         device, dtype: of the values.
     """
 
-    def __init__(self, folder: Path, device: str = "auto", dtype: torch.dtype | None = None) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto", dtype: torch.dtype | None = None) -> None:
         """
+        Args:
+            checkpoint: where the values are read, again each time.
+            device, dtype: see the attributes; chosen by `choose_device` and `choose_dtype`.
+
         Raises:
             OrthogonalizeError: the checkpoint is incomplete or quantized, or transformers cannot load it.
         """
-        self.checkpoint: Checkpoint = open_checkpoint(folder)
-        config = self.checkpoint.config
+        self.checkpoint, config = checkpoint, checkpoint.config
         if "quantization_config" in config:
             raise OrthogonalizeError(
-                f"{folder} is quantized, and its blocks cannot be loaded one at a time; use --engine hf"
+                f"{checkpoint.path} is quantized, and its blocks cannot be loaded one at a time; use --engine hf"
             )
         self.device = choose_device(device)
         self.dtype = dtype or choose_dtype(self.device, config.get("dtype") or config.get("torch_dtype"))
-        self.model = load_on_meta(folder, self.checkpoint.tensors, self.dtype)
+        self.model = load_on_meta(checkpoint.path, self.checkpoint.tensors, self.dtype)
         self.stream = Stream.of(self.model)
         self._sites = Sites(architecture_of(config), config, self.checkpoint.tensors)
         self._empty: dict[str, torch.Tensor] = dict(self.model.state_dict(keep_vars=True))

@@ -26,6 +26,8 @@ def choose_engine(source: RunSource, settings: Settings) -> tuple[str, str]:
     if settings.engine != "auto":
         return settings.engine, "as asked"
     config = source.checkpoint.config
+    if source.checkpoint.remote_sizes:
+        return "stream", "since the model is not on this disk"
     if "quantization_config" in config or (config.get("auto_map") and settings.trust_remote_code):
         return "hf", "since only that runs quantized models and code from the model's repository"
     device = choose_device(settings.device)
@@ -55,6 +57,9 @@ def open_reader(
                 "streaming the model: it generates nothing, so edits are fitted and tried along the first token of its "
                 "answers (give whole ones with --own-answers), and are not confirmed by answers"
             )
+        if source.checkpoint.remote_sizes:
+            size = sum(source.checkpoint.remote_sizes) / 1e9
+            note(f"{source.name} is not on this disk: every pass over its weights reads {size:.1f} GB from the Hub")
         answers = {} if settings.own_answers is None else read_answers(Path(settings.own_answers), chat)
         return StreamedReader(source.checkpoint, weights, settings, chat.tokenizer, positions, out, answers)
     load = partial(load_model, source.folder, settings.device, settings.dtype, settings.trust_remote_code)

@@ -69,7 +69,7 @@ class StreamedReader:
 
     @cached_property
     def streamed(self) -> StreamedModel:
-        return StreamedModel(PartialModel(self.source.path, self.settings.device, self.settings.dtype))
+        return StreamedModel(PartialModel(self.source, self.settings.device, self.settings.dtype))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,56 @@
+"""`extract --engine stream` of a model on the Hub, which is read there and never downloaded whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.chat import tiny_tokenizer
+from helpers.command_line import UNTRIED
+from helpers.disk_use import peak_disk_use
+from helpers.hub_server import Hub, Repository, use_hub
+from helpers.llama import store, tiny_llama
+
+from orthogonalize.commands.extract import extract
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.selection.run_folder import load_run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = replace(UNTRIED, engine="stream", finders=("dim",))
+
+
+def store_model(folder):
+    tiny = tiny_llama(intermediate_size=4096)
+    tiny_tokenizer().save_pretrained(store(tiny, folder, torch.float32, shards=4))
+    return folder
+
+
+@pytest.fixture
+def hub(model, tmp_path, monkeypatch):
+    with Hub("hf_loopbacktoken") as hub:
+        files = {file.name: file.read_bytes() for file in model.iterdir()}
+        hub.state.repositories["some/model"] = Repository(False, files)
+        (tmp_path / "disk").mkdir()
+        use_hub(hub, tmp_path / "disk" / "hub", monkeypatch)
+        yield hub
+
+
+@pytest.mark.parametrize("engine", ["stream", "auto"])
+def test_a_run_of_a_model_on_the_hub_is_that_of_the_same_model_here(model, sources, hub, tmp_path, engine):
+    expected, found = tmp_path / "expected", tmp_path / "disk" / "run"
+    extract(model, expected, **sources, settings=SETTINGS)
+    with peak_disk_use(tmp_path / "disk") as peak:
+        hub.state.before_file = lambda *_: peak.look()
+        extract("some/model", found, **sources, settings=SETTINGS, engine=engine, download=False)
+    for file in ("candidates.json", "activations.safetensors", "directions.safetensors", "prompts.jsonl"):
+        assert (found / file).read_bytes() == (expected / file).read_bytes(), file
+    assert load_run(found).info.weights == load_run(expected).info.weights
+    run = sum(file.stat().st_size for file in found.rglob("*") if file.is_file())
+    assert peak.bytes < 2 * run + 2**18  # the activations of all prompts and of the chosen ones; the tokenizer's files
+    assert peak.bytes < 0.5 * min(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def test_engines_that_load_the_model_from_the_disk_do_not_read_it_on_the_hub(sources, hub, tmp_path):
+    with pytest.raises(OrthogonalizeError, match="--no-download needs --engine stream; --engine hf loads"):
+        extract("some/model", tmp_path / "run", **sources, settings=SETTINGS, engine="hf", download=False)
