@@ -42,7 +42,7 @@ def pad(ids: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tenso
 
 def last_tokens(hidden: torch.Tensor, lengths: torch.Tensor, count: int) -> torch.Tensor:
     """Hidden states of the last `count` tokens before the padding: [batch, tokens, d] to [batch, count, d]."""
-    index = lengths[:, None] - count + torch.arange(count, device=hidden.device)
+    index = lengths.to(hidden.device)[:, None] - count + torch.arange(count, device=hidden.device)
     return hidden[torch.arange(len(hidden), device=hidden.device)[:, None], index]
 
 
@@ -99,7 +99,7 @@ def capture(
         ) -> None:
             here = last_tokens(hidden, lengths, positions)
             check_finite(layer, here)
-            taken.append(here)
+            taken.append(here.to(model.device))  # blocks may be on several devices
 
         with capturing_inputs(model, take):
             decoder(input_ids=padded, use_cache=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,15 @@ from ..checkpoints.checkpoint import open_checkpoint
 from ..checkpoints.safetensors_file import DTYPES, TensorInfo
 from ..checkpoints.settings_files import check_tokenizer_files
 from ..core.errors import OrthogonalizeError, first_line, ran_out_of_memory
+from ..core.memory import available_memory
+
+ALL = "all"  # the device that is every GPU of this host
+FILLED = 0.85  # of the free memory that the weights of a resident model may take; the rest is for what it computes
 
 
 def choose_device(device: str = "auto") -> torch.device:
-    """The torch device; `auto` is the first GPU if there is one, else the CPU."""
-    if device != "auto":
+    """The torch device; `auto` is the first GPU if there is one, else the CPU; so is `all`, where a model begins."""
+    if device not in ("auto", ALL):
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
@@ -31,6 +36,27 @@ def choose_dtype(device: torch.device, stored: Any) -> torch.dtype:
         return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast and dtype == torch.bfloat16 else torch.float32
+
+
+def weight_bytes(tensors: Sequence[TensorInfo], dtype: torch.dtype) -> int:
+    """The size of `tensors` in memory when computed in `dtype`."""
+    return sum(math.prod(info.shape) * dtype.itemsize for info in tensors)
+
+
+def free_memory(device: str) -> list[int]:
+    """Free bytes of the device, or of each GPU that a model may be spread over (see `load_model`)."""
+    place = choose_device(device)
+    if place.type != "cuda":
+        return [available_memory()]
+    count = torch.cuda.device_count() if device in ("auto", ALL) else 0
+    devices = [torch.device("cuda", number) for number in range(count)] or [place]
+    return [torch.cuda.mem_get_info(each)[0] for each in devices]
+
+
+def is_spread(device: str, needed: int) -> bool:
+    """Whether a model with `needed` bytes of weights is spread over all GPUs: as asked, or if one is too small."""
+    free = free_memory(device)
+    return len(free) > 1 and (device == ALL or needed > FILLED * free[0])
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -79,22 +105,27 @@ def load_model(
 
     Without `dtype`, `choose_dtype` chooses by device. Code in the folder is only run with `trust_remote_code`.
 
+    Args:
+        device: `all` spreads the blocks over all GPUs of this host, and so does `auto` if the first GPU is too small.
+
     Raises:
-        OrthogonalizeError: transformers does not know the model or cannot load it.
+        OrthogonalizeError: transformers does not know the model or cannot load it, or the GPUs cannot hold it.
     """
     place = choose_device(device)
     from transformers import CONFIG_MAPPING
 
-    config = open_checkpoint(folder).config
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
     # If transformers has its own class, that is used; code in the folder is for older versions.
     if config.get("auto_map") and not trust_remote_code and config.get("model_type") not in CONFIG_MAPPING:
         raise OrthogonalizeError(f"{folder} contains code of its own, which is only run by extract --trust-remote-code")
     chosen = dtype or choose_dtype(place, config.get("dtype") or config.get("torch_dtype"))
+    spread = is_spread(device, weight_bytes(list(checkpoint.tensors.values()), chosen))
     try:
         loader = model_class(folder, trust_remote_code)
         model, found = loader.from_pretrained(
             folder, config=load_config(folder, trust_remote_code), dtype=chosen, trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+            output_loading_info=True, **({"device_map": "auto"} if spread else {}),
         )  # fmt: skip
     except OrthogonalizeError:
         raise
@@ -103,7 +134,27 @@ def load_model(
             raise
         raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
     _check_missing(folder, found["missing_keys"])
+    if spread:
+        check_on_gpus(folder, model.hf_device_map)
+        return model.eval()
     return model.to(place).eval()
+
+
+def check_on_gpus(folder: Path, places: Mapping[str, int | str | torch.device]) -> None:
+    """Check that accelerate has put every module on a GPU: those elsewhere would be moved there in every pass.
+
+    Args:
+        places: where each module is, as in `hf_device_map`.
+
+    Raises:
+        OrthogonalizeError: one is not.
+    """
+    outside = [name for name, place in places.items() if str(place) in ("cpu", "disk", "meta")]
+    if outside:
+        raise OrthogonalizeError(
+            f"the GPUs of this host do not hold {folder}: {outside[0]} would be on the {places[outside[0]]}; "
+            "use --engine stream"
+        )
 
 
 def load_on_meta(folder: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,14 +50,27 @@ def starting_at(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> 
         return (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
-    for block in skipped:
-        block.forward = _identity_forward(wrapped)
+    try:
+        with replaced_forwards(skipped, _identity_forward(wrapped)):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def replaced_forwards(blocks: Sequence[Any], forward: Any) -> Iterator[None]:
+    """Let `forward` stand for the forward of each block in this context; one that accelerate gave it comes back."""
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = forward
     try:
         yield
     finally:
-        handle.remove()
-        for block in skipped:
-            del block.forward
+        for block, own in zip(blocks, before, strict=True):
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own
 
 
 @contextmanager

@@ -163,7 +163,8 @@ def watch_counted(
     if not matrix.routed:
 
         def dense(inputs: torch.Tensor, outputs: torch.Tensor, _expert: int | None) -> None:
-            for name, here in counted.items():
+            for name, each in counted.items():
+                here = each.to(inputs.device)
                 x, y = (part.reshape(-1, part.shape[-1])[here] for part in (inputs, outputs))
                 take(name, matrix, None, x, y)
 
@@ -190,7 +191,7 @@ def watch_counted(
                 "transformers routes in another way than can be read, so use --components attn"
             )
         for name, of_set in counted.items():
-            here = of_set[tokens] & own
+            here = of_set.to(tokens.device)[tokens] & own
             if here.any():
                 take(name, matrix, number, inputs[here], outputs[here])
 

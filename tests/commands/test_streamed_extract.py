@@ -10,9 +10,9 @@ from helpers.command_line import UNTRIED, command
 
 from orthogonalize.commands.extract import extract
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.models import loading
 from orthogonalize.models.streaming import passes, state
 from orthogonalize.models.streaming.weights import PartialModel
-from orthogonalize.selection.readers import choose
 from orthogonalize.selection.readers import streamed as streaming
 from orthogonalize.selection.readers.choose import choose_engine
 from orthogonalize.selection.run_folder import load_run
@@ -114,7 +114,7 @@ def test_auto_streams_what_does_not_fit_and_says_why(model, sources, monkeypatch
 
     settings = replace(STREAMED, engine="auto", device="cpu")
     assert choose_engine(source(settings), settings)[0] == "hf"
-    monkeypatch.setattr(choose, "available_memory", lambda: 10_000)
+    monkeypatch.setattr(loading, "available_memory", lambda: 10_000)
     engine, why = choose_engine(source(settings), settings)
     assert engine == "stream"
     assert "does not fit into the memory of cpu" in why

@@ -175,9 +175,14 @@ download_option = click.option(
     help="Read a Hub model where it is, piece by piece, without keeping it; also done if the disk has no room for it.",
 )
 hf_device_option = click.option(
-    "--device", default="auto", show_default=True, help="Device for --engine hf: auto, cpu, cuda, cuda:1, …"
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Device for --engine hf: auto, all (every GPU), cpu, cuda, cuda:1, …",
 )
-device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+device_option = click.option(
+    "--device", default="auto", show_default=True, help="auto, all (every GPU of this host), cpu, cuda, cuda:1, …"
+)
 parallel_options = together(
     number("--tensor-parallel-size", 1, 1, "GPUs to split each layer over."),
     number("--pipeline-parallel-size", 1, 1, "GPUs to distribute the layers over."),

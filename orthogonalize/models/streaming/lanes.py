@@ -7,7 +7,7 @@ model's own forward pass runs once per batch with every block replaced by a reco
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from ...core.errors import OrthogonalizeError
 from ..activations import TOKENS_PER_BATCH, batches, last_tokens, pad
-from ..partial_forward import noting_tuples, stopping_before
+from ..partial_forward import noting_tuples, replaced_forwards, stopping_before
 from ..stream import Stream
 from .weights import PartialModel
 
@@ -165,17 +165,9 @@ class StreamedModel:
         return torch.cat(found)
 
 
-@contextmanager
-def _replaced(stream: Stream, forward: Any) -> Iterator[None]:
+def _replaced(stream: Stream, forward: Any) -> AbstractContextManager[None]:
     """Let `forward` stand for the forward of every block in this context."""
-    blocks = [stream.block(layer) for layer in range(stream.layer_count)]
-    for block in blocks:
-        block.forward = forward
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
+    return replaced_forwards([stream.block(layer) for layer in range(stream.layer_count)], forward)
 
 
 def _is_state(value: Any) -> bool:

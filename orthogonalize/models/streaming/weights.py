@@ -8,7 +8,6 @@ parameters, and loses them again when it is released.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from torch import nn
 
 from ...architectures.schema import architecture_of
 from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.safetensors_file import TensorFile, TensorInfo
+from ...checkpoints.safetensors_file import TensorFile
 from ...core.errors import OrthogonalizeError
 from ..loading import choose_device, choose_dtype, load_on_meta
 from ..sites import Sites
@@ -254,8 +253,3 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = number
         previous = number
     yield first, previous + 1
-
-
-def weight_bytes(tensors: Sequence[TensorInfo], dtype: torch.dtype) -> int:
-    """The size of `tensors` in memory when computed in `dtype`."""
-    return sum(math.prod(info.shape) * dtype.itemsize for info in tensors)

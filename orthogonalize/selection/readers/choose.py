@@ -5,20 +5,14 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from ...core.memory import available_memory
 from ...core.progress import note
 from ...data.chat import ChatFormat
-from ...models.loading import choose_device, choose_dtype, load_model
-from ...models.streaming.weights import weight_bytes
+from ...models.loading import FILLED, choose_device, choose_dtype, free_memory, is_spread, load_model, weight_bytes
 from ..settings import Settings
 from ..source import RunSource
 from .base import Reader, ResidentReader
 from .given_answers import read_answers
 from .streamed import StreamedReader
-
-FILLED = 0.85  # of the free memory that the weights of a resident model may take; the rest is for what it computes
 
 
 def choose_engine(source: RunSource, settings: Settings) -> tuple[str, str]:
@@ -33,11 +27,13 @@ def choose_engine(source: RunSource, settings: Settings) -> tuple[str, str]:
     device = choose_device(settings.device)
     dtype = settings.dtype or choose_dtype(device, config.get("dtype") or config.get("torch_dtype"))
     needed = weight_bytes(list(source.checkpoint.tensors.values()), dtype)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    spread = is_spread(settings.device, needed)
+    free = sum(free_memory(settings.device)) if spread else free_memory(settings.device)[0]
+    place = "all GPUs" if spread else str(device)
     sizes = f"{needed / 1e9:.1f} GB of weights in {str(dtype).removeprefix('torch.')}, {free / 1e9:.1f} GB free"
     if needed <= FILLED * free:
-        return "hf", f"since the model fits into the memory of {device} ({sizes})"
-    return "stream", f"since the model does not fit into the memory of {device} ({sizes})"
+        return "hf", f"since the model fits into the memory of {place} ({sizes})"
+    return "stream", f"since the model does not fit into the memory of {place} ({sizes})"
 
 
 def open_reader(
