@@ -118,7 +118,7 @@ class Head(_Data):
         flags: the configuration keys that tie it.
         tied: whether it is tied if none of them is set.
         untied: which implementation in vLLM supports weights of its own: vLLM's class, only the Transformers
-            backend, or none.
+            backend, or none; or nobody has tried.
         before: a projection that reads the stream instead of the head.
     """
 
@@ -126,7 +126,7 @@ class Head(_Data):
     norm: str
     flags: tuple[str, ...] = ("tie_word_embeddings",)
     tied: bool = False
-    untied: Literal["vllm", "transformers", "never"] = "vllm"
+    untied: Literal["vllm", "transformers", "never", "unknown"] = "vllm"
     before: str | None = None
 
 
@@ -154,7 +154,13 @@ class AsLlama(_Data):
 
 
 class Architecture(_Data):
-    """One model family, as described by its TOML file."""
+    """One model family, as described by its TOML file.
+
+    Attributes:
+        embed_module: the module in the decoder whose output is the embedding, where others than the blocks read it.
+        refused: edits that weights of this family cannot make exactly, and why: of the `embed`ding, of what blocks
+            and the head read (`reads`), or `conditional` ones.
+    """
 
     family: str
     model_types: tuple[str, ...]
@@ -174,6 +180,8 @@ class Architecture(_Data):
     transformers_class: str = "TransformersForCausalLM"
     requires: dict[str, bool] = {}
     inert: tuple[str, ...] = ()
+    embed_module: str | None = None
+    refused: dict[Literal["embed", "reads", "conditional"], str] = {}
 
     def layers(self, config: Mapping[str, Any]) -> int:
         """The number of layers that `config` (a parsed config.json) declares."""
@@ -290,12 +298,43 @@ def families() -> dict[str, Architecture]:
     return described
 
 
+_found: list[tuple[Mapping[str, Any], Architecture]] = []  # of single models, in this process; the last one counts
+
+
+def _is_same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two configurations can be of one model: no whole number that both state differs, except token ids."""
+    first, second = text_config(one), text_config(other)
+    shared = [key for key in first.keys() & second.keys() if not key.endswith("_token_id")]
+    return all(first[key] == second[key] for key in shared if type(first[key]) is type(second[key]) is int)
+
+
+def remember(config: Mapping[str, Any], architecture: Architecture | None) -> None:
+    """Let `architecture_of` answer `architecture` for the model of `config`, whatever the files say; None ends that."""
+    _found[:] = [(own, each) for own, each in _found if not _answers(own, each, config)]
+    if architecture is not None:
+        _found.append((dict(config), architecture))
+
+
+def remembered(config: Mapping[str, Any]) -> Architecture | None:
+    """What was last given to `remember` for the model of `config`."""
+    return next((each for known, each in reversed(_found) if _answers(known, each, config)), None)
+
+
+def _answers(own: Mapping[str, Any], architecture: Architecture, config: Mapping[str, Any]) -> bool:
+    return config.get("model_type") in architecture.model_types and _is_same_model(own, config)
+
+
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture of the model that `config` (a parsed config.json) belongs to.
+
+    That is what was found for this model in this process (see `remember`), else what the file of its family says.
 
     Raises:
         OrthogonalizeError: no file describes its `model_type`, or it has an unsupported setting.
     """
+    own = remembered(config)
+    if own is not None:
+        return own
     model_type = config.get("model_type")
     described = families()
     if not isinstance(model_type, str) or model_type not in described:

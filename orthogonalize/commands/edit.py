@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..architectures.schema import architecture_of
+from ..architectures.schema import architecture_of, remembered
 from ..checkpoints.checkpoint import INDEX, Checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING
@@ -18,9 +18,10 @@ from ..core.locks import InUseError
 from ..core.output_folders import EDITED, OutputFolder, check_space, complete_folder
 from ..core.progress import note, track
 from ..edits.bake import bake
+from ..edits.descriptions.automatic import learn, learn_from
 from ..edits.hub_cache import CachedRepository
 from ..edits.lora import write_adapter
-from ..edits.recipe import Base, Recipe, Source, TensorChange, store_maps
+from ..edits.recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
 from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
 from ..models.resolve import commit_of, find_checkpoint, is_hub_id
@@ -88,10 +89,13 @@ def edit(
         place.check_free(settings.force, [folder])
         if recipe is not None:
             resolved = resolve_recipe(Path(recipe), settings)
-        elif run is not None:
-            resolved = resolve_run(Path(run), source, settings.edit_fields, settings.pick, settings.device)
+            learn_from(load_recipe(recipe), source)
         else:
-            resolved = resolve_file(Path(str(direction)), source, settings.edit_fields)
+            learn(source, settings.description)
+            if run is not None:
+                resolved = resolve_run(Path(run), source, settings.edit_fields, settings.pick, settings.device)
+            else:
+                resolved = resolve_file(Path(str(direction)), source, settings.edit_fields)
         resolved.check_not_empty()
         plan = bake(source, resolved.intervention)
         planned = plan.checkpoint
@@ -171,6 +175,7 @@ def _recipe_of(
         config_changes=changes.config_changes,
         left_out=[str(name) for name in source.left_out()],
         probes=resolved.probes,
+        description=remembered(source.config),
     )
 
 

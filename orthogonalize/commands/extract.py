@@ -15,7 +15,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..architectures.schema import architecture_of
+from ..architectures.schema import architecture_of, remembered
 from ..core.files import fingerprint, write_atomically
 from ..core.journal import Journal
 from ..core.locks import exclusive
@@ -123,7 +123,8 @@ class _Extraction:
                     kept = {name: fingerprint([p.text for p in each]) for name, each in self.source.preserved.items()}
                     own["preserve"] = kept
             case "activations":
-                own = {}
+                own_description = remembered(self.source.checkpoint.config)
+                own = {"description": own_description.model_dump()} if own_description else {}
             case "directions":
                 found = asdict(self._direction_settings)
                 own = {"methods": found.pop("finders"), **found}  # stages.json calls the finders `methods`

@@ -20,6 +20,7 @@ from ..core.progress import note, track
 from ..data.prompts import Split
 from ..data.refusals import LEAST_TOKENS
 from ..edits.bake import bake
+from ..edits.descriptions.automatic import learn
 from ..edits.methods.registry import METHODS
 from ..edits.recipe import store_maps
 from ..engines.base import ONE_DEVICE, Engine, EngineOptions
@@ -275,6 +276,7 @@ def sweep(
     measure: str | None = None,
     allow_other_base: bool = False,
     revision: str | None = None,
+    description: Path | str | None = None,
     options: EngineOptions = ONE_DEVICE,
     force: bool = False,
 ) -> Sweep:
@@ -307,6 +309,7 @@ def sweep(
     folder = find_model(model, revision)
     check_complete(folder)
     source = open_checkpoint(folder)
+    learn(source, description)
     check_fits(found, source)
     unlike = mismatches(folder, model, found.info)
     check_origins(unlike, allow_other_base)

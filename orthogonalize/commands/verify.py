@@ -17,6 +17,7 @@ from ..core.errors import OrthogonalizeError
 from ..core.progress import track
 from ..core.words import counted
 from ..edits.bake import bake
+from ..edits.descriptions.automatic import learn_from
 from ..edits.leaks import TensorLeak, tensor_leaks
 from ..edits.plan import EditPlan
 from ..edits.recipe import Recipe, Verification, load_recipe
@@ -181,6 +182,7 @@ def verify(
         if not allow_other_base:
             raise OrthogonalizeError(f"{mismatch}; --allow-other-base compares the two without the proof")
         return Verified(**vars(audit(edited, source)), mismatches=[mismatch])
+    learn_from(recipe, source)
     plan = bake(source, recipe.intervention())
     planned = plan.checkpoint
     planned.rounding = recipe.rounding

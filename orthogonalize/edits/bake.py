@@ -41,6 +41,7 @@ def bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
     plan.sites.check_complete()
     plan.sites.check_head()
     plan.sites.check_images()
+    _refuse(plan, intervention)
     for site, affine in intervention.writes.items():
         _plan_write(plan, site, affine)
     for site, affine in intervention.reads.items():
@@ -48,6 +49,27 @@ def bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
     for matrix, conditional in intervention.conditional.items():
         _plan_conditional(plan, matrix, conditional)
     return plan
+
+
+def _refuse(plan: EditPlan, intervention: Intervention) -> None:
+    """Reject what the description says cannot be made exactly.
+
+    Raises:
+        OrthogonalizeError: the message says why, and what works instead.
+    """
+    ways = {
+        "embed": (
+            Site("embed") in intervention.writes,
+            "the embedding",
+            "use a scope of blocks (layers:…, one, top:…)",
+        ),
+        "reads": (bool(intervention.reads), "what is read", "use a scope of blocks (layers:…, one, top:…)"),
+        "conditional": (bool(intervention.conditional), "inputs", "use another method than conditional"),
+    }
+    for kind, why in plan.architecture.refused.items():
+        asked, what, instead = ways[kind]
+        if asked:
+            raise OrthogonalizeError(f"{plan.architecture.family} cannot be edited by {what}: {why}; {instead}")
 
 
 def _plan_write(plan: EditPlan, site: Site, affine: AffineMap) -> None:
@@ -233,6 +255,11 @@ def _untie_head(plan: EditPlan) -> None:
             raise OrthogonalizeError(
                 f"vLLM always takes the embedding of {plan.architecture.family} for its head, so neither can be "
                 "edited on its own; use a scope without them (layers:…, one, top:…)"
+            )
+        if head.untied == "unknown":
+            raise OrthogonalizeError(
+                f"the head of this {plan.architecture.family} model is its embedding, and whether vLLM runs one of its "
+                "own is not known; install vllm to find out, or use a scope of blocks (layers:…, one, top:…)"
             )
         embedding = plan.check_tensor(plan.sites.tied_to, Site("embed"))
         plan.checkpoint.additions[name] = Addition.copy(plan.source, embedding)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
+from ..architectures.schema import Architecture
 from ..checkpoints.checkpoint import RECIPE
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError, first_line
@@ -100,7 +101,8 @@ class Recipe(_Record):
     """Everything about an edit; `weights` is the SHA-256 of each weight file of the edited checkpoint.
 
     `files` are the names of its other files, which the edit copied or wrote; `push` uploads these and no others.
-    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`).
+    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`). `description` is that of the
+    architecture, where no shipped file describes it.
     """
 
     format: Literal[2] = 2
@@ -119,6 +121,7 @@ class Recipe(_Record):
     config_changes: dict[str, Any] = {}
     left_out: list[str] = []
     probes: list[ProbeResult] = []
+    description: Architecture | None = None
     verification: Verification | None = None
 
     def __repr__(self) -> str:

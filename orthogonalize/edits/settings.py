@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from ..checkpoints.rounding.registry import ROUNDING_SCHEMES
@@ -28,6 +29,7 @@ class EditSettings:
         download: whether a model on the Hub is downloaded, or read where it is, with at most two of its files (as many
             as `workers`, if these are more) on this disk at a time; None: read there for a `shard`, or if the disk has
             no room for it.
+        description: a TOML file that describes the model's architecture, instead of what is shipped or found.
     """
 
     method: str | None = None
@@ -60,6 +62,7 @@ class EditSettings:
     device: str = "auto"
     revision: str | None = None
     download: bool | None = None
+    description: Path | str | None = None
 
     def __post_init__(self) -> None:
         if self.rounding is not None:

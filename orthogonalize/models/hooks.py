@@ -85,7 +85,11 @@ def _map_before_norm(norm: nn.Module, before: AffineMap) -> torch.utils.hooks.Re
 
 def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool, strength: Strength) -> Handles:
     if site.kind == "embed":  # everything written before the first block
-        yield map_input(stream.block(0), affine.scaled(strength))
+        embedding = stream.architecture.embed_module
+        if embedding is not None:
+            yield map_output(stream.decoder.get_submodule(embedding), affine.scaled(strength))
+        else:
+            yield map_input(stream.block(0), affine.scaled(strength))
         return
     parts = stream.parts(site)
     if not parts:  # the family's blocks have no MLP, so attention adds the constant

@@ -18,6 +18,7 @@ from ..directions.activation_store import Recording
 from ..directions.direction_set import load_direction
 from ..edits.build import finder_of, intervention_from_basis
 from ..edits.config import EditConfig
+from ..edits.descriptions.automatic import learn
 from ..edits.methods.registry import DEFAULT, METHODS
 from ..edits.recipe import ProbeResult, load_recipe
 from ..edits.scopes import stream_after
@@ -242,6 +243,7 @@ def intervention_of(
         OrthogonalizeError: the run is from another model, or has no direction for it.
     """
     folder, source = Path(run), open_checkpoint(find_model(str(model)))
+    learn(source)
     found = load_run(folder)
     check_fits(found, source)
     return _intervention(folder, found, source, config or choose(found), device)
@@ -305,7 +307,7 @@ def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
     Raises:
         OrthogonalizeError: the recipe is missing or damaged, or `settings` has values that the recipe determines.
     """
-    if settings.edit_fields or settings.rounding is not None:
+    if settings.edit_fields or settings.rounding is not None or settings.description is not None:
         raise OrthogonalizeError("a recipe determines the whole edit; omit the other settings")
     recipe = load_recipe(path)
     return ResolvedEdit(

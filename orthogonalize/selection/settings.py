@@ -59,6 +59,7 @@ class Settings:
         own_answers: a file with the model's own answers to its prompts (rows of `prompt` and `answer`), for the engine
             `stream`, which generates none.
         answers: number of the model's own answers to negative prompts along which an edit's KL is measured.
+        description: a TOML file that describes the model's architecture, instead of what is shipped or found.
         trust_remote_code: whether to run code from the model's repository.
         download: whether a model on the Hub is downloaded, or read where it is, once per pass of the engine `stream`;
             None: read there if the disk has no room for it.
@@ -95,6 +96,7 @@ class Settings:
     goal: Goal = "remove"
     target: str | None = None
     preserve: Sequence[str] = ()
+    description: Path | str | None = None
     trust_remote_code: bool = False
     download: bool | None = None
 

@@ -23,6 +23,7 @@ from ..data.prompts import (
     source_name,
     source_names,
 )
+from ..edits.descriptions.automatic import learn
 from ..models.resolve import commit_of, find_checkpoint
 from .settings import Settings
 
@@ -86,6 +87,7 @@ def read_source(
     whole = settings.engine not in ("auto", "stream")  # other engines load it from the disk
     checkpoint = find_checkpoint(model, revision, True if whole else settings.download)
     folder = checkpoint.path
+    learn(checkpoint, settings.description)
     given: dict[str, Source | None] = {"positive": positive, "negative": negative, "target": settings.target}
     named = {side: source_name(each) for side, each in given.items() if each}
     return RunSource(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+
+from orthogonalize.models.describe.twin import DoublePrecision
 
 VOCABULARY = 96
 
@@ -346,19 +347,6 @@ def store_tiny(
     model.config._experts_implementation = None
     model.save_pretrained(folder, max_shard_size="200KB")
     return folder
-
-
-class DoublePrecision(TorchFunctionMode):
-    """Compute in float64 what transformers always computes in float32 (norms, softmax, routers)."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.Tensor.float:
-            return args[0].double()
-
-        def wide(value: Any) -> Any:
-            return torch.float64 if value is torch.float32 else value
-
-        return function(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
 
 
 def load_tiny(folder: Path) -> Any:

@@ -20,7 +20,8 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.models.describe.discovery import Findings, discover
-from orthogonalize.models.describe.draft import draft, shrink_config
+from orthogonalize.models.describe.draft import draft
+from orthogonalize.models.describe.twin import shrink_config
 from orthogonalize.models.sites import Sites
 from orthogonalize.models.stream import Stream
 

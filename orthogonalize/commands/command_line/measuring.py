@@ -12,6 +12,7 @@ from ..options.common import (
     ListingOption,
     choice,
     converted_by,
+    description_option,
     engine_option,
     engine_options,
     grid_options,
@@ -82,6 +83,7 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> 
 @choice("--semantics", ["weights", "residual"], "weights", "residual: the reference's hooks; needs --engine hf.")
 @measuring_options
 @other_base_option
+@description_option
 @revision_option
 def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
     """Measure every method over every scope, in one engine: the comparison table.

@@ -165,6 +165,10 @@ out_option = together(
 other_base_option = click.option(
     "--allow-other-base", is_flag=True, help="Go ahead, and say so, if the weights are not those of the recipe or run."
 )
+description_option = click.option(
+    "--description", type=path(), metavar="FILE",
+    help="TOML file that describes the model's architecture; default: what is shipped, else what experiments find.",
+)  # fmt: skip
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
 download_option = click.option(
     "--no-download",

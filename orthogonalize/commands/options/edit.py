@@ -14,6 +14,7 @@ from .common import (
     Rank,
     choice,
     converted_by,
+    description_option,
     download_option,
     finders_by_method,
     number,
@@ -114,6 +115,7 @@ edit_options = together(
     click.option(
         "--device", default="auto", show_default=True, help="Where conditional reads the model: auto, cpu, cuda, …"
     ),
+    description_option,
     download_option,
     revision_option,
 )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Findings:
     offset: float
     parameters: bool
     inert: list[str]
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -213,18 +214,24 @@ def discover(folder: Path) -> Findings:
     candidates = lab.candidates(head)
     everything = lab.project_out(candidates)
     first, written, change = _measure(lab, everything, parts)
-    if max(first, *written.values(), *change.values()) > DETECTED:
+    if max(written.values()) > DETECTED:
+        worst = max(written, key=lambda key: written[key])
         raise OrthogonalizeError(
-            "blocks write or read a direction even when it is projected out of every tensor as wide as the stream "
-            f"(written {max(written.values()):.1e}, read {max(change.values()):.1e}, embedded {first:.1e})"
+            f"{worst[1]} of block {worst[0]} writes a direction even when it is projected out of every tensor as wide "
+            f"as the stream ({written[worst]:.1e} of its output)"
         )
+    refused: dict[str, str] = {}
+    if first > DETECTED:
+        refused["embed"] = "what the first block reads is not a sum of rows and matrices that could be edited"
+    if max(change.values()) > DETECTED:
+        refused["reads"] = "blocks read the stream through more than the norms before them"
     embed: dict[str, int] = {}
     inert: list[str] = []
     with track("testing tensors", len(candidates), "axes") as advance:
         for group, axis in candidates:
             probe = lab.project_out(c for c in candidates if c != (group, axis))
             first, written, change = _measure(lab, probe, parts)
-            used = first > DETECTED
+            used = first > DETECTED and "embed" not in refused
             if used:
                 embed[group] = axis
             for layer, found in parts.items():
@@ -234,16 +241,18 @@ def discover(folder: Path) -> Findings:
                         used = True
             # Everything after a reader changes with it, so the first part that changes is the reader.
             reader = next((p for layer, ps in parts.items() for p in ps if change[layer, p.module] > DETECTED), None)
-            if reader is not None:
+            if reader is not None and "reads" not in refused:
                 reader.reads[group] = axis
                 used = True
             if not used:
                 inert.append(group)
             advance(1)
+    table = lab.plain.model.get_input_embeddings()
+    if "embed" in refused:
+        embed = {next(n for n, t in lab.tensors.items() if t.equal(table.weight)): 1}
     used_groups = embed.keys() | {g for found in parts.values() for p in found for g in (*p.writes, *p.reads)}
     kind, offset, parameters = norm_behaviour(lab.plain, norm)
     ins, _ = lab.plain.observe({"first": lab.plain.blocks[0]})
-    table = lab.plain.model.get_input_embeddings()
     rows = table.weight[lab.ids].reshape(-1, table.weight.shape[-1]).detach()
     fits = rows.shape == ins["first"].shape and len(embed) == 1
     return Findings(
@@ -259,6 +268,7 @@ def discover(folder: Path) -> Findings:
         offset=offset,
         parameters=parameters,
         inert=[g for g in dict.fromkeys(inert) if g not in used_groups],
+        refused=refused,
     )
 
 

@@ -23,23 +23,8 @@ from ..loading import load_config, model_class
 from ..sites import Sites
 from .block_probe import FoundPart
 from .discovery import Findings, discover, layout_of
+from .twin import SIZES, save_twin
 
-# Small, and different wherever possible, so that an axis can be recognized by its length.
-SIZES: dict[str, int] = {
-    "hidden_size": 48, "intermediate_size": 56, "moe_intermediate_size": 24, "ffn_dim": 56,
-    "shared_expert_intermediate_size": 40, "shared_intermediate_size": 40, "intermediate_size_mlp": 64,
-    "vocab_size": 96, "max_position_embeddings": 128, "sliding_window": 8, "attention_chunk_size": 64,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
-    "num_experts_per_tok": 2, "moe_k": 2, "n_shared_experts": 1, "moe_num_shared_experts": 1,
-    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_ssm": 96, "mamba_d_state": 16, "mamba_n_groups": 1,
-    "mamba_expand": 2, "mamba_chunk_size": 16, "mamba_dt_rank": 8,
-    "num_heads": 6, "expand": 2, "state_size": 16, "n_groups": 1, "chunk_size": 16, "rotary_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-MOST_LAYERS = 12
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon")
 
 
@@ -66,72 +51,6 @@ class ModelNames:
     images: tuple[str, ...] = ()
 
 
-def _layers_needed(settings: Mapping[str, Any], count: int) -> int:
-    """How many of the first layers include every kind of layer."""
-    needed = 4
-    for value in settings.values():
-        if isinstance(value, list) and len(value) == count and all(isinstance(v, (str, int, bool)) for v in value):
-            needed = max(needed, *(value.index(kind) + 1 for kind in set(value)))
-    for key in ("interleave_moe_layer_step", "decoder_sparse_step", "attn_layer_period", "expert_layer_period"):
-        step = settings.get(key)
-        if isinstance(step, int) and step < MOST_LAYERS:
-            needed = max(needed, 2 * step)
-    return min(needed, MOST_LAYERS, max(count, 1))
-
-
-def shrink_config(config: Any) -> Any:
-    """The configuration of a small model of the same class as that of `config`, with an untied head."""
-    settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
-    names = dict(getattr(config, "attribute_map", {}))
-    count = int(config.num_hidden_layers)
-    layers = _layers_needed(settings, count)
-    small: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, list) and len(value) == count:
-            small[key] = value[:layers]
-        elif isinstance(value, list) and key.endswith("layers") and all(isinstance(v, int) for v in value):
-            small[key] = [v for v in value if v < layers]
-        else:
-            small[key] = value
-    own = {names.get(key, key): size for key, size in SIZES.items()}
-    small |= {key: size for key, size in own.items() if isinstance(small.get(key), int)}
-    small[names.get("num_hidden_layers", "num_hidden_layers")] = layers
-    heads = names.get("num_attention_heads", "num_attention_heads")
-    groups = names.get("num_key_value_heads", "num_key_value_heads")
-    single = settings.get(heads) == settings.get(groups, settings.get(heads))
-    latent = "qk_rope_head_dim" in small
-    if isinstance(small.get("head_dim"), int) and not latent:
-        small |= {"head_dim": 16, heads: 4} | ({groups: 4 if single else 2} if groups in small else {})
-    elif isinstance(small.get(heads), int):
-        number = 4 if latent else 3
-        small |= {heads: number} | ({groups: number if single or latent else 1} if groups in small else {})
-        small.pop("head_dim", None)
-    if "word_embed_proj_dim" in small:
-        small["word_embed_proj_dim"] = 48 if settings["word_embed_proj_dim"] == settings["hidden_size"] else 32
-    rope = small.get("rope_parameters")
-    if isinstance(rope, dict) and "rope_type" in rope:
-        plain = {key: value for key, value in rope.items() if isinstance(value, (int, float))}
-        small["rope_parameters"] = plain | {"rope_type": "default"}
-    small |= {"tie_word_embeddings": False, "dtype": "float32"}
-    for key in ("architectures", "quantization_config", "transformers_version", "model_type", "auto_map"):
-        small.pop(key, None)
-    return type(config)(**small)
-
-
-def _save_small_model(config: Any, folder: Path) -> None:
-    """Save a random model with configuration `config`, its norms and biases random as well."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            one = parameter.dim() == 1
-            parameter.copy_(parameter + 0.3 * noise if one else noise * parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder)
-
-
 def _iterate_numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
     """Yield the path and value of every number in a configuration."""
     if isinstance(value, Mapping):
@@ -155,6 +74,15 @@ def _key_of(factor: float, settings: Mapping[str, Any], what: str, width: int, q
     if len(named) != 1:
         questions.append(f"{what} is multiplied by {factor:.4g}: which configuration key holds it?")
     return named[0] if named else None
+
+
+def _list(*names: str) -> str:
+    return "[" + ", ".join(f'"{name}"' for name in dict.fromkeys(names)) + "]"
+
+
+def refusals(refused: Mapping[str, str]) -> str:
+    """The table of what is refused, as text that ends a description."""
+    return "\n[refused]\n" + "".join(f'{kind} = "{why}"\n' for kind, why in refused.items()) if refused else ""
 
 
 def _table(named: Mapping[str, int]) -> str:
@@ -198,6 +126,11 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
     head_lines = [
         f'norm = "{findings.head_norm}"',
         f"tied = {str(bool(type(config)().tie_word_embeddings)).lower()}",
+        'untied = "unknown"',
+    ]
+    layouts = [
+        f'{{ decoder = "{decoder}", head = "{head}" }}'
+        for decoder, head in dict.fromkeys([(named.decoder, named.head), (findings.decoder, findings.head)])
     ]
     lines = [
         "# Drafted by `orthogonalize describe` from experiments on a small random model of the same class.",
@@ -206,9 +139,9 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
         f'model_types = ["{named.model_type}"]',
         f'layer_count = "{names.get("num_hidden_layers", "num_hidden_layers")}"',
         f'hidden_size = "{names.get("hidden_size", "hidden_size")}"',
-        f'decoder_modules = ["{named.decoder_module}"]',
+        f"decoder_modules = {_list(named.decoder_module, findings.decoder_module)}",
         f'layer = "{findings.layer}"',
-        f'layouts = [{{ decoder = "{named.decoder}", head = "{named.head}" }}]',
+        f"layouts = [{', '.join(layouts)}]",
         f"norms = {{ {', '.join(norm)} }}",
     ]
     experts = [key for key, value in settings.items() if "expert" in key and value == SIZES["num_experts"]]
@@ -229,7 +162,7 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
             scale = _key_of(part.factor, settings, part.module, width, questions)
             lines += ["", _part_text(kind, part, scale)]
     lines += ["", "[head]", *head_lines]
-    return "\n".join(lines) + "\n", questions
+    return "\n".join(lines) + "\n" + refusals(findings.refused), questions
 
 
 def draft(folder: Path) -> Draft:
@@ -239,25 +172,25 @@ def draft(folder: Path) -> Draft:
         OrthogonalizeError: transformers has no such class or cannot build a small one; the stream passes through
             a norm; or the draft misses a tensor of the checkpoint.
     """
-    checkpoint = open_checkpoint(folder)
+    with temporary_folder() as scratch:
+        return draft_with_twin(open_checkpoint(folder), scratch)
+
+
+def draft_with_twin(checkpoint: Checkpoint, twin: Path) -> Draft:
+    """As `draft`; the small model of the experiments is left in the empty folder `twin`, in float64."""
+    folder = checkpoint.path
     try:
         config = load_config(folder).get_text_config()
-        small = shrink_config(config)
+        layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     except (OrthogonalizeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error.__cause__ or error)
         raise OrthogonalizeError(f"transformers does not support the configuration of {folder}: {reason}") from error
-    with temporary_folder() as scratch:
-        try:
-            _save_small_model(small, scratch)
-        except Exception as error:  # classes raise anything at sizes that they do not support
-            raise OrthogonalizeError(
-                f"cannot build a small {config.model_type} model for the experiments: {first_line(error)}"
-            ) from error
-        findings = discover(scratch)
-    decoder, head = layout_of(checkpoint.tensors, int(config.num_hidden_layers), findings)
+    small = save_twin(config, twin)
+    findings = discover(twin)
+    decoder, head = layout_of(checkpoint.tensors, layers, findings)
     named = ModelNames(str(config.model_type), findings.decoder_module, decoder, head)
     if checkpoint.config.get("model_type") != config.model_type:
-        named = _name_wrapper(checkpoint, named, int(config.hidden_size))
+        named = _name_wrapper(checkpoint, named, width)
     text, questions = draft_text(findings, small, named)
     architecture = parse(text, "the draft")
     assert architecture is not None

@@ -1,0 +1,236 @@
+"""A small random twin of a model: the same transformers class with every kind of layer, but narrow and shallow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ...core.errors import OrthogonalizeError, first_line
+from ..loading import model_class
+
+WIDTH = 48
+# Small, and different wherever possible, so that an axis can be recognized by its length.
+SIZES: dict[str, int] = {
+    "hidden_size": WIDTH, "intermediate_size": 56, "moe_intermediate_size": 24, "ffn_dim": 56, "dff": 56,
+    "shared_expert_intermediate_size": 40, "shared_intermediate_size": 40, "intermediate_size_mlp": 64,
+    "moe_shared_expert_intermediate_size": 40, "ffn_hidden_size": 56, "expert_ffn_hidden_size": 24, "n_inner": 56,
+    "vocab_size": 96, "vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 10,
+    "max_position_embeddings": 128, "sliding_window": 8, "attention_chunk_size": 64, "attention_window_size": 8,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "moe_num_primary_experts": 4,
+    "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "moe_top_k": 2, "top_k_experts": 2, "num_experts_per_token": 2,
+    "n_shared_experts": 1, "moe_num_shared_experts": 1, "num_shared_experts": 1, "zero_expert_num": 1,
+    "n_group": 1, "topk_group": 1, "num_expert_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
+    "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    "qk_head_dim": 24, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "o_lora_rank": 20, "o_groups": 2,
+    "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_ssm": 96, "mamba_d_state": 16, "mamba_n_groups": 1,
+    "mamba_expand": 2, "mamba_chunk_size": 16, "mamba_dt_rank": 8, "time_step_rank": 8, "mamba_num_heads": 6,
+    "mamba_head_dim": 16, "ssm_state_size": 16, "n_mamba_heads": 2, "mamba_headdim": 16, "mamba_ngroups": 1,
+    "num_heads": 6, "expand": 2, "state_size": 16, "n_groups": 1, "chunk_size": 16, "rotary_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "lru_width": WIDTH, "attention_hidden_size": WIDTH, "num_kv_shared_layers": 2, "num_mem_blocks": 1,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MOST_LAYERS = 12
+DROPPED = ("architectures", "quantization_config", "transformers_version", "model_type", "auto_map", "torch_dtype")
+HEADS = ("wide", "square", "quarters")  # ways to divide the width: heads wider than it, or three, or four that fill it
+
+
+class DoublePrecision(TorchFunctionMode):
+    """Compute in float64 what transformers always computes in float32 (norms, softmax, routers)."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.Tensor.float:
+            return args[0].double()
+
+        def wide(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        return function(*map(wide, args), **{key: wide(value) for key, value in (kwargs or {}).items()})
+
+
+def _layers_needed(settings: Mapping[str, Any], count: int) -> int:
+    """How many of the first layers include every kind of layer."""
+    needed = 4
+    for value in settings.values():
+        if isinstance(value, list | str) and len(value) == count and all(isinstance(v, str | int) for v in value):
+            needed = max(needed, *(value.index(kind) + 1 for kind in set(value)))
+    for key in ("interleave_moe_layer_step", "decoder_sparse_step", "attn_layer_period", "expert_layer_period"):
+        step = settings.get(key)
+        if isinstance(step, int) and step < MOST_LAYERS:
+            needed = max(needed, 2 * step)
+    return min(needed, MOST_LAYERS, max(count, 1))
+
+
+def _shrink_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain rotary embeddings; some families have several, by the kind of layer."""
+    nested = {key: _shrink_rope(value) for key, value in rope.items() if isinstance(value, Mapping)}
+    plain = {key: value for key, value in rope.items() if isinstance(value, int | float)}
+    return plain | nested | ({"rope_type": "default"} if "rope_type" in rope else {})
+
+
+def _shrink_nested(value: Any, layers: int) -> Any:
+    """Sizes inside a nested table: those of single layers are kept for the layers that are left."""
+    if isinstance(value, Mapping):
+        kept = {k: v for k, v in value.items() if not str(k).isdecimal() or int(k) < layers}
+        sizes = SIZES | {"head_dim": 16, "num_key_value_heads": 2}
+        return {
+            k: sizes[k] if k in sizes and type(v) is int else _shrink_nested(v, layers)
+            for k, v in kept.items()
+        }  # fmt: skip
+    return value
+
+
+def shrink_config(config: Any, heads: str = "wide", fill: bool = False) -> Any:
+    """The configuration of a small model of the same class as that of `config`, with an untied head.
+
+    Args:
+        config: the configuration of the text model.
+        heads: how attention heads divide the width, one of `HEADS`.
+        fill: whether sizes that are None get a value as well.
+    """
+    settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
+    names = dict(getattr(config, "attribute_map", {}))
+    counted = names.get("num_hidden_layers", "num_hidden_layers")
+    count = int(config.num_hidden_layers)
+    layers = _layers_needed(settings, count)
+    small: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = getattr(config, key, None)
+        if isinstance(value, list | str) and len(value) == count:
+            small[key] = value[:layers]
+        elif isinstance(value, list) and key.endswith("layers") and all(isinstance(v, int) for v in value):
+            small[key] = [v for v in value if v < layers]
+        elif hasattr(nested, "to_dict"):  # a configuration of its own, whose class may not take all that it lists
+            small[key] = _shrink_inner(nested)
+        else:
+            small[key] = _shrink_nested(value, layers)
+    own = {names.get(key, key): size for key, size in SIZES.items()}
+    small |= {key: size for key, size in own.items() if key in small and _is_size(small[key], fill)}
+    small[counted] = layers
+    small |= _divide_heads(settings, small, names, heads)
+    if "word_embed_proj_dim" in small:
+        small["word_embed_proj_dim"] = WIDTH if settings["word_embed_proj_dim"] == settings["hidden_size"] else 32
+    rope = small.get("rope_parameters")
+    if isinstance(rope, dict):
+        small["rope_parameters"] = _shrink_rope(rope)
+    small |= {"tie_word_embeddings": False, "dtype": "float32"}
+    for key in DROPPED:
+        small.pop(key, None)
+    return type(config)(**small)
+
+
+def _is_size(value: Any, fill: bool) -> bool:
+    return type(value) is int or (fill and value is None)
+
+
+def _shrink_inner(config: Any) -> Any:
+    inner = deepcopy(config)
+    for key, size in SIZES.items():
+        if type(getattr(inner, key, None)) is int:
+            setattr(inner, key, size)
+    return inner
+
+
+def _divide_heads(
+    settings: Mapping[str, Any], small: Mapping[str, Any], names: Mapping[str, str], how: str
+) -> dict[str, Any]:
+    """The settings of attention heads, their dimension and their groups."""
+    heads = names.get("num_attention_heads", "num_attention_heads")
+    groups = names.get("num_key_value_heads", "num_key_value_heads")
+    dimension = names.get("head_dim", "head_dim")
+    single = settings.get(heads) == settings.get(groups, settings.get(heads))
+    latent = "qk_rope_head_dim" in small
+    number = 3 if how == "square" else 4
+    if dimension in small and how == "wide" and not latent:
+        number, size = 4, 16
+    elif latent:
+        number, size = 4, 0
+    elif how == "wide":
+        number, size = 3, 0
+    else:
+        size = WIDTH // number if dimension in small else 0
+    found: dict[str, Any] = {}
+    if type(small.get(heads)) is int:
+        found[heads] = number
+        if groups in small:
+            found[groups] = number if single or latent else (2 if number == 4 else 1)
+    if size:
+        found[dimension] = size
+    elif dimension in small and not latent:
+        found[dimension] = WIDTH // number
+    elif dimension in small and type(small[dimension]) is int:
+        found[dimension] = small.get("qk_rope_head_dim", 8)
+    return found
+
+
+def _randomised(config: Any) -> Any:
+    """A random model with configuration `config` in float64, its norms and biases random as well."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config._experts_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            one = parameter.dim() == 1
+            parameter.copy_(parameter + 0.3 * noise if one else noise * parameter.shape[-1] ** -0.5)
+    return model
+
+
+def _attempts(config: Any) -> Iterator[Any]:
+    for fill in (False, True):
+        for heads in HEADS:
+            yield lambda heads=heads, fill=fill: shrink_config(config, heads, fill)
+
+
+def token_ids(model: Any, rows: int = 2, length: int = 13, seed: int = 1) -> torch.Tensor:
+    """Random token ids [rows, length] that every vocabulary of a twin has."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    return torch.randint(3, min(vocabulary, 80), (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, length, vocabulary] in float64 throughout."""
+    with DoublePrecision():
+        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return found.double()
+
+
+def save_twin(config: Any, folder: Path) -> Any:
+    """Store a twin of the text model with configuration `config` in `folder`, in float64; its own configuration.
+
+    Classes differ in what they accept, so several sets of sizes are tried: the first with which a model can be built,
+    stored and run is taken.
+
+    Raises:
+        OrthogonalizeError: there is none.
+    """
+    reasons = []
+    for attempt in _attempts(config):
+        try:
+            small = attempt()
+            model = _randomised(small)
+            ids = token_ids(model)
+            if logits(model, ids).shape[:2] != ids.shape:
+                raise ValueError("it does not give a row of logits for every token")
+            model.config._experts_implementation = None
+            model.save_pretrained(folder)
+            return small
+        except Exception as error:  # classes raise anything at sizes that they do not support
+            reasons.append(f"{type(error).__name__}: {first_line(error)}")
+    raise OrthogonalizeError(
+        f"transformers cannot build or run a small {config.model_type} model for the experiments: {reasons[0]}"
+    )
+
+
+def load_twin(folder: Path) -> Any:
+    """The model of a stored twin, computing in float64 with the plain implementations of attention and experts."""
+    options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float64}
+    return model_class(folder).from_pretrained(folder, **options).eval()

@@ -1,0 +1,193 @@
+"""Models that no file describes: described by experiment, proven on a small random twin, or refused with the reason."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.chat import tiny_tokenizer
+from helpers.exactness import BASIS
+from helpers.tiny_models import dense, randomise
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from orthogonalize.architectures.schema import architecture_of, families, parse, remember, remembered
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.cli import main
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.verify import verify
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.edits.descriptions import automatic
+from orthogonalize.edits.descriptions.automatic import describe_by_experiment, learn
+from orthogonalize.edits.descriptions.proof import EXACT, SHOWS, prove
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.models.describe.twin import save_twin
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+HELIUM = {"num_key_value_heads": 2, "head_dim": 12}  # a family without a file
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ORTHOGONALIZE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def direction(tmp_path):
+    save_file({"direction": BASIS[0].float()}, tmp_path / "direction.safetensors")
+    return tmp_path / "direction.safetensors"
+
+
+def stored(folder, model_type="helium", **settings):
+    """A tiny model of a family, stored with a tokenizer."""
+    config = AutoConfig.for_model(model_type, **dense(16) | {"tie_word_embeddings": False} | settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    randomise(model, 0)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def no_experiments(*_args):
+    raise AssertionError("an experiment was made")
+
+
+def test_undescribed_model_is_edited_verified_and_rebuilt(tmp_path, direction, monkeypatch):
+    """The recipe holds the description, so that neither verifying nor rebuilding needs another experiment."""
+    assert "helium" not in families()
+    base = stored(tmp_path / "base", **HELIUM)
+    edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    found = load_recipe(tmp_path / "edited").description
+    assert found is not None
+    assert found.attn.keys() == {"self_attn"}
+    monkeypatch.setattr(automatic, "draft_with_twin", no_experiments)
+    monkeypatch.setattr(automatic, "cache_folder", lambda: tmp_path / "nothing")
+    remember(open_checkpoint(base).config, None)
+    proof = verify(tmp_path / "edited").verification
+    assert proof.passed
+    assert proof.hooks_gap < 1e-4
+    edit(base, tmp_path / "again", recipe=tmp_path / "edited")
+    assert load_recipe(tmp_path / "again").weights == load_recipe(tmp_path / "edited").weights
+
+
+def test_experiments_are_kept_by_all_that_they_depend_on(tmp_path, cache, monkeypatch):
+    base = stored(tmp_path / "base", **HELIUM)
+    learn(open_checkpoint(base))
+    (kept,) = (cache / "descriptions").iterdir()
+    assert parse(kept.read_text(), "kept").model_types == ("helium",)
+    with monkeypatch.context() as patched:
+        patched.setattr(automatic, "draft_with_twin", no_experiments)
+        learn(open_checkpoint(base))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    learn(open_checkpoint(base))
+    assert len(list((cache / "descriptions").iterdir())) == 2
+
+
+def test_heads_that_only_a_server_can_judge_are_refused_and_blocks_go_through(tmp_path, direction):
+    base = stored(tmp_path / "base", **HELIUM | {"tie_word_embeddings": True})
+    with pytest.raises(OrthogonalizeError, match=r"whether vLLM runs one of its own is not known.*layers:"):
+        edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    assert not (tmp_path / "edited").exists()
+    edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="layers:0-3")
+    assert verify(tmp_path / "edited").verification.passed
+
+
+def test_model_whose_stream_passes_through_a_norm_is_refused_before_anything_is_written(tmp_path, direction):
+    base = stored(tmp_path / "base", "doge", is_moe=False)
+    with pytest.raises(OrthogonalizeError, match=r"'doge' is not supported.*experiments .* cannot: .*--description"):
+        edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="layers:1")
+    assert not (tmp_path / "edited").exists()
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """A twin whose block outputs pass a norm, and its true description."""
+    folder = tmp_path_factory.mktemp("twin")
+    save_twin(AutoConfig.for_model("gemma2"), folder)
+    return folder, families()["gemma2"]
+
+
+def changed(architecture, **update):
+    part = architecture.mlp["dense"].model_copy(update=update)
+    return architecture.model_copy(update={"mlp": {"dense": part}})
+
+
+def test_true_description_is_proven_of_every_kind_of_edit(twin):
+    folder, architecture = twin
+    proof = prove(architecture, folder)
+    assert proof.gaps.keys() == {"blocks", "conditional", "embed", "reads"}
+    assert max(proof.gaps.values()) <= EXACT
+    assert proof.missed > SHOWS
+    assert proof.refused == {}
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"writes": {}}, r"does not describe .*down_proj|still writes"),
+        ({"post_norm": None}, r"differ from hooks|still writes"),
+        ({"writes": {"mlp.down_proj.weight": 0, "mlp.up_proj.weight": 1}}, r"differ from hooks|does not show"),
+    ],
+)
+def test_wrong_description_is_not_proven(update, message, twin):
+    folder, architecture = twin
+    with pytest.raises(OrthogonalizeError, match=message):
+        prove(changed(architecture, **update), folder)
+
+
+def test_missed_write_shows_even_if_it_is_called_inert(twin):
+    """The stream itself is looked at, not only what the description names."""
+    folder, architecture = twin
+    named = ("mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight")
+    with pytest.raises(OrthogonalizeError, match="still writes a direction"):
+        prove(architecture.model_copy(update={"mlp": {}, "inert": named}), folder)
+
+
+def test_wrong_norms_leave_only_what_does_not_need_them(tmp_path):
+    save_twin(AutoConfig.for_model("mistral"), tmp_path)
+    architecture = families()["mistral"]
+    wrong = architecture.model_copy(update={"norms": architecture.norms.model_copy(update={"offset": 1.0})})
+    proof = prove(wrong, tmp_path)
+    assert proof.refused.keys() == {"reads"}
+    assert "differ from hooks" in proof.refused["reads"]
+
+
+def test_description_of_ones_own_counts_more_and_is_proven(tmp_path, direction):
+    base = stored(tmp_path / "base", **HELIUM)
+    text, _ = describe_by_experiment(open_checkpoint(base))
+    (tmp_path / "mine.toml").write_text(text.replace('untied = "unknown"', 'untied = "transformers"'))
+    options = ["--direction", str(direction), "--scope", "layers:1", "--description", str(tmp_path / "mine.toml")]
+    result = CliRunner().invoke(main, ["edit", str(base), "--out", str(tmp_path / "edited"), *options])
+    assert result.exit_code == 0, result.output
+    assert load_recipe(tmp_path / "edited").description.head.untied == "transformers"
+    (tmp_path / "mine.toml").write_text(text.replace('"mlp.down_proj.weight" = 0', '"mlp.up_proj.weight" = 1'))
+    result = CliRunner().invoke(main, ["edit", str(base), "--out", str(tmp_path / "other"), *options])
+    assert result.exit_code == 1
+    assert "mlp.down_proj.weight" in result.output
+    assert not (tmp_path / "other").exists()
+
+
+def test_description_of_another_family_is_refused(tmp_path):
+    base = stored(tmp_path / "base", **HELIUM)
+    text, _ = describe_by_experiment(open_checkpoint(base))
+    (tmp_path / "mine.toml").write_text(text.replace('["helium"]', '["walrus"]'))
+    with pytest.raises(OrthogonalizeError, match="does not describe models of type 'helium'"):
+        learn(open_checkpoint(base), tmp_path / "mine.toml")
+
+
+def test_what_is_remembered_belongs_to_one_model():
+    llama = families()["llama"]
+    one, other = ({"model_type": "llama", "hidden_size": size, "pad_token_id": size} for size in (48, 64))
+    mine = llama.model_copy(update={"family": "mine"})
+    remember(one, mine)
+    try:
+        assert architecture_of(one | {"pad_token_id": 3, "vocab_size": 100}) is mine
+        assert architecture_of(other) is llama
+    finally:
+        remember(one, None)
+    assert remembered(one) is None
