@@ -118,7 +118,7 @@ class _Bench:
     def proof(self) -> Proof:
         """See `prove`."""
         self.sites.check_complete()
-        found = Proof(refused={**self.architecture.refused})
+        found = Proof(refused={str(kind): why for kind, why in self.architecture.refused.items()})
         writes = Intervention({site: self.oblique(number) for number, site in enumerate(self.blocks)})
         found.gaps["blocks"] = self.gap(writes)
         if found.gaps["blocks"] > EXACT:
