@@ -40,7 +40,8 @@ from ..reports.pareto_plot import write_pareto_plot
 from ..reports.schema import Measures, compare_all, kept_shares
 from ..reports.sweep import NONE_REMOVES, Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
 from ..selection.grid import SweepGrid
-from ..selection.resolve import check_fits, fits_of
+from ..selection.readers.open_fits import open_fits
+from ..selection.resolve import check_fits
 from ..selection.run_folder import load_run
 from ..selection.variants import Variant, centre, make_variants
 
@@ -313,7 +314,7 @@ def sweep(
     check_fits(found, source)
     unlike = mismatches(folder, model, found.info)
     check_origins(unlike, allow_other_base)
-    fits = fits_of(run, found, source, options.device) if semantics == "weights" else None
+    fits = open_fits(found, source, options.device) if semantics == "weights" else None
     variants = make_variants(found, methods, scopes, grid, fits)
     ready = prepare(
         found, folder,

@@ -23,11 +23,10 @@ from ..edits.methods.registry import DEFAULT, METHODS
 from ..edits.recipe import ProbeResult, load_recipe
 from ..edits.scopes import stream_after
 from ..edits.settings import EditSettings
-from ..models.loading import load_model
 from ..models.resolve import find_model
 from .builder import EditBuilder
-from .fits import Fits
 from .probes import probe_choice
+from .readers.open_fits import open_fits
 from .run_folder import Run, load_run
 
 
@@ -215,16 +214,11 @@ def check_fits(run: Run, source: Checkpoint) -> None:
         )
 
 
-def fits_of(folder: Path, run: Run, source: Checkpoint, device: str = "auto") -> Fits:
-    """The fitted edits of `source` by a run; the model is loaded when one of them has to be fitted."""
-    return Fits(folder, run.directions, source.config, source.fingerprint(), lambda: load_model(source.path, device))
-
-
 def _intervention(folder: Path, run: Run, source: Checkpoint, choice: EditConfig, device: str) -> Intervention:
     """The maps of `choice`; those of a fitted method are taken from the run, or fitted to `source` and stored there."""
     layer_norm = architecture_of(source.config).norms.kind == "layer"
     # Only fits depend on the weights, whose fingerprint takes as long as reading them.
-    fits = fits_of(folder, run, source, device) if METHODS[choice.method].fitted else None
+    fits = open_fits(run, source, device) if METHODS[choice.method].fitted else None
     return EditBuilder(run.directions, run.candidates, layer_norm, fits)(choice)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from helpers.disk_use import peak_disk_use
 from helpers.hub_server import Hub, Repository, use_hub
 from helpers.llama import store, tiny_llama
 
+from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.selection.readers import open_fits
 from orthogonalize.selection.run_folder import load_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,3 +57,16 @@ def test_a_run_of_a_model_on_the_hub_is_that_of_the_same_model_here(model, sourc
 def test_engines_that_load_the_model_from_the_disk_do_not_read_it_on_the_hub(sources, hub, tmp_path):
     with pytest.raises(OrthogonalizeError, match="--no-download needs --engine stream; --engine hf loads"):
         extract("some/model", tmp_path / "run", **sources, settings=SETTINGS, engine="hf", download=False)
+
+
+def test_an_edit_that_is_not_fitted_yet_is_fitted_there_too(model, sources, hub, tmp_path, monkeypatch):
+    run, chosen = tmp_path / "run", {"method": "conditional", "scope": "from:1", "ridge": 0.02}
+    extract(model, run, **sources, settings=SETTINGS, trials=1)
+    edit(model, tmp_path / "expected", run=run, **chosen)
+    shutil.rmtree(run / "fits")
+    monkeypatch.setattr(open_fits, "load_model", None)
+    edit("some/model", tmp_path / "found", run=run, download=False, **chosen)
+    for file in model.glob("*.safetensors"):
+        found, expected = (tmp_path / out / file.name for out in ("found", "expected"))
+        assert found.read_bytes() == expected.read_bytes()
+        assert not list((tmp_path / "disk").rglob(file.name))

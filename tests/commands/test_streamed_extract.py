@@ -13,7 +13,7 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.models import loading
 from orthogonalize.models.streaming import passes, state
 from orthogonalize.models.streaming.weights import PartialModel
-from orthogonalize.selection.readers import streamed as streaming
+from orthogonalize.selection.readers import streamed_fits
 from orthogonalize.selection.readers.choose import choose_engine
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.source import read_source
@@ -64,7 +64,7 @@ def test_streams_that_do_not_fit_at_once_take_more_passes_with_the_same_scores(
     passed = []
     whole = passes.Pass.run
     monkeypatch.setattr(passes.Pass, "run", lambda self, text: (passed.append(self), whole(self, text)))
-    monkeypatch.setattr(streaming, "SHARE", 0.0)
+    monkeypatch.setattr(streamed_fits, "SHARE", 0.0)
     extract(model, tmp_path / "run", **sources, settings=STREAMED, scoring=("local",))
     assert len(passed) == 1 + 4  # the prompts, and one pass for each of four layers
     expected, found = candidates(run), candidates(tmp_path / "run")

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 from helpers.command_line import SMALL
 
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.edits.config import EditConfig
+from orthogonalize.edits.fitting.fit import FitTokens
+from orthogonalize.models import loading
 from orthogonalize.models.loading import load_tokenizer
 from orthogonalize.models.streaming import passes, state
 from orthogonalize.models.streaming.weights import PartialModel
+from orthogonalize.selection.readers import open_fits, streamed_fits
 from orthogonalize.selection.readers.base import ResidentReader
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.search import try_edits
@@ -134,3 +141,49 @@ def test_answers_of_another_form_are_refused(model, sources, tmp_path):
         extract(
             model, tmp_path / "run", **sources, settings=SETTINGS, engine="hf", own_answers=tmp_path / "answers.jsonl"
         )
+
+
+def test_a_fit_that_the_run_does_not_have_yet_is_streamed_as_the_run_was(model, streamed, tmp_path, monkeypatch):
+    chosen = {"method": "conditional", "scope": "from:1", "ridge": 0.02}
+    found, expected = (shutil.copytree(streamed, tmp_path / name) for name in ("found", "expected"))
+    passed, fitted = [], open_fits.StreamedFits._fit_all
+    monkeypatch.setattr(open_fits.StreamedFits, "_fit_all", lambda *args: (passed.append(args), fitted(*args)))
+    with monkeypatch.context() as patched:
+        patched.setattr(open_fits, "load_model", None)
+        edit(model, tmp_path / "streamed", run=found, **chosen)
+    assert len(passed) == 1
+    monkeypatch.setattr(open_fits, "_is_streamed", lambda *_: False)
+    edit(model, tmp_path / "resident", run=expected, **chosen)
+    base, one, other = (open_checkpoint(folder) for folder in (model, tmp_path / "streamed", tmp_path / "resident"))
+    for name in base.tensors:
+        change = (other.read(name).double() - base.read(name).double()).norm()
+        assert (one.read(name).double() - other.read(name).double()).norm() <= 1e-4 * change, name
+    assert len(passed) == 1
+
+
+def test_what_is_not_here_or_does_not_fit_is_fitted_streamed_whatever_the_run(model, run, monkeypatch):
+    source, made = open_checkpoint(model), load_run(run)
+    assert not isinstance(open_fits.open_fits(made, source, "cpu"), open_fits.StreamedFits)
+    monkeypatch.setattr(loading, "available_memory", lambda: 10_000)
+    assert isinstance(open_fits.open_fits(made, source, "cpu"), open_fits.StreamedFits)
+
+
+def test_fits_that_do_not_fit_at_once_take_more_passes_with_the_same_maps(model, streamed, tmp_path, monkeypatch):
+    run, source = load_run(shutil.copytree(streamed, tmp_path / "run")), open_checkpoint(model)
+    shutil.rmtree(tmp_path / "run" / "fits")
+    passed, whole = [], streamed_fits.fit_streamed
+    monkeypatch.setattr(streamed_fits, "fit_streamed", lambda *args: (passed.append(len(args[2])), whole(*args))[1])
+    choices = [
+        EditConfig(method="conditional", scope=f"from:{first}", position=-1, per_layer=True) for first in (0, 1, 2)
+    ]
+    fits = open_fits.open_fits(run, source, "cpu")
+    fits.prepare(choices)
+    assert passed == [3]
+    expected = {file.name: file.read_bytes() for file in (tmp_path / "run" / "fits").iterdir()}
+    shutil.rmtree(tmp_path / "run" / "fits")
+    tokens = FitTokens.load(tmp_path / "run" / "tokens.json")
+    base = sum(len(row) for row in {id(each.ids): each.ids for each in tokens.sets.values()}.values() for row in row)
+    fits.budget = base * fits.streamed.width * 4 * 5  # the base's streams, and those of two fits
+    fits.prepare(choices)
+    assert passed == [3, 2, 1]
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "fits").iterdir()} == expected

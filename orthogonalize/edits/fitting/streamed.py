@@ -18,11 +18,14 @@ from ...core.interventions import ConditionalMap, Site, WriteMatrix
 from ...core.progress import track
 from ...directions.conditional import Weights
 from ...models.streaming.lanes import Lane, StreamedModel
+from ...models.streaming.passes import choose_home
 from ...models.streaming.state import StreamState
 from ...models.write_matrices import conditionally_edited, watching, write_modules
 from ...models.write_reading import counted_tokens, group_sets, watch_counted
 from ..scopes import stream_after
 from .fit import ConditionalFit, FitTokens, Regression, finished_fit, site_groups
+
+LANES_PER_FIT = 2  # streams of every token that a fit needs besides the base's: read, and edited
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,13 @@ def fit_streamed(
     return {name: finished_fit(fit.maps, fit.left_alone) for name, fit in fits.items()}
 
 
+def fits_at_once(streamed: StreamedModel, tokens: FitTokens, budget: int) -> int:
+    """How many fits may share a pass whose streams take at most `budget` bytes; at least one."""
+    read = {id(each.ids): each.ids for each in tokens.sets.values()}
+    base = sum(len(row) for ids in read.values() for row in ids) * streamed.width * streamed.dtype.itemsize
+    return max(1, (budget - base) // (LANES_PER_FIT * base))
+
+
 def _started(job: FitJob) -> _Fit:
     groups = site_groups(job.sites, job.sequential)
     return _Fit(job, [sorted({int(site.layer or 0) for site in group}) for group in groups])
@@ -86,6 +96,9 @@ class _FitPass:
                 self.lanes.append(lane)
                 counted = counted_tokens(shared, lane.rows, lane.hidden.shape[1])
                 self.counted.append({name: each.to(streamed.device) for name, each in counted.items()})
+
+        base = sum(lane.bytes for lane in self.lanes)
+        choose_home(self.lanes, base + len(fits) * LANES_PER_FIT * base)
 
     def run(self) -> None:
         count = self.streamed.layer_count

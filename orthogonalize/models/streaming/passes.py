@@ -23,6 +23,13 @@ from .state import StreamState
 ON_DEVICE = 2**31  # bytes of streams that stay on a GPU; more are kept on the host
 
 
+def choose_home(lanes: Sequence[Lane], needed: int) -> None:
+    """Keep streams on the host if they and what leaves them, `needed` bytes in all, would take too much of a GPU."""
+    if needed > ON_DEVICE:
+        for lane in lanes:
+            lane.hidden = lane.hidden.cpu()
+
+
 @dataclass(frozen=True)
 class Variant:
     """An edited model, through which a set of prompts passes as well.
@@ -136,11 +143,9 @@ class Pass:
             self.kept = _forked(self.lanes)
 
     def _choose_home(self) -> None:
-        """Keep the streams on the host if they would take too much of a GPU."""
         sizes = {name: sum(lane.bytes for lane in lanes) for name, lanes in self.lanes.items()}
-        if sum(sizes.values()) + sum(sizes[variant.ids] for variant in self.variants) > ON_DEVICE:
-            for lane in (lane for lanes in self.lanes.values() for lane in lanes):
-                lane.hidden = lane.hidden.cpu()
+        every = [lane for lanes in self.lanes.values() for lane in lanes]
+        choose_home(every, sum(sizes.values()) + sum(sizes[variant.ids] for variant in self.variants))
 
     def _fork(self, layer: int) -> None:
         for variant in self.variants:

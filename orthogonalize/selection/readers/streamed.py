@@ -13,7 +13,6 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint
 from ...core.journal import Journal
-from ...core.memory import available_memory
 from ...core.progress import note
 from ...core.words import counted
 from ...directions.activation_store import FILE, PROMPTS, Recording, copy_rows, record_streamed
@@ -26,15 +25,13 @@ from ..search.objectives import Trial
 from ..search.try_edits import ValPrompts
 from ..settings import Settings
 from .base import Ids, Scored
-from .streamed_fits import StreamedFits
+from .streamed_fits import STATE, StreamedFits, streams_budget
 from .streamed_scores import StreamedScoring
 from .streamed_trials import StreamedTrials
 
 ALL_PROMPTS = ".prompts.partial"  # activations of all prompts, before they are filtered
 FIRST_TOKENS = ".first-tokens.journal"
-STATE = ".pass.streams.partial"
 HEAD_ROWS = 256  # prompts whose logits are computed at a time
-SHARE = 0.5  # of the available memory that the streams of one pass may take
 
 
 class StreamedReader:
@@ -82,7 +79,7 @@ class StreamedReader:
     @property
     def budget(self) -> int:
         """Bytes of streams that a pass may hold."""
-        return int(SHARE * available_memory())
+        return streams_budget()
 
     # prompts
 
@@ -175,7 +172,10 @@ class StreamedReader:
     def try_edits(
         self, budget: int, prompts: ValPrompts, ranked: Sequence[Candidate], given: Scored, left: Callable[[], float]
     ) -> list[Trial]:
-        fits = StreamedFits(self.streamed, ranked, self.out / STATE, self.out, given.directions, self.weights)
+        fits = StreamedFits(
+            lambda: self.streamed, ranked, self.budget, self.out / STATE,
+            self.out, given.directions, self.source.config, self.weights,
+        )  # fmt: skip
         trials = StreamedTrials(
             self.streamed, fits, self.budget, self.out / STATE,
             self.source, given.directions, ranked, given.readout, self.answers, given.journal,

@@ -1,0 +1,47 @@
+"""Open the fitted edits of a finished run: with the model whole in memory, or streamed block by block."""
+
+from __future__ import annotations
+
+from ...checkpoints.checkpoint import Checkpoint
+from ...core.errors import OrthogonalizeError
+from ...models.loading import FILLED, choose_device, choose_dtype, free_memory, load_model, weight_bytes
+from ...models.streaming.lanes import StreamedModel
+from ...models.streaming.weights import PartialModel
+from ..fits import Fits
+from ..run_folder import Run
+from ..stages import StageBook
+from .streamed_fits import STATE, StreamedFits, streams_budget
+
+
+def open_fits(run: Run, source: Checkpoint, device: str = "auto") -> Fits:
+    """The fitted edits of `source` by a run; the model is opened when one of them has to be fitted.
+
+    It is streamed if the run was made so, if `source` is not on this disk, or if it does not fit into memory.
+    """
+    assert run.folder is not None
+    weights = source.fingerprint()
+    if not _is_streamed(run, source, device):
+        return Fits(run.folder, run.directions, source.config, weights, lambda: load_model(source.path, device))
+    return StreamedFits(
+        lambda: StreamedModel(PartialModel(source, device)), run.candidates, streams_budget(), run.folder / STATE,
+        run.folder, run.directions, source.config, weights,
+    )  # fmt: skip
+
+
+def _is_streamed(run: Run, source: Checkpoint, device: str) -> bool:
+    if "quantization_config" in source.config:
+        return False
+    if source.remote_sizes or _was_streamed(run):
+        return True
+    dtype = choose_dtype(choose_device(device), source.config.get("dtype") or source.config.get("torch_dtype"))
+    return weight_bytes(list(source.tensors.values()), dtype) > FILLED * sum(free_memory(device))
+
+
+def _was_streamed(run: Run) -> bool:
+    """Whether the answers that edits are fitted to come from a streamed model."""
+    assert run.folder is not None
+    try:
+        answers = StageBook(run.folder).entries.get("answers")
+    except OrthogonalizeError:  # damaged, which only extract needs to know
+        return False
+    return answers is not None and answers.inputs.get("engine") == "stream"
