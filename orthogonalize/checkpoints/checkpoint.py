@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,16 +18,18 @@ import torch
 from ..core.errors import OrthogonalizeError
 from ..core.files import check_regular_files, is_inside
 from ..core.progress import Progress, track
-from .safetensors_file import DTYPES, RemoteFile, TensorFile, TensorInfo, open_tensor_file
-from .settings_files import read_json, read_settings
+from .known_files import DRAFTS, is_known, is_weight_name
+from .safetensors_file import DTYPES, EDITABLE, RemoteFile, TensorFile, TensorInfo, open_tensor_file
+from .settings_files import read_json, read_settings, stated_dtype
 
 HEADERS = 8  # weight files whose headers are read at a time
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECIPE = "orthogonalize.json"
 CARD = "README.md"
-# A copy of the same weights in another format would still have the behaviour that the edit removed.
-OTHER_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "consolidated*")
+LARGEST_CARD = 2**20  # bytes of a model card that are read
+HASHED_AT_ONCE = 4  # files
+SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".bpe")  # endings of files that change results
 UNFINISHED = (".*.partial", ".*.lock", ".*.journal")  # left by killed processes
 NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes", *UNFINISHED)
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
@@ -83,6 +86,19 @@ class Checkpoint:
         )
 
     @property
+    def dtype(self) -> str | None:
+        """The dtype that the model is meant to run in, as torch calls it: the configuration's, else the embedding's.
+
+        None if neither says.
+        """
+        named = stated_dtype(self.config)
+        if named is not None and isinstance(getattr(torch, named, None), torch.dtype):
+            return named
+        floats = [info for info in self.tensors.values() if info.dtype in EDITABLE and len(info.shape) == 2]
+        embedding = max(floats, key=lambda info: ("embed" in info.name, info.size), default=None)
+        return None if embedding is None else str(DTYPES[embedding.dtype]).removeprefix("torch.")
+
+    @property
     def weight_bytes(self) -> int:
         return sum(file.size for file in self.files.values())
 
@@ -92,12 +108,44 @@ class Checkpoint:
         return sorted((file.size for file in self.files.values() if file.remote is not None), reverse=True)
 
     def side_files(self) -> list[Path]:
-        """The files that an edit copies byte for byte, relative to the folder: all but weights and `private_files`."""
-        return [name for name in self._others() if not self._is_private(name) and not self._holds_weights(name)]
+        """The files that an edit copies byte for byte, relative to the folder (see `known_files`)."""
+        return [name for name in self._others() if not self._is_private(name) and self._belongs(name)]
 
     def private_files(self) -> list[Path]:
         """What an edit leaves behind: hidden files, training logs, and links that lead out of the folder."""
         return [name for name in self._others() if self._is_private(name)]
+
+    def left_out(self) -> list[Path]:
+        """What else an edit leaves behind: copies of the weights, and whatever is not known to belong to a model."""
+        return [name for name in self._others() if not self._is_private(name) and not self._belongs(name)]
+
+    @cached_property
+    def _card(self) -> str:
+        """The text of the model card; empty without one that can be read."""
+        file = self.path / CARD
+        readable = file.is_file() and self._is_inside(Path(CARD)) and file.stat().st_size <= LARGEST_CARD
+        return file.read_text("utf-8", errors="replace") if readable else ""
+
+    def _belongs(self, name: Path) -> bool:
+        """Whether a file is one that an edited copy of the model has as well."""
+        if _matches(name, DRAFTS):
+            return not self._repeats_weights(name)
+        return is_known(name, self._card)
+
+    def _repeats_weights(self, name: Path) -> bool:
+        """Whether a file of tensors has the name or the bytes of a weight of this model."""
+        other = open_tensor_file(self.path / name)
+        if other.tensors.keys() & self.tensors.keys():
+            return True
+        sizes: dict[int, list[str]] = {info.size: [] for info in other.tensors.values() if info.size}
+        for tensor, info in self.tensors.items():
+            if info.size in sizes:
+                sizes[info.size].append(tensor)
+        return any(
+            all(a == b for a, b in zip(other.chunks(mine), self.file_of(known).chunks(known), strict=True))
+            for mine, info in other.tensors.items()
+            for known in sizes.get(info.size, ())
+        )
 
     def _others(self) -> list[Path]:
         known = {*self.files, INDEX, "config.json"}
@@ -117,27 +165,32 @@ class Checkpoint:
             raise OrthogonalizeError(f"{self.path / name} is a link that leads out of its folder; remove it")
 
     def _is_inside(self, name: Path) -> bool:
-        here = self.path.resolve()
-        blobs = here.parent.parent / "blobs"  # of a snapshot in the Hub's cache
-        return is_inside(self.path / name, here, *([blobs] if here.parent.name == "snapshots" else []))
-
-    def left_out(self) -> list[Path]:
-        """Copies of the weights in other formats, which must not be copied into an edited checkpoint."""
-        others = (name for name in walk(self.path) if str(name) not in self.files)
-        return [name for name in others if not self._is_private(name) and self._holds_weights(name)]
-
-    def _holds_weights(self, name: Path) -> bool:
-        """Whether a file duplicates weights of this model; auxiliary tensors under other names do not count."""
-        if _matches(name, OTHER_WEIGHTS):
-            return True
-        if name.suffix != ".safetensors":
-            return False
-        return bool(open_tensor_file(self.path / name).tensors.keys() & self.tensors.keys())
+        return _stays_inside(self.path, name)
 
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of every weight file, by file name; of a remote file, what its server says."""
         with track("fingerprint of the weights", self.weight_bytes, "bytes") as advance:
-            return {name: _sha256(file, advance) for name, file in sorted(self.files.items())}
+            lock = threading.Lock()
+
+            def counted(size: int) -> None:
+                with lock:
+                    advance(size)
+
+            def hashed(name: str) -> str:
+                file = self.files[name]
+                if file.remote is None:
+                    return _sha256(file.path, counted)
+                counted(file.size)
+                return file.remote.sha256
+
+            names = sorted(self.files)
+            with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+                return dict(zip(names, pool.map(hashed, names), strict=True))
+
+    def settings_fingerprint(self) -> dict[str, str]:
+        """SHA-256 of every other file that changes what the model computes or what its tokenizer does, by name."""
+        names = [name for name in self.side_files() if name.suffix in SETTINGS]
+        return {str(name): _sha256(self.path / name) for name in (Path("config.json"), *names)}
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -147,20 +200,55 @@ def walk(folder: Path) -> Iterator[Path]:
             yield path.relative_to(folder)
 
 
+def _stays_inside(folder: Path, name: Path) -> bool:
+    """Whether a file of `folder`, all links followed, lies in it or among the blobs of its cached repository."""
+    here = folder.resolve()
+    blobs = here.parent.parent / "blobs"  # of a snapshot in the Hub's cache
+    return is_inside(folder / name, here, *([blobs] if here.parent.name == "snapshots" else []))
+
+
 def _matches(name: Path, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name.name, pattern) or fnmatch(str(name), pattern) for pattern in patterns)
 
 
-def _sha256(file: TensorFile, progress: Progress) -> str:
-    if file.remote is not None:
-        progress(file.size)
-        return file.remote.sha256
+def _sha256(path: Path, progress: Progress | None = None) -> str:
     digest = hashlib.sha256()
-    with file.path.open("rb") as opened:
+    with path.open("rb") as opened:
         while chunk := opened.read(2**22):
             digest.update(chunk)
-            progress(len(chunk))
+            if progress is not None:
+                progress(len(chunk))
     return digest.hexdigest()
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, as an index says.
+
+    Raises:
+        OrthogonalizeError: it does not, or points outside its folder.
+    """
+    listed = read_json(index)
+    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
+    for name in weight_map.values():
+        if not isinstance(name, str):
+            raise OrthogonalizeError(f"{index} has a file name that is not a string; fetch it again")
+        if not is_weight_name(name):
+            raise OrthogonalizeError(
+                f"{index} points outside its folder ({name!r}); this checkpoint is not to be trusted"
+            )
+    return weight_map
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The names of the weight files of a model whose settings are in `folder`, whether or not they are there.
+
+    Raises:
+        OrthogonalizeError: its index is damaged.
+    """
+    index = folder / INDEX
+    return sorted(set(_weight_map(index).values())) if index.exists() else [SINGLE]
 
 
 def _weight_files(folder: Path, remote: Mapping[str, RemoteFile]) -> tuple[dict[str, TensorFile], bool]:
@@ -181,18 +269,9 @@ def _weight_files(folder: Path, remote: Mapping[str, RemoteFile]) -> tuple[dict[
         raise OrthogonalizeError(
             f"{folder} has both {INDEX} and {SINGLE}, and loaders disagree on which to read; keep one"
         )
-    listed = read_json(index)
-    weight_map = listed.get("weight_map") if isinstance(listed, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise OrthogonalizeError(f"{index} has no weight_map; fetch it again")
-    if not all(isinstance(name, str) for name in weight_map.values()):
-        raise OrthogonalizeError(f"{index} has a file name that is not a string; fetch it again")
+    weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
-            raise OrthogonalizeError(
-                f"{index} points outside its folder ({name!r}); this checkpoint is not to be trusted"
-            )
         if not (folder / name).is_file() and name not in remote:
             raise OrthogonalizeError(f"{folder} lacks the shard {name}; fetch it again")
     files = _open_all(folder, names, remote)

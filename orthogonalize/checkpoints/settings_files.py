@@ -98,6 +98,30 @@ def _check_entry(path: Path, key: str, value: Any) -> None:
             _check_entry(path, key, inner)
 
 
+# Under which a wrapper has the configuration of its text model.
+TEXT_MODELS = ("text_config", "llm_config", "language_config", "thinker_config")
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+
+
+def stated(config: Mapping[str, Any], *keys: str) -> Iterator[Any]:
+    """The values of `keys` in a configuration and those of the text models that it wraps, the outermost first."""
+    yield from (config[key] for key in keys if config.get(key) is not None)
+    for name in TEXT_MODELS:
+        inner = config.get(name)
+        if isinstance(inner, dict):
+            yield from stated(inner, *keys)
+
+
+def stated_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that a configuration names, as torch calls it; None if it names none."""
+    return next((str(name).removeprefix("torch.") for name in stated(config, "dtype", "torch_dtype")), None)
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The maximum number of tokens that a configuration declares, if any."""
+    return next((n for n in stated(config, *CONTEXT) if type(n) is int), None)
+
+
 def code_keys(config: Mapping[str, Any]) -> list[str]:
     """The keys of `config` with which it chooses the code that runs the model."""
     return [key for key, value in config.items() if CODE.fullmatch(key) and value is not None]

@@ -133,6 +133,7 @@ def write_weights(
             raise
 
     def write_one(name: str) -> None:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         remote = source.files[name].remote
         here = dict(changes.additions) if name == home else {}
         with source.files[name].on_disk(target, check_going_on) as file:

@@ -110,7 +110,7 @@ def edit(
             raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
         note(f"editing: {resolved.choice.describe()}")
         note(f"taken from {resolved.taken_from}")
-        _note_private(source)
+        _note_left_behind(source)
         written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
         how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
         if settings.format == "lora":
@@ -135,14 +135,15 @@ def edit(
         return written
 
 
-def _note_private(source: Checkpoint) -> None:
-    """Name what stays behind because it may hold what is nobody else's business."""
-    private = [shown(name, 60) for name in source.private_files()]
-    if private:
-        more = f" and {len(private) - 8} more" if len(private) > 8 else ""
-        note(
-            f"not copied, being hidden files, training logs or links out of the folder: {', '.join(private[:8])}{more}"
-        )
+def _note_left_behind(source: Checkpoint) -> None:
+    """Name what is not copied: what may be nobody else's business, and what may hold the weights a second time."""
+    for names, why in (
+        (source.private_files(), "hidden files, training logs or links out of the folder"),
+        (source.left_out(), "copies of the weights, or not known to belong to a model"),
+    ):
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            note(f"not copied, being {why}: {', '.join(shown(name, 60) for name in names[:8])}{more}")
 
 
 def _note_relative(resolved: ResolvedEdit, written: Recipe) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.schema import architecture_of, remembered
+from ..checkpoints.settings_files import context_length
 from ..core.files import fingerprint, write_atomically
 from ..core.journal import Journal
 from ..core.locks import exclusive
@@ -36,7 +37,6 @@ from ..evals.measures.check import AnswerCheck
 from ..evals.measures.measured_prompts import measure_prompts, other_measures, read_phrases
 from ..evals.measures.registry import AUTO, check_measure
 from ..models.loading import choose_device, load_tokenizer
-from ..models.resolve import context_length
 from ..reports.run_plots import plot_run
 from ..selection.behaviour import MeasureInfo, keep_expected, load_readout, save_readout
 from ..selection.candidates import Candidate, explain_ranking, rank
@@ -81,6 +81,7 @@ class _Extraction:
             self.tokenizer, settings.system, settings.template_arguments, settings.chat_template, settings.thinking
         )
         self.chat.check_template()
+        self.encoded = fingerprint([self.chat.encode_all(texts) for texts in source.texts()])
         self.positions = tuple(self.chat.positions())
         self.engine, self.why = choose_engine(source, settings)
 
@@ -107,7 +108,9 @@ class _Extraction:
                 }
                 own: dict[str, Any] = {
                     "weights": self.weights,
-                    "tokens": self.chat.encode("Why?"),  # changes with the template and the tokenizer
+                    "model's other files": self.source.checkpoint.settings_fingerprint(),
+                    "versions": package_versions(),
+                    "tokens": self.encoded,
                     **{side: fingerprint(rows) for side, rows in texts.items()},
                     **{name: getattr(s, name) for name in ("seed", "train", "val", "test", "system")},
                     "spare": self._spare,
@@ -172,9 +175,10 @@ class _Extraction:
         """Split the prompts, learn the behaviour tokens, keep the prompts on which the model behaves as expected."""
         s = self.settings
         counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
-        fitting = drop_too_long(self.source.prompts, self.chat.encode, context_length(self.source.checkpoint.config))
+        context = context_length(self.source.checkpoint.config)
+        fitting = drop_too_long(self.source.prompts, self.chat.encode, context, self.source.files)
         prompts = [p for each in fitting.values() for p in split_prompts(each, s.seed, **counts)]
-        sources = self.source.preserved.items()
+        sources = drop_too_long(self.source.preserved, self.chat.encode, context, self.source.files).items()
         preserved = [p for name, each in sources for p in split_preserved(name, each, s.seed, s.train, s.val, s.test)]
         journal = Journal(self.out / ".prompts.journal", self.inputs("prompts"))
         measured, prompts = measure_prompts(self.reader, self.tokenizer, self.chat, prompts, s, journal, preserved)

@@ -12,7 +12,7 @@ from ..core.progress import note, track
 from ..edits.adapter import CONFIG, WEIGHTS, adapter_config, is_adapter, merge_plan
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
-from ..models.resolve import cached, file_states, find_model, folder_state
+from ..models.resolve import cached, file_hash, find_model, folder_state
 from .edit import edit
 
 
@@ -64,7 +64,7 @@ def checkpoint_of(checkpoint: Path | str, base: Path | str | None = None) -> Pat
         return folder
     recipe = load_recipe(folder) if (folder / RECIPE).is_file() else None
     named = str(base or (recipe.base.model if recipe else _base_of(folder, None)))
-    state = fingerprint([file_states([folder / CONFIG, folder / WEIGHTS]), folder_state(find_model(named))])
+    state = fingerprint([*map(file_hash, (folder / CONFIG, folder / WEIGHTS)), folder_state(find_model(named))])
     merged = cached(f"merged-{state[:16]}", lambda out: merge(folder, out, base=named))
     note(f"{folder} is an adapter; merged into its base in {merged}")
     return merged

@@ -8,7 +8,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.checkpoint import CARD, INDEX, OTHER_WEIGHTS, RECIPE, open_checkpoint, walk
+from ..checkpoints.checkpoint import CARD, INDEX, RECIPE, open_checkpoint, walk
 from ..core.errors import OrthogonalizeError, first_line, shown
 from ..core.progress import note
 from ..core.temporary_folders import temporary_folder
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 PUBLISHED = (RECIPE, CARD, "report.json", "report.html")  # beside the files that a recipe lists
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", *OTHER_WEIGHTS)
+# What loaders could take for the model's weights, by its ending; on the Hub only.
+WEIGHTS = tuple(
+    f"*{ending}"
+    for ending in (
+        *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pth", ".pt", ".ckpt", ".h5", ".ot"),
+        *(".msgpack", ".gguf", ".GGUF", ".onnx", ".onnx_data", ".tflite", ".npz", ".pkl", ".distcp", ".nemo"),
+    )
+)
 
 
 def _stage(folder: Path, report: Path | None, stage: Path) -> None:

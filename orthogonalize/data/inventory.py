@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, shown
 from .prompts import MINIMUM, LoadedPrompts, Prompt, Side, Split
 from .refusals import LEAST_TOKENS
 
+Name = TypeVar("Name", bound=str)  # of a side, or of a preserved set
 DRAWN: tuple[Split, ...] = ("train", "val", "test")
 
 
 def drop_too_long(
-    sides: Mapping[Side, Sequence[Prompt]], encode: Callable[[str], Sequence[int]], context: int | None
-) -> dict[Side, list[Prompt]]:
+    sides: Mapping[Name, Sequence[Prompt]],
+    encode: Callable[[str], Sequence[int]],
+    context: int | None,
+    files: Collection[str] = (),
+) -> dict[Name, list[Prompt]]:
     """The prompts of each side that leave room for an answer in the model's `context`, in tokens; None keeps all.
 
     Only texts that could be too long are encoded: a text has at most one token per byte, besides its template.
 
+    Args:
+        files: the sides that are read from a file of the user's own. Who wrote it can shorten a prompt, so one that is
+            too long is named; public sets are taken as they are, without it.
+
     Raises:
-        OrthogonalizeError: too few are left.
+        OrthogonalizeError: too few are left, or a prompt of `files` is too long.
     """
     if context is None:
         return {side: list(prompts) for side, prompts in sides.items()}
     limit = max(context - LEAST_TOKENS, context // 2)
     template = len(encode("a"))
-    fitting = {}
+    fitting: dict[Name, list[Prompt]] = {}
     for side, prompts in sides.items():
-        kept = [p for p in prompts if len(p.text.encode()) + template <= limit or len(encode(p.text)) <= limit]
+        kept = []
+        for p in prompts:
+            length = len(p.text.encode()) + template
+            length = len(encode(p.text)) if length > limit else length
+            if length <= limit:
+                kept.append(p)
+            elif side in files:
+                raise OrthogonalizeError(
+                    f"the {side} prompt {shown(p.text, 40)!r} has {length} tokens, and the model's context of "
+                    f"{context} leaves {limit} beside an answer; shorten it or leave it out"
+                )
         if len(kept) < MINIMUM <= len(prompts):
             raise OrthogonalizeError(
                 f"{len(prompts) - len(kept)} of {len(prompts)} {side} prompts are longer than {limit} tokens, which is "

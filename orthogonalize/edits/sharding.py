@@ -110,6 +110,7 @@ def assemble(plan: CheckpointPlan, share: Share, out: Path, partial: Path, link:
         whole.base.weights |= recipe.base.weights
         whole.weights |= recipe.weights
         for name in recipe.weights:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(folder / name, partial / name)
     whole.tensors = sorted((t for recipe in recipes for t in recipe.tensors), key=lambda t: t.name)
     missing = sorted(plan.source.files.keys() - whole.weights.keys())

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import torch
 
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import InPlaceError, OrthogonalizeError
 from ..core.progress import track
 from ..core.temporary_folders import temporary_folder
@@ -55,14 +55,14 @@ def set_environment(on_cpu: bool, parallel: bool = False) -> None:
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
-def dtype_for(config: Mapping[str, Any], on_cpu: bool) -> str:
-    """The dtype to run a model of this config.json in: as stored, where vLLM would run float32 in bfloat16.
+def dtype_for(checkpoint: Checkpoint, on_cpu: bool) -> str:
+    """The dtype to run a model in: as stored, where vLLM would run float32 in bfloat16.
 
     A CPU without bfloat16 instructions runs bfloat16 checkpoints in float32, which is ten times as fast there, as the
     engine of transformers does; quantized ones stay as vLLM has them.
     """
-    stored = str(config.get("dtype") or config.get("torch_dtype") or "auto")
-    if on_cpu and stored == "bfloat16" and "quantization_config" not in config:
+    stored = checkpoint.dtype or "auto"
+    if on_cpu and stored == "bfloat16" and "quantization_config" not in checkpoint.config:
         return str(choose_dtype(torch.device("cpu"), stored)).removeprefix("torch.")
     return stored
 
@@ -120,7 +120,7 @@ class VllmEngine:
             from vllm import LLM
 
         arguments: dict[str, Any] = {
-            "dtype": dtype_for(open_checkpoint(self.folder).config, on_cpu),
+            "dtype": dtype_for(open_checkpoint(self.folder), on_cpu),
             "max_logprobs": LIKELIEST,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.settings_files import context_length
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
@@ -17,7 +18,7 @@ from ..data.prompts import Source, Split
 from ..engines.base import Engine, EngineOptions
 from ..engines.registry import ENGINES, check_engine, engine_state, open_engine
 from ..models.loading import load_tokenizer
-from ..models.resolve import context_length, folder_state, public_name
+from ..models.resolve import folder_state, public_name
 from ..selection.run_folder import Run
 from .choosing import choosing_suites, why_nothing_is_chosen
 from .judges.measured_answers import Judgements, add_behaviour, add_judgements, ask_judges, judges_for

@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..checkpoints.safetensors_file import open_tensor_file
+from ..checkpoints.checkpoint import CARD, INDEX, Checkpoint, open_checkpoint, weight_names
+from ..checkpoints.known_files import DOWNLOADED, DRAFTS
 from ..core.errors import OrthogonalizeError, first_line
 
-# The files of a checkpoint that are downloaded; weights in other formats are not.
-HUB_PATTERNS = [
-    *("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"),
-    *("LICENSE*", "NOTICE*", "README.md"),
-]
-WEIGHTS = "*.safetensors"
+# What is downloaded beside the weights, which the index names.
+HUB_PATTERNS = (*DOWNLOADED, *DRAFTS, CARD, INDEX)
 RETRIES = 5  # of a connection that brings nothing, in a row
 WAIT = 1.0  # seconds before the first of them; each later one waits that much longer
 
@@ -117,7 +113,17 @@ class HubFile:
         )
 
 
-def download_model(model: str, revision: str | None, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
+def download_model(model: str, revision: str | None) -> Path:
+    """The folder in the Hub's cache with a model: what is known to belong to it, and the weights that its index names.
+
+    Raises:
+        OrthogonalizeError: there is no such model, or it cannot be downloaded.
+    """
+    folder = _download(model, revision, HUB_PATTERNS)
+    return _download(model, folder.name, [escape(name) for name in weight_names(folder)])
+
+
+def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The folder in the Hub's cache with the files of a model that match `patterns`, downloaded where they are missing.
 
     Raises:
@@ -153,27 +159,22 @@ def open_on_hub(model: str, revision: str | None) -> Checkpoint:
     Raises:
         OrthogonalizeError: there is no such model, or it is not a valid safetensors checkpoint.
     """
-    folder = download_model(model, revision, [pattern for pattern in HUB_PATTERNS if pattern != WEIGHTS])
-    remote = {name: file for name, file in _weights_on_hub(model, folder.name).items() if not _is_here(folder, name)}
-    small = [name for name, file in remote.items() if not file.sha256]  # in git itself, so their hashes are git's
+    folder = _download(model, revision, HUB_PATTERNS)
+    remote = _missing(model, folder)
+    small = [escape(name) for name, file in remote.items() if not file.sha256]  # in git itself, with git's hashes
     if small:
-        download_model(model, folder.name, small)
-    remote = {name: file for name, file in remote.items() if name not in small}
-    checkpoint = open_checkpoint(folder, {name: file for name, file in remote.items() if "/" not in name})
-    others = [name for name in remote if name not in checkpoint.files]
-    tensors = checkpoint.tensors.keys()
-    missing = [n for n in others if not open_tensor_file(folder / n, remote[n]).tensors.keys() & tensors]
-    if missing:  # they belong to the model, and are no second copy of its weights
-        download_model(model, folder.name, missing)
-    return checkpoint
+        _download(model, folder.name, small)
+    return open_checkpoint(folder, {name: file for name, file in remote.items() if file.sha256})
 
 
-def _is_here(folder: Path, name: str) -> bool:
-    return (folder / name).is_file()
+def _missing(model: str, folder: Path) -> dict[str, HubFile]:
+    """The weight files of a model on the Hub that are not in its `folder` in the Hub's cache, by name."""
+    names = [name for name in weight_names(folder) if not (folder / name).is_file()]
+    return _files_on_hub(model, folder.name, names) if names else {}
 
 
-def _weights_on_hub(model: str, commit: str) -> dict[str, HubFile]:
-    """The safetensors files of a model on the Hub by name; the `sha256` of those in git itself is empty."""
+def _files_on_hub(model: str, commit: str, names: Collection[str]) -> dict[str, HubFile]:
+    """The files `names` of a model on the Hub, by name; the `sha256` of those in git itself is empty."""
     from huggingface_hub import HfApi
 
     try:
@@ -183,7 +184,7 @@ def _weights_on_hub(model: str, commit: str) -> dict[str, HubFile]:
     return {
         file.rfilename: HubFile(model, commit, file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else "")
         for file in info.siblings or ()
-        if fnmatch(file.rfilename, WEIGHTS)
+        if file.rfilename in names
     }
 
 
@@ -193,5 +194,4 @@ def missing_bytes(model: str, revision: str | None) -> int:
     Raises:
         OrthogonalizeError: see `open_on_hub`.
     """
-    folder = download_model(model, revision, ["config.json"])
-    return sum(file.size for name, file in _weights_on_hub(model, folder.name).items() if not _is_here(folder, name))
+    return sum(file.size for file in _missing(model, _download(model, revision, HUB_PATTERNS)).values())

@@ -29,11 +29,15 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_dtype(device: torch.device, stored: Any) -> torch.dtype:
-    """The dtype to run in: as stored on a GPU; on a CPU bfloat16 only if it has instructions for it, else float32."""
-    dtype = getattr(torch, str(stored).removeprefix("torch."), torch.float32)
+def choose_dtype(device: torch.device, stored: str | None) -> torch.dtype:
+    """The dtype to run in, given the `stored` one (see `Checkpoint.dtype`).
+
+    On a GPU the stored one, bfloat16 if unknown; on a CPU bfloat16 only if it has instructions for it, else float32.
+    """
+    found = getattr(torch, str(stored).removeprefix("torch."), None)
+    dtype = found if isinstance(found, torch.dtype) else torch.bfloat16
     if device.type != "cpu":
-        return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        return dtype
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast and dtype == torch.bfloat16 else torch.float32
 
@@ -119,7 +123,7 @@ def load_model(
     # If transformers has its own class, that is used; code in the folder is for older versions.
     if config.get("auto_map") and not trust_remote_code and config.get("model_type") not in CONFIG_MAPPING:
         raise OrthogonalizeError(f"{folder} contains code of its own, which is only run by extract --trust-remote-code")
-    chosen = dtype or choose_dtype(place, config.get("dtype") or config.get("torch_dtype"))
+    chosen = dtype or choose_dtype(place, checkpoint.dtype)
     spread = is_spread(device, weight_bytes(list(checkpoint.tensors.values()), chosen))
     try:
         loader = model_class(folder, trust_remote_code)

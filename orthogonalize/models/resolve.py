@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError
+from ..core.files import fingerprint
 from ..core.locks import locked
 from ..core.progress import note
 from .gguf import convert_gguf
 from .hub_files import download_model, missing_bytes, open_on_hub
 
-SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # files that change what a checkpoint computes
+CONVERTERS = ("orthogonalize", "transformers", "gguf")  # packages whose versions change what a .gguf file becomes
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
@@ -69,8 +72,9 @@ def find_model(model: str, revision: str | None = None) -> Path:
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise OrthogonalizeError(f"no such file: {model}")
-        stat = path.stat()
-        folder = cached(f"{path.stem}-{stat.st_size:x}-{stat.st_mtime_ns:x}", partial(convert_gguf, path))
+        versions = [version(name) for name in CONVERTERS]
+        content = fingerprint([file_hash(path), versions])
+        folder = cached(f"{path.stem}-{content[:16]}", partial(convert_gguf, path))
     elif is_hub_id(model):
         folder = download_model(model, revision)
     else:
@@ -111,23 +115,23 @@ def _has_room(model: str, revision: str | None) -> bool:
     return False
 
 
-def context_length(config: Mapping[str, Any]) -> int | None:
-    """The maximum number of tokens that a model's configuration declares, if any."""
-    text = config.get("text_config") or {}
-    found = [c.get(key) for c in (config, text) for key in ("max_position_embeddings", "n_positions")]
-    return next((n for n in found if isinstance(n, int)), None)
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def file_states(files: Iterable[Path]) -> list[Any]:
-    """Path, size and modification time of each file."""
-    found = [(file.resolve(), file.stat()) for file in files]
-    return [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found]
-
-
-def folder_state(folder: Path) -> list[Any]:
-    """A state that changes whenever a checkpoint's weights, tokenizer or settings do, without reading the files.
+def folder_state(folder: Path) -> str:
+    """A state that changes whenever the content of a checkpoint's weights, tokenizer or settings does.
 
     The recipe does not count, since `verify` updates it.
     """
-    weights = [file.path for _, file in sorted(open_checkpoint(folder).files.items())]
-    return file_states(weights + sorted(f for f in folder.iterdir() if f.suffix in SETTINGS and f.name != RECIPE))
+    opened = open_checkpoint(folder)
+    stats = [file.path.stat() for file in opened.files.values()]
+    now = (folder.resolve(), *((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats))
+    if now not in _weights_read:  # in this process
+        _weights_read[now] = opened.fingerprint()
+    return fingerprint([_weights_read[now], opened.settings_fingerprint()])
+
+
+_weights_read: dict[tuple[Any, ...], dict[str, str]] = {}

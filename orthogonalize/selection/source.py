@@ -41,6 +41,7 @@ class RunSource:
         sensitive: the sides that are.
         preserved: prompts on which outputs should not move, by their source.
         sensitive_preserved: the sources of these that are sensitive.
+        files: the sides, and the preserved sources, that are read from a file of the user's own.
     """
 
     concept: str | None
@@ -53,6 +54,11 @@ class RunSource:
     sensitive: list[Side]
     preserved: Mapping[str, list[Prompt]]
     sensitive_preserved: list[str]
+    files: frozenset[str] = frozenset()
+
+    def texts(self) -> list[list[str]]:
+        """The texts of every set of prompts."""
+        return [[p.text for p in prompts] for prompts in (*self.prompts.values(), *self.preserved.values())]
 
 
 def read_source(
@@ -103,7 +109,12 @@ def read_source(
         list(prompts) if settings.sensitive else sensitive,
         preserved,
         [name for name in preserved if settings.sensitive or is_sensitive(name)],
+        frozenset(side for side, each in given.items() if _is_file(each)) | {n for n in preserved if _is_file(n)},
     )
+
+
+def _is_file(source: Source | None) -> bool:
+    return isinstance(source, str | Path) and not is_public(source) and Path(source).is_file()
 
 
 def _behaviour_name(concept_name: str | None, positive: Source | None) -> str | None:

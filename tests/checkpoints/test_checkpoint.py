@@ -290,20 +290,6 @@ def test_force_spares_inputs_and_other_kinds_of_output(tmp_path):
         check_free(edited, EDITED, force=True, inputs=[edited])
 
 
-def test_duplicate_weights_are_left_out_and_auxiliary_ones_kept(base, basis, tmp_path):
-    """A second copy of the weights would still hold what was edited out; `mtp.safetensors` holds no copy."""
-    from safetensors.torch import save_file
-
-    save_file(load_file(base / "model.safetensors"), base / "model.fp16.safetensors")
-    save_file({"mtp.0.weight": torch.ones(3)}, base / "mtp.safetensors")
-    source = open_checkpoint(base)
-    assert [str(f) for f in source.left_out()] == ["model.fp16.safetensors"]
-    (tmp_path / "edited").mkdir()
-    bake(source, some_edit(basis)).write(tmp_path / "edited")
-    assert not (tmp_path / "edited" / "model.fp16.safetensors").exists()
-    assert (tmp_path / "edited" / "mtp.safetensors").read_bytes() == (base / "mtp.safetensors").read_bytes()
-
-
 def test_folder_that_loaders_would_read_differently_is_refused(tmp_path):
     """One that also holds model.safetensors beside shards, and one with an adapter that is not merged."""
     sharded = store(tiny_llama(), tmp_path / "sharded", shards=2)

@@ -91,8 +91,8 @@ def test_a_journal_that_is_a_link_is_dropped(secret, tmp_path):
 
 def test_private_files_stay_behind_and_are_named(base, direction, secret, tmp_path, monkeypatch):
     (base / "notes.txt").symlink_to(secret)
-    (base / "real.txt").write_text("mine")
-    (base / "linked.txt").symlink_to("real.txt")
+    (base / "NOTICE.txt").write_text("mine")
+    (base / "COPYING").symlink_to("NOTICE.txt")
     for name in (".env", "wandb/run.log", ".ssh/id_rsa", "trainer_state.json", "optimizer.pt", "runs/events.out.x"):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text("secret")
@@ -101,7 +101,7 @@ def test_private_files_stay_behind_and_are_named(base, direction, secret, tmp_pa
     edit(str(base), tmp_path / "out", direction=direction, scope="layers:0")
     written = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert not [file for file in written if b"secret" in file.read_bytes()]
-    assert (tmp_path / "out" / "linked.txt").read_text() == "mine"
+    assert (tmp_path / "out" / "COPYING").read_text() == "mine"
     assert any("notes.txt" in line and ".env" in line and "links out of the folder" in line for line in said)
     recipe = load_recipe(tmp_path / "out")
     listed = {*recipe.weights, *recipe.files, "README.md", "orthogonalize.json"}
@@ -114,11 +114,11 @@ def test_links_into_the_blobs_of_the_hub_cache_are_followed(base, tmp_path):
     base.rename(snapshot)
     blobs.mkdir()
     (blobs / "1").write_text("text")
-    (snapshot / "notes.txt").symlink_to("../../blobs/1")
-    assert Path("notes.txt") in open_checkpoint(snapshot).side_files()
+    (snapshot / "merges.txt").symlink_to("../../blobs/1")
+    assert Path("merges.txt") in open_checkpoint(snapshot).side_files()
     blobs.rename(tmp_path / "elsewhere")
     blobs.symlink_to(tmp_path / "elsewhere")
-    assert Path("notes.txt") in open_checkpoint(snapshot).private_files()
+    assert Path("merges.txt") in open_checkpoint(snapshot).private_files()
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -55,13 +55,19 @@ class Cache(NamedTuple):
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Cache:
     source = store(tiny_llama(tie_word_embeddings=True), tmp_path / "source", torch.bfloat16, shards=4)
-    (source / "extra").mkdir()
-    (source / "extra" / "vocabulary.json").write_bytes(b" " * (10 * 2**20 + 1))  # stored outside git on the Hub
+    (source / "additional_chat_templates").mkdir()
+    large = source / "additional_chat_templates" / "large.jinja"
+    large.write_bytes(b" " * (10 * 2**20 + 1))  # stored outside git on the Hub
     files = {str(f.relative_to(source)): f.read_bytes() for f in source.rglob("*") if f.is_file()}
     folder = tmp_path / "home" / "hub"
     with Hub(TOKEN) as hub:
         hub.state.repositories["some/model"] = Repository(False, files)
-        options = {"endpoint": hub.url, "cache_dir": folder, "token": TOKEN, "allow_patterns": HUB_PATTERNS}
+        options = {
+            "endpoint": hub.url,
+            "cache_dir": folder,
+            "token": TOKEN,
+            "allow_patterns": [*HUB_PATTERNS, "*.safetensors"],
+        }
         snapshot = Path(snapshot_download("some/model", **options))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

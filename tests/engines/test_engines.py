@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from helpers.chat import tiny_tokenizer
 from helpers.llama import store, tiny_llama
 
-from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.core.errors import InPlaceError, OrthogonalizeError
 from orthogonalize.engines.base import EngineOptions
@@ -299,8 +299,13 @@ def test_a_cpu_without_bfloat16_runs_in_float32(fast, expected, monkeypatch):
     """On a GPU, and where the checkpoint is quantized or not in bfloat16, the stored dtype is kept."""
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: fast)
-    assert dtype_for({"dtype": "bfloat16"}, on_cpu=True) == expected
-    assert dtype_for({"dtype": "bfloat16"}, on_cpu=False) == "bfloat16"
-    assert dtype_for({"dtype": "bfloat16", "quantization_config": {}}, on_cpu=True) == "bfloat16"
-    assert dtype_for({"torch_dtype": "float32"}, on_cpu=True) == "float32"
-    assert dtype_for({}, on_cpu=True) == "auto"
+
+    def chosen(on_cpu: bool, **config: object) -> str:
+        return dtype_for(Checkpoint(Path(), config, {}, indexed=False), on_cpu)
+
+    assert chosen(on_cpu=True, dtype="bfloat16") == expected
+    assert chosen(on_cpu=True, text_config={"dtype": "bfloat16"}) == expected
+    assert chosen(on_cpu=False, dtype="bfloat16") == "bfloat16"
+    assert chosen(on_cpu=True, dtype="bfloat16", quantization_config={}) == "bfloat16"
+    assert chosen(on_cpu=True, torch_dtype="float32") == "float32"
+    assert chosen(on_cpu=True) == "auto"

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,8 +254,13 @@ def test_folder_state_covers_every_file_that_affects_results(model, tmp_path):
         (copied / "report").mkdir()
         (copied / "orthogonalize.json").write_text("{}")
         assert folder_state(copied) == before
-        os.utime(copied / name, ns=(1, 1))
-        assert folder_state(copied) != before
+        os.utime(copied / name, ns=(1, 1))  # the content counts, not the time
+        assert folder_state(copied) == before
+        content, stat = (copied / name).read_bytes(), (copied / name).stat()
+        swapped = {".json": (b"true", b"null")}.get(Path(name).suffix, (content[-4:], bytes(4)))
+        (copied / name).write_bytes(content.replace(*swapped) if swapped[0] in content else content + b" ")
+        os.utime(copied / name, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert folder_state(copied) != before, name
 
 
 def test_results_of_an_untrusted_engine_are_discarded(model, edited, run, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoints.checkpoint import open_checkpoint
+from ...checkpoints.settings_files import context_length
 from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint
 from ...core.journal import Journal
@@ -15,7 +16,7 @@ from ...core.progress import note
 from ...engines.base import EngineOptions
 from ...engines.registry import engine_state, open_engine
 from ...models.loading import check_complete, load_tokenizer
-from ...models.resolve import context_length, find_model, folder_state
+from ...models.resolve import find_model, folder_state
 from ..metrics import Series, yes_no_series
 from ..resumable import ResumableEngine
 from .base import Judgement, ModelJudge

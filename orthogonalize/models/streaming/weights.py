@@ -62,7 +62,7 @@ class PartialModel:
                 f"{checkpoint.path} is quantized, and its blocks cannot be loaded one at a time; use --engine hf"
             )
         self.device = choose_device(device)
-        self.dtype = dtype or choose_dtype(self.device, config.get("dtype") or config.get("torch_dtype"))
+        self.dtype = dtype or choose_dtype(self.device, self.checkpoint.dtype)
         self.model = load_on_meta(checkpoint.path, self.checkpoint.tensors, self.dtype)
         self.stream = Stream.of(self.model)
         self._sites = Sites(architecture_of(config), config, self.checkpoint.tensors)

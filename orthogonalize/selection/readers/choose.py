@@ -25,7 +25,7 @@ def choose_engine(source: RunSource, settings: Settings) -> tuple[str, str]:
     if "quantization_config" in config or (config.get("auto_map") and settings.trust_remote_code):
         return "hf", "since only that runs quantized models and code from the model's repository"
     device = choose_device(settings.device)
-    dtype = settings.dtype or choose_dtype(device, config.get("dtype") or config.get("torch_dtype"))
+    dtype = settings.dtype or choose_dtype(device, source.checkpoint.dtype)
     needed = weight_bytes(list(source.checkpoint.tensors.values()), dtype)
     spread = is_spread(settings.device, needed)
     free = sum(free_memory(settings.device)) if spread else free_memory(settings.device)[0]
