@@ -175,12 +175,12 @@ def test_bytes_that_are_damaged_on_the_way_are_noticed(base):
 
 
 def test_further_weights_are_fetched_and_second_copies_are_not(base, tmp_path):
-    save_file({"adapter": torch.ones(3)}, tmp_path / "extra.safetensors")
-    base.repository.files["extra.safetensors"] = (tmp_path / "extra.safetensors").read_bytes()
+    save_file({"adapter": torch.ones(3)}, tmp_path / "mtp.safetensors")
+    base.repository.files["mtp.safetensors"] = (tmp_path / "mtp.safetensors").read_bytes()
     first = next(iter(base.shards))
     base.repository.files["original/copy.safetensors"] = base.repository.files[first]
     base.edit("some/model", base.root / "edited", download=False)
-    assert (base.root / "edited" / "extra.safetensors").read_bytes() == base.repository.files["extra.safetensors"]
+    assert (base.root / "edited" / "mtp.safetensors").read_bytes() == base.repository.files["mtp.safetensors"]
     assert not (base.root / "edited" / "original").exists()
 
 
