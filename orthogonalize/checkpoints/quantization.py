@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,11 @@ import torch
 from ..core.errors import OrthogonalizeError
 from .checkpoint import Checkpoint
 from .rounding.base import GRIDS, Scales
-from .safetensors_file import DTYPES, EDITABLE
+from .safetensors_file import DTYPES, EDITABLE, TensorInfo, row_blocks
 from .tensor_edit import TensorEdit
 
 FP8 = "F8_E4M3"
+INDICES = ("I64", "BOOL")  # of positions and masks, which nothing quantises
 SCALES = ("_scale_inv", "_scale")  # suffixes of the weight's name
 VECTORS = 2048  # processed at a time
 LARGEST = GRIDS[DTYPES[FP8]].largest
@@ -119,6 +121,43 @@ def dequantize(source: Checkpoint, name: str) -> torch.Tensor:
         return stored
     rows, columns = (torch.arange(n) // every for n, every in zip(stored.shape, scales.every, strict=True))
     return stored.double() * torch.from_numpy(scales.values).double()[rows][:, columns]
+
+
+def unquantized_tensors(source: Checkpoint, dtype: torch.dtype) -> dict[str, TensorInfo]:
+    """The tensors of a checkpoint as `read_unquantized` gives them: FP8 weights in `dtype`, and no scales.
+
+    Raises:
+        OrthogonalizeError: one is stored in another quantised format.
+    """
+    if "quantization_config" not in source.config:
+        return source.tensors
+    scales = {scale_name(source, name) for name, info in source.tensors.items() if info.dtype == FP8}
+    found = {}
+    for name, info in source.tensors.items():
+        if name in scales:
+            continue
+        packed = next((what for suffix, what in PACKED.items() if name.endswith(suffix)), None)
+        if packed is not None or info.dtype not in (*EDITABLE, *INDICES, FP8):
+            raise OrthogonalizeError(f"{name} is stored as {packed or info.dtype}, which cannot be dequantised here")
+        if info.dtype == FP8:
+            if read_scales(source, name, 0) is None:
+                raise OrthogonalizeError(f"{name} is stored as {FP8} without scales, which cannot be dequantised here")
+            info = replace(info, dtype=next(key for key, value in DTYPES.items() if value == dtype))
+        found[name] = info
+    return found
+
+
+def read_unquantized(source: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Tensor `name` as stored; or, if it is FP8, its numbers times their scales, computed in float32, in `dtype`."""
+    stored, scales = source.read(name), read_scales(source, name, 0)
+    if scales is None:
+        return stored
+    table = torch.from_numpy(scales.values)
+    rows, columns = (torch.arange(n) // every for n, every in zip(stored.shape, scales.every, strict=True))
+    result = torch.empty(stored.shape, dtype=dtype)
+    for first, last in row_blocks(stored.shape):
+        result[first:last] = stored[first:last].float() * table[rows[first:last]][:, columns]
+    return result
 
 
 def _blocks(config: Mapping[str, Any]) -> tuple[int | None, int | None]:

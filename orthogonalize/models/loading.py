@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.checkpoint import open_checkpoint
+from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.safetensors_file import DTYPES, TensorInfo
 from ..checkpoints.settings_files import check_tokenizer_files
 from ..core.errors import OrthogonalizeError, first_line, ran_out_of_memory
@@ -45,6 +45,13 @@ def choose_dtype(device: torch.device, stored: str | None) -> torch.dtype:
 def weight_bytes(tensors: Sequence[TensorInfo], dtype: torch.dtype) -> int:
     """The size of `tensors` in memory when computed in `dtype`."""
     return sum(math.prod(info.shape) * dtype.itemsize for info in tensors)
+
+
+def resident_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
+    """The size of a model's weights in memory; on a GPU, quantised ones are kept as they are stored."""
+    if "quantization_config" in checkpoint.config and device.type != "cpu":
+        return checkpoint.weight_bytes
+    return weight_bytes(list(checkpoint.tensors.values()), dtype)
 
 
 def free_memory(device: str) -> list[int]:
@@ -124,7 +131,7 @@ def load_model(
     if config.get("auto_map") and not trust_remote_code and config.get("model_type") not in CONFIG_MAPPING:
         raise OrthogonalizeError(f"{folder} contains code of its own, which is only run by extract --trust-remote-code")
     chosen = dtype or choose_dtype(place, checkpoint.dtype)
-    spread = is_spread(device, weight_bytes(list(checkpoint.tensors.values()), chosen))
+    spread = is_spread(device, resident_bytes(checkpoint, place, chosen))
     try:
         loader = model_class(folder, trust_remote_code)
         model, found = loader.from_pretrained(
@@ -164,12 +171,14 @@ def check_on_gpus(folder: Path, places: Mapping[str, int | str | torch.device]) 
 def load_on_meta(folder: Path, tensors: Mapping[str, TensorInfo], dtype: torch.dtype) -> Any:
     """The transformers model of a checkpoint without any values: all of its tensors are on the meta device.
 
-    Nothing is read but the configuration; `tensors` are those of the checkpoint.
+    Nothing is read but the configuration; `tensors` are those of the checkpoint, none of them quantised.
 
     Raises:
         OrthogonalizeError: a tensor is missing or has the wrong shape, or transformers has no class for the model.
     """
     config = load_config(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     state = {
         name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta")
         for name, info in tensors.items()

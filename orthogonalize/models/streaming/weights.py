@@ -20,22 +20,32 @@ from torch import nn
 
 from ...architectures.schema import architecture_of
 from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.safetensors_file import TensorFile
+from ...checkpoints.quantization import read_unquantized, row_reader, unquantized_tensors
 from ...core.errors import OrthogonalizeError
 from ..loading import choose_device, choose_dtype, load_on_meta
 from ..sites import Sites
 from ..stream import Stream
 
 
+def can_stream(checkpoint: Checkpoint) -> bool:
+    """Whether the blocks of a checkpoint can be read one at a time: it is not quantised, or in FP8."""
+    try:
+        unquantized_tensors(checkpoint, torch.float32)
+    except OrthogonalizeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class _Stored:
     """A tensor of a checkpoint that is read when transformers' loader, in one of its threads, asks for its values."""
 
-    file: TensorFile
+    checkpoint: Checkpoint
     name: str
+    dtype: torch.dtype
 
     def __getitem__(self, _whole: Any) -> torch.Tensor:
-        return self.file.read(self.name)
+        return read_unquantized(self.checkpoint, self.name, self.dtype)
 
 
 class PartialModel:
@@ -54,18 +64,19 @@ class PartialModel:
             device, dtype: see the attributes; chosen by `choose_device` and `choose_dtype`.
 
         Raises:
-            OrthogonalizeError: the checkpoint is incomplete or quantized, or transformers cannot load it.
+            OrthogonalizeError: the checkpoint is incomplete or quantized in another format than FP8, or transformers
+                cannot load it.
         """
         self.checkpoint, config = checkpoint, checkpoint.config
-        if "quantization_config" in config:
-            raise OrthogonalizeError(
-                f"{checkpoint.path} is quantized, and its blocks cannot be loaded one at a time; use --engine hf"
-            )
         self.device = choose_device(device)
-        self.dtype = dtype or choose_dtype(self.device, self.checkpoint.dtype)
-        self.model = load_on_meta(checkpoint.path, self.checkpoint.tensors, self.dtype)
+        self.dtype = dtype or choose_dtype(self.device, checkpoint.dtype)
+        try:
+            self._tensors = unquantized_tensors(checkpoint, self.dtype)
+        except OrthogonalizeError as error:
+            raise OrthogonalizeError(f"{checkpoint.path} cannot be streamed: {error}; use --engine hf") from error
+        self.model = load_on_meta(checkpoint.path, self._tensors, self.dtype)
         self.stream = Stream.of(self.model)
-        self._sites = Sites(architecture_of(config), config, self.checkpoint.tensors)
+        self._sites = Sites(architecture_of(config), config, self._tensors)
         self._empty: dict[str, torch.Tensor] = dict(self.model.state_dict(keep_vars=True))
         _compute_buffers(self.model, self.device)
         self._fill(self._always)
@@ -79,7 +90,7 @@ class PartialModel:
         prefixes = {self._sites.in_layer("", layer).removesuffix("."): layer for layer in layers}
         depth = next(iter(prefixes)).count(".") + 1
         found: dict[int, list[str]] = {layer: [] for layer in layers}
-        for name in self.checkpoint.tensors:
+        for name in self._tensors:
             layer = prefixes.get(".".join(name.split(".")[:depth]))
             if layer is not None:
                 found[layer].append(name)
@@ -94,7 +105,7 @@ class PartialModel:
     def _head(self) -> list[str]:
         """The names of the head's tensors; none if it is tied."""
         stem = self._sites.head.removesuffix("weight")
-        return [name for name in self.checkpoint.tensors if name.startswith(stem)]
+        return [name for name in self._tensors if name.startswith(stem)]
 
     @property
     def _always(self) -> list[str]:
@@ -102,9 +113,7 @@ class PartialModel:
         decoder, first_block = self._sites.decoder, self._sites.in_layer("", 0)
         blocks = first_block[: first_block.index("0", len(decoder))]
         apart = {self._token_embedding, *self._head}
-        return [
-            n for n in self.checkpoint.tensors if n.startswith(decoder) and not n.startswith(blocks) and n not in apart
-        ]
+        return [n for n in self._tensors if n.startswith(decoder) and not n.startswith(blocks) and n not in apart]
 
     # values
 
@@ -122,7 +131,7 @@ class PartialModel:
             device_map={"": self.device},
         )
         older = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters  # transformers < 5.10
-        stored = {name: _Stored(self.checkpoint.file_of(name), name) for name in names}
+        stored = {name: _Stored(self.checkpoint, name, self.dtype) for name in names}
         with _no_progress_bar():
             convert_and_load_state_dict_in_model(self.model, stored, loading, **({"tp_plan": None} if older else {}))
 
@@ -186,11 +195,11 @@ class PartialModel:
     def embedding(self, tokens: Iterable[int]) -> Iterator[None]:
         """Hold the rows of the token embedding that `tokens` (and padding, 0) look up, in this context."""
         module = self.model.get_input_embeddings()
-        file, wanted = self.checkpoint.file_of(self._token_embedding), sorted({0, *tokens})
-        vocabulary = file.tensors[self._token_embedding].shape[0]
+        wanted, vocabulary = sorted({0, *tokens}), self._tensors[self._token_embedding].shape[0]
         if wanted[-1] >= vocabulary:
             raise OrthogonalizeError(f"the tokenizer has token {wanted[-1]}, but the model only {vocabulary} tokens")
-        rows = torch.cat([file.rows(self._token_embedding, first, last) for first, last in _runs(wanted)])
+        read = row_reader(self.checkpoint, self._token_embedding)
+        rows = torch.cat([read(first, last) for first, last in _runs(wanted)])
         places = torch.zeros(vocabulary, dtype=torch.long, device=self.device)
         places[torch.tensor(wanted, device=self.device)] = torch.arange(len(wanted), device=self.device)
         empty, padding = module.weight, module.padding_idx

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ...core.progress import note
 from ...data.chat import ChatFormat
-from ...models.loading import FILLED, choose_device, choose_dtype, free_memory, is_spread, load_model, weight_bytes
+from ...models.loading import FILLED, choose_device, choose_dtype, free_memory, is_spread, load_model, resident_bytes
+from ...models.streaming.weights import can_stream
 from ..settings import Settings
 from ..source import RunSource
 from .base import Reader, ResidentReader
@@ -22,11 +23,11 @@ def choose_engine(source: RunSource, settings: Settings) -> tuple[str, str]:
     config = source.checkpoint.config
     if source.checkpoint.remote_sizes:
         return "stream", "since the model is not on this disk"
-    if "quantization_config" in config or (config.get("auto_map") and settings.trust_remote_code):
-        return "hf", "since only that runs quantized models and code from the model's repository"
+    if not can_stream(source.checkpoint) or (config.get("auto_map") and settings.trust_remote_code):
+        return "hf", "since only that runs models quantized in this format and code from the model's repository"
     device = choose_device(settings.device)
     dtype = settings.dtype or choose_dtype(device, source.checkpoint.dtype)
-    needed = weight_bytes(list(source.checkpoint.tensors.values()), dtype)
+    needed = resident_bytes(source.checkpoint, device, dtype)
     spread = is_spread(settings.device, needed)
     free = sum(free_memory(settings.device)) if spread else free_memory(settings.device)[0]
     place = "all GPUs" if spread else str(device)

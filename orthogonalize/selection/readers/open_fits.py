@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import OrthogonalizeError
-from ...models.loading import FILLED, choose_device, choose_dtype, free_memory, load_model, weight_bytes
+from ...models.loading import FILLED, choose_device, choose_dtype, free_memory, load_model, resident_bytes
 from ...models.streaming.lanes import StreamedModel
-from ...models.streaming.weights import PartialModel
+from ...models.streaming.weights import PartialModel, can_stream
 from ..fits import Fits
 from ..run_folder import Run
 from ..stages import StageBook
@@ -29,12 +29,13 @@ def open_fits(run: Run, source: Checkpoint, device: str = "auto") -> Fits:
 
 
 def _is_streamed(run: Run, source: Checkpoint, device: str) -> bool:
-    if "quantization_config" in source.config:
+    if not can_stream(source):
         return False
     if source.remote_sizes or _was_streamed(run):
         return True
-    dtype = choose_dtype(choose_device(device), source.config.get("dtype") or source.config.get("torch_dtype"))
-    return weight_bytes(list(source.tensors.values()), dtype) > FILLED * sum(free_memory(device))
+    place = choose_device(device)
+    dtype = choose_dtype(place, source.dtype)
+    return resident_bytes(source, place, dtype) > FILLED * sum(free_memory(device))
 
 
 def _was_streamed(run: Run) -> bool:
