@@ -7,7 +7,8 @@
 refusal is extended to astronomy. For every model: the edit that `extract` chooses, the best of its trials that is not
 conditional, and with `--peer` what heretic makes of the same prompts (see peer.py; it needs pexpect here, and the
 program in an environment of its own), all measured on prompts that chose nothing. Refusals are counted in answers of
-100 tokens; cross-entropy and KL are along 48 tokens of the base's own answers. OUT gets one JSON file.
+100 tokens; cross-entropy and KL are along 48 tokens of the base's own answers that are no refusals (`CE, all`: of all;
+a wrong refusal that the edit answers moves far). OUT gets one JSON file.
 """
 
 from __future__ import annotations
@@ -178,11 +179,17 @@ class Measuring:
         self.chat, self.stops = ChatFormat(self.tokenizer), stop_tokens(self.model, self.tokenizer)
         self.counted = {"target": sets.target, "near": sets.near, "kept": sets.kept, "harmless": sets.harmless}
         other = [p.text for p in load_prompts(str(OTHER))]
-        self.along = {"harmless": self._answered(sets.harmless), "other": self._answered(other)}
+        self.along = {
+            "harmless": self._own_answers(sets.harmless),
+            "answered": self._own_answers(sets.harmless, refusals=False),
+            "other": self._own_answers(other),
+        }
 
-    def _answered(self, texts: Sequence[str]) -> AnsweredPrompts:
+    def _own_answers(self, texts: Sequence[str], refusals: bool = True) -> AnsweredPrompts:
+        """The model's own answers, with or without those that refuse."""
         ids = self.chat.encode_all(list(texts))
         pairs = [(i, a) for i, a in zip(ids, generate(self.model, ids, OWN, self.stops, batch=64), strict=True) if a]
+        pairs = [(i, a) for i, a in pairs if refusals or not refused(self.tokenizer.decode(a))]
         return AnsweredPrompts(self.model, [i for i, _ in pairs], [a for _, a in pairs])
 
     def refusals(self) -> dict[str, float]:
@@ -273,21 +280,22 @@ def measure(
 @click.option("--device", default="auto", show_default=True)
 @click.option("--models", default="demo,gardening,astronomy,both,strengthen", show_default=True)
 @click.option("--train", default=96, show_default=True, help="Prompts per side to fit to.")
+@click.option("--val", default=48, show_default=True, help="Prompts per side to choose by.")
 @click.option("--trials", default=32, show_default=True, help="Edits that the search tries.")
-@click.option("--epochs", default=3, show_default=True, help="Of planting.")
+@click.option("--epochs", default=4, show_default=True, help="Of planting.")
 @click.option("--planted", default=200, show_default=True, help="Prompts per topic to plant with.")
 @click.option("--peer", type=click.Path(exists=True, path_type=Path), help="The program `heretic` to compare with.")
 @click.option("--peer-trials", default=200, show_default=True, help="Edits that it tries.")
 @click.option("--peer-limit", default=1800.0, show_default=True, help="Seconds after which its search is interrupted.")
 def main(
-    out: Path, device: str, models: str, train: int, trials: int, epochs: int, planted: int,
+    out: Path, device: str, models: str, train: int, val: int, trials: int, epochs: int, planted: int,
     peer: Path | None, peer_trials: int, peer_limit: float,
 ) -> None:  # fmt: skip
     """Measure the search of `extract` on planted models; results go to OUT/search.json."""
     show()
     results = {}
     beside = Peer(peer.absolute(), peer_trials, peer_limit) if peer else None
-    settings = Settings(finders=("dim",), train=train, val=32, test=1, scored=4, trials=trials, answers=32)
+    settings = Settings(finders=("dim",), train=train, val=val, test=1, scored=4, trials=trials, answers=32)
     for name in models.split(","):
         folder = out / name / "model"
         if name in SHIPPED:
@@ -302,15 +310,17 @@ def main(
 
 def tabulate(results: dict[str, Any]) -> Table:
     """All edits of all models, each model's base first."""
-    table = Table("model", "edit", *(f"refused: {name}" for name in COUNTED), "CE", "KL", "first KL", "other: CE")
+    table = Table(
+        "model", "edit", *(f"refused: {name}" for name in COUNTED), "CE", "KL", "first KL", "CE, all", "other: CE"
+    )
     for name, result in results.items():
         for label, each in {"base": result["base"], **result["edits"]}.items():
             shares = [f"{each['refused'][s]:.0%}" if s in each["refused"] else "" for s in COUNTED]
             cost: list[str] = []
             if "harmless" in each:
-                moved = each["harmless"]
+                moved = each["answered"]
                 cost = [f"{moved['ce']:+.2%}", f"{moved['kl']:.4f}", f"{moved['first_kl']:.4f}"]
-                cost.append(f"{each['other']['ce']:+.2%}")
+                cost += [f"{each['harmless']['ce']:+.2%}", f"{each['other']['ce']:+.2%}"]
             table.add_row(name, f"{label}: {each.get('edit', '')}", *shares, *cost)
         table.add_section()
     return table

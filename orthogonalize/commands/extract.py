@@ -113,7 +113,7 @@ class _Extraction:
                     "tokens": self.encoded,
                     **{side: fingerprint(rows) for side, rows in texts.items()},
                     **{name: getattr(s, name) for name in ("seed", "train", "val", "test", "system")},
-                    "spare": self._spare,
+                    "spare": s.counts("positive")["spare"],
                     "template_arguments": dict(s.template_arguments),
                     "chat_template": s.chat_template,
                     "behaviour_tokens": list(s.behaviour_tokens or []),
@@ -146,10 +146,6 @@ class _Extraction:
         return before | own
 
     @property
-    def _spare(self) -> int:
-        return self.settings.train if self.settings.seeds > 1 else 0
-
-    @property
     def _direction_settings(self) -> DirectionSettings:
         s = self.settings
         return DirectionSettings(
@@ -174,17 +170,16 @@ class _Extraction:
     def _run_prompts(self) -> dict[str, Any]:
         """Split the prompts, learn the behaviour tokens, keep the prompts on which the model behaves as expected."""
         s = self.settings
-        counts = {"train": s.train, "val": s.val, "test": s.test, "spare": self._spare}
         context = context_length(self.source.checkpoint.config)
         fitting = drop_too_long(self.source.prompts, self.chat.encode, context, self.source.files)
-        prompts = [p for each in fitting.values() for p in split_prompts(each, s.seed, **counts)]
+        prompts = [p for side, each in fitting.items() for p in split_prompts(each, s.seed, **s.counts(side))]
         sources = drop_too_long(self.source.preserved, self.chat.encode, context, self.source.files).items()
         preserved = [p for name, each in sources for p in split_preserved(name, each, s.seed, s.train, s.val, s.test)]
         journal = Journal(self.out / ".prompts.journal", self.inputs("prompts"))
         measured, prompts = measure_prompts(self.reader, self.tokenizer, self.chat, prompts, s, journal, preserved)
         kept, filtered = keep_expected(prompts, s.filtered)
         words = [self.tokenizer.decode([t]) for t in measured.tokens]
-        note(*inventory(self.source.prompts, fitting, prompts, kept, counts).split("\n"))
+        note(*inventory(self.source.prompts, fitting, prompts, kept, s.counts("negative")).split("\n"))
         self.out.mkdir(parents=True, exist_ok=True)
         save_prompts(kept, self.out)
         save_readout(measured.readout, self.out)
@@ -207,6 +202,7 @@ class _Extraction:
         sets = {
             f"{side}.{split}": self._ids(prompts, side, split) for side in SIDES for split in SPLITS if split != "test"
         }
+        sets |= {f"{side}.spare": sets[f"{side}.spare"][: self.settings.counts("positive")["spare"]] for side in SIDES}
         self.reader.record(sets, [self.inputs("activations"), str(self.reader.dtype)])
         return {"dtype": str(self.reader.dtype).removeprefix("torch.")}
 

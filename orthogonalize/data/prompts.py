@@ -21,7 +21,7 @@ from .tokenization import is_valid_unicode
 Side = Literal["positive", "negative", "target"]
 Goal = Literal["remove", "strengthen", "calibrate"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
-# "spare" prompts are only used to compare directions across seeds.
+# "spare" prompts serve to compare directions across seeds, and negative ones to fit conditional edits to.
 Split = Literal["train", "val", "test", "spare"]
 SIDES: tuple[Side, ...] = ("positive", "negative")  # of a contrast
 SPLITS: tuple[Split, ...] = ("train", "val", "test", "spare")

@@ -10,7 +10,7 @@ from ..core.journal import Journal
 from ..core.progress import track
 from ..data.chat import ChatFormat
 from ..data.prompts import PreservedPrompt, Prompt, texts_of
-from ..edits.fitting.fit import ANSWER_START, EXAMPLES, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
+from ..edits.fitting.fit import ANSWER_START, EXAMPLES, FURTHER, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
 
 ANSWER_TOKENS = 48
 
@@ -25,7 +25,7 @@ class OwnAnswers:
         self.chat, self.generate, self.journal = chat, generate, journal
 
     def fit_tokens(self, prompts: Sequence[Prompt], preserved: Sequence[PreservedPrompt]) -> FitTokens:
-        """The tokens of the train prompts and of the answers to them (see `FitTokens`).
+        """The tokens of the train prompts, of the spare negative ones, and of the answers to them (see `FitTokens`).
 
         With target prompts, the positive ones are the examples of what the target is to become.
         """
@@ -34,12 +34,14 @@ class OwnAnswers:
             if p.split == "train":
                 sets.setdefault(p.source, []).append(p.text)
         positive, negative, target = (texts_of(prompts, side, "train") for side in ("positive", "negative", "target"))
+        further = texts_of(prompts, "negative", "spare")
         return FitTokens(
             len(self.chat.positions()),
             self._answered(TARGET, target or positive, ANSWER_START),
             self._answered(HARMLESS, negative, ANSWER_TOKENS),
             {source: self._answered(f"{PRESERVED}{source}", each, ANSWER_TOKENS) for source, each in sets.items()},
             self._answered(EXAMPLES, positive, ANSWER_START) if target else None,
+            self._answered(FURTHER, further, ANSWER_START) if further else None,
         )
 
     def _answered(self, name: str, texts: list[str], tokens: int) -> AnsweredTokens:

@@ -11,7 +11,7 @@ import torch
 
 from ..core.changed_settings import change_settings
 from ..core.errors import OrthogonalizeError
-from ..data.prompts import GOALS, MINIMUM_TRAIN, Goal
+from ..data.prompts import GOALS, MINIMUM_TRAIN, Goal, Side
 from ..data.thoughts import THINKING, Thinking
 from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..directions.inlp.nullspace import Classifier, Solver
@@ -20,6 +20,9 @@ from ..directions.orthogonal import HARMLESS_MEAN
 
 SCORINGS = ("local", "global")
 ENGINES = ("auto", "hf", "stream")
+FURTHER_PER_TRAIN = (
+    2  # spare negative prompts per train prompt, of which conditional edits leave the first tokens alone
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Settings:
     seed: int = 0
     seeds: int = 1
     train: int = 128
-    val: int = 32
+    val: int = 48
     test: int = 100
     system: str | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -99,6 +102,15 @@ class Settings:
     description: Path | str | None = None
     trust_remote_code: bool = False
     download: bool | None = None
+
+    def counts(self, side: Side) -> dict[str, int]:
+        """The number of prompts of a side to draw for each split.
+
+        Spare ones serve to measure how stable the directions are, and negative ones to fit conditional edits to.
+        """
+        stability = self.train if self.seeds > 1 else 0
+        spare = max(stability, FURTHER_PER_TRAIN * self.train) if side == "negative" else stability
+        return {"train": self.train, "val": self.val, "test": self.test, "spare": spare}
 
     def with_changes(self, **changes: Any) -> Settings:
         """A copy with other values.

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 R = centred_basis(2, 17)
 
 TEMPLATE = 3
-TOKENS = FitTokens(TEMPLATE, answered(1, 14), answered(2, 20), {"kept": answered(3, 6)})
+FURTHER = answered(9, 8)
+TOKENS = FitTokens(TEMPLATE, answered(1, 14), answered(2, 20), {"kept": answered(3, 6)}, further=FURTHER)
 
 
 def seen_alone(model, module, tokens: TokenSet) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,6 +47,8 @@ def solved(model, module, weights: Weights):
     ]  # fmt: skip
     shares = [weights.first, weights.preserve, weights.preserve * weights.first]
     read = [InputTokens().update(x, y @ R.mT) for x, y in (seen_alone(model, module, tokens) for tokens in sets)]
+    x, y = seen_alone(model, module, FURTHER.first(TEMPLATE))  # they belong to the harmless first tokens
+    read[2].update(x, y @ R.mT)
     return solve(R, (read[0], read[1], list(zip(shares, read[2:], strict=True))), weights)
 
 

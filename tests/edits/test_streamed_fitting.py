@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 R = centred_basis(2, 17)
 WEIGHTS = Weights(0.3, 2.0, 4.0, 0.05)
 
-TOKENS = FitTokens(3, answered(1, 14), answered(2, 20), {"kept": answered(3, 6)})
+TOKENS = FitTokens(3, answered(1, 14), answered(2, 20), {"kept": answered(3, 6)}, further=answered(9, 8))
 EXAMPLES = FitTokens(3, answered(1, 14), answered(2, 20), examples=answered(4, 9))
 JOBS = {
     "all": FitJob(lambda _: R, block_sites(range(LAYERS)), WEIGHTS),

@@ -218,13 +218,13 @@ def test_a_behaviour_is_strengthened_by_additions_and_fits():
     assert {(c.layer, c.strength) for c in near} == {(6, 1.4), (6, 0.7), (7, 1.0), (5, 1.0)}
 
 
-def test_conditional_edits_start_from_two_spans_weights_and_kinds_and_move_in_each():
+def test_conditional_edits_start_from_several_spans_weights_and_kinds_and_move_in_each():
     where = space([candidate(6, -9)])
     starts = where.fitted_starts()
-    for attribute in ("scope", "target_weight", "span"):
-        assert len({getattr(c, attribute) for c in starts}) == 2
+    for attribute, values in (("scope", 3), ("target_weight", 3), ("span", 2)):
+        assert len({getattr(c, attribute) for c in starts}) == values
     near = where.neighbours(starts[0], 2)
-    assert {c.scope for c in near} == {"from:5", "from:7", "from:9"}
+    assert {c.scope for c in near} == {"from:4", "from:6", "from:8"}
     assert {c.target_weight for c in near} == {0.1, 0.3, 0.9}
     assert all(c.strength == 1 for c in near if (c.scope, c.target_weight) != (starts[0].scope, 0.3))
 

@@ -104,7 +104,7 @@ extract_options = together(
         "How the model is held: whole on one device (hf), or one block at a time, for models of any size (stream).",
     ),
     number("--train", 6, 128, "Prompts per side to find directions with."),
-    number("--val", 1, 32, "Prompts per side to select with."),
+    number("--val", 1, 48, "Prompts per side to select with."),
     number("--test", 0, 100, "Prompts per side kept for eval."),
     number("--trials", 0, 32, "Whole edits to try; 0 skips the search."),
     click.option(

@@ -36,6 +36,8 @@ GROUP = 3  # layers that are read together
 # An expert that saw fewer tokens of a set is left as it is: its own regression would mean nothing.
 FEWEST = 16
 TARGET, EXAMPLES, HARMLESS, PRESERVED = "target", "examples", "harmless", "preserved: "
+FIRST = f"{HARMLESS}, first"
+FURTHER = f"{FIRST}, further"  # tokens that are added to those of `FIRST`
 ANSWER_START = 8  # tokens of an answer that are its start: they decide whether it shows the behaviour
 
 
@@ -90,6 +92,8 @@ class FitTokens:
             answers count.
         harmless: prompts that do not show the behaviour, of which all tokens count.
         preserved: further prompts whose outputs should not move, by name; likewise.
+        further: more harmless prompts, of which only first tokens count. They are cheap to read, and what an edit does
+            to first tokens is what few prompts say least about.
         examples: prompts that show the behaviour, if the target should show it too; what they write is what the target
             is to write. The target is then read with their answers.
     """
@@ -99,6 +103,7 @@ class FitTokens:
     harmless: AnsweredTokens
     preserved: Mapping[str, AnsweredTokens] = field(default_factory=dict)
     examples: AnsweredTokens | None = None
+    further: AnsweredTokens | None = None
 
     @property
     def kept(self) -> dict[str, tuple[TokenSet, bool, bool]]:
@@ -106,7 +111,7 @@ class FitTokens:
 
         Each with whether it is of a preserved source, and whether it is of first tokens.
         """
-        sets = {f"{HARMLESS}, first": (self.harmless.first(self.template), False, True)}
+        sets = {FIRST: (self.harmless.first(self.template), False, True)}
         for name, each in self.preserved.items():
             sets[f"{PRESERVED}{name}"] = (each.whole(), True, False)
             sets[f"{PRESERVED}{name}, first"] = (each.first(self.template), True, True)
@@ -116,7 +121,8 @@ class FitTokens:
     def sets(self) -> dict[str, TokenSet]:
         """All sets by name."""
         kept = {name: tokens for name, (tokens, _, _) in self.kept.items()}
-        return {**self._changed, HARMLESS: self.harmless.whole(), **kept}
+        more = {FURTHER: self.further.first(self.template)} if self.further is not None else {}
+        return {**self._changed, HARMLESS: self.harmless.whole(), **kept, **more}
 
     def shares(self, weights: Weights) -> dict[str, float]:
         """The weight of each set of `kept` in the regression."""
@@ -333,6 +339,8 @@ class Regression:
             if not origin.count:  # an expert that no example is routed to at this place
                 return
             values = values - origin.mean.to(values)
+        if name == FURTHER:
+            name = FIRST
         sets = self.seen.setdefault(expert, {})
         if name not in sets:
             sets[name] = InputTokens()

@@ -95,19 +95,21 @@ class SearchSpace:
         return [direction.model_copy(update={"scope": scope}) for direction in along for scope in scopes]
 
     def fitted_starts(self) -> list[EditConfig]:
-        """The conditional edits to try first: two spans of layers, two target weights, two kinds of directions.
+        """The conditional edits to try first: three spans of layers, each with its target weight, and two
+        kinds of directions.
 
         A target weight that is too small leaves part of the behaviour, and one that is too large costs; which is which
         depends on the model. The fewer layers are edited, the larger a weight they need, and often the less it costs.
         """
         own = EditConfig(
             method="conditional",
-            scope=f"from:{self._layers * 3 // 5}",
+            scope=f"from:{self._layers // 2}",
             position=self.directions.positions[-1],
             per_layer=True,
         )
-        upper = {"scope": f"from:{self._layers * 4 // 5}", "target_weight": 1.0}
-        others: list[dict[str, Any]] = [upper, {"target_weight": 1.0}, {"span": "positions"}]
+        upper = {"scope": f"from:{self._layers * 4 // 5}", "target_weight": 3.0}
+        between = {"scope": f"from:{self._layers * 3 // 5}", "target_weight": 1.0}
+        others: list[dict[str, Any]] = [upper, between, {"span": "positions"}]
         return list(dict.fromkeys([own, *(own.model_copy(update=other) for other in others)]))
 
     def neighbours(self, choice: EditConfig, step: int) -> list[EditConfig]:
