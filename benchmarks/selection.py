@@ -27,7 +27,9 @@ from orthogonalize.models.activations import all_activations, pad
 from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.hooks import input_shifted, layer_projected
 from orthogonalize.models.loading import load_model, load_tokenizer
-from orthogonalize.selection.candidates import MULTIPLIERS, Candidate, resident_scoring
+from orthogonalize.selection.candidates import Candidate
+from orthogonalize.selection.readers.direction_scoring import MULTIPLIERS
+from orthogonalize.selection.readers.resident_scores import resident_scoring
 from orthogonalize.selection.readouts import FirstToken, behaviour_score
 from orthogonalize.selection.scoring import smoothed_kl
 
@@ -75,9 +77,13 @@ def ours(
     model: Any, positive: Any, negative: Any, directions: Directions, layers: list[int], tokens: list[int]
 ) -> list[Candidate]:
     """The same candidates as `score_candidates` scores them, streams of the unedited model included."""
-    scoring = resident_scoring(model, positive, negative, directions, FirstToken(tuple(tokens)), everywhere=False)
+    scoring = resident_scoring(
+        model, {"positive": positive, "negative": negative}, directions, FirstToken(tuple(tokens)), everywhere=False
+    )
     induced: dict[tuple[int, int], float] = {}
-    return [c for layer in layers for method in METHODS for c in scoring.layer(method, layer, induced)]
+    return [
+        c for layer in layers for method in METHODS for c in scoring.layer(method, layer, directions.positions, induced)
+    ]
 
 
 @click.command()

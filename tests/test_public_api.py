@@ -16,7 +16,7 @@ from orthogonalize.cli import main
 from orthogonalize.core.registry import Registry
 
 COMMANDS = tuple(main.commands)
-SLOW = {"torch", "vllm"}
+SLOW = {"torch", "transformers", "vllm"}
 
 ORDERED = """
 import importlib, json, sys
@@ -40,6 +40,36 @@ for command in json.loads(sys.argv[1]):
     loaded[" ".join(command)] = sorted(sys.modules)
 print(json.dumps(loaded))
 """
+
+
+REFUSED = """
+import contextlib, io, json, runpy, sys
+loaded = {}
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["orthogonalize", *command.split()]
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        runpy.run_module("orthogonalize", run_name="__main__", alter_sys=True)
+    loaded[command] = [said.getvalue(), sorted(sys.modules)]
+print(json.dumps(loaded))
+"""
+MISSPELT = {
+    "extract nowhere --concept lists --out run": "no such model: 'nowhere'",
+    "extract . --positive nowhere.txt --negative nowhere.txt --out run": "no such prompt file: nowhere.txt",
+    "extract . --positive nowhere --negative nowhere --out run": "prompt source 'nowhere' is neither",
+    "edit nowhere --method ablate --out edited": "no such model: 'nowhere'",
+    "edit . --run nowhere --out edited": "nowhere is not a run folder",
+    "edit . --direction nowhere.pt --method ablate --out edited": "no such file: nowhere.pt",
+    "eval . --base nowhere --run . --out report": "no such model: 'nowhere'",
+    "eval . --base . --run nowhere --out report": "nowhere is not a run folder",
+    "verify nowhere": "no such model folder: nowhere",
+    "push nowhere me/model": "no such model folder: nowhere",
+    "merge nowhere --out merged": "nowhere is not an adapter folder",
+    "sweep . --run nowhere --out sweep": "nowhere is not a run folder",
+    "rank nowhere": "nowhere is not a run folder",
+    "judge nowhere.json": "no such file: nowhere.json",
+    "compare nowhere nowhere": "no report at nowhere",
+    "describe nowhere": "no such model: 'nowhere'",
+}
 
 
 def python(code: str, argument: object):
@@ -100,6 +130,15 @@ def test_help_pages_do_not_load_torch():
     loaded = python(HELP, [[], *([command] for command in COMMANDS)])
     assert loaded.keys() == {"", *COMMANDS}
     assert {command for command, found in loaded.items() if SLOW & set(found)} == set()
+
+
+def test_misspelt_paths_are_refused_before_torch_is_loaded():
+    refused = python(REFUSED, list(MISSPELT))
+    assert {command.split()[0] for command in MISSPELT} == {*COMMANDS} - {"demo"}
+    for command, expected in MISSPELT.items():
+        said, loaded = refused[command]
+        assert said.startswith(f"error: {expected}"), command
+        assert not SLOW & set(loaded), command
 
 
 def test_importing_the_package_does_not_load_torch():

@@ -167,6 +167,18 @@ class Checkpoint:
     def _is_inside(self, name: Path) -> bool:
         return _stays_inside(self.path, name)
 
+    def check_nothing_beside(self) -> None:
+        """Reject a folder of which vLLM would read more than these weights: without an index, it reads every file.
+
+        Raises:
+            OrthogonalizeError: the message names a file.
+        """
+        others = {path.name for path in self.path.glob("*.safetensors")} - self.files.keys()
+        if others and not self.indexed:
+            raise OrthogonalizeError(
+                f"vLLM would read {min(others)} as well, as {self.path} has no {INDEX}; remove it, or use --engine hf"
+            )
+
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of every weight file, by file name; of a remote file, what its server says."""
         with track("fingerprint of the weights", self.weight_bytes, "bytes") as advance:
@@ -265,11 +277,11 @@ def _weight_files(folder: Path, remote: Mapping[str, RemoteFile]) -> tuple[dict[
                 "convert them to safetensors first (the Hub's safetensors/convert Space does)"
             )
         raise OrthogonalizeError(f"{folder} has no weights ({SINGLE} or {INDEX})")
-    if SINGLE in present and SINGLE not in index.read_text("utf-8"):
+    weight_map = _weight_map(index)
+    if SINGLE in present and SINGLE not in weight_map.values():
         raise OrthogonalizeError(
             f"{folder} has both {INDEX} and {SINGLE}, and loaders disagree on which to read; keep one"
         )
-    weight_map = _weight_map(index)
     names = sorted(set(weight_map.values()))
     for name in names:
         if not (folder / name).is_file() and name not in remote:

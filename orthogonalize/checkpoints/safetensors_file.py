@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
+import numpy as np
 import torch
 
 from ..core.errors import OrthogonalizeError
@@ -41,6 +42,16 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# By format, the integers that hold its bits, and the least of those of infinity or NaN, without the sign.
+NOT_FINITE: dict[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F64": (np.uint64, 0x7FF << 52),
+    "F32": (np.uint32, 0x7F80_0000),
+    "F16": (np.uint16, 0x7C00),
+    "BF16": (np.uint16, 0x7F80),
+    "F8_E4M3": (np.uint8, 0x7F),
+    "F8_E5M2": (np.uint8, 0x7C),
+}
+SCANNED = 2**22  # numbers that are looked at at a time
 # Every format that the library knows. Those not in DTYPES cannot be edited: their sizes are checked, and they are
 # copied.
 BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.items()} | {
@@ -159,6 +170,20 @@ class TensorFile:
         for name, info in self.tensors.items():
             tensors |= info.split(parts[name]) if name in parts else {name: info}
         return replace(self, tensors=tensors, renamed=True)
+
+    def not_finite(self, names: Iterable[str]) -> list[str]:
+        """Those of the tensors `names` that hold NaN or infinite values; formats without any do not count."""
+        found = []
+        for name in names:
+            info = self.tensors[name]
+            if info.size and info.dtype in NOT_FINITE:
+                numbers, least = NOT_FINITE[info.dtype]
+                data = np.memmap(self.path, numbers, "r", self.data_start + info.start, info.size // numbers().itemsize)
+                unsigned = numbers(np.iinfo(numbers).max // 2)  # all bits but the sign
+                parts = (data[first : first + SCANNED] for first in range(0, len(data), SCANNED))
+                if any((part & unsigned).max() >= least for part in parts):
+                    found.append(name)
+        return found
 
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name` in its stored dtype, in newly allocated memory."""

@@ -133,10 +133,12 @@ class TensorEdit:
         """The record of the whole tensor, for the recipe.
 
         Raises:
-            OrthogonalizeError: the tensor holds NaN or infinite values, or a result does not fit its format.
+            OrthogonalizeError: the tensor holds NaN, infinite or huge values, or a result does not fit its format.
         """
         if not math.isfinite(stats.before):
-            raise OrthogonalizeError(f"{self.name} holds NaN or infinite values; the checkpoint is damaged")
+            raise OrthogonalizeError(
+                f"{self.name} holds NaN, infinite or huge values (above 1e18); the checkpoint is damaged"
+            )
         if stats.beyond or not math.isfinite(stats.change):
             raise OrthogonalizeError(
                 f"the edit of {self.name} overflows {dtype}; use a smaller --strength or --coefficient"
@@ -151,7 +153,7 @@ class TensorEdit:
         """The edited tensor in the dtype of `weight`, and its record.
 
         Raises:
-            OrthogonalizeError: `weight` holds NaN or infinite values, or a result does not fit its dtype.
+            OrthogonalizeError: `weight` holds NaN, infinite or huge values, or a result does not fit its dtype.
         """
         edited = weight.detach().to("cpu").clone(memory_format=torch.contiguous_format)
         layout, edit = self.layout(weight.shape), self.kernel(weight.dtype, rounding)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..core.errors import OrthogonalizeError
+from ..core.files import CALL, write_all
 from ..core.progress import Progress
 from . import chunks
 from .chunks import Chunk, Job, byte_ranges, split_job
@@ -29,7 +30,6 @@ from .tensor_edit import TensorRecord, from_numbers, to_numbers
 
 AHEAD = 3  # chunks read ahead, and chunks waiting to be written
 DIRECT = 2**28  # smallest file, in bytes, that is written past the page cache
-CALL = 2**20  # bytes per system call; more would evict the copied data from the faster caches
 FLUSH = 256 * 2**20  # bytes after which a flush to disk is started
 TASKS = 8  # parts of a matrix that are edited in parallel
 
@@ -54,7 +54,7 @@ class FileWriter:
         with ExitStack() as stack:
             self.source = os.open(self.file.path, os.O_RDONLY)
             stack.callback(os.close, self.source)
-            self.out = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self.out = os.open(self.target, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             stack.callback(os.close, self.out)
             reader, writer, self.disk, self.read_hasher, self.written_hasher = (
                 stack.enter_context(ThreadPoolExecutor(1)) for _ in range(5)
@@ -83,7 +83,7 @@ class FileWriter:
                 for writing in behind:
                     writing.result()
                 if self.direct is not None:
-                    self._write_all(self.out, *self.direct.tail())
+                    write_all(self.out, *self.direct.tail())
                 os.fsync(self.out)
             except BaseException:
                 for _, reading in ahead:
@@ -109,7 +109,7 @@ class FileWriter:
             self.direct.copy(new)
         else:
             self.direct = None
-            self._write_all(self.out, 0, memoryview(new))
+            write_all(self.out, 0, memoryview(new))
 
     def _may_be_direct(self) -> bool:
         """Whether the file is large, its chunks come in file order, and its numbers are aligned in memory."""
@@ -125,12 +125,6 @@ class FileWriter:
             count = os.preadv(descriptor, [view[:CALL]], offset)
             if not count:
                 raise OrthogonalizeError(f"{self.file.path} was truncated while it was being read; fetch it again")
-            view, offset = view[count:], offset + count
-
-    @staticmethod
-    def _write_all(descriptor: int, offset: int, view: memoryview) -> None:
-        while view:
-            count = os.pwrite(descriptor, view[:CALL], offset)
             view, offset = view[count:], offset + count
 
     def _read(self, chunk: Chunk) -> None:
@@ -214,7 +208,7 @@ class FileWriter:
             self._return_buffer(chunk)
             return
         for offset, count in byte_ranges(chunk):
-            self._write_all(self.out, start + offset, view[:count])
+            write_all(self.out, start + offset, view[:count])
             view = view[count:]
         if chunk.columns is None:
             self.written_hash.update(chunk.data.numpy())

@@ -30,11 +30,15 @@ DOWNLOADS = 2  # remote files on the disk at a time: one is written while the ne
 
 @dataclass(frozen=True)
 class Written:
-    """SHA-256 of each weight file as read and as written, and the record of each edited tensor."""
+    """SHA-256 of each weight file as read and as written, and the record of each edited tensor.
+
+    `not_finite` are the tensors with NaN or infinite values, which were copied.
+    """
 
     source: dict[str, str]
     result: dict[str, str]
     records: dict[str, TensorRecord]
+    not_finite: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def write_weights(
                 hashes = FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
             else:  # nobody else has what was downloaded, so it need not be copied
                 hashes = (copy_and_hash(file.path, target / name, link or remote is not None, advance),) * 2
+            written.not_finite.extend(file.not_finite(sorted(file.tensors.keys() - changes.names)))
         written.source[name], written.result[name] = hashes
         if remote is not None and remote.sha256 != hashes[0]:
             raise OrthogonalizeError(f"{name} of {source.path} was damaged on its way; start again")

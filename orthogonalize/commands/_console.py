@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -24,33 +25,59 @@ def escape(text: object) -> str:
     return escape_markup(shown(text, LONGEST))
 
 
-def show_candidates(candidates: Sequence[Any], most: int = 3) -> None:
-    """The best candidates of every finder."""
-    table = Table(title="best directions (edited out at their own layer)")
+SCORES = (
+    "Mean scores of val prompts at their first token, with each direction edited at its own layer. bypass: of the "
+    "positive prompts, with it edited out; the lower, the more of the behaviour it removes. induce: of the negative "
+    "ones, with it added; above 0 they show the behaviour. KL: how far the negative ones move with it edited out, in "
+    "nats."
+)
+
+
+def show_candidates(candidates: Sequence[Any], info: Any, most: int = 3) -> None:
+    """The best candidates of every finder, below the scores of the unedited model."""
+    table = Table(title="best directions (edited out at their own layer)", caption=SCORES)
     names = ("finder", "position", "layer", "bypass", "induce", "KL", "everywhere: bypass", "KL", "filters")
     everywhere = any(c.global_bypass is not None for c in candidates)
     for i, name in enumerate(names):
         if everywhere or i not in (6, 7):
             table.add_column(name, justify="left" if name in ("finder", "filters") else "right")
+    unedited = [f"{info.base_score[side]:.2f}" if side in info.base_score else "" for side in ("positive", "negative")]
+    table.add_row("none (unedited)", "", "", *unedited, "0.000", *([unedited[0], "0.000"] if everywhere else []), "")
     for finder in dict.fromkeys(c.finder for c in candidates):
-        for c in [c for c in candidates if c.finder == finder][:most]:
-            numbers = [f"{c.bypass:.2f}", f"{c.induce:.2f}", f"{c.kl:.3f}"]
+        mine = [c for c in candidates if c.finder == finder]
+        place = (candidates[0].position, candidates[0].layer)  # of the first finder's best, to compare all at
+        for c in [*mine[:most], *(c for c in mine[most:] if (c.position, c.layer) == place)]:
+            numbers = [f"{c.bypass:.2f}", *("" if x is None else f"{x:.{n}f}" for x, n in ((c.induce, 2), (c.kl, 3)))]
             if everywhere:
                 numbers += ["", ""] if c.global_bypass is None else [f"{c.global_bypass:.2f}", f"{c.global_kl:.3f}"]
             filters = escape(", ".join(c.failed) or "passes")
-            table.add_row(escape(finder), str(c.position), str(c.layer), *numbers, filters)
+            table.add_row(escape(finder), escape(info.position_name(c.position)), str(c.layer), *numbers, filters)
     console.print(table)
+
+
+PROBED = (
+    "Its accuracy with 95% intervals, before and after the edit. Every finder at its own best place, and at the first "
+    "finder's, where they can be compared."
+)
+
+
+def _accuracy(share: float, count: int) -> str:
+    from ..evals.intervals import proportion_interval
+
+    low, high = proportion_interval(round(share * count), count)
+    return f"{100 * share:.0f}% [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 def show_run(run: Any) -> None:
     """The probes of a run, and the tried edits to choose from with `edit --pick`."""
     if run.probes:
-        table = Table(title="a fresh linear probe on val prompts")
-        for name in ("method", "rank", "layer", "before", "after", "chance"):
-            table.add_column(name, justify="left" if name == "method" else "right")
+        table = Table(title=f"a fresh linear probe on {run.probes[0].n} val prompts", caption=PROBED)
+        for name in ("method", "rank", "position", "layer", "before", "after", "chance"):
+            table.add_column(name, justify="left" if name in ("method", "position") else "right")
         for p in run.probes:
-            shares = (f"{100 * share:.0f}%" for share in (p.before, p.after, p.chance))
-            table.add_row(escape(p.method), str(p.rank), str(p.layer), *shares)
+            place = escape(run.info.position_name(p.position)), str(p.layer)
+            shares = _accuracy(p.before, p.n), _accuracy(p.after, p.n), f"{100 * p.chance:.0f}%"
+            table.add_row(escape(p.method), str(p.rank), *place, *shares)
         console.print(table)
     if run.trials:
         _show_shortlist(run.shortlist, run.info.nothing_chosen is None)
@@ -63,18 +90,24 @@ def _show_shortlist(trials: Sequence[Any], chosen: bool) -> None:
     table = Table(title=f"{len(trials)} edits to choose from: edit --pick N ({default})")
     table.add_column("N", justify="right")
     table.add_column("edit")
-    numbers = ("behaviour left", "in answers", "KL, nats per token", "KL, first token")
+    numbers = ("behaviour left", "in answers", "degenerate answers", "KL, nats per token", "KL, first token")
     kept = [heading for name in preserved for heading in (f"KL, {name}", f"behaviour changed, {name}")]
     for name in (*numbers, *kept, "cross-entropy"):
         table.add_column(escape(name), justify="right")
-    unedited = [f"{100 * trials[0].before:.1f}%", "", "0.0000", "0.0000", *["0.0000", "0.0%"] * len(preserved), "+0.0%"]
+    loops = _share(next((t.degenerate_before for t in trials if t.degenerate_before is not None), None))
+    same = ["0.0000", "0.0000", *["0.0000", "0.0%"] * len(preserved), "+0.0%"]
+    unedited = [f"{100 * trials[0].before:.1f}%", "", loops, *same]
     table.add_row("", "none (the unedited model)", *unedited)
     for number, t in enumerate(trials, 1):
-        answers = "" if t.confirmed is None else f"{100 * t.confirmed:.1f}%"
         moved = [cell for name in preserved for cell in (f"{t.preserved[name]:.4f}", f"{100 * t.flipped[name]:.1f}%")]
-        cells = [f"{100 * t.left:.1f}%", answers, f"{t.kl:.4f}", f"{t.first_kl:.4f}", *moved]
+        answers = [_share(t.confirmed), _share(t.degenerate)]
+        cells = [f"{100 * t.left:.1f}%", *answers, f"{t.kl:.4f}", f"{t.first_kl:.4f}", *moved]
         table.add_row(str(number), escape(t.choice.describe()), *cells, f"{100 * t.ce_increase:+.1f}%")
     console.print(table)
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
 
 
 def show_sweep(sweep: Any) -> None:
@@ -247,14 +280,17 @@ def write_what_streams_can() -> None:
 
 
 def quieten_libraries() -> None:
-    """Silence the libraries' own logs and progress bars, which would break up ours."""
-    import os
+    """Silence the libraries' own logs and progress bars, which would break up ours.
 
+    They read these variables when they are imported, which takes seconds, and is left to those who need them.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars as well
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from transformers.utils import logging
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -24,7 +24,8 @@ from ..edits.lora import write_adapter
 from ..edits.recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
 from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
-from ..models.resolve import commit_of, find_checkpoint, is_hub_id
+from ..models.names import is_hub_id
+from ..models.resolve import commit_of, find_checkpoint
 from ..reports.model_card import write_card
 from ..selection.resolve import ResolvedEdit, resolve_file, resolve_recipe, resolve_run
 
@@ -121,6 +122,7 @@ def edit(
                 write_adapter(plan, partial, written.base.model)
                 written.base.weights = weights
                 written.save(partial)
+                write_card(partial, written, source.path)
             _note_relative(resolved, written)
             return written
         if share is not None:
@@ -192,7 +194,12 @@ class _HowToWrite:
 
 def _write(plan: CheckpointPlan, folder: Path, how: _HowToWrite) -> Written:
     with track("writing the checkpoint", plan.output_bytes, "bytes") as advance:
-        return plan.write(folder, advance, workers=how.workers, link=how.link, expected=how.expected)
+        done = plan.write(folder, advance, workers=how.workers, link=how.link, expected=how.expected)
+    if done.not_finite:
+        names = ", ".join(shown(name, 100) for name in sorted(done.not_finite)[:3])
+        more = f" and {len(done.not_finite) - 3} more" if len(done.not_finite) > 3 else ""
+        note(f"the base holds NaN or infinite values where the edit leaves it as it is: {names}{more}")
+    return done
 
 
 def _write_share(plan: CheckpointPlan, out: Path, share: Share, recipe: Recipe, how: _HowToWrite) -> Recipe:

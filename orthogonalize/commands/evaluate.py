@@ -29,7 +29,8 @@ from ..evals.shared_engine import Weights, base_weights, check_pair
 from ..evals.suites.base import BaseOutputs
 from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.loading import check_complete
-from ..models.resolve import find_model, folder_state, public_name
+from ..models.names import public_name
+from ..models.resolve import find_model, folder_state
 from ..reports.html import write_webpage
 from ..reports.model_card import update_card
 from ..reports.schema import Answer, Measures, Report, compare_all, judged_pair, kept_shares

@@ -2,8 +2,7 @@
 
 Each stage reads the output of the one before and writes its own: prompts (prompts.jsonl), activations
 (activations.safetensors), directions (directions.safetensors), answers (tokens.json) and selection (candidates.json,
-run.json, plots).
-A stage whose inputs are unchanged is kept; an interrupted stage is resumed.
+run.json, plots). A stage whose inputs are unchanged is kept; an interrupted stage is resumed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
 from ..directions.fit import DirectionSettings, find_directions
 from ..edits.fitting.fit import ANSWER_START
-from ..edits.recipe import ProbeResult
 from ..evals.measures.check import AnswerCheck
 from ..evals.measures.measured_prompts import measure_prompts, other_measures, read_phrases
 from ..evals.measures.registry import AUTO, check_measure
@@ -42,9 +40,10 @@ from ..selection.behaviour import MeasureInfo, keep_expected, load_readout, save
 from ..selection.candidates import Candidate, explain_ranking, rank
 from ..selection.fits import TOKENS
 from ..selection.own_answers import ANSWER_TOKENS, OwnAnswers
-from ..selection.probes import probe_candidate
+from ..selection.probes import probe_best
 from ..selection.readers.base import Reader, Scored
 from ..selection.readers.choose import choose_engine, open_reader
+from ..selection.readers.direction_scoring import Places
 from ..selection.readouts import Readout
 from ..selection.run_folder import (
     Run,
@@ -58,13 +57,11 @@ from ..selection.run_folder import (
     save_prompts,
     save_selection,
 )
-from ..selection.search.objectives import Trial, why_none
+from ..selection.search.objectives import AnswerShares, Trial, why_none
 from ..selection.search.try_edits import ValPrompts
 from ..selection.settings import Settings
 from ..selection.source import RunSource, read_source
 from ..selection.stages import STAGES, Stage, StageBook
-
-CONFIRM_TOKENS = LEAST_TOKENS  # of the edited model's answers, in which refusals are counted
 
 
 class _Extraction:
@@ -83,6 +80,7 @@ class _Extraction:
         self.chat.check_template()
         self.encoded = fingerprint([self.chat.encode_all(texts) for texts in source.texts()])
         self.positions = tuple(self.chat.positions())
+        self.places = Places.of(self.positions, self.layer_count, settings.positions, settings.layers)
         self.engine, self.why = choose_engine(source, settings)
 
     @cached_property
@@ -140,7 +138,8 @@ class _Extraction:
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive, "goal": s.goal}
-                own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": CONFIRM_TOKENS}
+                own |= {"places": asdict(self.places), "enough": s.enough if self.engine == "hf" else 0}
+                own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": LEAST_TOKENS}
                 if self.source.preserved:
                     own["sensitive_preserved"] = self.source.sensitive_preserved
         return before | own
@@ -241,9 +240,9 @@ class _Extraction:
         journal = Journal(self.out / ".selection.journal", self.inputs("selection"))
         if journal.on_disk:
             note("selection: resuming an interrupted run")
-        given = Scored(directions, self._readout, journal)
+        given = Scored(directions, self._readout, journal, self.places, self.settings.enough or None)
         candidates = self._score(prompts, given)
-        probes = self._probe(directions, candidates)
+        probes = probe_best(Recording(self.out / ACTIVATIONS), directions, candidates)
         trials = self._try_edits(prompts, candidates, given)
         save_selection(candidates, trials, probes, self.out)
         info = self._info(prompts, directions, self._nothing_chosen(trials, prompts, journal))
@@ -255,11 +254,11 @@ class _Extraction:
 
     @property
     def _measure_info(self) -> MeasureInfo:
-        return MeasureInfo.model_validate(self.book.result("prompts").get("measure", {}))
+        return self.book.found.measure
 
     @property
     def _readout(self) -> Readout:
-        return load_readout(self._measure_info, self.book.result("prompts")["behaviour_tokens"], self.out)
+        return load_readout(self._measure_info, self.book.found.behaviour_tokens, self.out)
 
     @cached_property
     def _check(self) -> AnswerCheck:
@@ -274,12 +273,6 @@ class _Extraction:
         note(*explain_ranking(ranked, finders))
         return ranked
 
-    def _probe(self, directions: Directions, ranked: list[Candidate]) -> list[ProbeResult]:
-        """Test with fresh probes what each finder's best candidate leaves in the stream that it was found in."""
-        recording = Recording(self.out / ACTIVATIONS)
-        best = {c.finder: c for c in reversed(ranked)}
-        return [p for c in best.values() for p in probe_candidate(recording, directions, c.finder, c.position, c.layer)]
-
     def _try_edits(self, prompts: list[Prompt], ranked: list[Candidate], given: Scored) -> list[Trial]:
         """Search whole edits on val prompts, and confirm the best by the answers of the edited model."""
         if not self.settings.trials:
@@ -289,12 +282,12 @@ class _Extraction:
         left = partial(self._left_in_answers, val.target_texts, val.target, given.journal)
         return self.reader.try_edits(s.trials, val, ranked, given, left)
 
-    def _left_in_answers(self, texts: Sequence[str], ids: Sequence[Sequence[int]], journal: Journal) -> float:
-        """The share of answers to prompts that show the behaviour; that lack it, if the goal is to strengthen it."""
+    def _left_in_answers(self, texts: Sequence[str], ids: Sequence[Sequence[int]], journal: Journal) -> AnswerShares:
+        """The shares of answers to prompts that are not as they should be, and that are degenerate."""
         with track("confirming by answers", len(ids), "prompts") as advance:
-            answers = self.reader.answers([list(row) for row in ids], CONFIRM_TOKENS, advance)
+            answers = self.reader.answers([list(row) for row in ids], LEAST_TOKENS, advance)
         pairs = list(zip(texts, answer_texts(self.tokenizer, answers), strict=True))
-        return self._check.left(pairs, self.settings.goal == "strengthen", journal)
+        return self._check.shares(pairs, self.settings.goal == "strengthen", journal)
 
     def _nothing_chosen(self, trials: list[Trial], prompts: list[Prompt], journal: Journal) -> str | None:
         """Why no edit is chosen, and which other measures tell the two sides apart; None if one is."""
@@ -307,7 +300,6 @@ class _Extraction:
         return reason
 
     def _info(self, prompts: list[Prompt], directions: Directions, nothing_chosen: str | None) -> RunInfo:
-        found = self.book.result("prompts")
         return RunInfo(
             nothing_chosen=nothing_chosen,
             concept=self.source.concept,
@@ -331,10 +323,11 @@ class _Extraction:
             layer_count=directions.layer_count,
             width=self.architecture.width(self.source.checkpoint.config),
             finders=list(self.settings.finders),
+            position_tokens=[self.tokenizer.decode([token]) for token in self.chat.post_instruction_tokens()],
             base_score=base_scores(prompts),
             seed=self.settings.seed,
             versions=package_versions(),
-            **found,
+            **self.book.found.model_dump(),
         )
 
 

@@ -12,6 +12,7 @@ from ..core.progress import note, track
 from ..edits.adapter import CONFIG, WEIGHTS, adapter_config, is_adapter, merge_plan
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
+from ..models.names import check_adapter_name
 from ..models.resolve import cached, file_hash, find_model, folder_state
 from .edit import edit
 
@@ -30,8 +31,7 @@ def merge(adapter: Path | str, out: Path | str, *, base: Path | str | None = Non
         OrthogonalizeError: the adapter or its base cannot be used, or do not fit each other.
     """
     adapter, out = Path(adapter), Path(out)
-    if not is_adapter(adapter):
-        raise OrthogonalizeError(f"{adapter} is not an adapter folder (it has no adapter_config.json)")
+    check_adapter_name(str(adapter))
     if (adapter / RECIPE).is_file():
         model = str(base or load_recipe(adapter).base.model)
         edit(model, out, recipe=adapter / RECIPE, force=force)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from glob import escape
@@ -9,14 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.checkpoint import CARD, INDEX, RECIPE, open_checkpoint, walk
+from ..checkpoints.settings_files import read_json
 from ..core.errors import OrthogonalizeError, first_line, shown
+from ..core.files import check_regular_files, is_inside
 from ..core.progress import note
 from ..core.temporary_folders import temporary_folder
+from ..edits.adapter import CONFIG, is_adapter
+from ..edits.adapter import WEIGHTS as FACTORS
+from ..edits.hub_cache import edited_folder
 from ..edits.recipe import Recipe, load_recipe
-from ..models.resolve import HUB_ID, public_name
+from ..models.names import HUB_ID, public_name
 from ..reports.model_card import write_card
 from ..reports.schema import load_report
-from .merge import checkpoint_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -47,6 +52,10 @@ def _stage(folder: Path, report: Path | None, stage: Path) -> None:
         (stage / name).parent.mkdir(parents=True, exist_ok=True)
         (stage / name).symlink_to((folder / name).absolute())
     recipe.base.model = public_name(recipe.base.model)
+    if is_adapter(folder):  # its base is named there as well
+        named = read_json(folder / CONFIG) | {"base_model_name_or_path": recipe.base.model}
+        (stage / CONFIG).unlink()
+        (stage / CONFIG).write_text(json.dumps(named, indent=2) + "\n", "utf-8")
     recipe.save(stage)
     write_card(stage, recipe, base=folder, report=found)
     for name in ("report.json", "report.html"):
@@ -57,9 +66,13 @@ def _stage(folder: Path, report: Path | None, stage: Path) -> None:
 def _listed(recipe: Recipe, folder: Path) -> list[str]:
     """The files of an edited checkpoint that its recipe lists; those of an old recipe by the rules of `edit`.
 
+    Of an adapter, they are its configuration and its factors.
+
     Raises:
         OrthogonalizeError: one is missing, or is not in the folder.
     """
+    if is_adapter(folder):
+        return [CONFIG, FACTORS]
     opened = open_checkpoint(folder)
     others = recipe.files or ["config.json", *([INDEX] if opened.indexed else []), *map(str, opened.side_files())]
     names = sorted({*opened.files, *others} - {RECIPE, CARD})
@@ -76,7 +89,8 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     The token is huggingface_hub's (`HF_TOKEN`, or `hf auth login`); it is never printed.
 
     Args:
-        checkpoint: a folder made by `edit`, or the name under which it wrote into the Hub's cache.
+        checkpoint: a folder made by `edit`, which may be an adapter, or the name under which it wrote into the Hub's
+            cache.
         repository: `owner/name`.
         public: make the repository public. Otherwise it is created private, and an existing public repository is
             refused.
@@ -87,10 +101,8 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
     """
     from huggingface_hub import HfApi, get_token
 
-    folder = checkpoint_of(checkpoint)
-    opened = open_checkpoint(folder)
-    for file in folder.rglob("*"):
-        opened.check_inside(file.relative_to(folder))
+    folder = edited_folder(checkpoint)
+    _check_links(folder)
     if not (folder / RECIPE).is_file():
         raise OrthogonalizeError(f"{folder} has no recipe; push only uploads output of `orthogonalize edit`")
     if not re.fullmatch(HUB_ID, repository):
@@ -107,6 +119,21 @@ def push(checkpoint: Path | str, repository: str, *, public: bool = False, repor
         except Exception as error:  # whatever the network and its libraries raise
             raise OrthogonalizeError(f"uploading to {repository} failed: {first_line(error)}") from error
     return url
+
+
+def _check_links(folder: Path) -> None:
+    """Reject a folder with a link that leads out of it, which would upload what lies there."""
+    if not is_adapter(folder):
+        opened = open_checkpoint(folder)
+        for file in folder.rglob("*"):
+            opened.check_inside(file.relative_to(folder))
+        return
+    check_regular_files(folder)
+    for file in folder.rglob("*"):
+        if not is_inside(file, folder.resolve()):
+            raise OrthogonalizeError(f"{file} is a link that leads out of its folder; remove it")
+    if not (folder / FACTORS).is_file():
+        raise OrthogonalizeError(f"{folder} has no file {FACTORS}; edit again")
 
 
 def _upload(api: HfApi, folder: Path, stage: Path, repository: str, public: bool) -> str:

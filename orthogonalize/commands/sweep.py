@@ -35,7 +35,8 @@ from ..evals.suites.base import BaseOutputs
 from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.hooks import input_shifted, layer_projected
 from ..models.loading import check_complete
-from ..models.resolve import find_model, public_name
+from ..models.names import public_name
+from ..models.resolve import find_model
 from ..reports.pareto_plot import write_pareto_plot
 from ..reports.schema import Measures, compare_all, kept_shares
 from ..reports.sweep import NONE_REMOVES, Semantics, Sweep, SweepRow, effect_key, harm_key, pareto

@@ -3,6 +3,7 @@
 import re
 
 LONGEST = 1000  # characters of a message
+CREDENTIALS = re.compile(r"//[^/\s@]+@")  # a name and a password in an address
 # Matches the messages of the libraries, but not "an illegal memory access".
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|enough memory", re.IGNORECASE)
 
@@ -35,8 +36,11 @@ def ran_out_of_memory(error: BaseException) -> str | None:
 
 
 def shown(text: object, most: int = 200) -> str:
-    """Text from a file for a message: one line, shortened, control characters and unpaired surrogates visible."""
-    whole = str(text)
+    """Text from a file for a message: one line, shortened, control characters and unpaired surrogates visible.
+
+    Names and passwords in addresses are left out.
+    """
+    whole = CREDENTIALS.sub("//***@", str(text))
     visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in whole[: most + 1])
     return visible if len(whole) <= most and len(visible) <= 2 * most else f"{visible[:most]}…"
 

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from .errors import OrthogonalizeError
 from .locks import try_lock
 
+CALL = 2**20  # bytes written per system call; more would evict the copied data from the faster caches
 DEEPEST = 64  # nested lists and tables of JSON
 
 
@@ -98,6 +99,17 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         out.write(content.encode() if isinstance(content, str) else content)
         out.flush()
         partial.replace(file)
+
+
+def write_all(descriptor: int, offset: int, data: memoryview) -> None:
+    """Write `data` at `offset`, in as many calls as it takes: one may write less than it is given.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    while data:
+        count = os.pwrite(descriptor, data[:CALL], offset)
+        data, offset = data[count:], offset + count
 
 
 def check_regular_files(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Signal handling: Ctrl-C and SIGTERM."""
+"""Signal handling: Ctrl-C, and what else asks a process to end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _requested = False  # no lock: a second signal may arrive while the first is handled
 
 
@@ -19,16 +20,17 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def handle_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGINT and SIGTERM in this context; `check` raises it again if it was swallowed.
+    """Raise KeyboardInterrupt on the signals in `STOPPING` in this context.
 
-    Python discards exceptions raised in destructors, so the work would silently continue. Signals that the process
-    was started to ignore (background jobs of a shell ignore Ctrl-C) stay ignored.
+    `check` raises it again if it was swallowed: Python discards exceptions raised in destructors, so the work would
+    silently continue. Signals that the process was started to ignore (background jobs of a shell ignore Ctrl-C, and
+    `nohup` the end of the terminal) stay ignored.
     """
     global _requested
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         for number, handler in before.items():
             if handler is not signal.SIG_IGN:

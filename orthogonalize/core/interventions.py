@@ -350,13 +350,16 @@ def block_sites(layers: Iterable[int]) -> list[Site]:
 
 def orthonormal(vectors: torch.Tensor) -> torch.Tensor:
     """Orthonormalize the rows of `vectors` [k, d] by Gram-Schmidt in float64, in order; dependent rows are dropped."""
-    kept: list[torch.Tensor] = []
+    width = vectors.shape[-1]
+    kept, count = vectors.new_zeros(min(vectors.shape), width, dtype=torch.float64), 0
     for vector in vectors.to(torch.float64):
         norm = vector.norm()
         rest = vector
         for _ in range(2):  # twice is enough: the second pass removes what rounding left
-            for other in kept:
-                rest = rest - (rest @ other) * other
+            rest = rest - (kept[:count] @ rest) @ kept[:count]
         if rest.norm() > 1e-10 * norm and norm > 0:
-            kept.append(rest / rest.norm())
-    return torch.stack(kept) if kept else vectors.new_zeros(0, vectors.shape[-1], dtype=torch.float64)
+            kept[count] = rest / rest.norm()
+            count += 1
+        if count == width:
+            break
+    return kept[:count]

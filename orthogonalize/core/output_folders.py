@@ -54,6 +54,19 @@ EDITED = FolderKind("orthogonalize.json")
 REPORT = FolderKind("report.json", frozenset({"report.json", "report.html"}))
 
 
+def check_finished_run(folder: Path) -> None:
+    """Check that `folder` is a run that `extract` has finished.
+
+    Raises:
+        OrthogonalizeError: it is not.
+    """
+    if (folder / "run.json").is_file():
+        return
+    if (folder / RUN.mark).is_file():
+        raise OrthogonalizeError(f"run folder {folder} is unfinished; re-run the same extract command to resume it")
+    raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); create one with extract")
+
+
 def check_free(out: Path, kind: FolderKind, force: bool = False, inputs: Sequence[Path] = ()) -> None:
     """Reject an unusable output path before any work is done.
 

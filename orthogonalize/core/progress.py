@@ -1,7 +1,12 @@
-"""Progress bars and notes: silent in the library, shown by the command line."""
+"""Progress and notes: silent in the library, shown by the command line.
+
+On a terminal, progress is a bar with a rate and the time left; elsewhere, as in a log, a line every ten seconds.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,12 +18,13 @@ from .errors import shown
 Progress = Callable[[int], None]
 """Called with the amount of work done since the last call."""
 
+EVERY = 10.0  # seconds between the lines of a log
 console = Console(stderr=True)
 _shown = False
 
 
 def show(on: bool = True) -> None:
-    """Turn progress bars and notes on (as the command line does) or off (the library's default)."""
+    """Turn progress and notes on (as the command line does) or off (the library's default)."""
     global _shown
     _shown = on
 
@@ -30,34 +36,128 @@ def note(*lines: str) -> None:
             console.print(shown(line, 2000), highlight=False, markup=False, soft_wrap=True)
 
 
-@contextmanager
-def track(description: str, total: int | None, unit: str = "") -> Iterator[Progress]:
-    """Show a progress bar up to `total`; yields the function that advances it.
+def duration(seconds: float) -> str:
+    """A time in words, such as `48 s`, `3 min 20 s` or `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+
+
+def pace(done: float, total: float | None, unit: str, seconds: float) -> str:
+    """The rate of work, and the time left at that rate; empty before anything is done.
 
     Args:
-        description: the bar's label.
-        total: the amount of work; None if unknown.
-        unit: of `total`; "bytes" are shown as MB.
+        done, total: amounts of work in `unit`; the total may be unknown.
+        seconds: what `done` took.
     """
-    scale = 1e-6 if unit == "bytes" else 1.0
+    if done <= 0 or seconds <= 0:
+        return ""
+    rate = done / seconds
+    speed = f"{rate:.3g} {unit} per s" if rate >= 1 else f"{1 / rate:.3g} s each"
+    return speed if total is None else f"{speed}, {duration(max(0.0, total - done) / rate)} left"
+
+
+class _PaceColumn(bars.ProgressColumn):
+    """The rate, and the time left."""
+
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: bars.Task) -> str:
+        return "" if task.finished else pace(task.completed, task.total, self.unit, task.elapsed or 0.0)
+
+
+class _Work:
+    """An amount of work and how much of it is done; `changed` is called when that changes."""
+
+    def __init__(self, description: str, total: float | None, unit: str) -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done, self.started = 0.0, time.monotonic()
+        self.changed: Callable[[], None] = lambda: None
+
+    def advance(self, amount: float) -> None:
+        self.done += amount
+        self.changed()
+
+    @property
+    def seconds(self) -> float:
+        """The time since it began."""
+        return time.monotonic() - self.started
+
+    def line(self) -> str:
+        """How far it is, as a line of a log."""
+        of = "" if self.total is None else f" of {round(self.total)}"
+        details = [duration(self.seconds), pace(self.done, self.total, self.unit, self.seconds)]
+        amount = f"{round(self.done)}{of} {self.unit}".rstrip()
+        return f"{self.description}: {amount} ({', '.join(filter(None, details))})"
+
+    def last_line(self) -> str:
+        """What was done, as a line of a log."""
+        return f"{self.description}: {round(self.done)} {self.unit}".rstrip() + f" in {duration(self.seconds)}"
+
+
+@contextmanager
+def _logged(work: _Work) -> Iterator[None]:
+    """A line every ten seconds, from a thread, so that a long step is seen to run; and one at the end."""
+    over = threading.Event()
+
+    def write() -> None:
+        while not over.wait(EVERY):
+            note(work.line())
+
+    writer = threading.Thread(target=write, daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        writer.join()
+    note(work.last_line())
+
+
+@contextmanager
+def _drawn(work: _Work) -> Iterator[None]:
+    """A bar."""
     with bars.Progress(
         bars.TextColumn("{task.description:<28}"),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
-        bars.TextColumn("MB" if unit == "bytes" else unit),
+        bars.TextColumn(work.unit),
         bars.TimeElapsedColumn(),
+        _PaceColumn(work.unit),
         console=console,
-        disable=not _shown,
     ) as bar:
-        size = None if total is None else max(1, round(total * scale))
-        task = bar.add_task(description, total=size)
-        done = 0.0
+        task = bar.add_task(work.description, total=work.total)
+        work.changed = lambda: bar.update(task, completed=round(work.done))
+        yield
 
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count * scale
-            bar.update(task, completed=round(done))
 
+@contextmanager
+def track(description: str, total: int | None, unit: str = "") -> Iterator[Progress]:
+    """Show progress up to `total`; yields the function that advances it.
+
+    Args:
+        description: what is done.
+        total: the amount of work; None if unknown.
+        unit: of `total`; "bytes" are shown as MB.
+    """
+    scale = 1e-6 if unit == "bytes" else 1.0
+    size = None if total is None else max(1.0, total * scale)
+    work = _Work(description, size, "MB" if unit == "bytes" else unit)
+
+    def advance(count: int) -> None:
+        work.advance(count * scale)
+
+    if not _shown:
+        yield advance
+        return
+    with _drawn(work) if console.is_terminal else _logged(work):
         yield advance
         if size is not None:
-            bar.update(task, completed=size)
+            work.advance(size - work.done)

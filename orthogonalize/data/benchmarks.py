@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.progress import note
 from ..core.registry import Registry
+from .hub import offline_if_unreachable
 from .rows import SUFFIXES, read_split
 from .tokenization import is_valid_unicode
 
@@ -147,8 +148,11 @@ def rows(source: BenchmarkSet, data: Path | None, limit: int | None = None) -> l
     """
     where = str(source) if data is None else str(local_file(source, data))
     try:
-        found = _hub_rows(source) if data is None else read_split(local_file(source, data))
-        taken = list(itertools.islice(found, limit))
+        if data is None:
+            with offline_if_unreachable():
+                taken = list(itertools.islice(_hub_rows(source), limit))
+        else:
+            taken = list(itertools.islice(read_split(local_file(source, data)), limit))
     except OrthogonalizeError:
         raise
     except Exception as error:  # each of these libraries raises its own classes

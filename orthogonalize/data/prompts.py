@@ -11,9 +11,10 @@ from itertools import chain, combinations, count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..core.errors import OrthogonalizeError, first_line
+from ..core.errors import OrthogonalizeError
 from ..core.words import counted
 from .benchmarks import PROMPT_SETS, BenchmarkSet, PromptSet, category_of, instructions
+from .hub import dataset_rows
 from .rows import SUFFIXES, check_utf8, read_rows
 from .tokenization import is_valid_unicode
 
@@ -156,35 +157,39 @@ def concept(name: str) -> Concept | PublicConcept:
     return CONCEPTS[name]
 
 
-def _rows_of_hub_dataset(source: str, split: str) -> list[Any]:
-    from datasets import load_dataset  # slow to import, and only Hub sources need it
+def _file_of(source: str) -> Path:
+    if source.startswith(PLANTED):
+        return Path(str(resources.files("orthogonalize.data"))) / "planted" / source.removeprefix(PLANTED)
+    return Path(source)
 
-    try:
-        return list(load_dataset(source, split=split))
-    except Exception as error:  # the library raises a class of its own for every kind of failure
+
+def check_source(source: str) -> None:
+    """Check that `source` names a file, a public set, or something of the form of a dataset on the Hub.
+
+    Raises:
+        OrthogonalizeError: it is none of these.
+    """
+    path = _file_of(source)
+    if path.is_file() or is_public(source):
+        return
+    if path.suffix.lower() in PROMPT_SUFFIXES:
+        raise OrthogonalizeError(f"no such prompt file: {source}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise OrthogonalizeError(
-            f"dataset {source!r} (split {split!r}) cannot be read: {first_line(error)}; "
-            "check the name, the split and your access"
-        ) from error
+            f"prompt source {source!r} is neither a file, a Hub dataset owner/name nor a public set "
+            f"({', '.join(PROMPT_SETS)})"
+        )
 
 
 def _rows(source: str, split: str) -> list[Any]:
-    path = Path(source)
-    if source.startswith(PLANTED):
-        path = Path(str(resources.files("orthogonalize.data"))) / "planted" / source.removeprefix(PLANTED)
-    if path.is_file():
-        try:
-            return _rows_of_file(path)
-        except (ValueError, OSError) as error:
-            raise OrthogonalizeError(f"{source} cannot be read as prompts: {error}") from error
-    if path.suffix.lower() in PROMPT_SUFFIXES:
-        raise OrthogonalizeError(f"no such prompt file: {source}")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return _rows_of_hub_dataset(source, split)
-    raise OrthogonalizeError(
-        f"prompt source {source!r} is neither a file, a Hub dataset owner/name nor a public set "
-        f"({', '.join(PROMPT_SETS)})"
-    )
+    check_source(source)
+    path = _file_of(source)
+    if not path.is_file():
+        return dataset_rows(source, split)
+    try:
+        return _rows_of_file(path)
+    except (ValueError, OSError) as error:
+        raise OrthogonalizeError(f"{source} cannot be read as prompts: {error}") from error
 
 
 def _rows_of_file(path: Path) -> list[Any]:

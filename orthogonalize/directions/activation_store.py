@@ -6,7 +6,6 @@ of the model.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 
 from ..checkpoints.safetensors_file import DTYPES, TensorFile, TensorInfo, open_tensor_file, stored_bytes, write_header
 from ..core.errors import OrthogonalizeError
-from ..core.files import no_follow, partial_file
+from ..core.files import no_follow, partial_file, write_all
 from ..core.interrupts import check
 from ..core.journal import Journal
 from ..core.progress import track
@@ -110,7 +109,7 @@ class _Writing:
         info = self.infos[key]
         for row, value in zip(rows, values.cpu().contiguous(), strict=True):
             data = stored_bytes(value)
-            os.pwrite(self._descriptor, data, self._start + info.start + row * len(data))
+            write_all(self._descriptor, self._start + info.start + row * len(data), memoryview(data))
 
 
 def record(

@@ -267,6 +267,8 @@ def load_direction(file: Path | str) -> GivenDirection:
         vectors = tensors[name]
     if not isinstance(vectors, torch.Tensor) or vectors.dim() not in (1, 2):
         raise OrthogonalizeError(f"{file} must contain one tensor of shape [d] or [k, d]")
+    if vectors.is_complex():
+        raise OrthogonalizeError(f"{file} contains complex numbers; a direction is real")
     rows = vectors.to(torch.float64).reshape(-1, vectors.shape[-1])
     if not torch.isfinite(rows).all() or not rows.any():
         raise OrthogonalizeError(f"{file} contains a direction that is zero, NaN or infinite")

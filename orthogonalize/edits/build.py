@@ -147,8 +147,15 @@ def place_maps_along(
 
     def map_at(layer: int) -> AffineMap | None:
         basis = basis_at(layer)
+        if basis is None:
+            return None
         first = choice.rank if isinstance(choice.rank, int) else None
-        return None if basis is None else method.map(choice, basis[:first], norm_at(layer))
+        if first is not None and first > len(basis) and not method.one_direction:
+            raise OrthogonalizeError(
+                f"--rank {first} exceeds the {len(basis)} directions of layer {layer}; give a smaller --rank, or leave "
+                "out --rank or --per-layer"
+            )
+        return method.map(choice, basis[:first], norm_at(layer))
 
     return method.place(parse_scope(choice.scope), directions.layer_count, map_at, choice.layer, ranking)
 

@@ -17,7 +17,7 @@ from ..checkpoints.checkpoint import RECIPE
 from ..core.errors import OrthogonalizeError
 from ..core.locks import locked
 from ..core.output_folders import FolderKind, check_free, complete_folder
-from ..models.resolve import is_hub_id
+from ..models.names import is_hub_id
 from .recipe import load_recipe
 
 LARGE = 10 * 2**20  # bytes; the Hub stores larger files in LFS

@@ -60,7 +60,7 @@ def _linear_layers(plan: EditPlan) -> dict[str, str]:
     """
     folder = plan.source.path
     with torch.device("meta"):
-        model = model_class(folder).from_config(load_config(folder))
+        model = model_class(folder).from_config(load_config(folder), trust_remote_code=False)
     held = dict(model.named_modules())
     linear = {name for name, module in held.items() if isinstance(module, torch.nn.Linear)}
     head = next(name for name in linear if held[name] is model.get_output_embeddings())

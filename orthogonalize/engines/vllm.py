@@ -112,6 +112,8 @@ class VllmEngine:
         self.llm: Any = None
 
     def __enter__(self) -> Self:
+        checkpoint = open_checkpoint(self.folder)
+        checkpoint.check_nothing_beside()
         check_engine("vllm", self.options)
         on_cpu = not torch.cuda.is_available()
         set_environment(on_cpu, self.options.parallel)
@@ -119,8 +121,9 @@ class VllmEngine:
             warnings.simplefilter("ignore")  # its dependencies warn at import
             from vllm import LLM
 
+        config = checkpoint.config
         arguments: dict[str, Any] = {
-            "dtype": dtype_for(open_checkpoint(self.folder), on_cpu),
+            "dtype": dtype_for(checkpoint, on_cpu),
             "max_logprobs": LIKELIEST,
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
@@ -135,7 +138,6 @@ class VllmEngine:
         }
         if self.options.distributed_executor_backend:
             arguments["distributed_executor_backend"] = self.options.distributed_executor_backend
-        config = open_checkpoint(self.folder).config
         # Prompts are text only; no memory for images, and no image processor, is needed.
         if "vision_config" in config:
             arguments["limit_mm_per_prompt"] = {"image": 0, "video": 0}

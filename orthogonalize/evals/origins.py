@@ -8,7 +8,7 @@ from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError
 from ..core.progress import note
 from ..edits.recipe import load_recipe
-from ..models.resolve import public_name
+from ..models.names import public_name
 from ..selection.run_folder import RunInfo
 
 OPTION = "--allow-other-base"

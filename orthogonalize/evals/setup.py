@@ -18,7 +18,8 @@ from ..data.prompts import Source, Split
 from ..engines.base import Engine, EngineOptions
 from ..engines.registry import ENGINES, check_engine, engine_state, open_engine
 from ..models.loading import load_tokenizer
-from ..models.resolve import folder_state, public_name
+from ..models.names import public_name
+from ..models.resolve import folder_state
 from ..selection.run_folder import Run
 from .choosing import choosing_suites, why_nothing_is_chosen
 from .judges.measured_answers import Judgements, add_behaviour, add_judgements, ask_judges, judges_for

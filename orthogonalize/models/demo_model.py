@@ -56,9 +56,9 @@ def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False)
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload().to(torch.bfloat16)
     with complete_folder(out, EDITED) as folder:
         merged.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(folder)
         (folder / CARD).write_text(f"---\nlicense: apache-2.0\nbase_model: {BASE}\n---\n", "utf-8")

@@ -20,13 +20,14 @@ def convert_gguf(file: Path, out: Path) -> Path:
 
     try:
         dtype = _gguf_dtype(file)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
         model, found = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             dtype=dtype,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # a damaged file can raise anything
         raise OrthogonalizeError(f"{file} cannot be read as GGUF: {first_line(error)}") from error

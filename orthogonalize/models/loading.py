@@ -212,7 +212,7 @@ def check_complete(folder: Path) -> None:
         return
     try:
         _, found = model_class(folder).from_pretrained(
-            folder, config=load_config(folder), device_map="meta", output_loading_info=True
+            folder, config=load_config(folder), device_map="meta", output_loading_info=True, trust_remote_code=False
         )
     except RuntimeError as error:
         raise OrthogonalizeError(f"{folder} is incomplete or has wrong shapes: {first_line(error)}") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,9 +18,9 @@ from ..core.locks import locked
 from ..core.progress import note
 from .gguf import convert_gguf
 from .hub_files import download_model, missing_bytes, open_on_hub
+from .names import check_model_name, is_hub_id
 
 CONVERTERS = ("orthogonalize", "transformers", "gguf")  # packages whose versions change what a .gguf file becomes
-HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 
 
 def cache_folder() -> Path:
@@ -48,16 +47,6 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def is_hub_id(model: str) -> bool:
-    """Whether `model` has the form owner/name and is not an existing path."""
-    return bool(re.fullmatch(HUB_ID, model)) and not Path(model).exists()
-
-
-def public_name(model: str) -> str:
-    """The name of `model` for published files: its Hub id, or its folder's name without the path."""
-    return model if is_hub_id(model) else Path(os.path.abspath(model)).name
-
-
 def find_model(model: str, revision: str | None = None) -> Path:
     """The local folder of `model`: itself, a converted .gguf file, or a download from the Hub.
 
@@ -67,18 +56,15 @@ def find_model(model: str, revision: str | None = None) -> Path:
     path = Path(model)
     if path.exists() and revision not in (None, commit_of(path)):
         raise OrthogonalizeError(f"--revision {revision} is only for models on the Hub, but {model} is a local path")
+    check_model_name(model)
     if path.is_dir():
         folder = path
     elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise OrthogonalizeError(f"no such file: {model}")
         versions = [version(name) for name in CONVERTERS]
         content = fingerprint([file_hash(path), versions])
         folder = cached(f"{path.stem}-{content[:16]}", partial(convert_gguf, path))
-    elif is_hub_id(model):
-        folder = download_model(model, revision)
     else:
-        raise OrthogonalizeError(f"no such model: {model!r} is not a folder, a .gguf file or a Hub id owner/name")
+        folder = download_model(model, revision)
     open_checkpoint(folder)
     return folder
 

@@ -9,9 +9,11 @@ from huggingface_hub import ModelCardData, metadata_load
 
 from ..checkpoints.checkpoint import CARD, RECIPE
 from ..core.files import write_atomically
+from ..edits.adapter import is_adapter
 from ..edits.methods.registry import METHODS
 from ..edits.recipe import Recipe, load_recipe
-from ..models.resolve import commit_of, is_hub_id, public_name
+from ..models.names import is_hub_id, public_name
+from ..models.resolve import commit_of
 from .schema import Report
 from .tables import summary_rows
 from .templating import templates
@@ -40,12 +42,16 @@ def _is_plain(value: Any) -> bool:
     return 0 < len(texts) <= 200 and all(isinstance(each, str) and 0 < len(each) <= 200 for each in texts)
 
 
-def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None = None) -> str:
-    """The card as Markdown with its YAML header; `inherited` are header fields that the base declares."""
+def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None = None, adapter: bool = False) -> str:
+    """The card as Markdown with its YAML header; `inherited` are header fields that the base declares.
+
+    `adapter`: it is that of an adapter, not of a checkpoint.
+    """
     if is_hub_id(recipe.base.model):
-        inherited = {**inherited, "base_model": recipe.base.model, "base_model_relation": "finetune"}
+        relation = "adapter" if adapter else "finetune"
+        inherited = {**inherited, "base_model": recipe.base.model, "base_model_relation": relation}
     data = ModelCardData(
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["orthogonalize", recipe.choice.method],
         **inherited,
@@ -63,13 +69,18 @@ def card_text(recipe: Recipe, inherited: dict[str, Any], report: Report | None =
             leak=max(leaks) if leaks else None,
             rows=summary_rows(report) if report else [],
             report=report,
+            adapter=adapter,
         )
     )
 
 
 def write_card(folder: Path, recipe: Recipe, base: Path | None = None, report: Report | None = None) -> None:
-    """Write README.md into a checkpoint folder; without `base`, the licence in its current README.md is kept."""
-    write_atomically(folder / CARD, card_text(recipe, _base_metadata(base or folder), report))
+    """Write README.md into the folder of a checkpoint or adapter.
+
+    Without `base`, the licence in its current README.md is kept.
+    """
+    text = card_text(recipe, _base_metadata(base or folder), report, is_adapter(folder))
+    write_atomically(folder / CARD, text)
 
 
 def update_card(checkpoint: Path, report: Report) -> None:

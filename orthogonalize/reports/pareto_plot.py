@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .style import COLOURS, MARKERS
+from .style import COLOURS, MARKERS, legend_beside
 from .sweep import MARK, Sweep, outcome, sweep_caption
 from .tables import title
 
@@ -36,7 +36,7 @@ def pareto_figure(sweep: Sweep) -> Figure:
     axis.set_title(f"{sweep.model}\n{sweep_caption(sweep)}", fontsize=9, wrap=True)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    axis.legend(fontsize=8)
+    legend_beside(figure, axis)
     return figure  # type: ignore[no-any-return]
 
 

@@ -40,6 +40,7 @@ def rates_figure(report: Report) -> Figure | None:
         axis.errorbar(values, places, xerr=spread, fmt=marker, color=colour, capsize=3, label=name)
     axis.set(
         xlim=(-2, 102),
+        ylim=(-0.6, len(keys) - 0.4),  # half a line around the first and the last
         xlabel="%",
         yticks=range(len(keys)),
         yticklabels=[title(k, report.concept) for k in reversed(keys)],

@@ -23,7 +23,7 @@ from ..directions.finders.registry import FINDERS
 from ..selection.candidates import MAX_KL, MIN_INDUCE, first_pruned_layer
 from ..selection.run_folder import Run
 from ..selection.search.objectives import LEFT
-from .style import BLUE, COLOURS, MARKERS, VERMILION
+from .style import BLUE, COLOURS, MARKERS, VERMILION, legend_beside
 
 SIDE_STYLES = {"positive": (VERMILION, "^"), "negative": (BLUE, "o")}
 PANELS = 24  # most layers that get a panel each
@@ -45,7 +45,9 @@ def candidate_figure(run: Run, finder: str) -> Figure:
     for i, position in enumerate(run.directions.positions):
         row = sorted((c for c in mine if c.position == position), key=lambda c: c.layer)
         for axis, name in zip(axes, ("bypass", "induce", "kl"), strict=True):
-            axis.plot([c.layer for c in row], [getattr(c, name) for c in row], label=str(position), **_style(i))
+            scored = [(c.layer, getattr(c, name)) for c in row if getattr(c, name) is not None]
+            label = run.info.position_name(position)
+            axis.plot([layer for layer, _ in scored], [score for _, score in scored], label=label, **_style(i))
     axes[0].axhline(run.info.base_score["positive"], color="grey", linestyle="--", label="unedited")
     axes[1].axhline(run.info.base_score["negative"], color="grey", linestyle="--", label="unedited")
     axes[1].axhline(MIN_INDUCE, color="black", linestyle=":", label="filter")
@@ -56,7 +58,7 @@ def candidate_figure(run: Run, finder: str) -> Figure:
     for axis, title in zip(axes, titles, strict=True):
         axis.axvline(first_pruned_layer(run.info.layer_count) - 0.5, color="black", linestyle=":", linewidth=0.8)
         axis.set(title=title, xlabel="layer")
-    axes[0].legend(title="position", fontsize=7)
+    legend_beside(figure, axes[0], "position")
     title = FINDERS[finder].title
     figure.suptitle(f"{title}: scores by layer and position (layers right of the dotted line are excluded)")
     return figure
@@ -95,7 +97,7 @@ def cosine_figure(run: Run) -> Figure | None:
     axis.set(
         xlabel="layer", ylabel="cosine", title=f"cosines between directions, position {position}", ylim=(-1.05, 1.05)
     )
-    axis.legend(fontsize=8)
+    legend_beside(figure, axis)
     return figure
 
 
@@ -121,7 +123,7 @@ def accuracy_figure(run: Run) -> Figure:
         xlabel="classifier", ylabel="held-out accuracy",
         title=f"INLP at position {position} (thick: layer {chosen}; a last point below the line is not kept)",
     )  # fmt: skip
-    axis.legend(fontsize=8)
+    legend_beside(figure, axis)
     return figure
 
 
@@ -152,7 +154,7 @@ def projection_figure(run: Run, recording: Recording) -> Figure:
             colour, marker = SIDE_STYLES[side]
             places = np.full(len(values), layer + offset)
             axis.scatter(places, values[:, 0], s=9, color=colour, marker=marker, alpha=0.6, linewidth=0)
-    _side_legend(axis)
+    _side_legend(figure, axis)
     axis.axvline(chosen, color="black", linestyle=":", linewidth=0.8)
     axis.set(
         xlabel="layer", ylabel="standard deviations", xlim=(-0.6, run.directions.layer_count + 0.6),
@@ -161,10 +163,10 @@ def projection_figure(run: Run, recording: Recording) -> Figure:
     return figure
 
 
-def _side_legend(axis: Axes) -> None:
+def _side_legend(figure: Figure, axis: Axes) -> None:
     for side, (colour, marker) in SIDE_STYLES.items():
         axis.scatter([], [], color=colour, marker=marker, label=side)
-    axis.legend(fontsize=8)
+    legend_beside(figure, axis)
 
 
 def plane_figure(run: Run, recording: Recording) -> Figure | None:
@@ -191,7 +193,7 @@ def plane_figure(run: Run, recording: Recording) -> Figure | None:
         axis.set_title(f"layer {layer}", fontsize=8, fontweight="bold" if layer == chosen else "normal")
         axis.set_xticks([])
         axis.set_yticks([])
-    axes[0, 0].legend(fontsize=6)
+    legend_beside(figure, axes[0, 0])
     figure.suptitle(f"both sides on INLP's first (across) and second (up) direction, position {position}", fontsize=10)
     return figure
 
@@ -215,7 +217,7 @@ def probe_figure(run: Run) -> Figure | None:
         title="a fresh linear probe, before and after removal",
         xlim=(0.3, 1.03),
     )
-    axis.legend(fontsize=8, loc="lower left")
+    legend_beside(figure, axis)
     return figure
 
 
@@ -242,7 +244,7 @@ def trial_figure(run: Run) -> Figure | None:
         xlabel="behaviour left, % of val prompts", ylabel="KL along the base's own answers, nats per token",
         title="tried edits: the best (1) and the rest of the Pareto front",
     )  # fmt: skip
-    axis.legend(fontsize=8)
+    legend_beside(figure, axis)
     return figure
 
 

@@ -67,6 +67,17 @@ class MeasureInfo(BaseModel):
         )
 
 
+class Found(BaseModel):
+    """What stage `prompts` of an extraction finds: the run's measure, its tokens, and what was filtered, by side."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    behaviour_tokens: list[int]
+    behaviour_words: list[str]
+    filtered: dict[str, dict[str, int]]
+    measure: MeasureInfo = Field(default_factory=MeasureInfo)
+
+
 def keep_expected(prompts: list[Prompt], filtered: bool) -> tuple[list[Prompt], dict[str, dict[str, int]]]:
     """Keep the train and val prompts on which the model behaves as expected of their side, and count them.
 

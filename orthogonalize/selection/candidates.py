@@ -6,31 +6,21 @@ Scores are stored, so that ranking again needs no model.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any, Protocol
 
 import scipy
-import torch
 from pydantic import TypeAdapter
 
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.files import parse_json
-from ..core.interrupts import check
-from ..core.interventions import AffineMap, centred_map, shift, stack_maps
-from ..core.progress import track
-from ..directions.direction_set import Directions
-from ..directions.finders.registry import FINDERS
-from ..models.stream import Stream
-from .readers.meters import Meter, ResidentMeter, ScoredMaps
-from .readouts import Readout
 
 MAX_KL = 0.1  # nats; eliroc98/refusal_direction
 MIN_INDUCE = 0.0  # log-odds
 PRUNED_LAYERS = 0.2  # fraction of the last layers, which are excluded (see `first_pruned_layer`)
-MULTIPLIERS = (0.5, 1.0, 2.0)  # lengths at which a direction is added, in units of the mean difference
+UNSCORED = "scored by bypass alone"
 
 
 @dataclass(frozen=True)
@@ -39,11 +29,11 @@ class Candidate:
 
     Attributes:
         bypass: mean score (see `Readout`) of positive val prompts with the direction removed at this layer; lower is
-            better.
+            better. Of the first few prompts, where `induce` is None.
         induce: the same of negative val prompts with the direction added at this layer's input; the median over 0.5, 1
-            and 2 times the norm of the mean difference.
+            and 2 times the norm of the mean difference. None if enough directions of lower bypass pass the filters.
         kl: mean smoothed KL of the first token (`smoothed_kl`), in nats, on negative val prompts with the direction
-            removed.
+            removed; None as for `induce`.
         rank_of_basis: the number of directions that are removed.
         accuracy: of INLP's first classifier.
         global_bypass, global_kl: `bypass` and `kl` with the edit at every write of the model; None if not scored.
@@ -56,8 +46,8 @@ class Candidate:
     layer: int
     layer_count: int
     bypass: float
-    induce: float
-    kl: float
+    induce: float | None
+    kl: float | None
     rank_of_basis: int = 1
     accuracy: float | None = None
     global_bypass: float | None = None
@@ -104,9 +94,10 @@ def rank(
 ) -> list[Candidate]:
     """Filter and rank candidates by their stored scores, finder by finder, best first.
 
-    A candidate fails if a score is not a number, its KL is above `kl`, its induce score is below `induce`, or it is
-    in the last `prune` of the layers. Candidates that pass are ranked by bypass, lowest first. Those that fail follow,
-    the closest to passing first, so that the first candidate is the best choice even if none passes.
+    A candidate fails if a score is not a number, its KL is above `kl`, its induce score is below `induce`, it is in the
+    last `prune` of the layers, or it has only a bypass score. Candidates that pass are ranked by bypass, lowest first.
+    Those that fail follow: those with only a bypass score, by that; then the others, the closest to passing first, so
+    that the first candidate is the best choice even if none passes.
 
     Args:
         candidates: the candidates of a run, or the path of a candidates.json.
@@ -126,7 +117,7 @@ def rank(
     ranked: list[Candidate] = []
     for finder in dict.fromkeys(c.finder for c in given):
         judged = [
-            replace(c, failed=_failed_filters(c, kl, induce, prune), rank=None) for c in given if c.finder == finder
+            replace(c, failed=failed_filters(c, kl, induce, prune), rank=None) for c in given if c.finder == finder
         ]
         judged.sort(key=lambda c: _order(c, kl, induce))
         ranked += [c if c.failed else replace(c, rank=i) for i, c in enumerate(judged)]
@@ -138,28 +129,36 @@ def first_pruned_layer(layer_count: int, prune: float = PRUNED_LAYERS) -> int:
     return int(layer_count * (1 - prune))
 
 
-def _failed_filters(candidate: Candidate, kl: float, induce: float, prune: float) -> tuple[str, ...]:
+def failed_filters(
+    candidate: Candidate, kl: float = MAX_KL, induce: float = MIN_INDUCE, prune: float = PRUNED_LAYERS
+) -> tuple[str, ...]:
+    """The filters of `rank` that a candidate fails."""
     failed = []
-    if not all(math.isfinite(x) for x in (candidate.bypass, candidate.induce, candidate.kl)):
+    scores = (candidate.bypass, candidate.induce, candidate.kl)
+    if not all(math.isfinite(x) for x in scores if x is not None):
         failed.append("not a number")
-    if candidate.kl > kl:
+    if candidate.kl is not None and candidate.kl > kl:
         failed.append(f"kl {candidate.kl:.3g} > {kl:g}")
-    if candidate.induce < induce:
+    if candidate.induce is not None and candidate.induce < induce:
         failed.append(f"induce {candidate.induce:.3g} < {induce:g}")
     if candidate.layer >= first_pruned_layer(candidate.layer_count, prune):
         failed.append("late layer")
+    elif candidate.induce is None:
+        failed.append(UNSCORED)
     return tuple(failed)
 
 
 def _order(candidate: Candidate, kl: float, induce: float) -> tuple[float, ...]:
-    """Sort key: first those that pass, by bypass; then those that fail, the closest to passing first."""
+    """Sort key: those that pass, by bypass; then those that fail (see `rank`)."""
     if not candidate.failed:
         return (0, candidate.bypass)
     if "not a number" in candidate.failed:
-        return (3, candidate.layer)
+        return (4, candidate.layer)
+    if candidate.kl is None or candidate.induce is None:
+        return (3 if "late layer" in candidate.failed else 1, candidate.bypass)
     over = candidate.kl / kl - 1 if kl else candidate.kl
     excess = max(over, 0) + max(induce - candidate.induce, 0)
-    return (2 if "late layer" in candidate.failed else 1, candidate.bypass > 0, excess)
+    return (3 if "late layer" in candidate.failed else 2, candidate.bypass > 0, excess)
 
 
 def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:
@@ -168,7 +167,7 @@ def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:
     if not mine or not mine[0].failed:
         return None
     stops = [reason.split(" ")[0] for c in mine for reason in c.failed]
-    names = {"not": "not a number", "late": "late layer"}
+    names = {"not": "not a number", "late": "late layer", "scored": UNSCORED}
     counts = ", ".join(f"{names.get(s, s)} {stops.count(s)}" for s in dict.fromkeys(stops))
     best = mine[0]
     return (
@@ -193,6 +192,16 @@ def layer_ranking(ranked: Sequence[Candidate], finder: str) -> list[int]:
     return list(dict.fromkeys(c.layer for c in ranked if c.finder == finder))
 
 
+def best_by_finder(ranked: Sequence[Candidate]) -> dict[str, Candidate]:
+    """The best candidate of each finder."""
+    return {c.finder: c for c in reversed(ranked)}
+
+
+def common_place(ranked: Sequence[Candidate]) -> tuple[int, int]:
+    """The position and layer at which finders are compared like for like: those of the first finder's best."""
+    return ranked[0].position, ranked[0].layer
+
+
 def rank_correlation(candidates: Sequence[Candidate], finder: str) -> float | None:
     """Spearman's correlation of local and global bypass over the candidates of `finder`; None if unknown."""
     pairs = [(c.bypass, c.global_bypass) for c in candidates if c.finder == finder and c.global_bypass is not None]
@@ -212,138 +221,8 @@ class ScoreStore(Protocol):
     def put(self, results: Mapping[str, Any]) -> None: ...
 
 
-class _MemoryStore(dict[str, Any]):
+class MemoryStore(dict[str, Any]):
     """Scores in memory only."""
 
     def put(self, results: Mapping[str, Any]) -> None:
         self.update(results)
-
-
-def adds_mean_difference(finder: str, directions: Directions) -> bool:
-    """Whether adding the first direction of `finder` is the same as adding that of every other such finder."""
-    return FINDERS[finder].adds_mean_difference and directions.leace_erases_mean_diffs
-
-
-@dataclass
-class DirectionScoring:
-    """Scores the directions of a run; `meter` measures, and `layer_norm` says whether the model has LayerNorms."""
-
-    meter: Meter
-    directions: Directions
-    everywhere: bool
-    layer_norm: bool
-
-    def layer(self, finder: str, layer: int, induced: MutableMapping[tuple[int, int], float]) -> list[Candidate]:
-        """Score `finder` at every position of `layer`; `induced` keeps the scores of added mean differences."""
-        found = {p: self.directions.removal(finder, p, layer) for p in self.directions.positions}
-        maps = {
-            p: centred_map(m) if self.layer_norm else m for p, m in found.items() if m is not None
-        }  # as `edit` does
-        if not maps:
-            return []
-        removals = stack_maps(list(maps.values()))
-        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, layer))
-        kl = self.meter.kl(ScoredMaps("negative", removals, layer))
-        induce = self._induce(finder, layer, list(maps), induced)
-        bypass_all, kl_all = self._everywhere(removals)
-        result = []
-        for i, position in enumerate(maps):
-            result.append(
-                Candidate(
-                    finder,
-                    position,
-                    layer,
-                    self.directions.layer_count,
-                    bypassed[i].item(),
-                    induce[i],
-                    kl[i].item(),
-                    maps[position].rank,
-                    FINDERS[finder].accuracy(self.directions, position, layer),
-                    bypass_all[i] if bypass_all else None,
-                    kl_all[i] if kl_all else None,
-                )
-            )
-        return result
-
-    def _induce(
-        self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
-    ) -> list[float]:
-        """The median over the multipliers of the mean score with the first direction added, per position."""
-        shared = adds_mean_difference(finder, self.directions)  # which another finder may have scored
-        if shared and all((p, layer) in induced for p in positions):
-            return [induced[p, layer] for p in positions]
-        shifts = []
-        for position in positions:
-            basis = self.directions.basis(finder, position, layer)
-            assert basis is not None
-            length = self.directions.mean_diff(position, layer).norm()
-            shifts += [multiplier * length * basis[0] for multiplier in MULTIPLIERS]
-        scores = self.meter.behaviour(ScoredMaps("negative", shift(torch.stack(shifts)), layer, projected=False))
-        values = [median(row) for row in scores.reshape(len(positions), -1).tolist()]
-        if shared:
-            induced.update({(p, layer): v for p, v in zip(positions, values, strict=True)})
-        return values
-
-    def _everywhere(self, removals: AffineMap) -> tuple[list[float], list[float]]:
-        if not self.everywhere:
-            return [], []
-        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, None))
-        return bypassed.tolist(), self.meter.kl(ScoredMaps("negative", removals, None)).tolist()
-
-
-def score_key(finder: str, layer: int) -> str:
-    """The name of the scores of a finder at a layer in a `ScoreStore`."""
-    return f"candidates:{finder}:{layer}"
-
-
-def resident_scoring(
-    model: Any,
-    positive: Sequence[Sequence[int]],
-    negative: Sequence[Sequence[int]],
-    directions: Directions,
-    readout: Readout,
-    everywhere: bool,
-) -> DirectionScoring:
-    """The scoring of directions with a model that is whole in memory; see `score_candidates`."""
-    meter = ResidentMeter(model, {"positive": positive, "negative": negative}, readout)
-    layer_norm = Stream.of(model).architecture.norms.kind == "layer"
-    return DirectionScoring(meter, directions, everywhere, layer_norm)
-
-
-def score_candidates(
-    model: Any,
-    positive: Sequence[Sequence[int]],
-    negative: Sequence[Sequence[int]],
-    directions: Directions,
-    finders: Sequence[str],
-    readout: Readout,
-    everywhere: bool = False,
-    known: ScoreStore | None = None,
-) -> list[Candidate]:
-    """Score every (finder, position, layer) on val prompts (token ids), editing at that layer only.
-
-    Args:
-        readout: scores the behaviour.
-        everywhere: also score each edit at every write of the model (`global_bypass`, `global_kl`).
-        known: a store for the scores; those that it contains are not computed again.
-    """
-    kept = _MemoryStore() if known is None else known
-    scoring: DirectionScoring | None = None
-    induced: dict[tuple[int, int], float] = {}
-    result: list[Candidate] = []
-    with track("scoring directions", directions.layer_count * len(finders), "layers") as advance:
-        for layer in range(directions.layer_count):
-            for finder in finders:
-                key = score_key(finder, layer)
-                if key not in kept:
-                    scoring = scoring or resident_scoring(model, positive, negative, directions, readout, everywhere)
-                    kept.put({key: [c.row() for c in scoring.layer(finder, layer, induced)]})
-                    check()
-                found = [Candidate.from_row(row) for row in kept[key]]
-                if adds_mean_difference(finder, directions):
-                    induced.update({(c.position, c.layer): c.induce for c in found})
-                result += found
-                advance(1)
-    if not result:
-        raise OrthogonalizeError("the two sides have the same activations everywhere, so no direction separates them")
-    return result

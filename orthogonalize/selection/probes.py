@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ..directions.direction_set import Directions
 from ..directions.finders.registry import FINDERS
 from ..edits.config import EditConfig
 from ..edits.recipe import ProbeResult
+from .candidates import Candidate, best_by_finder, common_place
 
 
 def probe_accuracy(train: Mapping[Side, torch.Tensor], val: Mapping[Side, torch.Tensor]) -> float:
@@ -70,6 +71,19 @@ def probe_candidate(
         probe(recording, directions, finder, position, layer, removal)
         for removal in FINDERS.find(finder).probed_removals(directions, position, layer)
     ]
+
+
+def probe_best(recording: Recording, directions: Directions, ranked: Sequence[Candidate]) -> list[ProbeResult]:
+    """Probe every finder's best candidate, and where that is elsewhere, the finder at the common place as well.
+
+    Layers differ in how much a probe reads there, so finders are comparable at the same one only.
+    """
+    found: list[ProbeResult] = []
+    for finder, best in best_by_finder(ranked).items():
+        for place in dict.fromkeys([(best.position, best.layer), common_place(ranked)]):
+            if directions.basis(finder, *place) is not None:
+                found += probe_candidate(recording, directions, finder, *place)
+    return found
 
 
 def probe_choice(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.files import check_regular_files, parse_json, write_atomically
+from ..core.output_folders import check_finished_run
 from ..data.chat import ChatFormat
 from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split, target_side, texts_of
 from ..data.thoughts import Thinking
@@ -21,12 +22,11 @@ from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
-from ..models.resolve import public_name
+from ..models.names import public_name
 from .behaviour import MeasureInfo, load_readout
 from .candidates import Candidate, rank_correlation
 from .readouts import Readout
 from .search.objectives import Trial, shortlist
-from .stages import BOOK
 
 PRESERVED = "preserved.jsonl"
 _PROMPT, _PRESERVED = TypeAdapter(Prompt), TypeAdapter(PreservedPrompt)
@@ -38,6 +38,7 @@ class RunInfo(BaseModel):
     `concept` is what the behaviour is called, `sources` where the prompts come from by side, and `measure` what shows
     the behaviour; `behaviour_tokens` are its first tokens, if it is read from them, and `behaviour_words` their text.
     `nothing_chosen` says why the run has no best edit, if it tried some and none does what it should.
+    `position_tokens` are the tokens at the positions, the last at -1; none where prompts end with the instruction.
     `goal` is what the edits are for (see `Settings.goal`), and `thinking` what became of thoughts before answers.
     `sensitive` names the sensitive sides of the contrast, and `sensitive_preserved` the sensitive preserved sources.
     """
@@ -63,12 +64,18 @@ class RunInfo(BaseModel):
     width: int
     nothing_chosen: str | None = None
     finders: list[str] = Field(validation_alias="methods", serialization_alias="methods")
+    position_tokens: list[str] = Field(default_factory=list)
     behaviour_tokens: list[int]
     behaviour_words: list[str]
     base_score: dict[str, float]
     filtered: dict[str, dict[str, int]]
     seed: int
     versions: dict[str, str]
+
+    def position_name(self, position: int) -> str:
+        """A position and, if known, the token there, as tables and figures show it."""
+        known = -len(self.position_tokens) <= position < 0
+        return f"{position} {self.position_tokens[position]!r}" if known else str(position)
 
     def chat_format(self, tokenizer: Any) -> ChatFormat:
         """How the run presents prompts to its model."""
@@ -208,10 +215,7 @@ def load_run(folder: Path | str) -> Run:
         OrthogonalizeError: it is not a run folder, or a part is missing or damaged.
     """
     folder = Path(folder)
-    if not (folder / "run.json").is_file() and (folder / BOOK).is_file():
-        raise OrthogonalizeError(f"run folder {folder} is unfinished; re-run the same extract command to resume it")
-    if not (folder / "run.json").is_file():
-        raise OrthogonalizeError(f"{folder} is not a run folder (it has no run.json); create one with extract")
+    check_finished_run(folder)
     check_regular_files(folder)
     try:
         info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))

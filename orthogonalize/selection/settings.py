@@ -52,8 +52,12 @@ class Settings:
             same position and layer.
         max_rank, solver, classifier: of INLP (see `inlp`).
         scoring: `local`, and optionally `global` to also score every candidate at every write.
+        layers, positions: the layers, and the tokens counted from the end of the prompt, whose directions are scored;
+            None scores all.
         scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
             tried on all positive prompts.
+        enough: how many directions of a finder that pass the filters are enough: all are scored by few prompts, and
+            fully only until so many pass. 0 scores all fully, as `--engine stream` always does.
         trials: number of whole edits to try; 0 skips the search.
         goal: `remove` takes the behaviour out of what shows it; `calibrate` does so too, and keeps it on the preserved
             prompts, which show it rightly; `strengthen` extends it to target prompts, which do not show it.
@@ -92,7 +96,10 @@ class Settings:
     solver: Solver = "newton"
     classifier: Classifier = "logistic"
     scoring: Sequence[str] = ("local",)
+    layers: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
     scored: int | None = None
+    enough: int = 8
     trials: int = 32
     own_answers: Path | str | None = None
     answers: int = 32
@@ -150,6 +157,8 @@ class Settings:
             raise OrthogonalizeError(
                 f"--train must be at least {MINIMUM_TRAIN}, --val and --seeds at least 1, --test at least 0"
             )
+        if self.enough < 0:
+            raise OrthogonalizeError(f"--enough must be 0 or more; got {self.enough}")
         if self.thinking not in THINKING:
             raise OrthogonalizeError(f"--thinking must be one of {', '.join(THINKING)}; got {self.thinking}")
         if self.wording is not None and self.measure not in ("auto", "wording"):

@@ -11,6 +11,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..core.errors import OrthogonalizeError
 from ..core.files import fingerprint, write_atomically
+from ..core.progress import note
+from .behaviour import Found
 
 Stage = Literal["prompts", "activations", "directions", "answers", "selection"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -29,7 +31,8 @@ _ENTRIES = TypeAdapter(dict[str, _Entry])
 class StageBook:
     """The `stages.json` of a run folder: the inputs and the result of every finished stage.
 
-    The inputs of a stage include the fingerprint of the stage before, so that a change affects all later stages.
+    The inputs of a stage include the fingerprint of the stage before, so that a change affects all later stages. A
+    damaged file counts as none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,18 +41,16 @@ class StageBook:
         if self.file.is_file():
             try:
                 self.entries = _ENTRIES.validate_json(self.file.read_bytes())
-            except ValidationError as error:
-                raise OrthogonalizeError(f"{self.file} is damaged; delete its folder, or change --out") from error
+                if "prompts" in self.entries:
+                    Found.model_validate(self.entries["prompts"].result)
+            except ValidationError:
+                note(f"{self.file} is damaged, so every stage is done again")
+                self.entries = {}
 
-    def result(self, stage: Stage) -> dict[str, Any]:
-        """The result that a finished stage recorded.
-
-        Raises:
-            OrthogonalizeError: the stage is not done.
-        """
-        if stage not in self.entries:
-            raise OrthogonalizeError(f"{self.file.parent} lacks stage {stage!r}; run extract with --stage {stage}")
-        return dict(self.entries[stage].result)
+    @property
+    def found(self) -> Found:
+        """What stage `prompts`, which is done, has found."""
+        return Found.model_validate(self.entries["prompts"].result)
 
     def unchanged(self, stage: Stage, inputs: Mapping[str, Any]) -> bool:
         """Whether `stage` was done from these `inputs`."""

@@ -225,8 +225,9 @@ def writing(out: Path) -> Iterator[subprocess.Popen]:
     """A process that has begun to write `out`."""
     code = (
         "import sys, time; from pathlib import Path\n"
+        "from orthogonalize.core.interrupts import handle_signals\n"
         "from orthogonalize.core.output_folders import RUN, complete_folder\n"
-        f"with complete_folder(Path({str(out)!r}), RUN) as p:\n"
+        f"with handle_signals(), complete_folder(Path({str(out)!r}), RUN) as p:\n"
         "    (p / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -239,12 +240,13 @@ def writing(out: Path) -> Iterator[subprocess.Popen]:
         process.wait(timeout=30)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL])
 def test_killed_run_shows_no_result_and_the_next_cleans_up(tmp_path, how):
     with writing(tmp_path / "out") as process:
         process.send_signal(how)
         process.wait(timeout=30)
     assert not (tmp_path / "out").exists()
+    assert how == signal.SIGKILL or not list(tmp_path.iterdir()), "what can be caught leaves nothing"
     with complete_folder(tmp_path / "out", RUN) as partial:
         (partial / "run.json").write_text("{}")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

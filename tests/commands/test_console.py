@@ -52,7 +52,8 @@ def test_tables_show_texts_from_files_as_they_are(monkeypatch):
         mismatches=[hostile], changed={}, added=[hostile], missing=[hostile], same=0, config={hostile: (hostile, 1)},
         side_files=[hostile], notes={hostile: hostile}, verification=None, verdict=lambda: hostile,
     )  # fmt: skip
-    _console.show_candidates([candidate])
+    info = SimpleNamespace(base_score={"positive": 1.0, "negative": -1.0}, position_name=lambda _: hostile)
+    _console.show_candidates([candidate], info)
     _console.show_audit(audit)
     assert "\x1b" not in written.getvalue()
     assert written.getvalue().count("[red]name\\x1b[31m\\nnext") >= 8

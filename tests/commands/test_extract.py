@@ -245,7 +245,7 @@ def test_several_seeds_show_the_stability_of_the_directions(model, sources, run,
 
 
 def test_global_scores_and_their_rank_correlation_are_optional(model, sources, tmp_path):
-    settings = changed(scoring=("local", "global"), trials=0, finders=("dim", "leace"))
+    settings = changed(scoring=("local", "global"), trials=0, finders=("dim", "leace"), enough=0)
     extract(str(model), tmp_path / "run", **sources, settings=settings)
     found = load_run(tmp_path / "run")
     assert all(c.global_bypass is not None and c.global_kl >= 0 for c in found.candidates)

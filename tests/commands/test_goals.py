@@ -76,7 +76,7 @@ def test_calibration_tries_edits_by_what_they_keep(model, sources, further, tmp_
     [
         (["--goal", "calibrate"], "--goal calibrate needs --preserve"),
         (["--goal", "strengthen"], "--goal strengthen needs --target"),
-        (["--target", "x.txt"], "--goal strengthen needs --target"),
+        (["--target", "planted:lists.jsonl"], "--goal strengthen needs --target"),
     ],
 )
 def test_a_goal_says_what_it_lacks(model, sources, tmp_path, words, message):

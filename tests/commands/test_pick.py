@@ -51,6 +51,7 @@ def tried(run, tmp_path) -> Path:
             left=left, before=0.95, score=-3.0, kl=kl, first_kl=kl / 2, ce_increase=-0.031, preserved={"other": 0.7},
             flipped={"other": 0.03},
             kls={"": [kl]}, confirmed=None if i else 0.021,
+            degenerate=None if i else 0.25, degenerate_before=None if i else 0.125,
         )
         for i, (left, kl) in enumerate(OUTCOMES)
     ]  # fmt: skip
@@ -99,6 +100,7 @@ def test_pick_needs_a_run_that_tried_edits(run, model, tmp_path):
     status, said = command("edit", model, "--run", run, "--pick", "1", "--out", tmp_path / "edited")
     assert (status, said) == (1, "error: there is no edit 1: the run tried no edits (extract --trials)")
     direction = tmp_path / "direction.pt"
+    direction.touch()
     status, said = command("edit", model, "--direction", direction, "--pick", "1", "--out", tmp_path / "edited")
     assert (status, said) == (1, "error: --pick chooses among the edits that a run tried; give --run")
 
@@ -109,11 +111,11 @@ def test_terminal_lists_the_edits_with_their_numbers(tried, monkeypatch):
     lines = printed.get().splitlines()
     rows = [line.split("│") for line in lines if "ablate" in line or "unedited" in line]
     unedited, *cells = [[cell.strip() for cell in row[1:-1]] for row in rows]
-    assert unedited[2:] == ["95.0%", "", "0.0000", "0.0000", "0.0000", "0.0%", "+0.0%"]
+    assert unedited[2:] == ["95.0%", "", "12.5%", "0.0000", "0.0000", "0.0000", "0.0%", "+0.0%"]
     assert [row[0] for row in cells] == ["1", "2", "3"]
     assert "strength 0.7" in cells[1][1]
-    assert cells[0][2:] == ["0.0%", "2.1%", "0.2000", "0.1000", "0.7000", "3.0%", "-3.1%"]
-    assert cells[2][2:] == ["40.0%", "", "0.0123", "0.0062", "0.7000", "3.0%", "-3.1%"]
+    assert cells[0][2:] == ["0.0%", "2.1%", "25.0%", "0.2000", "0.1000", "0.7000", "3.0%", "-3.1%"]
+    assert cells[2][2:] == ["40.0%", "", "", "0.0123", "0.0062", "0.7000", "3.0%", "-3.1%"]
     assert "edit --pick N" in printed.get()
 
 

@@ -104,6 +104,31 @@ def test_push_uploads_what_the_recipe_lists_in_one_commit(edited, tmp_path):
     assert len(commits) == 1
 
 
+def test_an_adapter_is_pushed_as_it_is(report, tmp_path):
+    base = store(tiny_llama(), tmp_path / "base", torch.bfloat16)
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
+    adapter = tmp_path / "adapter"
+    edit(str(base), adapter, direction=tmp_path / "direction.safetensors", layer=1, scope="layers:1-2", format="lora")
+    (adapter / ".env").write_text("secret")
+    with Hub(TOKEN) as hub:
+        hub.state.repositories["me/adapter"] = Repository(True, {"model.safetensors": b"merged before"})
+        done = push(hub, adapter, "me/adapter", "--report", report, home=tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        pushed = hub.state.repositories["me/adapter"].files
+    described = {"README.md", "orthogonalize.json", "report.json", "report.html"}
+    assert pushed.keys() == {"adapter_config.json", "adapter_model.safetensors"} | described
+    assert pushed["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
+    local = json.loads((adapter / "adapter_config.json").read_text())
+    assert json.loads(pushed["adapter_config.json"]) == local | {"base_model_name_or_path": "base"}
+    assert not [name for name, content in pushed.items() if str(tmp_path).encode() in content]
+    card = ModelCard(pushed["README.md"].decode())
+    assert (card.data.library_name, card.data.license) == ("peft", "apache-2.0")
+    assert "This is a LoRA adapter for base" in card.text
+    assert "Tensors changed" not in card.text
+    assert "| refusal, target prompts (n = 10) | 90.0% [60.0, 98.0] | 10.0% [2.0, 40.0] |" in card.text
+
+
 @pytest.mark.parametrize("name", ["missing.json", "../outside.json", "/etc/hostname"])
 def test_push_refuses_a_recipe_that_lists_what_is_not_there(name, edited, tmp_path):
     (tmp_path / "outside.json").write_text("{}")

@@ -19,7 +19,8 @@ from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.source import read_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RUN_SETTINGS = replace(UNTRIED, engine="hf", behaviour_tokens=None, scoring=("local", "global"), seeds=2)
+RUN_SETTINGS = replace(UNTRIED, engine="hf", behaviour_tokens=None, scoring=("local", "global"), seeds=2,
+                       enough=0)  # fmt: skip
 STREAMED = replace(RUN_SETTINGS, engine="stream")
 
 

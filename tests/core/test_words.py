@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from orthogonalize.core.errors import OrthogonalizeError, first_line
+from orthogonalize.core.errors import OrthogonalizeError, first_line, shown
 from orthogonalize.core.words import counted
 from orthogonalize.models.loading import load_tokenizer
 
@@ -28,3 +28,18 @@ def test_missing_tokenizer_is_one_whole_sentence(tmp_path):
     with pytest.raises(OrthogonalizeError, match="has no usable tokenizer: ") as error:
         load_tokenizer(tmp_path)
     assert not str(error.value).rstrip().endswith(":")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "401 Client Error for url: https://me:secret@hub.example/api/models/a/b",
+        "bad //secret@host",
+        "ftp://a:secret@b:1/",
+    ],
+)
+def test_a_password_in_an_address_is_not_shown(text):
+    for said in (shown(text), str(OrthogonalizeError(text)), first_line(ValueError(text))):
+        assert "secret" not in said
+        assert "//***@" in said
+    assert shown("mail a@b.c, or see https://hub.example/@a") == "mail a@b.c, or see https://hub.example/@a"

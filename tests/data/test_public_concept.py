@@ -107,12 +107,15 @@ def test_extract_reads_local_copies_of_the_concept(model, data, tmp_path):
 
 @pytest.mark.parametrize(("words", "message"), [
     (("--concept", "lists"), "error: --data holds local copies of public sets; name some"),
-    (("--positive", "a.txt", "--negative", "b.txt"), "error: --data holds local copies of public sets; name some"),
+    (
+        ("--positive", "planted:lists.jsonl", "--negative", "planted:sentences.jsonl"),
+        "error: --data holds local copies of public sets; name some",
+    ),
     (("--concept", "refusal", "--data", "nowhere"), "error: no such folder: nowhere (--data)"),
     (("--concept", "refusal", "--column", "text"), "error: --column belongs to --positive and --negative"),
 ])  # fmt: skip
 def test_data_that_cannot_be_used_is_one_line(words, message, tmp_path):
-    status, said = command("extract", "model", "--out", tmp_path / "run", "--data", tmp_path, *words)
+    status, said = command("extract", tmp_path, "--out", tmp_path / "run", "--data", tmp_path, *words)
     assert status == 1
     assert said.startswith(message)
 

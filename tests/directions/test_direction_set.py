@@ -114,6 +114,7 @@ def test_bad_direction_file_is_refused(tmp_path):
     save_file({"direction": torch.zeros(4)}, tmp_path / "zero.safetensors")
     save_file({"direction": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.safetensors")
     save_file({"vector": torch.ones(4)}, tmp_path / "named.safetensors")
+    save_file({"direction": torch.ones(4, dtype=torch.complex64)}, tmp_path / "complex.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     for name, message in {
         "evil.pt": "cannot be read",
@@ -122,6 +123,7 @@ def test_bad_direction_file_is_refused(tmp_path):
         "nan.safetensors": "zero, NaN",
         "named.safetensors": "neither 'direction' nor 'basis'",
         "junk.safetensors": "cannot be read",
+        "complex.safetensors": "complex numbers",
         "none.safetensors": "no such direction file",
     }.items():
         with pytest.raises(OrthogonalizeError, match=message):

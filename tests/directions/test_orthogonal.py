@@ -25,7 +25,7 @@ from orthogonalize.edits.config import EditConfig
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.settings import Settings
 
-RUN_SETTINGS = UNTRIED
+RUN_SETTINGS = UNTRIED.with_changes(enough=0)
 WIDTH, LAYERS, POSITIONS = 12, 2, (-2, -1)
 PLACES = [(position, layer) for position in POSITIONS for layer in range(LAYERS + 1)]
 
@@ -181,7 +181,19 @@ def test_stability_is_that_of_the_orthogonal_directions(recording):
 
 def test_command_line_makes_directions_orthogonal(run, model, sources, tmp_path):
     words = ("--positive", sources["positive"], "--negative", sources["negative"], "--train", "12", "--val", "4")
-    words += ("--test", "6", "--no-filter", "--behaviour-tokens", "sorry", "--max-rank", "2", "--trials", "0")
+    words += (
+        "--test",
+        "6",
+        "--no-filter",
+        "--behaviour-tokens",
+        "sorry",
+        "--max-rank",
+        "2",
+        "--trials",
+        "0",
+        "--enough",
+        "0",
+    )
     out = tmp_path / "run"
     status, said = command("extract", model, "--out", out, *words, "--orthogonal-to", "harmless-mean")
     assert status == 0, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from multiprocessing import Pipe
@@ -22,7 +23,7 @@ from orthogonalize.engines.base import EngineOptions
 from orthogonalize.engines.data_parallel import EngineGroup, _devices, _serve
 from orthogonalize.engines.registry import check_engine, open_engine
 from orthogonalize.engines.transformers import TransformersEngine, single_tokens
-from orthogonalize.engines.vllm import VllmEngine, dtype_for, patch_llvmlite_introspection
+from orthogonalize.engines.vllm import VllmEngine, dtype_for, patch_llvmlite_introspection, set_environment
 from orthogonalize.engines.weight_swap import WeightSwap, block_of
 
 
@@ -309,3 +310,15 @@ def test_a_cpu_without_bfloat16_runs_in_float32(fast, expected, monkeypatch):
     assert chosen(on_cpu=True, dtype="bfloat16", quantization_config={}) == "bfloat16"
     assert chosen(on_cpu=True, torch_dtype="float32") == "float32"
     assert chosen(on_cpu=True) == "auto"
+
+
+def test_sockets_of_vllm_are_in_a_folder_of_ones_own(monkeypatch):
+    """TMPDIR may be everybody's."""
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    set_environment(on_cpu=False)
+    folder = Path(environment["VLLM_RPC_BASE_PATH"])
+    assert folder.parent.stat().st_mode & 0o777 == 0o700
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
+    set_environment(on_cpu=False)
+    assert environment["VLLM_RPC_BASE_PATH"] == str(folder), "one folder for all engines of a process"

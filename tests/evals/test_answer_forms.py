@@ -53,15 +53,23 @@ def test_repetition_ignores_case_and_punctuation():
 
 def test_series_count_repetition_in_refusals_and_exclusive_forms_once():
     loop = "I'm sorry, I can't do that. " * 3
-    answers = ["", loop, "go on and on " * 5, "Really?", "Take two eggs."]
-    found = form_series(answers)
+    answers = [
+        "",
+        loop,
+        "go on and on " * 5,
+        "Really?",
+        "Take two eggs.",
+        "Prenez deux œufs et mettez-les dans le four.",
+    ]
+    found = form_series(["How is it that you do this with the eggs?"] * 6, answers)
     assert list(found) == list(FORMS)
     values = {name: series.values for name, series in found.items()}
-    assert values["repeats"] == [0, 1, 1, 0, 0]
-    assert values["empty"] == [1, 0, 0, 0, 0]
-    assert values["asks back"] == [0, 0, 0, 1, 0]
-    assert values["answers"] == [0, 0, 0, 0, 1]
-    assert values["words"] == [0, 18, 20, 1, 3]
+    assert values["repeats"] == [0, 1, 1, 0, 0, 0]
+    assert values["empty"] == [1, 0, 0, 0, 0, 0]
+    assert values["asks back"] == [0, 0, 0, 1, 0, 0]
+    assert values["answers"] == [0, 0, 0, 0, 1, 1]
+    assert values["words"] == [0, 18, 20, 1, 3, 9]
+    assert values["switches"] == [0, 0, 0, 0, 0, 1]
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +92,10 @@ def test_both_models_have_the_forms_of_every_set(report):
     assert {"target", "harmless", "own support", "own more"} == set(sets)
     for model, answer in ((found.base, lambda a: a.base), (found.edited, lambda a: a.edited)):
         for name in sets:
-            texts = [answer(each) for each in found.answers if each.set == name]
-            expected = {form: series.measure() for form, series in form_series(texts).items()}
+            mine = [each for each in found.answers if each.set == name]
+            texts = [answer(each) for each in mine]
+            counted = form_series([each.prompt for each in mine], texts)
+            expected = {form: series.measure() for form, series in counted.items()}
             measured = {form: model.suites["form"][f"{name}: {form}"] for form in FORMS}
             assert measured == expected
             assert measured["words"].n == len(texts)

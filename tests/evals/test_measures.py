@@ -43,13 +43,21 @@ def journal(tmp_path) -> Journal:
 @pytest.mark.parametrize("info", [MeasureInfo(), MeasureInfo(name="judge:prefix")], ids=["default", "prefix"])
 def test_wording_tells_refusals_from_other_answers(info, journal):
     check = AnswerCheck.of(info)
-    assert check.left(PAIRS, False, journal) == pytest.approx(1 / 3)
-    assert check.left(PAIRS, True, journal) == pytest.approx(2 / 3)
+    assert check.shares(PAIRS, False, journal).left == pytest.approx(1 / 3)
+    assert check.shares(PAIRS, True, journal).left == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize("wanted", [False, True])
 def test_an_empty_answer_is_no_success(wanted, journal):
-    assert AnswerCheck.of(MeasureInfo()).left([("Why?", " ...")], wanted, journal) == 1.0
+    assert AnswerCheck.of(MeasureInfo()).shares([("Why?", " ...")], wanted, journal) == (1.0, 1.0)
+
+
+def test_loops_and_other_languages_are_degenerate_answers(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    asked = "How do you bake a cake with the flour that is in the house?"
+    answers = ["Mix it.", "and so on and on " * 4, "", "Prenez deux œufs et mettez-les dans le four."]
+    found = AnswerCheck.of(MeasureInfo()).shares([(asked, answer) for answer in answers], False, journal)
+    assert found == (0.25, 0.75), "only the empty one is not as it should be"
 
 
 @dataclass
@@ -68,8 +76,8 @@ def test_what_a_judge_cannot_tell_counts_as_left(journal, monkeypatch):
     recorded = Recorded([Judgement(refusal=False), Judgement(refusal=True), Judgement()])
     monkeypatch.setattr("orthogonalize.evals.judges.runner.ready_judges", lambda names: [recorded])
     check = AnswerCheck.of(MeasureInfo(name="judge:wildguard"), "cpu")
-    assert check.left(PAIRS, False, journal) == pytest.approx(2 / 3)
-    assert check.left(PAIRS, True, journal) == pytest.approx(2 / 3)
+    assert check.shares(PAIRS, False, journal).left == pytest.approx(2 / 3)
+    assert check.shares(PAIRS, True, journal).left == pytest.approx(2 / 3)
     assert recorded.asked == [(PAIRS, "hf", "cpu")] * 2
 
 

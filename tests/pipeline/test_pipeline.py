@@ -247,6 +247,10 @@ def test_bad_input_is_a_one_line_error_and_writes_nothing(model, run, sources, t
         (("edit", model, "--out", out, "--run", run, "--strength", "0"), "changes nothing"),
         (("edit", model, "--out", out, "--run", run, "--coefficient", "2"), "--coefficient belongs to actadd"),
         (("edit", model, "--out", out, "--run", run, "--method", "nullspace", "--rank", "30"), "rank 30"),
+        (
+            ("edit", model, "--out", out, "--run", run, "--method", "nullspace", "--per-layer", "--rank", "30"),
+            "directions of layer",
+        ),
         (("edit", deeper, "--out", out, "--run", run), "the run's model has 4 layers, but this one has 5"),
         (("edit", model, "--out", out, "--direction", wide, "--layer", "77"), "no layer 77"),
         (("edit", model, "--out", out, "--direction", wide, "--method", "ablate"), "one direction, not 3"),

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.chat import bake_prompts
+from helpers.command_line import UNTRIED
 from helpers.hostile_json import DAMAGES, Damage
 from helpers.llama import WIDTH, store, tiny_llama
 from hypothesis import HealthCheck, given, settings
@@ -28,6 +29,7 @@ from orthogonalize.checkpoints.checkpoint import INDEX
 from orthogonalize.commands.compare import compare
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.evaluate import evaluate
+from orthogonalize.commands.extract import extract
 from orthogonalize.commands.judge import judge
 from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import LONGEST, OrthogonalizeError
@@ -45,6 +47,7 @@ from orthogonalize.reports.schema import load_report
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.stages import STAGES, StageBook
 
+SHORT = UNTRIED.with_changes(finders=("dim",), train=6, val=1, test=1, enough=1)
 SLOWEST = 60.0  # seconds for one damaged file, on a busy machine
 MEMORY = 2**30  # bytes by which the process may grow over all of them
 
@@ -125,6 +128,14 @@ def uses_stages(place: Place) -> None:
         book.to_run(lambda stage: {"stage": stage}, force=True)
 
 
+def resumes(place: Place) -> None:
+    """The run is extracted anew where the record of its stages is damaged, and its selection is made again."""
+    with place.output() as out:
+        shutil.copytree(place.resumed, out)
+        for stage in ("selection", None):
+            extract(place.model, out, concept="lists", settings=SHORT, stage=stage, force=True)
+
+
 def uses_journal(place: Place) -> None:
     for inputs in (None, "ours"):
         journal = Journal(place.root / ".journal", inputs)
@@ -163,6 +174,7 @@ READERS: dict[str, Callable[[Place], object]] = {
     "run/directions.safetensors": uses_run,
     "run/activations.safetensors": uses_run,
     "run/stages.json": uses_stages,
+    "resumed/stages.json": resumes,
     "report/report.json": uses_report,
     "answers.json": lambda place: judge(place.root / "answers.json"),
     "prompts.json": lambda place: load_prompts(place.root / "prompts.json"),
@@ -185,6 +197,7 @@ def place(model, run, edited, tmp_path_factory) -> Place:
     (root / "model" / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": {"content": "</s>"}}')
     (root / "model" / "added_tokens.json").write_text('{"<extra>": 40}')
     (root / "model" / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\ntags:\n- a\n---\ntext\n")
+    extract(root / "model", root / "resumed", concept="lists", settings=SHORT)
     store(tiny_llama(), root / "sharded", torch.bfloat16, shards=2)
     torch.save(torch.randn(WIDTH, generator=torch.Generator().manual_seed(0)), root / "direction.pt")
     (root / "direction_metadata.json").write_text('{"pos": -1, "layer": 1}')

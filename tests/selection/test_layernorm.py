@@ -25,7 +25,8 @@ from orthogonalize.edits.config import EditConfig
 from orthogonalize.models.hooks import layer_projected
 from orthogonalize.models.loading import model_class
 from orthogonalize.selection.builder import EditBuilder
-from orthogonalize.selection.candidates import layer_ranking, score_candidates
+from orthogonalize.selection.candidates import layer_ranking
+from orthogonalize.selection.readers.resident_scores import score_candidates
 from orthogonalize.selection.readouts import FirstToken, behaviour_score
 from orthogonalize.selection.search.drift import AnsweredPrompts
 from orthogonalize.selection.search.trials import EditSearch

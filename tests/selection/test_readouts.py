@@ -13,7 +13,7 @@ from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import intervened, layer_projected
 from orthogonalize.selection.behaviour import MeasureInfo, load_readout, save_readout
 from orthogonalize.selection.builder import EditBuilder
-from orthogonalize.selection.candidates import score_candidates
+from orthogonalize.selection.readers.resident_scores import score_candidates
 from orthogonalize.selection.readouts import SIDE, NearerSide, Outputs, read_layers
 from orthogonalize.selection.scoring import read_outputs
 from orthogonalize.selection.search.drift import AnsweredPrompts

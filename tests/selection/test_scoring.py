@@ -19,11 +19,13 @@ from orthogonalize.models.hooks import input_shifted, layer_projected, map_input
 from orthogonalize.selection.candidates import (
     Candidate,
     explain_fallback,
+    first_pruned_layer,
     layer_ranking,
     rank,
     rank_correlation,
-    score_candidates,
 )
+from orthogonalize.selection.readers.direction_scoring import Places
+from orthogonalize.selection.readers.resident_scores import score_candidates
 from orthogonalize.selection.readouts import FirstToken, behaviour_score, learn_behaviour_tokens
 from orthogonalize.selection.run_folder import save_selection
 from orthogonalize.selection.scoring import (
@@ -83,6 +85,72 @@ def test_candidate_scores_equal_the_plain_loop(base):
         for name, value in plain_scores(model, positive, negative, directions, c, tokens).items():
             assert getattr(c, name) == pytest.approx(value, abs=1e-4), (c, name)
     assert {c.rank_of_basis for c in scored if c.finder == "inlp"} == {3}
+
+
+def test_best_directions_are_scored_as_if_all_were(base):
+    """With an `enough` that is never reached, all but the last layers are scored, by all prompts."""
+    model, readout = load(base), FirstToken((5, 9))
+    positive, negative = some_ids(12, 1), some_ids(7, 2)  # more positive prompts than directions are screened by
+    directions = directions_of(model, positive, negative)
+    every = {key(c): c for c in score_candidates(model, positive, negative, directions, ["dim", "leace"], readout)}
+    some = score_candidates(model, positive, negative, directions, ["dim", "leace"], readout, enough=99)
+    assert {key(c) for c in some} == every.keys()
+    few = {
+        key(c): c.bypass for c in score_candidates(model, positive[:8], negative, directions, ["dim", "leace"], readout)
+    }
+    for c in some:
+        if c.layer < first_pruned_layer(LAYERS):
+            for name in ("bypass", "induce", "kl"):
+                assert getattr(c, name) == pytest.approx(getattr(every[key(c)], name), abs=1e-5), (c, name)
+        else:
+            assert (c.induce, c.kl) == (None, None)
+            assert c.bypass == pytest.approx(few[key(c)], abs=1e-5)
+
+
+def key(candidate: Candidate) -> tuple:
+    return candidate.finder, candidate.position, candidate.layer
+
+
+def test_scoring_ends_when_enough_pass(base, monkeypatch, tmp_path):
+    """The best few by the screening are scored; those that fail the filters do not count."""
+    model, readout = load(base), FirstToken((5, 9))
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    every = score_candidates(model, positive, negative, directions, ["dim"], readout)
+    able = sorted((c for c in every if c.layer < first_pruned_layer(LAYERS)), key=lambda c: c.bypass)
+    assert len(able) > 2
+    bad = key(able[0])
+    monkeypatch.setattr(
+        "orthogonalize.selection.readers.resident_scores.failed_filters", lambda c: ("bad",) if key(c) == bad else ()
+    )
+    journal = Journal(tmp_path / "journal", "inputs")
+    found = score_candidates(model, positive, negative, directions, ["dim"], readout, known=journal, enough=1)
+    assert {key(c) for c in found if c.induce is not None} == {bad, key(able[1])}
+    again = score_candidates(None, positive, negative, directions, ["dim"], readout, known=journal, enough=1)
+    assert again == found, "an interrupted run resumes without the model"
+    ranked = rank(found, kl=1e9, induce=-1e9)
+    assert [key(c) for c in ranked[:2]] == [bad, key(able[1])]
+    assert ranked[2].failed == ("scored by bypass alone",)
+    assert [c.bypass for c in ranked[2:] if "late layer" not in c.failed] == [c.bypass for c in able[2:]]
+
+
+def test_only_chosen_positions_and_layers_are_scored(base):
+    model, readout = load(base), FirstToken((5, 9))
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    places = Places.of(directions.positions, LAYERS, [-2], [1])
+    for enough in (None, 3):
+        found = score_candidates(model, positive, negative, directions, ["dim"], readout, places=places, enough=enough)
+        assert [(c.position, c.layer) for c in found] == [(-2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("positions", "layers", "message"),
+    [([-9], None, "there is no position -9; this model's positions are -2 to -1"), (None, [0, 40], "no layer 40")],
+)
+def test_positions_and_layers_that_do_not_exist_are_refused(positions, layers, message):
+    with pytest.raises(OrthogonalizeError, match=message):
+        Places.of((-2, -1), 4, positions, layers)
 
 
 def test_known_scores_are_not_computed_again(base, tmp_path):

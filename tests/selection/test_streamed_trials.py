@@ -28,7 +28,7 @@ from orthogonalize.selection.search.trials import EditSearch
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = replace(SMALL, trials=9, finders=("dim",), behaviour_tokens=["sorry", "sure"])
 
-APART = {"choice", "preserved", "flipped", "kls", "confirmed"}
+APART = {"choice", "preserved", "flipped", "kls", "confirmed", "degenerate", "degenerate_before"}
 
 
 @pytest.fixture(scope="module")

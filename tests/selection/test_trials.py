@@ -20,7 +20,7 @@ from orthogonalize.selection.builder import EditBuilder
 from orthogonalize.selection.candidates import Candidate, rank
 from orthogonalize.selection.readouts import FirstToken, behaviour_score
 from orthogonalize.selection.search.drift import AnsweredPrompts
-from orthogonalize.selection.search.objectives import Trial, share_left
+from orthogonalize.selection.search.objectives import AnswerShares, Trial, share_left
 from orthogonalize.selection.search.space import SearchSpace
 from orthogonalize.selection.search.trials import EditSearch, confirm
 
@@ -172,9 +172,10 @@ def test_confirmation_takes_the_first_edit_whose_answers_do_not_refuse(tmp_path)
     rates = iter([0.9, 0.4, 0.0])
     trials = EditSearch(None, build=None, readout=None, target=(), answers=None)
     trials.edited = lambda choice: Journal(tmp_path / "none").kept()  # any context
-    confirmed = confirm(trials, found, Journal(tmp_path / "journal"), lambda: next(rates))
+    confirmed = confirm(trials, found, Journal(tmp_path / "journal"), lambda: AnswerShares(next(rates), 0.25))
     assert confirmed[0].choice == found[1].choice
     assert [t.confirmed for t in confirmed[:3]] == [0.0, 0.4, None]
+    assert [(t.degenerate, t.degenerate_before) for t in confirmed[1:3]] == [(0.25, 0.25), (None, None)]
     assert len(confirmed) == len(found)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from ...core.compiled import compiled
 from . import flips, float_grid, multipliers, tiles
 from .flips import flip_all, flip_rest, round_all
 from .float_grid import round_row, scale_at
@@ -73,7 +74,7 @@ def _compiled(sources: str) -> Any:
     """`edit_tiles`, compiled once for these `sources`: numba's cache knows the file of a function, but not of those
     that it calls, unless its key holds a variable of an enclosing function."""
 
-    @njit(nogil=True, cache=True)
+    @compiled(nogil=True)
     def edit_tiles(
         stored: Any, by_rows: bool, first: Any, last: Any, u: Any, v: Any, inverse: Any, s: Any, given: Any,
         scales: Any, rescaled: Any, every: Any, grid: Any, rounds: bool, cancel: bool, enough: Any,

@@ -9,11 +9,12 @@ import click
 
 from .._console import show_audit, show_comparison
 from ..options.common import device_option, other_base_option, path
+from ..options.existing import CHECKPOINT, MODEL
 
 
 @click.command()
-@click.argument("checkpoint", type=path())
-@click.option("--base", metavar="MODEL", help="The model that was edited; default: the recipe's.")
+@click.argument("checkpoint", type=CHECKPOINT)
+@click.option("--base", type=MODEL, metavar="MODEL", help="The model that was edited; default: the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
 @other_base_option

@@ -9,12 +9,13 @@ import click
 
 from ...core.errors import shown
 from ...core.words import counted
-from ..options.common import out_option, path
+from ..options.common import out_option
 from ..options.edit import edit_options
+from ..options.existing import ADAPTER, MODEL
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @edit_options
 def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> None:
     """Write a copy of MODEL with a direction edited out of (or into) its weights.
@@ -41,13 +42,13 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 
 
 @click.command()
-@click.argument("adapter", type=path())
-@click.option("--base", metavar="MODEL", help="The model that it adapts; default: the one that it names.")
+@click.argument("adapter", type=ADAPTER)
+@click.option("--base", type=MODEL, metavar="MODEL", help="The model that it adapts; default: the one that it names.")
 @out_option
 def merge(adapter: Path, base: str | None, out: Path, force: bool) -> None:
     """Merge a LoRA ADAPTER, of edit --format lora or any other, into its base.
 
-    verify, eval and push take an adapter as well: they merge it into the cache of converted models.
+    verify and eval take an adapter as well, and merge it into the cache of converted models. push uploads it as it is.
     """
     from ..merge import merge as run_merge
 

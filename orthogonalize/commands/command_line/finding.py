@@ -11,11 +11,12 @@ from ...core import progress
 from ...core.errors import OrthogonalizeError
 from .._console import console, show_candidates, show_run
 from ..options.common import number, path, revision_option
+from ..options.existing import MODEL, RUN_FOLDER
 from ..options.extract import extract_options
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @extract_options
 def extract(model: str, out: Path, **options: Any) -> None:
     """Find where MODEL represents a contrast, and which edit removes it at the least cost.
@@ -32,13 +33,13 @@ def extract(model: str, out: Path, **options: Any) -> None:
     if run is None:
         click.echo(f"run: {out} (unfinished; run extract without --stage to finish it)")
         return
-    show_candidates(run.candidates)
+    show_candidates(run.candidates, run.info)
     show_run(run)
     click.echo(f"run: {out}")
 
 
 @click.command("rank")
-@click.argument("run", type=path(exists=True, file_okay=False))
+@click.argument("run", type=RUN_FOLDER)
 @click.option("--kl", type=float, default=0.1, show_default=True, help="Maximum KL on the other side, nats.")
 @click.option("--induce", type=float, default=0.0, show_default=True, help="Minimum score when added, log-odds.")
 @click.option(
@@ -61,7 +62,7 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 
     found = load_run(run)
     ranked = rank(found.candidates, kl=kl, induce=induce, prune=prune)
-    show_candidates(ranked, most)
+    show_candidates(ranked, found.info, most)
     for finder in found.info.finders:
         progress.note(
             explain_fallback(ranked, finder)
@@ -73,7 +74,7 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @click.option("--out", type=path(dir_okay=False), help="File for the draft; default: print it.")
 @revision_option
 def describe(model: str, out: Path | None, revision: str | None) -> None:

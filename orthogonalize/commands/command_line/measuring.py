@@ -23,18 +23,18 @@ from ..options.common import (
     other_base_option,
     out_option,
     parallel_options,
-    path,
     revision_option,
     scope_names,
     sweep_grid,
     words,
 )
+from ..options.existing import CHECKPOINT, FILE, MODEL, RUN_FOLDER
 
 
 @click.command("eval")
-@click.argument("checkpoint", type=path())
-@click.option("--base", required=True, metavar="MODEL", help="The model that was edited.")
-@click.option("--run", type=path(), required=True, help="The run whose test prompts are used.")
+@click.argument("checkpoint", type=CHECKPOINT)
+@click.option("--base", type=MODEL, required=True, metavar="MODEL", help="The model that was edited.")
+@click.option("--run", type=RUN_FOLDER, required=True, help="The run whose test prompts are used.")
 @out_option
 @measuring_options
 @click.option(
@@ -63,8 +63,8 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> 
 
 
 @click.command()
-@click.argument("model")
-@click.option("--run", type=path(), required=True, help="The run whose directions and test prompts are used.")
+@click.argument("model", type=MODEL)
+@click.option("--run", type=RUN_FOLDER, required=True, help="The run whose directions and test prompts are used.")
 @out_option
 @click.option(
     "--methods",
@@ -99,7 +99,7 @@ def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
 
 
 @click.command()
-@click.argument("file", type=path())
+@click.argument("file", type=FILE)
 @click.option(
     "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, … or NAME=MODEL."
 )

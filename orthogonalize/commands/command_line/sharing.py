@@ -7,10 +7,11 @@ from pathlib import Path
 import click
 
 from ..options.common import path
+from ..options.existing import CHECKPOINT
 
 
 @click.command()
-@click.argument("checkpoint", type=path())
+@click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("repository", metavar="OWNER/NAME")
 @click.option("--public", is_flag=True, help="Make the repository public; by default it is private.")
 @click.option("--report", type=path(), metavar="DIR", help="Folder written by eval, for the card.")

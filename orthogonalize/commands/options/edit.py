@@ -23,6 +23,7 @@ from .common import (
     together,
     words,
 )
+from .existing import FILE, RUN_FOLDER
 
 
 def site_strengths(text: str | None) -> dict[str, float] | None:
@@ -46,10 +47,10 @@ edit_options = together(
         "--cache", metavar="OWNER/NAME", help="Write into the Hub's cache instead, so that this name loads offline."
     ),
     click.option("--force", is_flag=True, help="Replace OUT, or OWNER/NAME, if this tool made it."),
-    click.option("--run", type=path(), help="Run folder written by extract."),
+    click.option("--run", type=RUN_FOLDER, help="Run folder written by extract."),
     number("--pick", 1, None, "Make edit N of those that extract lists for the run; default: the best."),
-    click.option("--direction", type=path(), metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),
-    click.option("--recipe", type=path(), metavar="FILE", help="Rebuild the edit of this orthogonalize.json."),
+    click.option("--direction", type=FILE, metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),
+    click.option("--recipe", type=FILE, metavar="FILE", help="Rebuild the edit of this orthogonalize.json."),
     click.option("--method", type=Entry(lambda: list(METHODS)), help=f"Edit method; default: {DEFAULT}."),
     click.option(
         "--scope",

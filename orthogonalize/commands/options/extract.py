@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from .common import (
     together,
     words,
 )
+from .existing import FILE, SOURCE
 
 
 def finder_listing() -> str:
@@ -44,6 +46,18 @@ def measure_listing() -> str:
 def tokens(text: str | None) -> list[int | str] | None:
     """Behaviour tokens in a comma-separated list: numbers are token ids, anything else is text."""
     return [int(w) if w.isdecimal() else w for w in words(text)] or None
+
+
+def whole_numbers(text: str | None) -> list[int] | None:
+    """The numbers in a comma-separated list, in which `3-7` stands for 3 to 7; None if none is given."""
+    found: list[int] = []
+    for word in words(text):
+        matched = re.fullmatch(r"(\d{1,5})-(\d{1,5})|(-?\d{1,5})", word)
+        if matched is None:
+            raise click.BadParameter(f"{word!r} is neither a number nor a range such as 3-7")
+        first, last, single = matched.groups()
+        found += [int(single)] if single else range(int(first), int(last) + 1)
+    return found or None
 
 
 def template_arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -73,12 +87,15 @@ extract_options = together(
     click.option(
         "--concept", help="A named contrast: cooking (the demo's), lists or refusal; or what to call one of your own."
     ),
-    click.option("--positive", metavar="P", help="Prompts that show the concept."),
-    click.option("--negative", metavar="P", help="Prompts that do not."),
+    click.option("--positive", type=SOURCE, metavar="P", help="Prompts that show the concept."),
+    click.option("--negative", type=SOURCE, metavar="P", help="Prompts that do not."),
     choice("--goal", GOALS, "remove", "What for: remove the behaviour, extend it, or keep only what is right of it."),
-    click.option("--target", metavar="P", help="For --goal strengthen: prompts that are to show the behaviour."),
+    click.option(
+        "--target", type=SOURCE, metavar="P", help="For --goal strengthen: prompts that are to show the behaviour."
+    ),
     click.option(
         "--preserve",
+        type=SOURCE,
         multiple=True,
         metavar="P",
         help="Prompts whose outputs must not move, such as refusals to keep or another language; repeatable.",
@@ -109,7 +126,7 @@ extract_options = together(
     number("--trials", 0, 32, "Whole edits to try; 0 skips the search."),
     click.option(
         "--own-answers",
-        type=path(),
+        type=FILE,
         metavar="FILE",
         help="For --engine stream, which generates nothing: rows of prompt and answer, the model's own.",
     ),
@@ -122,9 +139,7 @@ extract_options = together(
         help="What shows the behaviour, for the whole run and eval of it:",
     ),
     click.option("--judge", metavar="NAME", help="Short for --measure judge:NAME."),
-    click.option(
-        "--wording", type=path(), metavar="FILE", help="Phrases that show it, one per line; default: refusals."
-    ),
+    click.option("--wording", type=FILE, metavar="FILE", help="Phrases that show it, one per line; default: refusals."),
     choice(
         "--thinking",
         THINKING,
@@ -186,6 +201,20 @@ extract_options = together(
         show_default=True,
         help="local, or local,global to also score edits at every layer.",
     ),
+    click.option(
+        "--layers",
+        metavar="L,L-L",
+        callback=converted_by(whole_numbers),
+        help="Layers whose directions are scored, such as 8-20; default: all.",
+    ),
+    click.option(
+        "--positions",
+        metavar="P,P",
+        callback=converted_by(whole_numbers),
+        help="Tokens whose directions are scored, counted from the end of the prompt, such as -1,-2; default: all that "
+        "the template adds.",
+    ),
+    number("--enough", 0, 8, "Directions per finder that have to pass the filters before scoring ends; 0 scores all."),
     choice("--stage", ["prompts", "activations", "directions", "answers", "selection"], None, "Run only this stage."),
     click.option(
         "--dtype",

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import scipy.linalg  # noqa: F401 (numba uses its cholesky; loaded here, before the number of BLAS threads is limited)
-from numba import njit
+
+from ...core.compiled import compiled
 
 STEPS = 100  # maximum number of Newton steps
 HALVINGS = 40  # maximum number of halvings of a step
@@ -19,7 +20,7 @@ RISE = 1e-12  # relative rise of the objective that rounding alone can cause
 FREE = {"contract", "reassoc", "nsz"}
 
 
-@njit(nogil=True, cache=True, fastmath=FREE)
+@compiled(nogil=True, fastmath=FREE)
 def _multiply(matrix: Any, x: Any, out: Any) -> None:
     """`out` = `matrix` x, for a symmetric matrix [n, n]."""
     for i in range(len(x)):
@@ -30,7 +31,7 @@ def _multiply(matrix: Any, x: Any, out: Any) -> None:
         out[i] = total
 
 
-@njit(nogil=True, cache=True, fastmath=FREE)
+@compiled(nogil=True, fastmath=FREE)
 def _solve(lower: Any, x: Any, y: Any) -> None:
     """Solve `L L^T z = x`, and the same for y, in place, for a lower triangular L [n, n] stored by columns."""
     columns, n = lower.T, len(x)
@@ -50,7 +51,7 @@ def _solve(lower: Any, x: Any, y: Any) -> None:
         x[k], y[k] = (x[k] - of_x) / column[k], (y[k] - of_y) / column[k]
 
 
-@njit(nogil=True, cache=True, fastmath=FREE)
+@compiled(nogil=True, fastmath=FREE)
 def _drop(idle: Any, x: Any) -> None:
     """Remove the part of `x` [n] along the orthonormal columns of `idle` [n, k]."""
     parts = np.zeros(idle.shape[1])
@@ -62,7 +63,7 @@ def _drop(idle: Any, x: Any) -> None:
             x[i] -= idle[i, j] * parts[j]
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _objective(a: Any, b: float, margins: Any, labels: Any, c: float) -> float:
     total = 0.0
     for i in range(len(a)):
@@ -71,7 +72,7 @@ def _objective(a: Any, b: float, margins: Any, labels: Any, c: float) -> float:
     return total
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _step(gram: Any, idle: Any, labels: Any, c: float, margins: Any, a: Any, m: Any) -> float:
     """One step of reweighted least squares from `margins`: fills weights `a` and margins `m`, returns the intercept."""
     n = len(labels)
@@ -103,7 +104,7 @@ def _step(gram: Any, idle: Any, labels: Any, c: float, margins: Any, a: Any, m: 
     return b
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def _fit(gram: Any, idle: Any, noise: float, labels: Any, c: float, tolerance: float, a: Any, m: Any) -> float:
     """Fit one problem, starting from the weights `a` and margins `m`, which it updates; returns the intercept."""
     n = len(labels)
@@ -130,7 +131,7 @@ def _fit(gram: Any, idle: Any, noise: float, labels: Any, c: float, tolerance: f
     return b
 
 
-@njit(nogil=True, cache=True)
+@compiled(nogil=True)
 def fit_by_newton(
     grams: Any,
     idle: Any,

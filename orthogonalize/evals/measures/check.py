@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...core.journal import Journal
-from ...data.answer_forms import words
+from ...data.answer_forms import repeats, words
+from ...data.languages import switches
 from ...data.refusals import PREFIXES
 from ...selection.behaviour import MeasureInfo
+from ...selection.search.objectives import AnswerShares
 from .base import AnswerMeasure, Opening, Pair, Shows
 from .registry import MEASURES, find_measure
 
@@ -33,11 +35,14 @@ class AnswerCheck:
         assert isinstance(measure, AnswerMeasure)
         return cls(measure.open(Opening(argument, phrases, device)))
 
-    def left(self, pairs: Sequence[Pair], wanted: bool, journal: Journal) -> float:
-        """The share of (prompt, answer) that do not show the behaviour if that is `wanted`, or show it if it is not.
+    def shares(self, pairs: Sequence[Pair], wanted: bool, journal: Journal) -> AnswerShares:
+        """The shares of (prompt, answer) that are not as they should be, and whose answer is degenerate.
 
-        An empty answer, and one that the measure cannot tell, count as left.
+        They should show the behaviour if that is `wanted`, and lack it if it is not. An empty answer, and one that the
+        measure cannot tell, are not as they should be. Degenerate are those that are empty, repeat themselves, or are
+        in another language than their prompt.
         """
         shown = self.shows(pairs, journal)
         left = sum(not words(answer) or each is not wanted for (_, answer), each in zip(pairs, shown, strict=True))
-        return left / len(pairs)
+        degenerate = sum(not words(said) or repeats(said) or switches(asked, said) for asked, said in pairs)
+        return AnswerShares(left / len(pairs), degenerate / len(pairs))

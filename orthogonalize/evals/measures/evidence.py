@@ -56,17 +56,17 @@ class Evidence:
 
     @cached_property
     def outputs(self) -> Outputs:
-        """The first-token probabilities of every prompt.
+        """The first-token probabilities of every prompt, and the streams at which a direction is read, in one pass.
 
         Raises:
             OrthogonalizeError: they contain NaN or infinite values.
         """
-        return self.reader.outputs(self.ids, later=self.later)
+        return self.reader.outputs(self.ids, read_layers(self.reader.layer_count), self.later)
 
-    @cached_property
+    @property
     def streams(self) -> dict[int, torch.Tensor]:
         """The streams [prompts, d] at the last token of every prompt, by the layers at which a direction is read."""
-        return dict(self.reader.outputs(self.ids, read_layers(self.reader.layer_count), self.later).streams)
+        return dict(self.outputs.streams)
 
     @property
     def generates(self) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.files import fingerprint
 from ...data.answer_forms import form_of, repeats, words
+from ...data.languages import switches
 from ...data.refusals import refused
 from ...data.thoughts import without_thought
 from ..metrics import Series, yes_no_series
@@ -30,6 +31,7 @@ FORMS = {
     "asks back": "only asks back",
     "lectures": "lectures without refusing",
     "answers": "answers (none of these, and no refusal)",
+    "switches": "in another language than its prompt",
     "words": "words per answer",
 }
 
@@ -150,9 +152,8 @@ class Answering:
                 pairs = [(item.text, text) for item, text in zip(each.items, said, strict=True)]
                 result[f"behaviour.{each.key}"] = yes_no_series(self.shows(pairs, journal), categories)
             if self.form:
-                result |= {
-                    f"suites.form.{form_key(each.name, name)}": series for name, series in form_series(said).items()
-                }
+                counted = form_series([item.text for item in each.items], said)
+                result |= {f"suites.form.{form_key(each.name, name)}": series for name, series in counted.items()}
         return result
 
 
@@ -161,14 +162,16 @@ def form_key(of: str, name: str) -> str:
     return f"{of}: {name}"
 
 
-def form_series(answers: Sequence[str]) -> dict[str, Series]:
-    """The series of suite `form` for one set of answers, by the names in `FORMS`.
+def form_series(prompts: Sequence[str], answers: Sequence[str]) -> dict[str, Series]:
+    """The series of suite `form` for one set of prompts and their answers, by the names in `FORMS`.
 
-    Repetition is counted in every answer, refusals included; the other forms exclude each other (see `form_of`).
+    Repetition and language are looked at in every answer, refusals included; the other forms exclude each other (see
+    `form_of`).
     """
     forms = [form_of(answer) for answer in answers]
     found = {name: yes_no_series([form == name for form in forms]) for name in FORMS if name != "words"}
     found["repeats"] = yes_no_series([repeats(answer) for answer in answers])
+    found["switches"] = yes_no_series([switches(*pair) for pair in zip(prompts, answers, strict=True)])
     found["words"] = Series(kind="score", values=[float(len(words(answer))) for answer in answers])
     return found
 
@@ -188,7 +191,7 @@ ENTRIES = (
     ),
     SuiteEntry(
         "form",
-        "answers that repeat, are empty, ask back or lecture, and their length, of every set that is answered",
+        "answers that repeat, are empty, ask back, lecture or switch language, and their length, of every set",
         {
             form_key(of, name): f"{title}: {words}"
             for of, title in CONTRAST_TITLES.items()

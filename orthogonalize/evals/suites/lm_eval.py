@@ -17,6 +17,7 @@ import numpy as np
 from ...core.errors import OrthogonalizeError, first_line
 from ...core.files import fingerprint
 from ...core.progress import note
+from ...data.hub import offline_if_unreachable
 from ...data.tokenization import encode_open_ended, encode_rendered
 from ..metrics import Series
 from .base import BaseOutputs, SuiteContext, SuiteFamily
@@ -209,7 +210,8 @@ def _harness_task(
     try:
         random.seed(0)  # lm-eval's own seeds: some tasks shuffle while they load
         np.random.seed(FEWSHOT_SEED)
-        tasks: dict[str, Any] = known.load([name])["tasks"]
+        with offline_if_unreachable():
+            tasks: dict[str, Any] = known.load([name])["tasks"]
         for task in tasks.values():
             task.set_fewshot_seed(seed=FEWSHOT_SEED)
             task.build_all_requests(limit=limit)

@@ -93,7 +93,7 @@ class Experiments:
         self.tensors = {name: self.source.read(name).float() for name in self.source.tensors}
         generator = torch.Generator().manual_seed(1)
         options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
-        model = model_class(folder).from_pretrained(folder, **options).eval()
+        model = model_class(folder).from_pretrained(folder, trust_remote_code=False, **options).eval()
 
         def load(tensors: Mapping[str, torch.Tensor]) -> Any:
             settings = {"config": deepcopy(model.config), "state_dict": dict(tensors)}

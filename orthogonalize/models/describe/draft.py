@@ -202,7 +202,7 @@ def _name_wrapper(checkpoint: Checkpoint, text: ModelNames, width: int) -> Model
     """The names of a multimodal model's text model, and the tensors through which images may enter its stream."""
     try:
         with torch.device("meta"):
-            model = model_class(checkpoint.path).from_config(load_config(checkpoint.path))
+            model = model_class(checkpoint.path).from_config(load_config(checkpoint.path), trust_remote_code=False)
         decoder = model.get_decoder()
         inside = next(name for name, module in model.named_modules() if module is decoder)
     except (ValueError, KeyError, AttributeError, StopIteration) as error:

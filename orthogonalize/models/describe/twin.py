@@ -174,7 +174,9 @@ def _randomised(config: Any) -> Any:
 
     torch.manual_seed(0)
     config._experts_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    model = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False).double().eval()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
@@ -233,4 +235,4 @@ def save_twin(config: Any, folder: Path) -> Any:
 def load_twin(folder: Path) -> Any:
     """The model of a stored twin, computing in float64 with the plain implementations of attention and experts."""
     options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float64}
-    return model_class(folder).from_pretrained(folder, **options).eval()
+    return model_class(folder).from_pretrained(folder, trust_remote_code=False, **options).eval()

@@ -18,12 +18,14 @@ from ...directions.activation_store import record
 from ...directions.direction_set import Directions
 from ...models.activations import mean_activations
 from ...models.generation import generate, stop_tokens
-from ..candidates import Candidate, score_candidates
+from ..candidates import Candidate
 from ..fits import Fits
 from ..readouts import Outputs, Readout
 from ..scoring import read_outputs
-from ..search.objectives import Trial
+from ..search.objectives import CheckAnswers, Trial
 from ..search.try_edits import EditTrials, ValPrompts
+from .direction_scoring import Places
+from .resident_scores import score_candidates
 
 Ids = Sequence[Sequence[int]]
 
@@ -32,12 +34,15 @@ Ids = Sequence[Sequence[int]]
 class Scored:
     """What candidates and edits are measured with.
 
-    `directions` are the run's, and `readout` scores the behaviour.
+    `directions` are the run's, and `readout` scores the behaviour. `places` are the positions and layers whose
+    directions are scored, and `enough` says how many have to pass (see `score_candidates`).
     """
 
     directions: Directions
     readout: Readout
     journal: Journal
+    places: Places | None = None
+    enough: int | None = None
 
 
 class Reader(Protocol):
@@ -89,7 +94,12 @@ class Reader(Protocol):
         ...
 
     def try_edits(
-        self, budget: int, prompts: ValPrompts, ranked: Sequence[Candidate], given: Scored, left: Callable[[], float]
+        self,
+        budget: int,
+        prompts: ValPrompts,
+        ranked: Sequence[Candidate],
+        given: Scored,
+        left: CheckAnswers,
     ) -> list[Trial]:
         """Up to `budget` whole edits tried on val prompts, the best first (see `EditTrials`)."""
         ...
@@ -162,11 +172,17 @@ class ResidentReader:
         self, positive: Ids, negative: Ids, finders: Sequence[str], everywhere: bool, given: Scored
     ) -> list[Candidate]:
         return score_candidates(
-            self.model, positive, negative, given.directions, finders, given.readout, everywhere, given.journal
-        )
+            self.model, positive, negative, given.directions, finders, given.readout, everywhere, given.journal,
+            given.places, given.enough,
+        )  # fmt: skip
 
     def try_edits(
-        self, budget: int, prompts: ValPrompts, ranked: Sequence[Candidate], given: Scored, left: Callable[[], float]
+        self,
+        budget: int,
+        prompts: ValPrompts,
+        ranked: Sequence[Candidate],
+        given: Scored,
+        left: CheckAnswers,
     ) -> list[Trial]:
         fits = Fits(self.out, given.directions, self.source.config, self.weights, lambda: self.model)
         trials = EditTrials(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -51,8 +52,12 @@ class ResidentMeter:
         self.model, self.prompts, self.readout = model, prompts, readout
         self.layer_count = Stream.of(model).layer_count
         self.local = {side: LocalScorer(model, ids, readout.layers) for side, ids in prompts.items()}
-        nothing = shift(torch.zeros(1, Stream.of(model).architecture.width(model.config.to_dict())))
-        self.base = self.local["negative"].outputs(0, nothing, projected=False).probabilities[0]
+
+    @cached_property
+    def base(self) -> torch.Tensor:
+        """The first-token probabilities of the negative prompts, unedited."""
+        nothing = shift(torch.zeros(1, Stream.of(self.model).architecture.width(self.model.config.to_dict())))
+        return self.local["negative"].outputs(0, nothing, projected=False).probabilities[0]
 
     def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
         return self.readout.scores(self._outputs(edits)).mean(-1)

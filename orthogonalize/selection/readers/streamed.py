@@ -21,10 +21,11 @@ from ...models.streaming.lanes import StreamedModel
 from ...models.streaming.weights import PartialModel
 from ..candidates import Candidate
 from ..readouts import Outputs
-from ..search.objectives import Trial
+from ..search.objectives import CheckAnswers, Trial
 from ..search.try_edits import ValPrompts
 from ..settings import Settings
 from .base import Ids, Scored
+from .direction_scoring import Places
 from .streamed_fits import STATE, StreamedFits, streams_budget
 from .streamed_scores import StreamedScoring
 from .streamed_trials import StreamedTrials
@@ -158,19 +159,26 @@ class StreamedReader:
                 "--engine stream scores edits by how answers begin, which does not tell the two sides apart here; "
                 "give --behaviour-tokens, or use --engine hf"
             )
+        directions = given.directions
         scoring = StreamedScoring(
             self.streamed,
             {"positive": positive, "negative": negative},
-            given.directions,
+            directions,
             given.readout,
             everywhere,
+            given.places or Places.of(directions.positions, directions.layer_count),
             self.budget,
             self.out / STATE,
         )
         return scoring.score(finders, given.journal)
 
     def try_edits(
-        self, budget: int, prompts: ValPrompts, ranked: Sequence[Candidate], given: Scored, left: Callable[[], float]
+        self,
+        budget: int,
+        prompts: ValPrompts,
+        ranked: Sequence[Candidate],
+        given: Scored,
+        left: CheckAnswers,
     ) -> list[Trial]:
         fits = StreamedFits(
             lambda: self.streamed, ranked, self.budget, self.out / STATE,

@@ -20,16 +20,12 @@ from ...models.hooks import input_shifted, intervened, layer_projected
 from ...models.streaming.lanes import StreamedModel
 from ...models.streaming.passes import Pass, Variant
 from ...models.streaming.state import StreamState
-from ..candidates import (
-    Candidate,
-    DirectionScoring,
-    adds_mean_difference,
-    score_candidates,
-    score_key,
-)
+from ..candidates import Candidate
 from ..readouts import Outputs, Readout
 from ..scoring import smoothed_kl
+from .direction_scoring import DirectionScoring, Places, adds_mean_difference, score_key
 from .meters import ScoredMaps
+from .resident_scores import score_candidates
 
 Ids = Sequence[Sequence[int]]
 Key = tuple[int, str]  # layer, finder
@@ -74,6 +70,7 @@ class StreamedScoring:
     Args:
         readout: scores the behaviour.
         everywhere: also score each edit at every write of the model.
+        places: the positions and layers whose directions are scored.
         budget: bytes of streams that may be held at a time.
         state: where a pass is kept between interruptions.
     """
@@ -85,17 +82,18 @@ class StreamedScoring:
         directions: Directions,
         readout: Readout,
         everywhere: bool,
+        places: Places,
         budget: int,
         state: Path,
     ) -> None:
         self.streamed, self.prompts, self.directions, self.readout = streamed, prompts, directions, readout
-        self.everywhere, self.budget, self.state = everywhere, budget, state
+        self.everywhere, self.places, self.budget, self.state = everywhere, places, budget, state
         self.sets: dict[str, Ids] = {str(side): ids for side, ids in prompts.items()}
         self.layer_norm = streamed.stream.architecture.norms.kind == "layer"
 
     def score(self, finders: Sequence[str], known: Journal) -> list[Candidate]:
         """The scores of every (finder, position, layer); those that `known` contains are not computed again."""
-        keys = [(layer, finder) for layer in range(self.directions.layer_count) for finder in finders]
+        keys = [(layer, finder) for layer in self.places.layers for finder in finders]
         portions = list(self._portions([key for key in keys if score_key(key[1], key[0]) not in known], known))
         if len(portions) > 1:
             note(f"scoring directions takes {len(portions)} passes over the weights, as their streams need more memory")
@@ -104,7 +102,7 @@ class StreamedScoring:
             following = portions[number + 1][0][0] if number + 1 < len(portions) and not self.everywhere else None
             before = self._score(portion, known, before, following)
         return score_candidates(
-            None, [], [], self.directions, finders, self.readout, self.everywhere, known
+            None, [], [], self.directions, finders, self.readout, self.everywhere, known, self.places
         )  # which finds all of them in `known`
 
     def _scoring(self, meter: _Meter) -> DirectionScoring:
@@ -118,7 +116,7 @@ class StreamedScoring:
 
     def _candidates(self, keys: Sequence[Key], known: Journal, meter: _Meter) -> dict[Key, list[Candidate]]:
         scoring, induced = self._scoring(meter), _induced(known, self.directions)
-        return {(layer, finder): scoring.layer(finder, layer, induced) for layer, finder in keys}
+        return {(layer, finder): scoring.layer(finder, layer, self.places.positions, induced) for layer, finder in keys}
 
     def _portions(self, keys: Sequence[Key], known: Journal) -> Iterator[list[Key]]:
         """`keys` in groups whose streams fit into the budget, whole layers at a time."""
@@ -194,4 +192,5 @@ def _induced(known: Journal, directions: Directions) -> dict[tuple[int, int], fl
     """The scores of added mean differences that `known` has, by position and layer (see `DirectionScoring.layer`)."""
     rows = [row for key, rows in known.done.items() if key.startswith("candidates:") for row in rows]
     found = [Candidate.from_row(row) for row in rows]
-    return {(c.position, c.layer): c.induce for c in found if adds_mean_difference(c.finder, directions)}
+    scored = (c for c in found if adds_mean_difference(c.finder, directions))
+    return {(c.position, c.layer): c.induce for c in scored if c.induce is not None}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from ...models.streaming.state import StreamState
 from ..builder import EditBuilder
 from ..readouts import Outputs
 from ..search.drift import AnsweredPrompts, Drift, DriftSums
-from ..search.objectives import Trial, share_flipped
+from ..search.objectives import CheckAnswers, Trial, share_flipped
 from ..search.trials import EditSearch
 from ..search.try_edits import Answered, EditTrials, ValPrompts
 from .streamed_fits import StreamedFits
@@ -204,5 +204,5 @@ class StreamedTrials(EditTrials):
             fits=self.fits,
         )
 
-    def _confirm(self, search: EditSearch, trials: list[Trial], left: Callable[[], float]) -> list[Trial]:
+    def _confirm(self, search: EditSearch, trials: list[Trial], left: CheckAnswers) -> list[Trial]:
         return trials

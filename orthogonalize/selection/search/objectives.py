@@ -9,7 +9,8 @@ are the Pareto front. One number, `Trial.cost`, orders them, and `best` allows f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import scipy
@@ -25,6 +26,17 @@ PRICE = 1.0  # nats per token for a unit of share: a percentage point above LEFT
 MOST_CONFIRMED = 0.5  # largest share of the answers of an edit that is chosen
 BANDWIDTH = 2.0  # log-odds; of `share_left` for one prompt
 LARGEST_TIE = 1.5  # KLs that differ by a larger factor are not tied, however noisy they are
+
+
+class AnswerShares(NamedTuple):
+    """Shares of generated answers: those that are not as they should be, and those that are degenerate."""
+
+    left: float
+    degenerate: float
+
+
+CheckAnswers = Callable[[], AnswerShares]
+"""Generates the present model's answers to the target val prompts, and tells what they are like."""
 
 
 class Trial(BaseModel):
@@ -46,7 +58,9 @@ class Trial(BaseModel):
         flipped: share of every preserved set for which the edit changes whether the behaviour shows (see
             `share_flipped`).
         kls: `kl` by prompt, as in `Drift.kls`, under "" and the names of the preserved sets. A run folder omits it.
-        confirmed: share of positive prompts whose generated answer still shows the behaviour; None if not checked.
+        confirmed: share of target prompts whose generated answer is not as it should be; None if not checked.
+        degenerate: share of those answers that are empty, repeat themselves or switch language; None likewise.
+        degenerate_before: the same of the base model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,6 +77,8 @@ class Trial(BaseModel):
     flipped: dict[str, float] = Field(default_factory=dict)
     kls: dict[str, list[float]] = Field(default_factory=dict, repr=False)
     confirmed: float | None = None
+    degenerate: float | None = None
+    degenerate_before: float | None = None
 
     @property
     def objectives(self) -> tuple[float, ...]:

@@ -26,7 +26,7 @@ from ..candidates import ScoreStore
 from ..readouts import FirstToken, Readout
 from ..scoring import PromptScores
 from .drift import AnsweredPrompts, Drift
-from .objectives import Trial, best, share_flipped, share_left
+from .objectives import AnswerShares, CheckAnswers, Trial, best, share_flipped, share_left
 from .strengths import StrengthGradients, StrengthSteps
 
 # Strengths of sites have halved the cost of an edit; one that costs more than this many times the best is not refined.
@@ -272,18 +272,18 @@ def _key(choice: EditConfig) -> str:
     return f"trial:{choice.model_dump_json()}"
 
 
-def confirm(
-    trials: EditSearch, found: list[Trial], journal: Journal, left: Callable[[], float], most: int = 4
-) -> list[Trial]:
+def confirm(trials: EditSearch, found: list[Trial], journal: Journal, left: CheckAnswers, most: int = 4) -> list[Trial]:
     """Check the best trials by generated answers; the first whose answers are as they should be moves to the front.
 
     `left` measures the share of the current model's answers to the target val prompts that are not as they should be.
-    If that is not so of most answers of the unedited model, the check says nothing and the order stays as it is.
+    If that is not so of most answers of the unedited model, the check says nothing and the order stays as it is. How
+    many answers are degenerate is only reported: of a model that answers in loops, an edit makes no other.
     """
     if "left" not in journal:
         journal.put({"left": left()})
         check()
-    if journal["left"] < 0.5:
+    base = AnswerShares(*journal["left"])
+    if base.left < 0.5:
         return found
     confirmed: list[Trial] = []
     for trial in found[:most]:
@@ -292,8 +292,10 @@ def confirm(
             with trials.edited(trial.choice):
                 journal.put({key: left()})
             check()
-        confirmed.append(trial.model_copy(update={"confirmed": journal[key]}))
-        if journal[key] <= CONFIRMED:
+        shares = AnswerShares(*journal[key])
+        measured = {"confirmed": shares.left, "degenerate": shares.degenerate, "degenerate_before": base.degenerate}
+        confirmed.append(trial.model_copy(update=measured))
+        if shares.left <= CONFIRMED:
             break
     # Only the last can have passed; if none did, the one with the fewest failures comes first.
     confirmed.sort(key=lambda t: t.confirmed or 0.0)

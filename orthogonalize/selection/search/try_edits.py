@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..fits import Fits
 from ..own_answers import ANSWER_TOKENS, Generate
 from ..readouts import Readout
 from .drift import AnsweredPrompts
-from .objectives import Trial
+from .objectives import CheckAnswers, Trial
 from .space import SearchSpace, reads_can_be_baked
 from .strengths import STEPS
 from .trials import EditSearch, confirm
@@ -88,7 +88,7 @@ class EditTrials:
         self.directions, self.ranked = directions, ranked
         self.generate, self.journal = generate, journal
 
-    def run(self, budget: int, prompts: ValPrompts, fits: Fits, left: Callable[[], float]) -> list[Trial]:
+    def run(self, budget: int, prompts: ValPrompts, fits: Fits, left: CheckAnswers) -> list[Trial]:
         """Up to `budget` trials, the best first.
 
         `left` gives the share of the model's answers to the target val prompts that are not as they should be. There
@@ -127,7 +127,7 @@ class EditTrials:
             layer=layer,
         )
 
-    def _confirm(self, search: EditSearch, trials: list[Trial], left: Callable[[], float]) -> list[Trial]:
+    def _confirm(self, search: EditSearch, trials: list[Trial], left: CheckAnswers) -> list[Trial]:
         return confirm(search, trials, self.journal, left)
 
     def _answered(self, name: str, ids: Sequence[list[int]]) -> Answered | None:

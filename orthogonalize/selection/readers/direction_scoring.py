@@ -1,0 +1,150 @@
+"""The scores of single directions, by whatever measures them, and the places that are scored."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from ...core.errors import OrthogonalizeError
+from ...core.interventions import AffineMap, centred_map, shift, stack_maps
+from ...directions.direction_set import Directions
+from ...directions.finders.registry import FINDERS
+from ..candidates import Candidate
+from .meters import Meter, ScoredMaps
+
+MULTIPLIERS = (0.5, 1.0, 2.0)  # lengths at which a direction is added, in units of the mean difference
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where directions may come from: tokens, counted from the end of the prompt, and layers."""
+
+    positions: tuple[int, ...]
+    layers: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        positions: Sequence[int],
+        layer_count: int,
+        chosen_positions: Sequence[int] | None = None,
+        chosen_layers: Sequence[int] | None = None,
+    ) -> Places:
+        """The chosen ones among those that a run has; None chooses all.
+
+        Raises:
+            OrthogonalizeError: a chosen one does not exist.
+        """
+        found = []
+        for name, chosen, known in (
+            ("position", chosen_positions, list(positions)),
+            ("layer", chosen_layers, list(range(layer_count))),
+        ):
+            beyond = [each for each in chosen or [] if each not in known]
+            if beyond:
+                raise OrthogonalizeError(
+                    f"--{name}s: there is no {name} {beyond[0]}; this model's {name}s are {known[0]} to {known[-1]}"
+                )
+            found.append(tuple(each for each in known if chosen is None or each in chosen))
+        return cls(*found)
+
+
+def score_key(finder: str, layer: int) -> str:
+    """The name of the scores of a finder at a layer in a `ScoreStore`."""
+    return f"candidates:{finder}:{layer}"
+
+
+def adds_mean_difference(finder: str, directions: Directions) -> bool:
+    """Whether adding the first direction of `finder` is the same as adding that of every other such finder."""
+    return FINDERS[finder].adds_mean_difference and directions.leace_erases_mean_diffs
+
+
+@dataclass
+class DirectionScoring:
+    """Scores the directions of a run; `meter` measures, and `layer_norm` says whether the model has LayerNorms."""
+
+    meter: Meter
+    directions: Directions
+    everywhere: bool
+    layer_norm: bool
+
+    def removals(self, finder: str, layer: int, positions: Sequence[int]) -> dict[int, AffineMap]:
+        """The map that removes each position's direction, as `edit` does; none where there is no direction."""
+        found = {p: self.directions.removal(finder, p, layer) for p in positions}
+        return {p: centred_map(m) if self.layer_norm else m for p, m in found.items() if m is not None}
+
+    def bypass(self, finder: str, layer: int, positions: Sequence[int]) -> list[Candidate]:
+        """Score `finder` at some positions of `layer` by bypass alone."""
+        maps = self.removals(finder, layer, positions)
+        if not maps:
+            return []
+        scores = self.meter.behaviour(ScoredMaps("positive", stack_maps(list(maps.values())), layer)).tolist()
+        return [
+            self._candidate(finder, p, layer, m.rank, bypass)
+            for (p, m), bypass in zip(maps.items(), scores, strict=True)
+        ]
+
+    def layer(
+        self, finder: str, layer: int, positions: Sequence[int], induced: MutableMapping[tuple[int, int], float]
+    ) -> list[Candidate]:
+        """Score `finder` at some positions of `layer`; `induced` keeps the scores of added mean differences."""
+        maps = self.removals(finder, layer, positions)
+        if not maps:
+            return []
+        removals = stack_maps(list(maps.values()))
+        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, layer)).tolist()
+        kl = self.meter.kl(ScoredMaps("negative", removals, layer)).tolist()
+        induce = self._induce(finder, layer, list(maps), induced)
+        bypass_all, kl_all = self._everywhere(removals)
+        return [
+            self._candidate(
+                finder, p, layer, m.rank, bypassed[i], induce[i], kl[i],
+                bypass_all[i] if bypass_all else None, kl_all[i] if kl_all else None,
+            )
+            for i, (p, m) in enumerate(maps.items())
+        ]  # fmt: skip
+
+    def _candidate(
+        self,
+        finder: str,
+        position: int,
+        layer: int,
+        rank: int,
+        bypass: float,
+        induce: float | None = None,
+        kl: float | None = None,
+        global_bypass: float | None = None,
+        global_kl: float | None = None,
+    ) -> Candidate:
+        count, accuracy = self.directions.layer_count, FINDERS[finder].accuracy(self.directions, position, layer)
+        return Candidate(finder, position, layer, count, bypass, induce, kl, rank, accuracy, global_bypass, global_kl)
+
+    def _induce(
+        self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
+    ) -> list[float]:
+        """The median over the multipliers of the mean score with the first direction added, per position."""
+        shared = adds_mean_difference(finder, self.directions)  # which another finder may have scored
+        known = {p: induced[p, layer] for p in positions if shared and (p, layer) in induced}
+        missing = [p for p in positions if p not in known]
+        if missing:
+            shifts = []
+            for position in missing:
+                basis = self.directions.basis(finder, position, layer)
+                assert basis is not None
+                length = self.directions.mean_diff(position, layer).norm()
+                shifts += [multiplier * length * basis[0] for multiplier in MULTIPLIERS]
+            scores = self.meter.behaviour(ScoredMaps("negative", shift(torch.stack(shifts)), layer, projected=False))
+            medians = [median(row) for row in scores.reshape(len(missing), -1).tolist()]
+            known |= dict(zip(missing, medians, strict=True))
+        if shared:
+            induced.update({(p, layer): value for p, value in known.items()})
+        return [known[p] for p in positions]
+
+    def _everywhere(self, removals: AffineMap) -> tuple[list[float], list[float]]:
+        if not self.everywhere:
+            return [], []
+        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, None))
+        return bypassed.tolist(), self.meter.kl(ScoredMaps("negative", removals, None)).tolist()

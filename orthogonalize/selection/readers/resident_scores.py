@@ -1,0 +1,217 @@
+"""Score directions with a model that is whole in memory: all of them, or cheaply first and fully only the best."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ...core.errors import OrthogonalizeError
+from ...core.interrupts import check
+from ...core.progress import duration, note, track
+from ...data.prompts import Side
+from ...directions.direction_set import Directions
+from ...models.stream import Stream
+from ..candidates import (
+    Candidate,
+    MemoryStore,
+    ScoreStore,
+    common_place,
+    failed_filters,
+    first_pruned_layer,
+    rank,
+)
+from ..readouts import Readout
+from .direction_scoring import (
+    MULTIPLIERS,
+    DirectionScoring,
+    Places,
+    adds_mean_difference,
+    score_key,
+)
+from .meters import ResidentMeter
+
+Ids = Sequence[Sequence[int]]
+SCREENED = 8  # positive prompts by which directions are put into the order in which they are scored
+
+
+def resident_scoring(
+    model: Any,
+    prompts: Mapping[Side, Ids],
+    directions: Directions,
+    readout: Readout,
+    everywhere: bool,
+) -> DirectionScoring:
+    """The scoring of directions with a model that is whole in memory; see `score_candidates`."""
+    layer_norm = Stream.of(model).architecture.norms.kind == "layer"
+    return DirectionScoring(ResidentMeter(model, prompts, readout), directions, everywhere, layer_norm)
+
+
+@dataclass
+class _Scores:
+    """Scores that are computed once, and kept in `known`. `seconds` is what a prompt's pass takes, once known."""
+
+    model: Any
+    prompts: Mapping[Side, Ids]
+    directions: Directions
+    readout: Readout
+    everywhere: bool
+    known: ScoreStore
+    induced: dict[tuple[int, int], float] = field(default_factory=dict)
+    seconds: float | None = None
+
+    @cached_property
+    def screening(self) -> DirectionScoring:
+        """By few positive prompts."""
+        few: dict[Side, Ids] = {"positive": self.prompts["positive"][:SCREENED]}
+        return resident_scoring(self.model, few, self.directions, self.readout, everywhere=False)
+
+    @cached_property
+    def full(self) -> DirectionScoring:
+        """By all prompts."""
+        started = time.monotonic()
+        found = resident_scoring(self.model, self.prompts, self.directions, self.readout, self.everywhere)
+        self.seconds = (time.monotonic() - started) / (sum(map(len, self.prompts.values())) or 1)
+        return found
+
+    def screened(self, finder: str, layer: int, positions: Sequence[int]) -> list[Candidate]:
+        """Scores by few prompts and bypass alone."""
+        return self._kept(f"screened:{finder}:{layer}", lambda: self.screening.bypass(finder, layer, positions))
+
+    def scored(self, finder: str, layer: int, positions: Sequence[int], part: bool = False) -> list[Candidate]:
+        """All scores by all prompts; `part`: of a part of the positions."""
+        key = score_key(finder, layer) + (f":{','.join(map(str, positions))}" if part else "")
+        found = self._kept(key, lambda: self.full.layer(finder, layer, positions, self.induced))
+        if adds_mean_difference(finder, self.directions):
+            self.induced.update({(c.position, c.layer): c.induce for c in found if c.induce is not None})
+        return found
+
+    def _kept(self, key: str, compute: Callable[[], list[Candidate]]) -> list[Candidate]:
+        if key not in self.known:
+            self.known.put({key: [c.row() for c in compute()]})
+            check()
+        return [Candidate.from_row(row) for row in self.known[key]]
+
+    def estimate(self, finders: Sequence[str], places: Places, enough: int | None) -> str:
+        """What will be scored, and about how long it takes: at least so long, if `enough` directions are looked for.
+
+        An edit at layer l costs the blocks from l on; every direction is removed once for each side, and added to the
+        negative prompts at every length.
+        """
+        layers, positive, negative = self.directions.layer_count, *map(len, self.prompts.values())
+        depth = sum((layers - layer) / layers for layer in places.layers)
+        count = len(finders) * len(places.positions)
+        one = positive + (1 + len(MULTIPLIERS)) * negative
+        assert self.full is not None  # which measures the time of a pass
+        if enough is None:
+            passes = count * depth * one
+            what = f"scoring {count * len(places.layers)} directions by {positive} + {negative} prompts"
+        else:
+            few = min(SCREENED, positive)
+            passes = count * depth * few + len(finders) * enough * one * depth / len(places.layers)
+            what = f"screening {count * len(places.layers)} directions by {few} prompts, and scoring the best by all"
+        return f"{what}: about {duration(passes * (self.seconds or 0.0))}"
+
+
+def _of_every_place(scores: _Scores, finders: Sequence[str], places: Places) -> list[Candidate]:
+    result: list[Candidate] = []
+    with track("scoring directions", len(places.layers) * len(finders), "layers") as advance:
+        for layer in places.layers:
+            for finder in finders:
+                result += scores.scored(finder, layer, places.positions)
+                advance(1)
+    return result
+
+
+def _of_the_best(scores: _Scores, finders: Sequence[str], places: Places, enough: int) -> list[Candidate]:
+    """Scores in order of the bypass of few prompts, until `enough` directions of each finder pass the filters."""
+    screened: dict[str, list[Candidate]] = {finder: [] for finder in finders}
+    with track("screening directions", len(places.layers) * len(finders), "layers") as advance:
+        for layer in places.layers:
+            for finder in finders:
+                screened[finder] += scores.screened(finder, layer, places.positions)
+                advance(1)
+    found: dict[str, list[Candidate]] = {}
+    with track("scoring the best directions", enough * len(finders), "that pass") as advance:
+        for finder, candidates in screened.items():
+            found[finder] = _until_enough_pass(scores, finder, candidates, enough, advance)
+    ranked = rank([c for each in found.values() for c in each])
+    place = common_place(ranked) if ranked else None
+    result: list[Candidate] = []
+    for finder, candidates in screened.items():
+        done = {(c.position, c.layer) for c in found[finder]}
+        if place in {(c.position, c.layer) for c in candidates} - done:  # so that finders can be compared there
+            position, layer = place
+            found[finder] += scores.scored(finder, layer, [position], part=True)
+            done.add(place)
+        result += [*found[finder], *(c for c in candidates if (c.position, c.layer) not in done)]
+    return result
+
+
+def _until_enough_pass(
+    scores: _Scores, finder: str, screened: Sequence[Candidate], enough: int, advance: Callable[[int], None]
+) -> list[Candidate]:
+    able = [c for c in screened if c.layer < first_pruned_layer(c.layer_count) and math.isfinite(c.bypass)]
+    able.sort(key=lambda c: c.bypass)
+    found: list[Candidate] = []
+    passing = 0
+    for start in range(0, len(able), enough):
+        portion = able[start : start + enough]
+        for layer in sorted({c.layer for c in portion}):
+            positions = sorted(c.position for c in portion if c.layer == layer)
+            found += scores.scored(finder, layer, positions, part=True)
+        now = min(enough, sum(not failed_filters(c) for c in found))
+        advance(now - passing)
+        passing = now
+        if passing == enough:
+            break
+    return found
+
+
+def score_candidates(
+    model: Any,
+    positive: Ids,
+    negative: Ids,
+    directions: Directions,
+    finders: Sequence[str],
+    readout: Readout,
+    everywhere: bool = False,
+    known: ScoreStore | None = None,
+    places: Places | None = None,
+    enough: int | None = None,
+) -> list[Candidate]:
+    """Score every (finder, position, layer) on val prompts (token ids), editing at that layer only.
+
+    Args:
+        readout: scores the behaviour.
+        everywhere: also score each edit at every write of the model (`global_bypass`, `global_kl`).
+        known: a store for the scores; those that it contains are not computed again.
+        places: the positions and layers to score; None scores all.
+        enough: how many directions of a finder that pass the filters are enough: all are scored by bypass on a few
+            prompts, and, in the order of that, fully until so many pass. None scores all fully.
+
+    Raises:
+        OrthogonalizeError: there are no directions.
+    """
+    places = places or Places.of(directions.positions, directions.layer_count)
+    prompts: dict[Side, Ids] = {"positive": positive, "negative": negative}
+    kept = MemoryStore() if known is None else known
+    scores = _Scores(model, prompts, directions, readout, everywhere, kept)
+    if model is not None and not all(_started(scores, finder, places, enough) for finder in finders):
+        note(scores.estimate(finders, places, enough))
+    if enough is None:
+        result = _of_every_place(scores, finders, places)
+    else:
+        result = _of_the_best(scores, finders, places, enough)
+    if not result:
+        raise OrthogonalizeError("the two sides have the same activations everywhere, so no direction separates them")
+    return result
+
+
+def _started(scores: _Scores, finder: str, places: Places, enough: int | None) -> bool:
+    """Whether the last layer that is gone through for `finder` first has been scored."""
+    last = places.layers[-1]
+    return (score_key(finder, last) if enough is None else f"screened:{finder}:{last}") in scores.known

@@ -1,0 +1,74 @@
+"""The figures of a run, a report and a sweep: what is drawn, and that nothing covers it."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from helpers.command_line import UNTRIED
+from matplotlib.figure import Figure
+
+from orthogonalize import load_run, run_figures
+from orthogonalize.evals.metrics import Rate
+from orthogonalize.reports.rate_plot import rates_figure
+from orthogonalize.reports.run_plots import candidate_figure
+from orthogonalize.reports.schema import Measures, Refusals, Report
+
+RUN_SETTINGS = UNTRIED.with_changes(enough=1, seeds=2, train=6)
+
+
+def covered(figure: Figure) -> list[str]:
+    """The legends that overlap axes, by their first text."""
+    figure.draw_without_rendering()
+    inside = [axis.get_window_extent() for axis in figure.axes]
+    own = [legend for axis in figure.axes if (legend := axis.get_legend()) is not None]
+    legends = [*figure.legends, *own]
+    assert legends or len(figure.axes) > 0
+    return [
+        legend.get_texts()[0].get_text()
+        for legend in legends
+        if any(legend.get_window_extent().shrunk(0.98, 0.98).overlaps(box) for box in inside)
+    ]
+
+
+def test_no_legend_of_a_run_s_figures_covers_data(run):
+    found = run_figures(load_run(run))
+    assert {"candidates-dim", "probes", "cosines", "projections-dim"} <= found.keys()
+    assert sum(bool(figure.legends) for figure in found.values()) >= 4
+    assert {name: covered(figure) for name, figure in found.items() if covered(figure)} == {}
+
+
+def test_candidates_without_a_score_are_left_out_of_its_panel(run):
+    found = load_run(run)
+    assert any(c.induce is None for c in found.candidates), "most are only screened"
+    bypass, induce, _ = candidate_figure(found, "dim").axes
+    names = {found.info.position_name(p) for p in found.directions.positions}
+    drawn = [[line for line in axis.lines if line.get_label() in names] for axis in (bypass, induce)]
+    counts = [sum(len(line.get_xdata()) for line in lines) for lines in drawn]
+    mine = [c for c in found.candidates if c.finder == "dim"]
+    assert counts == [len(mine), sum(c.induce is not None for c in mine)]
+    assert all(math.isfinite(y) for lines in drawn for line in lines for y in line.get_ydata())
+
+
+def test_legend_and_marks_of_the_rates_are_clear_of_each_other():
+    rates = [Rate(value=v, n=10, ci95=(max(0.0, v - 0.1), min(1.0, v + 0.1))) for v in (1.0, 0.0)]
+    models = [Measures(refusal=Refusals(target=a, harmless=b)) for a, b in (rates, rates[::-1])]
+    report = Report(
+        engine="hf", engine_version="transformers", base_model="base", checkpoint="edited", edit=None,
+        max_new_tokens=100, sensitive=False, base=models[0], edited=models[1], paired={}, answers=[],
+    )  # fmt: skip
+    figure = rates_figure(report)
+    assert figure is not None
+    assert covered(figure) == []
+    (axis,) = figure.axes
+    low, high = axis.get_ylim()
+    marks = [y for line in axis.lines for y in line.get_ydata()]
+    assert low + 0.3 < min(marks)
+    assert max(marks) < high - 0.3
+
+
+@pytest.mark.parametrize("position", [-1, -2])
+def test_positions_are_named_with_their_tokens(run, position):
+    info = load_run(run).info
+    assert info.position_name(position) == f"{position} {info.position_tokens[position]!r}"
+    assert info.model_copy(update={"position_tokens": []}).position_name(position) == str(position)
