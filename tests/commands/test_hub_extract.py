@@ -16,6 +16,9 @@ from helpers.llama import store, tiny_llama
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.models import hub_files
+from orthogonalize.models.streaming import state
+from orthogonalize.models.streaming.weights import PartialModel
 from orthogonalize.selection.readers import open_fits
 from orthogonalize.selection.run_folder import load_run
 
@@ -70,3 +73,29 @@ def test_an_edit_that_is_not_fitted_yet_is_fitted_there_too(model, sources, hub,
         found, expected = (tmp_path / out / file.name for out in ("found", "expected"))
         assert found.read_bytes() == expected.read_bytes()
         assert not list((tmp_path / "disk").rglob(file.name))
+
+
+def test_a_pass_that_loses_the_hub_resumes_at_its_block(model, sources, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "WRITTEN", 1e6)  # tiny blocks are small beside the streams
+    monkeypatch.setattr(hub_files, "WAIT", 0.0)
+    expected, found = tmp_path / "expected", tmp_path / "run"
+    extract(model, expected, **sources, settings=SETTINGS)
+    read, fill = [], PartialModel._fill_block
+
+    def losing(self, layer):
+        read.append(layer)
+        hub.state.before_file = lambda name, _: 0 if layer == 3 and name.endswith(".safetensors") else None
+        return fill(self, layer)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PartialModel, "_fill_block", losing)
+        with pytest.raises(OrthogonalizeError, match=r"model-.*safetensors of some/model at 0+ cannot be read"):
+            extract("some/model", found, **sources, settings=SETTINGS, download=False)
+        assert read[-1] == 3
+        read.clear()
+        patched.setattr(PartialModel, "_fill_block", lambda self, layer: (read.append(layer), fill(self, layer))[1])
+        hub.state.before_file = lambda *_: None
+        extract("some/model", found, **sources, settings=SETTINGS, download=False)
+    assert read[:2] == [0, 3], "the first is to see what blocks return; then the pass resumes"
+    for file in ("candidates.json", "activations.safetensors", "directions.safetensors", "prompts.jsonl"):
+        assert (found / file).read_bytes() == (expected / file).read_bytes(), file

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.command_line import command
 from helpers.disk_use import peak_disk_use
 from helpers.hub_server import Hub, Repository, use_hub
 from helpers.llama import WIDTH, store, tiny_llama
@@ -199,3 +200,10 @@ def test_a_base_for_which_the_disk_has_no_room_is_read_where_it_is(base, monkeyp
     base.edit("some/model", base.root / "edited")
     assert not list(CachedRepository("some/model").folder.rglob("*.safetensors"))
     assert notes[0].startswith("some/model is read from the Hub piece by piece")
+
+
+def test_the_command_line_takes_the_option(base):
+    words = ("--direction", base.direction, "--layer", "2", "--out", base.root / "edited", "--no-download")
+    status, output = command("edit", "some/model", *words)
+    assert status == 0, output
+    assert not list(CachedRepository("some/model").folder.rglob("*.safetensors"))

@@ -20,11 +20,12 @@ from torch import nn
 
 from ...architectures.schema import architecture_of
 from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.quantization import read_unquantized, row_reader, unquantized_tensors
+from ...checkpoints.quantization import read_unquantized, row_reader, scale_name, unquantized_tensors
 from ...core.errors import OrthogonalizeError
 from ..loading import choose_device, choose_dtype, load_on_meta
 from ..sites import Sites
 from ..stream import Stream
+from .ahead import announce, reading_ahead
 
 
 def can_stream(checkpoint: Checkpoint) -> bool:
@@ -67,7 +68,7 @@ class PartialModel:
             OrthogonalizeError: the checkpoint is incomplete or quantized in another format than FP8, or transformers
                 cannot load it.
         """
-        self.checkpoint, config = checkpoint, checkpoint.config
+        self.checkpoint, config = reading_ahead(checkpoint), checkpoint.config
         self.device = choose_device(device)
         self.dtype = dtype or choose_dtype(self.device, checkpoint.dtype)
         try:
@@ -132,6 +133,7 @@ class PartialModel:
         )
         older = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters  # transformers < 5.10
         stored = {name: _Stored(self.checkpoint, name, self.dtype) for name in names}
+        announce(self.checkpoint, [*names, *filter(None, (scale_name(self.checkpoint, name) for name in names))])
         with _no_progress_bar():
             convert_and_load_state_dict_in_model(self.model, stored, loading, **({"tp_plan": None} if older else {}))
 
