@@ -20,7 +20,7 @@ from ..core.files import check_regular_files, is_inside
 from ..core.progress import Progress, track
 from .known_files import DRAFTS, is_known, is_weight_name
 from .safetensors_file import DTYPES, EDITABLE, RemoteFile, TensorFile, TensorInfo, open_tensor_file
-from .settings_files import read_json, read_settings, stated_dtype
+from .settings_files import quantization, read_json, read_settings, stated_dtype
 
 HEADERS = 8  # weight files whose headers are read at a time
 INDEX = "model.safetensors.index.json"
@@ -328,6 +328,7 @@ def open_checkpoint(folder: Path | str, remote: Mapping[str, RemoteFile] | None 
         raise OrthogonalizeError(f"{folder} has no config.json; is it a model folder?")
     check_regular_files(folder)
     config = read_settings(folder / "config.json")
+    quantization(config)
     if (folder / "generation_config.json").exists():
         read_settings(folder / "generation_config.json")
     files, indexed = _weight_files(folder, remote or {})

@@ -23,6 +23,8 @@ from .writer import Changes, Written, write_other_files, write_weights
 class CheckpointPlan:
     """What changes in a checkpoint: tensors to edit, tensors to add, configuration to set, and how to round.
 
+    `texts` are new contents of files beside the weights, by name.
+
     Nothing here knows the model: names are those of the tensors in `source`.
     """
 
@@ -31,6 +33,7 @@ class CheckpointPlan:
     additions: dict[str, Addition] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
     rounding: str = DEFAULT_ROUNDING
+    texts: dict[str, str] = field(default_factory=dict)
 
     def has_tensor(self, name: str) -> bool:
         """Whether the edited checkpoint has a tensor `name`."""
@@ -135,5 +138,5 @@ class CheckpointPlan:
         written = write_weights(
             self.source, target, self.changes, progress, workers=workers, link=link, expected=expected
         )
-        write_other_files(self.source, target, self.additions, self.config_changes, link=link)
+        write_other_files(self.source, target, self.additions, self.config_changes, self.texts, link=link)
         return written

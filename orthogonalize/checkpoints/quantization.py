@@ -20,6 +20,7 @@ from ..core.errors import OrthogonalizeError
 from .checkpoint import Checkpoint
 from .rounding.base import GRIDS, Scales
 from .safetensors_file import DTYPES, EDITABLE, TensorInfo, row_blocks
+from .settings_files import quantization
 from .tensor_edit import TensorEdit
 
 FP8 = "F8_E4M3"
@@ -39,6 +40,48 @@ WAY_OUT = (
     "quantization_config=...Config(dequantize=True), then save_pretrained in bfloat16) and edit that, "
     "or edit the model's bfloat16 release and quantise again"
 )
+
+
+# Methods by the name in `quantization_config`, whose stored numbers no edit can be made on.
+COARSE = {
+    "gptq": "GPTQ", "gptq_marlin": "GPTQ", "awq": "AWQ", "awq_marlin": "AWQ", "auto-round": "AutoRound",
+    "auto_gptq": "GPTQ", "bitsandbytes": "bitsandbytes", "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes", "hqq": "HQQ", "aqlm": "AQLM", "quip": "QuIP#", "vptq": "VPTQ", "eetq": "EETQ",
+    "higgs": "HIGGS", "spqr": "SpQR", "quanto": "Quanto", "torchao": "torchao", "bitnet": "BitNet", "mlx": "MLX",
+    "exl2": "ExLlamaV2", "exl3": "ExLlamaV3", "gguf": "GGUF", "sinq": "SINQ", "fbgemm_fp8": "FBGEMM FP8",
+}  # fmt: skip
+START = "start from the release that it was quantised from (the card names it, as base_model), and quantise the result"
+
+
+def check_quantization(source: Checkpoint) -> None:
+    """Refuse a checkpoint whose method of quantisation leaves no numbers that an edit could be made on.
+
+    Raises:
+        OrthogonalizeError: the message names the method, and from where to start instead.
+    """
+    settings = quantization(source.config)
+    method = str(settings["quant_method"]).lower() if settings else ""
+    if method in COARSE:
+        raise OrthogonalizeError(f"{source.path} is quantised by {COARSE[method]}, which no edit fits into; {START}")
+
+
+def check_loadable(source: Checkpoint) -> None:
+    """Refuse a quantised checkpoint that transformers does not load, whatever is installed.
+
+    Raises:
+        OrthogonalizeError: the message names the method, and from where to start instead.
+    """
+    settings = quantization(source.config)
+    if settings is None:
+        return
+    if settings["quant_method"] in ("mlx", "exl2", "exl3"):
+        name = COARSE[settings["quant_method"]]
+        raise OrthogonalizeError(f"{source.path} is quantised by {name}, which transformers does not load; {START}")
+    if not settings["quant_method"]:
+        raise OrthogonalizeError(
+            f"{source.path} has a quantization_config without a quant_method, so no library knows how its weights are "
+            f"stored; {START}"
+        )
 
 
 def scale_name(source: Checkpoint, name: str) -> str | None:
@@ -166,8 +209,8 @@ def _blocks(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     Raises:
         OrthogonalizeError: the configuration has blocks that are not two positive integers.
     """
-    settings = config.get("quantization_config")
-    if not isinstance(settings, dict):
+    settings = quantization(config)
+    if settings is None:
         return None, None
     blocks = settings.get("weight_block_size") or _group_blocks(settings)
     if not blocks:

@@ -117,6 +117,28 @@ def stated_dtype(config: Mapping[str, Any]) -> str | None:
     return next((str(name).removeprefix("torch.") for name in stated(config, "dtype", "torch_dtype")), None)
 
 
+def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization that a configuration describes; None if it describes none.
+
+    MLX writes `quantization`, without a method. Settings that are null stand for their defaults and are left out.
+
+    Raises:
+        OrthogonalizeError: it is not a table of settings.
+    """
+    for found in (config.get("quantization_config"), config.get("quantization")):
+        if found is None:
+            continue
+        if not isinstance(found, dict):
+            raise OrthogonalizeError(
+                f"config.json has a quantization_config that is not a table of settings ({shown(found, 40)}); remove "
+                "it if the weights are not quantised, or fetch the file again"
+            )
+        settings = {key: value for key, value in found.items() if value is not None}
+        if settings:
+            return {"quant_method": "mlx" if {"group_size", "bits"} <= settings.keys() else "", **settings}
+    return None
+
+
 def context_length(config: Mapping[str, Any]) -> int | None:
     """The maximum number of tokens that a configuration declares, if any."""
     return next((n for n in stated(config, *CONTEXT) if type(n) is int), None)

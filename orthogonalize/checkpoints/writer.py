@@ -184,10 +184,11 @@ def write_other_files(
     target: Path,
     additions: Mapping[str, Addition],
     config_changes: Mapping[str, Any],
+    texts: Mapping[str, str],
     *,
     link: bool = False,
 ) -> None:
-    """Write everything but the weights: index, configuration and side files.
+    """Write everything but the weights: index, configuration and side files, some of them with new `texts` by name.
 
     Files that do not change are copied, or hard-linked with `link`.
     """
@@ -207,6 +208,10 @@ def write_other_files(
         (target / "config.json").write_text(text + "\n", "utf-8")
     else:
         copy_file(source.path / "config.json", target / "config.json", link)
+    for name, text in texts.items():
+        (target / name).write_text(text, "utf-8")
     for side in source.side_files():
+        if str(side) in texts:
+            continue
         (target / side).parent.mkdir(parents=True, exist_ok=True)
         copy_file(source.path / side, target / side, link)

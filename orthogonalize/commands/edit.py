@@ -11,6 +11,7 @@ from typing import Any
 from ..architectures.schema import architecture_of, remembered
 from ..checkpoints.checkpoint import INDEX, Checkpoint
 from ..checkpoints.plan import CheckpointPlan
+from ..checkpoints.quantization import check_quantization
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING
 from ..checkpoints.writer import DOWNLOADS, Written
 from ..core.errors import OrthogonalizeError, shown
@@ -26,6 +27,8 @@ from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
 from ..models.names import is_hub_id
 from ..models.resolve import commit_of, find_checkpoint
+from ..models.tokenizer import PLAIN_CLASS, check_written, mended_settings
+from ..models.tokenizer import SETTINGS as TOKENIZER_SETTINGS
 from ..reports.model_card import write_card
 from ..selection.resolve import ResolvedEdit, resolve_file, resolve_recipe, resolve_run
 
@@ -88,6 +91,7 @@ def edit(
         source = find_checkpoint(model, settings.revision, download)
         folder = source.path
         place.check_free(settings.force, [folder])
+        check_quantization(source)
         if recipe is not None:
             resolved = resolve_recipe(Path(recipe), settings)
             learn_from(load_recipe(recipe), source)
@@ -112,6 +116,10 @@ def edit(
         note(f"editing: {resolved.choice.describe()}")
         note(f"taken from {resolved.taken_from}")
         _note_left_behind(source)
+        mended = mended_settings(folder) if settings.format == "checkpoint" else None
+        if mended is not None:
+            planned.texts[TOKENIZER_SETTINGS] = mended.text()
+            note(f"tokenizer: {mended.instead_of}, so {PLAIN_CLASS} is written in its place")
         written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
         how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
         if settings.format == "lora":
@@ -133,6 +141,8 @@ def edit(
             written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
             written.save(partial)
             write_card(partial, written, source.path)
+            if mended is not None:
+                check_written(partial)
         _note_relative(resolved, written)
         return written
 
@@ -173,10 +183,13 @@ def _recipe_of(
         arrays=stored.arrays,
         conditional=stored.conditional,
         rounding=changes.rounding,
-        files=sorted(["config.json", *([INDEX] if source.indexed else []), *map(str, source.side_files())]),
+        files=sorted(
+            {"config.json", *([INDEX] if source.indexed else []), *map(str, source.side_files()), *changes.texts}
+        ),
         added=sorted(changes.additions),
         config_changes=changes.config_changes,
         left_out=[str(name) for name in source.left_out()],
+        tokenizer_class=PLAIN_CLASS if TOKENIZER_SETTINGS in changes.texts else None,
         probes=resolved.probes,
         description=remembered(source.config),
     )

@@ -24,6 +24,7 @@ from ..edits.recipe import Recipe, Verification, load_recipe
 from ..models.hooks import intervened
 from ..models.loading import load_model
 from ..models.resolve import find_model
+from ..models.tokenizer import SETTINGS, mended_settings
 from .merge import checkpoint_of
 
 TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains
@@ -91,6 +92,11 @@ def _rebuilds(edited: Checkpoint, plan: CheckpointPlan) -> bool:
                 return False
             advance(1)
     return True
+
+
+def _is_text(file: Path, text: str | None) -> bool:
+    """Whether a file holds exactly `text`."""
+    return text is not None and file.is_file() and file.read_bytes() == text.encode()
 
 
 def _probe_ids(model: Any) -> torch.Tensor:
@@ -188,7 +194,10 @@ def verify(
     planned.rounding = recipe.rounding
     result = Verified(**vars(audit(edited, planned.source)))  # its tensors may have other names than the base's
     found = {*result.changed, *result.added, *result.missing}
-    unexpected = sorted(found - planned.changed_tensors) + result.side_files
+    mended = mended_settings(source.path) if recipe.tokenizer_class is not None else None
+    expected = {SETTINGS: mended.text()} if mended is not None else {}
+    unexpected = sorted(found - planned.changed_tensors)
+    unexpected += [name for name in result.side_files if not _is_text(folder / name, expected.get(name))]
     wanted = {**source.config, **planned.config_changes}
     unexpected += [
         f"config.json: {key}"

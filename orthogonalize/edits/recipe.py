@@ -101,6 +101,7 @@ class Recipe(_Record):
     """Everything about an edit; `weights` is the SHA-256 of each weight file of the edited checkpoint.
 
     `files` are the names of its other files, which the edit copied or wrote; `push` uploads these and no others.
+    `tokenizer_class` is the class in its tokenizer_config.json, where the base's does not do what tokenizer.json says.
     `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`). `description` is that of the
     architecture, where no shipped file describes it.
     """
@@ -120,6 +121,7 @@ class Recipe(_Record):
     added: list[str] = []
     config_changes: dict[str, Any] = {}
     left_out: list[str] = []
+    tokenizer_class: str | None = None
     probes: list[ProbeResult] = []
     description: Architecture | None = None
     verification: Verification | None = None

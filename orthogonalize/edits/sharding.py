@@ -116,7 +116,7 @@ def assemble(plan: CheckpointPlan, share: Share, out: Path, partial: Path, link:
     missing = sorted(plan.source.files.keys() - whole.weights.keys())
     if missing:
         raise OrthogonalizeError(f"no share of {out} has {missing[0]}; write all shares again with the same N")
-    write_other_files(plan.source, partial, plan.additions, plan.config_changes, link=link)
+    write_other_files(plan.source, partial, plan.additions, plan.config_changes, plan.texts, link=link)
     return whole
 
 

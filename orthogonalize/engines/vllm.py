@@ -15,11 +15,13 @@ from typing import Any, Self
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.settings_files import quantization
 from ..core.errors import InPlaceError, OrthogonalizeError
 from ..core.progress import track
 from ..core.temporary_folders import temporary_folder
 from ..models.loading import choose_dtype
 from ..models.logprobs import Completion, Likeliest
+from ..models.tokenizer import faithful_folder
 from .base import LIKELIEST, ONE_DEVICE, Engine, EngineOptions, Ids, Part
 from .choice_search import ChoiceSearch
 from .registry import check_engine
@@ -62,7 +64,7 @@ def dtype_for(checkpoint: Checkpoint, on_cpu: bool) -> str:
     engine of transformers does; quantized ones stay as vLLM has them.
     """
     stored = checkpoint.dtype or "auto"
-    if on_cpu and stored == "bfloat16" and "quantization_config" not in checkpoint.config:
+    if on_cpu and stored == "bfloat16" and quantization(checkpoint.config) is None:
         return str(choose_dtype(torch.device("cpu"), stored)).removeprefix("torch.")
     return stored
 
@@ -110,6 +112,7 @@ class VllmEngine:
     def __init__(self, folder: Path, max_model_len: int, options: EngineOptions = ONE_DEVICE, **extra: Any) -> None:
         self.folder, self.max_model_len, self.options, self.extra = folder, max_model_len, options, extra
         self.llm: Any = None
+        self.tokenizer = ExitStack()  # its folder, if it has one of its own
 
     def __enter__(self) -> Self:
         checkpoint = open_checkpoint(self.folder)
@@ -146,6 +149,7 @@ class VllmEngine:
         else:
             arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
         patch_llvmlite_introspection()
+        arguments["tokenizer"] = str(self.tokenizer.enter_context(faithful_folder(self.folder)))
         with (
             _explained(f"vLLM did not start on {self.folder}"),
             track("starting vLLM", None),
@@ -159,6 +163,7 @@ class VllmEngine:
         if self.llm is not None:
             self.llm.llm_engine.engine_core.shutdown()
         self.llm = None
+        self.tokenizer.close()
         gc.collect()
 
     def generate(self, activity: str, rows: Sequence[Ids], parameters: Any) -> list[Any]:

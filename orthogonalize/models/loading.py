@@ -10,13 +10,23 @@ from typing import Any
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
+from ..checkpoints.quantization import check_loadable
 from ..checkpoints.safetensors_file import DTYPES, TensorInfo
-from ..checkpoints.settings_files import check_tokenizer_files
-from ..core.errors import OrthogonalizeError, first_line, ran_out_of_memory
+from ..checkpoints.settings_files import quantization
+from ..core.errors import OrthogonalizeError, first_line
+from ..core.foreign import explained
 from ..core.memory import available_memory
+from ..core.progress import note
+from .tokenizer import read_tokenizer
 
 ALL = "all"  # the device that is every GPU of this host
+UPDATE = "update transformers if the model is newer, or fetch its files again"
 FILLED = 0.85  # of the free memory that the weights of a resident model may take; the rest is for what it computes
+
+
+def _way_out(checkpoint: Checkpoint) -> str:
+    """What to do where transformers cannot load a checkpoint."""
+    return UPDATE if quantization(checkpoint.config) is None else "start from the release that it was quantised from"
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -49,7 +59,7 @@ def weight_bytes(tensors: Sequence[TensorInfo], dtype: torch.dtype) -> int:
 
 def resident_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> int:
     """The size of a model's weights in memory; on a GPU, quantised ones are kept as they are stored."""
-    if "quantization_config" in checkpoint.config and device.type != "cpu":
+    if quantization(checkpoint.config) is not None and device.type != "cpu":
         return checkpoint.weight_bytes
     return weight_bytes(list(checkpoint.tensors.values()), dtype)
 
@@ -71,16 +81,15 @@ def is_spread(device: str, needed: int) -> bool:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder."""
-    from transformers import AutoTokenizer
+    """The tokenizer of a model folder, which does what its tokenizer.json says.
 
-    check_tokenizer_files(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except BaseException as error:  # the file may be anybody's; the library's own panics are no `Exception`
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise OrthogonalizeError(f"{folder} has no usable tokenizer: {first_line(error)}") from error
+    Raises:
+        OrthogonalizeError: there is none that can be used.
+    """
+    found, other = read_tokenizer(folder, trust_remote_code)
+    if other is not None:
+        note(f"tokenizer of {folder}: {other}, which is taken as it is")
+    return found
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -91,11 +100,14 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    with explained(f"transformers cannot load {folder}", UPDATE):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         config._attn_implementation = config._experts_implementation = None  # these could name code to be fetched
-    except Exception as error:  # the file may be anybody's
-        raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
+        if getattr(config, "quantization_config", 0) is None:
+            del config.quantization_config
+        elif isinstance(getattr(config, "quantization_config", None), dict):  # null stands for the default
+            stated = {key: value for key, value in config.quantization_config.items() if value is not None}
+            config.quantization_config = stated
     return config
 
 
@@ -132,18 +144,13 @@ def load_model(
         raise OrthogonalizeError(f"{folder} contains code of its own, which is only run by extract --trust-remote-code")
     chosen = dtype or choose_dtype(place, checkpoint.dtype)
     spread = is_spread(device, resident_bytes(checkpoint, place, chosen))
-    try:
+    check_loadable(checkpoint)
+    with explained(f"transformers cannot load {folder}", _way_out(checkpoint)):
         loader = model_class(folder, trust_remote_code)
         model, found = loader.from_pretrained(
             folder, config=load_config(folder, trust_remote_code), dtype=chosen, trust_remote_code=trust_remote_code,
             output_loading_info=True, **({"device_map": "auto"} if spread else {}),
         )  # fmt: skip
-    except OrthogonalizeError:
-        raise
-    except Exception as error:  # the files may be anybody's
-        if ran_out_of_memory(error):
-            raise
-        raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
     _check_missing(folder, found["missing_keys"])
     if spread:
         check_on_gpus(folder, model.hf_device_map)
@@ -183,15 +190,13 @@ def load_on_meta(folder: Path, tensors: Mapping[str, TensorInfo], dtype: torch.d
         name: torch.empty(info.shape, dtype=DTYPES.get(info.dtype, torch.uint8), device="meta")
         for name, info in tensors.items()
     }
-    try:
+    with explained(f"transformers cannot load {folder}", UPDATE):
         cls = model_class(folder)._model_mapping[type(config)]
         if cls.config_class is config.sub_configs.get("text_config"):  # the text part of an image-text model
             config = config.get_text_config()
         model, found = cls.from_pretrained(
             None, config=config, dtype=dtype, state_dict=state, device_map={"": "meta"}, output_loading_info=True
         )
-    except Exception as error:  # the files may be anybody's
-        raise OrthogonalizeError(f"transformers cannot load {folder}: {first_line(error)}") from error
     _check_missing(folder, found["missing_keys"])
     return model.eval()
 
@@ -208,7 +213,7 @@ def check_complete(folder: Path) -> None:
     from transformers import CONFIG_MAPPING
 
     config = open_checkpoint(folder).config
-    if config.get("model_type") not in CONFIG_MAPPING or "quantization_config" in config:
+    if config.get("model_type") not in CONFIG_MAPPING or quantization(config) is not None:
         return
     try:
         _, found = model_class(folder).from_pretrained(

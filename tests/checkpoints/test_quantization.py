@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from helpers.llama import LAYERS, store, tiny_llama
 from safetensors.torch import load_file, save_file
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.checkpoints.settings_files import quantization
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal, shift
 from orthogonalize.edits.bake import bake
@@ -142,3 +145,30 @@ def test_added_bias_has_the_dtype_of_unquantized_tensors(layout, tmp_path):
     bias = edited.read("model.layers.1.mlp.down_proj.bias").double()
     assert (bias - vector).abs().max() <= vector.abs().max() * 2**-8
     assert all(edited.tensors[name].dtype == info.dtype for name, info in source.tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ"),
+        ({"quant_method": "awq", "bits": 4}, "AWQ"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "auto-round"}, "AutoRound"),
+        ({"group_size": 64, "bits": 4}, "MLX"),
+    ],
+)
+def test_methods_that_no_edit_fits_into_are_refused_before_any_other_reason(original, tmp_path, settings, named):
+    """Also before the model's family, which no file describes; null and empty settings are none at all."""
+    from orthogonalize.commands.edit import edit
+
+    shutil.copytree(original, tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": settings, "model_type": "unheard_of"}
+    file.write_text(json.dumps(config))
+    save_file({"direction": direction()}, tmp_path / "d.safetensors")
+    with pytest.raises(OrthogonalizeError, match=rf"quantised by {named}.*start from the release"):
+        edit(str(tmp_path / "base"), tmp_path / "edited", direction=tmp_path / "d.safetensors")
+    for none in (None, {}, {"quant_method": None}):
+        assert quantization({"quantization_config": none}) is None
+    with pytest.raises(OrthogonalizeError, match="not a table of settings"):
+        quantization({"quantization_config": ["a list"]})
