@@ -27,8 +27,8 @@ from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
 from ..models.names import is_hub_id
 from ..models.resolve import commit_of, find_checkpoint
-from ..models.tokenizer import PLAIN_CLASS, check_written, mended_settings
-from ..models.tokenizer import SETTINGS as TOKENIZER_SETTINGS
+from ..models.tokenizer.faithful import PLAIN_CLASS, check_written, mended_settings
+from ..models.tokenizer.faithful import SETTINGS as TOKENIZER_SETTINGS
 from ..reports.model_card import write_card
 from ..selection.resolve import ResolvedEdit, resolve_file, resolve_recipe, resolve_run
 

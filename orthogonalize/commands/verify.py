@@ -24,7 +24,7 @@ from ..edits.recipe import Recipe, Verification, load_recipe
 from ..models.hooks import intervened
 from ..models.loading import load_model
 from ..models.resolve import find_model
-from ..models.tokenizer import SETTINGS, mended_settings
+from ..models.tokenizer.faithful import SETTINGS, mended_settings
 from .merge import checkpoint_of
 
 TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains

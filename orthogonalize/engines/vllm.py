@@ -21,7 +21,7 @@ from ..core.progress import track
 from ..core.temporary_folders import temporary_folder
 from ..models.loading import choose_dtype
 from ..models.logprobs import Completion, Likeliest
-from ..models.tokenizer import faithful_folder
+from ..models.tokenizer.faithful import faithful_folder
 from .base import LIKELIEST, ONE_DEVICE, Engine, EngineOptions, Ids, Part
 from .choice_search import ChoiceSearch
 from .registry import check_engine

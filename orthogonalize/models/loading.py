@@ -17,7 +17,7 @@ from ..core.errors import OrthogonalizeError, first_line
 from ..core.foreign import explained
 from ..core.memory import available_memory
 from ..core.progress import note
-from .tokenizer import read_tokenizer
+from .tokenizer.faithful import read_tokenizer
 
 ALL = "all"  # the device that is every GPU of this host
 UPDATE = "update transformers if the model is newer, or fetch its files again"

@@ -17,7 +17,7 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.commands.verify import verify
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.loading import load_tokenizer
-from orthogonalize.models.tokenizer import PROBES, faithful_folder, mended_settings
+from orthogonalize.models.tokenizer.faithful import PROBES, faithful_folder, mended_settings
 
 DIGITS = r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
@@ -119,6 +119,6 @@ def test_a_copy_whose_class_transformers_overrules_is_said(tmp_path, monkeypatch
     folder = put(store(tiny_llama(), tmp_path / "base"), byte_level(digits=True, lower=True), "Own", "qwen2")
     save_file({"direction": torch.ones(open_checkpoint(folder).config["hidden_size"])}, tmp_path / "d.safetensors")
     said: list[str] = []
-    monkeypatch.setattr("orthogonalize.models.tokenizer.note", lambda *lines: said.extend(lines))
+    monkeypatch.setattr("orthogonalize.models.tokenizer.faithful.note", lambda *lines: said.extend(lines))
     edit(str(folder), tmp_path / "edited", direction=tmp_path / "d.safetensors", scope="layers:0")
     assert any("overrules" in line and "PreTrainedTokenizerFast.from_pretrained" in line for line in said)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.settings_files import TOKENIZER_FILES, check_tokenizer_files, read_json
-from ..core.errors import OrthogonalizeError, shown
-from ..core.foreign import explained
-from ..core.progress import note
-from ..core.temporary_folders import temporary_folder
+from ...checkpoints.settings_files import TOKENIZER_FILES, check_tokenizer_files, read_json
+from ...core.errors import OrthogonalizeError, shown
+from ...core.foreign import explained
+from ...core.progress import note
+from ...core.temporary_folders import temporary_folder
 
 TOKENIZER, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 PLAIN_CLASS = "PreTrainedTokenizerFast"  # takes tokenizer.json as it is
