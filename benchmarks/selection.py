@@ -27,11 +27,11 @@ from orthogonalize.models.activations import all_activations, pad
 from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.hooks import input_shifted, layer_projected
 from orthogonalize.models.loading import load_model, load_tokenizer
+from orthogonalize.models.logprobs import smoothed_kl
 from orthogonalize.selection.candidates import Candidate
 from orthogonalize.selection.readers.direction_scoring import MULTIPLIERS
 from orthogonalize.selection.readers.resident_scores import resident_scoring
 from orthogonalize.selection.readouts import FirstToken, behaviour_score
-from orthogonalize.selection.scoring import smoothed_kl
 
 METHODS = ("dim", "inlp", "leace")
 BATCH = 32

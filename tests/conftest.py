@@ -19,6 +19,8 @@ from orthogonalize.selection.settings import Settings
 # Files that start vLLM; they share one process where two run tests, since two engines at a time would not fit.
 START_VLLM = {
     "edits/test_lora.py",
+    "commands/test_served_extract.py",
+    "engines/test_engine_streams.py",
     "engines/test_served_llama.py",
     "engines/test_vllm.py",
     "evals/test_judges.py",

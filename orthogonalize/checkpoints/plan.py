@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ class CheckpointPlan:
     additions: dict[str, Addition] = field(default_factory=dict)
     config_changes: dict[str, Any] = field(default_factory=dict)
     rounding: str = DEFAULT_ROUNDING
-    _scales: dict[str, tuple[Scales, torch.Tensor | None] | None] = field(default_factory=dict, init=False, repr=False)
     texts: dict[str, str] = field(default_factory=dict)
 
     def has_tensor(self, name: str) -> bool:
@@ -70,13 +70,12 @@ class CheckpointPlan:
     @property
     def changed_files(self) -> set[str]:
         """The names of the weight files that differ from the source's."""
-        return self.changed_among(self.source.files)
-
-    def changed_among(self, files: Collection[str]) -> set[str]:
-        """Those of these weight files that differ from the source's."""
-        names, home = self.changes_of(files).names, self._file_of_additions
-        held = {name: self.source.files[name] for name in files}
-        return {name for name, file in held.items() if name == home or file.renamed or names & file.tensors.keys()}
+        names, home = self.changes.names, self._file_of_additions
+        return {
+            name
+            for name, file in self.source.files.items()
+            if name == home or file.renamed or names & file.tensors.keys()
+        }
 
     @property
     def _file_of_additions(self) -> str | None:
@@ -87,29 +86,23 @@ class CheckpointPlan:
         added = {self._file_of_additions: sum(addition.size for addition in self.additions.values())}
         return sum(self.source.files[name].size + added.get(name, 0) for name in files)
 
-    def _scales_of(self, name: str) -> tuple[Scales, torch.Tensor | None] | None:
-        """See `edited_scales`; the weights are read once. The plan must be complete."""
-        if name not in self._scales:
-            self._scales[name] = edited_scales(self.source, self.edits[name]) if name in self.source.tensors else None
-        return self._scales[name]
+    @cached_property
+    def _scales(self) -> tuple[dict[str, Scales], dict[str, torch.Tensor]]:
+        """The scales of edited FP8 tensors, and the new values of scale tensors; the plan must be complete."""
+        scales: dict[str, Scales] = {}
+        replaced: dict[str, torch.Tensor] = {}
+        for name, edit in self.edits.items():
+            found = edited_scales(self.source, edit) if name in self.source.tensors else None
+            if found is not None:
+                scales[name], table = found
+                if table is not None:
+                    replaced[str(scale_name(self.source, name))] = table
+        return scales, replaced
 
     @property
     def changes(self) -> Changes:
         """The changes to tensors, as `write_weights` takes them."""
-        return self.changes_of(self.source.files)
-
-    def changes_of(self, files: Collection[str]) -> Changes:
-        """The changes; of FP8 tensors, only those scales whose weight or table is in these weight files."""
-        held = {tensor for name in files for tensor in self.source.files[name].tensors}
-        scales: dict[str, Scales] = {}
-        replaced: dict[str, torch.Tensor] = {}
-        for name in self.edits:
-            own = scale_name(self.source, name)
-            found = self._scales_of(name) if not held.isdisjoint({name, own}) else None
-            if found is not None:
-                scales[name], table = found
-                if table is not None:
-                    replaced[str(own)] = table
+        scales, replaced = self._scales
         return Changes(self.edits, self.additions, scales, replaced, self.rounding)
 
     @property

@@ -19,13 +19,14 @@ from ..data.refusals import LEAST_TOKENS, refused
 from ..edits.recipe import load_recipe
 from ..engines.base import Engine, EngineOptions
 from ..engines.registry import ENGINES
+from ..engines.shared_base import Weights
 from ..engines.weight_swap import WeightSwap
 from ..evals.judges.measured_answers import Judgements
 from ..evals.metrics import same_kind
 from ..evals.origins import check_origins, mismatches
 from ..evals.plan import EvalPlan, Measurements
 from ..evals.setup import EvalSetup, check_request, prepare
-from ..evals.shared_engine import Weights, base_weights, check_pair
+from ..evals.shared_engine import base_weights, check_pair
 from ..evals.suites.base import BaseOutputs
 from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.loading import check_complete

@@ -81,15 +81,16 @@ class _Extraction:
         self.encoded = fingerprint([self.chat.encode_all(texts) for texts in source.texts()])
         self.positions = tuple(self.chat.positions())
         self.places = Places.of(self.positions, self.layer_count, settings.positions, settings.layers)
-        self.engine, self.why = choose_engine(source, settings)
+        self.asked = settings.engine
+        self.settings, self.why = choose_engine(source, settings)
 
     @cached_property
     def reader(self) -> Reader:
         """The model, opened by the engine of the settings when the first stage needs it."""
-        if self.settings.engine == "auto":
-            note(f"engine: {self.engine}, {self.why}")
+        if self.asked == "auto":
+            note(f"engine: {self.settings.engine}, {self.why}")
         places = len(self.positions), self.layer_count + 1
-        return open_reader(self.engine, self.source, self.settings, self.chat, places, self.out, self.weights)
+        return open_reader(self.source, self.settings, self.chat, places, self.out, self.weights)
 
     def inputs(self, stage: Stage) -> dict[str, Any]:
         """The inputs of `stage`, including the fingerprint of the stage before it."""
@@ -131,14 +132,14 @@ class _Extraction:
                 own = {"methods": found.pop("finders"), **found}  # stages.json calls the finders `methods`
             case "answers":
                 own = {"wanted": s.trials > 0, "tokens": [ANSWER_START, ANSWER_TOKENS]}
-                if s.trials and self.engine == "stream":  # which cuts answers short
-                    own["engine"] = self.engine
+                if s.trials and s.engine == "stream":  # which cuts answers short
+                    own["engine"] = s.engine
                     if s.own_answers is not None:
                         own["own_answers"] = sha256(Path(s.own_answers).read_bytes()).hexdigest()
             case "selection":
                 own = {name: getattr(s, name) for name in ("scored", "trials", "answers")}
                 own |= {"scoring": list(s.scoring), "sensitive": self.source.sensitive, "goal": s.goal}
-                own |= {"places": asdict(self.places), "enough": s.enough if self.engine == "hf" else 0}
+                own |= {"places": asdict(self.places), "enough": s.enough if s.engine == "hf" else 0}
                 own |= {"answer_tokens": ANSWER_TOKENS, "confirm_tokens": LEAST_TOKENS}
                 if self.source.preserved:
                     own["sensitive_preserved"] = self.source.sensitive_preserved

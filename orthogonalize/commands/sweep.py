@@ -25,12 +25,12 @@ from ..edits.methods.registry import METHODS
 from ..edits.recipe import store_maps
 from ..engines.base import ONE_DEVICE, Engine, EngineOptions
 from ..engines.registry import ENGINES
+from ..engines.shared_base import SharedBase, check_room, common_folder, edited_weights, own_folder
 from ..engines.weight_swap import WeightSwap
 from ..evals.choosing import why_nothing_is_chosen
 from ..evals.origins import check_origins, mismatches
 from ..evals.plan import EvalPlan, Measurements
 from ..evals.setup import check_request, prepare
-from ..evals.shared_engine import SharedBase, check_room, common_folder, edited_weights, own_folder
 from ..evals.suites.base import BaseOutputs
 from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.hooks import input_shifted, layer_projected

@@ -6,10 +6,10 @@ of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,15 +125,28 @@ def record(
     Raises:
         OrthogonalizeError: see `activations.capture`.
     """
-    width = model.get_input_embeddings().embedding_dim
-    infos = _layout(model.dtype, width, {name: len(ids) for name, ids in sets.items()}, positions, layers)
+    shape = model.dtype, model.get_input_embeddings().embedding_dim
+    return record_with(partial(capture, model), shape, sets, positions, layers, folder, inputs)
+
+
+def record_with(
+    capture: Callable[[Sequence[Sequence[int]], int], Iterator[tuple[list[int], torch.Tensor]]],
+    shape: tuple[torch.dtype, int],
+    sets: Mapping[str, Sequence[Sequence[int]]],
+    positions: int,
+    layers: int,
+    folder: Path,
+    inputs: Any,
+) -> Recording:
+    """`record` what `capture(ids, positions)` yields (see `activations.capture`), of this dtype and width."""
+    infos = _layout(*shape, {name: len(ids) for name, ids in sets.items()}, positions, layers)
     writing = _Writing(folder / FILE, infos, inputs)
     done = set(writing.journal.done)
     with writing.opened(), track("reading activations", sum(map(len, sets.values())), "prompts") as advance:
         advance(len(done))
         for name, ids in sets.items():
             left = [i for i in range(len(ids)) if f"{name}:{i}" not in done]
-            for group, hidden in _capture_all(model, [ids[i] for i in left], positions):
+            for group, hidden in capture([ids[i] for i in left], positions) if left else ():
                 rows = [left[i] for i in group]
                 for layer in range(layers):
                     writing.store(f"{name}.{layer}", rows, hidden[:, :, layer])
@@ -141,10 +154,6 @@ def record(
                 check()
                 advance(len(rows))
     return Recording(folder / FILE)
-
-
-def _capture_all(model: Any, ids: Sequence[Sequence[int]], positions: int) -> Iterator[tuple[list[int], torch.Tensor]]:
-    return capture(model, ids, positions) if ids else iter(())
 
 
 def _layout(

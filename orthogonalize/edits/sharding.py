@@ -61,8 +61,8 @@ def share_files(plan: CheckpointPlan, share: Share) -> list[str]:
 
 def share_bytes(plan: CheckpointPlan, share: Share, link: bool) -> int:
     """Total size of the weight files of `share` in bytes; with `link`, only of those that differ from the source's."""
-    names = share_files(plan, share)
-    return plan.bytes_of(plan.changed_among(names) if link else names)
+    kept = plan.changed_files if link else plan.source.files.keys()
+    return plan.bytes_of(name for name in share_files(plan, share) if name in kept)
 
 
 def write_share(
@@ -81,14 +81,7 @@ def write_share(
     names = share_files(plan, share)
     with complete_folder(share.folder(out), SHARE, force) as partial:
         done = write_weights(
-            plan.source,
-            partial,
-            plan.changes_of(names),
-            progress,
-            names=names,
-            workers=workers,
-            link=link,
-            expected=expected,
+            plan.source, partial, plan.changes, progress, names=names, workers=workers, link=link, expected=expected
         )
         recipe.base.weights, recipe.weights = done.source, done.result
         recipe.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]

@@ -26,8 +26,8 @@ class EngineEntry:
     and `placement` says how it picks its devices, for the message that refuses any other. `module` must be importable,
     else `install` is the advice; `distributions` are the packages that may provide it, and whose version is recorded.
 
-    With `hooks`, the engine has a transformers model in `model`, in this process: `extract` and `sweep --semantics
-    residual` need that. With `shared`, `eval` starts it once and swaps the base's weights in, since starting it
+    With `hooks`, the engine has a transformers model in `model`, in this process: `sweep --semantics residual` needs
+    that. With `shared`, `eval` starts it once and swaps the base's weights in, since starting it
     takes longer than that.
     """
 

@@ -134,7 +134,7 @@ class VllmEngine:
             "config_format": "hf",
             "load_format": "safetensors",
             "trust_remote_code": False,
-            "worker_extension_cls": "orthogonalize.engines.worker.FingerprintWorker",
+            "worker_extension_cls": "orthogonalize.engines.worker.EngineWorker",
             "logits_processors": ["orthogonalize.engines.forced_decoding:ForcedDecoding"],
             "tensor_parallel_size": self.options.tensor_parallel_size,
             "pipeline_parallel_size": self.options.pipeline_parallel_size,
@@ -177,23 +177,31 @@ class VllmEngine:
         outputs: list[Any] = []
         with track(activity, len(rows), "prompts") as advance:
             for start in range(0, len(rows), SLICE):
-                part: list[Any] = [{"prompt_token_ids": list(ids)} for ids in rows[start : start + SLICE]]
+                part = rows[start : start + SLICE]
                 chosen = parameters[start : start + SLICE] if isinstance(parameters, list) else parameters
-                with _explained(f"vLLM failed while {activity}"):
-                    outputs += self.llm.generate(part, chosen, use_tqdm=False)
+                outputs += self.generate_slice(activity, part, chosen)
                 advance(len(part))
         return outputs
 
-    def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
-        from vllm import SamplingParams
+    def generate_slice(self, activity: str, rows: Sequence[Ids], parameters: Any) -> list[Any]:
+        """`generate` in one go, without a progress bar."""
+        given: list[Any] = [{"prompt_token_ids": list(ids)} for ids in rows]
+        with _explained(f"vLLM failed while {activity}"):
+            found: list[Any] = self.llm.generate(given, parameters, use_tqdm=False)
+        return found
 
-        parameters = SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
-        results = []
-        for output in self.generate("answering", prompts, parameters):
-            ids = list(output.outputs[0].token_ids)
-            stopped = output.outputs[0].finish_reason == "stop"
-            results.append(ids[:-1] if stopped else ids)
-        return results
+    def ask_workers(self, activity: str, method: str, *arguments: Any) -> list[Any]:
+        """Call a method of `EngineWorker` in every worker."""
+        with _explained(f"vLLM failed while {activity}"):
+            found: list[Any] = self.llm.collective_rpc(method, args=arguments)
+        return found
+
+    def answers(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
+        return [_answer(output) for output in self.generate("answering", prompts, _greedy(max_new_tokens))]
+
+    def answers_slice(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
+        """`answers` in one go, without a progress bar."""
+        return [_answer(output) for output in self.generate_slice("answering", prompts, _greedy(max_new_tokens))]
 
     def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
         from vllm import SamplingParams
@@ -281,6 +289,19 @@ def _store(shard: dict[str, torch.Tensor], file: Path) -> None:
         ) from error
 
 
+def _greedy(max_new_tokens: int) -> Any:
+    """The sampling parameters of a greedy answer."""
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=max_new_tokens, detokenize=False)
+
+
+def _answer(output: Any) -> list[int]:
+    """The token ids of an answer, without the stop token."""
+    ids = list(output.outputs[0].token_ids)
+    return ids[:-1] if output.outputs[0].finish_reason == "stop" else ids
+
+
 def _completion(logprobs: Sequence[Any], ids: Sequence[int], start: int) -> Completion:
     """The score of `ids[start:]`. vLLM 0.24 omits cached positions from `logprobs`, so positions count from the end."""
     entries = [logprobs[i - len(ids)][ids[i]] for i in range(start, len(ids))]
@@ -298,6 +319,8 @@ def _explained(failure: str, kind: type[OrthogonalizeError] = OrthogonalizeError
     """A context in which any exception becomes one line: the failure, its reason and what to try."""
     try:
         yield
+    except OrthogonalizeError:
+        raise
     except Exception as error:
         lines = [line for line in str(error).strip().splitlines() if "For further information visit" not in line]
         reason = lines[-1].strip() if lines else type(error).__name__

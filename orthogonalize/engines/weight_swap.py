@@ -52,7 +52,7 @@ class WeightSwap:
         numbers) is changed: the fingerprint of its layer must change, and change back on restore. If this returns a
         name, the engine may hold wrong weights and must not be used any more.
         """
-        kinds = {re.sub(r"\d+", "#", name): name for name in sorted(names, reverse=True)}
+        kinds = {kind_of(name): name for name in sorted(names, reverse=True)}
         loaded: dict[Part, str] = {}
         for name in kinds.values():
             layer = layer_of(name)
@@ -67,6 +67,11 @@ class WeightSwap:
             except InPlaceError:
                 return name
         return None
+
+
+def kind_of(name: str) -> str:
+    """What the names of tensors have in common that differ only in numbers."""
+    return re.sub(r"\d+", "#", name)
 
 
 def block_of(name: str) -> str:

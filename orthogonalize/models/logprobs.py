@@ -1,4 +1,7 @@
-"""Log-probabilities from a transformers model: of completions, of the likeliest tokens and of single tokens."""
+"""Log-probabilities from a transformers model: of completions, of the likeliest tokens and of single tokens.
+
+Also how far next-token distributions are from each other.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import torch
 
 from ..core.progress import Progress
 from .activations import batches, pad
+
+SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
 
 
 @dataclass(frozen=True)
@@ -99,3 +104,22 @@ def next_token_logprobs(
     for i, logprobs in completion_logprobs(model, prompts, [ids[:1] for ids in candidates], progress):
         result[i] = logprobs[0, list(candidates[i])].tolist()
     return result
+
+
+def exact_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """KL(base || edited) in nats, from log-probabilities [..., vocabulary]; summed in float64."""
+    p = base.double()
+    weight = p.exp()
+    terms = weight * (p - edited.double())
+    return torch.where(weight > 0, terms, 0.0).sum(-1).clamp(min=0.0)  # tokens that the base rules out add nothing
+
+
+def smoothed_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """The score of eliroc98/refusal_direction for how far probabilities over the last axis moved, in nats.
+
+    `sum p (log(p + 1e-6) - log(q + 1e-6))` of the base's p and the edited model's q. It ranks directions as the
+    reference does, but is a KL only up to the constant: where q is far below 1e-6 it is too low, and it can be slightly
+    negative. Whole edits are compared by the exact KL (see `drift`).
+    """
+    p, q = base.double(), edited.double()
+    return (p * ((p + SMOOTHING).log() - (q + SMOOTHING).log())).sum(-1)

@@ -53,7 +53,12 @@ def behaviour_score(probabilities: torch.Tensor, tokens: Sequence[int]) -> torch
 
     Takes probabilities [..., vocabulary], returns log-odds [...]; p is clamped to [1e-8, 1 - 1e-8].
     """
-    p = probabilities[..., list(tokens)].sum(-1).double().clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
+    return _odds(probabilities[..., list(tokens)].sum(-1))
+
+
+def _odds(share: torch.Tensor) -> torch.Tensor:
+    """The log-odds of probabilities, in float64."""
+    p = share.double().clamp(LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     return p.log() - (1 - p).log()
 
 
@@ -76,6 +81,10 @@ class FirstToken:
 
     def scores(self, outputs: Outputs) -> torch.Tensor:
         return behaviour_score(outputs.probabilities, self.tokens) - self.threshold
+
+    def of_share(self, share: torch.Tensor) -> torch.Tensor:
+        """The scores for total probabilities of `tokens`."""
+        return _odds(share) - self.threshold
 
 
 @dataclass(frozen=True)

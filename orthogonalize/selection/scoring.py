@@ -15,8 +15,6 @@ from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_pr
 from ..models.partial_forward import StreamCache, noting_tuples, starting_at
 from .readouts import Outputs, Readout
 
-SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
-
 
 def last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Logits [batch, vocabulary] at the last real token of each row; the head is applied only there."""
@@ -102,17 +100,6 @@ class PromptScores:
 
     def _scores(self, around: Callable[[int], AbstractContextManager[Any]]) -> torch.Tensor:
         return self.readout.scores(read_outputs(self.model, self.ids, self.readout.layers, around))
-
-
-def smoothed_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
-    """The score of eliroc98/refusal_direction for how far probabilities over the last axis moved, in nats.
-
-    `sum p (log(p + 1e-6) - log(q + 1e-6))` of the base's p and the edited model's q. It ranks directions as the
-    reference does, but is a KL only up to the constant: where q is far below 1e-6 it is too low, and it can be slightly
-    negative. Whole edits are compared by the exact KL (see `drift`).
-    """
-    p, q = base.double(), edited.double()
-    return (p * ((p + SMOOTHING).log() - (q + SMOOTHING).log())).sum(-1)
 
 
 class LocalScorer:

@@ -17,9 +17,10 @@ from ..directions.finders.registry import DEFAULT_FINDERS, FINDERS
 from ..directions.inlp.nullspace import Classifier, Solver
 from ..directions.means import ARITHMETIC, find_mean
 from ..directions.orthogonal import HARMLESS_MEAN
+from ..engines.base import ONE_DEVICE, EngineOptions
 
 SCORINGS = ("local", "global")
-ENGINES = ("auto", "hf", "stream")
+ENGINES = ("auto", "hf", "stream", "vllm")
 FURTHER_PER_TRAIN = (
     2  # spare negative prompts per train prompt, of which conditional edits leave the first tokens alone
 )
@@ -31,8 +32,9 @@ class Settings:
 
     Attributes:
         finders: names of the direction finders.
-        engine: `hf` holds the whole model on one device, `stream` one block at a time; `auto` picks `hf` where the
-            model fits.
+        engine: `hf` holds the whole model on one device, `stream` one block at a time, `vllm` in an engine; `auto`
+            picks `hf` where the model fits.
+        engine_options: how the engine `vllm` is spread over devices.
         device, dtype: where and how the model runs; None chooses the dtype by device.
         seed: of the split of the prompts and of the draws.
         seeds: how often the prompts are halved, to measure how stable the directions are; 1 measures nothing.
@@ -74,6 +76,7 @@ class Settings:
 
     finders: Sequence[str] = DEFAULT_FINDERS
     engine: str = "auto"
+    engine_options: EngineOptions = ONE_DEVICE
     device: str = "auto"
     dtype: torch.dtype | None = None
     seed: int = 0
@@ -138,6 +141,12 @@ class Settings:
             raise OrthogonalizeError(f"--finders must name dim, and may add {others}; got {','.join(self.finders)}")
         if self.engine not in ENGINES:
             raise OrthogonalizeError(f"--engine must be one of {', '.join(ENGINES)}; got {self.engine}")
+        if self.engine in ("hf", "stream") and self.engine_options != ONE_DEVICE:
+            raise OrthogonalizeError(f"--engine {self.engine} runs without vLLM and does not take its options")
+        if self.engine_options.data_parallel_size > 1:
+            raise OrthogonalizeError("extract uses one engine; give --tensor-parallel-size instead")
+        if self.engine == "vllm" and self.trust_remote_code:
+            raise OrthogonalizeError("--engine vllm runs its own classes only, not --trust-remote-code")
         if self.engine == "stream" and self.trust_remote_code:
             raise OrthogonalizeError("--engine stream runs transformers' own classes only, not --trust-remote-code")
         if self.download is False and self.engine not in ("auto", "stream"):
@@ -146,8 +155,10 @@ class Settings:
             )
         if self.own_answers is not None and not Path(self.own_answers).is_file():
             raise OrthogonalizeError(f"no such file: {self.own_answers} (--own-answers)")
-        if self.engine == "hf" and self.own_answers is not None:
-            raise OrthogonalizeError("--own-answers is for --engine stream; --engine hf generates the answers itself")
+        if self.engine in ("hf", "vllm") and self.own_answers is not None:
+            raise OrthogonalizeError(
+                f"--own-answers is for --engine stream; --engine {self.engine} generates the answers itself"
+            )
         find_mean(self.mean)
         if self.orthogonal_to not in (None, HARMLESS_MEAN):
             raise OrthogonalizeError(f"--orthogonal-to must be {HARMLESS_MEAN}; got {self.orthogonal_to}")

@@ -24,6 +24,7 @@ from ..data.prompts import (
     source_names,
 )
 from ..edits.descriptions.automatic import learn
+from ..engines.base import ONE_DEVICE
 from ..models.resolve import commit_of, find_checkpoint
 from .settings import Settings
 
@@ -90,7 +91,8 @@ def read_source(
         sensitive = [*sensitive, "target"]
     preserved = {name: load_prompts(name, split=hub_split, data=local) for name in settings.preserve}
     _check_preserved(preserved, prompts)
-    whole = settings.engine not in ("auto", "stream")  # other engines load it from the disk
+    # Other engines load it from the disk.
+    whole = settings.engine not in ("auto", "stream") or settings.engine_options != ONE_DEVICE
     checkpoint = find_checkpoint(model, revision, True if whole else settings.download)
     folder = checkpoint.path
     learn(checkpoint, settings.description)

@@ -18,7 +18,7 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal, shift
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
-from orthogonalize.evals.shared_engine import edited_weights
+from orthogonalize.engines.shared_base import edited_weights
 
 WIDTH = 192
 SHAPE = {"hidden_size": WIDTH, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}

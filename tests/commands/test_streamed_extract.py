@@ -114,17 +114,17 @@ def test_auto_streams_what_does_not_fit_and_says_why(model, sources, monkeypatch
         )  # fmt: skip
 
     settings = replace(STREAMED, engine="auto", device="cpu")
-    assert choose_engine(source(settings), settings)[0] == "hf"
+    assert choose_engine(source(settings), settings)[0].engine == "hf"
     monkeypatch.setattr(loading, "available_memory", lambda: 10_000)
-    engine, why = choose_engine(source(settings), settings)
-    assert engine == "stream"
+    chosen, why = choose_engine(source(settings), settings)
+    assert chosen.engine == "stream"
     assert "does not fit into the memory of cpu" in why
     assert "0.0 GB free" in why
-    assert choose_engine(source(settings), replace(settings, engine="hf"))[0] == "hf"
+    assert choose_engine(source(settings), replace(settings, engine="hf"))[0].engine == "hf"
 
 
 def test_an_unknown_engine_is_refused(model, sources, tmp_path):
-    with pytest.raises(OrthogonalizeError, match="--engine must be one of auto, hf, stream"):
+    with pytest.raises(OrthogonalizeError, match="--engine must be one of auto, hf, stream, vllm"):
         extract(model, tmp_path / "run", **sources, settings=replace(STREAMED, engine="other"))
     with pytest.raises(OrthogonalizeError, match="not --trust-remote-code"):
         extract(model, tmp_path / "run", **sources, settings=replace(STREAMED, trust_remote_code=True))

@@ -25,9 +25,9 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.methods.registry import METHODS
+from orthogonalize.engines.shared_base import SharedBase
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.weight_swap import WeightSwap
-from orthogonalize.evals.shared_engine import SharedBase
 from orthogonalize.models.generation import generate
 from orthogonalize.reports.sweep import Sweep, pareto
 from orthogonalize.selection.resolve import fits_of

@@ -17,7 +17,8 @@ from orthogonalize.checkpoints.checkpoint import INDEX, open_checkpoint
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, shift
 from orthogonalize.edits.bake import bake
-from orthogonalize.evals.shared_engine import base_weights, check_pair, common_folder
+from orthogonalize.engines.shared_base import common_folder
+from orthogonalize.evals.shared_engine import base_weights, check_pair
 from orthogonalize.models.hooks import intervened
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 from helpers.command_line import command
 from helpers.disk_use import peak_disk_use
-from helpers.fp8 import quantised
 from helpers.hub_server import Hub, Repository, use_hub
 from helpers.llama import WIDTH, store, tiny_llama
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from orthogonalize.checkpoints import safetensors_file
 from orthogonalize.commands.edit import edit
@@ -208,40 +206,4 @@ def test_the_command_line_takes_the_option(base):
     words = ("--direction", base.direction, "--layer", "2", "--out", base.root / "edited", "--no-download")
     status, output = command("edit", "some/model", *words)
     assert status == 0, output
-    assert not list(CachedRepository("some/model").folder.rglob("*.safetensors"))
-
-
-def test_a_share_of_an_fp8_base_reads_its_own_weights_only(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors_file, "FIRST", 64)
-    shape = {"hidden_size": 192, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
-    plain = store(tiny_llama(**shape), tmp_path / "plain", torch.bfloat16)
-    folder = quantised(plain, tmp_path / "fp8", "blocks")
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names, files = sorted(tensors), {}
-    for number in range(3):  # weights and their scales are neighbours, but for one pair
-        part = names[number * len(names) // 3 : (number + 1) * len(names) // 3]
-        save_file({name: tensors[name] for name in part}, folder / f"{number}.safetensors", {"format": "pt"})
-        files |= dict.fromkeys(part, f"{number}.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    base.hub.state.repositories["some/fp8"] = Repository(False, {f.name: f.read_bytes() for f in folder.iterdir()})
-    save_file({"direction": torch.randn(192)}, tmp_path / "d.safetensors")
-    settings = {"direction": tmp_path / "d.safetensors", "layer": 2, "strength": 2.0}
-    edit(folder, tmp_path / "expected", **settings)
-    edit("some/fp8", base.root / "edited", shard="1/3", **settings)
-    for number in (1, 2):
-        whole = (folder / f"{number}.safetensors").stat().st_size
-        assert sum(size for _, size in base.sent(f"{number}.safetensors")) < 0.2 * whole
-    for share in ("2/3", "3/3"):
-        edit("some/fp8", base.root / "edited", shard=share, **settings)
-    assert contents(base.root / "edited") == contents(tmp_path / "expected")
-
-
-def test_an_adapter_of_a_base_on_the_hub_is_that_of_the_same_base_here(base, tmp_path):
-    settings = {"format": "lora", "scope": "layers:1-2"}
-    base.edit(base.folder, tmp_path / "expected", **settings)
-    base.edit("some/model", base.root / "adapter", download=False, **settings)
-    file = "adapter_model.safetensors"
-    assert (base.root / "adapter" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
-    assert load_recipe(base.root / "adapter").base.weights == load_recipe(tmp_path / "expected").base.weights
     assert not list(CachedRepository("some/model").folder.rglob("*.safetensors"))

@@ -26,10 +26,10 @@ from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.engines.base import EngineOptions
 from orthogonalize.engines.data_parallel import EngineGroup
+from orthogonalize.engines.shared_base import common_folder, edited_weights
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.vllm import VllmEngine
 from orthogonalize.engines.weight_swap import WeightSwap
-from orthogonalize.evals.shared_engine import common_folder, edited_weights
 from orthogonalize.evals.suites.kl import kl_bound
 from orthogonalize.evals.suites.registry import DEFAULT_SUITES
 from orthogonalize.selection.run_folder import load_run

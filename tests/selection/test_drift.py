@@ -11,8 +11,9 @@ from helpers.llama import VOCABULARY, load
 from helpers.scoring import some_ids
 
 from orthogonalize.models.generation import generate
+from orthogonalize.models.logprobs import exact_kl
 from orthogonalize.selection.search import drift as drifting
-from orthogonalize.selection.search.drift import AnsweredPrompts, exact_kl
+from orthogonalize.selection.search.drift import AnsweredPrompts
 
 
 @contextmanager

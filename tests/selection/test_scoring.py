@@ -16,6 +16,7 @@ from orthogonalize.core.journal import Journal
 from orthogonalize.data.refusals import refused
 from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import input_shifted, layer_projected, map_input, map_output
+from orthogonalize.models.logprobs import smoothed_kl
 from orthogonalize.selection.candidates import (
     Candidate,
     explain_fallback,
@@ -30,7 +31,6 @@ from orthogonalize.selection.readouts import FirstToken, behaviour_score, learn_
 from orthogonalize.selection.run_folder import save_selection
 from orthogonalize.selection.scoring import (
     first_token_probabilities,
-    smoothed_kl,
 )
 
 

@@ -23,13 +23,14 @@ from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.edits.scopes import map_sites, parse_scope
 from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import intervened
+from orthogonalize.models.logprobs import exact_kl
 from orthogonalize.selection.builder import EditBuilder
 from orthogonalize.selection.candidates import Candidate
 from orthogonalize.selection.readouts import FirstToken, behaviour_score, log_odds
 from orthogonalize.selection.run_folder import load_run, save_selection
 from orthogonalize.selection.search import strengths as module
 from orthogonalize.selection.search import trials
-from orthogonalize.selection.search.drift import AnsweredPrompts, exact_kl
+from orthogonalize.selection.search.drift import AnsweredPrompts
 from orthogonalize.selection.search.space import SearchSpace
 from orthogonalize.selection.search.strengths import (
     GAUSS,

@@ -10,7 +10,7 @@ import click
 from ...core import progress
 from ...core.errors import OrthogonalizeError
 from .._console import console, show_candidates, show_run
-from ..options.common import number, path, revision_option
+from ..options.common import number, parallel_engine_options, path, revision_option
 from ..options.existing import MODEL, RUN_FOLDER
 from ..options.extract import extract_options
 
@@ -26,6 +26,7 @@ def extract(model: str, out: Path, **options: Any) -> None:
     """
     from ..extract import extract as run_extract
 
+    options["engine_options"] = parallel_engine_options(options)
     judge = options.pop("judge")
     if judge and options["measure"] != "auto":
         raise OrthogonalizeError("--judge NAME is short for --measure judge:NAME; give one of them")

@@ -232,13 +232,18 @@ measuring_options = together(
 
 def engine_options(options: dict[str, Any]) -> Any:
     """The engine's options, taken out of a command's."""
+    return parallel_engine_options(options, device=options.pop("device"))
+
+
+def parallel_engine_options(options: dict[str, Any], **others: Any) -> Any:
+    """The engine's `parallel_options`, taken out of a command's, with others."""
     from ...engines.base import EngineOptions
 
     names = (
         "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend",
         "gpu_memory_utilization",
     )  # fmt: skip
-    return EngineOptions(device=options.pop("device"), **{name: options.pop(name) for name in names})
+    return EngineOptions(**{name: options.pop(name) for name in names}, **others)
 
 
 grid_options = together(

@@ -22,6 +22,7 @@ from .common import (
     device_option,
     download_option,
     number,
+    parallel_options,
     path,
     revision_option,
     together,
@@ -116,9 +117,10 @@ extract_options = together(
     ),
     choice(
         "--engine",
-        ["auto", "hf", "stream"],
+        ["auto", "hf", "stream", "vllm"],
         "auto",
-        "How the model is held: whole on one device (hf), or one block at a time, for models of any size (stream).",
+        "How the model is held: whole (hf), in vLLM, on several GPUs if need be (vllm), or one block at a time, for "
+        "models of any size (stream).",
     ),
     number("--train", 6, 128, "Prompts per side to find directions with."),
     number("--val", 1, 48, "Prompts per side to select with."),
@@ -229,4 +231,5 @@ extract_options = together(
     download_option,
     revision_option,
     device_option,
+    parallel_options,
 )

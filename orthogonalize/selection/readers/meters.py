@@ -11,9 +11,10 @@ import torch
 
 from ...core.interventions import AffineMap, shift
 from ...data.prompts import Side
+from ...models.logprobs import smoothed_kl
 from ...models.stream import Stream
 from ..readouts import Outputs, Readout
-from ..scoring import LocalScorer, global_outputs, smoothed_kl
+from ..scoring import LocalScorer, global_outputs
 
 
 @dataclass(frozen=True)

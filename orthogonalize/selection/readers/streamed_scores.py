@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,54 +16,18 @@ from ...core.progress import note
 from ...data.prompts import SIDES, Side
 from ...directions.direction_set import Directions
 from ...models.hooks import input_shifted, intervened, layer_projected
+from ...models.logprobs import smoothed_kl
 from ...models.streaming.lanes import StreamedModel
 from ...models.streaming.passes import Pass, Variant
 from ...models.streaming.state import StreamState
 from ..candidates import Candidate
 from ..readouts import Outputs, Readout
-from ..scoring import smoothed_kl
-from .direction_scoring import DirectionScoring, Places, adds_mean_difference, score_key
+from .direction_scoring import Places
 from .meters import ScoredMaps
-from .resident_scores import score_candidates
-
-Ids = Sequence[Sequence[int]]
-Key = tuple[int, str]  # layer, finder
+from .noted import Ids, Key, NotedScoring
 
 
-@dataclass
-class _Request:
-    edits: ScoredMaps
-    kl: bool
-    scores: torch.Tensor  # by map and prompt
-
-
-@dataclass
-class _Meter:
-    """A meter that is asked twice: first it notes what it is asked, and later it gives the same answers in turn."""
-
-    prompts: dict[Side, Ids]
-    noted: list[_Request] = field(default_factory=list)
-    measured: Iterator[_Request] | None = None
-
-    def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
-        return self._ask(edits, kl=False)
-
-    def kl(self, edits: ScoredMaps) -> torch.Tensor:
-        return self._ask(edits, kl=True)
-
-    def _ask(self, edits: ScoredMaps, kl: bool) -> torch.Tensor:
-        if self.measured is None:
-            scores = torch.zeros(len(edits.maps.s), len(self.prompts[edits.side]), dtype=torch.float64)
-            self.noted.append(_Request(edits, kl, scores))
-            return scores.mean(-1)
-        return next(self.measured).scores.mean(-1)
-
-    def answer(self) -> None:
-        """From now on, give the answers in turn."""
-        self.measured = iter(self.noted)
-
-
-class StreamedScoring:
+class StreamedScoring(NotedScoring):
     """Scores candidates in as few passes as the memory for their streams allows.
 
     Args:
@@ -86,37 +49,21 @@ class StreamedScoring:
         budget: int,
         state: Path,
     ) -> None:
-        self.streamed, self.prompts, self.directions, self.readout = streamed, prompts, directions, readout
-        self.everywhere, self.places, self.budget, self.state = everywhere, places, budget, state
+        layer_norm = streamed.stream.architecture.norms.kind == "layer"
+        super().__init__(prompts, directions, readout, everywhere, places, layer_norm)
+        self.streamed, self.budget, self.state = streamed, budget, state
         self.sets: dict[str, Ids] = {str(side): ids for side, ids in prompts.items()}
-        self.layer_norm = streamed.stream.architecture.norms.kind == "layer"
 
     def score(self, finders: Sequence[str], known: Journal) -> list[Candidate]:
         """The scores of every (finder, position, layer); those that `known` contains are not computed again."""
-        keys = [(layer, finder) for layer in self.places.layers for finder in finders]
-        portions = list(self._portions([key for key in keys if score_key(key[1], key[0]) not in known], known))
+        portions = list(self._portions(self.missing(finders, known), known))
         if len(portions) > 1:
             note(f"scoring directions takes {len(portions)} passes over the weights, as their streams need more memory")
         before: Pass | None = None
         for number, portion in enumerate(portions):
             following = portions[number + 1][0][0] if number + 1 < len(portions) and not self.everywhere else None
             before = self._score(portion, known, before, following)
-        return score_candidates(
-            None, [], [], self.directions, finders, self.readout, self.everywhere, known, self.places
-        )  # which finds all of them in `known`
-
-    def _scoring(self, meter: _Meter) -> DirectionScoring:
-        return DirectionScoring(meter, self.directions, self.everywhere, self.layer_norm)
-
-    def _asked(self, keys: Sequence[Key], known: Journal) -> _Meter:
-        """A meter that has noted all that is to be measured for `keys`."""
-        meter = _Meter(self.prompts)
-        self._candidates(keys, known, meter)
-        return meter
-
-    def _candidates(self, keys: Sequence[Key], known: Journal, meter: _Meter) -> dict[Key, list[Candidate]]:
-        scoring, induced = self._scoring(meter), _induced(known, self.directions)
-        return {(layer, finder): scoring.layer(finder, layer, self.places.positions, induced) for layer, finder in keys}
+        return self.candidates(finders, known)
 
     def _portions(self, keys: Sequence[Key], known: Journal) -> Iterator[list[Key]]:
         """`keys` in groups whose streams fit into the budget, whole layers at a time."""
@@ -128,7 +75,7 @@ class StreamedScoring:
         held = 0
         for layer in sorted({layer for layer, _ in keys}):
             here = [key for key in keys if key[0] == layer]
-            noted = self._asked(here, known).noted
+            noted = self.asked(here, known).noted
             needed = sum(len(request.edits.maps.s) * size[request.edits.side] for request in noted)
             if group and held + needed > self.budget:
                 yield group
@@ -138,7 +85,7 @@ class StreamedScoring:
             yield group
 
     def _score(self, keys: Sequence[Key], known: Journal, before: Pass | None, following: int | None) -> Pass:
-        meter = self._asked(keys, known)
+        meter = self.asked(keys, known)
         requests = {f"{n}:{i}": (r, i) for n, r in enumerate(meter.noted) for i in range(len(r.edits.maps.s))}
         state = StreamState(self.state, [known.inputs, keys])
         one_pass = Pass(
@@ -160,9 +107,7 @@ class StreamedScoring:
             score = smoothed_kl(base, found) if request.kl else self.readout.scores(Outputs(found, {}))
             request.scores[i, lane.rows] = score.cpu()
         one_pass.lanes, one_pass.forks = {}, {}
-        meter.answer()
-        candidates = self._candidates(keys, known, meter)
-        known.put({score_key(finder, layer): [c.row() for c in each] for (layer, finder), each in candidates.items()})
+        self.put(keys, known, meter)
         state.close()
         return one_pass
 
@@ -186,11 +131,3 @@ class StreamedScoring:
         if here == 0:
             writes[Site("embed")] = own
         return intervened(self.streamed.model, Intervention(writes=writes))
-
-
-def _induced(known: Journal, directions: Directions) -> dict[tuple[int, int], float]:
-    """The scores of added mean differences that `known` has, by position and layer (see `DirectionScoring.layer`)."""
-    rows = [row for key, rows in known.done.items() if key.startswith("candidates:") for row in rows]
-    found = [Candidate.from_row(row) for row in rows]
-    scored = (c for c in found if adds_mean_difference(c.finder, directions))
-    return {(c.position, c.layer): c.induce for c in scored if c.induce is not None}

@@ -16,21 +16,13 @@ from typing import Any
 import torch
 
 from ...models.activations import batches
-from ...models.logprobs import completion_logprobs
+from ...models.logprobs import completion_logprobs, exact_kl
 from ...models.partial_forward import StreamCache
 
 BATCH = 2**26  # log-probabilities computed at a time, of the base and of the edited model each: 256 MiB in float32
 CACHED = 2**27  # log-probabilities of the base kept between edits: 512 MiB; those beyond are computed again
 BATCH_TOKENS = 2048  # as in `completion_logprobs`, which then takes a batch whole
 FEWEST_NATS = 1e-6  # the least cross-entropy per token that float32 resolves
-
-
-def exact_kl(base: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
-    """KL(base || edited) in nats, from log-probabilities [..., vocabulary]; summed in float64."""
-    p = base.double()
-    weight = p.exp()
-    terms = weight * (p - edited.double())
-    return torch.where(weight > 0, terms, 0.0).sum(-1).clamp(min=0.0)  # tokens that the base rules out add nothing
 
 
 @dataclass(frozen=True)
@@ -64,11 +56,14 @@ class DriftSums:
 
     def add(self, i: int, base: torch.Tensor, edited: torch.Tensor) -> None:
         """Add answer `i` by its log-probabilities [tokens, vocabulary]."""
-        kl = exact_kl(base, edited)
-        self._kls[i], self._first_kls[i] = kl.sum().item(), kl[0].item()
         target = torch.tensor(self.answers[i], device=edited.device)[:, None]
-        self._base_loss -= base.gather(-1, target).sum().item()
-        self._edited_loss -= edited.gather(-1, target).sum().item()
+        self.add_measured(i, exact_kl(base, edited), base.gather(-1, target), edited.gather(-1, target))
+
+    def add_measured(self, i: int, kl: torch.Tensor, base: torch.Tensor, edited: torch.Tensor) -> None:
+        """Add answer `i` by the KL at each of its tokens, and the log-probabilities of these."""
+        self._kls[i], self._first_kls[i] = kl.sum().item(), kl[0].item()
+        self._base_loss -= base.sum().item()
+        self._edited_loss -= edited.sum().item()
 
     @property
     def drift(self) -> Drift:
