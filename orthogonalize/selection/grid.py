@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -37,6 +38,8 @@ class SweepGrid:
         alphas: for methods with an alpha; () is each method's own grid.
         ranks: numbers of directions, `acc99` or `acc95`, for methods with a rank; () is each method's own grid.
         multipliers: lengths to add, with both signs, in units of the length of the best mean difference.
+        at: a position and layer at which every direction is tried as well as at its finder's best, so that methods can
+            be compared like for like; None tries only those.
 
     Raises:
         OrthogonalizeError: a value is out of range or given twice.
@@ -46,6 +49,7 @@ class SweepGrid:
     alphas: Sequence[float] = ()
     ranks: Sequence[int | str] = ()
     multipliers: Sequence[float] = MULTIPLIERS
+    at: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         for option in OPTIONS:
@@ -59,8 +63,8 @@ class SweepGrid:
             raise OrthogonalizeError("--multipliers is empty")
 
     @classmethod
-    def parse(cls, **lists: str | None) -> SweepGrid:
-        """From comma-separated lists by option; None keeps the default.
+    def parse(cls, at: str | None = None, **lists: str | None) -> SweepGrid:
+        """From comma-separated lists by option, and a position and layer as `P,L`; None keeps the default.
 
         Raises:
             OrthogonalizeError: a value is not a number, out of range or given twice, or a list is empty.
@@ -72,7 +76,7 @@ class SweepGrid:
             values[option] = [_value(option, word.strip()) for word in text.split(",") if word.strip()]
             if not values[option]:
                 raise OrthogonalizeError(f"--{option} is empty")
-        return cls(**values)
+        return cls(**values, at=_place(at))
 
     def check_taken(self, methods: Sequence[EditMethod]) -> None:
         """Check that one of `methods` takes each option that is given.
@@ -103,6 +107,15 @@ class SweepGrid:
             if rest not in own:
                 own.append(rest)
         return [rest | dict(zip(given, values, strict=True)) for values in product(*given.values()) for rest in own]
+
+
+def _place(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(-\d{1,5})\s*,\s*(\d{1,5})\s*", text)
+    if found is None:
+        raise OrthogonalizeError(f"--at {text}: not a position, from the end of the prompt, and a layer, such as -1,12")
+    return int(found[1]), int(found[2])
 
 
 def _value(option: str, word: str) -> float | int | str:

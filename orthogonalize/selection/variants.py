@@ -39,9 +39,17 @@ class Variant:
     on_stream: AffineMap | None
 
 
-def _additions(run: Run, method: EditMethod, scope: str, multipliers: Sequence[float]) -> Iterator[Variant]:
+def _place_of(at: tuple[int, int] | None) -> tuple[dict[str, int], list[str]]:
+    """The fields of `EditConfig` that put an edit at a position and layer, and the words for it in its name."""
+    return ({}, []) if at is None else ({"position": at[0], "layer": at[1]}, [f"at {at[0]},{at[1]}"])
+
+
+def _additions(
+    run: Run, method: EditMethod, scope: str, multipliers: Sequence[float], at: tuple[int, int] | None
+) -> Iterator[Variant]:
     """Additions of each finder's first direction, at `multipliers` of the length of the best mean difference."""
-    best = choose(run, method=method.name, scope=scope)
+    place, words = _place_of(at)
+    best = choose(run, method=method.name, scope=scope, **place)
     own = method.finder(run.directions)
     assert best.position is not None
     assert best.layer is not None
@@ -50,15 +58,14 @@ def _additions(run: Run, method: EditMethod, scope: str, multipliers: Sequence[f
         if not FINDERS[finder].found(run.directions):
             continue
         ranking = layer_ranking(run.candidates, finder)
-        place = best if finder == own else choose(run, method=method.name, scope=scope, finder=finder)
-        layers = tuple(layers_in_scope(parse_scope(scope), run.info.layer_count, place.layer, ranking))
+        chosen = best if finder == own else choose(run, method=method.name, scope=scope, finder=finder, **place)
+        layers = tuple(layers_in_scope(parse_scope(scope), run.info.layer_count, chosen.layer, ranking))
         for multiplier in (*(-m for m in sorted(multipliers, reverse=True)), *sorted(multipliers)):
-            choice = place.model_copy(update={"coefficient": multiplier * length})
+            choice = chosen.model_copy(update={"coefficient": multiplier * length})
             intervention = intervention_from_directions(choice, run.directions, ranking)
             shared = next(iter(intervention.writes.values()))
-            yield Variant(
-                f"{method.name} {finder} {multiplier:+g} {scope}", choice, finder, intervention, layers, shared
-            )
+            name = " ".join([method.name, finder, f"{multiplier:+g}", scope, *words])
+            yield Variant(name, choice, finder, intervention, layers, shared)
 
 
 def _fitted(run: Run, method: EditMethod, scope: str, grid: SweepGrid, fits: Fits) -> Iterator[Variant]:
@@ -106,15 +113,18 @@ def _check_rank(run: Run, choice: EditConfig, finder: str) -> None:
             )
 
 
-def _removals(run: Run, method: EditMethod, scope: str, grid: SweepGrid) -> Iterator[Variant]:
+def _removals(
+    run: Run, method: EditMethod, scope: str, grid: SweepGrid, at: tuple[int, int] | None
+) -> Iterator[Variant]:
+    place, words = _place_of(at)
     for settings in grid.settings(method):
-        choice = choose(run, method=method.name, scope=scope, **settings)
+        choice = choose(run, method=method.name, scope=scope, **settings, **place)
         finder = finder_of(choice.method, run.directions)
         _check_rank(run, choice, finder)
         ranking = layer_ranking(run.candidates, finder)
         intervention = intervention_from_directions(choice, run.directions, ranking)
         layers = tuple(layers_in_scope(parse_scope(scope), run.info.layer_count, choice.layer, ranking))
-        name = " ".join([method.name, *_setting_words(method, settings), scope])
+        name = " ".join([method.name, *_setting_words(method, settings), scope, *words])
         on_stream = method.on_stream(choice, run.directions, intervention)
         yield Variant(name, choice, finder, intervention, layers, on_stream)
 
@@ -183,8 +193,18 @@ def make_variants(
         for scope in scopes or method.scopes(run.info.layer_count):
             if method.fitted and fits is not None:
                 result += _fitted(run, method, scope, grid, fits)
-            elif method.adds:
-                result += _additions(run, method, scope, grid.multipliers)
-            else:
-                result += _removals(run, method, scope, grid)
-    return result
+                continue
+            for at in dict.fromkeys([None, grid.at]):
+                if method.adds:
+                    result += _additions(run, method, scope, grid.multipliers, at)
+                else:
+                    result += _removals(run, method, scope, grid, at)
+    return _different(result)
+
+
+def _different(variants: Sequence[Variant]) -> list[Variant]:
+    """The variants without those that are the edit of an earlier one: a finder's best may be at the given place."""
+    found: dict[str, Variant] = {}
+    for variant in variants:
+        found.setdefault(f"{variant.direction} {variant.choice.model_dump_json()}", variant)
+    return list(found.values())

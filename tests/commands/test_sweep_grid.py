@@ -49,6 +49,37 @@ def test_defaults_are_those_of_the_methods(run):
     assert [v.name for v in make_variants(load_run(run), ["reflect"], ["one"])] == ["reflect 1 one", "reflect 2 one"]
 
 
+def test_methods_are_compared_at_one_place_as_well(run):
+    """Every method at its finder's best place, and at the given one; once if these are the same."""
+    found = load_run(run)
+    methods = ["ablate", "nullspace", "leace", "actadd"]
+    own = make_variants(found, methods, ["one"])
+    best = (own[0].choice.position, own[0].choice.layer)
+    for at in (best, (-1, 1), (-2, 2)):
+        given = make_variants(found, methods, ["one"], SweepGrid(at=at))
+        assert [v.name for v in given if " at " not in v.name] == [v.name for v in own]
+        added = {v.name.partition(" at ")[0]: v for v in given if " at " in v.name}
+        assert all((v.choice.position, v.choice.layer) == at for v in added.values())
+        elsewhere = {v.name for v in own if (v.choice.position, v.choice.layer) != at}
+        assert added.keys() == elsewhere
+        for name, variant in added.items():
+            assert variant.name == f"{name} at {at[0]},{at[1]}"
+            assert variant.layers == (at[1],)
+
+
+@pytest.mark.parametrize("text", ["", "1,2", "-1", "-1,x", "-1,2,3"])
+def test_a_place_is_a_position_and_a_layer(model, run, tmp_path, text):
+    status, said = swept(model, run, tmp_path / "out", "--at", text)
+    assert status == 1
+    assert "not a position, from the end of the prompt, and a layer, such as -1,12" in said
+
+
+def test_a_place_that_the_run_does_not_have_is_refused(model, run, tmp_path):
+    status, said = swept(model, run, tmp_path / "out", "--at", "-1,99")
+    assert status == 1
+    assert "99" in said
+
+
 def test_strength_scales_what_is_removed(run):
     weak, full = make_variants(load_run(run), ["ablate"], ["one"], SweepGrid(strengths=(0.25, 1.0)))
     (site,) = {s for s in full.intervention.writes if s.kind == "mlp"}

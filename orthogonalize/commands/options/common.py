@@ -255,6 +255,11 @@ grid_options = together(
         metavar="M,M",
         help="Lengths to add, with both signs, in units of the mean difference's. Default: 0.5,1,2.",
     ),
+    click.option(
+        "--at",
+        metavar="P,L",
+        help="A position and layer to try every direction at as well as at its finder's best, such as -1,12.",
+    ),
 )
 
 
@@ -262,4 +267,4 @@ def sweep_grid(options: dict[str, Any]) -> Any:
     """The values that a sweep tries, taken out of its options."""
     from ...selection.grid import OPTIONS, SweepGrid
 
-    return SweepGrid.parse(**{name: options.pop(name) for name in OPTIONS})
+    return SweepGrid.parse(**{name: options.pop(name) for name in (*OPTIONS, "at")})
