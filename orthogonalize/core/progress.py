@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from rich import progress as bars
 from rich.console import Console
+from rich.table import Column
 
 from .errors import shown
 
@@ -48,29 +49,28 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
-def pace(done: float, total: float | None, unit: str, seconds: float) -> str:
+def pace(done: float, total: float | None, seconds: float) -> str:
     """The rate of work, and the time left at that rate; empty before anything is done.
 
     Args:
-        done, total: amounts of work in `unit`; the total may be unknown.
+        done, total: amounts of work; the total may be unknown.
         seconds: what `done` took.
     """
     if done <= 0 or seconds <= 0:
         return ""
     rate = done / seconds
-    speed = f"{rate:.3g} {unit} per s" if rate >= 1 else f"{1 / rate:.3g} s each"
+    speed = f"{rate:.3g} per s" if rate >= 1 else f"{1 / rate:.3g} s each"
     return speed if total is None else f"{speed}, {duration(max(0.0, total - done) / rate)} left"
 
 
 class _PaceColumn(bars.ProgressColumn):
     """The rate, and the time left."""
 
-    def __init__(self, unit: str) -> None:
-        super().__init__()
-        self.unit = unit
+    def __init__(self) -> None:
+        super().__init__(Column(no_wrap=True))
 
     def render(self, task: bars.Task) -> str:
-        return "" if task.finished else pace(task.completed, task.total, self.unit, task.elapsed or 0.0)
+        return "" if task.finished else pace(task.completed, task.total, task.elapsed or 0.0)
 
 
 class _Work:
@@ -93,7 +93,7 @@ class _Work:
     def line(self) -> str:
         """How far it is, as a line of a log."""
         of = "" if self.total is None else f" of {round(self.total)}"
-        details = [duration(self.seconds), pace(self.done, self.total, self.unit, self.seconds)]
+        details = [duration(self.seconds), pace(self.done, self.total, self.seconds)]
         amount = f"{round(self.done)}{of} {self.unit}".rstrip()
         return f"{self.description}: {amount} ({', '.join(filter(None, details))})"
 
@@ -125,12 +125,12 @@ def _logged(work: _Work) -> Iterator[None]:
 def _drawn(work: _Work) -> Iterator[None]:
     """A bar."""
     with bars.Progress(
-        bars.TextColumn("{task.description:<28}"),
-        bars.BarColumn(),
+        bars.TextColumn("{task.description:<26}"),
+        bars.BarColumn(bar_width=10),  # so that all fits into a line of 80 characters
         bars.MofNCompleteColumn(),
         bars.TextColumn(work.unit),
         bars.TimeElapsedColumn(),
-        _PaceColumn(work.unit),
+        _PaceColumn(),
         console=console,
     ) as bar:
         task = bar.add_task(work.description, total=work.total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 
 import pytest
@@ -54,13 +55,13 @@ def test_durations_are_in_words(seconds, text):
     [
         (0, 90, 5, ""),
         (30, 90, 60, "2 s each, 2 min left"),
-        (300, 900, 60, "5 layers per s, 2 min left"),
-        (30, None, 15, "2 layers per s"),
-        (91, 90, 91, "1 layers per s, 0 s left"),
+        (300, 900, 60, "5 per s, 2 min left"),
+        (30, None, 15, "2 per s"),
+        (91, 90, 91, "1 per s, 0 s left"),
     ],
 )
 def test_time_left_is_that_of_the_rest_at_the_rate_so_far(done, total, seconds, text):
-    assert progress.pace(done, total, "layers", seconds) == text
+    assert progress.pace(done, total, seconds) == text
 
 
 def test_log_has_lines_while_a_step_runs_and_one_at_the_end(written):
@@ -83,6 +84,17 @@ def test_log_of_a_failure_does_not_say_that_the_work_is_done(written):
     with pytest.raises(ValueError, match="stop"), progress.track("scoring", 90, "layers"):
         raise ValueError("stop")
     assert "90 layers in" not in written.getvalue()
+
+
+@pytest.mark.parametrize("written", [True], indirect=True)
+def test_terminal_has_one_line_per_bar(written, monkeypatch):
+    """A bar that is broken over two lines cannot be read."""
+    monkeypatch.setattr(progress.console, "width", 80)
+    with progress.track("reading activations", 9000, "prompts") as advance:
+        advance(3000)
+        written.wait_for("left")
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.getvalue())
+    assert all("reading activations" in line for line in re.split(r"[\r\n]+", plain) if line.strip())
 
 
 @pytest.mark.parametrize("written", [True], indirect=True)
