@@ -30,7 +30,7 @@ from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.weight_swap import WeightSwap
 from orthogonalize.models.generation import generate
 from orthogonalize.reports.sweep import Sweep, pareto
-from orthogonalize.selection.resolve import fits_of
+from orthogonalize.selection.readers.open_fits import open_fits
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.variants import make_variants
 
@@ -93,7 +93,7 @@ def test_fitted_edits_are_swept_where_the_run_has_answers(model, sources, tmp_pa
     run = tmp_path / "run"
     extract(str(model), run, **sources, settings=replace(UNTRIED, trials=1, finders=("dim",)))
     found, source = load_run(run), open_checkpoint(model)
-    variants = make_variants(found, ["conditional"], fits=fits_of(run, found, source))
+    variants = make_variants(found, ["conditional"], fits=open_fits(found, source, "cpu"))
     assert [v.name for v in variants] == [
         f"conditional {weight} from:{LAYERS // 2}" for weight in ("0.1", "0.3", "1")
     ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ...checkpoints.checkpoint import Checkpoint
-from ...core.errors import OrthogonalizeError
 from ...models.loading import FILLED, choose_device, choose_dtype, free_memory, load_model, resident_bytes
 from ...models.streaming.lanes import StreamedModel
 from ...models.streaming.weights import PartialModel, can_stream
@@ -41,8 +40,5 @@ def _is_streamed(run: Run, source: Checkpoint, device: str) -> bool:
 def _was_streamed(run: Run) -> bool:
     """Whether the answers that edits are fitted to come from a streamed model."""
     assert run.folder is not None
-    try:
-        answers = StageBook(run.folder).entries.get("answers")
-    except OrthogonalizeError:  # damaged, which only extract needs to know
-        return False
+    answers = StageBook(run.folder).entries.get("answers")
     return answers is not None and answers.inputs.get("engine") == "stream"
