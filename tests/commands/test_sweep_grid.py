@@ -61,7 +61,9 @@ def test_methods_are_compared_at_one_place_as_well(run):
         added = {v.name.partition(" at ")[0]: v for v in given if " at " in v.name}
         assert all((v.choice.position, v.choice.layer) == at for v in added.values())
         elsewhere = {v.name for v in own if (v.choice.position, v.choice.layer) != at}
-        assert added.keys() == elsewhere
+        assert elsewhere <= added.keys()
+        again = [v for v in own if v.name in added.keys() - elsewhere]
+        assert all(v.choice.coefficient != added[v.name].choice.coefficient for v in again), "of another length only"
         for name, variant in added.items():
             assert variant.name == f"{name} at {at[0]},{at[1]}"
             assert variant.layers == (at[1],)

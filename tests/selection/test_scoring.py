@@ -26,7 +26,7 @@ from orthogonalize.selection.candidates import (
     rank_correlation,
 )
 from orthogonalize.selection.readers.direction_scoring import Places
-from orthogonalize.selection.readers.resident_scores import score_candidates
+from orthogonalize.selection.readers.resident_scores import SCREENED, score_candidates
 from orthogonalize.selection.readouts import FirstToken, behaviour_score, learn_behaviour_tokens
 from orthogonalize.selection.run_folder import save_selection
 from orthogonalize.selection.scoring import (
@@ -96,7 +96,8 @@ def test_best_directions_are_scored_as_if_all_were(base):
     some = score_candidates(model, positive, negative, directions, ["dim", "leace"], readout, enough=99)
     assert {key(c) for c in some} == every.keys()
     few = {
-        key(c): c.bypass for c in score_candidates(model, positive[:8], negative, directions, ["dim", "leace"], readout)
+        key(c): c.bypass
+        for c in score_candidates(model, positive[:SCREENED], negative, directions, ["dim", "leace"], readout)
     }
     for c in some:
         if c.layer < first_pruned_layer(LAYERS):
@@ -114,7 +115,7 @@ def key(candidate: Candidate) -> tuple:
 def test_scoring_ends_when_enough_pass(base, monkeypatch, tmp_path):
     """The best few by the screening are scored; those that fail the filters do not count."""
     model, readout = load(base), FirstToken((5, 9))
-    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    positive, negative = some_ids(SCREENED, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
     every = score_candidates(model, positive, negative, directions, ["dim"], readout)
     able = sorted((c for c in every if c.layer < first_pruned_layer(LAYERS)), key=lambda c: c.bypass)

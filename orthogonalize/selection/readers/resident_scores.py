@@ -35,7 +35,7 @@ from .direction_scoring import (
 from .meters import ResidentMeter
 
 Ids = Sequence[Sequence[int]]
-SCREENED = 8  # positive prompts by which directions are put into the order in which they are scored
+SCREENED = 4  # positive prompts by which directions are put into the order in which they are scored
 
 
 def resident_scoring(
