@@ -55,7 +55,8 @@ def test_methods_are_compared_at_one_place_as_well(run):
     methods = ["ablate", "nullspace", "leace", "actadd"]
     own = make_variants(found, methods, ["one"])
     best = (own[0].choice.position, own[0].choice.layer)
-    for at in (best, (-1, 1), (-2, 2)):
+    others = [(c.position, c.layer) for c in found.candidates if c.finder == "inlp"][-2:]
+    for at in (best, *others):
         given = make_variants(found, methods, ["one"], SweepGrid(at=at))
         assert [v.name for v in given if " at " not in v.name] == [v.name for v in own]
         added = {v.name.partition(" at ")[0]: v for v in given if " at " in v.name}
