@@ -44,6 +44,14 @@ def _place_of(at: tuple[int, int] | None) -> tuple[dict[str, int], list[str]]:
     return ({}, []) if at is None else ({"position": at[0], "layer": at[1]}, [f"at {at[0]},{at[1]}"])
 
 
+def _is_there(run: Run, method: EditMethod, finder: str, at: tuple[int, int] | None) -> bool:
+    """Whether `finder` has a direction at a place; says so if it has none."""
+    if at is None or run.directions.basis(finder, *at) is not None:
+        return True
+    note(f"skipping {method.name} at {at[0]},{at[1]}: {finder} found no direction there")
+    return False
+
+
 def _additions(
     run: Run, method: EditMethod, scope: str, multipliers: Sequence[float], at: tuple[int, int] | None
 ) -> Iterator[Variant]:
@@ -55,7 +63,7 @@ def _additions(
     assert best.layer is not None
     length = run.directions.mean_diff(best.position, best.layer).norm().item()
     for finder in method.finders:
-        if not FINDERS[finder].found(run.directions):
+        if not FINDERS[finder].found(run.directions) or not _is_there(run, method, finder, at):
             continue
         ranking = layer_ranking(run.candidates, finder)
         chosen = best if finder == own else choose(run, method=method.name, scope=scope, finder=finder, **place)
@@ -117,6 +125,8 @@ def _removals(
     run: Run, method: EditMethod, scope: str, grid: SweepGrid, at: tuple[int, int] | None
 ) -> Iterator[Variant]:
     place, words = _place_of(at)
+    if not _is_there(run, method, method.finder(run.directions), at):
+        return
     for settings in grid.settings(method):
         choice = choose(run, method=method.name, scope=scope, **settings, **place)
         finder = finder_of(choice.method, run.directions)
@@ -188,6 +198,8 @@ def make_variants(
     if reads and not all(method.fitted for method in tried):
         raise OrthogonalizeError("a sweep cannot use scope 'from', which edits reads; its other scopes edit writes")
     grid.check_taken(tried)
+    if grid.at is not None:
+        run.directions.check_place(*grid.at)
     result: list[Variant] = []
     for method in tried:
         for scope in scopes or method.scopes(run.info.layer_count):

@@ -61,7 +61,9 @@ def test_methods_are_compared_at_one_place_as_well(run):
         assert [v.name for v in given if " at " not in v.name] == [v.name for v in own]
         added = {v.name.partition(" at ")[0]: v for v in given if " at " in v.name}
         assert all((v.choice.position, v.choice.layer) == at for v in added.values())
-        elsewhere = {v.name for v in own if (v.choice.position, v.choice.layer) != at}
+        found_there = {finder for finder in ("dim", "inlp", "leace") if found.directions.basis(finder, *at) is not None}
+        there = [v for v in own if v.direction in found_there]
+        elsewhere = {v.name for v in there if (v.choice.position, v.choice.layer) != at}
         assert elsewhere <= added.keys()
         again = [v for v in own if v.name in added.keys() - elsewhere]
         assert all(v.choice.coefficient != added[v.name].choice.coefficient for v in again), "of another length only"
