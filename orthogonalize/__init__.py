@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .commands.extract import extract as extract
     from .commands.judge import judge as judge
     from .commands.merge import merge as merge
+    from .commands.publishing.settings import PushSettings as PushSettings
     from .commands.push import push as push
     from .commands.sweep import sweep as sweep
     from .commands.verify import Verified as Verified
@@ -111,6 +112,7 @@ _MODULES = {
     "EditConfig": "edits.config",
     "EditMethod": "edits.methods.base",
     "EditSettings": "edits.settings",
+    "PushSettings": "commands.publishing.settings",
     "EngineEntry": "engines.registry",
     "EngineOptions": "engines.base",
     "Eraser": "directions.leace",

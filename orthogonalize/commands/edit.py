@@ -20,16 +20,17 @@ from ..core.output_folders import EDITED, OutputFolder, check_space, complete_fo
 from ..core.progress import note, track
 from ..edits.bake import bake
 from ..edits.descriptions.automatic import learn, learn_from
-from ..edits.hub_cache import CachedRepository
+from ..edits.hub_cache import CachedRepository, edited_folder
 from ..edits.lora import write_adapter
 from ..edits.recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
 from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
 from ..models.names import is_hub_id
-from ..models.resolve import commit_of, find_checkpoint
+from ..models.resolve import commit_of, find_checkpoint, find_recipe
 from ..models.tokenizer.faithful import PLAIN_CLASS, check_written, mended_settings
 from ..models.tokenizer.faithful import SETTINGS as TOKENIZER_SETTINGS
-from ..reports.model_card import write_card
+from ..reports.model_card import CardContext, write_card
+from ..reports.runtimes import blocks_alone, runtimes, summary
 from ..selection.resolve import ResolvedEdit, resolve_file, resolve_recipe, resolve_run
 
 
@@ -63,7 +64,8 @@ def edit(
             name. Unchanged files of a model from the Hub are then hard links to the cached ones.
         run: a folder written by `extract`. It completes `settings` (see `resolve.choose`).
         direction: a file with a direction or a basis (see `load_direction`).
-        recipe: the recipe of an earlier edit, to rebuild it bit for bit.
+        recipe: the recipe of an earlier edit, to rebuild it bit for bit: a file, a checkpoint folder or a repository on
+            the Hub (`owner/name`).
         settings: everything else.
         changes: fields of `EditSettings`, such as `method="ablate"`; they take precedence over `settings`.
 
@@ -75,6 +77,7 @@ def edit(
     """
     model, settings = str(model), (settings or EditSettings()).with_changes(**changes)
     place = _place(out, cache)
+    recipe = None if recipe is None else find_recipe(str(recipe))
     share = Share.parse(settings.shard) if settings.shard else None
     if share is not None and settings.format == "lora":
         raise OrthogonalizeError("an adapter is one small file; leave out --shard with --format lora")
@@ -93,7 +96,7 @@ def edit(
         place.check_free(settings.force, [folder])
         check_quantization(source)
         if recipe is not None:
-            resolved = resolve_recipe(Path(recipe), settings)
+            resolved = resolve_recipe(recipe, settings)
             learn_from(load_recipe(recipe), source)
         else:
             learn(source, settings.description)
@@ -130,7 +133,7 @@ def edit(
                 write_adapter(plan, partial, written.base.model)
                 written.base.weights = weights
                 written.save(partial)
-                write_card(partial, written, source.path)
+                write_card(partial, written, source.path, context=CardContext("adapter"))
             _note_relative(resolved, written)
             return written
         if share is not None:
@@ -145,6 +148,18 @@ def edit(
                 check_written(partial)
         _note_relative(resolved, written)
         return written
+
+
+def readers(recipe: Recipe, checkpoint: Path | str) -> list[str]:
+    """Which runtimes read an edited checkpoint, and which edit more of them would read, as lines for the user."""
+    config = open_checkpoint(edited_folder(checkpoint)).config
+    lines = [summary(runtimes(config, recipe.added))]
+    scope = blocks_alone(config, recipe.added)
+    if scope is not None:
+        lines.append(
+            f"--scope {scope} adds no head, so that they read it: another edit, without the embedding; measure it"
+        )
+    return lines
 
 
 def _note_left_behind(source: Checkpoint) -> None:
@@ -178,7 +193,9 @@ def _recipe_of(
             weights={},
         ),
         choice=resolved.choice,
-        source=Source(kind=resolved.kind, fingerprint=stored.fingerprint, prompts=resolved.prompts),
+        source=Source(
+            kind=resolved.kind, fingerprint=stored.fingerprint, prompts=resolved.prompts, concept=resolved.concept
+        ),
         maps=stored.maps,
         arrays=stored.arrays,
         conditional=stored.conditional,

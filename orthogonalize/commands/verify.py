@@ -25,6 +25,7 @@ from ..models.hooks import intervened
 from ..models.loading import load_model
 from ..models.resolve import find_model
 from ..models.tokenizer.faithful import SETTINGS, mended_settings
+from ..reports.model_card import update_card
 from .merge import checkpoint_of
 
 TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains
@@ -163,13 +164,15 @@ def verify(
     logits: bool = True,
     record: bool = True,
     allow_other_base: bool = False,
+    listed_only: bool = False,
 ) -> Verified:
     """Audit the difference of `checkpoint` and `base`; if there is a recipe, prove that hooks = weights.
 
     For the proof, the edit is recomputed and compared byte for byte, and the logits of the hooked base are compared, in
     float32, with those of the edit before rounding and of the checkpoint as stored. The result is written into the
-    recipe unless `record` is False; `logits=False` compares bytes only. With `allow_other_base`, a base that is not the
-    recipe's is compared without the proof.
+    recipe and its card unless `record` is False; `logits=False` compares bytes only. With `allow_other_base`, a base
+    that is not the recipe's is compared without the proof. With `listed_only`, files that the recipe does not
+    list, which `push` does not upload, do not count.
 
     Raises:
         OrthogonalizeError: `checkpoint` is not a checkpoint, or its base is unknown or not that of the recipe.
@@ -193,6 +196,8 @@ def verify(
     planned = plan.checkpoint
     planned.rounding = recipe.rounding
     result = Verified(**vars(audit(edited, planned.source)))  # its tensors may have other names than the base's
+    if listed_only and recipe.files:
+        result.side_files = [name for name in result.side_files if name in recipe.files]
     found = {*result.changed, *result.added, *result.missing}
     mended = mended_settings(source.path) if recipe.tokenizer_class is not None else None
     expected = {SETTINGS: mended.text()} if mended is not None else {}
@@ -220,4 +225,5 @@ def verify(
     if record:
         recipe.verification = result.verification
         recipe.save(folder)
+        update_card(folder)
     return result

@@ -39,11 +39,15 @@ class Base(_Record):
 
 
 class Source(_Record):
-    """The source of the direction: `run` or `file`, the SHA-256 of the vectors, and the run's prompt sources."""
+    """The source of the direction: `run` or `file`, the SHA-256 of the vectors, and the run's prompt sources.
+
+    `concept` is what the run calls the behaviour.
+    """
 
     kind: Literal["run", "file"]
     fingerprint: str
     prompts: dict[str, str] = {}
+    concept: str = ""
 
 
 class Array(_Record):

@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ..core.errors import OrthogonalizeError
+from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
+from ..core.errors import OrthogonalizeError, first_line
 from ..core.files import fingerprint
 from ..core.locks import locked
 from ..core.progress import note
@@ -105,6 +105,29 @@ def file_hash(file: Path) -> str:
     """SHA-256 of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe: itself, that of a checkpoint folder, or that of a repository on the Hub, given by its name.
+
+    Raises:
+        OrthogonalizeError: the Hub has no such repository, or it has no recipe.
+    """
+    if not is_hub_id(recipe):
+        return Path(recipe)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(recipe, RECIPE))
+    except EntryNotFoundError as error:
+        raise OrthogonalizeError(
+            f"{recipe} has no {RECIPE} on the Hub, or cannot be reached: {first_line(error)}"
+        ) from error
+    except Exception as error:  # the network and its libraries can raise anything
+        raise OrthogonalizeError(
+            f"no recipe at {recipe!r}: no such file, and not on the Hub: {first_line(error)}"
+        ) from error
 
 
 def folder_state(folder: Path) -> str:

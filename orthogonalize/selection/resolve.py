@@ -35,8 +35,8 @@ class ResolvedEdit:
     """An edit that is ready to be baked, and its origin.
 
     `taken_from` says in one line which settings come from options, from the run or file, and from defaults. `prompts`
-    are fingerprints of the prompt sets. `rounding` and `base_weights` (SHA-256 by file) come from a recipe, if there is
-    one.
+    are fingerprints of the prompt sets, and `concept` is what the run calls the behaviour. `rounding` and
+    `base_weights` (SHA-256 by file) come from a recipe, if there is one.
     """
 
     choice: EditConfig
@@ -44,6 +44,7 @@ class ResolvedEdit:
     kind: Literal["run", "file"]
     taken_from: str
     prompts: dict[str, str] = field(default_factory=dict)
+    concept: str = ""
     probes: list[ProbeResult] = field(default_factory=list)
     run: Run | None = None
     rounding: str | None = None
@@ -263,6 +264,7 @@ def resolve_run(
         "run",
         taken_from=_origin_in_run(run, choice, given, pick),
         prompts=run.info.prompts,
+        concept=run.info.concept or "",
         probes=_probe_edit(folder, run, choice, intervention),
         run=run,
     )
@@ -310,6 +312,7 @@ def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
         recipe.source.kind,
         taken_from="everything: the recipe",
         prompts=recipe.source.prompts,
+        concept=recipe.source.concept,
         probes=recipe.probes,
         rounding=recipe.rounding,
         base_weights=recipe.base.weights,

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -40,6 +41,11 @@ class HubState:
     sent: list[tuple[str, int, int]] = field(default_factory=list)  # of files: name, first byte, number of bytes
     before_file: Callable[[str, int], int | None] = lambda _name, _first: None
     """Called before each piece of a file is sent; says after how many bytes to cut the connection, if it should be."""
+    cuts: list[str] = field(default_factory=list)  # a request that begins like the first is cut off, once
+    refusals: dict[str, tuple[int, str]] = field(default_factory=dict)  # status and message by beginning of request
+    branches: list[str] = field(default_factory=list)
+    settings: list[dict] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
 
 
 def etag(path: str, content: bytes) -> str:
@@ -95,6 +101,15 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
             path = self.path.split("?")[0]
             state.requests.append(f"{self.command} {path}")
             data = self.body()
+            if state.cuts and f"{self.command} {path}".startswith(state.cuts[0]):
+                state.cuts.pop(0)
+                self.close_connection = True
+                return self.connection.shutdown(socket.SHUT_RDWR)
+            for begin, (status, said) in state.refusals.items():
+                if f"{self.command} {path}".startswith(begin):
+                    return self.reply({"error": said}, status, code="")
+            if self.command != "GET":
+                state.bodies.append(data)
             if path.startswith("/blob/"):
                 state.blobs[path.removeprefix("/blob/")] = data
                 return self.reply({})
@@ -115,6 +130,8 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                 private = wanted.get("private") or wanted.get("visibility") == "private"
                 state.repositories[name] = Repository(bool(private))
                 return self.reply({"url": self.url(name), "name": name, "id": name})
+            if path == "/api/whoami-v2":
+                return self.reply({"type": "user", "name": "me", "auth": {}})
             if path == "/api/validate-yaml":
                 return self.reply({"errors": [], "warnings": []})
             found = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(/.*)?", path)
@@ -185,14 +202,20 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                     if entry["key"] == "lfsFile":
                         repository.files[entry["value"]["path"]] = state.blobs[entry["value"]["oid"]]
                 oid = hashlib.sha1(data).hexdigest()
-                return self.reply({"success": True, "commitOid": oid, "commitUrl": f"{self.url(name)}/commit/{oid}"})
+                opened = {"pullRequestUrl": f"{self.url(name)}/discussions/1"} if "create_pr=1" in self.path else {}
+                done = {"success": True, "commitOid": oid, "commitUrl": f"{self.url(name)}/commit/{oid}"}
+                return self.reply(done | opened)
             if action.startswith("/tree/"):
                 return self.reply([
                     {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                     for path, content in repository.files.items()
                 ])  # fmt: skip
+            if action.startswith("/branch/"):
+                state.branches.append(action.removeprefix("/branch/"))
+                return self.reply({})
             if action == "/settings":
                 wanted = json.loads(data)
+                state.settings.append(wanted)
                 if "private" in wanted or "visibility" in wanted:
                     repository.private = wanted.get("private") or wanted.get("visibility") == "private"
                 return self.reply({})
@@ -212,7 +235,8 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
         def large_files(self, wanted: dict) -> list[dict]:
             return [
                 {"oid": o["oid"], "size": o["size"], "authenticated": True,
-                 "actions": {"upload": {"href": f"{self.server_url()}/blob/{o['oid']}", "header": {}}}}
+                 **({} if o["oid"] in state.blobs else
+                    {"actions": {"upload": {"href": f"{self.server_url()}/blob/{o['oid']}", "header": {}}}})}
                 for o in wanted["objects"]
             ]  # fmt: skip
 

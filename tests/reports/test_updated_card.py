@@ -1,4 +1,4 @@
-"""The card of a checkpoint after `eval`."""
+"""The card of a checkpoint after `eval` and `verify`, its header, and strangers' text in it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import shutil
 
 import pytest
 from helpers.command_line import UNTRIED, command
+from huggingface_hub import ModelCard
+
+from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.evals.metrics import Paired, Rate
+from orthogonalize.reports.model_card import CardContext, card_text, update_card
+from orthogonalize.reports.schema import Measures, Report
 
 RUN_SETTINGS = UNTRIED
 QUICK = ("--suite", "refusal", "--engine", "hf", "--max-new-tokens", "4")
@@ -37,3 +43,57 @@ def test_card_holds_what_eval_measured(measured, edited):
 
 def test_card_of_the_users_own_is_left_alone(measured):
     assert measured("# My model\n") == "# My model\n"
+
+
+def test_no_card_leaves_the_card_as_it_is(measured):
+    assert "Not measured yet." in measured(None, "--no-card")
+
+
+def test_verify_refreshes_the_card_and_keeps_what_was_measured(measured, model, tmp_path):
+    before = measured()
+    assert "## Verified" not in before
+    status, said = command("verify", tmp_path / "edited", "--base", model)
+    assert status == 0, said
+    after = (tmp_path / "edited" / "README.md").read_text()
+    assert "## Verified" in after
+    assert section(after, "What it did") == section(before, "What it did")
+    assert "| refusal, target prompts (n = 6) |" in after
+
+
+def section(card: str, name: str) -> str:
+    return card.split(f"## {name}\n")[1].split("\n## ")[0].strip()
+
+
+def test_results_on_public_questions_are_in_the_model_index_and_stay_there(edited, tmp_path):
+    """Read back by huggingface_hub's own parser."""
+    folder = tmp_path / "edited"
+    shutil.copytree(edited, folder)
+    rate = Rate(value=0.5, n=40, ci95=(0.35, 0.65))
+    report = Report(
+        engine="hf", engine_version="transformers", base_model="base", checkpoint="edited", edit=None,
+        max_new_tokens=8, sensitive=False, base=Measures(choices={"mmlu": rate, "own": rate}),
+        edited=Measures(choices={"mmlu": rate, "own": rate}),
+        paired={"choices.mmlu": Paired(difference=0.0, n=40, p=1.0)}, answers=[],
+    )  # fmt: skip
+    update_card(folder, report)
+    update_card(folder)
+    found = ModelCard((folder / "README.md").read_text()).data.eval_results
+    assert [(each.dataset_type, each.metric_type, each.metric_value) for each in found] == [
+        ("cais/mmlu", "accuracy", 0.5)
+    ]
+
+
+NASTY = "| a | <img src=x> `b`\n# Heading\n---\nlicense: other"
+
+
+def test_text_of_strangers_is_text_on_the_card(edited):
+    recipe = load_recipe(edited)
+    recipe.base.model = NASTY
+    recipe.source.concept = NASTY
+    text = card_text(recipe, {"license": "x\n---\n# Not a header"}, context=CardContext(title=NASTY))
+    card = ModelCard(text)
+    assert card.data.license == "x\n---\n# Not a header"
+    assert "<img" not in card.text.replace("\\<img", "")
+    headings = [line for line in card.text.splitlines() if line.startswith("#")]
+    assert len([line for line in headings if line.startswith("# ")]) == 1
+    assert "orthogonalize edit BASE --recipe" in card.text, "a command to paste must not hold a stranger's text"

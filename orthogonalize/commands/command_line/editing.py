@@ -26,6 +26,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
     1. What was taken from where is printed.
     """
     from ..edit import edit as run_edit
+    from ..edit import readers
 
     recipe = run_edit(model, out, cache=cache, **options)
     where = f"{cache} in the Hub's cache" if out is None else str(out)
@@ -39,6 +40,8 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
     click.echo(
         f"{described}: {counted(len(recipe.tensors), 'tensor')} edited, {len(recipe.added)} added; checkpoint: {where}"
     )
+    for line in readers(recipe, cache or str(out)):
+        click.echo(line)
 
 
 @click.command()

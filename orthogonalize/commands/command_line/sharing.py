@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from ..options.common import path
 from ..options.existing import CHECKPOINT
+from ..options.push import push_options
 
 
 @click.command()
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("repository", metavar="OWNER/NAME")
-@click.option("--public", is_flag=True, help="Make the repository public; by default it is private.")
-@click.option("--report", type=path(), metavar="DIR", help="Folder written by eval, for the card.")
-def push(checkpoint: Path, repository: str, public: bool, report: Path | None) -> None:
-    """Upload an edited CHECKPOINT with its card to the Hub."""
+@push_options
+def push(checkpoint: Path, repository: str, no_verify: bool, **options: Any) -> None:
+    """Upload an edited CHECKPOINT or adapter with its card to the Hub.
+
+    It is verified first, if it was not yet. Re-run an interrupted upload to resume it: the Hub keeps what it has, and
+    nothing is visible there before the end.
+    """
     from ..push import push as run_push
 
-    click.echo(run_push(checkpoint, repository, public=public, report=report))
+    click.echo(run_push(checkpoint, repository, verify=not no_verify, **options))

@@ -23,7 +23,7 @@ from .common import (
     together,
     words,
 )
-from .existing import FILE, RUN_FOLDER
+from .existing import FILE, RECIPE, RUN_FOLDER
 
 
 def site_strengths(text: str | None) -> dict[str, float] | None:
@@ -50,7 +50,9 @@ edit_options = together(
     click.option("--run", type=RUN_FOLDER, help="Run folder written by extract."),
     number("--pick", 1, None, "Make edit N of those that extract lists for the run; default: the best."),
     click.option("--direction", type=FILE, metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),
-    click.option("--recipe", type=FILE, metavar="FILE", help="Rebuild the edit of this orthogonalize.json."),
+    click.option(
+        "--recipe", type=RECIPE, metavar="FILE|OWNER/NAME", help="Rebuild the edit of this orthogonalize.json."
+    ),
     click.option("--method", type=Entry(lambda: list(METHODS)), help=f"Edit method; default: {DEFAULT}."),
     click.option(
         "--scope",

@@ -11,7 +11,7 @@ import click
 from ...core.errors import OrthogonalizeError
 from ...core.output_folders import check_finished_run
 from ...data.prompts import check_source
-from ...models.names import check_adapter_name, check_folder_name, check_model_name
+from ...models.names import check_adapter_name, check_folder_name, check_model_name, is_hub_id
 
 Value = TypeVar("Value")
 
@@ -19,6 +19,11 @@ Value = TypeVar("Value")
 def _check_exists(text: str) -> None:
     if not Path(text).exists():
         raise OrthogonalizeError(f"no such file: {text}")
+
+
+def _check_recipe(text: str) -> None:
+    if not Path(text).exists() and not is_hub_id(text):
+        raise OrthogonalizeError(f"no such recipe: {text} is neither a file nor of the form owner/name")
 
 
 class Named(click.ParamType[Value]):
@@ -36,5 +41,6 @@ MODEL = Named("model", check_model_name, str)
 CHECKPOINT = Named("path", check_folder_name, Path)
 RUN_FOLDER = Named("path", lambda text: check_finished_run(Path(text)), Path)
 ADAPTER = Named("path", check_adapter_name, Path)
+RECIPE = Named("recipe", _check_recipe, str)
 FILE = Named("path", _check_exists, Path)
 SOURCE = Named("source", check_source, str)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 class Ablate(EditMethod):
     name = "ablate"
     summary = "removes the component along one direction"
+    formula = "W -> W - strength * r (r^T W), with the unit direction r"
     needs = "difference of means"
     options = frozenset({"to"})
     one_direction = True

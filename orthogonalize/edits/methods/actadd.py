@@ -20,6 +20,7 @@ class ActivationAddition(EditMethod):
 
     name = "actadd"
     summary = "adds a constant vector"
+    formula = "h -> h + coefficient * r at one layer, with the unit direction r, as a bias"
     finders = ("dim", "inlp")
     needs = "direction, layer; optionally a length (`--coefficient`)"
     options = frozenset({"coefficient"})

@@ -26,6 +26,7 @@ class EditMethod:
     Attributes:
         name: the value of `--method`.
         summary, needs: what the method does and what it needs, as in the README's table.
+        formula: what becomes of a write matrix W, or of the stream h, in one line of plain text.
         finders: names of the direction finders whose directions it takes, best first.
         options: the fields of `EditConfig` that only some methods accept, this one among them.
         default_scope: the scope where none is given.
@@ -40,6 +41,7 @@ class EditMethod:
     name: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[str] = "a direction"
+    formula: ClassVar[str] = "h -> h - U (V^T h) + s, for everything that is written into the stream h"
     finders: ClassVar[tuple[str, ...]] = ("dim",)
     options: ClassVar[frozenset[str]] = frozenset()
     default_scope: ClassVar[str] = "all"

@@ -22,6 +22,7 @@ class Conditional(EditMethod):
 
     name = "conditional"
     summary = "removes directions only where the input is like the target's"
+    formula = "W -> W - R^T C, with the directions R, and C fitted to what W reads"
     needs = "directions of every layer, and the model itself"
     options = frozenset(
         {"span", "components", "target_weight", "preserve_weight", "first_weight", "ridge", "sequential"}

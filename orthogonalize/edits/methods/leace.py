@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class LeastSquaresErasure(EditMethod):
     name = "leace"
     summary = "makes the two sides' means equal, moving the stream least"
+    formula = "h -> h - P (h - m), with the least-squares eraser P and the mean m"
     needs = "fitted covariances"
     finders = ("leace",)
     options = frozenset({"orthogonal"})

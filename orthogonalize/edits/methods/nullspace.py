@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Nullspace(EditMethod):
     name = "nullspace"
     summary = "removes a subspace"
+    formula = "W -> W - strength * U (U^T W), with the orthonormal directions U"
     needs = "INLP basis, in the order found"
     finders = ("inlp",)
     options = frozenset({"rank"})

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 class Reflect(EditMethod):
     name = "reflect"
     summary = "mirrors a subspace (alpha 2), or anything between leaving and mirroring it"
+    formula = "W -> W - strength * alpha * U (U^T W), with the orthonormal directions U"
     needs = "INLP basis, or difference of means"
     finders = ("inlp", "dim")
     options = frozenset({"alpha", "rank"})
