@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..architectures.schema import architecture_of, remembered
-from ..checkpoints.checkpoint import INDEX, Checkpoint
+from ..checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import check_quantization
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING

@@ -174,11 +174,11 @@ def evaluate(
     revision: str | None = None,
     device: str = "auto",
     options: EngineOptions | None = None,
-    card: bool = True,
     force: bool = False,
 ) -> Report:
     """Measure `base` and `checkpoint` on the test prompts of `run`; write report.json and report.html to `out`.
 
+    The measures also go into the checkpoint's card, if it is the one that `edit` wrote.
     An interrupted call stores its progress beside `out`; call it again to resume.
 
     Args:
@@ -194,7 +194,6 @@ def evaluate(
         separate_engines: start vLLM for each model instead of swapping weights in one engine.
         allow_other_base: measure even if `base` is not the recipe's, the run is of other weights, or base and
             checkpoint are the same; the report then begins with that.
-        card: put the measures into the checkpoint's card, if it is the one that `edit` wrote.
         device, options: where the engine runs; `device` is a shorthand for `engine="hf"`.
 
     Raises:
@@ -248,7 +247,7 @@ def evaluate(
         (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
         plots = [p for p in sorted((run / "plots").glob("*.png")) if p.is_file() and is_inside(p, run.resolve())]
         write_webpage(report, plots, done / "report.html")
-    if card and not unlike:
+    if not unlike:
         update_card(checkpoint, report)
     journal.close()
     return report

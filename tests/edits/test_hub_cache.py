@@ -248,7 +248,7 @@ def test_adapter_can_be_written_to_the_cache(tmp_path, cache):
     edit(str(untied), cache="me/adapter", direction=cache.direction, scope=SCOPE, format="lora")
     snapshot = CachedRepository("me/adapter").snapshot()
     assert {f.name for f in snapshot.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "orthogonalize.json",
+        "adapter_config.json", "adapter_model.safetensors", "orthogonalize.json", "README.md",
     }  # fmt: skip
     [weights] = [f for f in cache.of("me/adapter").glob("blobs/*") if len(f.name) == 64]
     assert blob_name(snapshot / "adapter_model.safetensors") == weights.name

@@ -45,10 +45,6 @@ def test_card_of_the_users_own_is_left_alone(measured):
     assert measured("# My model\n") == "# My model\n"
 
 
-def test_no_card_leaves_the_card_as_it_is(measured):
-    assert "Not measured yet." in measured(None, "--no-card")
-
-
 def test_verify_refreshes_the_card_and_keeps_what_was_measured(measured, model, tmp_path):
     before = measured()
     assert "## Verified" not in before

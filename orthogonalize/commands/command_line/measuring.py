@@ -45,7 +45,6 @@ from ..options.existing import CHECKPOINT, FILE, MODEL, RUN_FOLDER
     help="Your own prompts, measured beside the run's; repeatable.",
 )
 @click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
-@click.option("--card/--no-card", default=True, show_default=True, help="Put the measures into the checkpoint's card.")
 @click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
 @other_base_option
 @revision_option
