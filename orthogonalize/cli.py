@@ -5,17 +5,21 @@ Each command is a thin layer over the function of the same name; these layers ar
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .commands._console import quieten_libraries, write_what_streams_can
 from .commands.command_line import checking, demonstrating, editing, finding, measuring, sharing
+from .commands.options.common import path
+from .commands.options.config_file import read_config
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory, shown
 from .core.registry import load_plugins
 
 RESUME = "no partial output was left behind. Re-run the command to resume."
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "auto_envvar_prefix": "ORTHOGONALIZE"}
 
 
 class Commands(click.Group):
@@ -53,12 +57,14 @@ class Commands(click.Group):
         return list(self.commands)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=Commands, context_settings=CONTEXT)
 @click.version_option(package_name="orthogonalize")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars or notes.")
 @click.option("--verbose", "-v", is_flag=True, help="Show what transformers and vLLM log.")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error; implies --verbose.")
-def main(quiet: bool, verbose: bool, debug: bool) -> None:
+@click.option("--config", type=path(), metavar="FILE", help="TOML file of options: a table for each command.")
+@click.pass_context
+def main(context: click.Context, quiet: bool, verbose: bool, debug: bool, config: Path | None) -> None:
     """Edit a concept out of, or into, a language model's weights, and prove it.
 
     The usual order is extract, edit, eval, push. MODEL is a checkpoint folder, a Hub id or a .gguf
@@ -67,6 +73,8 @@ def main(quiet: bool, verbose: bool, debug: bool) -> None:
     write_what_streams_can()
     progress.show(not quiet)
     load_plugins()
+    if config is not None:
+        context.default_map = read_config(config, main)
     if not (verbose or debug):
         quieten_libraries()
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .findings import findings
+from .headline import RULES, headline, page_title
 from .rate_plot import as_png, base64_of, rates_figure
 from .schema import Judged, Report
 from .tables import LEGEND, category_rows, set_title, summary_rows
@@ -33,6 +34,9 @@ def write_webpage(report: Report, plots: Sequence[Path], file: Path) -> None:
         .get_template("report.html.j2")
         .render(
             report=report,
+            name=page_title(report),
+            tiles=headline(report),
+            rules=RULES,
             legend=LEGEND,
             judged=_judged,
             rows=summary_rows(report, categories=False),

@@ -1,0 +1,78 @@
+"""Options from a TOML file and from environment variables, below those of the command line."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from orthogonalize.cli import main
+from orthogonalize.commands.options.config_file import read_config
+from orthogonalize.core.errors import OrthogonalizeError
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The options that `eval` and `extract` get, instead of running them."""
+    found: dict = {}
+    for name in ("eval", "extract"):
+        monkeypatch.setattr(main.commands[name], "callback", lambda **options: found.update(options))
+    return found
+
+
+def run(*words: str, **environment: str) -> str:
+    result = CliRunner().invoke(main, list(words), env=environment)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+WORDS = ("eval", "edited", "--base", "b", "--run", "r", "--out", "o")
+
+
+def test_file_sets_options_and_the_command_line_wins(seen, tmp_path):
+    file = tmp_path / "o.toml"
+    file.write_text('[eval]\nlimit = 7\nsuite = ["loss", "kl"]\nredact = true\nmax_new_tokens = 9\n')
+    run("--config", str(file), *WORDS)
+    assert (seen["limit"], seen["suites"], seen["redact"], seen["max_new_tokens"]) == (7, ["loss", "kl"], True, 9)
+    run("--config", str(file), *WORDS, "--limit", "3")
+    assert seen["limit"] == 3
+
+
+def test_negated_and_repeatable_options_mean_what_they_mean_on_the_command_line(seen, tmp_path):
+    file = tmp_path / "o.toml"
+    file.write_text('[extract]\nout = "run"\nno-filter = true\npreserve = ["a.txt", "b.txt"]\n')
+    run("--config", str(file), "extract", "model")
+    assert (seen["filtered"], tuple(seen["preserve"])) == (False, ("a.txt", "b.txt"))
+
+
+def test_environment_is_between_file_and_command_line(seen, tmp_path):
+    file = tmp_path / "o.toml"
+    file.write_text("[eval]\nlimit = 7\n")
+    run("--config", str(file), *WORDS, ORTHOGONALIZE_EVAL_LIMIT="5")
+    assert seen["limit"] == 5
+    run("--config", str(file), *WORDS, "--limit", "3", ORTHOGONALIZE_EVAL_LIMIT="5")
+    assert seen["limit"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[eval]\nno-such = 1\n", "eval has no option --no-such"),
+        ("[nothing]\n", "there is no command 'nothing'"),
+        ("limit = 1\n", "there is no command 'limit'"),
+        ("[eval\n", "cannot be read as TOML"),
+    ],
+)
+def test_what_a_file_cannot_mean_is_refused(text, message, tmp_path):
+    (tmp_path / "o.toml").write_text(text)
+    with pytest.raises(OrthogonalizeError, match=message):
+        read_config(tmp_path / "o.toml", main)
+
+
+def test_every_option_can_be_named_in_a_file(tmp_path):
+    for name, command in main.commands.items():
+        for option in command.params:
+            if isinstance(option, click.Option):
+                key = option.opts[-1].removeprefix("--")
+                (tmp_path / "o.toml").write_text(f'[{name}]\n"{key}" = "x"\n')
+                assert read_config(tmp_path / "o.toml", main) == {name: {option.name: "x"}}
