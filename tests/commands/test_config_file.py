@@ -13,10 +13,9 @@ from orthogonalize.core.errors import OrthogonalizeError
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The options that `eval` and `extract` get, instead of running them."""
+    """The options that `extract` gets, instead of running it."""
     found: dict = {}
-    for name in ("eval", "extract"):
-        monkeypatch.setattr(main.commands[name], "callback", lambda **options: found.update(options))
+    monkeypatch.setattr(main.commands["extract"], "callback", lambda **options: found.update(options))
     return found
 
 
@@ -26,32 +25,32 @@ def run(*words: str, **environment: str) -> str:
     return result.output
 
 
-WORDS = ("eval", "edited", "--base", "b", "--run", "r", "--out", "o")
+WORDS = ("extract", "some/model", "--out", "o")
 
 
 def test_file_sets_options_and_the_command_line_wins(seen, tmp_path):
     file = tmp_path / "o.toml"
-    file.write_text('[eval]\nlimit = 7\nsuite = ["loss", "kl"]\nredact = true\nmax_new_tokens = 9\n')
+    file.write_text('[extract]\ntrain = 7\nfinders = ["dim", "leace"]\nsensitive = true\nmax_rank = 9\n')
     run("--config", str(file), *WORDS)
-    assert (seen["limit"], seen["suites"], seen["redact"], seen["max_new_tokens"]) == (7, ["loss", "kl"], True, 9)
-    run("--config", str(file), *WORDS, "--limit", "3")
-    assert seen["limit"] == 3
+    assert (seen["train"], seen["finders"], seen["sensitive"], seen["max_rank"]) == (7, ["dim", "leace"], True, 9)
+    run("--config", str(file), *WORDS, "--train", "8")
+    assert seen["train"] == 8
 
 
 def test_negated_and_repeatable_options_mean_what_they_mean_on_the_command_line(seen, tmp_path):
     file = tmp_path / "o.toml"
-    file.write_text('[extract]\nout = "run"\nno-filter = true\npreserve = ["a.txt", "b.txt"]\n')
-    run("--config", str(file), "extract", "model")
-    assert (seen["filtered"], tuple(seen["preserve"])) == (False, ("a.txt", "b.txt"))
+    file.write_text('[extract]\nout = "run"\nno-filter = true\ntemplate-argument = ["a=1", "b=x"]\n')
+    run("--config", str(file), "extract", "some/model")
+    assert (seen["filtered"], seen["template_arguments"]) == (False, {"a": 1, "b": "x"})
 
 
 def test_environment_is_between_file_and_command_line(seen, tmp_path):
     file = tmp_path / "o.toml"
-    file.write_text("[eval]\nlimit = 7\n")
-    run("--config", str(file), *WORDS, ORTHOGONALIZE_EVAL_LIMIT="5")
-    assert seen["limit"] == 5
-    run("--config", str(file), *WORDS, "--limit", "3", ORTHOGONALIZE_EVAL_LIMIT="5")
-    assert seen["limit"] == 3
+    file.write_text("[extract]\ntrain = 7\n")
+    run("--config", str(file), *WORDS, ORTHOGONALIZE_EXTRACT_TRAIN="9")
+    assert seen["train"] == 9
+    run("--config", str(file), *WORDS, "--train", "8", ORTHOGONALIZE_EXTRACT_TRAIN="9")
+    assert seen["train"] == 8
 
 
 @pytest.mark.parametrize(

@@ -113,11 +113,13 @@ def test_an_adapter_is_pushed_as_it_is(report, tmp_path):
     edit(str(base), adapter, direction=tmp_path / "direction.safetensors", layer=1, scope="layers:1-2", format="lora")
     (adapter / ".env").write_text("secret")
     with Hub(TOKEN) as hub:
-        hub.state.repositories["me/adapter"] = Repository(True, {"model.safetensors": b"merged before"})
+        hub.state.repositories["me/adapter"] = Repository(
+            True, {"model.safetensors": b"merged before", "orthogonalize.json": b"{}"}
+        )
         done = push(hub, adapter, "me/adapter", "--report", report, home=tmp_path / "home")
         assert done.returncode == 0, done.stderr
         pushed = hub.state.repositories["me/adapter"].files
-    described = {"README.md", "orthogonalize.json", "report.json", "report.html"}
+    described = {"README.md", "orthogonalize.json", "report.json", "report.html", "rates.png"}
     assert pushed.keys() == {"adapter_config.json", "adapter_model.safetensors"} | described
     assert pushed["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").read_bytes()
     local = json.loads((adapter / "adapter_config.json").read_text())
