@@ -12,9 +12,11 @@ import torch
 
 from ..core.progress import Progress
 from .checkpoint import Addition, Checkpoint
+from .mxfp4 import BLOCKS, SCALES, PackedEdit, packed_tensors
 from .quantization import edited_scales, scale_name
 from .rounding.base import Scales
 from .rounding.registry import DEFAULT_ROUNDING
+from .safetensors_file import TensorInfo
 from .tensor_edit import TensorEdit
 from .writer import Changes, Written, write_other_files, write_weights
 
@@ -37,11 +39,18 @@ class CheckpointPlan:
 
     def has_tensor(self, name: str) -> bool:
         """Whether the edited checkpoint has a tensor `name`."""
-        return name in self.source.tensors or name in self.additions
+        return name in self.source.tensors or name in self.additions or name in self.packed
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of tensor `name` in the edited checkpoint."""
-        return self.additions[name].shape if name in self.additions else tuple(self.source.tensors[name].shape)
+        if name in self.additions:
+            return self.additions[name].shape
+        return tuple((self.packed if name in self.packed else self.source.tensors)[name].shape)
+
+    @property
+    def packed(self) -> dict[str, TensorInfo]:
+        """The weights that are stored in MXFP4, under the names that they have unpacked."""
+        return packed_tensors(self.source.tensors)
 
     def set_text_config(self, key: str, value: Any) -> None:
         """Set `key` of the text model's configuration, which multimodal models nest under `text_config`."""
@@ -103,7 +112,11 @@ class CheckpointPlan:
     def changes(self) -> Changes:
         """The changes to tensors, as `write_weights` takes them."""
         scales, replaced = self._scales
-        return Changes(self.edits, self.additions, scales, replaced, self.rounding)
+        stored = self.packed
+        plain = {name: edit for name, edit in self.edits.items() if name not in stored}
+        edits = [PackedEdit(self.source, edit, self.rounding) for name, edit in self.edits.items() if name not in plain]
+        packed = {name: edit for edit in edits for name in edit.names}
+        return Changes(plain, self.additions, scales, replaced, self.rounding, packed)
 
     @property
     def changed_tensors(self) -> set[str]:
@@ -113,14 +126,20 @@ class CheckpointPlan:
     @property
     def touched(self) -> set[str]:
         """Every source tensor that may change, scales of quantised ones included; found without reading any."""
-        scales = (scale_name(self.source, name) for name in self.edits)
-        return {*self.edits, *(name for name in scales if name is not None)}
+        packed = self.packed
+        names = (
+            {name + BLOCKS, name + SCALES} if name in packed else {name, scale_name(self.source, name)}
+            for name in self.edits
+        )
+        return {name for each in names for name in each if name is not None}
 
     def edited(self, name: str) -> torch.Tensor:
         """Tensor `name` of the edited checkpoint, in its stored dtype."""
+        changes = self.changes
+        if name in changes.packed:
+            return changes.packed[name].result()[0][name]
         addition = self.additions.get(name)
         tensor = addition.make() if addition else self.source.read(name)
-        changes = self.changes
         if name not in self.edits:
             return changes.replaced.get(name, tensor)
         return self.edits[name].apply(tensor, changes.rounding, changes.scales.get(name))[0]

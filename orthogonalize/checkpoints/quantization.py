@@ -18,6 +18,7 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from .checkpoint import Checkpoint
+from .mxfp4 import dequantize_experts, packed_tensors
 from .rounding.base import GRIDS, Scales
 from .safetensors_file import DTYPES, EDITABLE, TensorInfo, row_blocks
 from .settings_files import quantization
@@ -159,6 +160,8 @@ def read_scales(source: Checkpoint, name: str, axis: int) -> Scales | None:
 
 def dequantize(source: Checkpoint, name: str) -> torch.Tensor:
     """Tensor `name` as stored, or dequantised to float64 if it is FP8."""
+    if name in packed_tensors(source.tensors):
+        return dequantize_experts(source, name)
     stored, scales = source.read(name), read_scales(source, name, 0)
     if scales is None:
         return stored
@@ -268,7 +271,7 @@ def edited_scales(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.T
 
 def row_reader(source: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
     """A function of (first, last) that reads those rows of tensor `name`: as stored, or dequantised if it is FP8."""
-    if source.tensors[name].dtype == FP8 and scale_name(source, name) is not None:
+    if name not in source.tensors or (source.tensors[name].dtype == FP8 and scale_name(source, name) is not None):
         values = dequantize(source, name)
         return lambda first, last: values[first:last]
     return partial(source.file_of(name).rows, name)

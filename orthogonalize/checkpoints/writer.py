@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from ..core.progress import Progress
 from .checkpoint import INDEX, Addition, Checkpoint
 from .chunks import Job
 from .file_copy import copy_and_hash, copy_file
+from .mxfp4 import PackedEdit
 from .rounding.base import Scales
 from .rounding.registry import DEFAULT_ROUNDING
 from .safetensors_file import DTYPES, TensorFile, TensorInfo, stored_bytes
@@ -45,7 +46,8 @@ class Written:
 class Changes:
     """Changes to the tensors of a checkpoint, by name, and how to round.
 
-    `scales` are those of edited FP8 tensors; `replaced` are tensors with entirely new values.
+    `scales` are those of edited FP8 tensors; `replaced` are tensors with entirely new values, and `packed` the edits of
+    weights in MXFP4 by the names of both stored tensors.
     """
 
     edits: Mapping[str, TensorEdit]
@@ -53,11 +55,12 @@ class Changes:
     scales: Mapping[str, Scales] = field(default_factory=dict)
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
     rounding: str = DEFAULT_ROUNDING
+    packed: Mapping[str, PackedEdit] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:
         """Every tensor that changes."""
-        return {*self.edits, *self.replaced}
+        return {*self.edits, *self.replaced, *self.packed}
 
 
 def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Mapping[str, Addition]) -> list[Job]:
@@ -78,6 +81,18 @@ def _jobs(source: Checkpoint, file: TensorFile, changes: Changes, additions: Map
         if job.info.name in changes.replaced:
             job.replaced = stored_bytes(changes.replaced[job.info.name])
     return jobs
+
+
+def _replace_packed(jobs: Sequence[Job], changes: Changes, record: Callable[[TensorRecord], None]) -> None:
+    """Put the edited blocks and scales of weights in MXFP4 into the jobs of a file, and record their edits."""
+    by_name = {job.info.name: job for job in jobs if job.info.name in changes.packed}
+    edits = {edit.edit.name: edit for edit in (changes.packed[name] for name in by_name)}
+    for edit in edits.values():
+        values, entry = edit.result()
+        for name, tensor in values.items():
+            if name in by_name:
+                by_name[name].replaced = stored_bytes(tensor)
+        record(entry)
 
 
 def _addition_bytes(source: Checkpoint, file: TensorFile, name: str, addition: Addition) -> int | memoryview:
@@ -143,6 +158,7 @@ def write_weights(
         with source.files[name].on_disk(target, check_going_on) as file:
             if here or file.renamed or changes.names & file.tensors.keys():
                 jobs = _jobs(source, file, changes, here)
+                _replace_packed(jobs, changes, record)
                 hashes = FileWriter(file, target / name, jobs, pool).run(advance, stop, record)
             else:  # nobody else has what was downloaded, so it need not be copied
                 hashes = (copy_and_hash(file.path, target / name, link or remote is not None, advance),) * 2

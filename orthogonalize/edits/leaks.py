@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.mxfp4 import packed_tensors
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import row_reader
 from ..checkpoints.safetensors_file import row_blocks
@@ -78,11 +79,12 @@ def _leak(edit: TensorEdit, before: torch.Tensor, after: torch.Tensor) -> Tensor
 
 def tensor_leaks(edited: Checkpoint, plan: CheckpointPlan) -> dict[str, TensorLeak]:
     """By name, the leak of every tensor that `plan` edits and `edited` holds in the planned shape."""
-    names = [name for name in sorted(plan.edits) if name in edited.tensors]
+    stored = edited.tensors | packed_tensors(edited.tensors)
+    names = [name for name in sorted(plan.edits) if name in stored]
     found = {}
     with track("leaks along the recipe's maps", len(names), "tensors") as advance:
         for name in names:
-            shape = tuple(edited.tensors[name].shape)
+            shape = tuple(stored[name].shape)
             if shape == plan.shape(name):
                 edit = plan.edits[name]
                 before, after = (

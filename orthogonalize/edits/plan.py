@@ -38,7 +38,8 @@ class EditPlan:
         Raises:
             OrthogonalizeError: the architecture has no description.
         """
-        return cls(CheckpointPlan(source), Sites(architecture_of(source.config), source.config, source.tensors))
+        plan = CheckpointPlan(source)
+        return cls(plan, Sites(architecture_of(source.config), source.config, source.tensors | plan.packed))
 
     def __repr__(self) -> str:
         edited, added = len(self.checkpoint.edits), len(self.checkpoint.additions)
@@ -79,6 +80,8 @@ class EditPlan:
         if added is not None:
             if added.dtype not in EDITABLE:
                 raise AssertionError(f"{name} is added as {added.dtype}, which cannot be edited")
+            return name
+        if name in self.checkpoint.packed:
             return name
         check_editable(self.source, name)
         if name not in self.source.tensors:

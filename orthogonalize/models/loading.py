@@ -152,6 +152,10 @@ def load_model(
             output_loading_info=True, **({"device_map": "auto"} if spread else {}),
         )  # fmt: skip
     _check_missing(folder, found["missing_keys"])
+    if chosen == torch.float32:  # transformers dequantises MXFP4 to bfloat16, whatever is asked for
+        for parameter in model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.to(chosen)
     if spread:
         check_on_gpus(folder, model.hf_device_map)
         return model.eval()

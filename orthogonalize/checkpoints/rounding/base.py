@@ -25,6 +25,7 @@ GRIDS: dict[torch.dtype, Grid] = {
     torch.float16: Grid(10, -14, 65504.0),
     torch.float8_e4m3fn: Grid(3, -6, 448.0),
     torch.float8_e5m2: Grid(2, -14, 57344.0),
+    torch.float4_e2m1fn_x2: Grid(1, 0, 6.0),  # unpacked: one number each
 }
 
 
@@ -76,7 +77,7 @@ class VectorKernel(Protocol):
         Args:
             stored: contiguous; its rows are the vectors ([n, d]) if `by_rows`, else its columns ([d, n]). bfloat16
                 is held as uint16, float32 and float64 as float64, narrower formats as float32.
-            scales: factors of the stored numbers (FP8 only).
+            scales: factors of the stored numbers (FP8 and MXFP4 only).
             given: components [k, vectors] to take out instead of `v^T x` (conditional edits only), in float64.
         """
         ...

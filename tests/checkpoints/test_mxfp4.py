@@ -1,0 +1,147 @@
+"""Experts in MXFP4 are edited where they are, and keep the edit as far as four bits allow.
+
+transformers dequantises what is stored, as the independent reference; the edit of the same numbers in bfloat16 is what
+it should be.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny_models import TINY
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
+from orthogonalize.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_experts, pack, packed_tensors, unpack
+from orthogonalize.commands.edit import edit
+from orthogonalize.commands.verify import verify
+from orthogonalize.core.interventions import removal
+from orthogonalize.edits.bake import bake
+from orthogonalize.edits.scopes import map_sites, parse_scope
+
+WIDTH, LAYERS = 96, 4
+GRID = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight [experts, in, out] in MXFP4: the nearest of 16 values under the scale of its block, one by one."""
+    grouped = weight.float().mT.contiguous().view(weight.shape[0], weight.shape[2], -1, 32)
+    scale = torch.ceil(torch.log2(grouped.abs().amax(-1, keepdim=True) / 6)).clamp(-127, 127)
+    codes = ((grouped / 2**scale).unsqueeze(-1) - GRID).abs().argmin(-1).to(torch.uint8)
+    return codes[..., 0::2] + 16 * codes[..., 1::2], (scale.squeeze(-1) + 127).to(torch.uint8)
+
+
+def dequantised(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    return convert_moe_packed_tensors(tensors[name + BLOCKS], tensors[name + SCALES], dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny gpt-oss as it is released: experts in MXFP4, everything else in bfloat16."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(TINY["gpt_oss"].config(32), dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+    folder = tmp_path_factory.mktemp("mxfp4") / "base"
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("down_proj", "gate_up_proj"))]:
+        tensors[name + BLOCKS], tensors[name + SCALES] = quantised(tensors.pop(name))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def direction() -> torch.Tensor:
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    return vector / vector.norm()
+
+
+def test_blocks_are_read_as_transformers_reads_them(base):
+    source, tensors = open_checkpoint(base), load_file(base / "model.safetensors")
+    names = packed_tensors(source.tensors)
+    assert len(names) == 2 * LAYERS
+    for name, info in names.items():
+        reference = dequantised(tensors, name)
+        assert info.shape == reference.shape
+        assert torch.equal(dequantize_experts(source, name), reference.double())
+        assert torch.equal(pack(unpack(tensors[name + BLOCKS])), tensors[name + BLOCKS])
+
+
+def test_an_edit_that_changes_nothing_gives_the_same_bytes(base):
+    """Blocks are encoded by the rule that they were encoded by."""
+    zero = map_sites(parse_scope("layers:1-2"), LAYERS, lambda _: removal(direction()[None], 0.0))
+    plan = bake(open_checkpoint(base), zero).checkpoint
+    before = load_file(base / "model.safetensors")
+    packed = [name for name in plan.changes.names if name.endswith((BLOCKS, SCALES))]
+    assert len(packed) == 4
+    for name in packed:
+        assert torch.equal(plan.edited(name), before[name]), name
+
+
+@pytest.mark.parametrize(("rounding", "leak"), [("cancelling", 0.02), ("nearest", 1.0)])
+def test_the_edit_survives_four_bits(base, tmp_path, rounding, leak):
+    plan = bake(
+        open_checkpoint(base), map_sites(parse_scope("layers:1-2"), LAYERS, lambda _: removal(direction()[None]))
+    )
+    plan.checkpoint.rounding = rounding
+    (tmp_path / "edited").mkdir()
+    written = plan.write(tmp_path / "edited")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "edited"))
+    names = {f"model.layers.{layer}.mlp.experts.down_proj" for layer in (1, 2)}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert {name + BLOCKS for name in names} <= changed
+    assert {name for name in changed if "gate_up" in name} == set()
+    for name in names:
+        old, new = dequantised(before, name).double(), dequantised(after, name).double()
+        exact = old - (old @ direction())[..., None] * direction()
+        left = float((new @ direction()).norm() / (old @ direction()).norm())
+        assert left <= leak
+        assert left == pytest.approx(written.records[name].leak, rel=1e-3)
+        nearest = dequantised(dict(zip((name + BLOCKS, name + SCALES), quantised(exact), strict=True)), name).double()
+        assert (new - exact).norm() <= 1.5 * (nearest - exact).norm()
+
+
+def test_what_is_stored_computes_as_the_bfloat16_edit_does(base, tmp_path):
+    """Logits of the edited model, dequantised by transformers, against the same edit of dequantised weights."""
+    save_file({"direction": direction()}, tmp_path / "d.safetensors")
+    edit(str(base), tmp_path / "edited", direction=tmp_path / "d.safetensors", scope="layers:1-2")
+    plain, ids = {}, torch.randint(0, 96, (4, 24), generator=torch.Generator().manual_seed(1))
+    for name, folder in (("base", base), ("edited", tmp_path / "edited")):
+        plain[name] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        for layer in reference.model.layers[1:3]:
+            for weight, axis in ((layer.self_attn.o_proj.weight, 0), (layer.mlp.experts.down_proj, 2)):
+                taken = torch.tensordot(weight.double(), direction(), ([axis], [0]))
+                weight -= (
+                    taken.unsqueeze(axis) * direction().view([-1 if i == axis else 1 for i in range(weight.dim())])
+                ).float()
+            for bias in (layer.self_attn.o_proj.bias, layer.mlp.experts.down_proj_bias):
+                bias -= ((bias.double() @ direction())[..., None] * direction()).float()
+        logits = {name: model(ids).logits for name, model in (*plain.items(), ("reference", reference))}
+    wanted = (logits["reference"] - logits["base"]).norm()
+    assert wanted > 0
+    assert (logits["edited"] - logits["reference"]).norm() < 0.7 * wanted
+
+
+def test_recipe_rebuilds_the_stored_bytes_and_verifies(base, tmp_path):
+    save_file({"direction": direction()}, tmp_path / "d.safetensors")
+    recipe = edit(str(base), tmp_path / "edited", direction=tmp_path / "d.safetensors", scope="layers:1-2")
+    assert max(each.leak for each in recipe.tensors if each.leak is not None) <= 0.02
+    found = verify(tmp_path / "edited")
+    assert found.verification is not None
+    assert found.verification.rebuilt
+    assert found.verification.unexpected_changes == []
+    assert found.verification.passed
+    assert found.leaks["model.layers.1.mlp.experts.down_proj"].leak == pytest.approx(
+        next(t.leak for t in recipe.tensors if t.name == "model.layers.1.mlp.experts.down_proj"), rel=1e-3
+    )
