@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.interventions import AffineMap
 from .checkpoint import Checkpoint
 from .rounding.base import GRIDS, EditStats, Scales
+from .rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from .safetensors_file import TensorInfo
 from .tensor_edit import TensorEdit, TensorRecord
 
 FP4 = torch.float4_e2m1fn_x2
 BLOCKS, SCALES = "_blocks", "_scales"
+PASSES = 4  # in which what rounding lost of the edit is taken out again
 BLOCK = 32  # numbers that share a scale
 BIAS = 127  # of the exponents of scales
 VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
@@ -111,9 +114,38 @@ class PackedEdit:
         vectors = numbers.shape[0 if by_rows else 1]
         components = None if given is None else given.numpy()
         kernel = self.edit.kernel(FP4, self.rounding)
+        unedited = (numbers * former.repeat_interleave(BLOCK, -1)).double()
         stats = kernel(numbers.numpy(), by_rows, 0, vectors, tables, components)
+        if self.rounding == DEFAULT_ROUNDING:
+            stats = self._settle(numbers, tables._replace(values=new.numpy(), edited=None), unedited, given, stats)
         blocks.copy_(pack(numbers))
         return stats
+
+    def _settle(
+        self, numbers: torch.Tensor, scales: Scales, before: torch.Tensor, given: torch.Tensor | None, stats: EditStats
+    ) -> EditStats:
+        """Take what rounding lost of the edit out of `numbers` [out, in], again and again, and measure what is left.
+
+        Steps between numbers of four bits are larger than most changes, so one pass of rounding does not end.
+        """
+        by_rows = self.edit.axis % 3 == 1
+        affine, table = self.edit.vectors_map(), torch.from_numpy(scales.values)
+        v = affine.v
+        wide = (table.mT if by_rows else table).repeat_interleave(BLOCK, -1).double()
+
+        def component(weight: torch.Tensor) -> torch.Tensor:
+            return (weight if by_rows else weight.mT) @ v
+
+        old = component(before)
+        taken = old if given is None else given.double().mT
+        wanted = old - taken @ (v.mT @ affine.u).mT + v.mT @ affine.s
+        correction = AffineMap(torch.linalg.pinv(v).mT.contiguous(), v, torch.zeros_like(affine.s))
+        kernel = ROUNDING_SCHEMES.find(self.rounding).load()(correction, FP4)
+        for _ in range(PASSES):
+            missing = component(numbers * wide) - wanted
+            kernel(numbers.numpy(), by_rows, 0, len(missing), scales, missing.mT.contiguous().numpy())
+        lost = float((component(numbers * wide) - wanted).square().sum())
+        return stats._replace(lost=lost, change=float((numbers * wide - before).square().sum()))
 
     def _largest(self, weight: torch.Tensor, by_rows: bool, given: torch.Tensor | None) -> torch.Tensor:
         """The largest number of every block of the edited `weight` [out, in]."""

@@ -126,6 +126,8 @@ def edit(
         written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
         how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
         if settings.format == "lora":
+            if planned.packed.keys() & planned.edits.keys():
+                raise OrthogonalizeError(f"an adapter cannot hold edits of MXFP4 experts ({model}); omit --format lora")
             weights = source.fingerprint()
             if resolved.base_weights not in (None, weights):
                 raise OrthogonalizeError(f"{model} is not the base of the recipe (its weights differ)")

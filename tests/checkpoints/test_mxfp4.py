@@ -86,7 +86,7 @@ def test_an_edit_that_changes_nothing_gives_the_same_bytes(base):
         assert torch.equal(plan.edited(name), before[name]), name
 
 
-@pytest.mark.parametrize(("rounding", "leak"), [("cancelling", 0.02), ("nearest", 1.0)])
+@pytest.mark.parametrize(("rounding", "leak"), [("cancelling", 1e-3), ("nearest", 1.0)])
 def test_the_edit_survives_four_bits(base, tmp_path, rounding, leak):
     plan = bake(
         open_checkpoint(base), map_sites(parse_scope("layers:1-2"), LAYERS, lambda _: removal(direction()[None]))
@@ -105,9 +105,9 @@ def test_the_edit_survives_four_bits(base, tmp_path, rounding, leak):
         exact = old - (old @ direction())[..., None] * direction()
         left = float((new @ direction()).norm() / (old @ direction()).norm())
         assert left <= leak
-        assert left == pytest.approx(written.records[name].leak, rel=1e-3)
+        assert left == pytest.approx(written.records[name].leak, rel=1e-2, abs=1e-6)
         nearest = dequantised(dict(zip((name + BLOCKS, name + SCALES), quantised(exact), strict=True)), name).double()
-        assert (new - exact).norm() <= 1.5 * (nearest - exact).norm()
+        assert (new - exact).norm() <= 2.5 * (nearest - exact).norm()
 
 
 def test_what_is_stored_computes_as_the_bfloat16_edit_does(base, tmp_path):
@@ -136,12 +136,12 @@ def test_what_is_stored_computes_as_the_bfloat16_edit_does(base, tmp_path):
 def test_recipe_rebuilds_the_stored_bytes_and_verifies(base, tmp_path):
     save_file({"direction": direction()}, tmp_path / "d.safetensors")
     recipe = edit(str(base), tmp_path / "edited", direction=tmp_path / "d.safetensors", scope="layers:1-2")
-    assert max(each.leak for each in recipe.tensors if each.leak is not None) <= 0.02
+    assert max(each.leak for each in recipe.tensors if each.leak is not None) <= 1e-3
     found = verify(tmp_path / "edited")
     assert found.verification is not None
     assert found.verification.rebuilt
     assert found.verification.unexpected_changes == []
     assert found.verification.passed
     assert found.leaks["model.layers.1.mlp.experts.down_proj"].leak == pytest.approx(
-        next(t.leak for t in recipe.tensors if t.name == "model.layers.1.mlp.experts.down_proj"), rel=1e-3
+        next(t.leak for t in recipe.tensors if t.name == "model.layers.1.mlp.experts.down_proj"), rel=1e-2, abs=1e-6
     )
