@@ -152,8 +152,9 @@ def test_edits_are_confirmed_by_answers_as_long_as_refusals_need(model, sources,
     monkeypatch.setattr(extraction, "AnswerCheck", AllRefuse)
     settings = dataclasses.replace(SMALL, trials=2, finders=("dim",))
     found = extract(str(model), tmp_path / "run", **sources, settings=settings)
-    own, confirming, others = lengths[:3], lengths[3:6], lengths[6:]
-    assert own == [ANSWER_START, ANSWER_TOKENS, ANSWER_TOKENS], "to fit to, on both sides, and to measure along"
+    own, confirming, others = lengths[:4], lengths[4:7], lengths[7:]
+    fitted = [ANSWER_START, ANSWER_TOKENS, ANSWER_START]
+    assert own == [*fitted, ANSWER_TOKENS], "to fit to, on both sides and of spare prompts, and to measure along"
     assert len(confirming) == 3, "the base's answers, and those of both edits"
     assert len(others) == 2, "the wording of both sides, since no edit is chosen"
     assert min(confirming + others) >= max(LEAST_TOKENS, 100)
