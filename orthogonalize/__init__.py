@@ -1,9 +1,9 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
 Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `merge`, `push`, `verify`,
-`sweep`, `judge`, `compare`, `rank`, `describe` and `demo`. The algebra under them is also exported, and so are the
-registries that plugins add to. Import from this package only; everything below it may move. A name is loaded on first
-use, so that importing the package, or asking the command line for help, does not wait for torch.
+`sweep`, `judge`, `compare`, `rank`, `describe`, `doctor` and `demo`. The algebra under them is also exported, and so
+are the registries that plugins add to. Import from this package only; everything below it may move. A name is loaded on
+first use, so that importing the package, or asking the command line for help, does not wait for torch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .commands.compare import compare as compare
     from .commands.demo import demo as demo
     from .commands.describe import describe as describe
+    from .commands.doctor import doctor as doctor
     from .commands.edit import edit as edit
     from .commands.evaluate import evaluate as evaluate
     from .commands.extract import extract as extract
@@ -155,6 +156,7 @@ _MODULES = {
     "compare": "commands.compare",
     "demo": "commands.demo",
     "describe": "commands.describe",
+    "doctor": "commands.doctor",
     "edit": "commands.edit",
     "evaluate": "commands.evaluate",
     "extract": "commands.extract",

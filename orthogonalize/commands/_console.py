@@ -124,6 +124,16 @@ def show_sweep(sweep: Any) -> None:
     console.print(table)
 
 
+def show_findings(findings: Sequence[Any]) -> None:
+    """What `doctor` found, one thing per row."""
+    table = Table(title="this machine")
+    for name in ("", "found", "state", "what to do"):
+        table.add_column(name, overflow="fold")
+    for each in findings:
+        table.add_row(*map(escape, (each.name, each.found, each.state, each.advice)))
+    console.print(table)
+
+
 def show_judged(judged: Any) -> None:
     """The rates that a judge found, in total and by category; for a report, those of both models."""
     if hasattr(judged, "edited"):
