@@ -149,10 +149,9 @@ class Settings:
             raise OrthogonalizeError("--engine vllm runs its own classes only, not --trust-remote-code")
         if self.engine == "stream" and self.trust_remote_code:
             raise OrthogonalizeError("--engine stream runs transformers' own classes only, not --trust-remote-code")
-        if self.download is False and self.engine not in ("auto", "stream"):
-            raise OrthogonalizeError(
-                f"--no-download needs --engine stream; --engine {self.engine} loads the whole model"
-            )
+        loading = "vllm" if self.engine_options != ONE_DEVICE else self.engine
+        if self.download is False and loading not in ("auto", "stream"):
+            raise OrthogonalizeError(f"--no-download needs --engine stream; --engine {loading} loads the whole model")
         if self.own_answers is not None and not Path(self.own_answers).is_file():
             raise OrthogonalizeError(f"no such file: {self.own_answers} (--own-answers)")
         if self.engine in ("hf", "vllm") and self.own_answers is not None:
