@@ -61,9 +61,17 @@ def test_a_run_of_a_model_on_the_hub_is_that_of_the_same_model_here(model, sourc
 def test_engines_that_load_the_model_from_the_disk_do_not_read_it_on_the_hub(sources, hub, tmp_path):
     with pytest.raises(OrthogonalizeError, match="--no-download needs --engine stream; --engine hf loads"):
         extract("some/model", tmp_path / "run", **sources, settings=SETTINGS, engine="hf", download=False)
-    with pytest.raises(OrthogonalizeError, match="--engine vllm loads"):  # which its options choose
-        options = EngineOptions(tensor_parallel_size=2)
-        extract("some/model", tmp_path / "run", **sources, settings=SETTINGS, engine_options=options, download=False)
+    options = EngineOptions(tensor_parallel_size=2)  # which choose vLLM
+    with pytest.raises(OrthogonalizeError, match="--engine vllm loads"):
+        extract(
+            "some/model",
+            tmp_path / "run",
+            **sources,
+            settings=SETTINGS,
+            engine="auto",
+            engine_options=options,
+            download=False,
+        )
 
 
 def test_an_edit_that_is_not_fitted_yet_is_fitted_there_too(model, sources, hub, tmp_path, monkeypatch):
