@@ -21,6 +21,7 @@ START_VLLM = {
     "edits/test_lora.py",
     "commands/test_served_extract.py",
     "engines/test_engine_streams.py",
+    "engines/test_openai_client.py",
     "engines/test_served_llama.py",
     "engines/test_vllm.py",
     "evals/test_judges.py",
