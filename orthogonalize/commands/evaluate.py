@@ -221,7 +221,7 @@ def evaluate(
         options=options, prompts=prompts, measure=measure,
     )  # fmt: skip
     unlike = mismatches(folder, base, found.info, checkpoint)
-    check_origins(unlike, allow_other_base)
+    check_origins(unlike, allow_other_base, recipe=(checkpoint / RECIPE).is_file())
     plan = ready.plan
     if redact and plan.every_model_answers and not plan.sensitive:
         note("no set is marked sensitive, so nothing is left out; extract --sensitive marks your own prompts")

@@ -12,6 +12,7 @@ from ..models.names import public_name
 from ..selection.run_folder import RunInfo
 
 OPTION = "--allow-other-base"
+OTHER_RUN = "the run is of another model"
 
 
 def _same_weights(one: Checkpoint, two: Checkpoint) -> bool:
@@ -50,17 +51,21 @@ def mismatches(base: Path, name: str, run: RunInfo, checkpoint: Path | None = No
                     "its weights differ"
                 )
     if run.weights != weights:
-        found.append(f"the run is of another model ({public_name(run.model)}) than {base_name}: their weights differ")
+        found.append(f"{OTHER_RUN} ({public_name(run.model)}) than {base_name}: their weights differ")
     return found
 
 
-def check_origins(found: list[str], allowed: bool) -> None:
+def check_origins(found: list[str], allowed: bool, recipe: bool = True) -> None:
     """Refuse what does not belong together, or say it.
+
+    A checkpoint without a `recipe` does not say what it was made from. A run of another model than the base, whose
+    prompts are then all that is used of it, is only said.
 
     Raises:
         OrthogonalizeError: something does not, and it is not `allowed`.
     """
-    if found and not allowed:
-        raise OrthogonalizeError(f"{'; '.join(found)}; {OPTION} measures it all the same, and says so")
+    refused = [each for each in found if recipe or not each.startswith(OTHER_RUN)]
+    if refused and not allowed:
+        raise OrthogonalizeError(f"{'; '.join(refused)}; {OPTION} measures it all the same, and says so")
     for each in found:
-        note(f"{each} ({OPTION})")
+        note(f"{each} ({OPTION})" if each in refused else each)

@@ -97,6 +97,18 @@ def test_eval_refuses_or_says_it_first(case, model, run, edited, other, another_
         assert "**Not a fair comparison: " in card_text(load_recipe(edited), {}, report)
 
 
+def test_a_run_of_another_model_is_said_of_a_checkpoint_without_a_recipe(model, edited, other, another_run, tmp_path):
+    """It does not say what it was made from, so only the prompts of the run are used."""
+    bare = tmp_path / "bare"
+    shutil.copytree(edited, bare, ignore=shutil.ignore_patterns("orthogonalize.json"))
+    words = ["--run", another_run, *QUICK, "--out", tmp_path / "report"]
+    status, said = command("eval", bare, "--base", model, *words)
+    assert status == 0, said
+    assert said.startswith("not a fair comparison: the run is of another model")
+    assert load_report(tmp_path / "report").mismatches
+    assert command("eval", model, "--base", model, *words, "--force")[0] == 1
+
+
 def test_sweep_refuses_or_says_it_first(model, another_run, tmp_path):
     words = ["sweep", model, "--run", another_run, "--methods", "ablate", "--scopes", "one", *QUICK]
     words += ["--out", tmp_path / "sweep"]
