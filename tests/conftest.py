@@ -72,6 +72,18 @@ def proof(request):
         record(folder, measured)
 
 
+@pytest.fixture(scope="session")
+def class_proof(request):
+    """Collects what was found of every class of transformers; with --proof it is written to the documentation."""
+    from helpers.proof_table import record_classes
+
+    measured: dict[str, dict] = {}
+    yield measured
+    folder = request.config.getoption("--proof")
+    if folder is not None:
+        record_classes(folder, measured)
+
+
 @pytest.fixture
 def one_thread():
     """Run torch on one thread: matrices this small take longer to distribute than to multiply."""

@@ -10,13 +10,14 @@ value is the axis that corresponds to the residual stream.
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from ..core.errors import OrthogonalizeError, shown
 
@@ -72,11 +73,19 @@ class ValueBias(_Data):
     zeros: tuple[str, ...] = ()
 
 
+def _several(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class Part(_Data):
     """A module whose output is added to the stream: its writes, its reads and the norms around it.
 
     Attributes:
         norm: names that the norm before it may have; empty if it reads the stream directly.
+        post_norm: the norms that its output passes before it is added, in this order; another part's may join before
+            the last.
+        sometimes: those of them that only some models or layers have.
+        stored_as: the modules of writes that transformers keeps under other names than checkpoints do.
         scale: the configuration path (see `setting`) of a factor on the output.
         scale_inside: whether the module applies that factor itself.
     """
@@ -85,7 +94,9 @@ class Part(_Data):
     writes: dict[str, int]
     reads: dict[str, int] = {}
     norm: tuple[str, ...] = ()
-    post_norm: str | None = None
+    post_norm: Annotated[tuple[str, ...], BeforeValidator(_several)] = ()
+    sometimes: tuple[str, ...] = ()
+    stored_as: dict[str, str] = {}
     scale: str | None = None
     scale_inside: bool = False
     bias: Bias | None = None
@@ -157,14 +168,16 @@ class Architecture(_Data):
     """One model family, as described by its TOML file.
 
     Attributes:
+        layer_count: the configuration keys that may say how many layers there are, by a number or a list of them.
         embed_module: the module in the decoder whose output is the embedding, where others than the blocks read it.
+        normalised: whether the stream itself passes through norms, so that what no block writes can come back.
         refused: edits that weights of this family cannot make exactly, and why: of the `embed`ding, of what blocks
             and the head read (`reads`), or `conditional` ones.
     """
 
     family: str
     model_types: tuple[str, ...]
-    layer_count: str
+    layer_count: Annotated[tuple[str, ...], BeforeValidator(_several)]
     hidden_size: str
     expert_count: tuple[str, ...] = ("num_experts", "num_local_experts")
     decoder_modules: tuple[str, ...]
@@ -181,11 +194,14 @@ class Architecture(_Data):
     requires: dict[str, bool] = {}
     inert: tuple[str, ...] = ()
     embed_module: str | None = None
+    normalised: bool = False
     refused: dict[Literal["embed", "reads", "conditional"], str] = {}
 
     def layers(self, config: Mapping[str, Any]) -> int:
-        """The number of layers that `config` (a parsed config.json) declares."""
-        return self._number(config, self.layer_count)
+        """The number of layers that `config` (a parsed config.json) declares, as a number or as a list of them."""
+        key = next((key for key in self.layer_count if setting(config, key) is not None), self.layer_count[0])
+        listed = setting(config, key)
+        return len(listed) if isinstance(listed, list | str) and listed else self._number(config, key)
 
     def width(self, config: Mapping[str, Any]) -> int:
         """The width of the residual stream that `config` declares."""
@@ -241,6 +257,11 @@ def setting(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
         else:
             return default
     return default if found is None else found
+
+
+def without_experts(name: str) -> str:
+    """A tensor's name as descriptions have it, with `{expert}` for the number of an expert."""
+    return re.sub(r"(?<=experts)\.\d+\.", ".{expert}.", name)
 
 
 def bias_name(weight: str) -> str:

@@ -86,27 +86,30 @@ def _plan_write(plan: EditPlan, site: Site, affine: AffineMap) -> None:
 
 def _plan_part(plan: EditPlan, site: Site, part: Part, affine: AffineMap) -> None:
     layer = int(site.layer or 0)
-    if part.post_norm is not None:
-        norm = plan.sites.in_layer(f"{part.post_norm}.weight", layer)
-        affine = conjugate(affine, _norm_weight(plan, norm, site, affine.width))
+    affine = _before_norms(plan, site, part, affine)
     for write in plan.sites.writes(part, layer):
-        plan.edit(write.name, site, write.axis, affine, "matrix")
+        bare = len(plan.checkpoint.shape(write.name)) == 1
+        plan.edit(write.name, site, write.axis, affine, "vectors" if bare else "matrix")
         bias = bias_name(write.name)
         if bias in plan.source.tensors:
             plan.edit(bias, site, len(plan.checkpoint.shape(bias)) - 1, affine, "vectors")
 
 
+def _before_norms(plan: EditPlan, site: Site, part: Part, affine: AffineMap) -> AffineMap:
+    """The map of what `part` writes before the norms after it, if there are any (see `conjugate`)."""
+    names = plan.sites.post_norms(part, int(site.layer or 0))
+    scales = [_norm_weight(plan, name, site, affine.width) for name in names]
+    return conjugate(affine, torch.stack(scales).prod(0)) if scales else affine
+
+
 def _plan_conditional(plan: EditPlan, matrix: WriteMatrix, conditional: ConditionalMap) -> None:
     """Plan the conditional edit of one write matrix, or of its experts."""
-    layer = int(matrix.site.layer or 0)
     found = plan.sites.write_matrices(matrix.site).get(matrix)
     if found is None:
         raise OrthogonalizeError(f"the checkpoint has no write matrix {matrix}; was the edit fitted to another model?")
     part, stored = found
     affine = conditional.directions
-    if part.post_norm is not None:
-        norm = plan.sites.in_layer(f"{part.post_norm}.weight", layer)
-        affine = conjugate(affine, _norm_weight(plan, norm, matrix.site, affine.width))
+    affine = _before_norms(plan, matrix.site, part, affine)
     _check_inputs(plan, matrix, stored, conditional)
     # Of experts that are stored one by one, each has its own components; fused ones have them in the same order.
     parts = conditional.c if len(stored) > 1 else [conditional.c]

@@ -40,7 +40,7 @@ def place_constant(plan: EditPlan, site: Site, vector: torch.Tensor) -> None:
     reasons: list[str] = []
     for route in (_vllm_bias, _llama_bias, _backend_bias, _value_bias):
         for where, part in parts:
-            if part.post_norm is not None:
+            if part.post_norm:
                 reason: str | None = "a norm after the block rescales any constant"
             else:
                 reason = route(plan, where, part, vector / _scale(plan, part))

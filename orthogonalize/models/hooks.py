@@ -14,7 +14,7 @@ from torch import nn
 from ..architectures.schema import Norms
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, conjugate, shift
-from .stream import Stream, norm_weight, squares_of
+from .stream import Stream, squares_of
 from .write_matrices import conditionally_edited
 
 Handles = Iterator[torch.utils.hooks.RemovableHandle]
@@ -95,12 +95,16 @@ def _hook_write(stream: Stream, site: Site, affine: AffineMap, renormalise: bool
     if not parts:  # the family's blocks have no MLP, so attention adds the constant
         site, affine = Site("attn", site.layer), shift(affine.s)
         parts = stream.parts(site)
+    mapped: set[nn.Module] = set()
     for number, part in enumerate(parts):
-        module = stream.output(site, part)
-        if part.post_norm is not None and not renormalise:
-            before = conjugate(affine, norm_weight(module, stream.architecture.norms))
-            yield _map_before_norm(module, before.scaled(strength))
+        module, scale = stream.output(site, part), stream.post_scale(site, part)
+        if scale is not None and not renormalise:
+            before = conjugate(affine, scale)
+            yield _map_before_norm(stream.post_norms(site, part)[0], before.scaled(strength))
             continue
+        if module in mapped:  # a norm after the sum of several parts
+            continue
+        mapped.add(module)
         factor = 1.0 if part.scale_inside else stream.architecture.scale(part.scale, stream.config)
         once = replace(affine, s=affine.s / factor) if number == 0 else affine.unshifted
         yield map_output(module, once.scaled(strength))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..architectures.schema import Architecture, Embedded, Part, bias_name, text_config
+from ..architectures.schema import Architecture, Embedded, Part, bias_name, text_config, without_experts
 from ..checkpoints.quantization import refuse_packed
 from ..checkpoints.safetensors_file import TensorInfo
 from ..core.errors import OrthogonalizeError
@@ -92,7 +92,7 @@ class Sites:
         for part in self.parts(site):
             for template in part.writes:
                 stored = self.writes(part, layer, [template])
-                if not stored:
+                if not stored or len(self.tensors[stored[0].name].shape) == 1:  # a vector that is added has no input
                     continue
                 routed = "{expert}" in template or len(self.tensors[stored[0].name].shape) == 3
                 name = EXPERTS if routed else template.removesuffix(".weight")
@@ -102,7 +102,7 @@ class Sites:
     def reads(self, part: Part, layer: int) -> list[Located]:
         """The tensors through which `part` of block `layer` reads."""
         found = self._locate(part.reads, layer)
-        if not found:
+        if not found and part.reads:
             raise OrthogonalizeError(f"the checkpoint lacks {self.in_layer(next(iter(part.reads)), layer)}")
         return found
 
@@ -135,6 +135,11 @@ class Sites:
         if not names or not self.architecture.norms.parameters:
             return None
         return next((name for name in names if name in self.tensors), names[0])
+
+    def post_norms(self, part: Part, layer: int) -> list[str]:
+        """The weights of the norms that the output of `part` passes before it is added, in order."""
+        names = [(norm, self.in_layer(f"{norm}.weight", layer)) for norm in part.post_norm]
+        return [name for norm, name in names if name in self.tensors or norm not in part.sometimes]
 
     def embedded(self) -> Iterator[tuple[Embedded, str]]:
         """The tensors that write to the stream before the first block."""
@@ -222,7 +227,7 @@ class Sites:
             inner = block.fullmatch(name[len(self.decoder) :])
             if inner and int(inner[1]) >= layers:
                 continue
-            relative = re.sub(r"\.\d+\.", ".{expert}.", inner[2]) if inner else name
+            relative = without_experts(inner[2]) if inner else name
             if not _is_described(relative, known if inner else outside):
                 raise OrthogonalizeError(
                     f"the architecture file of {self.architecture.family} does not describe {name}, which is as wide "
@@ -241,6 +246,7 @@ class Sites:
         named = {self._name(entry) for entry in entries}
         before = self.architecture.head.before
         # If the decoder has no prefix, its names and those of the root share one namespace.
+        named |= {self.decoder + name for name in self.architecture.inert}
         return named | {self.head, *([self.decoder + before] if before else [])}
 
 

@@ -81,13 +81,25 @@ class Stream:
         return self.model.get_submodule(f"{self.block_name(int(site.layer or 0))}.{name}")
 
     def output(self, site: Site, part: Part) -> nn.Module:
-        """The module whose output is added to the stream; a norm after the block counts as part of it."""
-        return self.inner(site, part.post_norm or part.module)
+        """The module whose output is added to the stream; norms after the block count as part of it."""
+        return [self.inner(site, part.module), *self.post_norms(site, part)][-1]
+
+    def post_norms(self, site: Site, part: Part) -> list[nn.Module]:
+        """The norms that the output of `part` passes before it is added, in order."""
+        held = [part.stored_as.get(f"{name}.weight", name) for name in part.post_norm]
+        found = [(name, self.find(site, module)) for name, module in zip(part.post_norm, held, strict=True)]
+        return [m if m is not None else self.inner(site, n) for n, m in found if m or n not in part.sometimes]
+
+    def post_scale(self, site: Site, part: Part) -> torch.Tensor | None:
+        """What the norms after `part` multiply its output by, [d] on the CPU; None if there are none."""
+        scales = [norm_weight(norm, self.architecture.norms) for norm in self.post_norms(site, part)]
+        return torch.stack(scales).prod(0) if scales else None
 
     def norm(self, site: Site, part: Part) -> nn.Module | None:
         """The norm through which `part` reads; None if it reads the stream directly."""
         block = self.block_name(int(site.layer or 0))
-        found = (self._module(f"{block}.{name}") for name in part.norm)
+        held = (part.stored_as.get(f"{name}.weight", name) for name in part.norm)
+        found = (self._module(f"{block}.{name}") for name in held)
         return next((module for module in found if module is not None), None)
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ..architectures.schema import Part
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import EXPERTS, ConditionalMap, Site, WriteMatrix
-from .stream import Stream, norm_weight, squares_of
+from .stream import Stream, squares_of
 
 PRODUCTS = {
     nn.functional.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm,
@@ -28,11 +28,15 @@ PRODUCTS = {
 
 @dataclass(frozen=True)
 class WriteModule:
-    """A write matrix in a running model: the module that holds it, and the part of the block that it belongs to."""
+    """A write matrix in a running model: the module that holds it, and the part of the block that it belongs to.
+
+    `parameter` is the module's parameter, [experts, …] for routed experts.
+    """
 
     matrix: WriteMatrix
     part: Part
     module: nn.Module
+    parameter: str = "weight"
 
 
 Watch = Callable[[torch.Tensor, torch.Tensor, "int | None"], "torch.Tensor | None"]
@@ -46,15 +50,21 @@ def write_modules(stream: Stream, site: Site) -> dict[WriteMatrix, WriteModule]:
     for part in stream.parts(site):
         for template in part.writes:
             name = template.removesuffix(".weight")
-            module = None if "{expert}" in name else stream.find(site, name)
-            if module is not None and getattr(module, "weight", None) is not None:
+            held = part.stored_as.get(template, name)
+            module = None if "{expert}" in name else stream.find(site, held)
+            weight = getattr(module, "weight", None)
+            if module is not None and isinstance(weight, torch.Tensor) and weight.dim() == 2:
                 matrix = WriteMatrix(site, name)
                 found[matrix] = WriteModule(matrix, part, module)
                 continue
+            if template.endswith("bias"):
+                continue
             experts = _experts_of(stream.inner(site, part.module))
-            if experts is not None:
-                matrix = WriteMatrix(site, EXPERTS)
-                found[matrix] = WriteModule(matrix, part, experts)
+            matrix = WriteMatrix(site, EXPERTS)
+            if module is not None and isinstance(weight, torch.Tensor):
+                found[matrix] = WriteModule(matrix, part, module)
+            elif experts is not None:
+                found[matrix] = WriteModule(matrix, part, experts, "down_proj")
     return found
 
 
@@ -105,9 +115,10 @@ def watching(model: nn.Module, watches: Mapping[WriteMatrix, Watch]) -> Iterator
     routed: dict[int, tuple[nn.Parameter, Watch]] = {}
     with ExitStack() as stack:
         for matrix, watch in watches.items():
-            module = _find(stream, matrix).module
+            held = _find(stream, matrix)
+            module = held.module
             if matrix.routed:
-                parameter = module.get_parameter("down_proj")
+                parameter = module.get_parameter(held.parameter)
                 routed[parameter.untyped_storage().data_ptr()] = parameter, watch
                 continue
             handle = module.register_forward_hook(lambda _m, args, out, watch=watch: watch(args[0], out, None))
@@ -147,14 +158,15 @@ def conditionally_edited(
     watches: dict[WriteMatrix, Watch] = {}
     with ExitStack() as stack:
         for matrix, conditional in maps.items():
-            post_norm = _find(stream, matrix).part.post_norm
-            if post_norm is None:
+            part = _find(stream, matrix).part
+            scale = stream.post_scale(matrix.site, part)
+            if scale is None:
                 watches[matrix] = conditional
                 continue
-            norm = stream.inner(matrix.site, post_norm)
-            edited = _BeforeNorm(conditional, norm, stream)
+            edited = _BeforeNorm(conditional, scale, stream)
             watches[matrix] = edited
-            if renormalise:
+            if renormalise and not matrix.routed:  # an expert sees some of the tokens, the norm their sum over experts
+                norm = stream.post_norms(matrix.site, part)[0]
                 stack.callback(norm.register_forward_hook(edited.restore_scale).remove)
         stack.enter_context(watching(model, watches))
         yield model
@@ -163,8 +175,8 @@ def conditionally_edited(
 class _BeforeNorm:
     """A conditional map before a norm that follows the block; `restore_scale` undoes what that does to the norm."""
 
-    def __init__(self, conditional: ConditionalMap, norm: nn.Module, stream: Stream) -> None:
-        self.conditional = conditional.before_norm(norm_weight(norm, stream.architecture.norms))
+    def __init__(self, conditional: ConditionalMap, scale: torch.Tensor, stream: Stream) -> None:
+        self.conditional = conditional.before_norm(scale)
         self.squares = squares_of(stream.architecture.norms, stream.architecture.epsilon(stream.config))
         self.ratio = torch.ones(())
 

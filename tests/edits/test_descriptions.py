@@ -130,7 +130,7 @@ def test_true_description_is_proven_of_every_kind_of_edit(twin):
     ("update", "message"),
     [
         ({"writes": {}}, r"does not describe .*down_proj|still writes"),
-        ({"post_norm": None}, r"differ from hooks|still writes"),
+        ({"post_norm": ()}, r"differ from hooks|still writes"),
         ({"writes": {"mlp.down_proj.weight": 0, "mlp.up_proj.weight": 1}}, r"differ from hooks|does not show"),
     ],
 )

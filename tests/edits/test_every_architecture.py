@@ -15,6 +15,7 @@ from helpers.expectations import (
     NATIVE,
     NEVER_UNTIED,
     READ_REFUSED,
+    SINGLE_PRECISION,
     VALUE,
 )
 from helpers.tiny_models import TINY, store_tiny
@@ -53,10 +54,13 @@ def test_every_read_of_every_family_equals_hooks(name, bases, tmp_path):
     """With a different map at every read site."""
     base = bases(name)
     if name in NEVER_UNTIED | READ_REFUSED:
-        with pytest.raises(OrthogonalizeError, match=r"vLLM always takes|LayerNorm with a bias"):
+        with pytest.raises(
+            OrthogonalizeError, match=r"vLLM always takes|LayerNorm with a bias|cannot be edited by what is read"
+        ):
             bake(base.checkpoint, every_read())
         return
-    assert compare(base, every_read(), tmp_path / "edited", rescaled=True) <= EXACT
+    allowed = 1e-6 if name in SINGLE_PRECISION else EXACT
+    assert compare(base, every_read(), tmp_path / "edited", rescaled=True) <= allowed
 
 
 def route(changes: dict) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 # vLLM uses the embedding as the head, so edits that need an untied head are refused.
-NEVER_UNTIED = {"lfm2"}
+NEVER_UNTIED = {"lfm2", "lfm2_moe"}
 # The head (or, in StableLM, a block's readers) reads the norm's bias and has no bias that could compensate.
 READ_REFUSED = {"gpt2", "gpt_neox", "opt", "opt projected", "starcoder2", "stablelm", "stablelm parallel"}
+READ_REFUSED |= {"nemotron", "phimoe", "falcon", "falcon two norms", "gemma4", "gemma4 experts"}
 # Where a constant at a layer's input, the output of the MLP before it, is stored.
 NATIVE, LLAMA, BACKEND, VALUE = "native bias", "as Llama", "Transformers backend", "value bias"
 WITH_BIASES = ["llama", "granite", "smollm3", "phi", "gpt2", "gpt_neox", "opt", "opt projected", "starcoder2"]
@@ -18,9 +19,11 @@ ACTADD = {
 # Where a constant at the output of an attention block is stored.
 ACTADD_ATTENTION = {
     **ACTADD,
-    **dict.fromkeys(["olmo", "granitemoehybrid", "falcon_h1", "lfm2"], NATIVE),
+    **dict.fromkeys(["olmo", "granitemoehybrid", "falcon_h1", "lfm2", "lfm2_moe"], NATIVE),
     **dict.fromkeys(["qwen3", "qwen3_moe", "gemma", "deepseek_v3"], BACKEND),
     **dict.fromkeys(["stablelm", "qwen2_moe"], VALUE),
 }
 # No constants on the embedding: image features have no bias there, or the embedding cannot be edited alone.
 EMBEDDING_REFUSED = NEVER_UNTIED | {"gemma3 multimodal", "ministral3 multimodal", "llama4 multimodal"}
+# Families whose routers transformers keeps in float32, whatever the dtype of the model.
+SINGLE_PRECISION = {"ernie4_5_moe", "hunyuan_v1_moe"}

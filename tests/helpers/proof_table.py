@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,37 @@ def table(known: dict[str, dict[str, Any]]) -> str:
     """The table of all measurements, one row per model."""
     ruler = "|" + "---|" * (HEAD.count("|") - 1)
     return "\n".join([HEAD, ruler, *(_row(name, of) for name, of in sorted(known.items()))])
+
+
+CLASSES_BEGIN, CLASSES_END = "<!-- classes: made by make prove -->", "<!-- end of classes -->"
+
+
+def record_classes(folder: Path, measured: dict[str, dict[str, Any]]) -> None:
+    """Store `measured` as classes.json and rewrite the table of classes."""
+    (folder / "classes.json").write_text(json.dumps(dict(sorted(measured.items())), indent=1) + "\n", "utf-8")
+    page = folder / "architectures.md"
+    text = page.read_text("utf-8")
+    before, _, rest = text.partition(CLASSES_BEGIN)
+    _, _, after = rest.partition(CLASSES_END)
+    page.write_text(f"{before}{CLASSES_BEGIN}\n{class_table(measured)}\n{CLASSES_END}{after}", "utf-8")
+
+
+def class_table(measured: dict[str, dict[str, Any]]) -> str:
+    """The table of all classes, one row each, after a line that counts them."""
+    rows = [_class_row(name, of) for name, of in sorted(measured.items())]
+    passed = sum("conditional" in of.get("gaps", {}) and "conditional" not in of["refused"] for of in measured.values())
+    seconds = sum(of["seconds"] for of in measured.values())
+    counts = f"{passed} of {len(measured)} classes ({passed / len(measured):.0%}) pass, in {seconds:.0f} seconds."
+    head = "| class | blocks | conditional | embedding | reads | seconds | what is missing |"
+    return "\n".join([counts, "", head, "|" + "---|" * 7, *rows])
+
+
+def _class_row(name: str, of: dict[str, Any]) -> str:
+    gaps, refused = of.get("gaps", {}), of.get("refused", {})
+    cells = ["refused" if k in refused else _small(gaps.get(k)) for k in ("blocks", "conditional", "embed", "reads")]
+    missing = of.get("reason") or "; ".join(dict.fromkeys(refused.values()))
+    return f"| {name} | {' | '.join(cells)} | {of['seconds']:.1f} | {_without_paths(missing)} |"
+
+
+def _without_paths(text: str) -> str:
+    return re.sub(r"/\S*/", "", text).replace("|", "/").replace("\n", " ")[:160]

@@ -95,6 +95,12 @@ def mamba(h: int) -> dict[str, Any]:
     }
 
 
+def selective(h: int) -> dict[str, Any]:
+    """Settings of the first Mamba."""
+    kept = ("hidden_size", "num_hidden_layers", "vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+    return {k: v for k, v in dense(h).items() if k in kept} | {"state_size": 16, "expand": 2, "time_step_rank": 8}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """How to build a family's tiny models: its `model_type`, and settings by head dimension."""
@@ -145,6 +151,8 @@ QWEN_VISION = {
     "vision_start_token_id": 92,
     "vision_end_token_id": 93,
 }
+TOKENS = {key: number for key, number in QWEN_VISION.items() if key.endswith("token_id")}
+SECTIONS = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 PICTURES = "AutoModelForImageTextToText"
 
 # fmt: off
@@ -300,6 +308,106 @@ TINY: dict[str, Tiny] = {
             "eos_token_id": 2, "pad_token_id": 0,
         },
     ),
+    "seed_oss": Tiny("seed_oss", dense),
+    "hunyuan_v1_dense": Tiny("hunyuan_v1_dense", dense),
+    "ernie4_5": Tiny("ernie4_5", dense, tied=True),
+    "arcee": Tiny("arcee", dense),
+    "apertus": Tiny("apertus", headed),
+    "glm": Tiny("glm", dense),
+    "nemotron": Tiny("nemotron", headed),
+    "olmoe": Tiny("olmoe", lambda h: headed(h) | routed(h)),
+    "phimoe": Tiny("phimoe", lambda h: headed(h) | routed(h) | {"attention_bias": True, "lm_head_bias": True}),
+    "minimax_m2": Tiny("minimax_m2", lambda h: experts(h) | {"rotary_dim": h // 2}),
+    "glm4_moe": Tiny(
+        "glm4_moe", lambda h: experts(h) | {k: v for k, v in latent(h).items() if k.startswith(("n_", "first", "topk"))}
+    ),
+    "exaone_moe": Tiny(
+        "exaone_moe", lambda h: experts(h) | {"num_shared_experts": 1, "first_k_dense_replace": 1} | WINDOWED
+    ),
+    "ernie4_5_moe": Tiny(
+        "ernie4_5_moe",
+        lambda h: headed(h)
+        | {
+            "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": h + 8, "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+        },
+        tied=True,
+    ),
+    "glm4_moe_lite": Tiny("glm4_moe_lite", latent),
+    "falcon": Tiny("falcon", lambda h: headed(h) | {"num_kv_heads": 3}, tied=True),
+    "falcon two norms": Tiny(
+        "falcon", lambda h: headed(h) | {"new_decoder_architecture": True, "num_kv_heads": 3}, tied=True
+    ),
+    "mamba": Tiny("mamba", selective, tied=True),
+    "falcon_mamba": Tiny("falcon_mamba", selective, tied=True),
+    "jamba": Tiny(
+        "jamba",
+        lambda h: headed(h) | routed(h)
+        | {
+            "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 0,
+            "mamba_d_state": 16, "mamba_dt_rank": 8, "mamba_expand": 2, "use_mamba_kernels": False,
+        },
+    ),
+    "lfm2_moe": Tiny(
+        "lfm2_moe",
+        lambda h: headed(h) | routed(h)
+        | {"layer_types": ["conv", "full_attention"] * 2, "conv_L_cache": 3, "num_dense_layers": 1},
+        tied=True,
+    ),
+    "hunyuan_v1_moe": Tiny("hunyuan_v1_moe", lambda h: experts(h) | {"moe_topk": 2}),
+    "nemotron_h": Tiny(
+        "nemotron_h",
+        lambda h: {k: v for k, v in experts(h).items() if k != "num_hidden_layers"}
+        | {
+            "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "n_routed_experts": 4,
+            "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "mamba_num_heads": 6, "mamba_head_dim": h,
+            "ssm_state_size": 16, "n_groups": 1, "chunk_size": 16, "moe_shared_expert_intermediate_size": h + 16,
+        },
+    ),
+    "kimi_linear": Tiny(
+        "kimi_linear",
+        lambda h: latent(h)
+        | {
+            "num_experts": 4, "num_shared_experts": 1, "linear_head_dim": h, "linear_num_heads": 2, "q_lora_rank": None,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+    ),
+    "mistral4": Tiny("mistral4", latent, causal=PICTURES),
+    "gemma4": Tiny(
+        "gemma4_text",
+        lambda h: dense(h) | WINDOWED
+        | {
+            "global_head_dim": h, "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": VOCABULARY,
+            "num_kv_shared_layers": 2,
+        },
+        tied=True,
+    ),
+    "gemma4 experts": Tiny(
+        "gemma4_text",
+        lambda h: experts(h) | WINDOWED
+        | {
+            "global_head_dim": h, "hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2,
+        },
+        tied=True,
+    ),
+    "qwen2_vl multimodal": Tiny(
+        "qwen2_vl", lambda h: headed(h) | SECTIONS, tied=True, text="text_config", causal=PICTURES,
+        aside=TOKENS
+        | {"vision_config": {
+            "depth": 1, "embed_dim": 24, "hidden_size": 48, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        }},
+    ),
+    "qwen2_5_vl multimodal": Tiny(
+        "qwen2_5_vl", lambda h: headed(h) | SECTIONS, text="text_config", causal=PICTURES,
+        aside=TOKENS
+        | {"vision_config": QWEN_VISION["vision_config"] | {"window_size": 16, "fullatt_block_indexes": [0]}},
+    ),
+    "qwen3_vl multimodal": Tiny(
+        "qwen3_vl", lambda h: dense(h) | SECTIONS, tied=True, text="text_config", causal=PICTURES,
+        aside=TOKENS
+        | {"vision_config": QWEN_VISION["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}},
+    ),
 }
 # fmt: on
 
@@ -314,6 +422,9 @@ def randomise(model: Any, seed: int) -> None:
                 parameter.copy_(parameter + 0.3 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):  # of Gemma 4, which multiplies the stream
+                buffer.fill_(0.8)
 
 
 def build(name: str, head_dim: int = 16, seed: int = 0, **overrides: Any) -> Any:
@@ -356,7 +467,7 @@ def load_tiny(folder: Path) -> Any:
     model = model_class(folder).from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )
-    return model.eval()
+    return model.double().eval()  # some classes keep a router in float32
 
 
 def logits(model: Any, seed: int = 0) -> torch.Tensor:

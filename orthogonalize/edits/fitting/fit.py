@@ -25,7 +25,7 @@ from ...core.interventions import ConditionalMap, Site, WriteMatrix, block_sites
 from ...core.progress import track
 from ...directions.conditional import InputTokens, Weights, solve
 from ...directions.direction_set import Directions
-from ...models.stream import Stream, norm_weight, squares_of
+from ...models.stream import Stream, squares_of
 from ...models.write_matrices import WriteModule, write_modules
 from ...models.write_reading import TokenSet, WriteReader
 from ..build import no_direction
@@ -314,11 +314,10 @@ class Regression:
     def __init__(self, module: WriteModule, basis: torch.Tensor, stream: Stream, shares: Mapping[str, float]) -> None:
         self.matrix, self.basis, self.shares = module.matrix, basis, shares
         self.norm: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
-        if module.part.post_norm is not None:
-            norm = stream.inner(module.matrix.site, module.part.post_norm)
-            norms = stream.architecture.norms
-            self.norm = norm_weight(norm, norms), squares_of(norms, stream.architecture.epsilon(stream.config))
-        self.experts = len(module.module.get_parameter("down_proj")) if module.matrix.routed else 0
+        scale = stream.post_scale(module.matrix.site, module.part)
+        if scale is not None:
+            self.norm = scale, squares_of(stream.architecture.norms, stream.architecture.epsilon(stream.config))
+        self.experts = len(module.module.get_parameter(module.parameter)) if module.matrix.routed else 0
         self.seen: dict[int | None, dict[str, InputTokens]] = {}
         self.origins: dict[tuple[int | None, str], _Mean] = {}  # of the target's values, by expert and place
 

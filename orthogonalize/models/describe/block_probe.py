@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...core.errors import OrthogonalizeError
+from .twin import logits
 
 FITS = 1e-4  # largest relative error at which a sum or a multiple counts as exact
 MOST_PARTS = 3
@@ -19,18 +20,41 @@ MOST_PARTS = 3
 
 @dataclass
 class FoundPart:
-    """A module that adds to the stream, by its name in the block; its output is multiplied by `factor`."""
+    """A module that adds to the stream, by its name in the block; its output is multiplied by `factor`.
+
+    `norms` are those before it, which may differ by layer, and `post_norms` those that its output passes, in order;
+    `sometimes` are those of the latter that only some layers have. `stored_as` are the modules of writes that have
+    other names in checkpoints.
+    """
 
     module: str
     factor: float
-    post_norm: str | None = None
-    norm: str | None = None
+    post_norms: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
+    sometimes: list[str] = field(default_factory=list)
     writes: dict[str, int] = field(default_factory=dict)
     reads: dict[str, int] = field(default_factory=dict)
+    stored_as: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def written(self) -> str:
+        """The module to look at for what the part writes: its own output, or what goes into the first norm after it."""
+        return self.post_norms[0] if self.post_norms else self.module
+
+    def merge(self, other: FoundPart) -> None:
+        """Take up what was found in another layer."""
+        self.writes |= other.writes
+        self.reads |= other.reads
+        self.stored_as |= other.stored_as
+        self.norms += [name for name in other.norms if name not in self.norms]
+        apart = set(self.post_norms) ^ set(other.post_norms)
+        longer = max(self.post_norms, other.post_norms, key=len)
+        self.post_norms = longer + [n for n in (*self.post_norms, *other.post_norms) if n not in longer]
+        self.sometimes = [n for n in self.post_norms if n in {*self.sometimes, *other.sometimes, *apart}]
 
 
 def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) else value
+    return value[0] if isinstance(value, tuple | list) else value
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -50,13 +74,17 @@ class ObservedModel:
         config = model.config.get_text_config()
         self.width = int(config.hidden_size)
         count = int(config.num_hidden_layers)
-        lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        every = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+        lists = [pair for pair in every if len(pair[1]) == count]
+        lists = lists or [pair for pair in every if 2 * len(pair[1]) == count]  # blocks that count as two layers
         if not lists:
             raise OrthogonalizeError(f"{type(model).__name__} does not keep its {count} blocks in a ModuleList")
         self.list_name, self.blocks = max(lists, key=lambda pair: sum(p.numel() for p in pair[1].parameters()))
 
     @torch.inference_mode()
     def logits(self) -> torch.Tensor:
+        if next(self.model.parameters()).dtype is torch.float64:
+            return logits(self.model, self.ids)
         out: torch.Tensor = self.model(input_ids=self.ids, use_cache=False).logits
         return out
 
@@ -102,6 +130,26 @@ def _decompose(delta: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> dict
     return None
 
 
+def _reduced(delta: torch.Tensor, outputs: Mapping[str, torch.Tensor]) -> dict[str, float] | None:
+    """As `_decompose`, for any number of outputs: all distinct ones are taken, and those without weight dropped."""
+    chosen: list[str] = []
+    for name in sorted(outputs, key=lambda n: n.count(".")):  # not what a module passes on
+        out = outputs[name]
+        if name.count(".") <= 1 and out.shape == delta.shape and not any(is_multiple(out, outputs[n]) for n in chosen):
+            chosen.append(name)
+    weights: list[float] = []
+    for _ in range(2):  # once to find those with a weight, once more with these alone
+        if not chosen:
+            return None
+        matrix = torch.stack([outputs[n].flatten() for n in chosen], dim=1).double()
+        solution = torch.linalg.lstsq(matrix, delta.flatten().double().unsqueeze(1)).solution.squeeze(1)
+        if (matrix @ solution - delta.flatten()).norm() > FITS * delta.norm():
+            return None
+        weights = [w for w in solution.tolist() if abs(w) > FITS]
+        chosen = [n for n, w in zip(chosen, solution.tolist(), strict=True) if abs(w) > FITS]
+    return dict(zip(chosen, weights, strict=True))
+
+
 def is_multiple(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     """Whether `a` is a scalar multiple of `b`."""
     if a is None or b is None or a.shape != b.shape:
@@ -110,38 +158,128 @@ def is_multiple(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return bool((a - factor * b).norm() < FITS * a.norm())
 
 
-def block_parts(probe: ObservedModel, layer: int) -> list[FoundPart]:
+class _Block:
+    """What went into and came out of the modules of one block, in one run."""
+
+    def __init__(self, probe: ObservedModel, layer: int) -> None:
+        self.layer, self.modules = layer, probe.inner(layer)
+        self.ins, self.outs = probe.observe({"": probe.blocks[layer], **self.modules})
+        listed = (n for n, m in self.modules.items() if is_norm(m))
+        self.norms = [n for n in listed if "." not in n or n.rpartition(".")[2].isdecimal()]
+        self.order = list(self.outs)  # of execution
+
+    def written(self) -> dict[str, float]:
+        """The modules whose outputs sum to what the block adds to the stream, and their factors; none if it is no sum.
+
+        Raises:
+            OrthogonalizeError: it does not take and give one stream.
+        """
+        if "" not in self.ins or "" not in self.outs or self.ins[""].shape != self.outs[""].shape:
+            raise OrthogonalizeError(f"block {self.layer} does not take and give one residual stream")
+        inner = {n: o for n, o in self.outs.items() if n}
+        delta = self.outs[""] - self.ins[""]
+        found = _decompose(delta, inner) or _reduced(delta, inner)
+        if found is None:  # a buffer of the block may multiply the whole stream by one number
+            whole = {"": self.ins[""], **inner}
+            scaled = _decompose(self.outs[""], whole) or _reduced(self.outs[""], whole)
+            if scaled is not None and "" in scaled:
+                factor = scaled.pop("")
+                found = {name: weight / factor for name, weight in scaled.items()}
+        return found or {}
+
+    def through_norms(self, target: torch.Tensor, until: int) -> list[FoundPart] | None:
+        """The parts in `target`, if the stream itself passes through norms on its way there; None if it is no sum.
+
+        `until` is the number of modules that ran before.
+        """
+        ran = {"": self.ins[""]} | {n: self.outs[n] for n in self.order[:until] if n}
+        terms = _decompose(target, ran)
+        if terms is None:
+            return None
+        parts: list[FoundPart] = []
+        for name, factor in terms.items():
+            if name == "":
+                continue
+            if not is_norm(self.modules[name]):
+                parts.append(FoundPart(name, factor))
+                continue
+            source = self.source(self.ins[name])
+            inner = [FoundPart(source, factor, [name])] if source else None
+            inner = inner or self.through_norms(self.ins[name], self.order.index(name))
+            if inner is None:
+                return None
+            parts += inner
+        return parts
+
+    def source(self, given: torch.Tensor) -> str | None:
+        """The module, other than a norm, whose output `given` is, up to a factor."""
+        inner = (n for n, m in self.modules.items() if not is_norm(m))
+        return next((n for n in inner if is_multiple(self.outs.get(n), given)), None)
+
+    def behind(self, norm: str, factor: float) -> list[FoundPart]:
+        """The parts whose outputs pass `norm` before they are added.
+
+        Raises:
+            OrthogonalizeError: what goes into the norm is not a sum of modules' outputs.
+        """
+        given = self.ins[norm]
+        source = self.source(given)
+        if source is not None:
+            return [FoundPart(source, factor, [norm])]
+        ran = self.order.index(norm)
+        summed = _decompose(given, {n: o for n, o in self.outs.items() if n and self.order.index(n) < ran})
+        if summed is None:
+            raise OrthogonalizeError(
+                f"what {norm} of block {self.layer} normalises is not a sum of modules' outputs: the stream itself "
+                "passes through a norm, so weights cannot be edited exactly"
+            )
+        found = []
+        for name in summed:
+            inner = self.behind(name, factor) if name in self.norms else [FoundPart(name, factor)]
+            for part in inner:
+                part.post_norms.append(norm)
+            found += inner
+        return found
+
+    def inner_norm(self, part: FoundPart) -> str | None:
+        """A norm inside the part's module that gives the module's output."""
+        inside = [n for n, m in self.modules.items() if is_norm(m) and n.startswith(part.module + ".")]
+        return next((n for n in inside if is_multiple(self.outs.get(n), self.outs[part.module])), None)
+
+
+def block_parts(probe: ObservedModel, layer: int) -> tuple[list[FoundPart], bool]:
     """The modules whose outputs sum to what a block adds to the stream, in execution order.
+
+    Returns:
+        The parts, and whether the stream itself passes through norms between them.
 
     Raises:
         OrthogonalizeError: the block's contribution is not such a sum.
     """
-    modules = probe.inner(layer)
-    block = {"": probe.blocks[layer], **modules}
-    ins, outs = probe.observe(block)
-    found = _decompose(outs[""] - ins[""], {n: o for n, o in outs.items() if n})
-    if found is None:
+    block = _Block(probe, layer)
+    parts: list[FoundPart] = []
+    for name, factor in block.written().items():
+        parts += block.behind(name, factor) if is_norm(block.modules[name]) else [FoundPart(name, factor)]
+    normalised = not parts
+    if normalised:
+        parts = block.through_norms(block.outs[""], len(block.order) - 1) or []
+    if not parts:
         raise OrthogonalizeError(
-            f"the contribution of block {layer} is not a sum of its modules' outputs: the stream itself passes "
-            "through a norm, so weights cannot be edited exactly"
+            f"what block {layer} makes of the stream is not a sum of its modules' outputs, norms in between or not"
         )
-    order = list(modules)
-    parts = []
-    norms = [n for n, m in modules.items() if is_norm(m) and "." not in n]
-    behind = {n for n in found if is_norm(modules[n])}
-    for name in sorted(found, key=lambda n: list(outs).index(n)):  # in execution order
-        part = FoundPart(name, found[name])
-        if name in behind:
-            part.post_norm = name
-            part.module = next(n for n in order if n not in norms and is_multiple(outs.get(n), ins[name]))
-        before = [n for n in norms if n not in behind]
-        if part.module in ins:
-            part.norm = next((n for n in before if is_multiple(ins[part.module], outs.get(n))), None)
-        elif before:  # its input is not as wide as the stream: the module ends a chain that follows a norm
-            ran = list(outs)
-            part.norm = max((n for n in before if ran.index(n) < ran.index(part.module)), key=ran.index, default=None)
-        parts.append(part)
-    return parts
+    parts.sort(key=lambda part: block.order.index(part.module))
+    after = {name for part in parts for name in part.post_norms}
+    before = [n for n in block.norms if n not in after]
+    for part in parts:
+        inner = None if part.post_norms else block.inner_norm(part)
+        part.post_norms += [inner] if inner else []
+        if part.module in block.ins:
+            norm = next((n for n in before if is_multiple(block.ins[part.module], block.outs.get(n))), None)
+        else:  # its input is not as wide as the stream: the module ends a chain that follows a norm
+            ran = block.order.index(part.module)
+            norm = max((n for n in before if block.order.index(n) < ran), key=block.order.index, default=None)
+        part.norms += [norm] if norm else []
+    return parts, normalised
 
 
 def norm_behaviour(probe: ObservedModel, norm: nn.Module) -> tuple[str, float, bool]:

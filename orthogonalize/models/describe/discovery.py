@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...architectures.schema import bias_name
+from ...architectures.schema import bias_name, without_experts
 from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...core.errors import OrthogonalizeError
 from ...core.progress import track
-from ..loading import model_class
 from .block_probe import FoundPart, ObservedModel, block_parts, is_multiple, is_norm, norm_behaviour
+from .twin import twin_class
 
 DETECTED = 1e-3  # relative size from which an effect counts; below, it may be float32 rounding
 
@@ -46,6 +46,8 @@ class Findings:
     parameters: bool
     inert: list[str]
     refused: dict[str, str] = field(default_factory=dict)
+    embed_module: str | None = None
+    normalised: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class _Names:
     def group(self, name: str) -> str:
         """A tensor's name in architecture files, without layer and expert numbers."""
         found = re.fullmatch(re.escape(self.before) + r"\.\d+\.(.+)", name)
-        return re.sub(r"\.\d+\.", ".{expert}.", found[1]) if found else name
+        return without_experts(found[1]) if found else name
 
 
 def _project_out(tensor: torch.Tensor, axis: int, direction: torch.Tensor) -> torch.Tensor:
@@ -93,11 +95,11 @@ class Experiments:
         self.tensors = {name: self.source.read(name).float() for name in self.source.tensors}
         generator = torch.Generator().manual_seed(1)
         options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
-        model = model_class(folder).from_pretrained(folder, trust_remote_code=False, **options).eval()
+        model = twin_class(folder).from_pretrained(folder, trust_remote_code=False, **options).float().eval()
 
         def load(tensors: Mapping[str, torch.Tensor]) -> Any:
             settings = {"config": deepcopy(model.config), "state_dict": dict(tensors)}
-            return type(model).from_pretrained(None, **settings, **options)
+            return type(model).from_pretrained(None, **settings, **options).float()
 
         self.load = load
         self.plain = ObservedModel(model, torch.zeros(1, 1, dtype=torch.long))
@@ -113,6 +115,7 @@ class Experiments:
         """(group, axis) of every axis as wide as the stream, of matrices and the biases beside them."""
         weights = {n for n, t in self.tensors.items() if t.dim() > 1 and n.startswith(self.names.decoder) and n != head}
         biases = {bias_name(n) for n in weights} & self.tensors.keys()
+        biases |= {n for n, t in self.tensors.items() if t.dim() == 1 and self._is_bare(n)}
         found = {
             (self.names.group(n), axis): None
             for n in self.tensors
@@ -121,6 +124,42 @@ class Experiments:
             if size == self.plain.width
         }
         return list(found)
+
+    def _is_bare(self, name: str) -> bool:
+        """Whether a vector of a block belongs to no norm, so that it may be added as it is."""
+        owner = name.removeprefix(self.names.before + ".").partition(".")[2].rpartition(".")[0]
+        held = dict(self.plain.blocks[0].named_modules()) | dict(self.plain.blocks[-1].named_modules())
+        norm = "norm" in owner.rpartition(".")[2] or (owner in held and is_norm(held[owner]))
+        return name.startswith(self.names.before + ".") and name.endswith("bias") and not norm
+
+    def is_matrix(self, group: str) -> bool:
+        """Whether the tensors of `group` have more than one axis."""
+        return any(self.names.group(n) == group and t.dim() > 1 for n, t in self.tensors.items())
+
+    def stored_norms(self, part: FoundPart, layer: int) -> None:
+        """Name the norms of `part` as checkpoints do, and note which modules they are."""
+        block = self.plain.blocks[layer]
+        for names in (part.norms, part.post_norms):
+            for place, module in enumerate(names):
+                weight = getattr(block.get_submodule(module), "weight", None)
+                prefix = f"{self.names.before}.{layer}."
+                if weight is None or f"{prefix}{module}.weight" in self.tensors:
+                    continue
+                held = (n for n, t in self.tensors.items() if n.startswith(prefix) and t.shape == weight.shape)
+                found = next((n for n in held if self.tensors[n].equal(weight)), None)
+                if found is not None:
+                    stored = found.removeprefix(prefix)
+                    names[place] = stored.removesuffix(".weight")
+                    part.stored_as[stored] = module
+
+    def renamed(self, group: str, layer: int) -> dict[str, str]:
+        """The module in block `layer` that holds the matrix `group`, if its name is not that of the tensor."""
+        name, block = f"{self.names.before}.{layer}.{group}", self.plain.blocks[layer]
+        stored = self.tensors.get(name)
+        if stored is None or not group.endswith(".weight") or group in dict(block.named_parameters()):
+            return {}
+        held = next((n for n, p in block.named_parameters() if p.shape == stored.shape and p.equal(stored)), None)
+        return {group: held.removesuffix(".weight")} if held and held.endswith(".weight") else {}
 
     def project_out(self, axes: Iterable[tuple[str, int]]) -> ObservedModel:
         """The model with the direction projected out of all of `axes`."""
@@ -151,10 +190,10 @@ def _shift_reads(lab: Experiments, probe: ObservedModel, parts: Mapping[int, lis
     with ExitStack() as stack:
         for layer, found in parts.items():
             modules = probe.inner(layer)
-            for norm in {part.norm for part in found if part.norm}:
+            for norm in {norm for part in found for norm in part.norms}:
                 stack.callback(modules[norm].register_forward_hook(shift_output).remove)
             for part in found:
-                if part.norm is None:
+                if not part.norms:
                     stack.callback(modules[part.module].register_forward_pre_hook(shift_input, with_kwargs=True).remove)
         yield
 
@@ -163,7 +202,8 @@ def _measure(
     lab: Experiments, probe: ObservedModel, parts: Mapping[int, list[FoundPart]]
 ) -> tuple[float, dict[tuple[int, str], float], dict[tuple[int, str], float]]:
     """The direction's share of the first block's input and of each part's output, and the effect of a shift."""
-    watched = {f"{layer}/{p.module}": probe.inner(layer)[p.module] for layer, found in parts.items() for p in found}
+    names = [(layer, name) for layer, found in parts.items() for p in found for name in (p.module, p.written)]
+    watched = {f"{layer}/{name}": probe.inner(layer)[name] for layer, name in names}
     ins, outs = probe.observe({"first": probe.blocks[0], **watched})
     with _shift_reads(lab, probe, parts):
         _, moved = probe.observe(watched)
@@ -173,7 +213,11 @@ def _measure(
         return float(((h @ r).abs() / h.norm(dim=-1)).max())
 
     keys = [(layer, p.module) for layer, found in parts.items() for p in found]
-    written = {key: share(outs[f"{key[0]}/{key[1]}"]) for key in keys}
+    written = {
+        (layer, p.module): share((ins if p.post_norms else outs)[f"{layer}/{p.written}"])
+        for layer, found in parts.items()
+        for p in found
+    }
     change = {}
     for key in keys:
         before, after = (o[f"{key[0]}/{key[1]}"] for o in (outs, moved))
@@ -209,7 +253,9 @@ def discover(folder: Path) -> Findings:
         OrthogonalizeError: its stream passes through a norm, or its structure is unknown.
     """
     lab = Experiments(folder)
-    parts = {layer: block_parts(lab.plain, layer) for layer in range(len(lab.plain.blocks))}
+    observed = {layer: block_parts(lab.plain, layer) for layer in range(len(lab.plain.blocks))}
+    parts = {layer: found for layer, (found, _) in observed.items()}
+    normalised = any(through for _, through in observed.values())
     head, head_norm, norm = _find_head(lab)
     candidates = lab.candidates(head)
     everything = lab.project_out(candidates)
@@ -221,9 +267,11 @@ def discover(folder: Path) -> Findings:
             f"as the stream ({written[worst]:.1e} of its output)"
         )
     refused: dict[str, str] = {}
-    if first > DETECTED:
+    if normalised:
+        refused = dict.fromkeys(("embed", "reads"), "the stream itself passes through a norm in every block")
+    elif first > DETECTED:
         refused["embed"] = "what the first block reads is not a sum of rows and matrices that could be edited"
-    if max(change.values()) > DETECTED:
+    if max(change.values()) > DETECTED and not normalised:
         refused["reads"] = "blocks read the stream through more than the norms before them"
     embed: dict[str, int] = {}
     inert: list[str] = []
@@ -238,6 +286,7 @@ def discover(folder: Path) -> Findings:
                 for part in found:
                     if written[layer, part.module] > DETECTED:
                         part.writes[group] = axis
+                        part.stored_as |= lab.renamed(group, layer)
                         used = True
             # Everything after a reader changes with it, so the first part that changes is the reader.
             reader = next((p for layer, ps in parts.items() for p in ps if change[layer, p.module] > DETECTED), None)
@@ -248,6 +297,7 @@ def discover(folder: Path) -> Findings:
                 inert.append(group)
             advance(1)
     table = lab.plain.model.get_input_embeddings()
+    base = lab.plain.list_name.rpartition(".")[0]
     if "embed" in refused:
         embed = {next(n for n, t in lab.tensors.items() if t.equal(table.weight)): 1}
     used_groups = embed.keys() | {g for found in parts.values() for p in found for g in (*p.writes, *p.reads)}
@@ -255,6 +305,16 @@ def discover(folder: Path) -> Findings:
     ins, _ = lab.plain.observe({"first": lab.plain.blocks[0]})
     rows = table.weight[lab.ids].reshape(-1, table.weight.shape[-1]).detach()
     fits = rows.shape == ins["first"].shape and len(embed) == 1
+    named = next(n for n, m in lab.plain.model.named_modules() if m is table)
+    elsewhere = [g for g in inert if "." in g and g in lab.tensors and g not in used_groups and not g.endswith("bias")]
+    _, given = lab.plain.observe({"table": table})
+    alone = len(embed) == 1 and "table" in given and is_multiple(given["table"], ins["first"]) and bool(elsewhere)
+    reading = {part.module for found in parts.values() for part in found if part.reads}
+    for layer, found in parts.items():
+        for part in found:
+            if part.module not in reading:  # what went before it by chance
+                part.norms = []
+            lab.stored_norms(part, layer)
     return Findings(
         decoder_module=lab.plain.list_name.rpartition(".")[0],
         decoder=lab.names.decoder,
@@ -267,8 +327,12 @@ def discover(folder: Path) -> Findings:
         kind=kind,
         offset=offset,
         parameters=parameters,
-        inert=[g for g in dict.fromkeys(inert) if g not in used_groups],
+        inert=[
+            g.removeprefix(lab.names.decoder) for g in dict.fromkeys(inert) if g not in used_groups and lab.is_matrix(g)
+        ],
         refused=refused,
+        normalised=normalised,
+        embed_module=named.removeprefix(base + ".") if alone and named.startswith(base + ".") else None,
     )
 
 
@@ -287,14 +351,15 @@ def _merge(parts: Mapping[int, list[FoundPart]]) -> dict[str, list[FoundPart]]:
     merged: dict[str, dict[str, FoundPart]] = {"attn": {}, "mlp": {}}
     for found in parts.values():
         for part in found:
-            mixer = (part.norm == found[0].norm and part.norm is not None) or part is found[0]
-            kind = "attn" if (mixer and not _looks_like_mlp(part.module)) else "mlp"
+            mixer = (part.norms == found[0].norms and bool(part.norms)) or part is found[0]
+            kind = "attn" if _is_mixer(part.module, mixer) else "mlp"
             mine = merged[kind].setdefault(part.module, part)
             if mine is not part:
-                mine.writes |= part.writes
-                mine.reads |= part.reads
+                mine.merge(part)
     return {kind: list(found.values()) for kind, found in merged.items()}
 
 
-def _looks_like_mlp(module: str) -> bool:
-    return bool(re.search(r"mlp|moe|feed_forward|ffn|fc2", module))
+def _is_mixer(module: str, likely: bool) -> bool:
+    if re.search(r"mlp|moe|feed_forward|ffn|fc2", module):
+        return False
+    return likely or bool(re.search(r"attn|attention|mamba|mixer", module))

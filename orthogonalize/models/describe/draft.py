@@ -92,10 +92,15 @@ def _table(named: Mapping[str, int]) -> str:
 def _part_text(kind: str, part: FoundPart, scale: str | None) -> str:
     weights = {name: axis for name, axis in part.writes.items() if not _is_bias(name, part.writes)}
     lines = [f"[{kind}.{part.module.replace('.', '_')}]", f'module = "{part.module}"']
-    if part.norm:
-        lines.append(f'norm = ["{part.norm}"]')
-    if part.post_norm:
-        lines.append(f'post_norm = "{part.post_norm}"')
+    if part.norms:
+        lines.append(f"norm = {_list(*part.norms)}")
+    if part.post_norms:
+        several = _list(*part.post_norms)
+        lines.append(f"post_norm = {several if len(part.post_norms) > 1 else several[1:-1]}")
+    if part.sometimes:
+        lines.append(f"sometimes = {_list(*part.sometimes)}")
+    if part.stored_as:
+        lines.append("stored_as = { " + ", ".join(f'"{n}" = "{m}"' for n, m in part.stored_as.items()) + " }")
     if scale:
         lines.append(f'scale = "{scale}"')
     return "\n".join([*lines, f"writes = {_table(weights)}", f"reads = {_table(part.reads)}"])
@@ -103,6 +108,15 @@ def _part_text(kind: str, part: FoundPart, scale: str | None) -> str:
 
 def _is_bias(name: str, beside: Mapping[str, int]) -> bool:
     return any(name == bias_name(weight) for weight in beside)
+
+
+def _count_keys(config: Any, settings: Mapping[str, Any]) -> list[str]:
+    """The configuration keys that say how many layers there are: a number, or a list with an entry for each."""
+    named: str = dict(getattr(config, "attribute_map", {})).get("num_hidden_layers", "num_hidden_layers")
+    if settings.get(named) is not None:
+        return [named]
+    count = int(config.num_hidden_layers)
+    return [named, *(k for k, v in settings.items() if isinstance(v, list | str) and len(v) == count)]
 
 
 def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str, list[str]]:
@@ -137,7 +151,7 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
         *(f"# Open: {question}" for question in questions),
         f'family = "{named.model_type}"',
         f'model_types = ["{named.model_type}"]',
-        f'layer_count = "{names.get("num_hidden_layers", "num_hidden_layers")}"',
+        f"layer_count = {_list(*_count_keys(config, settings))}",
         f'hidden_size = "{names.get("hidden_size", "hidden_size")}"',
         f"decoder_modules = {_list(named.decoder_module, findings.decoder_module)}",
         f'layer = "{findings.layer}"',
@@ -147,9 +161,10 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
     experts = [key for key, value in settings.items() if "expert" in key and value == SIZES["num_experts"]]
     if experts:
         lines.append("expert_count = [" + ", ".join(f'"{key}"' for key in experts) + "]")
-    matrices = [name for name in findings.inert if not name.endswith("bias")]
-    if matrices:
-        lines.append("inert = [" + ", ".join(f'"{name}"' for name in matrices) + "]")
+    if findings.inert:
+        lines.append("inert = [" + ", ".join(f'"{name}"' for name in findings.inert) + "]")
+    lines += ["normalised = true"] if findings.normalised else []
+    lines += [f'embed_module = "{findings.embed_module}"'] if findings.embed_module else []
     for number, (name, axis) in enumerate(findings.embed.items()):
         scale = _key_of(findings.embed_factor, settings, "the embedding", width, questions)
         rows = axis == 1

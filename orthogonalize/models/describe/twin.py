@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ...checkpoints.checkpoint import open_checkpoint
 from ...core.errors import OrthogonalizeError, first_line
 from ..loading import model_class
 
@@ -29,10 +30,12 @@ SIZES: dict[str, int] = {
     "qk_head_dim": 24, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "o_lora_rank": 20, "o_groups": 2,
     "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_ssm": 96, "mamba_d_state": 16, "mamba_n_groups": 1,
     "mamba_expand": 2, "mamba_chunk_size": 16, "mamba_dt_rank": 8, "time_step_rank": 8, "mamba_num_heads": 6,
-    "mamba_head_dim": 16, "ssm_state_size": 16, "n_mamba_heads": 2, "mamba_headdim": 16, "mamba_ngroups": 1,
+    "mamba_head_dim": 16, "ssm_state_size": 16, "n_mamba_heads": 2, "mamba_headdim": 48, "mamba_ngroups": 1,
     "num_heads": 6, "expand": 2, "state_size": 16, "n_groups": 1, "chunk_size": 16, "rotary_dim": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "lru_width": WIDTH, "attention_hidden_size": WIDTH, "num_kv_shared_layers": 2, "num_mem_blocks": 1,
+    "lru_width": WIDTH, "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 24, "kv_channels": 12,
+    "num_kv_shared_layers": 2, "num_mem_blocks": 1, "embedding_dim": WIDTH, "linear_head_dim": 16,
+    "linear_num_heads": 2, "kv_n_heads": 2,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MOST_LAYERS = 12
@@ -63,6 +66,8 @@ def _layers_needed(settings: Mapping[str, Any], count: int) -> int:
         step = settings.get(key)
         if isinstance(step, int) and step < MOST_LAYERS:
             needed = max(needed, 2 * step)
+    if settings.get("num_kv_shared_layers"):  # the last layers use keys and values of earlier ones of their kind
+        needed *= 2
     return min(needed, MOST_LAYERS, max(count, 1))
 
 
@@ -100,17 +105,23 @@ def shrink_config(config: Any, heads: str = "wide", fill: bool = False) -> Any:
     layers = _layers_needed(settings, count)
     small: dict[str, Any] = {}
     for key, value in settings.items():
-        nested = getattr(config, key, None)
+        nested = vars(config).get(key)
         if isinstance(value, list | str) and len(value) == count:
             small[key] = value[:layers]
-        elif isinstance(value, list) and key.endswith("layers") and all(isinstance(v, int) for v in value):
+        elif (
+            isinstance(value, list) and key.endswith(("layers", "layer_ids")) and all(isinstance(v, int) for v in value)
+        ):
             small[key] = [v for v in value if v < layers]
         elif hasattr(nested, "to_dict"):  # a configuration of its own, whose class may not take all that it lists
             small[key] = _shrink_inner(nested)
         else:
             small[key] = _shrink_nested(value, layers)
     own = {names.get(key, key): size for key, size in SIZES.items()}
-    small |= {key: size for key, size in own.items() if key in small and _is_size(small[key], fill)}
+    for key, size in own.items():
+        if type(small.get(key)) is int:
+            small[key] = size if key.endswith("_token_id") else min(size, small[key])
+        elif fill and key in small and small[key] is None:
+            small[key] = size
     small[counted] = layers
     small |= _divide_heads(settings, small, names, heads)
     if "word_embed_proj_dim" in small:
@@ -122,10 +133,6 @@ def shrink_config(config: Any, heads: str = "wide", fill: bool = False) -> Any:
     for key in DROPPED:
         small.pop(key, None)
     return type(config)(**small)
-
-
-def _is_size(value: Any, fill: bool) -> bool:
-    return type(value) is int or (fill and value is None)
 
 
 def _shrink_inner(config: Any) -> Any:
@@ -168,20 +175,41 @@ def _divide_heads(
     return found
 
 
+def _text_class(config: Any) -> Any:
+    """The class of a causal language model with this configuration."""
+    import transformers
+
+    mapping = transformers.AutoModelForCausalLM._model_mapping
+    if type(config) in mapping:
+        return mapping[type(config)]
+    stem = type(config).__name__.removesuffix("Config").removesuffix("Text")  # of an image model's text model
+    found = getattr(transformers, f"{stem}ForCausalLM", None)
+    if found is None:
+        raise OrthogonalizeError(f"transformers has no causal language model for {type(config).__name__}")
+    return found
+
+
+def twin_class(folder: Path) -> Any:
+    """The class of the model stored in `folder`."""
+    import transformers
+
+    named = (open_checkpoint(folder).config.get("architectures") or [""])[0]
+    return getattr(transformers, named, None) or model_class(folder)
+
+
 def _randomised(config: Any) -> Any:
     """A random model with configuration `config` in float64, its norms and biases random as well."""
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     config._experts_implementation = "eager"
-    model = (
-        AutoModelForCausalLM.from_config(config, attn_implementation="eager", trust_remote_code=False).double().eval()
-    )
+    model = _text_class(config)._from_config(config, attn_implementation="eager").double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
             one = parameter.dim() == 1
             parameter.copy_(parameter + 0.3 * noise if one else noise * parameter.shape[-1] ** -0.5)
+        for name, value in model.state_dict().items():
+            if value.is_floating_point() and value.numel() == 1 and name not in dict(model.named_parameters()):
+                value.fill_(0.8)  # a stored factor, which is not left at one
     return model
 
 
@@ -200,8 +228,16 @@ def token_ids(model: Any, rows: int = 2, length: int = 13, seed: int = 1) -> tor
 @torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [rows, length, vocabulary] in float64 throughout."""
-    with DoublePrecision():
-        found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    try:
+        with DoublePrecision():
+            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    except RuntimeError:  # a class may make tensors of the least number of float64 in the default type
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = model(input_ids=ids, use_cache=False).logits
+        finally:
+            torch.set_default_dtype(before)
     return found.double()
 
 
@@ -235,4 +271,4 @@ def save_twin(config: Any, folder: Path) -> Any:
 def load_twin(folder: Path) -> Any:
     """The model of a stored twin, computing in float64 with the plain implementations of attention and experts."""
     options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float64}
-    return model_class(folder).from_pretrained(folder, trust_remote_code=False, **options).eval()
+    return twin_class(folder).from_pretrained(folder, trust_remote_code=False, **options).double().eval()
