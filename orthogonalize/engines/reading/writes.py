@@ -10,7 +10,6 @@ from torch import nn
 
 from ...core.errors import OrthogonalizeError
 from ...core.interventions import ConditionalMap, Site, WriteMatrix
-from ...models.stream import norm_weight
 from ...models.write_matrices import WriteModule
 from .step import Step
 from .stream_worker import WorkerStreams
@@ -90,9 +89,9 @@ class WriteHooks:
     def edit(self, matrix: WriteModule, conditional: ConditionalMap) -> None:
         """Apply a conditional map to what a matrix puts out, as edited weights do."""
         stream = self.streams.stream
-        if matrix.part.post_norm is not None:
-            norm = stream.inner(matrix.matrix.site, matrix.part.post_norm)
-            conditional = conditional.before_norm(norm_weight(norm, stream.architecture.norms))
+        scale = stream.post_scale(matrix.matrix.site, matrix.part)
+        if scale is not None:
+            conditional = conditional.before_norm(scale)
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             outputs = output[0] if isinstance(output, tuple) else output
