@@ -64,7 +64,7 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> tuple[Any, 
         text = _differs(named, folder)
         if text is None:
             return named, None
-        plain = PreTrainedTokenizerFast.from_pretrained(folder)
+        plain = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         still = _differs(plain, folder)
         if still is not None:
             raise OrthogonalizeError(
