@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .commands.extract import extract as extract
     from .commands.judge import judge as judge
     from .commands.merge import merge as merge
+    from .commands.plot import plot as plot
     from .commands.publishing.settings import PushSettings as PushSettings
     from .commands.push import push as push
     from .commands.sweep import sweep as sweep
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from .reports.schema import Report as Report
     from .reports.schema import load_report as load_report
     from .reports.sweep import Sweep as Sweep
+    from .reports.sweep import load_sweep as load_sweep
     from .selection.candidates import Candidate as Candidate
     from .selection.candidates import rank as rank
     from .selection.grid import SweepGrid as SweepGrid
@@ -171,8 +173,10 @@ _MODULES = {
     "load_recipe": "edits.recipe",
     "load_report": "reports.schema",
     "load_run": "selection.run_folder",
+    "load_sweep": "reports.sweep",
     "merge": "commands.merge",
     "orthonormal": "core.interventions",
+    "plot": "commands.plot",
     "planted_model": "models.demo_model",
     "push": "commands.push",
     "rank": "selection.candidates",

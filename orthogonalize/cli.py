@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from .commands._console import quieten_libraries, write_what_streams_can
-from .commands.command_line import checking, demonstrating, editing, finding, machine, measuring, sharing
+from .commands.command_line import checking, demonstrating, editing, finding, machine, measuring, plotting, sharing
 from .commands.options.common import path
 from .commands.options.config_file import read_config
 from .core import interrupts, progress
@@ -81,7 +81,7 @@ def main(context: click.Context, quiet: bool, verbose: bool, debug: bool, config
 
 for _command in (  # in the order of the help
     finding.extract, editing.edit, measuring.eval_, sharing.push, checking.verify, measuring.sweep,
-    editing.merge, measuring.judge, checking.compare, finding.rank_, finding.describe,
+    editing.merge, measuring.judge, checking.compare, plotting.plot, finding.rank_, finding.describe,
     demonstrating.demo, machine.doctor,
 ):  # fmt: skip
     main.add_command(_command)

@@ -68,6 +68,7 @@ MISSPELT = {
     "rank nowhere": "nowhere is not a run folder",
     "judge nowhere.json": "no such file: nowhere.json",
     "compare nowhere nowhere": "no report at nowhere",
+    "plot nowhere --out f.pdf": "no such file: nowhere",
     "describe nowhere": "no such model: 'nowhere'",
 }
 

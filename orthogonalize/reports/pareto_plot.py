@@ -11,15 +11,20 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .style import COLOURS, MARKERS, legend_beside
-from .sweep import MARK, Sweep, outcome, sweep_caption
+from .sweep import MARK, Sweep, SweepRow, outcome, sweep_caption
 from .tables import title
+
+
+def drawn_points(sweep: Sweep) -> dict[str, tuple[tuple[float, float], SweepRow]]:
+    """(share of the behaviour that is gone, harm) on test prompts of edits that have both, with their rows, by name."""
+    return {row.name: (point, row) for row in sweep.variants if (point := outcome(sweep, row.paired)) is not None}
 
 
 def pareto_figure(sweep: Sweep) -> Figure:
     """One point per edit on test prompts, coloured by method; edits on the Pareto front of val prompts are circled."""
     figure, axis = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
     methods = list(dict.fromkeys(s.choice.method for s in sweep.variants))
-    points = {s.name: (p, s) for s in sweep.variants if (p := outcome(sweep, s.paired)) is not None}
+    points = drawn_points(sweep)
     for i, method in enumerate(methods):
         mine = [p for p, s in points.values() if s.choice.method == method]
         style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}

@@ -17,20 +17,30 @@ from .style import BLUE, VERMILION
 from .tables import FORM, title
 
 
-def rates_figure(report: Report) -> Figure | None:
-    """Every rate with its 95% interval, base above edited; None if there are no rates.
+def drawn_rates(report: Report) -> dict[str, tuple[Rate, Rate]]:
+    """The rates that the figure shows, (base, edited) by dotted key: all that both models have, except answers' forms.
 
-    The forms of answers, six for every set, are left to the table.
+    The forms, six for every set, are left to the table.
     """
     edited = report.edited.flat()
-    known = [{k for k, m in flat.items() if isinstance(m, Rate) and m.n} for flat in (report.base.flat(), edited)]
-    keys = [k for k in report.base.flat() if k in known[0] & known[1] and not k.startswith(FORM)]
-    if not keys:
+    found = {}
+    for key, before in report.base.flat().items():
+        after = edited.get(key)
+        if isinstance(before, Rate) and isinstance(after, Rate) and before.n and after.n and not key.startswith(FORM):
+            found[key] = before, after
+    return found
+
+
+def rates_figure(report: Report) -> Figure | None:
+    """Every rate with its 95% interval, base above edited; None if there are no rates."""
+    drawn = drawn_rates(report)
+    if not drawn:
         return None
+    keys = list(drawn)
     figure, axis = plt.subplots(figsize=(9, 0.9 + 0.55 * len(keys)), layout="constrained")
-    for name, colour, marker, shift in (("base", BLUE, "o", 0.14), ("edited", VERMILION, "s", -0.14)):
-        measures = report.base.flat() if name == "base" else edited
-        rates = [m for k in keys if isinstance(m := measures[k], Rate)]
+    pairs = zip(*drawn.values(), strict=True)
+    styles = (("base", BLUE, "o", 0.14), ("edited", VERMILION, "s", -0.14))
+    for (name, colour, marker, shift), rates in zip(styles, pairs, strict=True):
         places = [len(keys) - 1 - i + shift for i in range(len(keys))]
         values = [100 * r.value for r in rates]
         spread = [

@@ -27,6 +27,7 @@ from .style import BLUE, COLOURS, MARKERS, VERMILION, legend_beside
 
 SIDE_STYLES = {"positive": (VERMILION, "^"), "negative": (BLUE, "o")}
 PANELS = 24  # most layers that get a panel each
+DRAWS = ", independent draws"
 
 
 def _subplots(*shape: int, **options: Any) -> tuple[Figure, Any]:
@@ -76,23 +77,31 @@ def _directions_at(run: Run, position: int, layer: int) -> dict[str, torch.Tenso
     return {name: axis for name, axis in axes.items() if axis is not None}
 
 
+def cosine_series(run: Run) -> dict[str, tuple[list[int], list[float]]]:
+    """Layers and cosines of every line of the figure of cosines, by its label: pairs of finders, then draws."""
+    position, _ = _best(run, "dim")
+    layers = list(range(run.directions.layer_count + 1))
+    at = {layer: _directions_at(run, position, layer) for layer in layers}
+    found = {}
+    for a, b in combinations(run.info.finders, 2):
+        both = [layer for layer in layers if a in at[layer] and b in at[layer]]
+        if both:
+            cosines = [(at[layer][a] @ at[layer][b]).item() for layer in both]
+            found[f"{FINDERS[a].title} and {FINDERS[b].title}"] = both, cosines
+    for finder, between in run.directions.stability.items():
+        here = between[:, run.directions.positions.index(position)]
+        found[f"{FINDERS[finder].title}{DRAWS}"] = layers, here.mean(0).tolist()
+    return found
+
+
 def cosine_figure(run: Run) -> Figure | None:
     """Cosines across layers between the finders' directions, and between draws of the prompts; None without either."""
     if len(run.info.finders) < 2 and not run.directions.stability:
         return None
     position, _ = _best(run, "dim")
-    layers = range(run.directions.layer_count + 1)
-    at = {layer: _directions_at(run, position, layer) for layer in layers}
     figure, axis = _subplots(figsize=(8, 4))
-    for i, (a, b) in enumerate(combinations(run.info.finders, 2)):
-        both = [layer for layer in layers if a in at[layer] and b in at[layer]]
-        if both:
-            cosines = [(at[layer][a] @ at[layer][b]).item() for layer in both]
-            axis.plot(both, cosines, label=f"{FINDERS[a].title} and {FINDERS[b].title}", **_style(i))
-    for i, (finder, between) in enumerate(run.directions.stability.items()):
-        here = between[:, run.directions.positions.index(position)]
-        label = f"{FINDERS[finder].title}, independent draws"
-        axis.plot(layers, here.mean(0), linestyle="--", label=label, **_style(i + 3))
+    for i, (label, (layers, cosines)) in enumerate(cosine_series(run).items()):
+        axis.plot(layers, cosines, linestyle="--" if label.endswith(DRAWS) else "-", label=label, **_style(i))
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set(
         xlabel="layer", ylabel="cosine", title=f"cosines between directions, position {position}", ylim=(-1.05, 1.05)
@@ -101,17 +110,28 @@ def cosine_figure(run: Run) -> Figure | None:
     return figure
 
 
+def accuracy_curves(run: Run) -> dict[int, list[float]]:
+    """Held-out accuracies of INLP's classifiers in their order, by layer, at the best position.
+
+    The last of a layer is that of the classifier that it stopped at, if it did, which is not kept.
+    """
+    position, _ = _best(run, "inlp")
+    found = {}
+    for layer in range(run.directions.layer_count + 1):
+        subspace = run.directions.subspaces.get((position, layer))
+        if subspace is not None and subspace.rank:
+            last = [] if subspace.stopped_at is None else [subspace.stopped_at]
+            found[layer] = [*subspace.accuracies, *last]
+    return found
+
+
 def accuracy_figure(run: Run) -> Figure:
     """Held-out accuracy of every INLP classifier by its number, one line per layer, at the best position."""
     position, chosen = _best(run, "inlp")
     figure, axis = _subplots(figsize=(8, 4))
     shades = plt.get_cmap("cividis")
     count = run.directions.layer_count
-    for layer in range(count + 1):
-        found = run.directions.subspaces.get((position, layer))
-        if found is None or not found.rank:
-            continue
-        curve = [*found.accuracies, *([found.stopped_at] if found.stopped_at is not None else [])]
+    for layer, curve in accuracy_curves(run).items():
         width = 2.2 if layer == chosen else 0.8
         axis.plot(
             range(1, len(curve) + 1), curve, color=shades(layer / count), linewidth=width, marker=".", markersize=4
@@ -140,17 +160,21 @@ def _projected(run: Run, recording: Recording, position: int, layer: int, rows: 
     return {side: (values - middle) / np.where(spread > 0, spread, 1.0) for side, values in found.items()}
 
 
+def projections(run: Run, recording: Recording) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Every layer with both sides' val prompts along its own mean difference, [prompts, 1], at the best position."""
+    position, _ = _best(run, "dim")
+    for layer in range(run.directions.layer_count + 1):
+        basis = run.directions.basis("dim", position, layer)
+        if basis is not None:
+            yield layer, _projected(run, recording, position, layer, basis)
+
+
 def projection_figure(run: Run, recording: Recording) -> Figure:
     """Both sides' val prompts along each layer's own mean difference, by layer, at the best position."""
     position, chosen = _best(run, "dim")
     figure, axis = _subplots(figsize=(13, 4))
-    for layer in range(run.directions.layer_count + 1):
-        basis = run.directions.basis("dim", position, layer)
-        if basis is None:
-            continue
-        for offset, (side, values) in zip(
-            (-0.15, 0.15), _projected(run, recording, position, layer, basis).items(), strict=True
-        ):
+    for layer, sides in projections(run, recording):
+        for offset, (side, values) in zip((-0.15, 0.15), sides.items(), strict=True):
             colour, marker = SIDE_STYLES[side]
             places = np.full(len(values), layer + offset)
             axis.scatter(places, values[:, 0], s=9, color=colour, marker=marker, alpha=0.6, linewidth=0)
@@ -169,23 +193,31 @@ def _side_legend(figure: Figure, axis: Axes) -> None:
     legend_beside(figure, axis)
 
 
+def planes(run: Run, recording: Recording) -> dict[int, dict[str, np.ndarray]]:
+    """Both sides' val prompts on INLP's first two directions, [prompts, 2], by layer; PANELS layers that have two."""
+    position, _ = _best(run, "inlp")
+    found = {layer: run.directions.subspaces.get((position, layer)) for layer in range(run.directions.layer_count + 1)}
+    bases = {layer: space.basis[:2] for layer, space in found.items() if space is not None and space.rank >= 2}
+    layers = list(bases)
+    if not layers:
+        return {}
+    picked = sorted({layers[i] for i in np.linspace(0, len(layers) - 1, min(PANELS, len(layers))).round().astype(int)})
+    return {layer: _projected(run, recording, position, layer, bases[layer]) for layer in picked}
+
+
 def plane_figure(run: Run, recording: Recording) -> Figure | None:
     """Both sides' val prompts on INLP's first two directions, one panel per layer; None if no layer has two."""
     position, chosen = _best(run, "inlp")
-    found = {layer: run.directions.subspaces.get((position, layer)) for layer in range(run.directions.layer_count + 1)}
-    layers = [layer for layer, subspace in found.items() if subspace is not None and subspace.rank >= 2]
-    if not layers:
+    picked = planes(run, recording)
+    if not picked:
         return None
-    picked = sorted({layers[i] for i in np.linspace(0, len(layers) - 1, min(PANELS, len(layers))).round().astype(int)})
     columns = min(8, len(picked))
     rows = -(-len(picked) // columns)
     figure, axes = _subplots(rows, columns, figsize=(1.6 * columns, 1.75 * rows + 0.5), squeeze=False)
     for axis in axes.flat[len(picked) :]:
         axis.set_visible(False)
-    for axis, layer in zip(axes.flat, picked, strict=False):
-        subspace = found[layer]
-        assert subspace is not None
-        for side, values in _projected(run, recording, position, layer, subspace.basis[:2]).items():
+    for axis, (layer, sides) in zip(axes.flat, picked.items(), strict=False):
+        for side, values in sides.items():
             colour, marker = SIDE_STYLES[side]
             axis.scatter(
                 values[:, 0], values[:, 1], s=7, color=colour, marker=marker, alpha=0.6, linewidth=0, label=side

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from ..core.errors import OrthogonalizeError
 from ..edits.config import EditConfig
 from ..evals.metrics import Loss, Paired, Rate
 from ..evals.suites.registry import has_column
@@ -84,6 +86,22 @@ class Sweep(Sparse):
         return f"Sweep({self.model}: {len(self.variants)} edits, {len(self.pareto)} on the Pareto front)"
 
     __str__ = __repr__
+
+
+def load_sweep(folder: Path | str) -> Sweep:
+    """Read a sweep, given as sweep.json or as the folder that `sweep` wrote.
+
+    Raises:
+        OrthogonalizeError: it is missing or damaged.
+    """
+    folder = Path(folder)
+    file = folder / "sweep.json" if folder.is_dir() else folder
+    if not file.is_file():
+        raise OrthogonalizeError(f"no sweep at {file}; create one with sweep")
+    try:
+        return Sweep.model_validate_json(file.read_text("utf-8"))
+    except ValueError as error:
+        raise OrthogonalizeError(f"{file} is not a sweep that this version can read") from error
 
 
 def effect_key(base: Measures) -> str | None:
