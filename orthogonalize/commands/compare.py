@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..core.errors import OrthogonalizeError
-from ..reports.comparison import comparison_rows, differences
+from ..reports.comparison import comparison_document, comparison_rows, differences
 from ..reports.schema import Report, load_report
 
 
@@ -24,6 +25,15 @@ class Comparison:
     @property
     def unlike(self) -> list[str]:
         return differences(self.first, self.second)
+
+    def document(self) -> dict[str, Any]:
+        """The comparison as JSON: unrounded numbers by measure, under its dotted key."""
+        return {
+            "first": self.first.checkpoint,
+            "second": self.second.checkpoint,
+            "unlike": self.unlike,
+            "measures": comparison_document(self.first, self.second),
+        }
 
     def __repr__(self) -> str:
         return f"Comparison({self.first.checkpoint} and {self.second.checkpoint}: {len(self.rows)} measures)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ..evals.metrics import Loss, Measure, Paired, Rate, compare, yes_no_series
 from .schema import Report
@@ -63,6 +64,25 @@ def comparison_rows(first: Report, second: Report) -> list[tuple[str, ...]]:
         kept = [_value(report.kept.get(key)) for report in (first, second)]
         rows.append((kept_title(key, first.concept), "", *kept, _apart(first.kept, second.kept, key)))
     return rows
+
+
+def comparison_document(first: Report, second: Report) -> dict[str, dict[str, Any]]:
+    """The numbers of the table by dotted key: base, first and second edit, and what the second is against the first.
+
+    `difference` is None where one report lacks the measure; `paired` has its interval and test where it is by prompt.
+    """
+    one, two, base = first.edited.flat(), second.edited.flat(), first.base.flat()
+    pairs = paired_refusals(first, second)
+    found = {}
+    for key in dict.fromkeys([*one, *two]):
+        sides = {"base": base.get(key), "first": one.get(key), "second": two.get(key)}
+        found[key] = {
+            "title": title(key, first.concept),
+            **{name: None if measure is None else measure.model_dump() for name, measure in sides.items()},
+            "difference": two[key].value - one[key].value if key in one and key in two else None,
+            "paired": pairs[key].model_dump() if key in pairs else None,
+        }
+    return found
 
 
 def _value(measure: Measure | None) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import click
 
 from .._console import show_audit, show_comparison
-from ..options.common import device_option, other_base_option, path
+from ..options.common import device_option, json_option, other_base_option, path
 from ..options.existing import CHECKPOINT, MODEL
+from .as_json import echo_json
 
 
 @click.command()
@@ -54,11 +55,16 @@ def verify(
 @click.command()
 @click.argument("first", type=path())
 @click.argument("second", type=path())
-def compare(first: Path, second: Path) -> None:
+@json_option
+def compare(first: Path, second: Path, as_json: bool) -> None:
     """Set two reports of eval side by side: FIRST and SECOND are folders made by eval, or their report.json.
 
     Refusals are compared prompt by prompt, other measures by their values.
     """
     from ..compare import compare as run_compare
 
-    show_comparison(run_compare(first, second))
+    found = run_compare(first, second)
+    if as_json:
+        echo_json(found.document())
+    else:
+        show_comparison(found)

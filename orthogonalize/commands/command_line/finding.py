@@ -10,15 +10,17 @@ import click
 from ...core import progress
 from ...core.errors import OrthogonalizeError
 from .._console import console, show_candidates, show_run
-from ..options.common import number, parallel_engine_options, path, revision_option
+from ..options.common import json_option, number, parallel_engine_options, path, revision_option
 from ..options.existing import MODEL, RUN_FOLDER
 from ..options.extract import extract_options
+from .as_json import echo_json, ranking, summary
 
 
 @click.command()
 @click.argument("model", type=MODEL)
 @extract_options
-def extract(model: str, out: Path, **options: Any) -> None:
+@json_option
+def extract(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """Find where MODEL represents a contrast, and which edit removes it at the least cost.
 
     There are five stages: prompts, activations, directions, answers, selection. Those whose inputs are unchanged are
@@ -31,6 +33,9 @@ def extract(model: str, out: Path, **options: Any) -> None:
     if judge and options["measure"] != "auto":
         raise OrthogonalizeError("--judge NAME is short for --measure judge:NAME; give one of them")
     run = run_extract(model, out, **options | ({"measure": f"judge:{judge}"} if judge else {}))
+    if as_json:
+        echo_json(summary(run, out))
+        return
     if run is None:
         click.echo(f"run: {out} (unfinished; run extract without --stage to finish it)")
         return
@@ -52,7 +57,8 @@ def extract(model: str, out: Path, **options: Any) -> None:
 )
 @number("--most", 1, 10, "Candidates to show per finder.")
 @click.option("--write", is_flag=True, help="Store the new ranks in RUN; edit uses them once given any option.")
-def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool) -> None:
+@json_option
+def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: bool, as_json: bool) -> None:
     """Filter and rank the directions of RUN again by their stored scores, without the model.
 
     The trials of whole edits are kept, so edit with --run alone still makes the best trial. With any other option, such
@@ -63,7 +69,10 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 
     found = load_run(run)
     ranked = rank(found.candidates, kl=kl, induce=induce, prune=prune)
-    show_candidates(ranked, found.info, most)
+    if as_json:
+        echo_json(ranking(found, ranked))
+    else:
+        show_candidates(ranked, found.info, most)
     for finder in found.info.finders:
         progress.note(
             explain_fallback(ranked, finder)
@@ -71,7 +80,7 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
         )
     if write:
         save_selection(ranked, found.trials, found.probes, run)
-        click.echo(f"ranks written to {run / 'candidates.json'}")
+        click.echo(f"ranks written to {run / 'candidates.json'}", err=as_json)
 
 
 @click.command()

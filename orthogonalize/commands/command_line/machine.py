@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
-
 import click
 
 from .._console import show_findings
+from ..options.common import json_option
+from .as_json import echo_json
 
 
 @click.command()
 @click.option("--no-network", is_flag=True, help="Do not ask the Hub anything.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def doctor(no_network: bool, as_json: bool) -> None:
     """Say what this machine can do for the tool, and what to change: Python, torch, vLLM, memory, disk, the Hub.
 
@@ -21,6 +21,6 @@ def doctor(no_network: bool, as_json: bool) -> None:
 
     found = examine(network=not no_network)
     if as_json:
-        click.echo(json.dumps([each.document() for each in found], indent=1))
+        echo_json([each.document() for each in found])
     else:
         show_findings(found)

@@ -17,6 +17,7 @@ from ..options.common import (
     engine_options,
     grid_options,
     hf_device_option,
+    json_option,
     measuring_options,
     method_listing,
     named_sources,
@@ -29,6 +30,7 @@ from ..options.common import (
     words,
 )
 from ..options.existing import CHECKPOINT, FILE, MODEL, RUN_FOLDER
+from .as_json import echo_json, without_answers
 
 
 @click.command("eval")
@@ -48,7 +50,8 @@ from ..options.existing import CHECKPOINT, FILE, MODEL, RUN_FOLDER
 @click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
 @other_base_option
 @revision_option
-def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> None:
+@json_option
+def eval_(checkpoint: Path, base: str, run: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
 
     The default suites need only the run's data; public sets are read from the Hub, or from --data. Re-run an
@@ -58,6 +61,9 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> 
 
     engine = engine_options(options)
     report = evaluate(checkpoint, base, run, out, options=engine, **options)
+    if as_json:
+        echo_json(without_answers(report, out))
+        return
     show_report(report)
     click.echo(f"report: {out / 'report.html'}")
 
@@ -85,7 +91,8 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, **options: Any) -> 
 @other_base_option
 @description_option
 @revision_option
-def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
+@json_option
+def sweep(model: str, run: Path, out: Path, as_json: bool, **options: Any) -> None:
     """Measure every method over every scope, in one engine: the comparison table.
 
     The engine starts once and swaps in each edit's weights, if it can; otherwise each edit gets its own engine. Re-run
@@ -94,7 +101,11 @@ def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
     from ..sweep import sweep as run_sweep
 
     grid, engine = sweep_grid(options), engine_options(options)
-    show_sweep(run_sweep(model, run, out, grid=grid, options=engine, **options))
+    found = run_sweep(model, run, out, grid=grid, options=engine, **options)
+    if as_json:
+        echo_json({"sweep": str(out), **found.model_dump()})
+        return
+    show_sweep(found)
     click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
 
 
@@ -103,7 +114,7 @@ def sweep(model: str, run: Path, out: Path, **options: Any) -> None:
 @click.option(
     "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, … or NAME=MODEL."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @engine_option
 @parallel_options
 @hf_device_option
@@ -116,6 +127,6 @@ def judge(file: Path, name: str, as_json: bool, engine: Any, **options: Any) -> 
 
     found = run_judge(file, name, engine=engine, options=engine_options(options))
     if as_json:
-        click.echo(found.model_dump_json(indent=1, exclude_none=True))
+        echo_json(found.model_dump(exclude_none=True))
     else:
         show_judged(found)

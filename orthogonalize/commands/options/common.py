@@ -158,6 +158,7 @@ def choice(name: str, of: Sequence[str], default: str | None = None, help: str |
 engine_option = click.option(
     "--engine", type=Entry(engine_names), default="vllm", show_default=True, help="Inference engine."
 )
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 out_option = together(
     click.option("--out", type=path(), required=True, help="Folder to create; it appears only when complete."),
     click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
