@@ -14,12 +14,14 @@ from .commands._console import quieten_libraries, write_what_streams_can
 from .commands.command_line import checking, demonstrating, editing, finding, machine, measuring, plotting, sharing
 from .commands.options.common import path
 from .commands.options.config_file import read_config
+from .commands.options.environment import name_variables
 from .core import interrupts, progress
 from .core.errors import OrthogonalizeError, ran_out_of_memory, shown
 from .core.registry import load_plugins
 
 RESUME = "no partial output was left behind. Re-run the command to resume."
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "auto_envvar_prefix": "ORTHOGONALIZE"}
+PREFIX = "ORTHOGONALIZE"  # of environment variables
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "auto_envvar_prefix": PREFIX}
 
 
 class Commands(click.Group):
@@ -84,6 +86,7 @@ for _command in (  # in the order of the help
     editing.merge, measuring.judge, checking.compare, plotting.plot, finding.rank_, finding.describe,
     demonstrating.demo, machine.doctor,
 ):  # fmt: skip
+    name_variables(_command, PREFIX)
     main.add_command(_command)
 
 

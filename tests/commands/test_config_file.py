@@ -39,9 +39,11 @@ def test_file_sets_options_and_the_command_line_wins(seen, tmp_path):
 
 def test_negated_and_repeatable_options_mean_what_they_mean_on_the_command_line(seen, tmp_path):
     file = tmp_path / "o.toml"
-    file.write_text('[extract]\nout = "run"\nno-filter = true\ntemplate-argument = ["a=1", "b=x"]\n')
+    file.write_text(
+        '[extract]\nout = "run"\nno-filter = true\nno-download = true\ntemplate-argument = ["a=1", "b=x"]\n'
+    )
     run("--config", str(file), "extract", "some/model")
-    assert (seen["filtered"], seen["template_arguments"]) == (False, {"a": 1, "b": "x"})
+    assert (seen["filtered"], seen["download"], seen["template_arguments"]) == (False, False, {"a": 1, "b": "x"})
 
 
 def test_environment_is_between_file_and_command_line(seen, tmp_path):
@@ -51,6 +53,15 @@ def test_environment_is_between_file_and_command_line(seen, tmp_path):
     assert seen["train"] == 9
     run("--config", str(file), *WORDS, "--train", "8", ORTHOGONALIZE_EXTRACT_TRAIN="9")
     assert seen["train"] == 8
+
+
+def test_variables_are_named_after_options_not_after_what_functions_call_them(seen):
+    run(*WORDS, ORTHOGONALIZE_EXTRACT_JSON="1", ORTHOGONALIZE_EXTRACT_NO_FILTER="1", ORTHOGONALIZE_EXTRACT_SPLIT="dev")
+    assert (seen["as_json"], seen["filtered"], seen["hub_split"]) == (True, False, "dev")
+    run(*WORDS, ORTHOGONALIZE_EXTRACT_NO_DOWNLOAD="1", ORTHOGONALIZE_EXTRACT_TEMPLATE_ARGUMENT="a=1 b=x")
+    assert (seen["download"], seen["template_arguments"]) == (False, {"a": 1, "b": "x"})
+    run(*WORDS)
+    assert (seen["as_json"], seen["filtered"], seen["hub_split"], seen["download"]) == (False, True, "train", None)
 
 
 @pytest.mark.parametrize(

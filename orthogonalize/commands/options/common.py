@@ -174,9 +174,8 @@ revision_option = click.option("--revision", help="Branch, tag or commit of a Hu
 download_option = click.option(
     "--no-download",
     "download",
-    flag_value=False,
-    type=click.BOOL,
-    default=None,
+    is_flag=True,
+    callback=converted_by(lambda given: False if given else None),
     help="Read a Hub model where it is, piece by piece, without keeping it; also done if the disk has no room for it.",
 )
 hf_device_option = click.option(
