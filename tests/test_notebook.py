@@ -41,7 +41,7 @@ def test_full_pipeline_from_lists_of_strings_and_paths(model, tmp_path):
         ("evaluate", ("checkpoint", "base", "run", "out", "data")),
         ("sweep", ("model", "run", "out", "data")),
         ("verify", ("checkpoint", "base")),
-        ("push", ("checkpoint", "report")),
+        ("push", ("checkpoint",)),
         ("compare", ("first", "second")),
         ("judge", ("file",)),
         ("describe", ("model",)),

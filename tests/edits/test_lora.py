@@ -112,7 +112,7 @@ def test_edit_writes_an_adapter_with_its_recipe(tmp_path):
     save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
     edit(str(source), tmp_path / "lora", direction=tmp_path / "direction.safetensors", scope="layers:1", format="lora")
     assert {f.name for f in (tmp_path / "lora").iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "orthogonalize.json",
+        "adapter_config.json", "adapter_model.safetensors", "orthogonalize.json", "README.md",
     }  # fmt: skip
     assert load_recipe(tmp_path / "lora").choice.scope == "layers:1"
     with pytest.raises(OrthogonalizeError, match="an embedding"):

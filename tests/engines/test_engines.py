@@ -307,7 +307,7 @@ def test_a_cpu_without_bfloat16_runs_in_float32(fast, expected, monkeypatch):
     assert chosen(on_cpu=True, dtype="bfloat16") == expected
     assert chosen(on_cpu=True, text_config={"dtype": "bfloat16"}) == expected
     assert chosen(on_cpu=False, dtype="bfloat16") == "bfloat16"
-    assert chosen(on_cpu=True, dtype="bfloat16", quantization_config={}) == "bfloat16"
+    assert chosen(on_cpu=True, dtype="bfloat16", quantization_config={"quant_method": "fp8"}) == "bfloat16"
     assert chosen(on_cpu=True, torch_dtype="float32") == "float32"
     assert chosen(on_cpu=True) == "auto"
 

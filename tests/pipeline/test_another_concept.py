@@ -63,7 +63,7 @@ def test_every_method_finds_the_list_direction(run):
     for method in ("dim", "inlp", "leace"):
         mine = [c for c in run.candidates if c.finder == method]
         assert min(c.bypass for c in mine) < run.info.base_score["positive"] - 1, method
-        assert max(c.induce for c in mine) > run.info.base_score["negative"] + 3, method
+        assert max(c.induce for c in mine if c.induce is not None) > run.info.base_score["negative"] + 3, method
         found = [p for p in run.probes if p.method == method]
         assert found[0].before > 0.9, "the two kinds of prompt can be told apart before any edit"
         assert found[-1].after < found[-1].before, "and less so after it"

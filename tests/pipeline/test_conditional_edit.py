@@ -83,7 +83,9 @@ def test_an_adapter_holds_the_edit_at_its_own_rank(run, model, fitted, tmp_path)
 
 
 def test_the_second_time_nothing_is_fitted(run, model, fitted, tmp_path, monkeypatch):
-    monkeypatch.setattr("orthogonalize.selection.resolve.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        "orthogonalize.selection.readers.open_fits.load_model", lambda *_: pytest.fail("the model was loaded")
+    )
     edit(str(model), tmp_path / "again", run=run, **OWN)
     with pytest.raises(pytest.fail.Exception, match="was loaded"):
         edit(str(model), tmp_path / "other", run=run, **OWN, target_weight=0.2)

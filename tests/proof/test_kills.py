@@ -51,8 +51,9 @@ def job(inputs: Path, command: str, out: Path | str) -> dict[str, Any]:
             words = [inputs / "model"]
             options = {"cache": out, "direction": inputs / "direction.pt", "scope": "all"}
         case "extract":
+            settings = {name: value for name, value in asdict(SETTINGS).items() if name != "engine_options"}
             sides = {side: str(inputs / f"{side}.txt") for side in ("positive", "negative")}
-            words, options = [inputs / "model", out], sides | asdict(SETTINGS)
+            words, options = [inputs / "model", out], sides | settings
         case "eval":
             words = [inputs / "edited", str(inputs / "model"), inputs / "run", out]
             options = {"engine": "hf", "suites": ["refusal", "behaviour", "kl"], "max_new_tokens": 12}
