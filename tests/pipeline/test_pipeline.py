@@ -155,7 +155,7 @@ def test_evaluation_matches_independent_counts_and_losses(run, model, tmp_path):
     assert report.base.refusal.target.n == report.edited.refusal.harmless.n == 6
     assert len(report.answers) == 12
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "http" not in page.replace("http-equiv", "")
+    assert "://" not in page  # it fetches nothing
     assert page.count('class="item"') == 12
     again = judge(tmp_path / "report")  # the stored answers, counted by wording once more
     for label, judged in (("base", again.base), ("edited", again.edited)):
