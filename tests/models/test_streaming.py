@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.tiny_models import TINY, store_tiny
 
+from orthogonalize.architectures.schema import architecture_of, remember
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal
@@ -19,7 +20,7 @@ from orthogonalize.models.streaming import state
 from orthogonalize.models.streaming.lanes import StreamedModel
 from orthogonalize.models.streaming.passes import Pass, edited_variant
 from orthogonalize.models.streaming.state import StreamState
-from orthogonalize.models.streaming.weights import PartialModel
+from orthogonalize.models.streaming.weights import PartialModel, can_stream
 from orthogonalize.selection.scoring import first_token_probabilities
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,6 +33,19 @@ IDS = [
 
 def streamed_model(folder) -> StreamedModel:
     return StreamedModel(PartialModel(open_checkpoint(folder), "cpu", torch.float32))
+
+
+def test_what_the_package_does_not_describe_is_not_streamed(tmp_path):
+    """No experiment shows that its blocks need nothing from each other but the stream."""
+    source = open_checkpoint(store_tiny("llama", tmp_path / "base"))
+    assert can_stream(source)
+    remember(source.config, architecture_of(source.config))
+    try:
+        assert not can_stream(source)
+        with pytest.raises(OrthogonalizeError, match=r"cannot be streamed: the package does not .* use --engine hf"):
+            PartialModel(source, "cpu", torch.float32)
+    finally:
+        remember(source.config, None)
 
 
 class Activations:

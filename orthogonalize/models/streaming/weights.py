@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...architectures.schema import architecture_of
+from ...architectures.schema import architecture_of, remembered
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.quantization import read_unquantized, row_reader, scale_name, unquantized_tensors
 from ...core.errors import OrthogonalizeError
@@ -29,7 +29,13 @@ from .ahead import announce, reading_ahead
 
 
 def can_stream(checkpoint: Checkpoint) -> bool:
-    """Whether the blocks of a checkpoint can be read one at a time: it is not quantised, or in FP8."""
+    """Whether the blocks of a checkpoint can be read and run one at a time.
+
+    It is not quantised, or in FP8, and of a family that the package describes: what experiments find, or the user says,
+    does not show that blocks need nothing from each other but the stream.
+    """
+    if remembered(checkpoint.config) is not None:
+        return False
     try:
         unquantized_tensors(checkpoint, torch.float32)
     except OrthogonalizeError:
@@ -65,9 +71,14 @@ class PartialModel:
             device, dtype: see the attributes; chosen by `choose_device` and `choose_dtype`.
 
         Raises:
-            OrthogonalizeError: the checkpoint is incomplete or quantized in another format than FP8, or transformers
-                cannot load it.
+            OrthogonalizeError: the checkpoint is incomplete, quantized in another format than FP8 or of a family that
+                the package does not describe, or transformers cannot load it.
         """
+        if remembered(checkpoint.config) is not None:
+            raise OrthogonalizeError(
+                f"{checkpoint.path} cannot be streamed: the package does not describe models of its type, and no "
+                "experiment shows that their blocks can run alone; use --engine hf"
+            )
         self.checkpoint, config = reading_ahead(checkpoint), checkpoint.config
         self.device = choose_device(device)
         self.dtype = dtype or choose_dtype(self.device, checkpoint.dtype)

@@ -36,7 +36,7 @@ def choose_engine(source: RunSource, settings: Settings) -> tuple[Settings, str]
     if source.checkpoint.remote_sizes:
         return replace(settings, engine="stream"), "since the model is not on this disk"
     if not can_stream(source.checkpoint) or (config.get("auto_map") and settings.trust_remote_code):
-        why = "since only that runs models quantized in this format and code from the model's repository"
+        why = "since only that runs models of this type or format, and code from the model's repository"
         return replace(settings, engine="hf"), why
     device = choose_device(settings.device)
     dtype = settings.dtype or choose_dtype(device, source.checkpoint.dtype)
