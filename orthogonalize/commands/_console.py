@@ -27,9 +27,8 @@ def escape(text: object) -> str:
 
 SCORES = (
     "Mean scores of val prompts at their first token, with each direction edited at its own layer. bypass: of the "
-    "positive prompts, with it edited out; the lower, the more of the behaviour it removes. induce: of the negative "
-    "ones, with it added; above 0 they show the behaviour. KL: how far the negative ones move with it edited out, in "
-    "nats."
+    "positive prompts, with it edited out; lower is better. induce: of the negative ones, with it added; "
+    "above 0 they are like the positive ones. KL: how far the negative ones move with it edited out, in nats."
 )
 
 
