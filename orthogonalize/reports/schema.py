@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 from ..core.errors import OrthogonalizeError
 from ..evals.judges.base import Judgement
@@ -214,20 +214,32 @@ class Report(Sparse):
     __str__ = __repr__
 
 
+Kind = TypeVar("Kind", bound=BaseModel)
+
+
+def load_stored(kind: type[Kind], folder: Path | str, name: str, command: str) -> Kind:
+    """Read a record from the file `name`.json, or from the folder that it is in; `command` makes it.
+
+    Raises:
+        OrthogonalizeError: it is missing or damaged.
+    """
+    folder = Path(folder)
+    file = folder / f"{name}.json" if folder.is_dir() else folder
+    if not file.is_file():
+        raise OrthogonalizeError(f"no {name} at {file}; create one with {command}")
+    try:
+        return kind.model_validate_json(file.read_text("utf-8"))
+    except ValueError as error:
+        raise OrthogonalizeError(f"{file} is not a {name} that this version can read") from error
+
+
 def load_report(folder: Path | str) -> Report:
     """Read a report, given as report.json or as the folder that `eval` wrote.
 
     Raises:
         OrthogonalizeError: it is missing or damaged.
     """
-    folder = Path(folder)
-    file = folder / "report.json" if folder.is_dir() else folder
-    if not file.is_file():
-        raise OrthogonalizeError(f"no report at {file}; create one with eval")
-    try:
-        return Report.model_validate_json(file.read_text("utf-8"))
-    except ValueError as error:
-        raise OrthogonalizeError(f"{file} is not a report that this version can read") from error
+    return load_stored(Report, folder, "report", "eval")
 
 
 def judged_pair(base: Judgement, edited: Judgement) -> JudgedPair:

@@ -8,11 +8,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..core.errors import OrthogonalizeError
 from ..edits.config import EditConfig
 from ..evals.metrics import Loss, Paired, Rate
 from ..evals.suites.registry import has_column
-from .schema import Measures, Sparse
+from .schema import Measures, Sparse, load_stored
 from .tables import title
 
 MARK = "best trade-off on val prompts"
@@ -94,14 +93,7 @@ def load_sweep(folder: Path | str) -> Sweep:
     Raises:
         OrthogonalizeError: it is missing or damaged.
     """
-    folder = Path(folder)
-    file = folder / "sweep.json" if folder.is_dir() else folder
-    if not file.is_file():
-        raise OrthogonalizeError(f"no sweep at {file}; create one with sweep")
-    try:
-        return Sweep.model_validate_json(file.read_text("utf-8"))
-    except ValueError as error:
-        raise OrthogonalizeError(f"{file} is not a sweep that this version can read") from error
+    return load_stored(Sweep, folder, "sweep", "sweep")
 
 
 def effect_key(base: Measures) -> str | None:
