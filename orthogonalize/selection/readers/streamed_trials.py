@@ -2,43 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ...core.journal import Journal
-from ...core.progress import Progress
 from ...edits.config import EditConfig
 from ...models.activations import TOKENS_PER_BATCH
 from ...models.streaming.lanes import HEAD_NUMBERS, Lane, StreamedModel
 from ...models.streaming.passes import Pass, edited_variant
 from ...models.streaming.state import StreamState
-from ..builder import EditBuilder
 from ..readouts import Outputs
-from ..search.drift import AnsweredPrompts, Drift, DriftSums
-from ..search.objectives import CheckAnswers, Trial, share_flipped
+from ..search.drift import DriftSums
+from ..search.objectives import CheckAnswers, Trial
 from ..search.trials import EditSearch
-from ..search.try_edits import Answered, EditTrials, ValPrompts
+from ..search.try_edits import EditTrials
+from .measured_sets import EXAMPLES, TARGET, MeasuredSets, SetSearch
 from .streamed_fits import StreamedFits
 
-Ids = Sequence[Sequence[int]]
-TARGET, EXAMPLES, NEGATIVE = "target", "examples", "answers"  # sets of a pass; preserved sets follow by name
-
 
 @dataclass
-class _Measured:
-    """What a pass tells of the base or of an edit: first-token scores by set and prompt, and the drift by set."""
-
-    scores: dict[str, torch.Tensor]
-    drifts: dict[str, DriftSums]
-
-
-@dataclass
-class StreamedSearch(EditSearch):
+class StreamedSearch(SetSearch):
     """A search that measures as many edits together as the memory for their streams allows.
 
     Attributes:
@@ -52,20 +40,14 @@ class StreamedSearch(EditSearch):
     budget: int = field(kw_only=True)
     state: Path = field(kw_only=True)
     fits: StreamedFits = field(kw_only=True)
-    _base: _Measured | None = field(default=None, init=False)
-
-    @cached_property
-    def _answered(self) -> dict[str, tuple[Ids, Ids]]:
-        """Prompts with answers by the name of their set."""
-        named = {NEGATIVE: self.answers, **{f"preserved: {name}": each for name, each in self.preserved.items()}}
-        return {name: (each.prompts, each.answers) for name, each in named.items()}
+    _base: MeasuredSets | None = field(default=None, init=False)
 
     @cached_property
     def _sets(self) -> dict[str, Sequence[Sequence[int]]]:
         """What passes through the blocks: the target's prompts, and the others with their answers."""
         rows = {
-            name: [[*prompt, *answer] for prompt, answer in zip(*each, strict=True)]
-            for name, each in self._answered.items()
+            name: [[*prompt, *answer] for prompt, answer in zip(each.prompts, each.answers, strict=True)]
+            for name, each in self.answered.items()
         }
         return {TARGET: self.target, **rows}
 
@@ -74,16 +56,8 @@ class StreamedSearch(EditSearch):
         tokens = sum(len(row) for rows in self._sets.values() for row in rows)
         return max(1, self.budget // (tokens * self.streamed.width * self.streamed.dtype.itemsize))
 
-    @cached_property
-    def before(self) -> float:
-        return self._left(self._measured_base.scores[TARGET])
-
-    @cached_property
-    def usual(self) -> float:
-        return self._left(self._measured_base.scores[NEGATIVE if self.examples is None else EXAMPLES])
-
     @property
-    def _measured_base(self) -> _Measured:
+    def measured_base(self) -> MeasuredSets:
         if self._base is None:
             self._pass({})
         assert self._base is not None
@@ -92,27 +66,10 @@ class StreamedSearch(EditSearch):
     def _measure_all(self, choices: Sequence[EditConfig]) -> list[Trial]:
         self.fits.prepare(choices)
         found = self._pass({str(number): choice for number, choice in enumerate(choices)})
-        base = self._measured_base
-        trials = []
-        for number, choice in enumerate(choices):
-            own = found[str(number)]
-            drifts: dict[str, Drift] = {name: each.drift for name, each in own.drifts.items()}
-            kept = {name: f"preserved: {name}" for name in self.preserved}
-            trials.append(
-                self._trial(
-                    choice,
-                    own.scores[TARGET],
-                    drifts[NEGATIVE],
-                    {name: drifts[key] for name, key in kept.items()},
-                    {name: share_flipped(base.scores[key], own.scores[key]) for name, key in kept.items()},
-                )
-            )
-        return trials
+        base = self.measured_base
+        return [self.trial_of(choice, found[str(number)], base) for number, choice in enumerate(choices)]
 
-    def _refine_strengths(self, steps: int, advance: Progress) -> None:
-        """Leaves sites at one strength: gradients would need the whole model."""
-
-    def _pass(self, choices: Mapping[str, EditConfig]) -> dict[str, _Measured]:
+    def _pass(self, choices: Mapping[str, EditConfig]) -> dict[str, MeasuredSets]:
         """Take the base and the edits, by name, through the model; the base is kept."""
         streamed = self.streamed
         sets = self._sets if self.examples is None else {**self._sets, EXAMPLES: self.examples}
@@ -146,24 +103,24 @@ class StreamedSearch(EditSearch):
     def _depends(self) -> Any:
         return self.known.inputs if isinstance(self.known, Journal) else None
 
-    def _empty(self, sets: Mapping[str, Sequence[Sequence[int]]]) -> _Measured:
+    def _empty(self, sets: Mapping[str, Sequence[Sequence[int]]]) -> MeasuredSets:
         scores = {key: torch.full((len(rows),), torch.nan, dtype=torch.float64) for key, rows in sets.items()}
-        return _Measured(scores, {key: DriftSums(answers) for key, (_, answers) in self._answered.items()})
+        return MeasuredSets(scores, {key: DriftSums(each.answers) for key, each in self.answered.items()})
 
     def _wanted(self, key: str, lane: Lane) -> torch.Tensor:
         """The streams that the logits of answers follow from, or those of first tokens."""
-        if key not in self._answered:
+        if key not in self.answered:
             return lane.last(1)[:, 0]
-        prompts, answers = self._answered[key]
+        prompts, answers = self.answered[key].prompts, self.answered[key].answers
         parts = []
         for place, row in enumerate(lane.rows):
             first = len(prompts[row]) - 1
             parts.append(lane.hidden[place, first : first + len(answers[row])])
         return torch.cat(parts)
 
-    def _note(self, found: _Measured, key: str, lane: Lane, logprobs: torch.Tensor, base: torch.Tensor) -> None:
+    def _note(self, found: MeasuredSets, key: str, lane: Lane, logprobs: torch.Tensor, base: torch.Tensor) -> None:
         """Note what a lane tells, by log-probabilities at its wanted places."""
-        answers = self._answered[key][1] if key in self._answered else None
+        answers = self.answered[key].answers if key in self.answered else None
         lengths = [1 if answers is None else len(answers[row]) for row in lane.rows]
         pairs = zip(torch.split(base, lengths), torch.split(logprobs, lengths), strict=True)
         for row, (before, after) in zip(lane.rows, pairs, strict=True):
@@ -186,23 +143,15 @@ class StreamedTrials(EditTrials):
         super().__init__(streamed.model, *others)
         self.streamed, self.fits, self.budget, self.state = streamed, fits, budget, state
 
-    def _open_search(
-        self, builder: EditBuilder, prompts: ValPrompts, answers: Answered, preserved: Mapping[str, Answered]
-    ) -> EditSearch:
-        return StreamedSearch(
-            self.model,
-            builder,
-            self.readout,
-            prompts.target,
-            AnsweredPrompts(self.model, *answers),
-            {name: AnsweredPrompts(self.model, *each) for name, each in preserved.items()},
-            known=self.journal,
-            examples=prompts.examples,
-            streamed=self.streamed,
-            budget=self.budget,
-            state=self.state,
-            fits=self.fits,
-        )
+    @property
+    def _layer(self) -> int:
+        return 0  # the lower blocks are not kept
+
+    @property
+    def _make_search(self) -> Callable[..., EditSearch]:
+        return partial(
+            StreamedSearch, streamed=self.streamed, budget=self.budget, state=self.state, fits=self.fits
+        )  # fmt: skip
 
     def _confirm(self, search: EditSearch, trials: list[Trial], left: CheckAnswers) -> list[Trial]:
         return trials

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,11 +111,21 @@ class EditTrials:
         trials = search.search(budget, starts, space.neighbours, space.largest_step, steps)
         return self._confirm(search, trials, left)
 
+    @property
+    def _layer(self) -> int:
+        """The block at which the model starts under edits that spare its input."""
+        return self.directions.layer_count // 2
+
+    @property
+    def _make_search(self) -> Callable[..., EditSearch]:
+        """Makes the search, from what `EditSearch` takes."""
+        return EditSearch
+
     def _open_search(
         self, builder: EditBuilder, prompts: ValPrompts, answers: Answered, preserved: Mapping[str, Answered]
     ) -> EditSearch:
-        layer = self.directions.layer_count // 2
-        return EditSearch(
+        layer = self._layer
+        return self._make_search(
             self.model,
             builder,
             self.readout,

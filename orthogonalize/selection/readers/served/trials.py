@@ -2,65 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-from ....core.progress import Progress
 from ....edits.config import EditConfig
 from ....engines.reading.streams import Outputs, Wanted
-from ...builder import EditBuilder
-from ...search.drift import AnsweredPrompts, Drift, DriftSums
-from ...search.objectives import Trial, share_flipped
+from ...search.drift import DriftSums
+from ...search.objectives import Trial
 from ...search.trials import EditSearch
-from ...search.try_edits import Answered, EditTrials, ValPrompts
+from ...search.try_edits import EditTrials
+from ..measured_sets import EXAMPLES, NEGATIVE, TARGET, Ids, MeasuredSets, SetSearch
 from .model import ServedModel, edit_plan
 from .scores import BASE_LOGPROB, EXACT_KL, LOGPROB, behaviour_of, scores_of
 
-Ids = Sequence[Sequence[int]]
-TARGET, EXAMPLES, NEGATIVE = "target", "examples", "answers"  # names of sets; preserved sets follow by their own
 ACTIVITY = "trying an edit"
 
 
 @dataclass
-class _Measured:
-    """What the engine tells of the base or of an edit: first-token scores and drifts, by set."""
-
-    scores: dict[str, torch.Tensor]
-    drifts: dict[str, Drift]
-
-
-@dataclass
-class ServedSearch(EditSearch):
+class ServedSearch(SetSearch):
     """A search that measures edits in the engine of `served`."""
 
     served: ServedModel = field(kw_only=True)
-    _base: _Measured | None = field(default=None, init=False)
+    _base: MeasuredSets | None = field(default=None, init=False)
     _base_of: int = field(default=0, init=False)  # the start of the engine whose workers keep the base's logits
-
-    @cached_property
-    def _answered(self) -> dict[str, AnsweredPrompts]:
-        return {NEGATIVE: self.answers, **{f"preserved: {name}": each for name, each in self.preserved.items()}}
 
     @cached_property
     def _scored(self) -> dict[str, Ids]:
         """The prompts that are scored of an edit, by set."""
-        return {TARGET: self.target, **{f"preserved: {name}": each.prompts for name, each in self.preserved.items()}}
-
-    @cached_property
-    def before(self) -> float:
-        return self._left(self._measured_base.scores[TARGET])
-
-    @cached_property
-    def usual(self) -> float:
-        return self._left(self._measured_base.scores[NEGATIVE if self.examples is None else EXAMPLES])
+        return {TARGET: self.target, **{key: self.answered[key].prompts for key in self.preserved_keys.values()}}
 
     @property
-    def _measured_base(self) -> _Measured:
+    def measured_base(self) -> MeasuredSets:
         if self._base is None or self._base_of != self.served.starts:
             usual = {NEGATIVE: self.answers.prompts} if self.examples is None else {EXAMPLES: self.examples}
             self.served.streams().ask(ACTIVITY, "forget_base")
@@ -76,39 +53,26 @@ class ServedSearch(EditSearch):
 
     def _measure(self, choice: EditConfig) -> Trial:
         edited = self.edited(choice)  # which may start the engine again
-        base = self._measured_base
+        base = self.measured_base
         with edited:
             own = self._measured(self._scored, keep=False)
-        return self._trial(
-            choice,
-            own.scores[TARGET],
-            own.drifts[NEGATIVE],
-            {name: own.drifts[f"preserved: {name}"] for name in self.preserved},
-            {name: share_flipped(base.scores[key], own.scores[key]) for name, key in self._preserved_keys.items()},
-        )
+        return self.trial_of(choice, own, base)
 
-    @property
-    def _preserved_keys(self) -> dict[str, str]:
-        return {name: f"preserved: {name}" for name in self.preserved}
-
-    def _refine_strengths(self, steps: int, advance: Progress) -> None:
-        """Leaves sites at one strength: an engine gives no gradients."""
-
-    def _measured(self, scored: Mapping[str, Ids], keep: bool) -> _Measured:
+    def _measured(self, scored: Mapping[str, Ids], keep: bool) -> MeasuredSets:
         """Measure the model as it is on the sets `scored`, and along the answers."""
-        return _Measured({name: self._scores(ids) for name, ids in scored.items()}, self._drifts(keep))
+        return MeasuredSets({name: self._scores(ids) for name, ids in scored.items()}, self._drifts(keep))
 
     def _scores(self, ids: Ids) -> torch.Tensor:
         outputs = Outputs(behaviour_of(self.readout))
         found = self._read([Wanted(row) for row in ids], outputs, self.readout.layers)
         return torch.cat([scores_of(self.readout, portion) for portion in found])
 
-    def _drifts(self, keep: bool) -> dict[str, Drift]:
+    def _drifts(self, keep: bool) -> dict[str, DriftSums]:
         """How far the model is from the base along the answers; the base from itself if its logits are to be kept."""
         wanted: list[Wanted] = []
         owners: list[tuple[DriftSums, int]] = []
-        sums = {name: DriftSums(each.answers) for name, each in self._answered.items()}
-        for name, each in self._answered.items():
+        sums = {name: DriftSums(each.answers) for name, each in self.answered.items()}
+        for name, each in self.answered.items():
             for number, (prompt, answer) in enumerate(zip(each.prompts, each.answers, strict=True)):
                 first = len(prompt) - 1
                 wanted.append(Wanted([*prompt, *answer], first, first + len(answer), base=len(wanted)))
@@ -117,7 +81,7 @@ class ServedSearch(EditSearch):
             for row, measured in zip(portion.rows, portion.outputs, strict=True):
                 own, number = owners[row]
                 own.add_measured(number, measured[:, EXACT_KL], measured[:, BASE_LOGPROB], measured[:, LOGPROB])
-        return {name: each.drift for name, each in sums.items()}
+        return sums
 
     def _read(self, wanted: Sequence[Wanted], outputs: Outputs, layers: Sequence[int] = ()) -> Iterator[Any]:
         longest = max(len(each.ids) for each in wanted) + 1
@@ -131,17 +95,10 @@ class ServedTrials(EditTrials):
         super().__init__(None, *others)
         self.served = served
 
-    def _open_search(
-        self, builder: EditBuilder, prompts: ValPrompts, answers: Answered, preserved: Mapping[str, Answered]
-    ) -> EditSearch:
-        return ServedSearch(
-            self.model,
-            builder,
-            self.readout,
-            prompts.target,
-            AnsweredPrompts(self.model, *answers),
-            {name: AnsweredPrompts(self.model, *each) for name, each in preserved.items()},
-            known=self.journal,
-            examples=prompts.examples,
-            served=self.served,
-        )
+    @property
+    def _layer(self) -> int:
+        return 0  # the engine runs all blocks
+
+    @property
+    def _make_search(self) -> Callable[..., EditSearch]:
+        return partial(ServedSearch, served=self.served)
