@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import torch
@@ -27,6 +29,9 @@ from orthogonalize.directions.activation_store import record, record_streamed
 from orthogonalize.models.loading import choose_device, load_model
 from orthogonalize.models.streaming.lanes import StreamedModel
 from orthogonalize.models.streaming.weights import PartialModel
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 console = Console()
 POSITIONS = 5
@@ -52,35 +57,62 @@ SHAPES: dict[str, dict[str, int]] = {
 
 def write_random(folder: Path, shape: str, layers: int) -> None:
     """Write a Llama of `shape` with random bfloat16 weights, one file per block; all blocks have the same values."""
+    config = random_config(shape, layers)
+    generator = torch.Generator().manual_seed(0)
+    block = random_block(config, generator)
+    embedding = random_matrix(config.vocab_size, config.hidden_size, generator)
+    write_model(folder, config, lambda _layer: block, embedding, embedding)
+
+
+def random_config(shape: str, layers: int) -> LlamaConfig:
     from transformers import LlamaConfig
 
     tied = shape == "6.4GB"
     config = LlamaConfig(**SHAPES[shape] | {"num_hidden_layers": layers}, tie_word_embeddings=tied, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
+    return config
+
+
+def random_matrix(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Of bfloat16 values that keep the variance of what they multiply."""
+    return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(torch.bfloat16)
+
+
+def random_block(config: LlamaConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The weights of one block, by their names in it."""
     d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_attention_heads * h, config.num_key_value_heads * h
-    generator = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=generator) * columns**-0.5).to(torch.bfloat16)
-
-    norm = torch.ones(d, dtype=torch.bfloat16)
-    block = {
-        "self_attn.q_proj": matrix(q, d), "self_attn.k_proj": matrix(kv, d), "self_attn.v_proj": matrix(kv, d),
-        "self_attn.o_proj": matrix(d, q), "mlp.gate_proj": matrix(f, d), "mlp.up_proj": matrix(f, d),
-        "mlp.down_proj": matrix(d, f), "input_layernorm": norm, "post_attention_layernorm": norm.clone(),
+    shapes = {
+        "self_attn.q_proj": (q, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q), "mlp.gate_proj": (f, d), "mlp.up_proj": (f, d), "mlp.down_proj": (d, f),
     }  # fmt: skip
-    embedding = matrix(config.vocab_size, d)
-    files = {"model-embedding.safetensors": {"model.embed_tokens.weight": embedding, "model.norm.weight": norm}}
-    if not tied:
-        files["model-head.safetensors"] = {"lm_head.weight": embedding}
-    for layer in range(layers):
-        files[f"model-{layer:03}.safetensors"] = {f"model.layers.{layer}.{n}.weight": t for n, t in block.items()}
-    index = {}
-    for name, tensors in files.items():
+    block = {name: random_matrix(*each, generator) for name, each in shapes.items()}
+    norm = torch.ones(d, dtype=torch.bfloat16)
+    return block | {"input_layernorm": norm, "post_attention_layernorm": norm.clone()}
+
+
+def write_model(
+    folder: Path,
+    config: LlamaConfig,
+    block: Callable[[int], dict[str, torch.Tensor]],
+    embedding: torch.Tensor,
+    head: torch.Tensor,
+) -> None:
+    """Write a checkpoint, one file per block; `head` is left out if the configuration ties it."""
+    config.save_pretrained(folder)
+    norm = torch.ones(config.hidden_size, dtype=torch.bfloat16)
+    index: dict[str, str] = {}
+
+    def write(name: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, folder / name, {"format": "pt"})
-        index |= dict.fromkeys(tensors, name)
+        index.update(dict.fromkeys(tensors, name))
+
+    write("model-embedding.safetensors", {"model.embed_tokens.weight": embedding, "model.norm.weight": norm})
+    if not config.tie_word_embeddings:
+        write("model-head.safetensors", {"lm_head.weight": head})
+    for layer in range(config.num_hidden_layers):
+        tensors = {f"model.layers.{layer}.{name}.weight": each for name, each in block(layer).items()}
+        write(f"model-{layer:03}.safetensors", tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
