@@ -1,9 +1,9 @@
 """Edit a concept out of, or into, a language model's weights, and prove it.
 
-Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `merge`, `push`, `verify`,
-`sweep`, `judge`, `compare`, `rank`, `describe`, `doctor` and `demo`. The algebra under them is also exported, and so
-are the registries that plugins add to. Import from this package only; everything below it may move. A name is loaded on
-first use, so that importing the package, or asking the command line for help, does not wait for torch.
+Each command has a function here: `extract`, `edit`, `evaluate` (the command is `eval`), `chat`, `merge`, `push`,
+`verify`, `sweep`, `judge`, `compare`, `rank`, `describe`, `doctor` and `demo`. The algebra under them is also exported,
+and so are the registries that plugins add to. Import from this package only; everything below it may move. A name is
+loaded on first use, so that importing the package, or asking the command line for help, does not wait for torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .checkpoints.diff import Audit as Audit
     from .checkpoints.rounding.registry import ROUNDING_SCHEMES as ROUNDING_SCHEMES
     from .checkpoints.rounding.registry import RoundingScheme as RoundingScheme
+    from .commands.chat import Talk as Talk
+    from .commands.chat import chat as chat
     from .commands.compare import Comparison as Comparison
     from .commands.compare import compare as compare
     from .commands.demo import demo as demo
@@ -148,6 +150,7 @@ _MODULES = {
     "SuiteEntry": "evals.suites.base",
     "Sweep": "reports.sweep",
     "SweepGrid": "selection.grid",
+    "Talk": "commands.chat",
     "Trial": "selection.search.objectives",
     "Verified": "commands.verify",
     "WeighingJudge": "evals.judges.base",
@@ -155,6 +158,7 @@ _MODULES = {
     "WritingJudge": "evals.judges.base",
     "bake": "edits.bake",
     "by_rule": "evals.measures.base",
+    "chat": "commands.chat",
     "compare": "commands.compare",
     "demo": "commands.demo",
     "describe": "commands.describe",

@@ -11,7 +11,17 @@ from typing import Any
 import click
 
 from .commands._console import quieten_libraries, write_what_streams_can
-from .commands.command_line import checking, demonstrating, editing, finding, machine, measuring, plotting, sharing
+from .commands.command_line import (
+    checking,
+    demonstrating,
+    editing,
+    finding,
+    machine,
+    measuring,
+    plotting,
+    sharing,
+    talking,
+)
 from .commands.options.common import path
 from .commands.options.config_file import read_config
 from .commands.options.environment import name_variables
@@ -82,7 +92,7 @@ def main(context: click.Context, quiet: bool, verbose: bool, debug: bool, config
 
 
 for _command in (  # in the order of the help
-    finding.extract, editing.edit, measuring.eval_, sharing.push, checking.verify, measuring.sweep,
+    finding.extract, editing.edit, measuring.eval_, talking.chat, sharing.push, checking.verify, measuring.sweep,
     editing.merge, measuring.judge, checking.compare, plotting.plot, finding.rank_, finding.describe,
     demonstrating.demo, machine.doctor,
 ):  # fmt: skip

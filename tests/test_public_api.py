@@ -61,6 +61,7 @@ MISSPELT = {
     "edit . --direction nowhere.pt --method ablate --out edited": "no such file: nowhere.pt",
     "eval . --base nowhere --run . --out report": "no such model: 'nowhere'",
     "eval . --base . --run nowhere --out report": "nowhere is not a run folder",
+    "chat nowhere": "no such model folder: nowhere",
     "verify nowhere": "no such model folder: nowhere",
     "push nowhere me/model": "no such model folder: nowhere",
     "merge nowhere --out merged": "nowhere is not an adapter folder",

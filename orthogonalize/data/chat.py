@@ -109,14 +109,33 @@ class ChatFormat:
             return encode_open_ended(self.tokenizer, instructions)
         return [[*ids, *self._after_thought] for ids in self._rendered(instructions)]
 
+    def encode_turns(self, turns: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the model's next answer begins.
+
+        Args:
+            turns: messages of `role` (user and assistant in turn, a user's first and last) and `content`. Without a
+                template, they follow each other as lines of text.
+
+        Raises:
+            OrthogonalizeError: the chat template rejects them.
+        """
+        if not self.templated:
+            return encode_open_ended(self.tokenizer, ["\n".join(turn["content"] for turn in turns)])[0]
+        arguments = self._switches | dict(self.arguments)
+        ids = chat_ids(self.tokenizer, [[*self._system, *map(dict, turns)]], arguments, _REJECTS)[0]
+        return [*ids, *self._after_thought]
+
     def _rendered(self, instructions: Sequence[str]) -> list[list[int]]:
         """What the template itself makes of instructions."""
         arguments = self._switches | dict(self.arguments)
         return chat_ids(self.tokenizer, [self._chat(each) for each in instructions], arguments, _REJECTS)
 
     def _chat(self, instruction: str) -> list[dict[str, str]]:
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        return [*system, {"role": "user", "content": instruction}]
+        return [*self._system, {"role": "user", "content": instruction}]
+
+    @property
+    def _system(self) -> list[dict[str, str]]:
+        return [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def check_template(self) -> None:
         """Reject a template that silently drops text; one that loops over a message's parts finds none in a text.

@@ -11,7 +11,7 @@ import torch
 
 from ..core.errors import InPlaceError
 from ..core.progress import track
-from ..models.generation import generate, stop_tokens
+from ..models.generation import generate, stop_tokens, stream
 from ..models.loading import load_model
 from ..models.logprobs import Completion, Likeliest, completion_scores, likeliest_tokens, next_token_logprobs
 from .base import LIKELIEST, EngineOptions, Ids, Part, fingerprint
@@ -46,6 +46,10 @@ class TransformersEngine:
         with track("answering", len(prompts), "prompts") as advance:
             stops = stop_tokens(self.model, self.tokenizer)
             return generate(self.model, prompts, max_new_tokens, stops, self.batch, advance)
+
+    def stream(self, prompt: Ids, max_new_tokens: int, show: Callable[[list[int]], object]) -> list[int]:
+        """The answer to one prompt; `show` gets all of its tokens so far at each."""
+        return stream(self.model, prompt, max_new_tokens, stop_tokens(self.model, self.tokenizer), show)
 
     def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
         with track("scoring completions", len(prompts), "texts") as advance:

@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -202,6 +202,22 @@ class VllmEngine:
     def answers_slice(self, prompts: Sequence[Ids], max_new_tokens: int) -> list[list[int]]:
         """`answers` in one go, without a progress bar."""
         return [_answer(output) for output in self.generate_slice("answering", prompts, _greedy(max_new_tokens))]
+
+    def stream(self, prompt: Ids, max_new_tokens: int, show: Callable[[list[int]], object]) -> list[int]:
+        """The answer to one prompt; `show` gets all of its tokens so far whenever there are more."""
+        engine, name, found = self.llm.llm_engine, "stream", list[int]()
+        with _explained("vLLM failed while answering"):
+            engine.add_request(name, {"prompt_token_ids": list(prompt)}, _greedy(max_new_tokens))
+            try:
+                while engine.has_unfinished_requests():
+                    for output in engine.step():
+                        found = _answer(output)
+                        show(found)
+            except BaseException:
+                with suppress(Exception):  # the engine may be dead; if not, it must be free for the next prompt
+                    engine.abort_request([name])
+                raise
+        return found
 
     def scores(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> list[Completion]:
         from vllm import SamplingParams

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,3 +72,33 @@ def generate(
         if progress:
             progress(len(group))
     return result
+
+
+class _Listener:
+    """Collects one answer, token by token, as transformers' `generate` makes them."""
+
+    def __init__(self, stops: Sequence[int], show: Callable[[list[int]], object]) -> None:
+        self.stops, self.show = stops, show
+        self.answer: list[int] | None = None  # the prompt comes first
+
+    def put(self, tokens: torch.Tensor) -> None:
+        if self.answer is None:
+            self.answer = []
+        elif (token := int(tokens.flatten()[0])) not in self.stops:
+            self.answer.append(token)
+            self.show(list(self.answer))
+
+    def end(self) -> None:
+        pass
+
+
+@torch.inference_mode()
+def stream(
+    model: Any, ids: Sequence[int], max_new_tokens: int, stops: Sequence[int], show: Callable[[list[int]], object]
+) -> list[int]:
+    """The greedy completion of one prompt, as `generate` gives it; `show` gets all of its tokens so far at each."""
+    prompt = torch.tensor([list(ids)], device=model.device)
+    listener = _Listener(stops, show)
+    with _greedy(model, max_new_tokens, stops):
+        model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=listener)
+    return listener.answer or []

@@ -5,6 +5,7 @@ Engines are slow to start, so one serves most tests; only those that need anothe
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,10 @@ def test_edit_is_swapped_in_and_out_bit_for_bit(shared, plans, prompts, written)
                 assert ours.logprob == pytest.approx(theirs.logprob, **CLOSE)
             assert SWAPPED[name] == other.answers(prompts, 12)
     assert any(answers != base for answers in SWAPPED.values())
+    grown: list[list[int]] = []
+    assert engine.stream(prompts[0], 12, grown.append) == SWAPPED[name][0], "what chat shows of the edit"
+    assert len(grown) > 1
+    assert all(after[: len(before)] == before for before, after in pairwise(grown))
     swap.restore()
     assert engine.fingerprint() == before
     assert engine.answers(prompts, 12) == base
