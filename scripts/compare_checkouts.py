@@ -53,7 +53,7 @@ def commands(inputs: Path) -> list[list[str]]:
     return [
         ["extract", model, *sides, *sizes, *given, "--out", "run"],
         *(["edit", model, "--run", "run", *words, "--out", name] for name, words in edits.items()),
-        ["verify", "ablate", "--base", model, "--json", "verify.json"],
+        ["verify", "ablate", "--base", model],
         ["eval", "ablate", "--base", model, "--run", "run", "--out", "report", *SHORT],
         ["sweep", model, "--run", "run", "--out", "sweep", "--suite", "refusal,behaviour", *SHORT],
     ]

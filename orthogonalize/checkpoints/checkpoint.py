@@ -17,6 +17,7 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..core.files import check_regular_files, is_inside
+from ..core.output_folders import CONFIG
 from ..core.progress import Progress, track
 from .known_files import DRAFTS, is_known, is_weight_name
 from .safetensors_file import DTYPES, EDITABLE, RemoteFile, TensorFile, TensorInfo, open_tensor_file
@@ -31,7 +32,7 @@ LARGEST_CARD = 2**20  # bytes of a model card that are read
 HASHED_AT_ONCE = 4  # files
 SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".bpe")  # endings of files that change results
 UNFINISHED = (".*.partial", ".*.lock", ".*.journal")  # left by killed processes
-NOT_COPIED = (CARD, RECIPE, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes", *UNFINISHED)
+NOT_COPIED = (CARD, RECIPE, CONFIG, "report.json", "report.html", ".git/*", ".cache/*", ".gitattributes", *UNFINISHED)
 PICKLES = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 # What training leaves in a folder, with its machine's paths and users.
 LOGS = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -97,12 +96,8 @@ class Audit:
         middle = strengths[len(strengths) // 2] if strengths else math.nan
         return f"an edit of rank {rank}: {where} (strength about {middle:.2g}, where 1 projects and 2 mirrors)"
 
-    def as_json(self) -> str:
-        """The audit as JSON, with directions as lists of numbers."""
-        return json.dumps(self.document(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
     def document(self) -> dict[str, Any]:
-        """The audit as values that JSON can hold."""
+        """The audit as values that JSON can hold, with directions as lists of numbers."""
         tensors = {
             name: {
                 "change": _finite_or_none(change),

@@ -15,7 +15,7 @@ from ..core.errors import InPlaceError, NoNumberError, OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
 from ..core.locks import exclusive
-from ..core.output_folders import FolderKind, check_free, complete_folder
+from ..core.output_folders import CONFIG, FolderKind, check_free, complete_folder
 from ..core.progress import note, track
 from ..data.prompts import Split
 from ..data.refusals import LEAST_TOKENS
@@ -46,7 +46,7 @@ from ..selection.resolve import check_fits
 from ..selection.run_folder import load_run
 from ..selection.variants import Variant, centre, make_variants
 
-SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "pareto.png"}))
+SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "pareto.png", CONFIG}))
 
 
 @contextmanager

@@ -73,11 +73,12 @@ class Verified(Audit):
         return f"the recipe's edit ({self.edit}), of {rank}: {counted(len(self.leaks), 'tensor')}{missing}"
 
     def document(self) -> dict[str, Any]:
-        """As `Audit.document`, with `recipe`: its edit and the leak of every tensor."""
+        """As `Audit.document`, with `mismatches`, or with `recipe` (its edit and every tensor's leak) and its proof."""
         if self.edit is None:
-            return super().document()
+            return super().document() | {"mismatches": self.mismatches}
         leaks = {name: asdict(each) for name, each in self.leaks.items()}
-        return super().document() | {"recipe": {"edit": self.edit, "tensors": leaks}}
+        proof = None if self.verification is None else self.verification.model_dump()
+        return super().document() | {"recipe": {"edit": self.edit, "tensors": leaks}, "verification": proof}
 
     def __repr__(self) -> str:
         proof = self.verification

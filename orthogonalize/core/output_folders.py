@@ -21,6 +21,7 @@ from .locks import locked
 
 UNFINISHED = re.compile(r"\..*\.(partial|journal|lock)(-[0-9a-f]+|-measured)?$")
 WITHOUT_REPLACING, EXCHANGE = 1, 2  # flags of renameat2
+CONFIG = "config.toml"  # the options that made a folder, which the command line saves there
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ RUN = FolderKind(
     frozenset(
         {
             *("run.json", "prompts.jsonl", "activations.safetensors", "directions.safetensors"),
-            *("candidates.json", "plots", "stages.json", "tokens.json", "preserved.jsonl", "fits"),
+            *("candidates.json", "plots", "stages.json", "tokens.json", "preserved.jsonl", "fits", CONFIG),
         }
     ),
 )
 EDITED = FolderKind("orthogonalize.json")
-REPORT = FolderKind("report.json", frozenset({"report.json", "report.html"}))
+REPORT = FolderKind("report.json", frozenset({"report.json", "report.html", CONFIG}))
 
 
 def check_finished_run(folder: Path) -> None:

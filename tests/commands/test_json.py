@@ -102,7 +102,9 @@ def test_what_is_not_a_number_is_null(capsys):
     assert json.loads(capsys.readouterr().out) == {"kl": [None, None, 0.1]}
 
 
-@pytest.mark.parametrize("command", ["extract", "rank", "eval", "compare", "sweep", "judge", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["extract", "rank", "eval", "verify", "compare", "sweep", "judge", "demo", "doctor"]
+)
 def test_every_command_with_tables_has_the_option(command):
     option = next(each for each in main.commands[command].params if "--json" in each.opts)
     assert option.is_flag

@@ -81,11 +81,11 @@ def test_leaks_are_those_along_the_recipes_direction(ablated):
     )
 
 
-def test_json_holds_the_leak_of_every_tensor(ablated, tmp_path):
-    words = ("verify", ablated, "--no-logits", "--no-record", "--json", tmp_path / "audit.json")
-    status, said = command(*words)
+def test_json_holds_the_leak_of_every_tensor(ablated):
+    status, said = command("verify", ablated, "--no-logits", "--no-record", "--json")
     assert status == 0, said
-    found = json.loads((tmp_path / "audit.json").read_text())["recipe"]
+    assert json.loads(said)["verification"]["passed"]
+    found = json.loads(said)["recipe"]
     assert found["edit"] == "ablate, all"
     assert set(found["tensors"]["model.embed_tokens.weight"]) == {"rank", "leak", "strength", "left"}
 

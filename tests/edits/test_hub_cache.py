@@ -195,7 +195,7 @@ def test_cached_edit_is_loaded_by_name_offline(cache, tmp_path):
 
 def test_cached_edit_is_verified_and_edited_by_name(cache, tmp_path):
     edit("some/model", cache="me/edited", direction=cache.direction)
-    status, said = command("verify", "me/edited", "--json", tmp_path / "audit.json")
+    status, said = command("verify", "me/edited")
     assert status == 0, said
     assert load_recipe(CachedRepository("me/edited").snapshot()).verification.passed
     assert scan_cache_dir(cache.folder).warnings == []

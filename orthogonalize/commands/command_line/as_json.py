@@ -46,6 +46,15 @@ def summary(run: Any, out: Path) -> dict[str, Any]:
     }
 
 
+def demonstrated(result: Any, out: Path) -> dict[str, Any]:
+    """What `demo` made: its edit, the proof of it, and the report, without prompts and answers."""
+    return {
+        "edit": result.recipe.choice.describe(),
+        "verification": result.verification.model_dump(),
+        **without_answers(result.report, out),
+    }
+
+
 def without_answers(report: Any, out: Path) -> dict[str, Any]:
     """A report as in report.json, without prompts and answers, and its folder."""
     return {"report": str(out), **report.model_dump(exclude={"answers"})}

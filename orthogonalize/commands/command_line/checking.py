@@ -10,16 +10,17 @@ import click
 from .._console import show_audit, show_comparison
 from ..options.common import device_option, json_option, other_base_option, path
 from ..options.existing import CHECKPOINT, MODEL
+from ..options.pages import Command
 from .as_json import echo_json
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--base", type=MODEL, metavar="MODEL", help="The model that was edited; default: the recipe's.")
 @click.option("--no-logits", is_flag=True, help="Compare bytes only.")
 @click.option("--no-record", is_flag=True, help="Do not write the result into the recipe.")
 @other_base_option
-@click.option("--json", "json_file", type=path(), metavar="FILE", help="Write the full result as JSON.")
+@json_option
 @device_option
 def verify(
     checkpoint: Path,
@@ -27,7 +28,7 @@ def verify(
     no_logits: bool,
     no_record: bool,
     allow_other_base: bool,
-    json_file: Path | None,
+    as_json: bool,
     device: str,
 ) -> None:
     """Audit how CHECKPOINT differs from its base; with a recipe, prove that hooks = weights.
@@ -45,14 +46,15 @@ def verify(
         record=not no_record,
         allow_other_base=allow_other_base,
     )
-    show_audit(audit)
-    if json_file is not None:
-        json_file.write_text(audit.as_json(), "utf-8")
+    if as_json:
+        echo_json(audit.document())
+    else:
+        show_audit(audit)
     if audit.verification is not None and not audit.verification.passed:
         sys.exit(1)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("first", type=path())
 @click.argument("second", type=path())
 @json_option

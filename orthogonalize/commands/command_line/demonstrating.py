@@ -8,10 +8,13 @@ from typing import Any
 import click
 
 from .._console import show_report
-from ..options.common import engine_option, path
+from ..options.common import engine_option, json_option, path
+from ..options.effective import save_config
+from ..options.pages import Command
+from .as_json import demonstrated, echo_json
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--out", type=path(), default=Path("demo"), show_default=True, help="Folder for all output.")
 @click.option(
     "--goal", type=click.Choice(["remove", "calibrate"]), default="remove", show_default=True,
@@ -19,11 +22,16 @@ from ..options.common import engine_option, path
 )  # fmt: skip
 @engine_option
 @click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
-def demo(out: Path, goal: str, engine: Any, force: bool) -> None:
+@json_option
+def demo(out: Path, goal: str, engine: Any, force: bool, as_json: bool) -> None:
     """Run the full pipeline on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""
     from ..demo import demo as run_demo
 
     result = run_demo(out, goal=goal, engine=engine, force=force)
+    save_config(out)
+    if as_json:
+        echo_json(demonstrated(result, out))
+        return
     click.echo(f"edit: {result.recipe.choice.describe()}")
     click.echo(f"hooks = weights: largest logit difference {result.verification.hooks_gap:.1e}")
     show_report(result.report)

@@ -11,10 +11,12 @@ from ...core.errors import shown
 from ...core.words import counted
 from ..options.common import out_option
 from ..options.edit import edit_options
+from ..options.effective import save_config
 from ..options.existing import ADAPTER, MODEL
+from ..options.pages import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", type=MODEL)
 @edit_options
 def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> None:
@@ -29,6 +31,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
     from ..edit import readers
 
     recipe = run_edit(model, out, cache=cache, **options)
+    save_config(out)
     where = f"{cache} in the Hub's cache" if out is None else str(out)
     described = shown(recipe.choice.describe(), 1000)
     if options["format"] == "lora":
@@ -44,7 +47,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
         click.echo(line)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("adapter", type=ADAPTER)
 @click.option("--base", type=MODEL, metavar="MODEL", help="The model that it adapts; default: the one that it names.")
 @out_option

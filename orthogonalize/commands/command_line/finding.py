@@ -11,12 +11,14 @@ from ...core import progress
 from ...core.errors import OrthogonalizeError
 from .._console import console, show_candidates, show_run
 from ..options.common import json_option, number, parallel_engine_options, path, revision_option
+from ..options.effective import save_config
 from ..options.existing import MODEL, RUN_FOLDER
 from ..options.extract import extract_options
+from ..options.pages import Command
 from .as_json import echo_json, ranking, summary
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", type=MODEL)
 @extract_options
 @json_option
@@ -33,6 +35,7 @@ def extract(model: str, out: Path, as_json: bool, **options: Any) -> None:
     if judge and options["measure"] != "auto":
         raise OrthogonalizeError("--judge NAME is short for --measure judge:NAME; give one of them")
     run = run_extract(model, out, **options | ({"measure": f"judge:{judge}"} if judge else {}))
+    save_config(out)
     if as_json:
         echo_json(summary(run, out))
         return
@@ -44,7 +47,7 @@ def extract(model: str, out: Path, as_json: bool, **options: Any) -> None:
     click.echo(f"run: {out}")
 
 
-@click.command("rank")
+@click.command("rank", cls=Command)
 @click.argument("run", type=RUN_FOLDER)
 @click.option("--kl", type=float, default=0.1, show_default=True, help="Maximum KL on the other side, nats.")
 @click.option("--induce", type=float, default=0.0, show_default=True, help="Minimum score when added, log-odds.")
@@ -83,7 +86,7 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
         click.echo(f"ranks written to {run / 'candidates.json'}", err=as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", type=MODEL)
 @click.option("--out", type=path(dir_okay=False), help="File for the draft; default: print it.")
 @revision_option

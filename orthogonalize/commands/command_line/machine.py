@@ -6,10 +6,11 @@ import click
 
 from .._console import show_findings
 from ..options.common import json_option
+from ..options.pages import Command
 from .as_json import echo_json
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--no-network", is_flag=True, help="Do not ask the Hub anything.")
 @json_option
 def doctor(no_network: bool, as_json: bool) -> None:

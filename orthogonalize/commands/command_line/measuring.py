@@ -29,11 +29,13 @@ from ..options.common import (
     sweep_grid,
     words,
 )
+from ..options.effective import save_config
 from ..options.existing import CHECKPOINT, FILE, MODEL, RUN_FOLDER
+from ..options.pages import Command
 from .as_json import echo_json, without_answers
 
 
-@click.command("eval")
+@click.command("eval", cls=Command)
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--base", type=MODEL, required=True, metavar="MODEL", help="The model that was edited.")
 @click.option("--run", type=RUN_FOLDER, required=True, help="The run whose test prompts are used.")
@@ -61,6 +63,7 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, as_json: bool, **op
 
     engine = engine_options(options)
     report = evaluate(checkpoint, base, run, out, options=engine, **options)
+    save_config(out)
     if as_json:
         echo_json(without_answers(report, out))
         return
@@ -68,7 +71,7 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, as_json: bool, **op
     click.echo(f"report: {out / 'report.html'}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("model", type=MODEL)
 @click.option("--run", type=RUN_FOLDER, required=True, help="The run whose directions and test prompts are used.")
 @out_option
@@ -102,6 +105,7 @@ def sweep(model: str, run: Path, out: Path, as_json: bool, **options: Any) -> No
 
     grid, engine = sweep_grid(options), engine_options(options)
     found = run_sweep(model, run, out, grid=grid, options=engine, **options)
+    save_config(out)
     if as_json:
         echo_json({"sweep": str(out), **found.model_dump()})
         return
@@ -109,7 +113,7 @@ def sweep(model: str, run: Path, out: Path, as_json: bool, **options: Any) -> No
     click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", type=FILE)
 @click.option(
     "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, … or NAME=MODEL."

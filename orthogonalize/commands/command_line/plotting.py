@@ -8,9 +8,10 @@ import click
 
 from ..options.common import path
 from ..options.existing import FILE
+from ..options.pages import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("source", type=FILE, metavar="RUN|REPORT|SWEEP")
 @click.option(
     "--out", type=path(), required=True, help="File to create, .pdf or .svg; its numbers go beside it as .csv."

@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from ..options.existing import CHECKPOINT
+from ..options.pages import Command
 from ..options.push import push_options
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.argument("repository", metavar="OWNER/NAME")
 @push_options

@@ -11,6 +11,7 @@ import click
 from ...data.thoughts import THINKING
 from ..options.common import Entry, choice, engine_names, hf_device_option, number, path
 from ..options.existing import CHECKPOINT, FILE, MODEL, RUN_FOLDER, SOURCE
+from ..options.pages import Command
 
 
 def _read() -> str | None:
@@ -21,7 +22,7 @@ def _read() -> str | None:
         return None
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("checkpoint", type=CHECKPOINT, required=False)
 @click.option("--base", type=MODEL, metavar="MODEL", help="The model that was edited; default: the recipe's or run's.")
 @click.option("--run", type=RUN_FOLDER, help="Without CHECKPOINT: make this run's edit with hooks. Brings prompts.")

@@ -15,8 +15,8 @@ from ...core.errors import OrthogonalizeError, first_line
 def read_config(file: Path, group: click.Group) -> dict[str, dict[str, Any]]:
     """The defaults that `file` sets, by command and by name of parameter, as click's `default_map` takes them.
 
-    A key is an option's name without its dashes, as in `max-new-tokens = 64`; a list stands for a comma-separated one,
-    or for an option given several times.
+    A key is an option's name without its dashes, as in `max-new-tokens = 64`, or that of an argument, as in
+    `model = "owner/name"`; a list stands for a comma-separated one, or for an option given several times.
 
     Raises:
         OrthogonalizeError: the file cannot be read, or names a command or an option that there is not.
@@ -37,6 +37,8 @@ def read_config(file: Path, group: click.Group) -> dict[str, dict[str, Any]]:
 def _setting(file: Path, command: click.Command, key: str, value: Any) -> tuple[str, Any]:
     wanted = f"--{key.replace('_', '-')}"
     for option in command.params:
+        if isinstance(option, click.Argument) and option.name == key:
+            return key, value
         if isinstance(option, click.Option) and wanted in (*option.opts, *option.secondary_opts):
             if wanted in option.secondary_opts:
                 value = not value
