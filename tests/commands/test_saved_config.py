@@ -60,7 +60,7 @@ def test_saved_options_repeat_every_command(model, sources, tmp_path, monkeypatc
 
 
 LINES = {
-    "extract": "some/model --out o --positive xstest --negative alpaca --preserve xstest --preserve harmbench "
+    "extract": "some/model --out o --positive xstest --negative orbench --preserve xstest --preserve harmbench "
     "--template-argument a=1 --template-argument b=x --no-filter --no-download --layers 3-5 --positions -1,-2",
     "edit": "some/model --out o --method reflect --alpha 1.5 --per-layer --site-strengths attn.1=0.5 --rank acc99",
     "sweep": "some/model --run . --out o --methods ablate,leace --scopes one,all --strengths 0.5,1 --at -1,12",
