@@ -31,8 +31,8 @@ def test_every_option_stands_in_one_group(name):
     groups = command.option_groups(click.Context(command))
     placed = [option.opts for options in groups.values() for option in options]
     known = [each.opts for each in command.params if isinstance(each, click.Option)]
-    assert sorted(placed) == sorted([*known, ["-h", "--help"]])
-    assert [each.opts for each in groups[OTHERS]] == [["-h", "--help"]], "every other option has a group of its own"
+    assert sorted(placed) == sorted([*known, ["--help"]])
+    assert [each.opts for each in groups[OTHERS]] == [["--help"]], "every other option has a group of its own"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
