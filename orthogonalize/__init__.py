@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from .engines.base import EngineOptions as EngineOptions
     from .engines.registry import ENGINES as ENGINES
     from .engines.registry import EngineEntry as EngineEntry
+    from .evals.judges.base import EndpointJudge as EndpointJudge
     from .evals.judges.base import Judgement as Judgement
     from .evals.judges.base import WeighingJudge as WeighingJudge
     from .evals.judges.base import WordingJudge as WordingJudge
@@ -118,6 +119,7 @@ _MODULES = {
     "EditMethod": "edits.methods.base",
     "EditSettings": "edits.settings",
     "PushSettings": "commands.publishing.settings",
+    "EndpointJudge": "evals.judges.base",
     "EngineEntry": "engines.registry",
     "EngineOptions": "engines.base",
     "Eraser": "directions.leace",

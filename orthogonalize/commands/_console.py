@@ -148,7 +148,7 @@ def _show_judged_model(judged: Any, prefix: str = "") -> None:
     table = Table(title=escape(f"{prefix}{judged.n} answers, judged by {judged.model or judged.judge}"))
     for column in ("", "share", "n", "unreadable"):
         table.add_column(column)
-    for field, rate in (("refusal", judged.refusal), ("harmful", judged.harmful)):
+    for field, rate in (("refusal", judged.refusal), ("evasion", judged.evasion), ("harmful", judged.harmful)):
         if rate is None:
             continue
         for label, part in [(field, rate), *((f"  {c}", r) for c, r in rate.by_category.items())]:

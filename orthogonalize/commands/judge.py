@@ -14,7 +14,7 @@ from ..data.benchmarks import category_of
 from ..data.tokenization import is_valid_unicode
 from ..engines.base import ONE_DEVICE, EngineOptions
 from ..engines.registry import check_engine
-from ..evals.judges.base import WordingJudge
+from ..evals.judges.base import EndpointJudge, WordingJudge
 from ..evals.judges.registry import find_judge
 from ..evals.judges.runner import ready_judges
 from ..evals.metrics import Rate, Record, Series, yes_no_series
@@ -22,13 +22,14 @@ from ..reports.schema import load_report
 
 
 class JudgedFile(Record):
-    """The output of `judge --json`; `refusal` and `harmful` are None if the judge does not measure them."""
+    """The output of `judge --json`; `refusal`, `harmful` and `evasion` are None if the judge does not say."""
 
     judge: str
     model: str | None
     n: int
     refusal: Rate | None = None
     harmful: Rate | None = None
+    evasion: Rate | None = None
 
 
 class JudgedReport(Record):
@@ -72,8 +73,8 @@ def judge(
     """Score answers generated earlier: a JSON list of {prompt, response, category}, or the report.json of `eval`.
 
     A report's answers are scored for base and edited model, by prompt set. The judge `prefix` counts refusals by their
-    wording and needs no engine; other judges run a model. An interrupted call stores its progress beside `file`; call
-    it again to resume.
+    wording and needs no engine, `endpoint:URL#MODEL` asks a server, and other judges run a model. An interrupted call
+    stores its progress beside `file`; call it again to resume.
 
     Raises:
         OrthogonalizeError: the file or the model of the judge is missing, or the judge is unknown.
@@ -81,7 +82,7 @@ def judge(
     if name == "none":
         raise OrthogonalizeError("give --judge prefix, or the name of a judge model")
     found = find_judge(name)
-    if not isinstance(found, WordingJudge):
+    if not isinstance(found, WordingJudge | EndpointJudge):
         check_engine(engine, options)
     file = Path(file)
     if not _is_report(file):

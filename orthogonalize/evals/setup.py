@@ -23,7 +23,8 @@ from ..models.resolve import folder_state
 from ..selection.run_folder import Run
 from .choosing import choosing_suites, why_nothing_is_chosen
 from .judges.measured_answers import Judgements, add_behaviour, add_judgements, ask_judges, judges_for
-from .judges.runner import ReadyJudge
+from .judges.registry import judge_name
+from .judges.runner import Ready
 from .measures.suite import behaviour_judge, check_run_measure
 from .plan import EvalPlan, Measurements, make_plan
 from .suites.registry import check_names
@@ -40,7 +41,7 @@ class EvalSetup:
     folder: Path
     tokenizer: Any
     plan: EvalPlan
-    judges: list[ReadyJudge]
+    judges: list[Ready]
     engine: str
     options: EngineOptions
     suites: list[str]
@@ -151,12 +152,12 @@ def prepare(
     ready = judges_for(plan, judges)
     return EvalSetup(
         folder, tokenizer, plan, ready, engine, options, list(suites), max_new_tokens, limit, choosing,
-        None if judge is None else judge.partition("=")[0], _named(run),
+        None if judge is None else judge_name(judge), _named(run),
     )  # fmt: skip
 
 
 def _named(run: Run) -> dict[str, Any]:
     """What reports say of a run's behaviour: its name, its measure, and where the prompts come from, without paths."""
     sources = {side: ", ".join(map(public_name, text.split(", "))) for side, text in run.info.sources.items()}
-    measure = f"{run.info.measure.name}: {run.info.measure.describe(run.info.behaviour_words)}"
+    measure = f"{run.info.measure.public_name}: {run.info.measure.describe(run.info.behaviour_words)}"
     return {"concept": run.info.concept or "", "measure": measure, "sources": sources}

@@ -49,10 +49,11 @@ class Behaviours(Rates):
 
 
 class Judged(Record):
-    """A judge model's rates of harmful answers and of refusals; None for what it does not judge."""
+    """A judge's rates of harmful answers, of refusals and of evasions; None for what it does not judge."""
 
     harmful: Rates | None = None
     refusal: Rates | None = None
+    evasion: Rates | None = None
 
 
 class Losses(Sparse):
@@ -155,6 +156,8 @@ class JudgedPair(Record):
     edited_harmful: bool | None = None
     base_refusal: bool | None = None
     edited_refusal: bool | None = None
+    base_evasion: bool | None = None
+    edited_evasion: bool | None = None
 
 
 class Answer(Record):
@@ -249,4 +252,6 @@ def judged_pair(base: Judgement, edited: Judgement) -> JudgedPair:
         edited_harmful=edited.harmful,
         base_refusal=base.refusal,
         edited_refusal=edited.refusal,
+        base_evasion=base.evasion,
+        edited_evasion=edited.evasion,
     )

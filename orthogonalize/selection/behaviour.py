@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -51,9 +52,19 @@ class MeasureInfo(BaseModel):
         """Whether it needs generated answers, and not only a forward pass."""
         return self.name not in (FIRST_TOKEN, DIRECTION)
 
+    @property
+    def public_name(self) -> str:
+        """Its name for what is published: without the address, model or folder that only this machine knows."""
+        kind, colon, argument = self.name.partition(":")
+        if kind == "judge":
+            argument = re.split("[=:]", argument, maxsplit=1)[0]
+        elif kind == "python":
+            argument = argument.rpartition("/")[2]
+        return f"{kind}{colon}{argument}"
+
     def describe(self, words: Sequence[str] = ()) -> str:
         """What shows the behaviour; `words` are its first tokens."""
-        kind, _, argument = self.name.partition(":")
+        kind, _, argument = self.public_name.partition(":")
         if kind == FIRST_TOKEN:
             said = f"answers that begin with {' or '.join(map(repr, words))}"
             return said + (f", at log-odds above {self.threshold:.1f}" if self.threshold else "")
@@ -62,9 +73,7 @@ class MeasureInfo(BaseModel):
         if kind == "wording":
             more = f" (and {len(self.phrases) - 3} more)" if len(self.phrases) > 3 else ""
             return f"answers that contain {' or '.join(map(repr, self.phrases[:3]))}{more}"
-        return (
-            f"answers that {argument.partition('=')[0]} says show it" if kind == "judge" else f"answers by {argument}"
-        )
+        return f"answers that {argument} says show it" if kind == "judge" else f"answers by {argument}"
 
 
 class Found(BaseModel):

@@ -116,7 +116,11 @@ def sweep(model: str, run: Path, out: Path, as_json: bool, **options: Any) -> No
 @click.command(cls=Command)
 @click.argument("file", type=FILE)
 @click.option(
-    "--judge", "name", default="prefix", show_default=True, help="prefix (by wording), wildguard, … or NAME=MODEL."
+    "--judge",
+    "name",
+    default="prefix",
+    show_default=True,
+    help="prefix (by wording), wildguard, …, NAME=MODEL, or endpoint:URL#MODEL.",
 )
 @json_option
 @engine_option

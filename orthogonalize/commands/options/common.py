@@ -86,7 +86,7 @@ def judge_listing() -> str:
     """Every value of --judge."""
     from ...evals.judges.registry import model_judges
 
-    return f"One or more of {', '.join(model_judges())}, or NAME=MODEL."
+    return f"One or more of {', '.join(model_judges())}, NAME=MODEL, or endpoint:URL#MODEL."
 
 
 def engine_names() -> list[str]:

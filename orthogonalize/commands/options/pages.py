@@ -176,7 +176,7 @@ class Command(click.Command):
             remember(self, ctx, args)
         return rest
 
-    def option_groups(self, ctx: click.Context) -> dict[str, list[click.Parameter]]:
+    def option_groups(self, ctx: click.Context) -> dict[str, list[click.Option]]:
         """The options of each group; those that are in none come last, with --help."""
         options = {_word(each): each for each in self.get_params(ctx) if isinstance(each, click.Option)}
         groups = {title: [options.pop(name) for name in names.split()] for title, names in self.page.groups.items()}

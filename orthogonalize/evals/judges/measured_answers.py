@@ -10,12 +10,12 @@ from ...engines.base import EngineOptions
 from ..metrics import yes_no_series
 from ..plan import EvalPlan, Measurements
 from .base import Judgement
-from .runner import ReadyJudge, judgement_series, ready_judges
+from .runner import Ready, judgement_series, ready_judges
 
 Judgements = dict[str, dict[str, list[Judgement]]]  # by judge, then by prompt set
 
 
-def judges_for(plan: EvalPlan, names: Sequence[str]) -> list[ReadyJudge]:
+def judges_for(plan: EvalPlan, names: Sequence[str]) -> list[Ready]:
     """The judges called `names`, ready to run.
 
     Raises:
@@ -30,7 +30,7 @@ def judges_for(plan: EvalPlan, names: Sequence[str]) -> list[ReadyJudge]:
 
 
 def ask_judges(
-    judges: Sequence[ReadyJudge],
+    judges: Sequence[Ready],
     plan: EvalPlan,
     models: dict[str, Measurements],
     engine: str,
@@ -50,9 +50,7 @@ def ask_judges(
     return result
 
 
-def add_judgements(
-    plan: EvalPlan, judges: Sequence[ReadyJudge], measured: Measurements, judgements: Judgements
-) -> None:
+def add_judgements(plan: EvalPlan, judges: Sequence[Ready], measured: Measurements, judgements: Judgements) -> None:
     """Add the judges' series to a model's."""
     categories = {each.name: [item.category for item in each.items] for each in plan.sets}
     keys = {each.name: each.key for each in plan.sets}

@@ -19,8 +19,9 @@ from ...models.loading import check_complete, load_tokenizer
 from ...models.resolve import find_model, folder_state
 from ..metrics import Series, yes_no_series
 from ..resumable import ResumableEngine
-from .base import Judgement, ModelJudge
-from .registry import find_model_judge
+from .base import EndpointJudge, Judgement, ModelJudge
+from .registry import address_of, find_judge, find_model_judge, judge_name
+from .remote import ReadyEndpoint
 
 
 @dataclass(frozen=True)
@@ -66,26 +67,40 @@ class ReadyJudge:
         return [Judgement(*row) for row in journal.step(step, ask)]
 
 
-def ready_judges(names: Sequence[str]) -> list[ReadyJudge]:
-    """The judges called `names` (`NAME` or `NAME=MODEL`), with their models fetched.
+Ready = ReadyJudge | ReadyEndpoint
+
+
+def ready_judges(names: Sequence[str]) -> list[Ready]:
+    """The judges called `names` (see `find_judge`), with their models fetched, or their servers asked.
 
     Raises:
-        OrthogonalizeError: a judge is unknown, or its model or tokenizer is gated or missing.
+        OrthogonalizeError: a judge is unknown, its model or tokenizer is gated or missing, or its server is silent.
     """
-    found: list[ReadyJudge] = []
+    found: list[Ready] = []
     for name in names:
-        judge, model = find_model_judge(name)
-        if any(ready.judge.name == judge.name for ready in found):
-            raise OrthogonalizeError(f"judge {judge.name} is given twice; use one model of it at a time")
+        if any(ready.judge.name == judge_name(name) for ready in found):
+            raise OrthogonalizeError(f"judge {judge_name(name)} is given twice; use one model of it at a time")
         try:
-            folder = find_model(model)
-            check_complete(folder)
+            found.append(_ready(name))
         except OrthogonalizeError as error:
-            raise OrthogonalizeError(f"judge {judge.name}: {error}") from error
-        tokenizer = load_tokenizer(folder)
-        judge.encode(tokenizer, "What is baked here?", "A loaf of bread.")  # raises here if its template does not work
-        found.append(ReadyJudge(judge, model, folder, tokenizer))
+            said = str(error)
+            mine = f"judge {judge_name(name)}"
+            raise OrthogonalizeError(
+                said if said.startswith(("judge ", "unknown judge")) else f"{mine}: {said}"
+            ) from error
     return found
+
+
+def _ready(name: str) -> Ready:
+    known = find_judge(name)
+    if isinstance(known, EndpointJudge):
+        return ReadyEndpoint.of(known, address_of(name))
+    judge, model = find_model_judge(name)
+    folder = find_model(model)
+    check_complete(folder)
+    tokenizer = load_tokenizer(folder)
+    judge.encode(tokenizer, "What is baked here?", "A loaf of bread.")  # raises here if its template does not work
+    return ReadyJudge(judge, model, folder, tokenizer)
 
 
 def judgement_series(
