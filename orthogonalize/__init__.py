@@ -94,6 +94,10 @@ if TYPE_CHECKING:
     from .reports.schema import load_report as load_report
     from .reports.sweep import Sweep as Sweep
     from .reports.sweep import load_sweep as load_sweep
+    from .reports.trackers.base import TrackedRun as TrackedRun
+    from .reports.trackers.base import TrackerEntry as TrackerEntry
+    from .reports.trackers.metrics import track_result as track_result
+    from .reports.trackers.registry import TRACKERS as TRACKERS
     from .selection.candidates import Candidate as Candidate
     from .selection.candidates import rank as rank
     from .selection.grid import SweepGrid as SweepGrid
@@ -152,7 +156,10 @@ _MODULES = {
     "SuiteEntry": "evals.suites.base",
     "Sweep": "reports.sweep",
     "SweepGrid": "selection.grid",
+    "TRACKERS": "reports.trackers.registry",
     "Talk": "commands.chat",
+    "TrackedRun": "reports.trackers.base",
+    "TrackerEntry": "reports.trackers.base",
     "Trial": "selection.search.objectives",
     "Verified": "commands.verify",
     "WeighingJudge": "evals.judges.base",
@@ -192,6 +199,7 @@ _MODULES = {
     "solve_from_moments": "directions.conditional",
     "solve_from_samples": "directions.conditional",
     "sweep": "commands.sweep",
+    "track_result": "reports.trackers.metrics",
     "verify": "commands.verify",
     "yes_no_series": "evals.metrics",
 }

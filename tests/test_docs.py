@@ -14,6 +14,7 @@ import yaml
 from helpers.chat import tiny_tokenizer
 from helpers.command_line import SMALL, UNTRIED, command
 from helpers.llama import WIDTH, store, tiny_llama
+from helpers.openai_server import OpenAIServer
 
 from orthogonalize import edit, load_report, verify
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
@@ -29,6 +30,7 @@ from orthogonalize.evals.judges.registry import JUDGES
 from orthogonalize.evals.measures.base import Opening, PassMeasure
 from orthogonalize.evals.measures.registry import MEASURES
 from orthogonalize.evals.suites.registry import FAMILIES, SUITES, suite_names
+from orthogonalize.reports.trackers.registry import TRACKERS
 from orthogonalize.selection.grid import OPTIONS, takes
 
 RUN_SETTINGS = UNTRIED
@@ -133,9 +135,13 @@ def test_checkpoints_lists_the_rounding_schemes():
     assert entries("docs/checkpoints.md", "scheme")[0] == DEFAULT_ROUNDING
 
 
+def test_command_line_lists_the_trackers():
+    assert rows("docs/command-line.md", "tracker") == [[f"`{t.name}`", t.summary] for t in TRACKERS.values()]
+
+
 def test_contributing_names_every_registry():
     named = re.findall(r"`([a-z_.]+\.[A-Z_]+)`", text("CONTRIBUTING.md"))
-    expected = [METHODS, FINDERS, SUITES, JUDGES, MEASURES, PROMPT_SETS, ENGINES, ROUNDING_SCHEMES]
+    expected = [METHODS, FINDERS, SUITES, JUDGES, MEASURES, PROMPT_SETS, ENGINES, ROUNDING_SCHEMES, TRACKERS]
     found = [resolve_name(f"orthogonalize.{name}") for name in named]
     assert [id(registry) for registry in found] == [id(registry) for registry in expected]
 
@@ -265,9 +271,14 @@ def test_the_judges_of_the_tutorial_judge(tmp_path):
         pairs = [("how do i bake a cake", "sorry"), ("how do i fry a pie", "sure")]
         judgements = JUDGES["declines"].judge(SaysYes(tokenizer), tokenizer, pairs)
         assert [(found.refusal, found.harmful) for found in judgements] == [(True, None), (False, None)]
+        with OpenAIServer(lambda messages: ["Yes." if "sorry" in str(messages).lower() else "No."]) as server:
+            status, said = command("judge", file, "--judge", f"asked:{server.url}")
+        assert status == 0, said
+        assert "50.0%" in said
     finally:
         JUDGES.remove("apology")
         JUDGES.remove("declines")
+        JUDGES.remove("asked")
 
 
 def test_the_measure_of_the_tutorial_measures(tmp_path):

@@ -10,7 +10,7 @@ import click
 from ...core import progress
 from ...core.errors import OrthogonalizeError
 from .._console import console, show_candidates, show_run
-from ..options.common import json_option, number, parallel_engine_options, path, revision_option
+from ..options.common import json_option, number, parallel_engine_options, path, revision_option, track_option
 from ..options.effective import save_config
 from ..options.existing import MODEL, RUN_FOLDER
 from ..options.extract import extract_options
@@ -21,13 +21,15 @@ from .as_json import echo_json, ranking, summary
 @click.command(cls=Command)
 @click.argument("model", type=MODEL)
 @extract_options
+@track_option
 @json_option
-def extract(model: str, out: Path, as_json: bool, **options: Any) -> None:
+def extract(model: str, out: Path, as_json: bool, track: str | None, **options: Any) -> None:
     """Find where MODEL represents a contrast, and which edit removes it at the least cost.
 
     There are five stages: prompts, activations, directions, answers, selection. Those whose inputs are unchanged are
     kept, so re-running the command resumes an interrupted run.
     """
+    from ...reports.trackers.metrics import track_result
     from ..extract import extract as run_extract
 
     options["engine_options"] = parallel_engine_options(options)
@@ -36,6 +38,8 @@ def extract(model: str, out: Path, as_json: bool, **options: Any) -> None:
         raise OrthogonalizeError("--judge NAME is short for --measure judge:NAME; give one of them")
     run = run_extract(model, out, **options | ({"measure": f"judge:{judge}"} if judge else {}))
     save_config(out)
+    if track is not None and run is not None:
+        track_result(track, run, out)
     if as_json:
         echo_json(summary(run, out))
         return

@@ -27,6 +27,7 @@ from ..options.common import (
     revision_option,
     scope_names,
     sweep_grid,
+    track_option,
     words,
 )
 from ..options.effective import save_config
@@ -52,18 +53,22 @@ from .as_json import echo_json, without_answers
 @click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
 @other_base_option
 @revision_option
+@track_option
 @json_option
-def eval_(checkpoint: Path, base: str, run: Path, out: Path, as_json: bool, **options: Any) -> None:
+def eval_(checkpoint: Path, base: str, run: Path, out: Path, as_json: bool, track: str | None, **options: Any) -> None:
     """Measure base and edited side by side: behaviour, over-refusal, judges, and what the edit cost.
 
     The default suites need only the run's data; public sets are read from the Hub, or from --data. Re-run an
     interrupted evaluation to resume it.
     """
+    from ...reports.trackers.metrics import track_result
     from ..evaluate import evaluate
 
     engine = engine_options(options)
     report = evaluate(checkpoint, base, run, out, options=engine, **options)
     save_config(out)
+    if track is not None:
+        track_result(track, report, out)
     if as_json:
         echo_json(without_answers(report, out))
         return
@@ -94,18 +99,22 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, as_json: bool, **op
 @other_base_option
 @description_option
 @revision_option
+@track_option
 @json_option
-def sweep(model: str, run: Path, out: Path, as_json: bool, **options: Any) -> None:
+def sweep(model: str, run: Path, out: Path, as_json: bool, track: str | None, **options: Any) -> None:
     """Measure every method over every scope, in one engine: the comparison table.
 
     The engine starts once and swaps in each edit's weights, if it can; otherwise each edit gets its own engine. Re-run
     an interrupted sweep to resume it.
     """
+    from ...reports.trackers.metrics import track_result
     from ..sweep import sweep as run_sweep
 
     grid, engine = sweep_grid(options), engine_options(options)
     found = run_sweep(model, run, out, grid=grid, options=engine, **options)
     save_config(out)
+    if track is not None:
+        track_result(track, found, out)
     if as_json:
         echo_json({"sweep": str(out), **found.model_dump()})
         return

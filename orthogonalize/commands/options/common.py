@@ -96,6 +96,20 @@ def engine_names() -> list[str]:
     return list(ENGINES)
 
 
+def tracker_names() -> list[str]:
+    """The names of all trackers."""
+    from ...reports.trackers.registry import TRACKERS
+
+    return list(TRACKERS)
+
+
+def _installed_tracker(name: str | None) -> str | None:
+    """The name of a tracker whose package is installed: better to know before anything is measured."""
+    from ...reports.trackers.registry import find_tracker
+
+    return None if name is None else find_tracker(name).name
+
+
 def words(text: str | None) -> list[str]:
     """The words of a comma-separated list."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
@@ -159,6 +173,10 @@ engine_option = click.option(
     "--engine", type=Entry(engine_names), default="vllm", show_default=True, help="Inference engine."
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+track_option = click.option(
+    "--track", type=Entry(tracker_names), callback=lambda _context, _parameter, name: _installed_tracker(name),
+    help="Give the numbers, and nothing else, to this tracker as well.",
+)  # fmt: skip
 out_option = together(
     click.option("--out", type=path(), required=True, help="Folder to create; it appears only when complete."),
     click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),

@@ -31,7 +31,7 @@ PAGES: dict[str, Page] = {
     "extract": Page(
         {
             "The contrast": "concept positive negative preserve goal target column split data sensitive",
-            OUTPUT: "out force json",
+            OUTPUT: "out force json track",
             "How much": "train val test trials finders enough layers positions",
             "What shows the behaviour": "measure judge wording behaviour-tokens no-filter",
             "How prompts are sent": "system thinking template-argument no-chat-template",
@@ -63,7 +63,7 @@ PAGES: dict[str, Page] = {
     "eval": Page(
         {
             "What is compared": "base run",
-            OUTPUT: "out force json redact",
+            OUTPUT: "out force json track redact",
             "What is measured": "suite prompts judge limit max-new-tokens measure data",
             MACHINE: f"engine device separate-engines {PARALLEL}",
             RARE: "allow-other-base revision",
@@ -107,7 +107,7 @@ PAGES: dict[str, Page] = {
     "sweep": Page(
         {
             "What is tried": "run methods scopes strengths alphas ranks multipliers at",
-            OUTPUT: "out force json",
+            OUTPUT: "out force json track",
             "What is measured": "suite judge limit max-new-tokens measure data",
             MACHINE: f"engine device {PARALLEL}",
             RARE: "semantics allow-other-base description revision",
