@@ -17,7 +17,7 @@ from ..core.progress import note
 from ..data.prompts import Source
 from ..data.refusals import LEAST_TOKENS, refused
 from ..edits.recipe import load_recipe
-from ..engines.base import Engine, EngineOptions
+from ..engines.base import ONE_DEVICE, Engine, EngineOptions
 from ..engines.registry import ENGINES
 from ..engines.shared_base import Weights
 from ..engines.weight_swap import WeightSwap
@@ -172,13 +172,13 @@ def evaluate(
     separate_engines: bool = False,
     allow_other_base: bool = False,
     revision: str | None = None,
-    device: str = "auto",
-    options: EngineOptions | None = None,
+    card: bool = True,
+    options: EngineOptions = ONE_DEVICE,
     force: bool = False,
 ) -> Report:
     """Measure `base` and `checkpoint` on the test prompts of `run`; write report.json and report.html to `out`.
 
-    The measures also go into the checkpoint's card, if it is the one that `edit` wrote.
+    With `card`, the measures also go into the checkpoint's card, if it is the one that `edit` wrote.
     An interrupted call stores its progress beside `out`; call it again to resume.
 
     Args:
@@ -194,7 +194,7 @@ def evaluate(
         separate_engines: start vLLM for each model instead of swapping weights in one engine.
         allow_other_base: measure even if `base` is not the recipe's, the run is of other weights, or base and
             checkpoint are the same; the report then begins with that.
-        device, options: where the engine runs; `device` is a shorthand for `engine="hf"`.
+        options: where the engine runs.
 
     Raises:
         OrthogonalizeError: something is missing or does not belong together, or the engine does not start.
@@ -202,9 +202,6 @@ def evaluate(
     called, checkpoint = public_name(str(checkpoint)), checkpoint_of(checkpoint, base)
     base, out, run = str(base), Path(out), Path(run)
     check_free(out, REPORT, force, [checkpoint, Path(base), run])
-    if options is not None and device != "auto":
-        raise OrthogonalizeError("give the device either as `device` or in `options`")
-    options = options or EngineOptions(device=device)
     check_request(suites, engine, options, data)
     if separate_engines and not ENGINES.find(engine).shared:
         raise OrthogonalizeError(
@@ -247,7 +244,7 @@ def evaluate(
         (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
         plots = [p for p in sorted((run / "plots").glob("*.png")) if p.is_file() and is_inside(p, run.resolve())]
         write_webpage(report, plots, done / "report.html")
-    if not unlike:
+    if card and not unlike:
         update_card(checkpoint, report)
     journal.close()
     return report

@@ -29,10 +29,10 @@ def test_every_command_has_a_page_and_no_other():
 def test_every_option_stands_in_one_group(name):
     command = main.commands[name]
     groups = command.option_groups(click.Context(command))
-    placed = [option.opts for options in groups.values() for option in options]
-    known = [each.opts for each in command.params if isinstance(each, click.Option)]
-    assert sorted(placed) == sorted([*known, ["--help"]])
-    assert [each.opts for each in groups[OTHERS]] == [["--help"]], "every other option has a group of its own"
+    placed = [option.opts[-1] for options in groups.values() for option in options]
+    known = [each.opts[-1] for each in command.params if isinstance(each, click.Option)]
+    assert sorted(placed) == sorted([*known, "--help"])
+    assert [each.opts[-1] for each in groups[OTHERS]] == ["--help"], "every other option has a group of its own"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -41,6 +41,11 @@ def test_card_holds_what_eval_measured(measured, edited):
     assert "| refusal, target prompts (n = 6) |" in card
 
 
+def test_card_stays_as_it_is_if_asked(measured, edited, tmp_path):
+    assert measured(None, "--no-card") == (edited / "README.md").read_text()
+    assert (tmp_path / "report" / "report.json").is_file()
+
+
 def test_card_of_the_users_own_is_left_alone(measured):
     assert measured("# My model\n") == "# My model\n"
 

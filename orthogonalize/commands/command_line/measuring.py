@@ -50,6 +50,9 @@ from .as_json import echo_json, without_answers
     help="Your own prompts, measured beside the run's; repeatable.",
 )
 @click.option("--separate-engines", is_flag=True, help="Start vLLM for each model instead of swapping weights in one.")
+@click.option(
+    "--card/--no-card", default=True, help="Whether to write the measures into the checkpoint's card as well (default)."
+)
 @click.option("--redact", is_flag=True, help="Leave sensitive prompts and their answers out of the report.")
 @other_base_option
 @revision_option

@@ -19,6 +19,7 @@ from ...core.output_folders import CONFIG
 
 RAW = "orthogonalize.raw options"  # where a context keeps them
 LEFT_OUT = frozenset({"force", "json", "help"})  # what is not to be repeated by reading a file
+NUMBERS = (type(click.INT), type(click.FLOAT), type(click.BOOL))
 
 
 def key_of(parameter: click.Parameter) -> str:
@@ -35,6 +36,10 @@ def remember(command: click.Command, ctx: click.Context, words: Sequence[str]) -
     for parameter in command.get_params(ctx):
         key = key_of(parameter)
         value, _ = parameter.consume_value(ctx, given)
+        if isinstance(value, str) and isinstance(
+            parameter.type, NUMBERS
+        ):  # as the command line and the environment have it
+            value = parameter.type(value)
         if key not in LEFT_OUT and (plain := _plain(value)) not in (None, False, []):
             found[key] = plain
         elif plain is False and isinstance(parameter, click.Option) and parameter.secondary_opts:

@@ -63,7 +63,7 @@ PAGES: dict[str, Page] = {
     "eval": Page(
         {
             "What is compared": "base run",
-            OUTPUT: "out force json track redact",
+            OUTPUT: "out force json track card redact",
             "What is measured": "suite prompts judge limit max-new-tokens measure data",
             MACHINE: f"engine device separate-engines {PARALLEL}",
             RARE: "allow-other-base revision",
