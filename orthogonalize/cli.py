@@ -5,6 +5,7 @@ Each command is a thin layer over the function of the same name; these layers ar
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .commands.command_line import (
     sharing,
     talking,
 )
+from .commands.command_line.debugging import debug_log
 from .commands.options.common import path
 from .commands.options.config_file import read_config
 from .commands.options.environment import name_variables
@@ -38,12 +40,13 @@ class Commands(click.Group):
     """The group of all commands, which turns errors into one line and an exit status.
 
     The status is 1 for errors that the user can fix, and 130 for Ctrl-C and SIGTERM. With --debug, errors keep their
-    traceback.
+    traceback, here and in a log file.
     """
 
     def invoke(self, ctx: click.Context) -> Any:
         if ctx.params.get("debug"):
-            with interrupts.handle_signals():
+            progress.show(not ctx.params["quiet"])
+            with debug_log(sys.argv), interrupts.handle_signals():
                 return super().invoke(ctx)
         try:
             with interrupts.handle_signals():
@@ -73,7 +76,9 @@ class Commands(click.Group):
 @click.version_option(package_name="orthogonalize")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bars or notes.")
 @click.option("--verbose", "-v", is_flag=True, help="Show what transformers and vLLM log.")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error; implies --verbose.")
+@click.option(
+    "--debug", is_flag=True, help="Show the traceback of an error, and write a log file here; implies --verbose."
+)
 @click.option("--config", type=path(), metavar="FILE", help="TOML file of options: a table for each command.")
 @click.pass_context
 def main(context: click.Context, quiet: bool, verbose: bool, debug: bool, config: Path | None) -> None:

@@ -5,6 +5,7 @@ On a terminal, progress is a bar with a rate and the time left; elsewhere, as in
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,9 @@ Progress = Callable[[int], None]
 """Called with the amount of work done since the last call."""
 
 EVERY = 10.0  # seconds between the lines of a log
+BRIEF = 2.0  # seconds of waiting that are not worth a line
 console = Console(stderr=True)
+logger = logging.getLogger("orthogonalize")
 _shown = False
 
 
@@ -31,9 +34,10 @@ def show(on: bool = True) -> None:
 
 
 def note(*lines: str) -> None:
-    """Print lines to the user, if progress is shown."""
-    if _shown:
-        for line in lines:
+    """Print lines to the user, if progress is shown, and log them; a line is never broken, so that paths stay whole."""
+    for line in lines:
+        logger.info(shown(line, 2000))
+        if _shown:
             console.print(shown(line, 2000), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -94,12 +98,18 @@ class _Work:
         """How far it is, as a line of a log."""
         of = "" if self.total is None else f" of {round(self.total)}"
         details = [duration(self.seconds), pace(self.done, self.total, self.seconds)]
-        amount = f"{round(self.done)}{of} {self.unit}".rstrip()
-        return f"{self.description}: {amount} ({', '.join(filter(None, details))})"
+        amount = f": {round(self.done)}{of} {self.unit}".rstrip() if self.counts else ""
+        return f"{self.description}{amount} ({', '.join(filter(None, details))})"
 
     def last_line(self) -> str:
         """What was done, as a line of a log."""
-        return f"{self.description}: {round(self.done)} {self.unit}".rstrip() + f" in {duration(self.seconds)}"
+        amount = f": {round(self.done)} {self.unit}".rstrip() if self.counts else ""
+        return f"{self.description}{amount} in {duration(self.seconds)}"
+
+    @property
+    def counts(self) -> bool:
+        """Whether there is anything to count, and not only to wait for."""
+        return self.total is not None or self.done > 0
 
 
 @contextmanager
@@ -118,7 +128,8 @@ def _logged(work: _Work) -> Iterator[None]:
     finally:
         over.set()
         writer.join()
-    note(work.last_line())
+    if work.counts or work.seconds >= BRIEF:
+        note(work.last_line())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.output_folders import EDITED, complete_folder
+from ..core.progress import track
 
 
 def convert_gguf(file: Path, out: Path) -> Path:
@@ -19,16 +20,17 @@ def convert_gguf(file: Path, out: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     try:
-        dtype = _gguf_dtype(file)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
-        model, found = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=dtype,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        with track("converting the .gguf file", None):
+            dtype = _gguf_dtype(file)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            model, found = AutoModelForCausalLM.from_pretrained(
+                file.parent,
+                gguf_file=file.name,
+                dtype=dtype,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # a damaged file can raise anything
         raise OrthogonalizeError(f"{file} cannot be read as GGUF: {first_line(error)}") from error
     for name in sorted(found["missing_keys"]):  # transformers initializes them at random

@@ -16,7 +16,7 @@ from ..checkpoints.settings_files import quantization
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.foreign import explained
 from ..core.memory import available_memory
-from ..core.progress import note
+from ..core.progress import note, track
 from .tokenizer.faithful import read_tokenizer
 
 ALL = "all"  # the device that is every GPU of this host
@@ -145,7 +145,7 @@ def load_model(
     chosen = dtype or choose_dtype(place, checkpoint.dtype)
     spread = is_spread(device, resident_bytes(checkpoint, place, chosen))
     check_loadable(checkpoint)
-    with explained(f"transformers cannot load {folder}", _way_out(checkpoint)):
+    with explained(f"transformers cannot load {folder}", _way_out(checkpoint)), track("loading the model", None):
         loader = model_class(folder, trust_remote_code)
         model, found = loader.from_pretrained(
             folder, config=load_config(folder, trust_remote_code), dtype=chosen, trust_remote_code=trust_remote_code,

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 
 import click
+import pytest
 from click.testing import CliRunner
 
 from orthogonalize.cli import main
+from orthogonalize.commands.command_line.debugging import LOG
+from orthogonalize.core import progress
 from orthogonalize.core.errors import OrthogonalizeError
 
 FAILING = ["compare", "nowhere", "nowhere-else"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A folder of its own, for the log."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def test_debug_keeps_the_traceback_of_what_is_otherwise_one_line():
@@ -19,6 +31,52 @@ def test_debug_keeps_the_traceback_of_what_is_otherwise_one_line():
     assert plain.stderr.startswith("error: ")
     assert len(plain.stderr.strip().splitlines()) == 1
     assert isinstance(CliRunner().invoke(main, ["--debug", *FAILING]).exception, OrthogonalizeError)
+
+
+def test_debug_writes_a_log_with_notes_warnings_and_the_traceback(here, monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "hf_do_not_tell")
+
+    def failing(**_):
+        progress.note("read from https://me:secret@host/x")
+        logging.getLogger("vllm").warning("sent hf_do_not_tell")
+        warnings.warn("beware", stacklevel=1)
+        raise OrthogonalizeError("it broke with hf_do_not_tell")
+
+    monkeypatch.setattr(main.commands["compare"], "callback", failing)
+    shown = CliRunner().invoke(main, ["--debug", *FAILING])
+    assert f"log: {here / LOG}" in "".join(shown.stderr.splitlines())
+    log = (here / LOG).read_text()
+    for expected in (
+        "read from https://***@host/x",
+        "sent ***",
+        "beware",
+        "Traceback",
+        "it broke with ***",
+        "Python 3.",
+    ):
+        assert expected in log
+    assert "hf_do_not_tell" not in log
+    assert logging.getLogger("vllm").handlers == []
+    CliRunner().invoke(main, FAILING)
+    assert (here / LOG).read_text() == log, "without --debug nothing is logged"
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(here, monkeypatch):
+    (here / LOG).mkdir()
+    monkeypatch.setattr(main.commands["compare"], "callback", lambda **_: print("done"))
+    shown = CliRunner().invoke(main, ["--debug", *FAILING])
+    assert (shown.exit_code, shown.stdout) == (0, "done\n")
+    assert "cannot be written" in shown.stderr
+
+
+def test_quiet_leaves_the_answer_and_no_note(monkeypatch):
+    def noting(**_):
+        progress.note("a note")
+        print("the answer")
+
+    monkeypatch.setattr(main.commands["compare"], "callback", noting)
+    assert CliRunner().invoke(main, ["--quiet", *FAILING]).output == "the answer\n"
+    assert CliRunner().invoke(main, FAILING).stderr == "a note\n"
 
 
 def test_verbose_leaves_the_libraries_logs_as_they_are(monkeypatch):

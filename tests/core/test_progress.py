@@ -105,6 +105,24 @@ def test_terminal_has_a_bar_with_the_time_left(written):
     assert "90/90" in written.getvalue()
 
 
+@pytest.mark.parametrize("written", [False, True], indirect=True)
+def test_notes_never_break_a_path(written, monkeypatch):
+    monkeypatch.setattr(progress.console, "width", 20)
+    path = "/some/where/far/away/from/here/and yet further/model-00001-of-00002.safetensors"
+    progress.note(f"not copied: {path}")
+    assert written.getvalue() == f"not copied: {path}\n"
+
+
+def test_waiting_is_a_line_only_if_it_takes_long(written, monkeypatch):
+    with progress.track("starting", None):
+        written.wait_for("starting (0 s)\n")
+    assert " in " not in written.getvalue()
+    monkeypatch.setattr(progress, "BRIEF", 0.0)
+    with progress.track("starting", None):
+        pass
+    assert written.getvalue().endswith("starting in 0 s\n")
+
+
 def test_library_is_silent(written):
     progress.show(False)
     with progress.track("scoring", 90, "layers") as advance:
