@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.hub_server import Hub, Repository, command
+from helpers.hub_server import CHUNKS_TOKEN, Hub, Repository, command
 from helpers.llama import WIDTH, store, tiny_llama
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
@@ -32,10 +32,10 @@ def folder(tmp_path_factory) -> Path:
     return place
 
 
-def push(hub: Hub, folder: Path, *words: str | Path, verify: bool = False):
+def push(hub: Hub, folder: Path, *words: str | Path, verify: bool = False, xet: bool = False):
     """`orthogonalize push`; without `verify`, as it is, which saves loading models."""
     more = () if verify else ("--no-verify",)
-    return command(hub, "push", *words, *more, token=TOKEN, home=folder / "home")
+    return command(hub, "push", *words, *more, token=TOKEN, home=folder / "home", xet=xet)
 
 
 def one_line(done) -> str:
@@ -76,6 +76,24 @@ def test_a_cut_connection_is_taken_up_again(folder, cut):
         name: (folder / "edited" / name).read_bytes() for name in recipe.weights
     }
     assert len(blobs) == len(recipe.weights) + cut.startswith("PUT"), "what the Hub has was sent again"
+
+
+def test_chunked_storage_gets_the_weights_whatever_is_cut(folder):
+    """As far as it can be spoken here: chunks and what is said of them are taken, and not put together again."""
+    with Hub(TOKEN) as hub:
+        hub.state.cuts = ["GET /api/models/me/x/xet-write-token", "POST /cas/v1/xorbs", "POST /cas/v1/shards"]
+        done = push(hub, folder, folder / "edited", "me/x", xet=True)
+        assert done.returncode == 0, done.stderr
+        assert hub.state.cuts == [], "the connection was not cut"
+        pushed = hub.state.repositories["me/x"].files
+        said = done.stdout + done.stderr
+    recipe = load_recipe(folder / "edited")
+    assert {name: pushed[name].decode() for name in recipe.weights} == recipe.weights, "each by its SHA-256"
+    assert hub.state.blobs == {}, "nothing went to LFS"
+    assert sum(map(len, hub.state.xorbs.values())) > 0
+    assert len(hub.state.shards) >= 1
+    assert TOKEN not in said
+    assert CHUNKS_TOKEN not in said
 
 
 def test_an_upload_that_was_given_up_is_resumed_by_the_next(folder):

@@ -20,6 +20,7 @@ from urllib.parse import parse_qs
 import pytest
 
 COMMIT = "0" * 40
+CHUNKS_TOKEN = "token-of-the-chunked-storage"
 
 
 @dataclass
@@ -46,6 +47,8 @@ class HubState:
     branches: list[str] = field(default_factory=list)
     settings: list[dict] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
+    xorbs: dict[str, bytes] = field(default_factory=dict)  # chunks that the client of the chunked storage sent, by hash
+    shards: list[bytes] = field(default_factory=list)  # and what it said of files and their chunks
 
 
 def etag(path: str, content: bytes) -> str:
@@ -113,11 +116,27 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
             if path.startswith("/blob/"):
                 state.blobs[path.removeprefix("/blob/")] = data
                 return self.reply({})
+            if path.startswith("/cas/"):
+                return self.chunked_storage(path.removeprefix("/cas"), data)
             if self.headers.get("Authorization") != f"Bearer {state.token}":
                 return self.reply({"error": "Invalid credentials"}, 401)
             return self.route(path, data)
 
         do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
+
+        def chunked_storage(self, path: str, data: bytes) -> None:
+            """The storage that the client `hf_xet` talks to with a token of its own; nothing is known to it before."""
+            if self.headers.get("Authorization") != f"Bearer {CHUNKS_TOKEN}":
+                return self.reply({"error": "Invalid credentials"}, 401)
+            if path.startswith("/v1/xorbs/"):
+                state.xorbs[path.rpartition("/")[2]] = data
+                return self.reply({"was_inserted": True})
+            if path in ("/v1/shards", "/shards"):
+                state.shards.append(data)
+                return self.reply({"result": 1})
+            if path == "/v1/telemetry":
+                return self.reply({})
+            return self.reply({"error": "not found"}, 404, code="")
 
         def route(self, path: str, data: bytes) -> None:
             if path.startswith(("/datasets/", "/api/datasets/")):
@@ -200,7 +219,8 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                     if entry["key"] == "deletedFile":
                         del repository.files[entry["value"]["path"]]
                     if entry["key"] == "lfsFile":
-                        repository.files[entry["value"]["path"]] = state.blobs[entry["value"]["oid"]]
+                        oid = entry["value"]["oid"]
+                        repository.files[entry["value"]["path"]] = state.blobs.get(oid, oid.encode())
                 oid = hashlib.sha1(data).hexdigest()
                 opened = {"pullRequestUrl": f"{self.url(name)}/discussions/1"} if "create_pr=1" in self.path else {}
                 done = {"success": True, "commitOid": oid, "commitUrl": f"{self.url(name)}/commit/{oid}"}
@@ -210,6 +230,8 @@ def handler_for(state: HubState) -> type[BaseHTTPRequestHandler]:
                     {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
                     for path, content in repository.files.items()
                 ])  # fmt: skip
+            if action.startswith("/xet-write-token/"):
+                return self.reply({"casUrl": f"{self.server_url()}/cas", "accessToken": CHUNKS_TOKEN, "exp": 2**40})
             if action.startswith("/branch/"):
                 state.branches.append(action.removeprefix("/branch/"))
                 return self.reply({})
@@ -267,15 +289,22 @@ class Hub:
         self.server.server_close()
 
 
-def command(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subprocess.CompletedProcess[str]:
+def command(
+    hub: Hub, *words: str | Path, token: str | None, home: Path, xet: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Run an orthogonalize command against the server (see `python`)."""
-    return python(hub, "-m", "orthogonalize", *words, token=token, home=home)
+    return python(hub, "-m", "orthogonalize", *words, token=token, home=home, xet=xet)
 
 
-def python(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subprocess.CompletedProcess[str]:
-    """Run Python against the server in a separate process: huggingface_hub reads its endpoint on import."""
+def python(
+    hub: Hub, *words: str | Path, token: str | None, home: Path, xet: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run Python against the server in a separate process: huggingface_hub reads its endpoint on import.
+
+    With `xet`, large files go to the chunked storage, else to LFS.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home)}
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "0" if xet else "1", "HF_HOME": str(home)}
     if token:
         environment["HF_TOKEN"] = token
     return subprocess.run(
