@@ -93,7 +93,8 @@ def main(context: click.Context, quiet: bool, verbose: bool, debug: bool, config
     if config is not None:
         context.default_map = read_config(config, main)
     if not (verbose or debug):
-        quieten_libraries()
+        # The Hub's client sees inside a file that it uploads; elsewhere than on a terminal, ours writes lines.
+        quieten_libraries(bars=context.invoked_subcommand == "push" and not quiet and sys.stderr.isatty())
 
 
 for _command in (  # in the order of the help

@@ -288,15 +288,16 @@ def write_what_streams_can() -> None:
             stream.reconfigure(encoding=None if unicode else "ascii", errors="replace")
 
 
-def quieten_libraries() -> None:
-    """Silence the libraries' own logs and progress bars, which would break up ours.
+def quieten_libraries(bars: bool = False) -> None:
+    """Silence the libraries' own logs and, without `bars`, their progress bars, which would break up ours.
 
     They read these variables when they are imported, which takes seconds, and is left to those who need them.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars as well
+    if not bars:
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' own bars as well
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if "transformers" in sys.modules:
         from transformers.utils import logging

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -15,6 +16,7 @@ from orthogonalize.commands.command_line.debugging import LOG
 from orthogonalize.core import progress
 from orthogonalize.core.errors import OrthogonalizeError
 
+BARS = {"TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"}
 FAILING = ["compare", "nowhere", "nowhere-else"]
 
 
@@ -95,3 +97,16 @@ def test_the_help_lists_every_command_and_each_explains_itself():
         shown = CliRunner().invoke(main, [name, "--help"])
         assert shown.exit_code == 0, shown.output
         assert f"Usage: main {name}" in shown.output
+
+
+@pytest.mark.parametrize(("words", "terminal", "bars"), [
+    (["push", "nowhere", "me/x"], True, True), (["push", "nowhere", "me/x"], False, False),
+    (["--quiet", "push", "nowhere", "me/x"], True, False), (FAILING, True, False),
+])  # fmt: skip
+def test_only_an_upload_on_a_terminal_has_the_bars_of_the_hubs_client(words, terminal, bars, monkeypatch):
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in BARS})
+    monkeypatch.setattr(
+        "orthogonalize.cli.sys", SimpleNamespace(argv=[], stderr=SimpleNamespace(isatty=lambda: terminal))
+    )
+    CliRunner().invoke(main, words)
+    assert not BARS & os.environ.keys() if bars else os.environ.keys() >= BARS

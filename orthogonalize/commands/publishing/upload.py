@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -112,6 +113,10 @@ def _is_weights(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
+def _count_nothing(_size: int) -> None:
+    """The client's own bars count."""
+
+
 def _commit(api: HfApi, stage: Path, repository: str, settings: PushSettings) -> str | None:
     """Upload the files, then commit all of them at once, so that no weights are on the Hub without their recipe.
 
@@ -121,11 +126,13 @@ def _commit(api: HfApi, stage: Path, repository: str, settings: PushSettings) ->
         the pull request's address, if one was opened.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
     names = [str(name) for name in walk(stage)]
     files = [CommitOperationAdd(name, stage / name) for name in names]
     target: dict[str, Any] = {"revision": settings.branch, "create_pr": settings.create_pr}
-    with track("uploading", sum((stage / name).stat().st_size for name in names), "bytes") as advance:
+    size = sum((stage / name).stat().st_size for name in names)
+    with track("uploading", size, "bytes") if are_progress_bars_disabled() else nullcontext(_count_nothing) as advance:
         for name, file in zip(names, files, strict=True):
             _again(lambda file=file: api.preupload_lfs_files(repository, [file], free_memory=False, **target))  # type: ignore[misc]
             advance((stage / name).stat().st_size)
