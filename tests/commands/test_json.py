@@ -8,9 +8,10 @@ import pytest
 from click.testing import CliRunner
 from helpers.command_line import UNTRIED
 
-from orthogonalize import compare, load_run, rank
+from orthogonalize import compare, load_recipe, load_report, load_run, rank, verify
 from orthogonalize.cli import main
 from orthogonalize.commands.command_line.as_json import echo_json
+from orthogonalize.commands.demo import DemoResult
 
 RUN_SETTINGS = UNTRIED
 QUICK = ("--engine", "hf", "--max-new-tokens", "8", "--json")
@@ -95,6 +96,28 @@ def test_sweep_prints_what_it_stores(model, run, tmp_path):
     found = printed("sweep", model, "--run", run, "--out", tmp_path / "sweep", *words)
     assert found == {"sweep": str(tmp_path / "sweep"), **json.loads((tmp_path / "sweep" / "sweep.json").read_text())}
     assert len(found["variants"]) == 2
+
+
+def test_verify_prints_its_proof(model, edited):
+    found = printed("verify", edited, "--base", model, "--no-record", "--json")
+    assert found["verification"]["passed"] is True
+    assert found["verification"]["hooks_gap"] < 1e-3
+    assert found["recipe"]["tensors"].keys() == {each.name for each in load_recipe(edited).tensors}
+
+
+def test_demo_prints_what_it_made(model, edited, evaluated, tmp_path, monkeypatch):
+    out, document = evaluated
+    proof = verify(edited, model, logits=False, record=False).verification
+    made = DemoResult(load_recipe(edited), proof, load_report(out), out / "report.html")
+    monkeypatch.setattr("orthogonalize.commands.demo.demo", lambda *_, **__: made)  # which takes minutes
+    found = printed("demo", "--out", tmp_path / "demo", "--json")
+    assert found == {
+        **document,
+        "report": str(tmp_path / "demo"),
+        "edit": found["edit"],
+        "verification": proof.model_dump(),
+    }
+    assert found["edit"].startswith("ablate, all")
 
 
 def test_what_is_not_a_number_is_null(capsys):
