@@ -48,6 +48,7 @@ RUN = FolderKind(
         {
             *("run.json", "prompts.jsonl", "activations.safetensors", "directions.safetensors"),
             *("candidates.json", "plots", "stages.json", "tokens.json", "preserved.jsonl", "fits", CONFIG),
+            "readout.safetensors",
         }
     ),
 )

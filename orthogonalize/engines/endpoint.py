@@ -32,6 +32,7 @@ OPENAI = "api.openai.com"
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further attempt
 LONGEST_WAIT = 60.0  # seconds that a server may ask for between two attempts
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+REJECTED = frozenset({400, 413, 422})
 CONNECT, READ = 10.0, 300.0  # seconds
 CONCURRENT = 8  # requests at a time
 
@@ -42,6 +43,10 @@ class _PassingError(Exception):
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class RejectedError(OrthogonalizeError):
+    """The server does not take this one request: it is too long, or filtered."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,7 @@ class EndpointClient:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.http: httpx.Client | None = None
+        self._length, self._greedy = "max_tokens", True  # what OpenAI's reasoning models have instead, and refuse
 
     def __enter__(self) -> Self:
         import httpx
@@ -110,10 +116,20 @@ class EndpointClient:
         """
         return self._again(lambda: self._complete(messages, max_new_tokens))
 
-    def answers(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, activity: str) -> list[str]:
-        """The answers to several chats, of which `CONCURRENT` are asked at a time; `activity` names the work."""
+    def answers(self, chats: Sequence[Sequence[Message]], max_new_tokens: int, activity: str) -> list[str | None]:
+        """The answers to several chats, of which `CONCURRENT` are asked at a time; `activity` names the work.
+
+        A chat that the server rejects, which may be too long or filtered, has None.
+        """
+
+        def ask(chat: Sequence[Message]) -> str | None:
+            try:
+                return self.answer(chat, max_new_tokens)
+            except RejectedError:
+                return None
+
         with track(activity, len(chats), "answers") as advance, ThreadPoolExecutor(CONCURRENT) as pool:
-            asked = [pool.submit(self.answer, chat, max_new_tokens) for chat in chats]
+            asked = [pool.submit(ask, chat) for chat in chats]
             found = []
             try:
                 for each in asked:
@@ -157,8 +173,9 @@ class EndpointClient:
                 return [str(each["id"]) for each in response.json()["data"]]
 
     def _body(self, messages: Sequence[Message], max_new_tokens: int, stream: bool) -> dict[str, Any]:
-        body = {"model": self.endpoint.model, "messages": list(messages), "max_tokens": max_new_tokens}
-        return {**body, "temperature": 0, "stream": stream}
+        greedy = {"temperature": 0} if self._greedy else {}
+        body = {"model": self.endpoint.model, "messages": list(messages), self._length: max_new_tokens}
+        return {**body, **greedy, "stream": stream}
 
     def _complete(self, messages: Sequence[Message], max_new_tokens: int) -> str:
         with self._request("POST", "/chat/completions", self._body(messages, max_new_tokens, False)) as response:
@@ -218,7 +235,24 @@ class EndpointClient:
             raise self._failed(f"{sent} (status {status}); set {KEY}")
         if status == 404:
             raise self._failed(f"it has no {self.endpoint.model or 'list of models'} there; check URL#MODEL")
+        if status in REJECTED:
+            self._adapt(response.text)
+            raise RejectedError(str(self._failed(f"status {status}: {shown(response.text)}")))
         raise self._failed(f"status {status}: {shown(response.text)}")
+
+    def _adapt(self, said: str) -> None:
+        """Leave out what a model does not take.
+
+        Raises:
+            _PassingError: something was left out, so that the next attempt may work.
+        """
+        if self._length == "max_tokens" and "max_completion_tokens" in said:
+            self._length = "max_completion_tokens"
+        elif self._greedy and "temperature" in said:
+            self._greedy = False
+        else:
+            return
+        raise _PassingError("it takes no such setting", wait=0.0)
 
 
 def _content(message: Any) -> str:

@@ -86,7 +86,7 @@ def test_passing_failures_are_asked_again(fault, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [(429, "status 429, 4 times"), (CUT, "no answer"), (GARBAGE, "no chat completion"), (400, "status 400")],
+    [(429, "status 429, 4 times"), (CUT, "no answer"), (GARBAGE, "no chat completion"), (402, "status 402")],
 )
 def test_lasting_failures_are_one_line_and_keep_what_was_judged(fault, said, tmp_path, monkeypatch):
     monkeypatch.setenv(endpoint.KEY, SECRET)
@@ -107,11 +107,24 @@ def test_lasting_failures_are_one_line_and_keep_what_was_judged(fault, said, tmp
     assert set(server.keys) == {f"Bearer {SECRET}"}
 
 
+def test_an_answer_that_the_server_rejects_is_unreadable(tmp_path):
+    with OpenAIServer(labels, faults=[None, 400, 413]) as server:
+        found = judge(answers(tmp_path, ["bake", "bake", "bake"]), f"endpoint:{server.url}")
+    assert (found.refusal.value, found.refusal.n, found.refusal.unparseable) == (1.0, 1, 2)
+
+
+def test_settings_that_a_model_does_not_take_are_left_out(tmp_path):
+    with OpenAIServer(labels, refused=("max_tokens", "temperature")) as server:
+        found = judge(answers(tmp_path, ["bake"]), f"endpoint:{server.url}")
+    assert found.refusal.value == 1.0
+    assert server.requests[-1].keys() == {"model", "messages", "max_completion_tokens", "stream"}
+
+
 def test_no_file_holds_the_key(tmp_path, monkeypatch):
     monkeypatch.setenv(endpoint.KEY, SECRET)
     file = answers(tmp_path, ["bake"] * PORTION + ["roast"])
     with (
-        OpenAIServer(labels, key=SECRET, faults=[None] * (1 + PORTION) + [400]) as server,
+        OpenAIServer(labels, key=SECRET, faults=[None] * (1 + PORTION) + [402]) as server,
         pytest.raises(OrthogonalizeError),
     ):
         judge(file, f"endpoint:{server.url}")

@@ -283,9 +283,12 @@ def test_own_code_is_run_by_eval_only_if_it_is_named_again(model, sources, plain
 
 
 def test_direction_is_measured_by_an_engine_that_gives_activations(model, sources, plain, tmp_path):
-    found = extract(
-        str(model), tmp_path / "run", **sources, settings=replace(TWO, behaviour_tokens=None), measure="direction"
-    )
+    def extracted():
+        settings = replace(TWO, behaviour_tokens=None)
+        return extract(str(model), tmp_path / "run", **sources, settings=settings, measure="direction")
+
+    found = extracted()
+    assert extracted().info == found.info, "a finished run is returned, whatever files its measure needs"
     assert found.info.behaviour_tokens == []
     assert found.info.measure.shares["positive"] > found.info.measure.shares["negative"]
     report = measured(model, plain, tmp_path / "run", tmp_path / "report")

@@ -22,6 +22,7 @@ class OpenAIServer:
         key: what a request must carry; None takes any.
         faults: what goes wrong with the next requests for an answer, in order: a status, `CUT`, `GARBAGE`, `HALF`; None
             for nothing.
+        refused: settings that it does not take, as OpenAI's reasoning models.
         requests: the bodies of all requests for an answer.
         keys: the keys of all requests.
         most: the largest number of requests at the same time.
@@ -31,6 +32,7 @@ class OpenAIServer:
     models: tuple[str, ...] = ("only",)
     key: str | None = None
     faults: list[int | str | None] = field(default_factory=list)
+    refused: tuple[str, ...] = ()
     requests: list[dict] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     most: int = 0
@@ -96,6 +98,10 @@ def _handler(state: OpenAIServer) -> type[BaseHTTPRequestHandler]:
         def answer(self, body: dict, fault: int | str | None) -> None:
             if body["model"] not in state.models:
                 return self.send(b'{"error": {"message": "no such model"}}', 404)
+            wrong = next((name for name in state.refused if name in body), None)
+            if wrong is not None:
+                said = f"Unsupported parameter: '{wrong}'" + ("; use 'max_completion_tokens'" if "max" in wrong else "")
+                return self.send(json.dumps({"error": {"message": said}}).encode(), 400)
             if isinstance(fault, int):
                 return self.send(
                     f'{{"error": {{"message": "said {self.headers.get("Authorization")}"}}}}'.encode(), fault

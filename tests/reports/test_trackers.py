@@ -12,6 +12,7 @@ from helpers.command_line import UNTRIED
 
 from orthogonalize import load_report, load_run, load_sweep
 from orthogonalize.cli import main
+from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.reports.trackers.base import TrackedRun, TrackerEntry
 from orthogonalize.reports.trackers.metrics import track_result
 from orthogonalize.reports.trackers.registry import TRACKERS
@@ -103,6 +104,14 @@ def test_tensorboard_reads_back_what_was_given(run, tmp_path):
     (scalar,) = events.Scalars("best/dim/bypass")
     assert (scalar.step, scalar.value) == (0, pytest.approx(best.bypass))
     assert f'"model": "{found.info.model.rpartition("/")[2]}"' in str(events.Tensors("facts/text_summary")[0])
+
+
+def test_a_tracker_that_fails_is_one_line(run, recorded, monkeypatch):
+    monkeypatch.setattr(Recorder, "log", lambda *_: 1 / 0)
+    with pytest.raises(
+        OrthogonalizeError, match="is complete, but recorder did not take its numbers: division by zero"
+    ):
+        track_result("recorder", load_run(run), run)
 
 
 @pytest.fixture

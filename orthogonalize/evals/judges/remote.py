@@ -70,5 +70,10 @@ class ReadyEndpoint:
         replies = client.answers(chats, self.judge.new_tokens, f"asking {self.judge.name}")
         found = [EMPTY] * len(pairs)
         for i, reply in zip(asked, replies, strict=True):
-            found[i] = self.judge.read(reply)
+            found[i] = Judgement() if reply is None else self.judge.read(reply)
+        rejected = sum(reply is None for reply in replies)
+        if rejected:
+            note(
+                f"judge {self.judge.name}: the server rejects {rejected} answers (too long, or filtered); skipping them"
+            )
         return found

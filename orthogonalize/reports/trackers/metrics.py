@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
+from ...core.errors import OrthogonalizeError, first_line
 from ...models.names import public_name
 from ...selection.run_folder import Run
 from ..schema import Measures, Report
@@ -84,7 +85,7 @@ def track_result(tracker: str, result: Run | Report | Sweep, out: Path) -> None:
     """Give the numbers of a finished command, whose output folder is `out`, to the tracker of that name.
 
     Raises:
-        OrthogonalizeError: there is no such tracker, or its package is missing.
+        OrthogonalizeError: there is no such tracker, its package is missing, or it fails.
     """
     if isinstance(result, Run):
         job, facts, steps = "extract", run_facts(result), run_steps(result)
@@ -94,10 +95,16 @@ def track_result(tracker: str, result: Run | Report | Sweep, out: Path) -> None:
         job, facts, steps = "sweep", sweep_facts(result), sweep_steps(result)
     place = out.absolute()
     whole = {**facts, "orthogonalize": version("orthogonalize")}
-    opened = find_tracker(tracker).open(TrackedRun(job, place.name, place.parent, whole))
+    entry = find_tracker(tracker)
     try:
-        for number, metrics in enumerate(steps):
-            if metrics:
-                opened.log(metrics, number)
-    finally:
-        opened.close()
+        opened = entry.open(TrackedRun(job, place.name, place.parent, whole))
+        try:
+            for number, metrics in enumerate(steps):
+                if metrics:
+                    opened.log(metrics, number)
+        finally:
+            opened.close()
+    except Exception as error:  # the packages and the network can raise anything
+        raise OrthogonalizeError(
+            f"{out} is complete, but {tracker} did not take its numbers: {first_line(error)}"
+        ) from error
