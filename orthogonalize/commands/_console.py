@@ -167,13 +167,16 @@ def show_comparison(comparison: Any) -> None:
         table.add_row(*map(escape, row))
     console.print(table)
     if comparison.unlike:
-        console.print(escape(f"not measured alike: {', '.join(comparison.unlike)}; differences may come from there"))
+        console.print(
+            escape(f"not measured alike: {', '.join(comparison.unlike)}; differences may come from there"),
+            soft_wrap=True,
+        )
 
 
 def _show_mismatches(mismatches: Sequence[str]) -> None:
     """What does not belong together, before anything else."""
     for each in mismatches:
-        console.print(escape(f"not a fair comparison: {each}"), style="bold")
+        console.print(escape(f"not a fair comparison: {each}"), style="bold", soft_wrap=True)
 
 
 def show_report(report: Any) -> None:

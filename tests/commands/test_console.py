@@ -57,3 +57,11 @@ def test_tables_show_texts_from_files_as_they_are(monkeypatch):
     _console.show_audit(audit)
     assert "\x1b" not in written.getvalue()
     assert written.getvalue().count("[red]name\\x1b[31m\\nnext") >= 8
+
+
+def test_lines_outside_tables_never_break_a_path(monkeypatch):
+    path = "/some/where/far/away/from/here/and yet further/model"
+    monkeypatch.setattr(_console, "console", type(_console.console)(width=20))
+    with _console.console.capture() as printed:
+        _console._show_mismatches([f"the base is not {path}"])
+    assert path in printed.get()

@@ -9,7 +9,7 @@ import click
 
 from ...core import progress
 from ...core.errors import OrthogonalizeError
-from .._console import console, show_candidates, show_run
+from .._console import show_candidates, show_run
 from ..options.common import json_option, number, parallel_engine_options, path, revision_option, track_option
 from ..options.effective import save_config
 from ..options.existing import MODEL, RUN_FOLDER
@@ -107,4 +107,4 @@ def describe(model: str, out: Path | None, revision: str | None) -> None:
         click.echo(found.text, nl=False)
     else:
         out.write_text(found.text, "utf-8")
-        console.print(f"{out}: draft for {found.architecture.family}, {len(found.open_questions)} open questions")
+        click.echo(f"{out}: draft for {found.architecture.family}, {len(found.open_questions)} open questions")
