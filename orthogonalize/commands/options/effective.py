@@ -40,7 +40,9 @@ def remember(command: click.Command, ctx: click.Context, words: Sequence[str]) -
             parameter.type, NUMBERS
         ):  # as the command line and the environment have it
             value = parameter.type(value)
-        if key not in LEFT_OUT and (plain := _plain(value)) not in (None, False, []):
+        plain = _plain(value)
+        given_something = plain is not None and plain is not False and plain != []  # 0 is something
+        if key not in LEFT_OUT and given_something:
             found[key] = plain
         elif plain is False and isinstance(parameter, click.Option) and parameter.secondary_opts:
             found[key] = False  # of two words for yes and no, the second was given
