@@ -36,10 +36,8 @@ def remember(command: click.Command, ctx: click.Context, words: Sequence[str]) -
     for parameter in command.get_params(ctx):
         key = key_of(parameter)
         value, _ = parameter.consume_value(ctx, given)
-        if isinstance(value, str) and isinstance(
-            parameter.type, NUMBERS
-        ):  # as the command line and the environment have it
-            value = parameter.type(value)
+        if isinstance(value, str) and isinstance(parameter.type, NUMBERS):
+            value = parameter.type(value)  # a text where it comes from the command line or the environment
         plain = _plain(value)
         given_something = plain is not None and plain is not False and plain != []  # 0 is something
         if key not in LEFT_OUT and given_something:
