@@ -33,6 +33,11 @@ def show(on: bool = True) -> None:
     _shown = on
 
 
+def is_shown() -> bool:
+    """Whether progress and notes are shown."""
+    return _shown
+
+
 def note(*lines: str) -> None:
     """Print lines to the user, if progress is shown, and log them; a line is never broken, so that paths stay whole."""
     for line in lines:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from ..checkpoints.checkpoint import CARD, INDEX, Checkpoint, open_checkpoint, weight_names
 from ..checkpoints.known_files import DOWNLOADED, DRAFTS
+from ..core import progress
 from ..core.errors import OrthogonalizeError, first_line
 
 # What is downloaded beside the weights, which the index names.
 HUB_PATTERNS = (*DOWNLOADED, *DRAFTS, CARD, INDEX)
 RETRIES = 5  # of a connection that brings nothing, in a row
+LOOK = 1.0  # seconds between two looks at a download
 WAIT = 1.0  # seconds before the first of them; each later one waits that much longer
 
 
@@ -120,7 +124,44 @@ def download_model(model: str, revision: str | None) -> Path:
         OrthogonalizeError: there is no such model, or it cannot be downloaded.
     """
     folder = _download(model, revision, HUB_PATTERNS)
-    return _download(model, folder.name, [escape(name) for name in weight_names(folder)])
+    with _watched(model, folder):
+        return _download(model, folder.name, [escape(name) for name in weight_names(folder)])
+
+
+@contextmanager
+def _watched(model: str, folder: Path) -> Iterator[None]:
+    """Show how much of the missing weights has arrived in the Hub's cache, by looking there: files grow in place."""
+    try:
+        size = sum(file.size for file in _missing(model, folder).values()) if progress.is_shown() else 0
+    except OrthogonalizeError:
+        size = 0  # whoever downloads meets the same error, and says it
+    if not size:
+        yield
+        return
+    blobs, over = folder.parents[1] / "blobs", Event()
+    with progress.track("downloading the model", size, "bytes") as advance:
+
+        def look(seen: int = _stored(blobs)) -> None:
+            while not over.wait(LOOK):
+                advance(max(0, (now := _stored(blobs)) - seen))
+                seen = max(seen, now)
+
+        watcher = Thread(target=look, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+
+
+def _stored(folder: Path) -> int:
+    """The bytes in a folder's files, which come and go."""
+    size = 0
+    for file in folder.glob("*"):
+        with suppress(OSError):
+            size += file.stat().st_size
+    return size
 
 
 def _download(model: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +14,12 @@ from helpers.command_line import command
 from helpers.disk_use import peak_disk_use
 from helpers.hub_server import Hub, Repository, use_hub
 from helpers.llama import WIDTH, store, tiny_llama
+from rich.console import Console
 from safetensors.torch import save_file
 
 from orthogonalize.checkpoints import safetensors_file
 from orthogonalize.commands.edit import edit
+from orthogonalize.core import progress
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.edits.hub_cache import CachedRepository
 from orthogonalize.edits.recipe import load_recipe
@@ -207,3 +212,21 @@ def test_the_command_line_takes_the_option(base):
     status, output = command("edit", "some/model", *words)
     assert status == 0, output
     assert not list(CachedRepository("some/model").folder.rglob("*.safetensors"))
+
+
+def test_a_download_says_how_far_it_is(base, monkeypatch):
+    written = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=written, width=200))
+    monkeypatch.setattr(progress, "EVERY", 0.02)
+    monkeypatch.setattr(hub_files, "LOOK", 0.01)
+    base.hub.state.before_file = lambda name, _first: time.sleep(0.3) if name.endswith(".safetensors") else None
+    progress.show()
+    try:
+        folder = hub_files.download_model("some/model", None)
+    finally:
+        progress.show(False)
+    assert all((folder / name).stat().st_size == size for name, size in base.shards.items())
+    total = round(sum(base.shards.values()) / 1e6)
+    so_far = {int(done) for done in re.findall(rf"downloading the model: (\d+) of {total} MB", written.getvalue())}
+    assert {0} < so_far, "it grows between the first file and the last"
+    assert f"downloading the model: {total} MB in " in written.getvalue()
