@@ -6,7 +6,6 @@ import json
 import sys
 from types import ModuleType, SimpleNamespace
 
-import click
 import pytest
 from click.testing import CliRunner
 from helpers.command_line import UNTRIED
@@ -164,7 +163,12 @@ def test_a_tracker_that_is_not_there_is_told_before_anything_runs(name, monkeypa
     assert "--track wandb needs wandb, which is not installed; run `pip install wandb`" in result.output
 
 
-def test_trackers_are_off_by_default():
-    for name in ("extract", "eval", "sweep"):
-        context = click.Context(main.commands[name])
-        assert next(each for each in context.command.params if each.name == "track").get_default(context) is None
+@pytest.mark.parametrize(
+    "words", ["extract a/b --out o", "eval . --base a/b --run . --out o", "sweep a/b --run . --out o"]
+)
+def test_trackers_are_off_by_default(words, monkeypatch):
+    seen: dict = {}
+    monkeypatch.setattr("orthogonalize.commands.options.existing.check_finished_run", lambda _: None)
+    monkeypatch.setattr(main.commands[words.split()[0]], "callback", lambda **options: seen.update(options))
+    done(*words.split())
+    assert seen["track"] is None
