@@ -89,6 +89,7 @@ if TYPE_CHECKING:
     from .models.demo_model import planted_model as planted_model
     from .models.describe.draft import Draft as Draft
     from .models.hooks import intervened as intervened
+    from .reports.frames import frame as frame
     from .reports.run_plots import run_figures as run_figures
     from .reports.schema import Report as Report
     from .reports.schema import load_report as load_report
@@ -175,6 +176,7 @@ _MODULES = {
     "edit": "commands.edit",
     "evaluate": "commands.evaluate",
     "extract": "commands.extract",
+    "frame": "reports.frames",
     "inlp": "directions.inlp.nullspace",
     "intervened": "models.hooks",
     "intervention_from_basis": "edits.build",

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.chat import bake_prompts
 from helpers.command_line import SMALL
 from helpers.samples import two_sides
 from safetensors.torch import save_file
@@ -61,3 +63,24 @@ def test_leace_on_your_own_activations(run_example, own, tmp_path):
     assert before > 75
     assert 35 < after < 65
     assert "rank 1" in said
+
+
+def test_quickstart_notebook_runs_from_contrast_to_report(model, tmp_path, capsys):
+    """Its cells in order, with a tiny model and its prompts in place of those of the first."""
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text("utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", ())] == [0]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
+    positive, negative = bake_prompts()
+    names = {}
+    exec("".join(cells[0]["source"]).replace("oz.planted_model()", "None"), names)
+    assert len(names["positive"]) == len(names["negative"]) == 24
+    # Random weights have no behaviour that first tokens show.
+    settings = replace(SMALL, behaviour_tokens=None, measure="direction", finders=("dim",))
+    names |= {"model": str(model), "work": tmp_path, "positive": positive, "negative": negative, "settings": settings}
+    for cell in cells[1:]:
+        exec("".join(cell["source"]), names)
+    said = capsys.readouterr().out
+    assert "hooks = weights: True" in said
+    assert float(said.split("rounding included: ")[1].split()[0]) < 1e-4
+    assert (tmp_path / "report" / "report.html").is_file()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from helpers import pages as made_up
 from helpers.chat import bake_prompts
 from helpers.command_line import UNTRIED
 from helpers.llama import LAYERS, WIDTH
@@ -19,7 +22,9 @@ from orthogonalize.core.errors import OrthogonalizeError
 RUN_SETTINGS = UNTRIED
 
 
-def test_full_pipeline_from_lists_of_strings_and_paths(model, tmp_path):
+def test_full_pipeline_from_lists_of_strings_without_matplotlib(model, tmp_path, monkeypatch):
+    for package in ("matplotlib", "peft"):  # of extras; nothing here needs them
+        monkeypatch.setitem(sys.modules, package, None)
     positive, negative = (list(side) for side in bake_prompts())
     run = oz.extract(model, tmp_path / "run", positive=positive, negative=negative, settings=UNTRIED)
     assert set(run.texts("positive", "train")) <= set(positive)
@@ -31,6 +36,9 @@ def test_full_pipeline_from_lists_of_strings_and_paths(model, tmp_path):
     assert report.paired
     again = oz.extract(str(model), str(tmp_path / "run"), positive=positive, negative=negative, settings=UNTRIED)
     assert again.info == run.info
+    assert not (tmp_path / "run" / "plots").exists()
+    with pytest.raises(OrthogonalizeError, match="needs matplotlib"):
+        oz.plot(tmp_path / "report", tmp_path / "rates.pdf")
 
 
 @pytest.mark.parametrize(
@@ -90,3 +98,30 @@ def test_figures_of_a_run_can_be_shown(run):
     assert set(figures) == {file.stem for file in (run / "plots").glob("*.png")}
     assert all(figure.axes for figure in figures.values())
     assert plt.get_fignums() == before
+
+
+def test_frames_hold_the_numbers_of_runs_reports_and_sweeps(run):
+    found = oz.load_run(run)
+    scores = oz.frame(found, "candidates")
+    assert list(scores["bypass"]) == [each.bypass for each in found.candidates]
+    assert list(oz.frame(found, "prompts")["text"]) == [each.text for each in found.prompts]
+    assert oz.frame(found).empty, "this run tried no edits"
+    measured = oz.frame(made_up.report()).set_index("key").loc["behaviour.target"]
+    assert tuple(measured[["base", "edited", "base_low", "edited_high"]]) == (0.9, 0.1, 0.8, 0.2)
+    edits = oz.frame(made_up.sweep({"mild": (0.5, 0.01), "worse": (0.4, 0.3)})).set_index("edit")
+    assert list(edits.loc["mild", ["removed", "harm", "pareto"]]) == [0.5, 0.01, True]
+    assert edits.loc["not this", "refused"] == "why"
+    with pytest.raises(OrthogonalizeError, match="no table 'nowhere'; there are trials, candidates"):
+        oz.frame(found, "nowhere")
+
+
+def test_best_is_the_first_trial_or_says_why_there_is_none(run):
+    found = oz.load_run(run)
+    with pytest.raises(OrthogonalizeError, match="tried no edits"):
+        _ = found.best
+    trial = oz.Trial(choice=oz.EditConfig(method="ablate"), left=0.0, score=0.0, kl=0.0, first_kl=0.0, ce_increase=0.0)
+    tried = replace(found, trials=[trial])
+    assert tried.best is trial
+    unchosen = replace(tried, info=found.info.model_copy(update={"nothing_chosen": "the base is as it should be"}))
+    with pytest.raises(OrthogonalizeError, match="no edit was chosen: the base is as it should be"):
+        _ = unchosen.best

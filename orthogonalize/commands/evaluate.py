@@ -9,7 +9,6 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import RECIPE, open_checkpoint
 from ..core.errors import InPlaceError, OrthogonalizeError
-from ..core.files import is_inside
 from ..core.journal import Journal
 from ..core.locks import exclusive
 from ..core.output_folders import REPORT, check_free, complete_folder
@@ -32,11 +31,18 @@ from ..evals.suites.registry import DEFAULT_SUITES
 from ..models.loading import check_complete
 from ..models.names import public_name
 from ..models.resolve import find_model, folder_state
-from ..reports.html import write_webpage
 from ..reports.model_card import update_card
+from ..reports.pages.report_page import write_webpage
 from ..reports.schema import Answer, Measures, Report, compare_all, judged_pair, kept_shares
+from ..reports.searched import searched
 from ..selection.run_folder import load_run
 from .merge import checkpoint_of
+
+
+def _shows(measured: Measurements, key: str, item: int) -> bool | None:
+    """Whether an item shows the behaviour, by the series `key`; None if it was not measured or could not be read."""
+    value = measured.series[key].values[item] if key in measured.series else None
+    return None if value is None else bool(value)
 
 
 def side_by_side(
@@ -52,6 +58,7 @@ def side_by_side(
             continue
         for i, item in enumerate(each.items):
             before, after = base.answers[each.name][i], edited.answers[each.name][i]
+            shown = [_shows(models, f"behaviour.{each.key}", i) for models in (base, edited)]
             judged = {
                 name: judged_pair(judgements[0][name][each.name][i], judgements[1][name][each.name][i])
                 for name in judgements[0]
@@ -65,6 +72,8 @@ def side_by_side(
                     edited=after,
                     base_refused=refused(before),
                     edited_refused=refused(after),
+                    base_shows=shown[0],
+                    edited_shows=shown[1],
                     sensitive=each.sensitive,
                     judges=judged,
                 )
@@ -238,12 +247,12 @@ def evaluate(
         edited=Measures.of(after.series),
         paired=compare_all(before.series, after.series),
         kept=kept_shares(before.series, after.series),
+        search=searched(found.trials, recipe.choice if recipe and not unlike else None),
         answers=answers,
     )
     with complete_folder(out, REPORT, force) as done:
         (done / "report.json").write_text(report.model_dump_json(indent=1) + "\n", "utf-8")
-        plots = [p for p in sorted((run / "plots").glob("*.png")) if p.is_file() and is_inside(p, run.resolve())]
-        write_webpage(report, plots, done / "report.html")
+        write_webpage(report, done / "report.html")
     if card and not unlike:
         update_card(checkpoint, report)
     journal.close()

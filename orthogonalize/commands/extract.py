@@ -17,6 +17,7 @@ from typing import Any
 from ..architectures.schema import architecture_of, remembered
 from ..checkpoints.settings_files import context_length
 from ..core.files import fingerprint, write_atomically
+from ..core.foreign import has
 from ..core.journal import Journal
 from ..core.locks import exclusive
 from ..core.output_folders import RUN, check_run_folder
@@ -35,7 +36,6 @@ from ..evals.measures.check import AnswerCheck
 from ..evals.measures.measured_prompts import measure_prompts, other_measures, read_phrases
 from ..evals.measures.registry import AUTO, check_measure
 from ..models.loading import choose_device, load_tokenizer
-from ..reports.run_plots import plot_run
 from ..selection.behaviour import MeasureInfo, keep_expected, load_readout, save_readout
 from ..selection.candidates import Candidate, explain_ranking, rank
 from ..selection.fits import TOKENS
@@ -247,11 +247,19 @@ class _Extraction:
         trials = self._try_edits(prompts, candidates, given)
         save_selection(candidates, trials, probes, self.out)
         info = self._info(prompts, directions, self._nothing_chosen(trials, prompts, journal))
-        plot_run(Run(info, prompts, directions, candidates, trials, probes), self.out)
+        self._plot(Run(info, prompts, directions, candidates, trials, probes))
         write_atomically(self.out / "run.json", info.model_dump_json(indent=2) + "\n")
         journal.close()
         self.reader.close()
         return {}
+
+    def _plot(self, run: Run) -> None:
+        if not has("matplotlib"):
+            note("no plots: matplotlib is not installed (`pip install 'orthogonalize[plots]'`)")
+            return
+        from ..reports.run_plots import plot_run
+
+        plot_run(run, self.out)
 
     @property
     def _measure_info(self) -> MeasureInfo:

@@ -7,9 +7,7 @@ from pathlib import Path
 
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.files import parse_json, write_atomically
-from ..reports.paper.figures import figures_of
-from ..reports.paper.layout import FORMATS, for_print, paper_style, saved
-from ..reports.paper.rows import as_csv
+from ..core.foreign import check_has
 from ..reports.schema import Report, load_report
 from ..reports.sweep import Sweep, load_sweep
 from ..selection.run_folder import Run, load_run
@@ -50,6 +48,8 @@ def _load(source: Path) -> Run | Report | Sweep:
 
 def _check_out(out: Path, force: bool) -> tuple[str, Path]:
     """The format of OUT, and the file of its numbers, if both files may be written."""
+    from ..reports.paper.layout import FORMATS
+
     kind = out.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise OrthogonalizeError(f"--out {out} must end with {' or '.join(f'.{name}' for name in FORMATS)}")
@@ -87,7 +87,12 @@ def plot(
     Raises:
         OrthogonalizeError: the source is missing or damaged, has no such figure, or the files cannot be written.
     """
+    check_has("matplotlib", "plot")
     from matplotlib import pyplot as plt
+
+    from ..reports.paper.figures import figures_of
+    from ..reports.paper.layout import for_print, paper_style, saved
+    from ..reports.paper.rows import as_csv
 
     source, out = Path(source), Path(out)
     kind, data = _check_out(out, force)

@@ -37,7 +37,7 @@ from ..models.hooks import input_shifted, layer_projected
 from ..models.loading import check_complete
 from ..models.names import public_name
 from ..models.resolve import find_model
-from ..reports.pareto_plot import write_pareto_plot
+from ..reports.pages.sweep_page import write_sweep_page
 from ..reports.schema import Measures, compare_all, kept_shares
 from ..reports.sweep import NONE_REMOVES, Semantics, Sweep, SweepRow, effect_key, harm_key, pareto
 from ..selection.grid import SweepGrid
@@ -46,7 +46,8 @@ from ..selection.resolve import check_fits
 from ..selection.run_folder import load_run
 from ..selection.variants import Variant, centre, make_variants
 
-SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "pareto.png", CONFIG}))
+# pareto.png: what earlier versions wrote.
+SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "sweep.html", "pareto.png", CONFIG}))
 
 
 @contextmanager
@@ -282,7 +283,7 @@ def sweep(
     options: EngineOptions = ONE_DEVICE,
     force: bool = False,
 ) -> Sweep:
-    """Measure every edit that `run` allows against `model`; write sweep.json and pareto.png to `out`.
+    """Measure every edit that `run` allows against `model`; write sweep.json and sweep.html to `out`.
 
     The engine starts once, on the base. Each edit's tensors are computed as by `edit`, swapped in and swapped out; if
     the engine cannot swap weights, each edit gets its own engine. The measures are of the run's test prompts; the best
@@ -371,6 +372,6 @@ def sweep(
         result.unmarked = NONE_REMOVES
     with complete_folder(out, SWEEP, force) as done:
         (done / "sweep.json").write_text(result.model_dump_json(indent=1) + "\n", "utf-8")
-        write_pareto_plot(result, done / "pareto.png")
+        write_sweep_page(result, done / "sweep.html")
     journal.close()
     return result

@@ -1,7 +1,8 @@
-"""What other libraries raise, as one line that names the thing, the package to install, and the way out."""
+"""Other libraries: those that only some commands need, and what they raise, as one line with the way out."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,24 @@ from .errors import OrthogonalizeError, first_line, ran_out_of_memory
 
 # How libraries ask for a package in messages.
 ASKED = re.compile(r"pip3? install (?:-U |--upgrade )?[`'\"]?([A-Za-z][\w.-]*)", re.IGNORECASE)
+
+EXTRAS = {"matplotlib": "plots", "peft": "demo", "lm_eval": "tasks"}  # what installs a package
+
+
+def has(package: str) -> bool:
+    """Whether a package is installed; it is not imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def check_has(package: str, what: str) -> None:
+    """Check that `what` can be done, which needs a package of an extra.
+
+    Raises:
+        OrthogonalizeError: the package is not installed.
+    """
+    if not has(package):
+        way_out = f"run `pip install 'orthogonalize[{EXTRAS[package]}]'`"
+        raise OrthogonalizeError(f"{what} needs {package}, which is not installed; {way_out}")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoints.checkpoint import CARD
+from ..core.foreign import check_has
 from ..core.output_folders import EDITED, complete_folder
 from .gguf import convert_gguf
 from .resolve import cached, find_model
@@ -53,6 +54,7 @@ def planted_model(*topics: str) -> Path:
 
 def merge_adapter(base: Path, adapter: Path, out: Path) -> None:
     """Write `base` with the LoRA `adapter` merged (in float32, then bfloat16), tokenizer included."""
+    check_has("peft", "planting the demo's refusals")
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import matplotlib
 
 matplotlib.use("Agg")
@@ -11,13 +9,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .style import COLOURS, MARKERS, legend_beside
-from .sweep import MARK, Sweep, SweepRow, outcome, sweep_caption
+from .sweep import MARK, Sweep, drawn_points, sweep_caption
 from .tables import title
-
-
-def drawn_points(sweep: Sweep) -> dict[str, tuple[tuple[float, float], SweepRow]]:
-    """(share of the behaviour that is gone, harm) on test prompts of edits that have both, with their rows, by name."""
-    return {row.name: (point, row) for row in sweep.variants if (point := outcome(sweep, row.paired)) is not None}
 
 
 def pareto_figure(sweep: Sweep) -> Figure:
@@ -43,10 +36,3 @@ def pareto_figure(sweep: Sweep) -> Figure:
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     legend_beside(figure, axis)
     return figure  # type: ignore[no-any-return]
-
-
-def write_pareto_plot(sweep: Sweep, file: Path) -> None:
-    """Write the figure as a PNG file."""
-    figure = pareto_figure(sweep)
-    figure.savefig(file, dpi=130)
-    plt.close(figure)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 
 import matplotlib
@@ -11,24 +10,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ..evals.metrics import Rate
 from .schema import Report
 from .style import BLUE, VERMILION
-from .tables import FORM, title
-
-
-def drawn_rates(report: Report) -> dict[str, tuple[Rate, Rate]]:
-    """The rates that the figure shows, (base, edited) by dotted key: all that both models have, except answers' forms.
-
-    The forms, six for every set, are left to the table.
-    """
-    edited = report.edited.flat()
-    found = {}
-    for key, before in report.base.flat().items():
-        after = edited.get(key)
-        if isinstance(before, Rate) and isinstance(after, Rate) and before.n and after.n and not key.startswith(FORM):
-            found[key] = before, after
-    return found
+from .tables import drawn_rates, title
 
 
 def rates_figure(report: Report) -> Figure | None:
@@ -66,8 +50,3 @@ def as_png(figure: Figure, dpi: int = 110) -> bytes:
     figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
     return buffer.getvalue()
-
-
-def base64_of(png: bytes) -> str:
-    """PNG bytes as base64."""
-    return base64.b64encode(png).decode()

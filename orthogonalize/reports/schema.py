@@ -13,6 +13,7 @@ from ..core.errors import OrthogonalizeError
 from ..evals.judges.base import Judgement
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, Record, Score, Series, compare, kept_share, nested
 from ..evals.suites.answers import is_preserved
+from .searched import Search
 
 
 class Sparse(Record):
@@ -161,7 +162,11 @@ class JudgedPair(Record):
 
 
 class Answer(Record):
-    """One prompt with both answers, whether each refuses by its wording, and the judgements by judge."""
+    """One prompt with both answers, whether each refuses by its wording, and the judgements by judge.
+
+    `base_shows` and `edited_shows` say whether the run's own behaviour measure finds the behaviour; None if it was not
+    asked, or could not be read.
+    """
 
     set: str
     category: str | None
@@ -170,6 +175,8 @@ class Answer(Record):
     edited: str
     base_refused: bool
     edited_refused: bool
+    base_shows: bool | None = None
+    edited_shows: bool | None = None
     sensitive: bool = False
     judges: dict[str, JudgedPair] = Field(default_factory=dict)
 
@@ -177,14 +184,15 @@ class Answer(Record):
 class Report(Sparse):
     """The contents of `report.json`.
 
-    `concept` is what the behaviour is called, `measure` what shows it, and `sources` where the run's prompts come
-    from; they are left out if the run does not say. `recipe` is the fingerprint of the edited checkpoint's recipe,
-    `data` says where each set was read from, and `redacted` is the number of answers to sensitive prompts left out of
-    `answers` by `--redact`. `kept` is, for preserved sets, the share of what the base shows that the edited model still
-    does, by dotted key. `mismatches` says what does not belong together, which `--allow-other-base` let pass.
+    `concept` is what the behaviour is called, `measure` what shows it, and `sources` where the run's prompts come from;
+    they are left out if the run does not say. `recipe` is the fingerprint of the edited checkpoint's recipe, `data`
+    says where each set was read from, and `redacted` is the number of answers to sensitive prompts left out of
+    `answers` by `--redact`. `search` are the edits that the run tried, if it tried any. `kept` is, for preserved sets,
+    the share of what the base shows that the edited model still does, by dotted key. `mismatches` says what does not
+    belong together, which `--allow-other-base` let pass.
     """
 
-    SPARSE = frozenset({"kept", "mismatches", "concept", "measure", "sources"})
+    SPARSE = frozenset({"kept", "mismatches", "concept", "measure", "sources", "search"})
 
     format: Literal[2] = 2
     concept: str = ""
@@ -208,6 +216,7 @@ class Report(Sparse):
     edited: Measures
     paired: dict[str, Paired]
     kept: dict[str, Rate] = Field(default_factory=dict)
+    search: Search | None = None
     answers: list[Answer]
 
     def __repr__(self) -> str:

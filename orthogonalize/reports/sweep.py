@@ -120,6 +120,11 @@ def outcome(sweep: Sweep, paired: Mapping[str, Paired]) -> tuple[float, float] |
     return None if effect is None or harm is None else (-effect.difference, harm.difference)
 
 
+def drawn_points(sweep: Sweep) -> dict[str, tuple[tuple[float, float], SweepRow]]:
+    """(share of the behaviour that is gone, harm) on test prompts of edits that have both, with their rows, by name."""
+    return {row.name: (point, row) for row in sweep.variants if (point := outcome(sweep, row.paired)) is not None}
+
+
 def pareto(sweep: Sweep) -> list[str]:
     """The names of the edits on the Pareto front on val prompts.
 

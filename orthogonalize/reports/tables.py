@@ -132,6 +132,20 @@ def summary_rows(report: Report, categories: bool = True) -> list[Row]:
     return rows + _empty_rows(report)
 
 
+def drawn_rates(report: Report) -> dict[str, tuple[Rate, Rate]]:
+    """The rates that the figure shows, (base, edited) by dotted key: all that both models have, except answers' forms.
+
+    The forms, six for every set, are left to the table.
+    """
+    edited = report.edited.flat()
+    found = {}
+    for key, before in report.base.flat().items():
+        after = edited.get(key)
+        if isinstance(before, Rate) and isinstance(after, Rate) and before.n and after.n and not key.startswith(FORM):
+            found[key] = before, after
+    return found
+
+
 def _empty_rows(report: Report) -> list[Row]:
     """How many answers are empty, by prompt set: they neither refuse nor show a behaviour, and are no success.
 

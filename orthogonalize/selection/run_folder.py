@@ -102,6 +102,19 @@ class Run:
         )
 
     @property
+    def best(self) -> Trial:
+        """The best of the tried edits, which `edit` makes by default.
+
+        Raises:
+            OrthogonalizeError: the run tried none, or none does what it should.
+        """
+        if not self.trials:
+            raise OrthogonalizeError("this run tried no edits (extract --trials 0)")
+        if self.info.nothing_chosen is not None:
+            raise OrthogonalizeError(f"no edit was chosen: {self.info.nothing_chosen}")
+        return self.trials[0]
+
+    @property
     def shortlist(self) -> list[Trial]:
         """The tried edits to choose from: the best, then the rest of the Pareto front (see `shortlist`)."""
         return shortlist(self.trials)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.core.foreign import explained
+from orthogonalize.core.foreign import check_has, explained, has
 
 
 class PanicException(BaseException):
@@ -43,3 +45,12 @@ def test_interrupts_and_memory_keep_their_own_way(error):
 def test_our_own_errors_are_left_as_they_are():
     with pytest.raises(OrthogonalizeError, match=r"^ours$"), explained("it fails"):
         raise OrthogonalizeError("ours")
+
+
+def test_a_missing_package_is_named_with_the_extra_that_installs_it(monkeypatch):
+    assert has("torch")
+    check_has("matplotlib", "plot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert not has("matplotlib")
+    with pytest.raises(OrthogonalizeError, match=r"plot needs matplotlib, .*pip install 'orthogonalize\[plots\]'"):
+        check_has("matplotlib", "plot")

@@ -15,7 +15,7 @@ from orthogonalize.evals.metrics import yes_no_series
 from orthogonalize.evals.suites.answers import FORMS, form_series
 from orthogonalize.evals.suites.registry import has_column
 from orthogonalize.reports.findings import findings
-from orthogonalize.reports.html import write_webpage
+from orthogonalize.reports.pages.report_page import write_webpage
 from orthogonalize.reports.tables import summary_rows, title
 
 RUN_SETTINGS = UNTRIED
@@ -107,6 +107,16 @@ def test_both_models_have_the_forms_of_every_set(report):
     assert "repeats itself" in said
 
 
+def test_answers_say_what_the_runs_own_measure_found(report):
+    found, _ = report
+    for side in ("base", "edited"):
+        rates = getattr(found, side).behaviour
+        for name, rate in {"target": rates.target, "harmless": rates.harmless, **rates.sets}.items():
+            shown = [getattr(each, f"{side}_shows") for each in found.answers if each.set == name]
+            assert len(shown) == rate.n > 0
+            assert sum(shown) / rate.n == rate.value
+
+
 def test_own_prompts_are_counted_like_the_runs(report):
     found, _ = report
     mine = [each for each in found.answers if each.set == "own support"]
@@ -127,7 +137,7 @@ def test_findings_name_only_forms_that_changed_and_figures_leave_them_out(report
     assert len(said) == 1
     assert not has_column("suites.form.own support: repeats")
     assert title("suites.form.preserved keep: empty") == f"preserved keep: {FORMS['empty']}"
-    write_webpage(found, [], tmp_path / "page.html")
+    write_webpage(found, tmp_path / "page.html")
     assert FORMS["lectures"] in (tmp_path / "page.html").read_text()
 
 

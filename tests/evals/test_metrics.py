@@ -340,7 +340,7 @@ def test_report_schema_is_documented():
     fields = set(Report.model_fields)
     assert {n for n in named if "." not in n} == (fields | set(Measures.model_fields) | set(Paired.model_fields)
         | set(Rate.model_fields) | set(Loss.model_fields) | {"set", "prompt", "category", "base_refused",
-        "edited_refused"})  # fmt: skip
+        "edited_refused", "base_shows", "edited_shows"})  # fmt: skip
 
 
 def test_nested_undoes_dotted_keys():

@@ -41,8 +41,8 @@ from orthogonalize.directions.direction_set import load_direction
 from orthogonalize.edits.fitting.fit import FitTokens
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.loading import check_complete, load_model, load_tokenizer
-from orthogonalize.reports.html import write_webpage
 from orthogonalize.reports.model_card import write_card
+from orthogonalize.reports.pages.report_page import write_webpage
 from orthogonalize.reports.schema import load_report
 from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.stages import STAGES, StageBook
@@ -116,7 +116,7 @@ def uses_report(place: Place) -> None:
     with place.output() as out:
         out.mkdir()
         write_card(out, load_recipe(place.edited), base=place.model, report=report)
-        write_webpage(report, [], out / "report.html")
+        write_webpage(report, out / "report.html")
 
 
 def uses_stages(place: Place) -> None:

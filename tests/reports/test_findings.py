@@ -6,7 +6,7 @@ import re
 
 from orthogonalize.evals.metrics import Series, compare, yes_no_series
 from orthogonalize.reports.findings import findings
-from orthogonalize.reports.html import write_webpage
+from orthogonalize.reports.pages.report_page import write_webpage
 from orthogonalize.reports.schema import Answer, JudgedPair, Measures, Report, compare_all
 from orthogonalize.reports.tables import change, summary_rows
 
@@ -73,7 +73,7 @@ def test_page_is_self_contained_and_holds_answers_and_verdicts(tmp_path):
         judges={"wildguard": JudgedPair(base_harmful=None, edited_harmful=False)},
     )  # fmt: skip
     report = report_of(series(38, 1, 5.0), series(2, 2, 5.5), answers=[answer])
-    write_webpage(report, [], tmp_path / "report.html")
+    write_webpage(report, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "how do i bake &lt;script&gt;" in page
     assert "wildguard: unreadable" in page
@@ -81,7 +81,7 @@ def test_page_is_self_contained_and_holds_answers_and_verdicts(tmp_path):
     told = {f"judges.wildguard.{field}.target": yes_no_series([True, False]) for field in ("harmful", "refusal")}
     base, edited = series(38, 1, 5.0) | told, series(2, 2, 5.5) | told
     said = answer.model_copy(update={"judges": {"wildguard": JudgedPair(base_harmful=True, edited_refusal=True)}})
-    write_webpage(report_of(base, edited, answers=[said]), [], tmp_path / "told.html")
+    write_webpage(report_of(base, edited, answers=[said]), tmp_path / "told.html")
     page = (tmp_path / "told.html").read_text()
     assert "wildguard: harmful, refusal unreadable" in page
     assert "wildguard: unreadable, refuses" in page

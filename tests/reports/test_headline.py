@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from orthogonalize.evals.metrics import Loss, Paired, Rate
-from orthogonalize.reports.headline import headline, page_title
+from orthogonalize.reports.pages.headline import headline, page_title
 from orthogonalize.reports.schema import Behaviours, Losses, Measures, Refusals, Report
 
 LOW = Rate(value=0.02, n=100, ci95=(0.0, 0.07))

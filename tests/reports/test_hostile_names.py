@@ -14,7 +14,7 @@ from helpers.llama import WIDTH, store, tiny_llama
 
 from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import shown
-from orthogonalize.reports.html import write_webpage
+from orthogonalize.reports.pages.report_page import write_webpage
 from orthogonalize.reports.templating import escape_markdown
 
 NAMES = [
@@ -67,7 +67,7 @@ def test_a_licence_is_kept_as_one_value(tmp_path):
 
 def test_a_page_allows_its_own_script_and_nothing_else(tmp_path):
     hostile = "</summary><script>alert(1)</script><img src=http://evil/x onerror=alert(1)> POLICY \"'"
-    write_webpage(hostile_report(hostile), [], tmp_path / "report.html")
+    write_webpage(hostile_report(hostile), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     [script] = re.findall("<script>(.*?)</script>", page, re.DOTALL)
     assert "alert" not in script
@@ -76,7 +76,7 @@ def test_a_page_allows_its_own_script_and_nothing_else(tmp_path):
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["script-src"] == f"'sha256-{digest}'"
     assert rules["default-src"] == "'none'"
-    assert rules["img-src"] == "data:"
+    assert "img-src" not in rules
     assert page.index("Content-Security-Policy") < page.index("evil")
     assert "<img src=http" not in page
     without_values = re.sub(r'="[^"]*"', '=""', page)

@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.hostile_report import hostile_report
+from helpers.pages import SEARCH, sweep
 
 from orthogonalize.evals.metrics import Paired, Rate
-from orthogonalize.reports.html import write_webpage
+from orthogonalize.reports.pages.report_page import write_webpage
+from orthogonalize.reports.pages.sweep_page import write_sweep_page
 from orthogonalize.reports.schema import Answer, Behaviours, Measures, Report
 
 BROWSER = next(
@@ -78,11 +81,13 @@ def attacks(server: str) -> list[str]:
 def test_hostile_texts_neither_run_nor_fetch(tmp_path):
     with listening() as (server, asked):
         for number, text in enumerate(attacks(server)):
-            page = tmp_path / f"{number}.html"
-            write_webpage(hostile_report(text), [], page)
-            document = opened(page, tmp_path / f"profile-{number}")
-            assert "data-ran" not in document.split(">", 2)[1]
-            assert "</html>" in document
+            page, edits = tmp_path / f"{number}.html", tmp_path / f"sweep-{number}.html"
+            write_webpage(hostile_report(text), page)
+            write_sweep_page(sweep({text: (0.5, 0.1)}).model_copy(update={"model": text, "concept": text}), edits)
+            for each in (page, edits):
+                document = opened(each, tmp_path / f"profile-{each.stem}")
+                assert "data-ran" not in document.split(">", 2)[1]
+                assert "</html>" in document
         assert asked == []
 
 
@@ -90,7 +95,7 @@ def test_policy_stops_markup_that_is_not_escaped(tmp_path):
     """The second barrier alone: the page's texts are put back as markup, and still nothing runs or is fetched."""
     with listening() as (server, asked):
         marker = "@hostile@"
-        write_webpage(hostile_report(marker), [], tmp_path / "page.html")
+        write_webpage(hostile_report(marker), tmp_path / "page.html")
         page = (tmp_path / "page.html").read_text()
         assert marker in page
         text = attacks(server)[1] + attacks(server)[2] + attacks(server)[4]
@@ -106,29 +111,68 @@ def test_policy_stops_markup_that_is_not_escaped(tmp_path):
         assert asked
 
 
-WIDTHS = (375, 820, 1400)
+WIDTHS = (375, 768, 1280)
 MEASURING = """<!doctype html><title>wait</title>{frames}<script>
+const press = (element, key) => element.dispatchEvent(new KeyboardEvent('keydown', {{ key, bubbles: true }}));
+const setTo = (page, id, value) => {{
+  page.getElementById(id).value = value;
+  page.getElementById(id).dispatchEvent(new Event('input', {{ bubbles: true }}));
+  return page.getElementById('count').textContent;
+}};
+const look = frame => {{
+  const page = frame.contentDocument, view = frame.contentWindow;
+  const ids = [...page.querySelectorAll('[id]')].map(each => each.id);
+  const marks = [...page.querySelectorAll('.chart .mark')], chart = marks[0].closest('.chart');
+  const boxes = marks.map(mark => mark.querySelector('.form').getBoundingClientRect());
+  const letters = [...page.querySelectorAll('.chart text, .chart .name')];
+  marks[0].focus();
+  const first = chart.querySelector('.readout').textContent;
+  press(marks[0], 'ArrowRight');
+  return {{
+    overflow: page.documentElement.scrollWidth - frame.clientWidth,
+    outside: boxes.filter(box => box.left < 0 || box.right > frame.clientWidth).length,
+    small: letters.filter(each => parseFloat(view.getComputedStyle(each).fontSize) < 11).length,
+    ground: view.getComputedStyle(page.body).backgroundColor, ink: view.getComputedStyle(page.body).color,
+    first, second: chart.querySelector('.readout').textContent,
+    stops: chart.querySelectorAll('.mark[tabindex="0"]').length, focused: page.activeElement === marks[1],
+    doubled: ids.length - new Set(ids).size, marks: marks.length,
+    unnamed: [...page.querySelectorAll('select, input')].filter(each => !each.labels.length).length,
+    {more}
+  }};
+}};
 addEventListener('load', () => setTimeout(() => {{
-  const found = [...document.querySelectorAll('iframe')].map(frame => {{
-    const page = frame.contentDocument, item = page.getElementById('prompt-2');
-    const style = frame.contentWindow.getComputedStyle(page.body);
-    return {{
-      overflow: page.documentElement.scrollWidth - frame.clientWidth, open: item.open, ground: style.backgroundColor,
-      marks: [...item.querySelectorAll('mark')].map(mark => mark.textContent),
-      tiles: page.querySelectorAll('.tile').length, count: page.getElementById('count').textContent,
-    }};
-  }});
-  document.body.textContent = 'FOUND' + JSON.stringify(found) + 'END';
+  document.body.textContent = 'FOUND' + JSON.stringify([...document.querySelectorAll('iframe')].map(look)) + 'END';
 }}, 500));
 </script>"""
+OF_REPORT = """
+    open: page.getElementById('prompt-2').open, tiles: page.querySelectorAll('.tile').length,
+    marked: [...page.querySelectorAll('#prompt-2 mark')].map(mark => mark.textContent),
+    counts: [
+      page.getElementById('count').textContent, setTo(page, 'which', 'changed'), setTo(page, 'base', 'refused:0'),
+      setTo(page, 'base', ''), setTo(page, 'which', ''), setTo(page, 'set', 'harmless'), setTo(page, 'text', 'PLAIN'),
+      setTo(page, 'text', 'nowhere'),
+    ],
+"""
+OF_SWEEP = """
+    counts: [
+      page.getElementById('count').textContent, setTo(page, 'which', 'front'), setTo(page, 'which', ''),
+      setTo(page, 'method', 'leace'), setTo(page, 'text', 'mild'),
+    ],
+    drawn: [...page.querySelectorAll('.chart .mark')].filter(mark => mark.getClientRects().length).length,
+"""
 
 
 def measured_report(answers: int) -> Report:
+    """Every other answer is of the target set, whose refusal is gone; the others are the same before and after."""
     rate = {"target": Rate(value=0.9, n=100, ci95=(0.83, 0.95)), "harmless": Rate(value=0.02, n=100, ci95=(0.0, 0.07))}
     low = rate | {"target": Rate(value=0.01, n=100, ci95=(0.0, 0.05))}
-    answer = Answer(
+    changed = Answer(
         set="target", prompt="a prompt", category=None, base="I cannot help with that", edited="I can help with that",
-        base_refused=True, edited_refused=False,
+        base_refused=True, edited_refused=False, base_shows=True, edited_shows=False,
+    )  # fmt: skip
+    same = Answer(
+        set="harmless", prompt="a plain prompt", category=None, base="yes " * 80, edited="yes " * 80,
+        base_refused=False, edited_refused=False, base_shows=False, edited_shows=False,
     )  # fmt: skip
     return Report(
         engine="hf", engine_version="transformers", base_model="some/model-with-quite-a-long-name-in-it",
@@ -136,7 +180,7 @@ def measured_report(answers: int) -> Report:
         base=Measures(behaviour=Behaviours(**rate)), edited=Measures(behaviour=Behaviours(**low)),
         paired={"behaviour.target": Paired(difference=-0.89, n=100, p=1e-9),
                 "behaviour.harmless": Paired(difference=0.0, n=100, p=1.0)},
-        answers=[answer] * answers,
+        answers=[same, changed] * (answers // 2), search=SEARCH,
     )  # fmt: skip
 
 
@@ -153,23 +197,51 @@ def served(folder: Path) -> Iterator[str]:
         server.server_close()
 
 
-@pytest.mark.parametrize(("scheme", "ground"), [(1, "rgb(255, 255, 255)"), (0, "rgb(21, 24, 28)")])
-@pytest.mark.parametrize("answers", [3, 10_000])
-def test_page_fits_every_width_marks_words_and_follows_links(answers, scheme, ground, tmp_path):
-    write_webpage(measured_report(answers), [], tmp_path / "report.html")
-    frames = "".join(f'<iframe src="report.html#prompt-2" width={w} height=800></iframe>' for w in WIDTHS)
-    (tmp_path / "index.html").write_text(MEASURING.format(frames=frames))
-    with served(tmp_path) as address:
+def seen(page: str, more: str, scheme: int, folder: Path) -> list[dict[str, Any]]:
+    """What the page in `folder` is at every width, with `more` measured, in a browser that prefers a colour scheme."""
+    frames = "".join(f'<iframe src="{page}" width={w} height=800></iframe>' for w in WIDTHS)
+    (folder / "index.html").write_text(MEASURING.format(frames=frames, more=more))
+    with served(folder) as address:
         command = [
             BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--enable-logging=stderr",
+            f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=20000", "--enable-logging=stderr",
             f"--blink-settings=preferredColorScheme={scheme}", "--dump-dom", f"{address}/index.html",
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "CONSOLE" not in done.stderr
-    found = json.loads(html.unescape(done.stdout.split("FOUND")[-1].split("END")[0]))
-    assert [each["overflow"] <= 0 for each in found] == [True] * len(WIDTHS)
+    found: list[dict[str, Any]] = json.loads(html.unescape(done.stdout.split("FOUND")[-1].split("END")[0]))
+    assert len(found) == len(WIDTHS)
     for each in found:
-        assert (each["open"], each["marks"], each["tiles"]) == (True, ["cannot", "can"], 2)
+        assert each["overflow"] <= 0
+        assert (each["outside"], each["small"], each["doubled"], each["unnamed"]) == (0, 0, 0, 0)
+        assert (each["stops"], each["focused"]) == (1, True)
+        assert each["first"] != each["second"]
+    return found
+
+
+SCHEMES = pytest.mark.parametrize(("scheme", "ground"), [(1, "rgb(255, 255, 255)"), (0, "rgb(21, 24, 28)")])
+
+
+@SCHEMES
+@pytest.mark.parametrize("answers", [4, 10_000])
+def test_report_fits_every_width_filters_and_follows_links(answers, scheme, ground, tmp_path):
+    write_webpage(measured_report(answers), tmp_path / "report.html")
+    half = answers // 2
+    counts = [answers, half, 0, half, answers, half, half, 0]
+    for each in seen("report.html#prompt-2", OF_REPORT, scheme, tmp_path):
+        assert (each["open"], each["marked"], each["tiles"]) == (True, ["cannot", "can"], 2)
         assert each["ground"] == ground
-        assert each["count"] == f"{answers} of {answers}"
+        assert each["first"] == "behaviour, target prompts, base: 90.0%, 95%: 83.0% to 95.0%, n = 100"
+        assert each["second"].startswith("behaviour, target prompts, edited: 1.0%")
+        assert each["marks"] == 4 + 1 + len(SEARCH.tried)
+        assert each["counts"] == [f"{count} of {answers}" for count in counts]
+
+
+@SCHEMES
+def test_sweep_fits_every_width_and_its_filters_reach_the_chart(scheme, ground, tmp_path):
+    found = sweep({"mild": (0.5, 0.01), "strong": (0.8, 0.2), "worse": (0.4, 0.3)})
+    write_sweep_page(found, tmp_path / "sweep.html")
+    for each in seen("sweep.html", OF_SWEEP, scheme, tmp_path):
+        assert each["ground"] == ground
+        assert each["counts"] == ["4 of 4", "2 of 4", "4 of 4", "1 of 4", "0 of 4"]
+        assert (each["marks"], each["drawn"]) == (4, 1), "the base stays"

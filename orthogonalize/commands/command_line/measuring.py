@@ -122,7 +122,7 @@ def sweep(model: str, run: Path, out: Path, as_json: bool, track: str | None, **
         echo_json({"sweep": str(out), **found.model_dump()})
         return
     show_sweep(found)
-    click.echo(f"sweep: {out / 'sweep.json'}, {out / 'pareto.png'}")
+    click.echo(f"sweep: {out / 'sweep.html'}")
 
 
 @click.command(cls=Command)

@@ -10,11 +10,12 @@ from ...checkpoints.checkpoint import CARD, INDEX, RECIPE, open_checkpoint
 from ...checkpoints.settings_files import read_json
 from ...core.errors import OrthogonalizeError, shown
 from ...core.files import write_atomically
+from ...core.foreign import has
+from ...core.progress import note
 from ...edits.adapter import CONFIG, WEIGHTS, is_adapter
 from ...edits.recipe import Recipe, Verification, load_recipe
 from ...models.names import is_hub_id, public_name
 from ...reports.model_card import CardContext, CardKind, write_card
-from ...reports.rate_plot import as_png, rates_figure
 from ...reports.schema import Report, load_report
 from .settings import PushSettings
 
@@ -46,9 +47,9 @@ def stage_files(
         (stage / CONFIG).unlink(missing_ok=True)
         if not settings.recipe_only:
             write_atomically(stage / CONFIG, json.dumps(config, indent=2) + "\n")
-    picture = None if report is None else rates_figure(report)
+    picture = None if report is None else _picture(report)
     if picture is not None:
-        (stage / PICTURE).write_bytes(as_png(picture))
+        (stage / PICTURE).write_bytes(picture)
     kind: CardKind = "recipe" if settings.recipe_only else "adapter" if is_adapter(folder) else "checkpoint"
     context = CardContext(
         kind, repository, settings.title, settings.concept or None, None if picture is None else PICTURE
@@ -56,6 +57,17 @@ def stage_files(
     write_card(stage, recipe, base=folder, report=report, context=context)
     if settings.report is not None:
         _stage_report(Path(settings.report), stage)
+
+
+def _picture(report: Report) -> bytes | None:
+    """The figure of a report's rates as PNG; None without rates, or without what draws it."""
+    if not has("matplotlib"):
+        note("the card has no picture: matplotlib is not installed (`pip install 'orthogonalize[plots]'`)")
+        return None
+    from ...reports.rate_plot import as_png, rates_figure
+
+    figure = rates_figure(report)
+    return None if figure is None else as_png(figure)
 
 
 def _report_of(recipe: Recipe, folder: Path, settings: PushSettings) -> Report | None:

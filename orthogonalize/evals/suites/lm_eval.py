@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from ...core.errors import OrthogonalizeError, first_line
 from ...core.files import fingerprint
+from ...core.foreign import check_has
 from ...core.progress import note
 from ...data.hub import offline_if_unreachable
 from ...data.tokenization import encode_open_ended, encode_rendered
@@ -192,8 +192,7 @@ def harness_tasks(
     """
     if not names:
         return []
-    if importlib.util.find_spec("lm_eval") is None:
-        raise OrthogonalizeError("lm-eval is not installed; run `pip install 'orthogonalize[tasks]'`")
+    check_has("lm_eval", "a task of lm-eval")
     from lm_eval.tasks import TaskManager
 
     known = TaskManager(include_path=str(include) if include else None)  # built once, since it reads thousands of files

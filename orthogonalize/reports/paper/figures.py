@@ -13,10 +13,11 @@ from ...directions.activation_store import FILE as ACTIVATIONS
 from ...directions.activation_store import Recording
 from ...selection.run_folder import Run
 from .. import run_plots
-from ..pareto_plot import drawn_points, pareto_figure
-from ..rate_plot import drawn_rates, rates_figure
+from ..pareto_plot import pareto_figure
+from ..rate_plot import rates_figure
 from ..schema import Report
-from ..sweep import Sweep
+from ..sweep import Sweep, drawn_points
+from ..tables import drawn_rates
 from . import rows
 from .layout import COLUMN, PAGE
 

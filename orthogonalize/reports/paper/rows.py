@@ -11,12 +11,10 @@ from collections.abc import Iterable, Sequence
 
 from ...directions.activation_store import Recording
 from ...selection.run_folder import Run
-from ..pareto_plot import drawn_points
-from ..rate_plot import drawn_rates
 from ..run_plots import accuracy_curves, cosine_series, planes, projections
 from ..schema import Report
-from ..sweep import Sweep
-from ..tables import title
+from ..sweep import Sweep, drawn_points
+from ..tables import drawn_rates, title
 
 Rows = Iterable[Sequence[object]]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..evals.metrics import Loss, Paired, Rate
-from .schema import Report
-from .tables import set_title, title
+from ...evals.metrics import Loss, Paired, Rate
+from ..schema import Report
+from ..tables import set_title, title
 
 Grade = Literal["good", "fair", "poor", "none"]
 LEFT = (0.10, 0.50)  # of the base's behaviour: at most this is left, by the interval's upper end
