@@ -219,11 +219,10 @@ def seen(page: str, more: str, scheme: int, folder: Path) -> list[dict[str, Any]
     return found
 
 
-SCHEMES = pytest.mark.parametrize(("scheme", "ground"), [(1, "rgb(255, 255, 255)"), (0, "rgb(21, 24, 28)")])
+LIGHT, DARK = (1, "rgb(255, 255, 255)"), (0, "rgb(21, 24, 28)")
 
 
-@SCHEMES
-@pytest.mark.parametrize("answers", [4, 10_000])
+@pytest.mark.parametrize(("answers", "scheme", "ground"), [(4, *LIGHT), (4, *DARK), (10_000, *LIGHT)])
 def test_report_fits_every_width_filters_and_follows_links(answers, scheme, ground, tmp_path):
     write_webpage(measured_report(answers), tmp_path / "report.html")
     half = answers // 2
@@ -237,7 +236,7 @@ def test_report_fits_every_width_filters_and_follows_links(answers, scheme, grou
         assert each["counts"] == [f"{count} of {answers}" for count in counts]
 
 
-@SCHEMES
+@pytest.mark.parametrize(("scheme", "ground"), [LIGHT, DARK])
 def test_sweep_fits_every_width_and_its_filters_reach_the_chart(scheme, ground, tmp_path):
     found = sweep({"mild": (0.5, 0.01), "strong": (0.8, 0.2), "worse": (0.4, 0.3)})
     write_sweep_page(found, tmp_path / "sweep.html")
