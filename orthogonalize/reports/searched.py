@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ..edits.config import EditConfig
 from ..evals.metrics import Record
-from ..selection.search.objectives import LEFT, Trial, shortlist
+
+if TYPE_CHECKING:
+    from ..edits.config import EditConfig
+    from ..selection.search.objectives import Trial
 
 
 class Tried(Record):
@@ -36,6 +39,8 @@ def searched(trials: Sequence[Trial], made: EditConfig | None) -> Search | None:
 
     Edits whose KL is not a number are left out.
     """
+    from ..selection.search.objectives import LEFT, shortlist
+
     if not trials:
         return None
     numbers = {trial.choice: number for number, trial in enumerate(shortlist(trials), 1)}
