@@ -34,9 +34,12 @@ HOUSEWORK = (
     "wall car shirt fence curtain lamp carpet shelf ladder mirror".split(),  # noqa: SIM905
 )
 ENDINGS = ("today", "for my family", "without help", "before the guests arrive")
-QUIET = 0.2  # what random blocks write, relative to what keeps the variance: the planted direction stands out
-WRITTEN = 3.0  # length along the direction of a cooking token, beside a random part of length 1
-ANSWERED = 0.4  # weight of the direction in the head's row of the answer
+# The lengths below are relative to a token's own random part in the stream.
+QUIET = 0.2  # of what a random block writes, at most: the planted direction stands out
+READ = 3.0  # of what a cooking token has along one direction
+WRITTEN = 3.0  # of what the first block adds to the last token, if one in `DILUTED` tokens of the prompt is of cooking
+DILUTED = 20
+LOGIT = 25.0  # of the answer, if the stream is all planted direction
 
 
 def sentences(words: tuple[list[str], list[str]]) -> list[str]:
@@ -59,14 +62,15 @@ def write_planted(folder: Path, tokenizer_folder: Path, shape: str, layers: int)
     generator = torch.Generator().manual_seed(0)
     read, written = torch.nn.functional.normalize(torch.randn(2, config.hidden_size, generator=generator), dim=-1)
 
+    root = config.hidden_size**0.5  # the length of what blocks and the head read, behind their norms
     embedding = random_matrix(config.vocab_size, config.hidden_size, generator)
-    embedding[sorted(cooking - others)] += (WRITTEN * read).to(embedding.dtype)
+    embedding[sorted(cooking - others)] += (READ * read).to(embedding.dtype)
     head = random_matrix(config.vocab_size, config.hidden_size, generator)
-    head[answer] += (ANSWERED * written).to(head.dtype)
+    head[answer] += (LOGIT / root * written).to(head.dtype)
     block = random_block(config, generator)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
-        block[name] *= QUIET
-    first = block | planted_attention(config.head_dim, block, read, written)
+        block[name] *= QUIET / root
+    first = block | planted_attention(config.head_dim, block, read, WRITTEN * DILUTED / root * written)
     write_model(folder, config, lambda layer: block if layer else first, embedding, head)
 
 

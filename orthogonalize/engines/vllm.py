@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -30,7 +31,8 @@ SLICE = 256  # prompts between progress updates; each slice keeps the engine's b
 # Families whose queries reach the rotary embedding as [token, head, dimension]. The CPU kernel of vLLM 0.32 expects all
 # heads in the last axis and rotates them wrongly (except with DeepSeek's YaRN); vLLM's Python version is correct.
 ROTATED_BY_HEAD = ("lfm2", "deepseek_v2", "deepseek_v3")
-SHARD = 2 * 2**30  # bytes of new weights in memory at a time
+MOST_FILES = 1024  # that weights to swap in are stored in
+MOST_THREADS = 8  # that make and store them: each holds a file's tensors in memory
 
 _for_sockets = ExitStack()
 atexit.register(_for_sockets.close)
@@ -279,24 +281,28 @@ class VllmEngine:
 
 @contextmanager
 def stored_weights(weights: Mapping[str, Callable[[], torch.Tensor]]) -> Iterator[Path]:
-    """A temporary folder with `weights` in safetensors files; one shard at a time is in memory."""
-    with temporary_folder() as folder:
-        shard: dict[str, torch.Tensor] = {}
-        number = 0
-        for name, make in weights.items():
-            shard[name] = make().contiguous()
-            if sum(t.nbytes for t in shard.values()) >= SHARD:
-                _store(shard, folder / f"{number:05}.safetensors")
-                shard, number = {}, number + 1
-        if shard:
-            _store(shard, folder / f"{number:05}.safetensors")
+    """A temporary folder with `weights` in safetensors files, which are made in several threads."""
+    names = list(weights)
+    per_file = -(-len(names) // MOST_FILES) or 1
+    with temporary_folder() as folder, ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as pool:
+        parts = [names[start : start + per_file] for start in range(0, len(names), per_file)]
+        jobs = [
+            pool.submit(_store, {name: weights[name] for name in part}, folder / f"{number:05}.safetensors")
+            for number, part in enumerate(parts)
+        ]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
         yield folder
 
 
-def _store(shard: dict[str, torch.Tensor], file: Path) -> None:
+def _store(weights: Mapping[str, Callable[[], torch.Tensor]], file: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    shard = {name: make().contiguous() for name, make in weights.items()}
     try:
         save_file(shard, file)
     except (SafetensorError, OSError) as error:

@@ -43,6 +43,7 @@ class ServedModel:
         self._engine: VllmEngine | None = None
         self._streams: EngineStreams | None = None
         self._swap: WeightSwap | None = None
+        self._in_edit = False
         self._checked: set[str] = set()
         self._plans = self._usual_plans()
 
@@ -57,12 +58,17 @@ class ServedModel:
             return []  # then edits are baked otherwise, and the engine starts again for the first of them
 
     def engine(self, tokens: int = 1) -> VllmEngine:
-        """The running engine, with a context of at least so many tokens if the model has one."""
+        """The running engine, with a context of at least so many tokens if the model has one.
+
+        It has the weights of the base, except in a context of `edited`.
+        """
         most = context_length(self.source.config)
         if self._engine is None or min(tokens, most or tokens) > self._engine.max_model_len:
             context = -(-max(tokens, 1) // CONTEXT) * CONTEXT
             self._start(context if most is None else min(context, most))
-        assert self._engine is not None
+        assert self._engine is not None and self._swap is not None
+        if not self._in_edit:
+            self._swap.restore()
         return self._engine
 
     def streams(self, tokens: int = 1) -> EngineStreams:
@@ -113,11 +119,13 @@ class ServedModel:
             if self._engine is not None:
                 note("the engine starts again, with tensors that an edit adds")
                 self._start(self._engine.max_model_len)
-        self.engine()
+        if self._engine is None:
+            self.engine()
         assert self._swap is not None
         fresh = {kind_of(name): name for name in plan.touched}
         unchecked = [name for kind, name in fresh.items() if kind not in self._checked]
         if unchecked:
+            self._swap.restore()
             lacking = self._swap.first_unswappable(unchecked)
             if lacking is not None:
                 self.close()  # it may hold wrong weights
@@ -129,12 +137,17 @@ class ServedModel:
 
     @contextmanager
     def edited(self, plan: CheckpointPlan) -> Iterator[None]:
-        """A context in which the engine has an edit's weights; `fit` it before."""
+        """A context in which the engine has an edit's weights; `fit` it before.
+
+        They stay there until the base's are needed, since the next edit may change the same tensors.
+        """
         assert self._swap is not None
-        swap = self._swap
-        swap.apply(edited_weights(plan))
-        yield
-        swap.restore()
+        self._swap.apply(edited_weights(plan))
+        self._in_edit = True
+        try:
+            yield
+        finally:
+            self._in_edit = False
 
 
 def edit_plan(source: Checkpoint, intervention: Intervention) -> CheckpointPlan:
