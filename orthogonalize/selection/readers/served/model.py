@@ -66,7 +66,8 @@ class ServedModel:
         if self._engine is None or min(tokens, most or tokens) > self._engine.max_model_len:
             context = -(-max(tokens, 1) // CONTEXT) * CONTEXT
             self._start(context if most is None else min(context, most))
-        assert self._engine is not None and self._swap is not None
+        assert self._engine is not None
+        assert self._swap is not None
         if not self._in_edit:
             self._swap.restore()
         return self._engine
