@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from threading import Event
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -34,6 +34,7 @@ LONGEST_WAIT = 60.0  # seconds that a server may ask for between two attempts
 PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 REJECTED = frozenset({400, 413, 422})
 CONNECT, READ = 10.0, 300.0  # seconds
+NOBODY = "nobody waits for the answer any more"
 CONCURRENT = 8  # requests at a time
 
 
@@ -87,6 +88,7 @@ class EndpointClient:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.http: httpx.Client | None = None
+        self._closed = Event()
         self._length, self._greedy = "max_tokens", True  # what OpenAI's reasoning models have instead, and refuse
 
     def __enter__(self) -> Self:
@@ -104,6 +106,7 @@ class EndpointClient:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self._closed.set()
         if self.http is not None:
             self.http.close()
         self.http = None
@@ -128,16 +131,16 @@ class EndpointClient:
             except RejectedError:
                 return None
 
-        with track(activity, len(chats), "answers") as advance, ThreadPoolExecutor(CONCURRENT) as pool:
+        pool = ThreadPoolExecutor(CONCURRENT)
+        with track(activity, len(chats), "answers") as advance:
             asked = [pool.submit(ask, chat) for chat in chats]
             found = []
             try:
                 for each in asked:
                     found.append(each.result())
                     advance(1)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)  # nothing that is under way is waited for after Ctrl-C
         return found
 
     def stream(self, messages: Sequence[Message], max_new_tokens: int, show: Callable[[str], object]) -> str:
@@ -151,7 +154,8 @@ class EndpointClient:
             except _PassingError as error:
                 if wait is None:
                     raise self._failed(f"{error}, {len(WAITS) + 1} times; try again later") from error
-                time.sleep(wait if error.wait is None else min(error.wait, LONGEST_WAIT))
+                if self._closed.wait(wait if error.wait is None else min(error.wait, LONGEST_WAIT)):
+                    raise self._failed(NOBODY) from error
         raise AssertionError  # the last attempt returns or raises
 
     def _failed(self, reason: str) -> OrthogonalizeError:
@@ -214,7 +218,8 @@ class EndpointClient:
         """
         import httpx
 
-        assert self.http is not None
+        if self.http is None:
+            raise self._failed(NOBODY)
         try:
             with self.http.stream(method, self.endpoint.url + path, json=body) as response:
                 if response.status_code != 200:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from orthogonalize.cli import main
 from orthogonalize.commands.judge import judge
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.engines import endpoint
-from orthogonalize.engines.endpoint import CONCURRENT, Endpoint
+from orthogonalize.engines.endpoint import CONCURRENT, Endpoint, EndpointClient
 from orthogonalize.evals.judges.base import Judgement
 from orthogonalize.evals.judges.endpoint import read_labels
 from orthogonalize.evals.judges.registry import find_judge
@@ -82,6 +83,25 @@ def test_passing_failures_are_asked_again(fault, tmp_path):
         found = judge(answers(tmp_path, ["bake", "roast"]), f"endpoint:{server.url}")
     assert (found.refusal.value, found.refusal.n) == (0.5, 2)
     assert len(server.requests) == 1 + 2 + 2
+
+
+def test_a_pause_that_a_server_asks_for_ends_when_nobody_waits():
+    with OpenAIServer(labels, faults=[429], retry_after=3600) as server:
+        client = EndpointClient(Endpoint.parse(f"{server.url}#only"))
+        failed: list[str] = []
+
+        def ask() -> None:
+            with pytest.raises(OrthogonalizeError) as error:
+                client.answer([{"role": "user", "content": "how"}], 1)
+            failed.append(str(error.value))
+
+        with client:
+            asking = threading.Thread(target=ask)
+            asking.start()
+            while not server.requests:
+                time.sleep(0.01)
+        asking.join(timeout=30)
+    assert len(failed) == 1, "it is still waiting"
 
 
 @pytest.mark.parametrize(

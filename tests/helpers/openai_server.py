@@ -23,6 +23,7 @@ class OpenAIServer:
         faults: what goes wrong with the next requests for an answer, in order: a status, `CUT`, `GARBAGE`, `HALF`; None
             for nothing.
         refused: settings that it does not take, as OpenAI's reasoning models.
+        retry_after: the seconds that it asks to wait for after a fault.
         requests: the bodies of all requests for an answer.
         keys: the keys of all requests.
         most: the largest number of requests at the same time.
@@ -33,6 +34,7 @@ class OpenAIServer:
     key: str | None = None
     faults: list[int | str | None] = field(default_factory=list)
     refused: tuple[str, ...] = ()
+    retry_after: int | None = None
     requests: list[dict] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     most: int = 0
@@ -63,6 +65,8 @@ class OpenAIServer:
 
 def _handler(state: OpenAIServer) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        retry_after: int | None = None
+
         def log_message(self, *args) -> None:
             pass
 
@@ -70,6 +74,8 @@ def _handler(state: OpenAIServer) -> type[BaseHTTPRequestHandler]:
             self.send_response(status)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(body)))
+            if self.retry_after is not None:
+                self.send_header("Retry-After", str(self.retry_after))
             self.end_headers()
             self.wfile.write(body)
 
@@ -103,6 +109,7 @@ def _handler(state: OpenAIServer) -> type[BaseHTTPRequestHandler]:
                 said = f"Unsupported parameter: '{wrong}'" + ("; use 'max_completion_tokens'" if "max" in wrong else "")
                 return self.send(json.dumps({"error": {"message": said}}).encode(), 400)
             if isinstance(fault, int):
+                self.retry_after = state.retry_after
                 return self.send(
                     f'{{"error": {{"message": "said {self.headers.get("Authorization")}"}}}}'.encode(), fault
                 )
