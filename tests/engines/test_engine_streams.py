@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
 import torch
 from helpers.chat import tiny_tokenizer
@@ -159,6 +161,12 @@ def test_two_tensor_parallel_workers_read_the_same(tmp_path):
         test_streams_and_first_tokens_equal_transformers(found)
         test_edits_of_single_requests_equal_hooks(found)
         test_measures_equal_those_of_whole_distributions(found)
+        worker = multiprocessing.active_children()[-1]
+        worker.kill()
+        worker.join()
+        with pytest.raises(OrthogonalizeError, match="vLLM failed while reading") as error:
+            found.read(IDS)
+    assert "\n" not in str(error.value)
 
 
 def test_a_class_with_blocks_elsewhere_is_refused_by_name(tmp_path, monkeypatch):
