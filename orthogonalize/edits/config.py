@@ -11,6 +11,8 @@ from ..core.interventions import Site
 from ..core.words import counted
 from .methods.registry import METHODS
 
+Components = Literal["attn", "mlp", "both"]
+
 
 class EditConfig(BaseModel):
     """Everything that determines an edit except the directions themselves.
@@ -55,7 +57,7 @@ class EditConfig(BaseModel):
     alpha: float = 2.0
     coefficient: float | None = None
     span: Literal["direction", "positions", "inlp"] = "direction"
-    components: Literal["attn", "mlp", "both"] = "both"
+    components: Components = "both"
     target_weight: Annotated[float, Field(gt=0)] = 0.3
     preserve_weight: Annotated[float, Field(ge=0)] = 1.0
     first_weight: Annotated[float, Field(ge=0)] = 3.0

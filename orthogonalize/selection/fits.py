@@ -18,7 +18,7 @@ from ..core.interventions import ConditionalMap, Intervention, Site, WriteMatrix
 from ..core.progress import note
 from ..directions.direction_set import Directions, read_tensors
 from ..edits.build import scale_sites
-from ..edits.config import EditConfig
+from ..edits.config import Components, EditConfig
 from ..edits.fitting.fit import ConditionalFit, FitTokens, fit_conditional, sites_to_fit, spans_of, weights_of
 from ..models.write_reading import WriteReader
 
@@ -58,6 +58,11 @@ class Fits:
     def possible(self) -> bool:
         """Whether the run has the model's own answers, without which nothing can be fitted."""
         return (self.folder / TOKENS).is_file()
+
+    @property
+    def components(self) -> Components:
+        """The components of blocks whose inputs can be read, and so be fitted to."""
+        return "both"
 
     def intervention(self, choice: EditConfig, ranking: Sequence[int] | None = None) -> Intervention:
         """The edit of `choice`, from the store or fitted now.

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.answered import answered
 from helpers.chat import tiny_tokenizer
 from helpers.tiny_models import store_tiny
 
+from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, block_sites, removal, shift
+from orthogonalize.directions.direction_set import Directions
+from orthogonalize.edits.config import EditConfig
+from orthogonalize.edits.fitting.fit import FitTokens
 from orthogonalize.engines.base import ONE_DEVICE, EngineOptions
 from orthogonalize.engines.reading import streams
 from orthogonalize.engines.reading.stream_worker import BlockEdit
@@ -20,6 +26,8 @@ from orthogonalize.models.activations import all_activations
 from orthogonalize.models.hooks import input_shifted, intervened, layer_projected
 from orthogonalize.models.loading import load_model
 from orthogonalize.models.logprobs import completion_logprobs, exact_kl, smoothed_kl
+from orthogonalize.selection.fits import TOKENS, Fits
+from orthogonalize.selection.readers.served.fits import ServedFits
 from orthogonalize.selection.scoring import first_token_probabilities
 
 POSITIONS = 3
@@ -30,6 +38,7 @@ IDS = [
 ANSWERED = 4  # tokens at the end of each prompt that stand for an answer
 # Passes of 32 tokens of at most three prompts: prompts are batched, and cut in two.
 CHUNKED = {"max_num_batched_tokens": 32, "max_num_seqs": 3}
+SEEN = {"mixtral": "attn", "falcon_h1": "mlp", "granitemoehybrid": "attn"}  # what vLLM shows the inputs of, if not all
 EVERY_KIND = ["llama", "qwen3", "gemma3", "mixtral", "falcon_h1", "granitemoehybrid"]
 
 
@@ -37,6 +46,7 @@ class Served:
     """A tiny model in a vLLM engine, and what transformers says of it."""
 
     def __init__(self, name, folder, options=ONE_DEVICE):
+        self.name, self.folder = name, folder
         store_tiny(name, folder, torch.float32, head_dim=32)
         tiny_tokenizer().save_pretrained(folder)
         self.model = load_model(folder, "cpu", torch.float32)
@@ -152,6 +162,26 @@ def test_nothing_is_left_behind_when_reading_ends(served):
     served.read(IDS[:1])
     assert "forward" not in model.__dict__
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_conditional_fits_are_those_of_the_resident_model(served, tmp_path):
+    d, layers = served.activations.shape[-1], len(served.layers)
+    differences = torch.randn(1, layers, d, generator=torch.Generator().manual_seed(1))
+    directions = Directions((-1,), differences - differences.mean(-1, keepdim=True))
+    source = open_checkpoint(served.folder)
+    ours = ServedFits(SimpleNamespace(source=source, streams=lambda _=1: served.streams), tmp_path, directions, {})
+    FitTokens(3, answered(1, 14), answered(2, 20)).save(tmp_path / TOKENS)
+    assert ours.components == SEEN.get(served.name, "both")
+    choice = EditConfig(method="conditional", scope="from:1", position=-1, per_layer=True, components=ours.components)
+    found = ours.intervention(choice).conditional
+    theirs = Fits(tmp_path / "resident", directions, dict(source.config), {}, lambda: served.model)
+    theirs.folder.mkdir()
+    (theirs.folder / TOKENS).write_bytes((tmp_path / TOKENS).read_bytes())
+    expected = theirs.intervention(choice).conditional
+    assert found.keys() == expected.keys()
+    for matrix, each in expected.items():
+        torch.testing.assert_close(found[matrix].r, each.r)
+        assert (found[matrix].c - each.c).norm() < 1e-3 * each.c.norm(), matrix
 
 
 def test_two_tensor_parallel_workers_read_the_same(tmp_path):

@@ -41,24 +41,6 @@ class WriteHooks:
         self.handles, self.skipped = [], []
         self.streams.end()
 
-    def matrices(self, site: Site) -> dict[WriteMatrix, WriteModule]:
-        """The matrices that write at `site` of a block of this pipeline stage.
-
-        Raises:
-            OrthogonalizeError: one cannot be watched.
-        """
-        stream = self.streams.stream
-        found: dict[WriteMatrix, WriteModule] = {}
-        for part in stream.served_parts(site):
-            for template in part.writes:
-                name = template.removesuffix(".weight")
-                module = None if "{expert}" in name else stream.find(site, name)
-                if module is None or _is_partial(module):
-                    raise OrthogonalizeError(f"vLLM does not show what {name} takes in at {site}; use --engine stream")
-                matrix = WriteMatrix(site, name)
-                found[matrix] = WriteModule(matrix, part, module)
-        return found
-
     def watch(self, matrix: WriteModule, take: Take) -> None:
         """Call `take` with what goes through a matrix, set by set."""
 
@@ -112,6 +94,24 @@ class WriteHooks:
 
                 block.__dict__["forward"] = same
                 self.skipped.append(block)
+
+
+def written_at(streams: WorkerStreams, site: Site) -> dict[WriteMatrix, WriteModule]:
+    """The matrices that write at `site` of a block of this pipeline stage.
+
+    Raises:
+        OrthogonalizeError: one cannot be watched.
+    """
+    found: dict[WriteMatrix, WriteModule] = {}
+    for part in streams.stream.served_parts(site):
+        for template in part.writes:
+            name = template.removesuffix(".weight")
+            module = None if "{expert}" in name else streams.stream.find(site, name)
+            if module is None or _is_partial(module):
+                raise OrthogonalizeError(f"vLLM does not show what {name} takes in at {site}; use --engine stream")
+            matrix = WriteMatrix(site, name)
+            found[matrix] = WriteModule(matrix, part, module)
+    return found
 
 
 def _is_partial(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from ...core.errors import OrthogonalizeError
 from ...directions.direction_set import Directions
 from ...edits.bake import bake
 from ...edits.build import finder_of, intervention_from_directions
-from ...edits.config import EditConfig
+from ...edits.config import Components, EditConfig
 from ...edits.methods.registry import DEFAULT, METHODS
 from ...edits.scopes import parse_scope
 from ..candidates import Candidate
@@ -40,13 +40,14 @@ class SearchSpace:
     """Edits along extracted directions, of which `ranked` are the candidates, best first.
 
     `reads`: whether edits of what is read (scope `from:`) can be written into the model. `strengthen`: whether the
-    behaviour is to be extended, and not removed.
+    behaviour is to be extended, and not removed. `components`: what conditional edits are fitted to.
     """
 
     directions: Directions
     ranked: Sequence[Candidate]
     reads: bool = True
     strengthen: bool = False
+    components: Components = "both"
 
     @property
     def _layers(self) -> int:
@@ -106,6 +107,7 @@ class SearchSpace:
             scope=f"from:{self._layers // 2}",
             position=self.directions.positions[-1],
             per_layer=True,
+            components=self.components,
         )
         upper = {"scope": f"from:{self._layers * 4 // 5}", "target_weight": 3.0}
         between = {"scope": f"from:{self._layers * 3 // 5}", "target_weight": 1.0}

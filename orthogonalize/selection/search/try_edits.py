@@ -104,7 +104,7 @@ class EditTrials:
         builder = EditBuilder(self.directions, self.ranked, layer_norm, fits)
         search = self._open_search(builder, prompts, answers, preserved)
         reads = reads_can_be_baked(self.source, self.directions)
-        space = SearchSpace(self.directions, self.ranked, reads, strengthen=search.shows)
+        space = SearchSpace(self.directions, self.ranked, reads, strengthen=search.shows, components=fits.components)
         fitted, plain = space.fitted_starts() if fits.possible else [], space.starts()
         starts = [*fitted[:1], *plain[:2], *fitted[1:], *plain[2:]]  # of each kind, whatever the budget
         steps = STEPS if budget >= REFINED else 0

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ....core.errors import OrthogonalizeError
-from ....core.interventions import ConditionalMap, Site, WriteMatrix
+from ....core.interventions import ConditionalMap, Site, WriteMatrix, block_sites
 from ....directions.conditional import Weights
 from ....edits.fitting.fit import Regression
 from ....engines.reading.stream_worker import WorkerStreams
-from ....engines.reading.writes import WriteHooks
+from ....engines.reading.writes import WriteHooks, written_at
 
 REQUEST, BASES, MAPS = "request.json", "bases.safetensors", "maps.safetensors"  # what the folder of a call holds
 
@@ -43,7 +43,7 @@ class FitWorker:
         self.regressions: list[Regression] = []
         for site, basis in bases.items():
             if site.layer in streams.stream.local_layers:
-                for module in self.hooks.matrices(site).values():
+                for module in written_at(streams, site).values():
                     regression = Regression(module, basis, streams.stream, request["shares"])
                     self.hooks.watch(module, partial(_take, regression))
                     self.regressions.append(regression)
@@ -51,7 +51,7 @@ class FitWorker:
             matrix = WriteMatrix.parse(name)
             if matrix.site.layer in streams.stream.local_layers:
                 edit = ConditionalMap(maps[f"{name}/r"], maps[f"{name}/c"])
-                self.hooks.edit(self.hooks.matrices(matrix.site)[matrix], edit)
+                self.hooks.edit(written_at(streams, matrix.site)[matrix], edit)
         self.hooks.stop_after(max(int(site.layer or 0) for site in bases))
 
     @torch.inference_mode()
@@ -70,6 +70,17 @@ class FitWorker:
 
 def _take(regression: Regression, name: str, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
     regression.take(name, None, inputs, outputs)
+
+
+def unseen_kinds(streams: WorkerStreams, rank: int) -> list[str]:
+    """The kinds of write sites (`attn`, `mlp`) of which this worker has one that cannot be watched."""
+    unseen: set[str] = set()
+    for site in block_sites(streams.stream.local_layers):
+        try:
+            written_at(streams, site)
+        except OrthogonalizeError:
+            unseen.add(site.kind)
+    return sorted(unseen)
 
 
 _under_way: dict[int, FitWorker] = {}

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ....architectures.schema import architecture_of
 from ....core.errors import OrthogonalizeError
 from ....core.interrupts import check
 from ....core.interventions import ConditionalMap, WriteMatrix
 from ....core.progress import track
 from ....core.temporary_folders import temporary_folder
 from ....directions.direction_set import Directions
-from ....edits.config import EditConfig
+from ....edits.config import Components, EditConfig
 from ....edits.fitting.fit import FitTokens, finished_fit, site_groups, spans_of, weights_of
 from ....edits.scopes import stream_after
 from ....engines.reading.streams import EngineStreams, Wanted
@@ -39,10 +39,24 @@ class ServedFits(Fits):
         super().__init__(folder, directions, dict(served.source.config), weights, _not_in_process)
         self.served = served
 
+    @cached_property
+    def seen(self) -> list[Components]:
+        """The components whose inputs the engine shows in every layer; routed experts and some mixers are hidden."""
+        unseen = {
+            kind for kinds in self.served.streams().ask(ACTIVITY, "call", f"{WORKER}:unseen_kinds") for kind in kinds
+        }
+        kinds: tuple[Components, ...] = ("attn", "mlp")
+        return [kind for kind in kinds if kind not in unseen]
+
     @property
     def possible(self) -> bool:
-        """See `Fits`; an engine does not show what its routed experts take in."""
-        return super().possible and not architecture_of(self.served.source.config).experts(self.served.source.config)
+        """See `Fits`."""
+        return super().possible and bool(self.seen)
+
+    @property
+    def components(self) -> Components:
+        """See `Fits`."""
+        return self.seen[0] if len(self.seen) == 1 else super().components
 
     def _fit(
         self, choice: EditConfig, ranking: Sequence[int] | None, file: Path

@@ -132,8 +132,7 @@ class ServedReader:
         self, budget: int, prompts: ValPrompts, ranked: Sequence[Candidate], given: Scored, left: CheckAnswers
     ) -> list[Trial]:
         fits = ServedFits(self.served, self.out, given.directions, self.weights)
-        if architecture_of(self.source.config).experts(self.source.config):
-            note("vLLM does not show what its routed experts take in, so no conditional edits are tried")
+        _announce(fits)
         trials = ServedTrials(
             self.served, self.source, given.directions, ranked, given.readout, self.answers, given.journal
         )
@@ -142,6 +141,15 @@ class ServedReader:
     def close(self) -> None:
         """See `Reader`."""
         self.served.close()
+
+
+def _announce(fits: ServedFits) -> None:
+    """Say which conditional edits are not tried, if any."""
+    if not fits.seen:
+        note("vLLM does not show what this model's blocks take in, so no conditional edits are tried")
+    elif len(fits.seen) == 1:
+        shown, hidden = ("attention", "MLPs") if fits.seen == ["attn"] else ("MLPs", "attention")
+        note(f"vLLM does not show what this model's {hidden} take in, so conditional edits are of its {shown} only")
 
 
 def _longest(ids: Ids) -> int:
