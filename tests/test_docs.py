@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+import click
 import pytest
 import yaml
 from helpers.chat import tiny_tokenizer
@@ -16,9 +22,11 @@ from helpers.command_line import SMALL, UNTRIED, command
 from helpers.llama import WIDTH, store, tiny_llama
 from helpers.openai_server import OpenAIServer
 
+import orthogonalize
 from orthogonalize import edit, load_report, verify
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
+from orthogonalize.cli import main
 from orthogonalize.core.registry import PLUGINS
 from orthogonalize.data.benchmarks import PROMPT_SETS
 from orthogonalize.data.prompts import SIDES, concept
@@ -172,7 +180,7 @@ def test_links_resolve(name):
 def test_paths_in_the_text_exist(name):
     """Paths in backticks, from the root or from the package."""
     for path in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|toml|md|json))`", text(name)):
-        made = path.startswith(("run/", "demo/", "plots/"))  # by a command
+        made = path.startswith(("run/", "demo/", "plots/", "fits/"))  # by a command
         asked_for = Path(path).stem in ("NAME", "halve", "finished", "declines", "shouts")  # of the reader
         assert made or asked_for or (ROOT / path).exists() or (ROOT / "orthogonalize" / path).exists(), path
 
@@ -181,6 +189,62 @@ def test_paths_in_the_text_exist(name):
 def test_python_blocks_compile(name):
     for block in code(name):
         compile(block, name, "exec")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_python_blocks_import_public_names(name):
+    for block in code(name):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "orthogonalize":
+                assert {each.name for each in node.names} <= set(orthogonalize.__all__), name
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("orthogonalize."):
+                found = import_module(node.module or "")
+                assert all(hasattr(found, each.name) for each in node.names), name
+
+
+def commands(name: str) -> Iterator[list[str]]:
+    """The words of every `orthogonalize` command in the shell blocks of a page."""
+    for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text(name), re.MULTILINE | re.DOTALL):
+        if language not in ("", "bash", "sh"):
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.match(r" *(?:[A-Z_]+=\S+ )*orthogonalize (.*)", line)
+            if found:
+                words = shlex.split(found[1], comments=True)
+                yield words[: words.index("|")] if "|" in words else words
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_in_shell_blocks_have_options_that_exist(name):
+    for words in commands(name):
+        context = click.Context(main, info_name="orthogonalize")
+        _, rest, _ = main.make_parser(context).parse_args(list(words))
+        command = main.commands[rest[0]]
+        given, arguments, _ = command.make_parser(click.Context(command, parent=context)).parse_args(rest[1:])
+        assert arguments == [], words
+        for option in command.params:
+            value = given.get(option.name)
+            if isinstance(option.type, click.Choice) and isinstance(value, str):
+                assert value in option.type.choices, words
+
+
+def test_concepts_draw_every_method():
+    assert re.findall(r"^!\[.+\]\(figures/(\w+)\.svg\)", text("docs/concepts.md"), re.MULTILINE) == list(METHODS)
+    assert re.findall(r"^## `(\w+)`", text("docs/concepts.md"), re.MULTILINE) == list(METHODS)
+
+
+def test_the_site_builds_and_all_its_links_lead_somewhere(tmp_path):
+    pytest.importorskip("material", reason="the documentation's extra is not installed: pip install -e '.[docs]'")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path / "site"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    pages = {p.parent.name: p.read_text("utf-8") for p in (tmp_path / "site").glob("*/index.html")}
+    for command_name in main.commands:
+        assert f"orthogonalize {command_name}" in pages["commands"]
+    for name in orthogonalize.__all__:
+        assert f'id="orthogonalize.{name}"' in pages["python"], name
 
 
 def test_every_page_is_in_the_index():
