@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..core.errors import OrthogonalizeError
 from ..core.locks import exclusive
-from ..core.output_folders import CONFIG, FolderKind, check_free
+from ..core.output_folders import DEMO, check_free
 from ..core.progress import note
 from ..data.prompts import PLANTED
 from ..edits.recipe import Recipe, Verification
@@ -77,7 +77,7 @@ def demo(out: Path | str, *, goal: str = "remove", engine: str = "vllm", force: 
     if goal not in DEMOS:
         raise OrthogonalizeError(f"--goal must be one of {', '.join(DEMOS)}; got {goal}")
     shown = DEMOS[goal]
-    check_free(out, FolderKind("run", frozenset({*FOLDERS, *FILES, ".report", CONFIG})), force)
+    check_free(out, DEMO, force)
     check_engine(engine, ONE_DEVICE)
     base = str(planted_model(*shown.planted))
     note(f"base model: {base}")

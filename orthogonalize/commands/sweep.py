@@ -15,7 +15,7 @@ from ..core.errors import InPlaceError, NoNumberError, OrthogonalizeError
 from ..core.files import fingerprint
 from ..core.journal import Journal
 from ..core.locks import exclusive
-from ..core.output_folders import CONFIG, FolderKind, check_free, complete_folder
+from ..core.output_folders import SWEEP, check_free, complete_folder
 from ..core.progress import note, track
 from ..data.prompts import Split
 from ..data.refusals import LEAST_TOKENS
@@ -45,9 +45,6 @@ from ..selection.readers.open_fits import open_fits
 from ..selection.resolve import check_fits
 from ..selection.run_folder import load_run
 from ..selection.variants import Variant, centre, make_variants
-
-# pareto.png: what earlier versions wrote.
-SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "sweep.html", "pareto.png", CONFIG}))
 
 
 @contextmanager

@@ -54,6 +54,9 @@ RUN = FolderKind(
 )
 EDITED = FolderKind("orthogonalize.json")
 REPORT = FolderKind("report.json", frozenset({"report.json", "report.html", CONFIG}))
+# pareto.png: what earlier versions wrote.
+SWEEP = FolderKind("sweep.json", frozenset({"sweep.json", "sweep.html", "pareto.png", CONFIG}))
+DEMO = FolderKind("run", frozenset({"edited", "run", "report.json", "report.html", ".report", CONFIG}))
 
 
 def check_finished_run(folder: Path) -> None:
@@ -94,6 +97,20 @@ def check_free(out: Path, kind: FolderKind, force: bool = False, inputs: Sequenc
     for path in inputs:
         if path.exists() and path.resolve().is_relative_to(out.resolve()):
             raise OrthogonalizeError(f"{out} contains {path}, which this command reads; choose a different --out")
+
+
+def check_file(out: Path) -> None:
+    """Reject a file to write whose folder does not exist, before any work is done.
+
+    Raises:
+        OrthogonalizeError: there is no such folder, it is not writable, or `out` is a folder itself.
+    """
+    if out.is_dir():
+        raise OrthogonalizeError(f"{out} is a folder; name a file")
+    if not out.absolute().parent.is_dir():
+        raise OrthogonalizeError(f"{out} cannot be written: there is no folder {out.parent}")
+    if not os.access(out if out.exists() else out.absolute().parent, os.W_OK):
+        raise OrthogonalizeError(f"{out} cannot be written: it is not writable for you")
 
 
 def check_run_folder(out: Path, kind: FolderKind) -> None:

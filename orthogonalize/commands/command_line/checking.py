@@ -8,8 +8,8 @@ from pathlib import Path
 import click
 
 from .._console import show_audit, show_comparison
-from ..options.common import device_option, json_option, other_base_option, path
-from ..options.existing import CHECKPOINT, MODEL
+from ..options.common import device_option, json_option, other_base_option
+from ..options.existing import CHECKPOINT, MODEL, REPORT
 from ..options.pages import Command
 from .as_json import echo_json
 
@@ -55,8 +55,8 @@ def verify(
 
 
 @click.command(cls=Command)
-@click.argument("first", type=path())
-@click.argument("second", type=path())
+@click.argument("first", type=REPORT)
+@click.argument("second", type=REPORT)
 @json_option
 def compare(first: Path, second: Path, as_json: bool) -> None:
     """Set two reports of eval side by side: FIRST and SECOND are folders made by eval, or their report.json.

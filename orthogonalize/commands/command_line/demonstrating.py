@@ -7,21 +7,23 @@ from typing import Any
 
 import click
 
+from ...core.output_folders import DEMO
 from .._console import show_report
-from ..options.common import engine_option, json_option, path
+from ..options.common import engine_option, force_option, json_option
 from ..options.effective import save_config
+from ..options.existing import NewFolder
 from ..options.pages import Command
 from .as_json import demonstrated, echo_json
 
 
 @click.command(cls=Command)
-@click.option("--out", type=path(), default=Path("demo"), show_default=True, help="Folder for all output.")
+@click.option("--out", type=NewFolder(DEMO), default=Path("demo"), show_default=True, help="Folder for all output.")
 @click.option(
     "--goal", type=click.Choice(["remove", "calibrate"]), default="remove", show_default=True,
     help="calibrate plants a refusal of astronomy as well, and keeps it.",
 )  # fmt: skip
 @engine_option
-@click.option("--force", is_flag=True, help="Replace an earlier demo in OUT.")
+@force_option("Replace an earlier demo in OUT.")
 @json_option
 def demo(out: Path, goal: str, engine: Any, force: bool, as_json: bool) -> None:
     """Run the full pipeline on the embedded 135M model: plant a refusal of cooking, find it, remove it, measure."""

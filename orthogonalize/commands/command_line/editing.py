@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ...core.errors import shown
+from ...core.output_folders import EDITED
 from ...core.words import counted
 from ..options.common import out_option
 from ..options.edit import edit_options
@@ -50,7 +51,7 @@ def edit(model: str, out: Path | None, cache: str | None, **options: Any) -> Non
 @click.command(cls=Command)
 @click.argument("adapter", type=ADAPTER)
 @click.option("--base", type=MODEL, metavar="MODEL", help="The model that it adapts; default: the one that it names.")
-@out_option
+@out_option(EDITED)
 def merge(adapter: Path, base: str | None, out: Path, force: bool) -> None:
     """Merge a LoRA ADAPTER, of edit --format lora or any other, into its base.
 

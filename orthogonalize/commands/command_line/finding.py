@@ -10,9 +10,9 @@ import click
 from ...core import progress
 from ...core.errors import OrthogonalizeError
 from .._console import show_candidates, show_run
-from ..options.common import json_option, number, parallel_engine_options, path, revision_option, track_option
+from ..options.common import json_option, number, parallel_engine_options, revision_option, track_option
 from ..options.effective import save_config
-from ..options.existing import MODEL, RUN_FOLDER
+from ..options.existing import MODEL, NEW_FILE, RUN_FOLDER
 from ..options.extract import extract_options
 from ..options.pages import Command
 from .as_json import echo_json, ranking, summary
@@ -92,7 +92,7 @@ def rank_(run: Path, kl: float, induce: float, prune: float, most: int, write: b
 
 @click.command(cls=Command)
 @click.argument("model", type=MODEL)
-@click.option("--out", type=path(dir_okay=False), help="File for the draft; default: print it.")
+@click.option("--out", type=NEW_FILE, help="File for the draft; default: print it.")
 @revision_option
 def describe(model: str, out: Path | None, revision: str | None) -> None:
     """Draft the description of an architecture that has none.

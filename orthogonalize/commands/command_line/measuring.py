@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ...core.output_folders import REPORT, SWEEP
 from .._console import show_judged, show_report, show_sweep
 from ..options.common import (
     ListingOption,
@@ -31,7 +32,7 @@ from ..options.common import (
     words,
 )
 from ..options.effective import save_config
-from ..options.existing import CHECKPOINT, FILE, MODEL, RUN_FOLDER
+from ..options.existing import CHECKPOINT, FILE_OR_FOLDER, JUDGE, MODEL, RUN_FOLDER
 from ..options.pages import Command
 from .as_json import echo_json, without_answers
 
@@ -40,7 +41,7 @@ from .as_json import echo_json, without_answers
 @click.argument("checkpoint", type=CHECKPOINT)
 @click.option("--base", type=MODEL, required=True, metavar="MODEL", help="The model that was edited.")
 @click.option("--run", type=RUN_FOLDER, required=True, help="The run whose test prompts are used.")
-@out_option
+@out_option(REPORT)
 @measuring_options
 @click.option(
     "--prompts",
@@ -82,7 +83,7 @@ def eval_(checkpoint: Path, base: str, run: Path, out: Path, as_json: bool, trac
 @click.command(cls=Command)
 @click.argument("model", type=MODEL)
 @click.option("--run", type=RUN_FOLDER, required=True, help="The run whose directions and test prompts are used.")
-@out_option
+@out_option(SWEEP)
 @click.option(
     "--methods",
     cls=ListingOption,
@@ -126,10 +127,11 @@ def sweep(model: str, run: Path, out: Path, as_json: bool, track: str | None, **
 
 
 @click.command(cls=Command)
-@click.argument("file", type=FILE)
+@click.argument("file", type=FILE_OR_FOLDER)
 @click.option(
     "--judge",
     "name",
+    type=JUDGE,
     default="prefix",
     show_default=True,
     help="prefix (by wording), wildguard, …, NAME=MODEL, or endpoint:URL#MODEL.",

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import click
 
-from ..options.common import path
-from ..options.existing import FILE
+from ..options.existing import FILE_OR_FOLDER, NEW_FILE
 from ..options.pages import Command
 
 
 @click.command(cls=Command)
-@click.argument("source", type=FILE, metavar="RUN|REPORT|SWEEP")
+@click.argument("source", type=FILE_OR_FOLDER, metavar="RUN|REPORT|SWEEP")
 @click.option(
-    "--out", type=path(), required=True, help="File to create, .pdf or .svg; its numbers go beside it as .csv."
+    "--out", type=NEW_FILE, required=True, help="File to create, .pdf or .svg; its numbers go beside it as .csv."
 )
 @click.option("--figure", metavar="NAME", help="Figure of a run: trials, candidates-dim, probes, cosines, …")
 @click.option(

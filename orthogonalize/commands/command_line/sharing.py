@@ -7,14 +7,14 @@ from typing import Any
 
 import click
 
-from ..options.existing import CHECKPOINT
+from ..options.existing import CHECKPOINT, REPOSITORY
 from ..options.pages import Command
 from ..options.push import push_options
 
 
 @click.command(cls=Command)
 @click.argument("checkpoint", type=CHECKPOINT)
-@click.argument("repository", metavar="OWNER/NAME")
+@click.argument("repository", type=REPOSITORY, metavar="OWNER/NAME")
 @push_options
 def push(checkpoint: Path, repository: str, no_verify: bool, **options: Any) -> None:
     """Upload an edited CHECKPOINT or adapter with its card to the Hub.

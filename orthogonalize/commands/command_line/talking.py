@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from ...data.thoughts import THINKING
-from ..options.common import Entry, choice, engine_names, hf_device_option, number, path
-from ..options.existing import CHECKPOINT, FILE, MODEL, RUN_FOLDER, SOURCE
+from ..options.common import Entry, choice, engine_names, hf_device_option, number
+from ..options.existing import CHECKPOINT, MODEL, NEW_FILE, REPORT, RUN_FOLDER, SOURCE
 from ..options.pages import Command
 
 
@@ -32,8 +32,8 @@ def _read() -> str | None:
     help="Talk to a server instead, such as vllm serve; twice: the edited model's, then the base's.",
 )  # fmt: skip
 @click.option("--prompts", type=SOURCE, metavar="P", help="Prompts for /next.")
-@click.option("--report", type=FILE, metavar="DIR", help="A report of eval, whose prompts /next takes.")
-@click.option("--save", type=path(dir_okay=False), metavar="FILE", help="Store every exchange, as JSON Lines.")
+@click.option("--report", type=REPORT, metavar="DIR", help="A report of eval, whose prompts /next takes.")
+@click.option("--save", type=NEW_FILE, metavar="FILE", help="Store every exchange, as JSON Lines.")
 @click.option("--engine", type=Entry(engine_names), default="hf", show_default=True, help="Inference engine.")
 @number("--max-new-tokens", 1, 256, "Maximum length of every answer.")
 @click.option("--system", help="System prompt; default: the run's.")

@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from ...core.errors import OrthogonalizeError
+from ...core.output_folders import FolderKind
 from ...data.refusals import LEAST_TOKENS
 from ...edits.methods.registry import METHODS
+from .existing import FILE, FOLDER, MEASURE, NewFolder
 
 
 class Rank(click.ParamType[int | str]):
@@ -117,7 +119,12 @@ def words(text: str | None) -> list[str]:
 
 def judge_names(text: str) -> list[str]:
     """The judges in a comma-separated list, in which `none` stands for no judge."""
-    return [name for name in words(text) if name != "none"]
+    from ...evals.judges.registry import check_judge
+
+    names = [name for name in words(text) if name != "none"]
+    for name in names:
+        check_judge(name)
+    return names
 
 
 def scope_names(text: str) -> list[str]:
@@ -127,7 +134,7 @@ def scope_names(text: str) -> list[str]:
 
 def named_sources(given: Sequence[str]) -> dict[str, str]:
     """Prompt sources by name, from `NAME=FILE`, or from `FILE` alone, which is called after itself."""
-    from ...data.prompts import source_names
+    from ...data.prompts import check_source, source_names
 
     sources: dict[str, str] = {}
     for text in given:
@@ -138,6 +145,7 @@ def named_sources(given: Sequence[str]) -> dict[str, str]:
             raise OrthogonalizeError(f"--prompts {text!r} is not of the form NAME=FILE, with a name without dots")
         if name in sources:
             raise OrthogonalizeError(f"--prompts: the name {name!r} is given twice; use NAME=FILE")
+        check_source(source)
         sources[name] = source
     return sources
 
@@ -177,15 +185,28 @@ track_option = click.option(
     "--track", type=Entry(tracker_names), callback=lambda _context, _parameter, name: _installed_tracker(name),
     help="Give the numbers, and nothing else, to this tracker as well.",
 )  # fmt: skip
-out_option = together(
-    click.option("--out", type=path(), required=True, help="Folder to create; it appears only when complete."),
-    click.option("--force", is_flag=True, help="Replace OUT if this tool made it."),
-)
+
+
+def force_option(help: str) -> Callable[..., Any]:
+    """`--force`, which is read first, so that the type of `--out` can ask for it."""
+    return click.option("--force", is_flag=True, is_eager=True, help=help)
+
+
+def out_option(kind: FolderKind) -> Callable[..., Any]:
+    """The options for a folder of a `kind` to create."""
+    return together(
+        click.option(
+            "--out", type=NewFolder(kind), required=True, help="Folder to create; it appears only when complete."
+        ),
+        force_option("Replace OUT if this tool made it."),
+    )
+
+
 other_base_option = click.option(
     "--allow-other-base", is_flag=True, help="Go ahead, and say so, if the weights are not those of the recipe or run."
 )
 description_option = click.option(
-    "--description", type=path(), metavar="FILE",
+    "--description", type=FILE, metavar="FILE",
     help="TOML file that describes the model's architecture; default: what is shipped, else what experiments find.",
 )  # fmt: skip
 revision_option = click.option("--revision", help="Branch, tag or commit of a Hub model.")
@@ -226,7 +247,7 @@ measuring_options = together(
         show_default=True,
         help="What to measure.",
     ),
-    click.option("--data", type=path(), metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."),
+    click.option("--data", type=FOLDER, metavar="DIR", help="Local copies of public sets: DIR/OWNER/NAME/SPLIT.jsonl."),
     click.option(
         "--judge",
         "judges",
@@ -238,7 +259,10 @@ measuring_options = together(
         help="Judge models for the answers.",
     ),
     click.option(
-        "--measure", metavar="NAME", help="The run's behaviour measure again; needed if that is python:FILE:function."
+        "--measure",
+        type=MEASURE,
+        metavar="NAME",
+        help="The run's behaviour measure again; needed if that is python:FILE:function.",
     ),
     engine_option,
     number("--max-new-tokens", 1, LEAST_TOKENS, "Maximum length of every answer."),

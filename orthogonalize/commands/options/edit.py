@@ -6,6 +6,7 @@ import click
 
 from ...checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ...core.errors import OrthogonalizeError
+from ...core.output_folders import EDITED
 from ...directions.finders.registry import FINDERS
 from ...edits.methods.registry import DEFAULT, METHODS
 from .common import (
@@ -17,13 +18,13 @@ from .common import (
     description_option,
     download_option,
     finders_by_method,
+    force_option,
     number,
-    path,
     revision_option,
     together,
     words,
 )
-from .existing import FILE, RECIPE, RUN_FOLDER
+from .existing import FILE, RECIPE, RUN_FOLDER, NewFolder
 
 
 def site_strengths(text: str | None) -> dict[str, float] | None:
@@ -42,11 +43,11 @@ def site_strengths(text: str | None) -> dict[str, float] | None:
 
 
 edit_options = together(
-    click.option("--out", type=path(), help="Folder to create; it appears only when complete."),
+    click.option("--out", type=NewFolder(EDITED), help="Folder to create; it appears only when complete."),
     click.option(
         "--cache", metavar="OWNER/NAME", help="Write into the Hub's cache instead, so that this name loads offline."
     ),
-    click.option("--force", is_flag=True, help="Replace OUT, or OWNER/NAME, if this tool made it."),
+    force_option("Replace OUT, or OWNER/NAME, if this tool made it."),
     click.option("--run", type=RUN_FOLDER, help="Run folder written by extract."),
     number("--pick", 1, None, "Make edit N of those that extract lists for the run; default: the best."),
     click.option("--direction", type=FILE, metavar="FILE", help="safetensors, or refusal_direction's direction.pt."),

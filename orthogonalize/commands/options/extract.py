@@ -23,12 +23,11 @@ from .common import (
     download_option,
     number,
     parallel_options,
-    path,
     revision_option,
     together,
     words,
 )
-from .existing import FILE, SOURCE
+from .existing import FILE, FOLDER, JUDGE, MEASURE, RUN_TO_MAKE, SOURCE
 
 
 def finder_listing() -> str:
@@ -83,7 +82,7 @@ def torch_dtype(name: str | None) -> Any:
 
 
 extract_options = together(
-    click.option("--out", type=path(), required=True, help="Run folder to create or resume."),
+    click.option("--out", type=RUN_TO_MAKE, required=True, help="Run folder to create or resume."),
     click.option("--force", is_flag=True, help="Redo the stages whose inputs changed (all of them if none did)."),
     click.option(
         "--concept", help="A named contrast: cooking (the demo's), lists or refusal; or what to call one of your own."
@@ -103,7 +102,7 @@ extract_options = together(
     ),
     click.option("--column", help="Column or key that holds the prompt text."),
     click.option("--split", "hub_split", default="train", show_default=True, help="Split of a Hub dataset."),
-    click.option("--data", type=path(), metavar="DIR", help="Local copies of a concept's public sets, as for eval."),
+    click.option("--data", type=FOLDER, metavar="DIR", help="Local copies of a concept's public sets, as for eval."),
     click.option(
         "--finders",
         "--methods",
@@ -134,13 +133,14 @@ extract_options = together(
     ),
     click.option(
         "--measure",
+        type=MEASURE,
         cls=ListingOption,
         listing=measure_listing,
         default="auto",
         show_default=True,
         help="What shows the behaviour, for the whole run and eval of it:",
     ),
-    click.option("--judge", metavar="NAME", help="Short for --measure judge:NAME."),
+    click.option("--judge", type=JUDGE, metavar="NAME", help="Short for --measure judge:NAME."),
     click.option("--wording", type=FILE, metavar="FILE", help="Phrases that show it, one per line; default: refusals."),
     choice(
         "--thinking",
@@ -216,6 +216,7 @@ extract_options = together(
         help="Tokens whose directions are scored, counted from the end of the prompt, such as -1,-2; default: all that "
         "the template adds.",
     ),
+    number("--scored", 1, 16, "Val prompts per side by which directions are scored; whole edits are tried on all."),
     number("--enough", 0, 8, "Directions per finder that have to pass the filters before scoring ends; 0 scores all."),
     choice("--stage", ["prompts", "activations", "directions", "answers", "selection"], None, "Run only this stage."),
     click.option(

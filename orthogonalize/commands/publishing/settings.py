@@ -14,6 +14,16 @@ Gate = Literal["auto", "manual"]
 LONGEST_NAME = 200  # characters of a title or concept
 
 
+def check_repository(name: str, what: str = "repository") -> None:
+    """Check that `name` can be that of a repository on the Hub.
+
+    Raises:
+        OrthogonalizeError: it cannot; the message begins with `what`.
+    """
+    if not re.fullmatch(HUB_ID, name):
+        raise OrthogonalizeError(f"{what} {name!r} is not of the form owner/name")
+
+
 @dataclass(frozen=True)
 class PushSettings:
     """How to publish a checkpoint.
@@ -53,10 +63,9 @@ class PushSettings:
         Raises:
             OrthogonalizeError: the message says which.
         """
-        for name in (repository, self.base_model):
-            if name is not None and not re.fullmatch(HUB_ID, name):
-                what = "repository" if name is repository else "--base-model"
-                raise OrthogonalizeError(f"{what} {name!r} is not of the form owner/name")
+        check_repository(repository)
+        if self.base_model is not None:
+            check_repository(self.base_model, "--base-model")
         if self.create_pr and (self.branch or self.gated):
             given = "--branch" if self.branch else "--gated"
             raise OrthogonalizeError(f"--create-pr changes no settings and has a branch of its own; leave out {given}")

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from ...core.errors import OrthogonalizeError
 from ...core.registry import Registry
+from ...models.names import check_model_name
 from .base import EndpointJudge, Judge, ModelJudge, WordingJudge
 
 # In the order of help texts and messages.
@@ -67,6 +68,19 @@ def address_of(text: str) -> str:
         raise OrthogonalizeError(f"judge {judge_name(text)} is behind a server: write {judge_name(text)}:URL#MODEL")
     Endpoint.parse(address)
     return address
+
+
+def check_judge(text: str) -> None:
+    """Check what names a judge without loading anything: it is known, and its MODEL or URL can be one.
+
+    Raises:
+        OrthogonalizeError: as `find_judge`, or MODEL is neither a folder nor of the form of a Hub id, or the address
+            cannot be one.
+    """
+    if isinstance(find_judge(text), EndpointJudge):
+        address_of(text)
+    elif model := text.partition("=")[2]:
+        check_model_name(model)
 
 
 def find_model_judge(text: str) -> tuple[ModelJudge, str]:

@@ -18,6 +18,10 @@ Shows = Callable[[Sequence[Pair], "Journal"], list[bool | None]]
 """Whether each answer shows the behaviour; None where that cannot be told. A judge keeps its replies in the journal."""
 
 
+def _accept(_argument: str) -> None:
+    """Any argument will do."""
+
+
 @dataclass(frozen=True)
 class Opening:
     """What a measure of answers is opened with.
@@ -64,6 +68,7 @@ class AnswerMeasure:
         argument: what its argument is called in help texts, such as `NAME`; "" if it takes none.
         own_code: whether it runs code that a run only names, which eval then has to be told again.
         judged: whether its argument is a judge, which eval asks once for all models.
+        check: checks the argument without loading anything, and raises `OrthogonalizeError`.
     """
 
     name: str
@@ -72,6 +77,7 @@ class AnswerMeasure:
     argument: str = ""
     own_code: bool = False
     judged: bool = False
+    check: Callable[[str], None] = _accept
 
     @property
     def usage(self) -> str:

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from .base import Pair
 
 
+def check_argument(argument: str) -> None:
+    """Check that there is such a judge (`NAME` or `NAME=MODEL`)."""
+    from ..judges.registry import check_judge
+
+    check_judge(argument)
+
+
 def open_judge(opening: Opening) -> Shows:
     """The judge called `opening.argument` (`NAME` or `NAME=MODEL`); its model runs in transformers.
 
@@ -41,4 +48,6 @@ def open_judge(opening: Opening) -> Shows:
     return shows
 
 
-MEASURE = AnswerMeasure("judge", "answers that a judge says refuse", open_judge, argument="NAME", judged=True)
+MEASURE = AnswerMeasure(
+    "judge", "answers that a judge says refuse", open_judge, argument="NAME", judged=True, check=check_argument
+)

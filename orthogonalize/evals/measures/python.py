@@ -31,16 +31,26 @@ def open_python(opening: Opening) -> Shows:
     return shows
 
 
+def check_argument(text: str) -> None:
+    """Check that the file of `FILE:function` exists.
+
+    Raises:
+        OrthogonalizeError: it does not.
+    """
+    file = text.rpartition(":")[0]
+    if not file or not Path(file).is_file():
+        raise OrthogonalizeError(f"--measure python:FILE:function: no such file: {file or text}")
+
+
 def load_function(text: str) -> Callable[[str, str], Any]:
     """The function that `FILE:function` names.
 
     Raises:
         OrthogonalizeError: as `open_python`.
     """
+    check_argument(text)
     file, _, name = text.rpartition(":")
     path = Path(file)
-    if not file or not path.is_file():
-        raise OrthogonalizeError(f"--measure python:FILE:function: no such file: {file or text}")
     spec = spec_from_file_location(f"orthogonalize_measure_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise OrthogonalizeError(f"{file} is not a Python file (.py)")
@@ -66,5 +76,10 @@ def _answer_of(rule: Callable[[str, str], Any], name: str, prompt: str, answer: 
 
 
 MEASURE = AnswerMeasure(
-    "python", "answers for which your own function returns True", open_python, argument="FILE:function", own_code=True
+    "python",
+    "answers for which your own function returns True",
+    open_python,
+    argument="FILE:function",
+    own_code=True,
+    check=check_argument,
 )

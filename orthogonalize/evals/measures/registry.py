@@ -38,10 +38,12 @@ def find_measure(text: str) -> tuple[Measure, str]:
 
 
 def check_measure(text: str) -> None:
-    """Check a value of `--measure`.
+    """Check a value of `--measure`, without loading anything.
 
     Raises:
-        OrthogonalizeError: as `find_measure`.
+        OrthogonalizeError: as `find_measure`, or the argument names nothing.
     """
     if text != AUTO:
-        find_measure(text)
+        measure, argument = find_measure(text)
+        if isinstance(measure, AnswerMeasure):
+            measure.check(argument)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .hooks import capturing_inputs
-from .stream import Stream
+from ..hooks import capturing_inputs
+from ..stream import Stream
 
 KEPT = 2**28  # numbers of a `StreamCache`: 1 GiB in float32
 
