@@ -13,6 +13,7 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..core.progress import Progress
+from .forward.prefix import read_prefix, shared_length
 from .hooks import capturing_inputs
 from .stream import Stream
 
@@ -90,8 +91,10 @@ def capture(
     """
     check_lengths(ids, positions)
     decoder = Stream.of(model).decoder
+    shared = shared_length(model, ids, positions)
+    prefix = read_prefix(model, ids[0][:shared])
     for group in batches(ids):
-        padded, lengths = pad([ids[i] for i in group], model.device)
+        padded, lengths = pad([ids[i][shared:] for i in group], model.device)
         taken: list[torch.Tensor] = []
 
         def take(
@@ -102,7 +105,7 @@ def capture(
             taken.append(here.to(model.device))  # blocks may be on several devices
 
         with capturing_inputs(model, take):
-            decoder(input_ids=padded, use_cache=False)
+            decoder(input_ids=padded, **prefix.before(len(group)))
         yield group, torch.stack(taken, dim=2)
         if progress:
             progress(len(group))

@@ -13,6 +13,7 @@ import torch
 
 from ..core.progress import Progress
 from .activations import batches, pad
+from .forward.prefix import Prefix, read_prefix, shared_length
 
 SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
 
@@ -48,18 +49,23 @@ def completion_logprobs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     progress: Progress | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Yield (index, log-probabilities [tokens of the completion, vocabulary]) for each completion, in any order.
 
-    They are float32, on the model's device.
+    They are float32, on the model's device. `prefix` is what all prompts begin with in the model as it is now; by
+    default it is read.
     """
     rows = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
+    if prefix is None:
+        prefix = read_prefix(model, prompts[0][: shared_length(model, prompts)]) if prompts else Prefix()
+    shared = len(prefix)
     for group in batches(rows, tokens=2048):
-        padded, _ = pad([rows[i] for i in group], model.device)
-        start = min(len(prompts[i]) for i in group) - 1
-        logits = model(input_ids=padded, use_cache=False, logits_to_keep=padded.shape[1] - start).logits
+        padded, _ = pad([rows[i][shared:] for i in group], model.device)
+        start = min(len(prompts[i]) for i in group) - 1 - shared
+        logits = model(input_ids=padded, logits_to_keep=padded.shape[1] - start, **prefix.before(len(group))).logits
         for row, i in enumerate(group):
-            first, last = len(prompts[i]) - 1, len(rows[i]) - 1
+            first, last = len(prompts[i]) - 1 - shared, len(rows[i]) - 1 - shared
             yield i, logits[row, first - start : last - start].float().log_softmax(-1)
         if progress:
             progress(len(group))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import ConditionalMap, WriteMatrix
 from .activations import TOKENS_PER_BATCH, batches, pad
+from .forward.partial import noting_tuples, starting_at, stopping_before
+from .forward.prefix import Prefix, shared_length
 from .hooks import capturing_inputs
-from .partial_forward import noting_tuples, starting_at, stopping_before
 from .stream import Stream
 from .write_matrices import Watch, conditionally_edited, watching, write_modules
 
@@ -61,7 +62,8 @@ class _Batch:
 class WriteReader:
     """Reads token sets layer by layer; the stream at the layer that it has come to is kept, and not computed again.
 
-    Each layer is computed twice: once to be read, and once with its edit, on the way to the next group.
+    Each layer is computed twice: once to be read, and once with its edit, on the way to the next group. What all
+    sequences begin with, and does not count, is computed once for all.
     """
 
     def __init__(self, model: Any, sets: Mapping[str, TokenSet], tokens: int = TOKENS_PER_BATCH) -> None:
@@ -69,24 +71,27 @@ class WriteReader:
         self.batches: list[_Batch] = []
         self.at = 0
         self.wrapped = False
+        self.begins = _common_beginning(model, sets)
+        self.beginning = _Batch(torch.tensor([self.begins], device=model.device), {})
+        skipped = len(self.begins)
         for shared in group_sets(sets):
             ids = next(iter(shared.values())).ids
             for group in batches(ids, tokens):
-                padded, _ = pad([ids[i] for i in group], model.device)
-                counted = counted_tokens(shared, group, padded.shape[1])
+                padded, _ = pad([ids[i][skipped:] for i in group], model.device)
+                counted = counted_tokens(shared, group, padded.shape[1], skipped)
                 self.batches.append(_Batch(padded, {name: each.to(model.device) for name, each in counted.items()}))
 
     def copy(self) -> WriteReader:
         """A reader of the same tokens at the same layer; neither moves the other."""
         other = copy.copy(self)
         other.batches = [replace(batch) for batch in self.batches]
+        other.beginning = replace(self.beginning)
         return other
 
     @torch.inference_mode()
     def advance(self, layer: int) -> None:
         """Go on to `layer` without edits."""
-        for batch in self.batches:
-            self._read_batch(batch, (), layer, layer - 1, lambda *_: None, {})
+        self._read_all((), layer, layer - 1, lambda *_: None, {})
         self.at = layer
 
     @torch.inference_mode()
@@ -101,19 +106,39 @@ class WriteReader:
         first, last = layers[0], layers[-1]
         if first < self.at:
             raise ValueError(f"layer {first} is behind layer {self.at}, which was read already")
-        for batch in self.batches:
-            self._read_batch(batch, matrices, first, last, take, edits or {})
+        self._read_all(matrices, first, last, take, edits or {})
         self.at = first
 
-    def _read_batch(
+    def _read_all(
         self,
-        batch: _Batch,
         matrices: Sequence[WriteMatrix],
         first: int,
         last: int,
         take: Take,
         edits: Mapping[WriteMatrix, ConditionalMap],
     ) -> None:
+        prefix = Prefix.of(self.model, self.begins)
+        if self.begins:
+            with self._between(self.beginning, first, last, edits):
+                prefix.read(self.model)
+        for batch in self.batches:
+            with self._between(batch, first, last, edits) as stack:
+                watches = {m: watch_counted(stack, self.stream, m, batch.counted, take) for m in matrices}
+                stack.enter_context(watching(self.model, watches))
+                self.stream.decoder(input_ids=batch.padded, **prefix.before(len(batch.padded)))
+
+    @contextmanager
+    def _between(
+        self,
+        batch: _Batch,
+        first: int,
+        last: int,
+        edits: Mapping[WriteMatrix, ConditionalMap],
+    ) -> Iterator[ExitStack]:
+        """Let a pass over `batch` begin at the layer that this has come to, and end after `last`; keeps the stream at
+        `first`.
+        """
+
         def keep(layer: int, hidden: torch.Tensor) -> None:
             if layer == first:
                 batch.hidden = hidden.clone()
@@ -127,9 +152,7 @@ class WriteReader:
             stack.enter_context(capturing_inputs(self.model, keep))
             stack.enter_context(stopping_before(self.model, last + 1))  # after `keep` has seen that block's input
             stack.enter_context(conditionally_edited(self.model, edits, renormalise=False))
-            watches = {m: watch_counted(stack, self.stream, m, batch.counted, take) for m in matrices}
-            stack.enter_context(watching(self.model, watches))
-            self.stream.decoder(input_ids=batch.padded, use_cache=False)
+            yield stack
 
     def _note(self, wrapped: bool) -> None:
         self.wrapped = wrapped
@@ -143,9 +166,22 @@ def group_sets(sets: Mapping[str, TokenSet]) -> list[dict[str, TokenSet]]:
     return list(together.values())
 
 
-def counted_tokens(sets: Mapping[str, TokenSet], rows: Sequence[int], width: int) -> dict[str, torch.Tensor]:
-    """By set, whether each token of the sequences `rows`, padded to `width`, counts: [batch * tokens], bool."""
-    places = torch.arange(width)
+def _common_beginning(model: Any, sets: Mapping[str, TokenSet]) -> list[int]:
+    """The tokens that all sequences begin with, none of which counts, if `model` can share them."""
+    every = [row for each in sets.values() for row in each.ids]
+    starts = [start for each in sets.values() for start in each.starts]
+    shared = min([shared_length(model, every), *starts])
+    return list(every[0][:shared]) if every else []
+
+
+def counted_tokens(
+    sets: Mapping[str, TokenSet], rows: Sequence[int], width: int, first: int = 0
+) -> dict[str, torch.Tensor]:
+    """By set, whether each token of the sequences `rows` counts: [batch * tokens], bool.
+
+    These are the tokens from `first` on, padded to `width`.
+    """
+    places = torch.arange(first, first + width)
     counted = {}
     for name, each in sets.items():
         starts, ends = (torch.tensor([of[i] for i in rows])[:, None] for of in (each.starts, each.lasts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -11,15 +11,24 @@ import torch
 
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, last_tokens, pad
+from ..models.forward.partial import StreamCache, noting_tuples, starting_at
+from ..models.forward.prefix import Prefix, read_prefix, shared_length
 from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
-from ..models.partial_forward import StreamCache, noting_tuples, starting_at
 from .readouts import Outputs, Readout
 
+PREFIX = "prefix"  # the name of the pass over the tokens that all prompts begin with
 
-def last_logits(model: Any, padded: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Logits [batch, vocabulary] at the last real token of each row; the head is applied only there."""
+
+def last_logits(
+    model: Any, padded: torch.Tensor, lengths: torch.Tensor, prefix: Prefix | None = None, versions: int = 1
+) -> torch.Tensor:
+    """Logits [batch, vocabulary] at the last real token of each row; the head is applied only there.
+
+    Rows follow the `prefix`, if there is one, and its `versions`, each as many rows.
+    """
+    before = (prefix or Prefix()).before(len(padded) // versions)
     ends, row_end = torch.unique(lengths - 1, return_inverse=True)
-    logits = model(input_ids=padded, use_cache=False, logits_to_keep=ends).logits
+    logits = model(input_ids=padded, logits_to_keep=ends, **before).logits
     return logits[torch.arange(len(padded), device=logits.device), row_end]  # type: ignore[no-any-return]
 
 
@@ -44,17 +53,22 @@ def read_outputs(
     model: Any,
     ids: Sequence[Sequence[int]],
     layers: Sequence[int] = (),
-    around: Callable[[int], AbstractContextManager[Any]] | None = None,
+    around: Callable[[Hashable], AbstractContextManager[Any]] | None = None,
+    own: int = 1,
 ) -> Outputs:
     """What a forward pass gives at the last token of each prompt, in the order of `ids`, on the CPU.
 
-    `around` gives a context for each forward pass, by its number.
+    `around` gives a context for each forward pass, by its number; that of what all prompts begin with is `PREFIX`, and
+    leaves each prompt at least `own` tokens.
     """
     found: Outputs | None = None
+    shared = shared_length(model, ids, own)
+    with around(PREFIX) if around else nullcontext():
+        prefix = read_prefix(model, ids[0][:shared])
     for number, group in enumerate(batches(ids)):
-        padded, lengths = pad([ids[i] for i in group], model.device)
+        padded, lengths = pad([ids[i][shared:] for i in group], model.device)
         with around(number) if around else nullcontext(), _reading(model, layers, lengths) as taken:
-            part = last_logits(model, padded, lengths).float().softmax(-1).cpu()
+            part = last_logits(model, padded, lengths, prefix).float().softmax(-1).cpu()
         if found is None:
             found = Outputs(
                 torch.empty(len(ids), part.shape[-1]),
@@ -92,27 +106,39 @@ class PromptScores:
         assert self.base is not None  # from which the streams are recorded
 
         @contextmanager
-        def around(number: int) -> Iterator[None]:
-            with self._streams.resumed(number) if spared else nullcontext(), edited():
+        def around(name: Hashable) -> Iterator[None]:
+            with self._streams.resumed(name) if spared else nullcontext(), edited():
                 yield
 
         return self._scores(around)
 
-    def _scores(self, around: Callable[[int], AbstractContextManager[Any]]) -> torch.Tensor:
+    def _scores(self, around: Callable[[Hashable], AbstractContextManager[Any]]) -> torch.Tensor:
         return self.readout.scores(read_outputs(self.model, self.ids, self.readout.layers, around))
+
+
+def _repeated(maps: AffineMap, count: int) -> AffineMap:
+    """Every map of a batch, `count` times in a row."""
+    return AffineMap(*(part.repeat_interleave(count, 0) for part in (maps.u, maps.v, maps.s)))
+
+
+def _everywhere(maps: AffineMap, layer_count: int) -> Intervention:
+    """A batch of maps at every write; a shift is added once, at the embedding."""
+    return Intervention(writes={Site("embed"): maps} | dict.fromkeys(block_sites(range(layer_count)), maps.unshifted))
 
 
 class LocalScorer:
     """What forward passes give under edits at one layer, for a fixed set of prompts.
 
     An edit at layer l does not affect the blocks before l, so their outputs are computed once and every pass starts at
-    l. Several maps (one per position) share a batch, in which each row has its own map. `layers` are those whose
-    streams are read as well.
+    l. Several maps (one per position) share a batch, in which each row has its own map; what all prompts begin with is
+    computed once for each map. `layers` are those whose streams are read as well.
     """
 
     def __init__(self, model: Any, ids: Sequence[Sequence[int]], layers: Sequence[int] = ()) -> None:
         self.model, self.layers = model, layers
-        self.groups = [[ids[i] for i in group] for group in batches(ids, tokens=1024)]
+        shared = shared_length(model, ids)
+        self.beginning = list(ids[0][:shared]) if ids else []
+        self.groups = [[ids[i][shared:] for i in group] for group in batches(ids, tokens=1024)]
         self.order = [i for group in batches(ids, tokens=1024) for i in group]
         self.inputs: list[list[torch.Tensor]] = []
         self.wrapped = False
@@ -120,13 +146,21 @@ class LocalScorer:
         def note(wrapped: bool) -> None:
             self.wrapped = wrapped
 
-        with noting_tuples(model, note):
+        with noting_tuples(model, note), torch.inference_mode():
+            self.beginning_inputs: list[torch.Tensor] = []
+            with capturing_inputs(model, lambda _, hidden: self.beginning_inputs.append(hidden.clone())):
+                prefix = read_prefix(model, self.beginning)
             for group in self.groups:
                 stream: list[torch.Tensor] = []
                 padded, _ = pad(group, model.device)
-                with torch.inference_mode(), capturing_inputs(model, lambda _l, h, s=stream: s.append(h.clone())):  # type: ignore[misc]
-                    model(input_ids=padded, use_cache=False, logits_to_keep=1)
+                with capturing_inputs(model, lambda _l, h, s=stream: s.append(h.clone())):  # type: ignore[misc]
+                    model(input_ids=padded, logits_to_keep=1, **prefix.before(len(group)))
                 self.inputs.append(stream)
+
+    def tokens(self, prompts: int) -> float:
+        """The tokens of a pass over so many of the prompts, on average; what they begin with counts once."""
+        own = sum(len(row) for group in self.groups for row in group)
+        return len(self.beginning) + prompts * own / max(1, len(self.order))
 
     @torch.inference_mode()
     def outputs(self, layer: int, maps: AffineMap, projected: bool) -> Outputs:
@@ -135,17 +169,22 @@ class LocalScorer:
         If `projected`, the maps act on the input and both outputs of the block `layer`, otherwise only on its input.
         """
         count, above = len(maps.s), [each for each in self.layers if each > layer]
+        edit = layer_projected if projected else input_shifted
+        every_map = maps.to(self.model.device, torch.float32)
+        prefix = Prefix()
+        if self.beginning:
+            begun = self.beginning_inputs[layer].expand(count, -1, -1)
+            with starting_at(self.model, layer, begun, self.wrapped), edit(self.model, layer, every_map):
+                prefix = read_prefix(self.model, self.beginning, count)
         probabilities: list[torch.Tensor] = []
         streams: dict[int, list[torch.Tensor]] = {each: [] for each in self.layers}
         for group, stream in zip(self.groups, self.inputs, strict=True):
             padded, lengths = pad(group, self.model.device)
-            rows = maps.to(self.model.device, torch.float32)
-            rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
-            edit = layer_projected if projected else input_shifted
+            rows = _repeated(every_map, len(group))
             resumed = starting_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
             every = lengths.repeat(count)
             with resumed, edit(self.model, layer, rows), _reading(self.model, above, every) as taken:
-                logits = last_logits(self.model, padded.repeat(count, 1), every).float()
+                logits = last_logits(self.model, padded.repeat(count, 1), every, prefix, count).float()
             probabilities.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
             for each in self.layers:
                 if each not in taken:  # at or below the edit, which does not reach it
@@ -167,18 +206,19 @@ def global_outputs(
     For a projection this equals the reference's hooks on every block input and output; a shift is added once, at the
     embedding.
     """
-    count = len(maps.s)
+    count, shared = len(maps.s), shared_length(model, ids)
+    every_map = maps.to(model.device, torch.float32)
+    with intervened(model, _everywhere(every_map, layer_count)):
+        prefix = read_prefix(model, ids[0][:shared], count)
     order: list[int] = []
     probabilities: list[torch.Tensor] = []
     streams: dict[int, list[torch.Tensor]] = {each: [] for each in layers}
     for group in batches(ids, tokens=1024):
-        rows = maps.to(model.device, torch.float32)
-        rows = AffineMap(*(t.repeat_interleave(len(group), 0) for t in (rows.u, rows.v, rows.s)))
-        writes = {Site("embed"): rows} | dict.fromkeys(block_sites(range(layer_count)), rows.unshifted)
-        padded, lengths = pad([ids[i] for i in group], model.device)
+        edit = _everywhere(_repeated(every_map, len(group)), layer_count)
+        padded, lengths = pad([ids[i][shared:] for i in group], model.device)
         every = lengths.repeat(count)
-        with intervened(model, Intervention(writes=writes)), _reading(model, layers, every) as taken:
-            logits = last_logits(model, padded.repeat(count, 1), every).float()
+        with intervened(model, edit), _reading(model, layers, every) as taken:
+            logits = last_logits(model, padded.repeat(count, 1), every, prefix, count).float()
         probabilities.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
         for each in layers:
             streams[each].append(taken[each].reshape(count, len(group), -1))

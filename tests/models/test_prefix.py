@@ -12,12 +12,14 @@ from helpers.tiny_models import build
 
 from orthogonalize.core.interventions import Intervention, Site, removal, shift, stack_maps
 from orthogonalize.models import write_reading
-from orthogonalize.models.activations import all_activations
+from orthogonalize.models.activations import all_activations, capture
 from orthogonalize.models.forward import prefix
+from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.logprobs import completion_logprobs
 from orthogonalize.models.stream import Stream
 from orthogonalize.models.write_matrices import write_modules
+from orthogonalize.selection.readers.kept_activations import KeptActivations
 from orthogonalize.selection.readouts import FirstToken
 from orthogonalize.selection.scoring import LocalScorer, PromptScores, global_outputs, read_outputs
 from orthogonalize.selection.search.drift import AnsweredPrompts
@@ -25,8 +27,8 @@ from orthogonalize.selection.search.drift import AnsweredPrompts
 COMMON = 9
 # One family of each kind of memory, positions and masks; those from mamba on cannot share.
 FAMILIES = (
-    "llama", "mistral", "qwen3_vl multimodal", "gemma3", "gemma3 multimodal", "gemma4", "gpt2", "opt", "falcon", "gpt_oss",
-    "llama4", "mixtral", "deepseek_v3", "cohere2", "mamba", "qwen3_next", "jamba", "lfm2", "falcon_h1",
+    "llama", "mistral", "qwen3_vl multimodal", "gemma3", "gemma3 multimodal", "gemma4", "gpt2", "opt", "falcon",
+    "gpt_oss", "llama4", "mixtral", "deepseek_v3", "cohere2", "mamba", "qwen3_next", "jamba", "lfm2", "falcon_h1",
 )  # fmt: skip
 
 
@@ -58,6 +60,8 @@ def test_outputs_are_those_of_whole_prompts(name, monkeypatch):
     one, two = both(monkeypatch, lambda: read_outputs(model, ids, layers=(1,)))
     assert torch.allclose(one.probabilities, two.probabilities, atol=1e-5)
     assert torch.allclose(one.streams[1], two.streams[1], atol=1e-4)
+    one, two = both(monkeypatch, lambda: generate(model, ids, 5, [2], batch=3))
+    assert one == two
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "mixtral", "gpt2"])
@@ -161,3 +165,28 @@ def test_what_write_matrices_take_in_does_not_change(base, monkeypatch):
     one, two = both(monkeypatch, read)
     assert one.keys() == two.keys() == set(matrices)
     assert all(torch.allclose(one[m], two[m], atol=1e-4) for m in one)
+
+
+def test_activations_of_scored_prompts_are_not_read_again(base, monkeypatch):
+    """One pass gives the first tokens and all activations; prompts that were not scored are read."""
+    model, ids, others = load(base), rows(6), rows(2, seed=3)
+    kept = KeptActivations(3)
+    done: list[int] = []
+    found = kept.outputs(model, ids, (1, LAYERS), done.append)
+    assert sum(done) == len(ids)
+    plain = read_outputs(model, ids, (1, LAYERS))
+    assert torch.allclose(found.probabilities, plain.probabilities, atol=1e-6)
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "orthogonalize.selection.readers.kept_activations.capture",
+        lambda m, left, p: (asked.append(len(left)), capture(m, left, p))[1],
+    )
+    wanted = [*others, *ids]
+    result = torch.empty(len(wanted), 3, LAYERS + 1, found.streams[1].shape[-1], dtype=model.dtype)
+    for group, part in kept.capture(model, wanted, 3):
+        result[group] = part
+    assert asked == [len(others)]
+    assert torch.allclose(result, all_activations(model, wanted, 3).to(result), atol=1e-5)
+    kept.forget()
+    assert sum(len(group) for group, _ in kept.capture(model, ids, 3)) == len(ids)
+    assert asked == [len(others), len(ids)]

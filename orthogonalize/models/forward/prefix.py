@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,6 +58,15 @@ class Prefix:
         """
         return {"past_key_values": _cache(self, count), "use_cache": True} if self.tokens else {"use_cache": False}
 
+    def growing(self, model: Any, count: int) -> Any:
+        """The cache with which generation begins after the prefix in `count` rows; it grows by what is generated."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=Stream.of(model).decoder.config)
+        for layer, (keys, values) in sorted(self.pairs.items()):
+            cache.update(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), layer)
+        return cache
+
 
 def read_prefix(model: Any, tokens: Sequence[int], versions: int = 1) -> Prefix:
     """The `tokens` that rows begin with, read in the model as it is now."""
@@ -73,8 +82,9 @@ def shared_length(model: Any, ids: Sequence[Sequence[int]], own: int = 1) -> int
     """
     if len(ids) < 2:
         return 0
-    shortest = min(map(len, ids)) - own
-    common = min(len(commonprefix([list(row) for row in ids])), shortest)
+    first, last = min(map(list, ids)), max(map(list, ids))  # all others begin with what these have in common
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    common = min(common, min(map(len, ids)) - own)
     return common if common >= FEWEST and _can_share(model, ids[0], common) else 0
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ...core.errors import OrthogonalizeError
 from ..activations import TOKENS_PER_BATCH, batches, last_tokens, pad
-from ..partial_forward import noting_tuples, replaced_forwards, stopping_before
+from ..forward.partial import noting_tuples, replaced_forwards, stopping_before
 from ..stream import Stream
 from .weights import PartialModel
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,17 +14,17 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import OrthogonalizeError
 from ...core.journal import Journal
 from ...core.progress import track
-from ...directions.activation_store import record
+from ...directions.activation_store import record_with
 from ...directions.direction_set import Directions
 from ...models.activations import mean_activations
 from ...models.generation import generate, stop_tokens
 from ..candidates import Candidate
 from ..fits import Fits
 from ..readouts import Outputs, Readout
-from ..scoring import read_outputs
 from ..search.objectives import CheckAnswers, Trial
 from ..search.try_edits import EditTrials, ValPrompts
 from .direction_scoring import Places
+from .kept_activations import KeptActivations
 from .resident_scores import score_candidates
 
 Ids = Sequence[Sequence[int]]
@@ -135,6 +135,7 @@ class ResidentReader:
         self._load, self.tokenizer = load, tokenizer
         self.positions, self.layers, self.out = positions, layers, out
         self.source, self.weights = source, weights
+        self._kept = KeptActivations(positions)
 
     @cached_property
     def model(self) -> Any:
@@ -155,15 +156,17 @@ class ResidentReader:
 
     def outputs(self, ids: Ids, layers: Sequence[int] = (), later: Ids = ()) -> Outputs:
         with track("scoring prompts", len(ids), "prompts") as advance:
-            found = read_outputs(self.model, ids, layers)
-            advance(len(ids))
+            found = self._kept.outputs(self.model, ids, layers, advance)
         if not torch.isfinite(found.probabilities).all():
             mean_activations(self.model, ids, 1)  # its error names the layer, if a layer is the cause
             raise OrthogonalizeError("the model's outputs contain NaN or infinite values; the checkpoint is damaged")
         return found
 
     def record(self, sets: Mapping[str, Ids], inputs: Any) -> None:
-        record(self.model, sets, self.positions, self.layers, self.out, inputs)
+        shape = self.model.dtype, self.model.get_input_embeddings().embedding_dim
+        capture = partial(self._kept.capture, self.model)
+        record_with(capture, shape, sets, self.positions, self.layers, self.out, inputs)
+        self._kept.forget()
 
     def answers(self, ids: list[list[int]], tokens: int, advance: Callable[[int], None]) -> list[list[int]]:
         return generate(self.model, ids, tokens, stop_tokens(self.model, self.tokenizer), progress=advance)

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from ...models.activations import batches
+from ...models.forward.partial import StreamCache
+from ...models.forward.prefix import Prefix, read_prefix, shared_length
 from ...models.logprobs import completion_logprobs, exact_kl
-from ...models.partial_forward import StreamCache
+from ..scoring import PREFIX
 
 BATCH = 2**26  # log-probabilities computed at a time, of the base and of the edited model each: 256 MiB in float32
 CACHED = 2**27  # log-probabilities of the base kept between edits: 512 MiB; those beyond are computed again
@@ -104,17 +106,34 @@ class AnsweredPrompts:
         rows = [[*p, *a] for p, a in zip(self.prompts, self.answers, strict=True)]
         return list(batches(rows, tokens=min(BATCH_TOKENS, max(1, BATCH // vocabulary))))
 
-    def _logprobs(self, group: Sequence[int]) -> dict[int, torch.Tensor]:
+    @cached_property
+    def _shared(self) -> int:
+        """How many tokens of all prompts are computed once for an edit."""
+        return shared_length(self.model, self.prompts)
+
+    def _prefix(self) -> Prefix:
+        """These tokens in the model as it is now."""
+        return read_prefix(self.model, self.prompts[0][: self._shared])
+
+    @cached_property
+    def _base_prefix(self) -> Prefix:
+        with self._streams.recording(PREFIX):
+            return self._prefix()
+
+    def _logprobs(self, group: Sequence[int], prefix: Prefix) -> dict[int, torch.Tensor]:
         """Log-probabilities [tokens, vocabulary] of the model as it is now, by prompt."""
-        found = completion_logprobs(self.model, [self.prompts[i] for i in group], [self.answers[i] for i in group])
+        found = completion_logprobs(
+            self.model, [self.prompts[i] for i in group], [self.answers[i] for i in group], prefix=prefix
+        )
         return {group[n]: logprobs for n, logprobs in found}
 
     def _base(self, number: int) -> dict[int, torch.Tensor]:
         """The base's log-probabilities of one batch; the first batches are kept as long as there is room."""
         if number in self._kept:
             return self._kept[number]
+        prefix = self._base_prefix
         with self._streams.recording(number):
-            found = self._logprobs(self._groups[number])
+            found = self._logprobs(self._groups[number], prefix)
         held = sum(rows.numel() for kept in self._kept.values() for rows in kept.values())
         if held + sum(rows.numel() for rows in found.values()) <= self.cached:
             self._kept[number] = {i: rows.cpu() for i, rows in found.items()}
@@ -128,10 +147,13 @@ class AnsweredPrompts:
         input of block `layer` as it is.
         """
         sums = DriftSums(self.answers)
+        assert self._base_prefix is not None  # from which its stream is recorded
+        with self._streams.resumed(PREFIX) if spared else nullcontext(), edited():
+            prefix = self._prefix()
         for number, group in enumerate(self._groups):
             base = self._base(number)
             with self._streams.resumed(number) if spared else nullcontext(), edited():
-                found = self._logprobs(group)
+                found = self._logprobs(group, prefix)
             for i, q in found.items():
                 sums.add(i, base[i].to(q.device), q)
         return sums.drift

@@ -21,8 +21,8 @@ import torch
 from ...core.interrupts import check
 from ...core.interventions import AffineMap, Intervention, Site
 from ...models.activations import batches, pad
+from ...models.forward.partial import StreamCache
 from ...models.hooks import intervened
-from ...models.partial_forward import StreamCache
 from ..readouts import log_odds
 from ..scoring import last_logits
 
