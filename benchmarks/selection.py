@@ -28,8 +28,9 @@ from orthogonalize.models.demo_model import planted_model
 from orthogonalize.models.hooks import input_shifted, layer_projected
 from orthogonalize.models.loading import load_model, load_tokenizer
 from orthogonalize.models.logprobs import smoothed_kl
-from orthogonalize.selection.candidates import Candidate
+from orthogonalize.selection.candidates import Candidate, Mean
 from orthogonalize.selection.readers.direction_scoring import MULTIPLIERS
+from orthogonalize.selection.readers.meters import ResidentMeter
 from orthogonalize.selection.readers.resident_scores import resident_scoring
 from orthogonalize.selection.readouts import FirstToken, behaviour_score
 
@@ -77,10 +78,9 @@ def ours(
     model: Any, positive: Any, negative: Any, directions: Directions, layers: list[int], tokens: list[int]
 ) -> list[Candidate]:
     """The same candidates as `score_candidates` scores them, streams of the unedited model included."""
-    scoring = resident_scoring(
-        model, {"positive": positive, "negative": negative}, directions, FirstToken(tuple(tokens)), everywhere=False
-    )
-    induced: dict[tuple[int, int], float] = {}
+    meter = ResidentMeter(model, {"positive": positive, "negative": negative}, FirstToken(tuple(tokens)))
+    scoring = resident_scoring(meter, directions, everywhere=False)
+    induced: dict[tuple[int, int], Mean] = {}
     return [
         c for layer in layers for method in METHODS for c in scoring.layer(method, layer, directions.positions, induced)
     ]

@@ -28,8 +28,17 @@ def escape(text: object) -> str:
 SCORES = (
     "Mean scores of val prompts at their first token, with each direction edited at its own layer. bypass: of the "
     "positive prompts, with it edited out; lower is better. induce: of the negative ones, with it added; "
-    "above 0 they are like the positive ones. KL: how far the negative ones move with it edited out, in nats."
+    "above 0 they are like the positive ones. KL: how far the negative ones move with it edited out, in nats. "
+    "Intervals are 95%, over the prompts; all finders are scored by the same ones."
 )
+
+
+def _mean(value: float | None, ci95: tuple[float, float] | None, digits: int = 2) -> str:
+    """A mean with its interval, if it has one; "" of none."""
+    if value is None:
+        return ""
+    shown_value = f"{value:.{digits}f}"
+    return shown_value if ci95 is None else f"{shown_value} [{ci95[0]:.{digits}f}, {ci95[1]:.{digits}f}]"
 
 
 def show_candidates(candidates: Sequence[Any], info: Any, most: int = 3) -> None:
@@ -40,13 +49,13 @@ def show_candidates(candidates: Sequence[Any], info: Any, most: int = 3) -> None
     for i, name in enumerate(names):
         if everywhere or i not in (6, 7):
             table.add_column(name, justify="left" if name in ("finder", "filters") else "right")
-    unedited = [f"{info.base_score[side]:.2f}" if side in info.base_score else "" for side in ("positive", "negative")]
+    unedited = [_mean(info.base_score.get(side), info.base_score_ci95.get(side)) for side in ("positive", "negative")]
     table.add_row("none (unedited)", "", "", *unedited, "0.000", *([unedited[0], "0.000"] if everywhere else []), "")
     for finder in dict.fromkeys(c.finder for c in candidates):
         mine = [c for c in candidates if c.finder == finder]
         place = (candidates[0].position, candidates[0].layer)  # of the first finder's best, to compare all at
         for c in [*mine[:most], *(c for c in mine[most:] if (c.position, c.layer) == place)]:
-            numbers = [f"{c.bypass:.2f}", *("" if x is None else f"{x:.{n}f}" for x, n in ((c.induce, 2), (c.kl, 3)))]
+            numbers = [_mean(c.bypass, c.bypass_ci95), _mean(c.induce, c.induce_ci95), _mean(c.kl, c.kl_ci95, 3)]
             if everywhere:
                 numbers += ["", ""] if c.global_bypass is None else [f"{c.global_bypass:.2f}", f"{c.global_kl:.3f}"]
             filters = escape(", ".join(c.failed) or "passes")

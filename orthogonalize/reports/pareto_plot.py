@@ -8,7 +8,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .style import COLOURS, MARKERS, legend_beside
+from .style import COLOURS, MARKERS, ink, legend_beside
 from .sweep import MARK, Sweep, drawn_points, sweep_caption
 from .tables import title
 
@@ -25,14 +25,14 @@ def pareto_figure(sweep: Sweep) -> Figure:
     for name in sweep.pareto:
         (gone, harm), _ = points[name]
         label = MARK if name == sweep.pareto[0] else None
-        axis.scatter(100 * gone, harm, label=label, s=110, facecolors="none", edgecolors="0.3", zorder=0)
+        axis.scatter(100 * gone, harm, label=label, s=110, facecolors="none", edgecolors=ink(), zorder=0)
         axis.annotate(name, (100 * gone, harm), xytext=(5, 4), textcoords="offset points", fontsize=7)
     axis.set_yscale("symlog", linthresh=0.1)
     effect, harm_name = (title(key or "", sweep.concept) for key in (sweep.effect, sweep.harm))
     relative = "relative increase of " if (sweep.harm or "").startswith("loss") else ""
     axis.set(xlabel=f"removed: {effect}, points", ylabel=f"harm: {relative}{harm_name}")
     axis.set_title(f"{sweep.model}\n{sweep_caption(sweep)}", fontsize=9, wrap=True)
-    axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.axhline(0, color="grey", alpha=0.5, linewidth=0.8, zorder=0)
+    axis.axvline(0, color="grey", alpha=0.5, linewidth=0.8, zorder=0)
     legend_beside(figure, axis)
     return figure  # type: ignore[no-any-return]

@@ -39,7 +39,7 @@ def rates_figure(report: Report) -> Figure | None:
         yticks=range(len(keys)),
         yticklabels=[title(k, report.concept) for k in reversed(keys)],
     )
-    axis.grid(axis="x", color="0.9")
+    axis.grid(axis="x", color="grey", alpha=0.25)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)  # clear of the bars
     return figure  # type: ignore[no-any-return]
 

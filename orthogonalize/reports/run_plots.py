@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from ..core.errors import OrthogonalizeError
 from ..directions.activation_store import FILE as ACTIVATIONS
 from ..directions.activation_store import Recording
 from ..directions.finders.registry import FINDERS
-from ..selection.candidates import MAX_KL, MIN_INDUCE, first_pruned_layer
+from ..selection.candidates import MAX_KL, MIN_INDUCE, Candidate, first_pruned_layer
 from ..selection.run_folder import Run
 from ..selection.search.objectives import LEFT
-from .style import BLUE, COLOURS, MARKERS, VERMILION, legend_beside
+from .style import BLUE, COLOURS, MARKERS, SHADES, VERMILION, ink, legend_beside, screen_style
 
 SIDE_STYLES = {"positive": (VERMILION, "^"), "negative": (BLUE, "o")}
 PANELS = 24  # most layers that get a panel each
@@ -39,6 +40,12 @@ def _style(i: int) -> dict[str, object]:
     return {"color": COLOURS[i % 7], "marker": MARKERS[i % 7], "markersize": 3.5, "linewidth": 1}
 
 
+def _intervals(candidates: Sequence[Candidate], name: str) -> list[tuple[int, float, float]]:
+    """Layer and ends of the intervals of the candidates that were scored by all prompts."""
+    full = [c for c in candidates if c.induce is not None]
+    return [(c.layer, *getattr(c, f"{name}_ci95")) for c in full if getattr(c, f"{name}_ci95") is not None]
+
+
 def candidate_figure(run: Run, finder: str) -> Figure:
     """Bypass, induce and KL of every candidate of `finder` by layer, a line per position."""
     figure, axes = _subplots(1, 3, figsize=(13, 3.8))
@@ -49,19 +56,24 @@ def candidate_figure(run: Run, finder: str) -> Figure:
             scored = [(c.layer, getattr(c, name)) for c in row if getattr(c, name) is not None]
             label = run.info.position_name(position)
             axis.plot([layer for layer, _ in scored], [score for _, score in scored], label=label, **_style(i))
+            for layer, low, high in _intervals(row, name):
+                axis.vlines(layer, low, high, color=COLOURS[i % 7], linewidth=0.8)
     axes[0].axhline(run.info.base_score["positive"], color="grey", linestyle="--", label="unedited")
     axes[1].axhline(run.info.base_score["negative"], color="grey", linestyle="--", label="unedited")
-    axes[1].axhline(MIN_INDUCE, color="black", linestyle=":", label="filter")
-    axes[2].axhline(MAX_KL, color="black", linestyle=":", label="filter")
+    axes[1].axhline(MIN_INDUCE, color=ink(), linestyle=":", label="filter")
+    axes[2].axhline(MAX_KL, color=ink(), linestyle=":", label="filter")
     axes[2].set_yscale("symlog", linthresh=1e-3)
     axes[2].set_ylim(bottom=0)
     titles = ("edited out: behaviour score", "added: behaviour score", "edited out: KL on the other side, nats")
     for axis, title in zip(axes, titles, strict=True):
-        axis.axvline(first_pruned_layer(run.info.layer_count) - 0.5, color="black", linestyle=":", linewidth=0.8)
+        axis.axvline(first_pruned_layer(run.info.layer_count) - 0.5, color=ink(), linestyle=":", linewidth=0.8)
         axis.set(title=title, xlabel="layer")
     legend_beside(figure, axes[0], "position")
     title = FINDERS[finder].title
-    figure.suptitle(f"{title}: scores by layer and position (layers right of the dotted line are excluded)")
+    figure.suptitle(
+        f"{title}: scores by layer and position (layers right of the dotted line are excluded; lines up and down: 95% "
+        "intervals of what was scored by all prompts)", fontsize=10,
+    )  # fmt: skip
     return figure
 
 
@@ -129,14 +141,14 @@ def accuracy_figure(run: Run) -> Figure:
     """Held-out accuracy of every INLP classifier by its number, one line per layer, at the best position."""
     position, chosen = _best(run, "inlp")
     figure, axis = _subplots(figsize=(8, 4))
-    shades = plt.get_cmap("cividis")
     count = run.directions.layer_count
+    shades = LinearSegmentedColormap.from_list("shades", plt.get_cmap("cividis")(np.linspace(*SHADES, 256)))
     for layer, curve in accuracy_curves(run).items():
         width = 2.2 if layer == chosen else 0.8
         axis.plot(
             range(1, len(curve) + 1), curve, color=shades(layer / count), linewidth=width, marker=".", markersize=4
         )
-    axis.axhline(0.55, color="black", linestyle=":", linewidth=0.8, label="INLP stops below")
+    axis.axhline(0.55, color=ink(), linestyle=":", linewidth=0.8, label="INLP stops below")
     scale = plt.cm.ScalarMappable(cmap=shades, norm=plt.Normalize(0, count))
     figure.colorbar(scale, ax=axis, label="layer")
     axis.set(
@@ -179,7 +191,7 @@ def projection_figure(run: Run, recording: Recording) -> Figure:
             places = np.full(len(values), layer + offset)
             axis.scatter(places, values[:, 0], s=9, color=colour, marker=marker, alpha=0.6, linewidth=0)
     _side_legend(figure, axis)
-    axis.axvline(chosen, color="black", linestyle=":", linewidth=0.8)
+    axis.axvline(chosen, color=ink(), linestyle=":", linewidth=0.8)
     axis.set(
         xlabel="layer", ylabel="standard deviations", xlim=(-0.6, run.directions.layer_count + 0.6),
         title=f"both sides along each layer's mean difference, position {position} (dotted: layer {chosen}, the best)",
@@ -239,9 +251,7 @@ def probe_figure(run: Run) -> Figure | None:
         axis.plot([found.after, found.before], [i, i], color="grey", linewidth=1)
         axis.scatter(found.before, i, color=BLUE, marker="o", label="before" if not i else None)
         axis.scatter(found.after, i, color=VERMILION, marker="^", label="after" if not i else None)
-        axis.plot(
-            [found.chance] * 2, [i - 0.3, i + 0.3], color="black", linestyle=":", label="chance" if not i else None
-        )
+        axis.plot([found.chance] * 2, [i - 0.3, i + 0.3], color=ink(), linestyle=":", label="chance" if not i else None)
     names = [f"{FINDERS[p.method].title}, rank {p.rank} (layer {p.layer})" for p in reversed(run.probes)]
     axis.set_yticks(range(len(names)), names)
     axis.set(
@@ -264,10 +274,10 @@ def trial_figure(run: Run) -> Figure | None:
         (listed, VERMILION, "^", "edit --pick N"),
     ):
         axis.scatter([100 * t.left for t in trials], [t.kl for t in trials], c=colour, marker=marker, label=label)
-    axis.scatter([100 * listed[0].before], [0], c="black", marker="x", label="unedited")
+    axis.scatter([100 * listed[0].before], [0], c=ink(), marker="x", label="unedited")
     for number, trial in enumerate(listed, 1):
         axis.annotate(str(number), (100 * trial.left, trial.kl), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axis.axvline(100 * LEFT, color="black", linestyle=":", linewidth=0.8, label=f"{100 * LEFT:g}%")
+    axis.axvline(100 * LEFT, color=ink(), linestyle=":", linewidth=0.8, label=f"{100 * LEFT:g}%")
     axis.set_xscale("symlog", linthresh=0.1)
     axis.set_xlim(left=0)
     axis.set_yscale("symlog", linthresh=1e-3)
@@ -306,7 +316,8 @@ def run_figures(run: Run) -> dict[str, Figure]:
     """
     if run.folder is None:
         raise OrthogonalizeError("this run was not read from a folder, where its activations are stored")
-    found = dict(figures(run, Recording(run.folder / ACTIVATIONS)))
+    with screen_style():
+        found = dict(figures(run, Recording(run.folder / ACTIVATIONS)))
     for figure in found.values():
         plt.close(figure)  # out of pyplot's list of open figures; the figure itself stays usable
     return found
@@ -320,6 +331,7 @@ def plot_run(run: Run, folder: Path) -> None:
     plots.mkdir(parents=True, exist_ok=True)
     for old in plots.glob("*.png"):
         old.unlink()
-    for name, figure in figures(run, Recording(folder / ACTIVATIONS)):
-        figure.savefig(plots / f"{name}.png", dpi=130)
-        plt.close(figure)
+    with screen_style():
+        for name, figure in figures(run, Recording(folder / ACTIVATIONS)):
+            figure.savefig(plots / f"{name}.png", dpi=130)
+            plt.close(figure)

@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import fmean, stdev
+from typing import Any, NamedTuple, Protocol
 
 import scipy
 from pydantic import TypeAdapter
@@ -21,6 +22,24 @@ MAX_KL = 0.1  # nats; eliroc98/refusal_direction
 MIN_INDUCE = 0.0  # log-odds
 PRUNED_LAYERS = 0.2  # fraction of the last layers, which are excluded (see `first_pruned_layer`)
 UNSCORED = "scored by bypass alone"
+
+Interval = tuple[float, float]
+
+
+class Mean(NamedTuple):
+    """A mean over prompts and its 95% t interval, which one prompt has not."""
+
+    value: float
+    ci95: Interval | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        """The mean of the values."""
+        mean, count = fmean(values), len(values)
+        if count < 2 or not math.isfinite(mean):
+            return cls(mean, None)
+        half = float(scipy.stats.t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
+        return cls(mean, (mean - half, mean + half))
 
 
 @dataclass(frozen=True)
@@ -34,6 +53,8 @@ class Candidate:
             and 2 times the norm of the mean difference. None if enough directions of lower bypass pass the filters.
         kl: mean smoothed KL of the first token (`smoothed_kl`), in nats, on negative val prompts with the direction
             removed; None as for `induce`.
+        bypass_ci95, induce_ci95, kl_ci95: the 95% t interval of each mean over its prompts (for `induce`, at the length
+            of the median); None with one prompt. Finders are scored by the same prompts.
         rank_of_basis: the number of directions that are removed.
         accuracy: of INLP's first classifier.
         global_bypass, global_kl: `bypass` and `kl` with the edit at every write of the model; None if not scored.
@@ -54,6 +75,9 @@ class Candidate:
     global_kl: float | None = None
     failed: tuple[str, ...] = ()
     rank: int | None = None
+    bypass_ci95: Interval | None = None
+    induce_ci95: Interval | None = None
+    kl_ci95: Interval | None = None
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Candidate:

@@ -24,7 +24,7 @@ from ..directions.direction_set import Directions
 from ..edits.recipe import ProbeResult
 from ..models.names import public_name
 from .behaviour import MeasureInfo, load_readout
-from .candidates import Candidate, rank_correlation
+from .candidates import Candidate, Interval, Mean, rank_correlation
 from .readouts import Readout
 from .search.objectives import Trial, shortlist
 
@@ -68,6 +68,7 @@ class RunInfo(BaseModel):
     behaviour_tokens: list[int]
     behaviour_words: list[str]
     base_score: dict[str, float]
+    base_score_ci95: dict[str, Interval] = Field(default_factory=dict)
     filtered: dict[str, dict[str, int]]
     seed: int
     versions: dict[str, str]
@@ -165,13 +166,13 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def base_scores(prompts: Sequence[Prompt]) -> dict[str, float]:
+def base_scores(prompts: Sequence[Prompt]) -> dict[str, Mean]:
     """The mean score of the unedited model on val prompts, by side."""
     scores: dict[str, list[float]] = {}
     for p in prompts:
         if p.split == "val" and p.score is not None:
             scores.setdefault(p.side, []).append(p.score)
-    return {side: sum(each) / len(each) for side, each in scores.items()}
+    return {side: Mean.of(each) for side, each in scores.items()}
 
 
 def save_prompts(prompts: Sequence[Prompt], folder: Path) -> None:

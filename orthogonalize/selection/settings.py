@@ -57,7 +57,7 @@ class Settings:
         layers, positions: the layers, and the tokens counted from the end of the prompt, whose directions are scored;
             None scores all.
         scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
-            tried on all positive prompts.
+            tried on all positive prompts, whatever this is.
         enough: how many directions of a finder that pass the filters are enough: all are scored by few prompts, and
             fully only until so many pass. 0 scores all fully, as `--engine stream` always does.
         trials: number of whole edits to try; 0 skips the search.
@@ -101,7 +101,7 @@ class Settings:
     scoring: Sequence[str] = ("local",)
     layers: Sequence[int] | None = None
     positions: Sequence[int] | None = None
-    scored: int | None = None
+    scored: int | None = 16
     enough: int = 8
     trials: int = 32
     own_answers: Path | str | None = None
@@ -169,6 +169,8 @@ class Settings:
             )
         if self.enough < 0:
             raise OrthogonalizeError(f"--enough must be 0 or more; got {self.enough}")
+        if self.scored is not None and self.scored < 1:
+            raise OrthogonalizeError(f"--scored must be at least 1; got {self.scored}")
         if self.thinking not in THINKING:
             raise OrthogonalizeError(f"--thinking must be one of {', '.join(THINKING)}; got {self.thinking}")
         if self.wording is not None and self.measure not in ("auto", "wording"):

@@ -35,6 +35,9 @@ def test_rank_prints_every_direction_in_its_new_order(run, tmp_path):
     found = load_run(run)
     strict = printed("rank", run, "--kl", "0.001", "--json")
     assert strict["unedited"] == found.info.base_score
+    assert strict["unedited_ci95"].keys() == {"positive", "negative"}
+    for side, (low, high) in strict["unedited_ci95"].items():
+        assert low < strict["unedited"][side] < high
     assert strict["candidates"] == json.loads(json.dumps([c.row() for c in rank(found.candidates, kl=0.001)]))
     loose = printed("rank", run, "--kl", "1000", "--induce", "-1000", "--prune", "0", "--json")
     assert loose != strict

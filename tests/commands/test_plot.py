@@ -131,6 +131,10 @@ def test_a_run_s_edits_and_scores_are_its_own(run, tmp_path):
     mine = [[c[name] for name in names] for c in stored["candidates"] if c["method"] == "dim"]
     read = [[float(row[name]) if row[name] else None for name in names] for row in rows_of(tmp_path / "c.csv")]
     assert read == mine
+    ends = [c["bypass_ci95"] or [None, None] for c in stored["candidates"] if c["method"] == "dim"]
+    cells = [(row["bypass_low"], row["bypass_high"]) for row in rows_of(tmp_path / "c.csv")]
+    assert [[float(cell) if cell else None for cell in row] for row in cells] == ends
+    assert any(low is not None for low, _ in ends)
 
 
 def test_every_figure_fits_its_page_and_has_numbers(run):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from helpers.command_line import UNTRIED
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from orthogonalize import load_run, run_figures
@@ -72,3 +74,25 @@ def test_positions_are_named_with_their_tokens(run, position):
     info = load_run(run).info
     assert info.position_name(position) == f"{position} {info.position_tokens[position]!r}"
     assert info.model_copy(update={"position_tokens": []}).position_name(position) == str(position)
+
+
+def luminance(colours: np.ndarray) -> np.ndarray:
+    """The relative luminance of WCAG 2 of colours [..., 3] from 0 to 1."""
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    return linear @ np.array([0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("page", [(1.0, 1.0, 1.0), (0.07, 0.08, 0.09)], ids=["light", "dark"])
+def test_plots_of_a_run_can_be_read_on_any_page(run, page):
+    """They have no background, and no colour that is drawn is lost on the page's."""
+    behind = luminance(np.array(page))
+    plots = sorted((run / "plots").glob("*.png"))
+    assert plots
+    for plot in plots:
+        pixels = plt.imread(plot)
+        assert pixels[0, 0, 3] == 0, f"{plot.name} has a background"
+        opaque = pixels[pixels[..., 3] > 0.98][:, :3]
+        colours, counts = np.unique(opaque.round(2), axis=0, return_counts=True)
+        drawn = luminance(colours[counts > 20])
+        contrast = (np.maximum(drawn, behind) + 0.05) / (np.minimum(drawn, behind) + 0.05)
+        assert contrast.min() > 1.9, (plot.name, colours[counts > 20][contrast.argmin()])

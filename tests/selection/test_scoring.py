@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 
 import pytest
+import scipy
 import torch
 from helpers.llama import LAYERS, load
 from helpers.scoring import directions_of, plain_probabilities, some_ids
@@ -85,6 +87,32 @@ def test_candidate_scores_equal_the_plain_loop(base):
         for name, value in plain_scores(model, positive, negative, directions, c, tokens).items():
             assert getattr(c, name) == pytest.approx(value, abs=1e-4), (c, name)
     assert {c.rank_of_basis for c in scored if c.finder == "inlp"} == {3}
+
+
+def test_scores_have_t_intervals_over_the_prompts(base):
+    """Those of SciPy, from what hooks and transformers alone give for each prompt; one prompt has none."""
+    model, readout = load(base), FirstToken((5, 9))
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    places = Places((-1,), (1,))
+    (found,) = score_candidates(model, positive, negative, directions, ["dim"], readout, places=places)
+    plain = plain_probabilities(model, negative)
+    with layer_projected(model, 1, directions.removal("dim", -1, 1)):
+        bypass = behaviour_score(plain_probabilities(model, positive), [5, 9])
+        kl = smoothed_kl(plain, plain_probabilities(model, negative))
+    added = []
+    for multiplier in (0.5, 1.0, 2.0):
+        with input_shifted(model, 1, shift(multiplier * directions.mean_diff(-1, 1))):
+            added.append(behaviour_score(plain_probabilities(model, negative), [5, 9]))
+    induce = sorted(added, key=lambda scores: scores.mean().item())[1]
+    for scores, ends in ((bypass, found.bypass_ci95), (induce, found.induce_ci95), (kl, found.kl_ci95)):
+        spread = scipy.stats.sem(scores.numpy())
+        wanted = scipy.stats.t.interval(0.95, len(scores) - 1, loc=scores.mean().item(), scale=spread)
+        assert ends == pytest.approx(wanted, abs=1e-4)
+    (single,) = score_candidates(model, positive[:1], negative[:1], directions, ["dim"], readout, places=places)
+    assert (single.bypass_ci95, single.kl_ci95) == (None, None)
+    assert Candidate.from_row(found.row()) == found
+    assert Candidate.from_row(json.loads(json.dumps(found.row()))) == found
 
 
 def test_best_directions_are_scored_as_if_all_were(base):

@@ -21,7 +21,11 @@ def echo_json(document: Any) -> None:
 
 def ranking(run: Any, candidates: Sequence[Any]) -> dict[str, Any]:
     """Every direction of a run in the order of `candidates`, beside the scores of the unedited model by side."""
-    return {"unedited": run.info.base_score, "candidates": [candidate.row() for candidate in candidates]}
+    return {
+        "unedited": run.info.base_score,
+        "unedited_ci95": run.info.base_score_ci95,
+        "candidates": [candidate.row() for candidate in candidates],
+    }
 
 
 def summary(run: Any, out: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ...edits.recipe import Recipe, Verification, load_recipe
 from ...models.names import is_hub_id, public_name
 from ...reports.model_card import CardContext, CardKind, write_card
 from ...reports.schema import Report, load_report
+from ...reports.style import screen_style
 from .settings import PushSettings
 
 PICTURE = "rates.png"
@@ -66,8 +67,9 @@ def _picture(report: Report) -> bytes | None:
         return None
     from ...reports.rate_plot import as_png, rates_figure
 
-    figure = rates_figure(report)
-    return None if figure is None else as_png(figure)
+    with screen_style():
+        figure = rates_figure(report)
+        return None if figure is None else as_png(figure)
 
 
 def _report_of(recipe: Recipe, folder: Path, settings: PushSettings) -> Report | None:

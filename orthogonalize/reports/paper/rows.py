@@ -52,10 +52,12 @@ def trial_rows(run: Run) -> Rows:
 
 def candidate_rows(run: Run, finder: str) -> Rows:
     """The scores of every direction of a finder, as drawn: those that it was not given are empty."""
-    yield "finder", "position", "layer", "bypass", "induce", "kl"
+    scores = ("bypass", "induce", "kl")
+    yield "finder", "position", "layer", *(f"{name}{end}" for name in scores for end in ("", "_low", "_high"))
     for c in run.candidates:
         if c.finder == finder:
-            yield c.finder, c.position, c.layer, c.bypass, c.induce, c.kl
+            cells = [(getattr(c, name), *(getattr(c, f"{name}_ci95") or (None, None))) for name in scores]
+            yield c.finder, c.position, c.layer, *(cell for score in cells for cell in score)
 
 
 def probe_rows(run: Run) -> Rows:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
@@ -12,7 +11,7 @@ from ...core.errors import OrthogonalizeError
 from ...core.interventions import AffineMap, centred_map, shift, stack_maps
 from ...directions.direction_set import Directions
 from ...directions.finders.registry import FINDERS
-from ..candidates import Candidate
+from ..candidates import Candidate, Mean
 from .meters import Meter, ScoredMaps
 
 MULTIPLIERS = (0.5, 1.0, 2.0)  # lengths at which a direction is added, in units of the mean difference
@@ -81,22 +80,22 @@ class DirectionScoring:
         maps = self.removals(finder, layer, positions)
         if not maps:
             return []
-        scores = self.meter.behaviour(ScoredMaps("positive", stack_maps(list(maps.values())), layer)).tolist()
+        scores = _means(self.meter.behaviour(ScoredMaps("positive", stack_maps(list(maps.values())), layer)))
         return [
             self._candidate(finder, p, layer, m.rank, bypass)
             for (p, m), bypass in zip(maps.items(), scores, strict=True)
         ]
 
     def layer(
-        self, finder: str, layer: int, positions: Sequence[int], induced: MutableMapping[tuple[int, int], float]
+        self, finder: str, layer: int, positions: Sequence[int], induced: MutableMapping[tuple[int, int], Mean]
     ) -> list[Candidate]:
         """Score `finder` at some positions of `layer`; `induced` keeps the scores of added mean differences."""
         maps = self.removals(finder, layer, positions)
         if not maps:
             return []
         removals = stack_maps(list(maps.values()))
-        bypassed = self.meter.behaviour(ScoredMaps("positive", removals, layer)).tolist()
-        kl = self.meter.kl(ScoredMaps("negative", removals, layer)).tolist()
+        bypassed = _means(self.meter.behaviour(ScoredMaps("positive", removals, layer)))
+        kl = _means(self.meter.kl(ScoredMaps("negative", removals, layer)))
         induce = self._induce(finder, layer, list(maps), induced)
         bypass_all, kl_all = self._everywhere(removals)
         return [
@@ -113,18 +112,22 @@ class DirectionScoring:
         position: int,
         layer: int,
         rank: int,
-        bypass: float,
-        induce: float | None = None,
-        kl: float | None = None,
+        bypass: Mean,
+        induce: Mean | None = None,
+        kl: Mean | None = None,
         global_bypass: float | None = None,
         global_kl: float | None = None,
     ) -> Candidate:
         count, accuracy = self.directions.layer_count, FINDERS[finder].accuracy(self.directions, position, layer)
-        return Candidate(finder, position, layer, count, bypass, induce, kl, rank, accuracy, global_bypass, global_kl)
+        return Candidate(
+            finder, position, layer, count, bypass.value,
+            induce.value if induce else None, kl.value if kl else None, rank, accuracy, global_bypass, global_kl,
+            bypass_ci95=bypass.ci95, induce_ci95=induce.ci95 if induce else None, kl_ci95=kl.ci95 if kl else None,
+        )  # fmt: skip
 
     def _induce(
-        self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], float]
-    ) -> list[float]:
+        self, finder: str, layer: int, positions: list[int], induced: MutableMapping[tuple[int, int], Mean]
+    ) -> list[Mean]:
         """The median over the multipliers of the mean score with the first direction added, per position."""
         shared = adds_mean_difference(finder, self.directions)  # which another finder may have scored
         known = {p: induced[p, layer] for p in positions if shared and (p, layer) in induced}
@@ -137,8 +140,10 @@ class DirectionScoring:
                 length = self.directions.mean_diff(position, layer).norm()
                 shifts += [multiplier * length * basis[0] for multiplier in MULTIPLIERS]
             scores = self.meter.behaviour(ScoredMaps("negative", shift(torch.stack(shifts)), layer, projected=False))
-            medians = [median(row) for row in scores.reshape(len(missing), -1).tolist()]
-            known |= dict(zip(missing, medians, strict=True))
+            means = _means(scores)
+            for i, position in enumerate(missing):
+                lengths = sorted(means[i * len(MULTIPLIERS) : (i + 1) * len(MULTIPLIERS)], key=lambda m: m.value)
+                known[position] = lengths[len(lengths) // 2]
         if shared:
             induced.update({(p, layer): value for p, value in known.items()})
         return [known[p] for p in positions]
@@ -147,4 +152,10 @@ class DirectionScoring:
         if not self.everywhere:
             return [], []
         bypassed = self.meter.behaviour(ScoredMaps("positive", removals, None))
-        return bypassed.tolist(), self.meter.kl(ScoredMaps("negative", removals, None)).tolist()
+        kl = self.meter.kl(ScoredMaps("negative", removals, None))
+        return bypassed.mean(-1).tolist(), kl.mean(-1).tolist()
+
+
+def _means(scores: torch.Tensor) -> list[Mean]:
+    """The means of scores [maps, prompts], by map."""
+    return [Mean.of(row) for row in scores.tolist()]

@@ -35,7 +35,7 @@ class ScoredMaps:
 
 
 class Meter(Protocol):
-    """Measures maps on val prompts; each result is a mean over the prompts, by map."""
+    """Measures maps on val prompts; each result is [maps, prompts]."""
 
     def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
         """Behaviour scores, in log-odds."""
@@ -54,6 +54,10 @@ class ResidentMeter:
         self.layer_count = Stream.of(model).layer_count
         self.local = {side: LocalScorer(model, ids, readout.layers) for side, ids in prompts.items()}
 
+    def tokens(self, side: Side, prompts: int) -> float:
+        """The tokens of a pass over so many prompts of a side (see `LocalScorer.tokens`)."""
+        return self.local[side].tokens(prompts)
+
     @cached_property
     def base(self) -> torch.Tensor:
         """The first-token probabilities of the negative prompts, unedited."""
@@ -61,11 +65,11 @@ class ResidentMeter:
         return self.local["negative"].outputs(0, nothing, projected=False).probabilities[0]
 
     def behaviour(self, edits: ScoredMaps) -> torch.Tensor:
-        return self.readout.scores(self._outputs(edits)).mean(-1)
+        return self.readout.scores(self._outputs(edits))
 
     def kl(self, edits: ScoredMaps) -> torch.Tensor:
         kept = self._outputs(edits).probabilities
-        return smoothed_kl(self.base.expand_as(kept), kept).mean(-1)
+        return smoothed_kl(self.base.expand_as(kept), kept)
 
     def _outputs(self, edits: ScoredMaps) -> Outputs:
         if edits.layer is None:

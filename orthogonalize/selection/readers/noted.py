@@ -10,7 +10,7 @@ import torch
 from ...core.journal import Journal
 from ...data.prompts import Side
 from ...directions.direction_set import Directions
-from ..candidates import Candidate
+from ..candidates import Candidate, Mean
 from ..readouts import Readout
 from .direction_scoring import DirectionScoring, Places, adds_mean_difference, score_key
 from .meters import ScoredMaps
@@ -47,8 +47,8 @@ class NotingMeter:
         if self.measured is None:
             scores = torch.zeros(len(edits.maps.s), len(self.prompts[edits.side]), dtype=torch.float64)
             self.noted.append(Request(edits, kl, scores))
-            return scores.mean(-1)
-        return next(self.measured).scores.mean(-1)
+            return scores
+        return next(self.measured).scores
 
     def answer(self) -> None:
         """From now on, give the answers in turn."""
@@ -102,9 +102,9 @@ class NotedScoring:
         return {(layer, finder): scoring.layer(finder, layer, self.places.positions, induced) for layer, finder in keys}
 
 
-def _induced(known: Journal, directions: Directions) -> dict[tuple[int, int], float]:
+def _induced(known: Journal, directions: Directions) -> dict[tuple[int, int], Mean]:
     """The scores of added mean differences that `known` has, by position and layer (see `DirectionScoring.layer`)."""
     rows = [row for key, rows in known.done.items() if key.startswith("candidates:") for row in rows]
     found = [Candidate.from_row(row) for row in rows]
     scored = (c for c in found if adds_mean_difference(c.finder, directions))
-    return {(c.position, c.layer): c.induce for c in scored if c.induce is not None}
+    return {(c.position, c.layer): Mean(c.induce, c.induce_ci95) for c in scored if c.induce is not None}

@@ -17,6 +17,7 @@ from ...directions.direction_set import Directions
 from ...models.stream import Stream
 from ..candidates import (
     Candidate,
+    Mean,
     MemoryStore,
     ScoreStore,
     common_place,
@@ -38,21 +39,15 @@ Ids = Sequence[Sequence[int]]
 SCREENED = 4  # positive prompts by which directions are put into the order in which they are scored
 
 
-def resident_scoring(
-    model: Any,
-    prompts: Mapping[Side, Ids],
-    directions: Directions,
-    readout: Readout,
-    everywhere: bool,
-) -> DirectionScoring:
+def resident_scoring(meter: ResidentMeter, directions: Directions, everywhere: bool) -> DirectionScoring:
     """The scoring of directions with a model that is whole in memory; see `score_candidates`."""
-    layer_norm = Stream.of(model).architecture.norms.kind == "layer"
-    return DirectionScoring(ResidentMeter(model, prompts, readout), directions, everywhere, layer_norm)
+    layer_norm = Stream.of(meter.model).architecture.norms.kind == "layer"
+    return DirectionScoring(meter, directions, everywhere, layer_norm)
 
 
 @dataclass
 class _Scores:
-    """Scores that are computed once, and kept in `known`. `seconds` is what a prompt's pass takes, once known."""
+    """Scores that are computed once, and kept in `known`. `seconds` is what a token takes, once known."""
 
     model: Any
     prompts: Mapping[Side, Ids]
@@ -60,22 +55,28 @@ class _Scores:
     readout: Readout
     everywhere: bool
     known: ScoreStore
-    induced: dict[tuple[int, int], float] = field(default_factory=dict)
+    induced: dict[tuple[int, int], Mean] = field(default_factory=dict)
     seconds: float | None = None
 
     @cached_property
     def screening(self) -> DirectionScoring:
         """By few positive prompts."""
         few: dict[Side, Ids] = {"positive": self.prompts["positive"][:SCREENED]}
-        return resident_scoring(self.model, few, self.directions, self.readout, everywhere=False)
+        return resident_scoring(ResidentMeter(self.model, few, self.readout), self.directions, everywhere=False)
+
+    @cached_property
+    def meter(self) -> ResidentMeter:
+        """Measures by all prompts."""
+        started = time.monotonic()
+        found = ResidentMeter(self.model, self.prompts, self.readout)
+        tokens = sum(found.tokens(side, len(ids)) for side, ids in self.prompts.items())
+        self.seconds = (time.monotonic() - started) / max(1.0, tokens)
+        return found
 
     @cached_property
     def full(self) -> DirectionScoring:
         """By all prompts."""
-        started = time.monotonic()
-        found = resident_scoring(self.model, self.prompts, self.directions, self.readout, self.everywhere)
-        self.seconds = (time.monotonic() - started) / (sum(map(len, self.prompts.values())) or 1)
-        return found
+        return resident_scoring(self.meter, self.directions, self.everywhere)
 
     def screened(self, finder: str, layer: int, positions: Sequence[int]) -> list[Candidate]:
         """Scores by few prompts and bypass alone."""
@@ -86,7 +87,8 @@ class _Scores:
         key = score_key(finder, layer) + (f":{','.join(map(str, positions))}" if part else "")
         found = self._kept(key, lambda: self.full.layer(finder, layer, positions, self.induced))
         if adds_mean_difference(finder, self.directions):
-            self.induced.update({(c.position, c.layer): c.induce for c in found if c.induce is not None})
+            scored = (c for c in found if c.induce is not None)
+            self.induced.update({(c.position, c.layer): Mean(c.induce or 0.0, c.induce_ci95) for c in scored})
         return found
 
     def _kept(self, key: str, compute: Callable[[], list[Candidate]]) -> list[Candidate]:
@@ -104,15 +106,16 @@ class _Scores:
         layers, positive, negative = self.directions.layer_count, *map(len, self.prompts.values())
         depth = sum((layers - layer) / layers for layer in places.layers)
         count = len(finders) * len(places.positions)
-        one = positive + (1 + len(MULTIPLIERS)) * negative
-        assert self.full is not None  # which measures the time of a pass
+        tokens = self.meter.tokens  # and this measures the time of a token
+        one = tokens("positive", positive) + (1 + len(MULTIPLIERS)) * tokens("negative", negative)
         if enough is None:
             passes = count * depth * one
             what = f"scoring {count * len(places.layers)} directions by {positive} + {negative} prompts"
         else:
             few = min(SCREENED, positive)
-            passes = count * depth * few + len(finders) * enough * one * depth / len(places.layers)
-            what = f"screening {count * len(places.layers)} directions by {few} prompts, and scoring the best by all"
+            passes = count * depth * tokens("positive", few) + len(finders) * enough * one * depth / len(places.layers)
+            best = f"scoring the best by {positive} + {negative}"
+            what = f"screening {count * len(places.layers)} directions by {few} prompts, and {best}"
         return f"{what}: about {duration(passes * (self.seconds or 0.0))}"
 
 
