@@ -32,7 +32,7 @@ PAGES: dict[str, Page] = {
         {
             "The contrast": "concept positive negative preserve goal target column split data sensitive",
             OUTPUT: "out force json track",
-            "How much": "train val test trials finders enough layers positions",
+            "How much": "train val test trials finders scored enough layers positions",
             "What shows the behaviour": "measure judge wording behaviour-tokens no-filter",
             "How prompts are sent": "system thinking template-argument no-chat-template",
             MACHINE: f"engine device dtype own-answers {PARALLEL}",
