@@ -50,9 +50,10 @@ class Candidate:
         bypass: mean score (see `Readout`) of positive val prompts with the direction removed at this layer; lower is
             better. Of the first few prompts, where `induce` is None.
         induce: the same of negative val prompts with the direction added at this layer's input; the median over 0.5, 1
-            and 2 times the norm of the mean difference. None if enough directions of lower bypass pass the filters.
+            and 2 times the norm of the mean difference. None if enough directions of lower bypass pass the filters, or
+            its KL is clearly too large.
         kl: mean smoothed KL of the first token (`smoothed_kl`), in nats, on negative val prompts with the direction
-            removed; None as for `induce`.
+            removed; of the first few prompts where `induce` is None, and None if enough others pass.
         bypass_ci95, induce_ci95, kl_ci95: the 95% t interval of each mean over its prompts (for `induce`, at the length
             of the median); None with one prompt. Finders are scored by the same prompts.
         rank_of_basis: the number of directions that are removed.
@@ -167,7 +168,7 @@ def failed_filters(
         failed.append(f"induce {candidate.induce:.3g} < {induce:g}")
     if candidate.layer >= first_pruned_layer(candidate.layer_count, prune):
         failed.append("late layer")
-    elif candidate.induce is None:
+    elif candidate.induce is None and not (candidate.kl is not None and candidate.kl > kl):
         failed.append(UNSCORED)
     return tuple(failed)
 
@@ -178,10 +179,10 @@ def _order(candidate: Candidate, kl: float, induce: float) -> tuple[float, ...]:
         return (0, candidate.bypass)
     if "not a number" in candidate.failed:
         return (4, candidate.layer)
-    if candidate.kl is None or candidate.induce is None:
+    if candidate.kl is None or UNSCORED in candidate.failed:
         return (3 if "late layer" in candidate.failed else 1, candidate.bypass)
     over = candidate.kl / kl - 1 if kl else candidate.kl
-    excess = max(over, 0) + max(induce - candidate.induce, 0)
+    excess = max(over, 0) + max(induce - (induce if candidate.induce is None else candidate.induce), 0)
     return (3 if "late layer" in candidate.failed else 2, candidate.bypass > 0, excess)
 
 

@@ -20,13 +20,17 @@ from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import input_shifted, layer_projected, map_input, map_output
 from orthogonalize.models.logprobs import smoothed_kl
 from orthogonalize.selection.candidates import (
+    MAX_KL,
+    UNSCORED,
     Candidate,
     explain_fallback,
+    failed_filters,
     first_pruned_layer,
     layer_ranking,
     rank,
     rank_correlation,
 )
+from orthogonalize.selection.readers import resident_scores
 from orthogonalize.selection.readers.direction_scoring import Places
 from orthogonalize.selection.readers.resident_scores import SCREENED, score_candidates
 from orthogonalize.selection.readouts import FirstToken, behaviour_score, learn_behaviour_tokens
@@ -115,8 +119,9 @@ def test_scores_have_t_intervals_over_the_prompts(base):
     assert Candidate.from_row(json.loads(json.dumps(found.row()))) == found
 
 
-def test_best_directions_are_scored_as_if_all_were(base):
+def test_best_directions_are_scored_as_if_all_were(base, monkeypatch):
     """With an `enough` that is never reached, all but the last layers are scored, by all prompts."""
+    monkeypatch.setattr(resident_scores, "CLEARLY", math.inf)
     model, readout = load(base), FirstToken((5, 9))
     positive, negative = some_ids(12, 1), some_ids(7, 2)  # more positive prompts than directions are screened by
     directions = directions_of(model, positive, negative)
@@ -142,6 +147,7 @@ def key(candidate: Candidate) -> tuple:
 
 def test_scoring_ends_when_enough_pass(base, monkeypatch, tmp_path):
     """The best few by the screening are scored; those that fail the filters do not count."""
+    monkeypatch.setattr(resident_scores, "CLEARLY", math.inf)
     model, readout = load(base), FirstToken((5, 9))
     positive, negative = some_ids(SCREENED, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
@@ -161,6 +167,42 @@ def test_scoring_ends_when_enough_pass(base, monkeypatch, tmp_path):
     assert [key(c) for c in ranked[:2]] == [bad, key(able[1])]
     assert ranked[2].failed == ("scored by bypass alone",)
     assert [c.bypass for c in ranked[2:] if "late layer" not in c.failed] == [c.bypass for c in able[2:]]
+
+
+def test_directions_that_break_the_model_are_not_scored_further(base, monkeypatch):
+    """Their KL is that of few prompts, and enough to fail; nothing else is left out."""
+    model, readout = load(base), FirstToken((5, 9))
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    every = {key(c): c for c in score_candidates(model, positive, negative, directions, ["dim", "inlp"], readout)}
+    few = {
+        key(c): c.kl
+        for c in score_candidates(model, positive, negative[:SCREENED], directions, ["dim", "inlp"], readout)
+    }
+    limit = sorted(few[k] for k in few if every[k].layer < first_pruned_layer(LAYERS))[3] * 1.01
+    monkeypatch.setattr(resident_scores, "CLEARLY", limit / MAX_KL)
+    found = score_candidates(model, positive, negative, directions, ["dim", "inlp"], readout, enough=99)
+    able = [c for c in found if c.layer < first_pruned_layer(LAYERS)]
+    assert 0 < sum(c.induce is None for c in able) < len(able)
+    for c in able:
+        if c.induce is None:
+            assert c.kl == pytest.approx(few[key(c)], abs=1e-5)
+            assert c.kl > limit
+            assert (UNSCORED in failed_filters(c)) is (c.kl <= MAX_KL)
+            assert UNSCORED in failed_filters(c, kl=c.kl + 1), "looser filters cannot tell"
+        else:
+            assert c.induce == pytest.approx(every[key(c)].induce, abs=1e-5)
+
+
+def test_scoring_ends_where_none_passes(base, monkeypatch):
+    """After three times as many as would be enough."""
+    monkeypatch.setattr(resident_scores, "CLEARLY", math.inf)
+    monkeypatch.setattr(resident_scores, "failed_filters", lambda _: ("bad",))
+    model, readout = load(base), FirstToken((5, 9))
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    found = score_candidates(model, positive, negative, directions, ["dim"], readout, enough=1)
+    assert sum(c.induce is not None for c in found) == resident_scores.MOST_SCORED < len(found)
 
 
 def test_only_chosen_positions_and_layers_are_scored(base):

@@ -86,6 +86,12 @@ class DirectionScoring:
             for (p, m), bypass in zip(maps.items(), scores, strict=True)
         ]
 
+    def kl(self, finder: str, layer: int, positions: Sequence[int]) -> dict[int, Mean]:
+        """The KL of removing each direction of `finder` at some positions of `layer`."""
+        maps = self.removals(finder, layer, positions)
+        means = _means(self.meter.kl(ScoredMaps("negative", stack_maps(list(maps.values())), layer)))
+        return dict(zip(maps, means, strict=True))
+
     def layer(
         self, finder: str, layer: int, positions: Sequence[int], induced: MutableMapping[tuple[int, int], Mean]
     ) -> list[Candidate]:

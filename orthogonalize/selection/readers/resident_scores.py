@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,7 @@ from ...data.prompts import Side
 from ...directions.direction_set import Directions
 from ...models.stream import Stream
 from ..candidates import (
+    MAX_KL,
     Candidate,
     Mean,
     MemoryStore,
@@ -36,7 +37,9 @@ from .direction_scoring import (
 from .meters import ResidentMeter
 
 Ids = Sequence[Sequence[int]]
-SCREENED = 4  # positive prompts by which directions are put into the order in which they are scored
+SCREENED = 4  # prompts a side by which directions are put into the order in which they are scored
+CLEARLY = 3.0  # times the largest KL: a direction that moves the few prompts further cannot pass with all of them
+MOST_SCORED = 3  # times `enough`: directions of a finder that are scored by all prompts, however few of them pass
 
 
 def resident_scoring(meter: ResidentMeter, directions: Directions, everywhere: bool) -> DirectionScoring:
@@ -60,8 +63,8 @@ class _Scores:
 
     @cached_property
     def screening(self) -> DirectionScoring:
-        """By few positive prompts."""
-        few: dict[Side, Ids] = {"positive": self.prompts["positive"][:SCREENED]}
+        """By few prompts."""
+        few: dict[Side, Ids] = {side: ids[:SCREENED] for side, ids in self.prompts.items()}
         return resident_scoring(ResidentMeter(self.model, few, self.readout), self.directions, everywhere=False)
 
     @cached_property
@@ -81,6 +84,17 @@ class _Scores:
     def screened(self, finder: str, layer: int, positions: Sequence[int]) -> list[Candidate]:
         """Scores by few prompts and bypass alone."""
         return self._kept(f"screened:{finder}:{layer}", lambda: self.screening.bypass(finder, layer, positions))
+
+    def moved(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Screened candidates of one finder and layer, with their KL by few prompts."""
+        finder, layer = candidates[0].finder, candidates[0].layer
+        positions = [c.position for c in candidates]
+
+        def compute() -> list[Candidate]:
+            found = self.screening.kl(finder, layer, positions)
+            return [replace(c, kl=found[c.position].value, kl_ci95=found[c.position].ci95) for c in candidates]
+
+        return self._kept(f"moved:{finder}:{layer}:{','.join(map(str, positions))}", compute)
 
     def scored(self, finder: str, layer: int, positions: Sequence[int], part: bool = False) -> list[Candidate]:
         """All scores by all prompts; `part`: of a part of the positions."""
@@ -130,7 +144,9 @@ def _of_every_place(scores: _Scores, finders: Sequence[str], places: Places) -> 
 
 
 def _of_the_best(scores: _Scores, finders: Sequence[str], places: Places, enough: int) -> list[Candidate]:
-    """Scores in order of the bypass of few prompts, until `enough` directions of each finder pass the filters."""
+    """Scores in order of the bypass of few prompts, until `enough` directions of each finder pass the filters, or
+    `MOST_SCORED` times as many are scored.
+    """
     screened: dict[str, list[Candidate]] = {finder: [] for finder in finders}
     with track("screening directions", len(places.layers) * len(finders), "layers") as advance:
         for layer in places.layers:
@@ -157,21 +173,30 @@ def _of_the_best(scores: _Scores, finders: Sequence[str], places: Places, enough
 def _until_enough_pass(
     scores: _Scores, finder: str, screened: Sequence[Candidate], enough: int, advance: Callable[[int], None]
 ) -> list[Candidate]:
+    """The candidates that were scored by all prompts, and those whose KL by few is clearly too large for that.
+
+    Directions without which the model is broken show no behaviour either: they come first in the order of bypass, and
+    would each cost as much as a good one.
+    """
     able = [c for c in screened if c.layer < first_pruned_layer(c.layer_count) and math.isfinite(c.bypass)]
     able.sort(key=lambda c: c.bypass)
-    found: list[Candidate] = []
+    scored: list[Candidate] = []
+    broken: list[Candidate] = []
     passing = 0
     for start in range(0, len(able), enough):
         portion = able[start : start + enough]
         for layer in sorted({c.layer for c in portion}):
-            positions = sorted(c.position for c in portion if c.layer == layer)
-            found += scores.scored(finder, layer, positions, part=True)
-        now = min(enough, sum(not failed_filters(c) for c in found))
+            here = scores.moved(sorted((c for c in portion if c.layer == layer), key=lambda c: c.position))
+            usable = [c for c in here if not (c.kl or 0.0) > CLEARLY * MAX_KL]
+            broken += [c for c in here if c not in usable]
+            if usable:
+                scored += scores.scored(finder, layer, [c.position for c in usable], part=True)
+        now = min(enough, sum(not failed_filters(c) for c in scored))
         advance(now - passing)
         passing = now
-        if passing == enough:
+        if passing == enough or len(scored) >= MOST_SCORED * enough:
             break
-    return found
+    return [*scored, *broken]
 
 
 def score_candidates(
@@ -194,7 +219,8 @@ def score_candidates(
         known: a store for the scores; those that it contains are not computed again.
         places: the positions and layers to score; None scores all.
         enough: how many directions of a finder that pass the filters are enough: all are scored by bypass on a few
-            prompts, and, in the order of that, fully until so many pass. None scores all fully.
+            prompts; in the order of that, those whose KL on a few is not clearly too large are scored fully, until so
+            many pass, or three times as many are scored. None scores all fully.
 
     Raises:
         OrthogonalizeError: there are no directions.
