@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, Protocol
@@ -121,8 +122,8 @@ def rank(
 
     A candidate fails if a score is not a number, its KL is above `kl`, its induce score is below `induce`, it is in the
     last `prune` of the layers, or it has only a bypass score. Candidates that pass are ranked by bypass, lowest first.
-    Those that fail follow: those with only a bypass score, by that; then the others, the closest to passing first, so
-    that the first candidate is the best choice even if none passes.
+    Those that fail follow: those with only a bypass score, by that; then the others, the closest to passing first. If
+    none passes, these come before those with only a bypass score, so that the first candidate is the best choice.
 
     Args:
         candidates: the candidates of a run, or the path of a candidates.json.
@@ -144,7 +145,7 @@ def rank(
         judged = [
             replace(c, failed=failed_filters(c, kl, induce, prune), rank=None) for c in given if c.finder == finder
         ]
-        judged.sort(key=lambda c: _order(c, kl, induce))
+        judged.sort(key=partial(_order, kl=kl, induce=induce, some_pass=any(not c.failed for c in judged)))
         ranked += [c if c.failed else replace(c, rank=i) for i, c in enumerate(judged)]
     return ranked
 
@@ -173,16 +174,16 @@ def failed_filters(
     return tuple(failed)
 
 
-def _order(candidate: Candidate, kl: float, induce: float) -> tuple[float, ...]:
+def _order(candidate: Candidate, kl: float, induce: float, some_pass: bool) -> tuple[float, ...]:
     """Sort key: those that pass, by bypass; then those that fail (see `rank`)."""
     if not candidate.failed:
         return (0, candidate.bypass)
     if "not a number" in candidate.failed:
         return (4, candidate.layer)
     if candidate.kl is None or UNSCORED in candidate.failed:
-        return (3 if "late layer" in candidate.failed else 1, candidate.bypass)
+        return (3 if "late layer" in candidate.failed else 1 if some_pass else 2.5, candidate.bypass)
     over = candidate.kl / kl - 1 if kl else candidate.kl
-    excess = max(over, 0) + max(induce - (induce if candidate.induce is None else candidate.induce), 0)
+    excess = max(over, 0) + max(induce - candidate.induce, 0) if candidate.induce is not None else math.inf
     return (3 if "late layer" in candidate.failed else 2, candidate.bypass > 0, excess)
 
 

@@ -299,6 +299,16 @@ def test_ranking_filters_then_sorts_and_states_what_failed():
     assert layer_ranking(ranked, "dim")[:2] == [5, 3]
 
 
+def test_unscored_directions_rank_first_only_if_some_pass():
+    """Of a direction that fails, it is known how far it is from passing."""
+    unscored = dataclasses.replace(candidate(5, -9), induce=None, kl=None)
+    broken = dataclasses.replace(candidate(6, -12, kl=5), induce=None)
+    fails, passes = candidate(3, -2, kl=0.2), candidate(4, -1)
+    assert [c.layer for c in rank([unscored, broken, fails])] == [3, 6, 5]
+    assert [c.layer for c in rank([unscored, broken, fails, passes])] == [4, 5, 3, 6]
+    assert [c.layer for c in rank([broken, fails], kl=10) if c.failed] == [6], "induce is not known"
+
+
 @pytest.mark.parametrize(("count", "first"), [(10, 8), (16, 12), (22, 17), (30, 24), (32, 25)])
 def test_last_layers_are_pruned_from_where_the_reference_prunes_them(count, first):
     """`layer >= int(n_layer * (1.0 - 0.2))` in its `filter_fn`: rounded down, so layer 12 of 16 is excluded."""

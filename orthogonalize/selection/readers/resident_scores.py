@@ -161,12 +161,12 @@ def _of_the_best(scores: _Scores, finders: Sequence[str], places: Places, enough
     place = common_place(ranked) if ranked else None
     result: list[Candidate] = []
     for finder, candidates in screened.items():
-        done = {(c.position, c.layer) for c in found[finder]}
-        if place in {(c.position, c.layer) for c in candidates} - done:  # so that finders can be compared there
+        full = {(c.position, c.layer): c for c in found[finder] if c.induce is not None}
+        if place in {(c.position, c.layer) for c in candidates} - full.keys():  # so that finders can be compared there
             position, layer = place
-            found[finder] += scores.scored(finder, layer, [position], part=True)
-            done.add(place)
-        result += [*found[finder], *(c for c in candidates if (c.position, c.layer) not in done)]
+            (full[place],) = scores.scored(finder, layer, [position], part=True)
+        broken = {(c.position, c.layer): c for c in found[finder] if c.induce is None}
+        result += ({(c.position, c.layer): c for c in candidates} | broken | full).values()
     return result
 
 
