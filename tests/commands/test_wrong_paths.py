@@ -21,7 +21,7 @@ SLOW = {"torch", "transformers", "vllm"}
 PATHS = re.compile(
     r"FILE|DIR|MODEL|CHECKPOINT|ADAPTER|FOLDER|REPORT|SWEEP|^P$|folder|checkpoint|\bfile\b|^--?out$|--run$"
 )
-CALLED_BY_NAME = {"--cache", "--gated", "--rank", "--link", "--shard", "--workers"}  # say "file", and take none
+NO_PATHS = {"--endpoint", "--cache"}  # an address, and a name on the Hub
 INSIDE = {"--prompts": "mine={}", "--measure": "python:{}:rule", "--judge": "wildguard={}"}  # paths within a value
 RUN = """
 import contextlib, io, json, runpy, sys
@@ -43,7 +43,7 @@ def parameters() -> Iterator[tuple[str, click.Parameter]]:
 
 
 def said_to_be_a_path(parameter: click.Parameter) -> bool:
-    if parameter.opts[0] in CALLED_BY_NAME or getattr(parameter, "is_flag", False) or parameter.type.name == "integer":
+    if parameter.opts[0] in NO_PATHS or getattr(parameter, "is_flag", False) or parameter.type.name == "integer":
         return False
     words = [parameter.opts[0], parameter.metavar or "", parameter.human_readable_name]
     return any(PATHS.search(word) for word in words)
