@@ -13,7 +13,7 @@ from typing import Any
 BLUE, VERMILION, NEUTRAL = "#0072B2", "#D55E00", "#767676"
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", NEUTRAL)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-SHADES = (0.3, 0.85)  # of a colour map: neither its darkest nor its lightest part
+SHADES = (0.3, 0.75)  # of a colour map: neither its darkest nor its lightest part
 SCREEN = {
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), NEUTRAL),
