@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..core.progress import Progress
-from .forward.prefix import read_prefix, shared_length
+from .forward.prefix import can_go_on, read_prefix, shared_length
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -37,14 +37,6 @@ def _greedy(model: Any, max_new_tokens: int, stops: Sequence[int]) -> Iterator[N
         model.generation_config = own
 
 
-def _remembers_places(model: Any) -> bool:
-    """Whether the model keeps where the places of the last prompts began, as those that also see pictures do.
-
-    It takes a prefix that was read before for a part of those.
-    """
-    return any(hasattr(module, "rope_deltas") for module in model.modules())
-
-
 @torch.inference_mode()
 def generate(
     model: Any,
@@ -67,7 +59,7 @@ def generate(
         progress: called with the number of prompts in each batch.
     """
     result: list[list[int]] = [[] for _ in ids]
-    shared = 0 if _remembers_places(model) else shared_length(model, ids)
+    shared = shared_length(model, ids) if can_go_on(model) else 0
     prefix = read_prefix(model, ids[0][:shared]) if shared else None
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch):

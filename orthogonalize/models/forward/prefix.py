@@ -88,6 +88,19 @@ def shared_length(model: Any, ids: Sequence[Sequence[int]], own: int = 1) -> int
     return common if common >= FEWEST and _can_share(model, ids[0], common) else 0
 
 
+def can_go_on(model: Any) -> bool:
+    """Whether `model` can generate answers after a prefix whose rows are then padded.
+
+    Windows would count the padding, and models that also see pictures keep where the places of the last prompts began.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    layers = DynamicCache(config=Stream.of(model).decoder.config).layers
+    windowed = any(type(layer) is not DynamicLayer for layer in layers)
+    return not windowed and not any(hasattr(module, "rope_deltas") for module in model.modules())
+
+
 def _can_share(model: Any, row: Sequence[int], length: int) -> bool:
     """Whether `model` gives the same logits with and without a shared prefix, tried once on `row`."""
     if model not in _shares:
