@@ -59,7 +59,8 @@ def generate(
         progress: called with the number of prompts in each batch.
     """
     result: list[list[int]] = [[] for _ in ids]
-    shared = shared_length(model, ids) if can_go_on(model) else 0
+    common = shared_length(model, ids)
+    shared = common if common and can_go_on(model) else 0
     prefix = read_prefix(model, ids[0][:shared]) if shared else None
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch):

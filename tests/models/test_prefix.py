@@ -89,6 +89,16 @@ def test_a_model_that_disagrees_does_not_share(base, monkeypatch):
     assert prefix.shared_length(load(base), rows(5)) == COMMON
 
 
+def test_a_model_that_no_file_describes_does_not_share(base, monkeypatch):
+    """Such as a judge: it is read whole, and nothing is refused."""
+    model, ids = load(base), rows(5)
+    before = generate(model, ids, 4, [2])
+    other = load(base)
+    monkeypatch.setattr(other.config, "model_type", "unheard-of")
+    assert prefix.shared_length(other, ids) == 0
+    assert generate(other, ids, 4, [2]) == before
+
+
 def test_every_row_keeps_tokens_of_its_own(base):
     model, ids = load(base), [[5] * 8, [5] * 12]
     assert prefix.shared_length(model, ids) == 7

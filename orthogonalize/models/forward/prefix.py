@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ...core.errors import OrthogonalizeError
 from ..stream import Stream
 
 FEWEST = 4  # tokens for which sharing pays
@@ -109,11 +110,18 @@ def _can_share(model: Any, row: Sequence[int], length: int) -> bool:
 
 
 def _keeps_pairs(model: Any) -> bool:
-    """Whether every block of `model` keeps keys and values for later tokens, and nothing else."""
+    """Whether every block of `model` keeps keys and values for later tokens, and nothing else.
+
+    Of a model that no file describes, such as a judge, that is not known.
+    """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    stream = Stream.of(model)
+    try:
+        stream = Stream.of(model)
+        assert stream.decoder is not None
+    except OrthogonalizeError:
+        return False
     layers = DynamicCache(config=stream.decoder.config).layers
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return plain and len(layers) == stream.layer_count
