@@ -10,6 +10,7 @@ from helpers.llama import LAYERS, VOCABULARY, load
 from helpers.scoring import directions_of
 from helpers.tiny_models import build
 
+from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal, shift, stack_maps
 from orthogonalize.models import write_reading
 from orthogonalize.models.activations import all_activations, capture
@@ -94,7 +95,11 @@ def test_a_model_that_no_file_describes_does_not_share(base, monkeypatch):
     model, ids = load(base), rows(5)
     before = generate(model, ids, 4, [2])
     other = load(base)
-    monkeypatch.setattr(other.config, "model_type", "unheard-of")
+
+    def undescribed(_model):
+        raise OrthogonalizeError("no file describes it")
+
+    monkeypatch.setattr(prefix.Stream, "of", undescribed)
     assert prefix.shared_length(other, ids) == 0
     assert generate(other, ids, 4, [2]) == before
 
