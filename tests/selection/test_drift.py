@@ -108,9 +108,9 @@ def test_memory_is_bounded_and_the_base_is_kept_only_as_far_as_there_is_room(ans
     whole = AnsweredPrompts(model, prompts, answers).drift(lambda: shaken(model))
     asked, real = [], drifting.completion_logprobs
 
-    def counting(model, prompts, answers):
+    def counting(model, prompts, answers, prefix):
         asked.append(sum(map(len, answers)))
-        return real(model, prompts, answers)
+        return real(model, prompts, answers, prefix=prefix)
 
     monkeypatch.setattr(drifting, "completion_logprobs", counting)
     monkeypatch.setattr(drifting, "BATCH", 30 * VOCABULARY)
