@@ -19,7 +19,7 @@ from helpers.hostile_report import hostile_report
 from helpers.pages import SEARCH, sweep
 
 from orthogonalize.evals.metrics import Paired, Rate
-from orthogonalize.reports.pages.report_page import write_webpage
+from orthogonalize.reports.pages.report_page import AT_ONCE, write_webpage
 from orthogonalize.reports.pages.sweep_page import write_sweep_page
 from orthogonalize.reports.schema import Answer, Behaviours, Measures, Report
 
@@ -145,7 +145,8 @@ addEventListener('load', () => setTimeout(() => {{
 }}, 500));
 </script>"""
 OF_REPORT = """
-    open: page.getElementById('prompt-2').open, tiles: page.querySelectorAll('.tile').length,
+    open: page.getElementById('prompt-2').open, laid_out: page.querySelectorAll('.item').length,
+    tiles: page.querySelectorAll('.tile').length,
     marked: [...page.querySelectorAll('#prompt-2 mark')].map(mark => mark.textContent),
     counts: [
       page.getElementById('count').textContent, setTo(page, 'which', 'changed'), setTo(page, 'base', 'refused:0'),
@@ -227,12 +228,14 @@ def test_report_fits_every_width_filters_and_follows_links(answers, scheme, grou
     write_webpage(measured_report(answers), tmp_path / "report.html")
     half = answers // 2
     counts = [answers, half, 0, half, answers, half, half, 0]
-    for each in seen("report.html#prompt-2", OF_REPORT, scheme, tmp_path):
+    linked = f"prompt-{answers - 2}"  # of many, one that is not laid out at once
+    for each in seen(f"report.html#{linked}", OF_REPORT.replace("prompt-2", linked), scheme, tmp_path):
         assert (each["open"], each["marked"], each["tiles"]) == (True, ["cannot", "can"], 2)
         assert each["ground"] == ground
         assert each["first"] == "behaviour, target prompts, base: 90.0%, 95%: 83.0% to 95.0%, n = 100"
         assert each["second"].startswith("behaviour, target prompts, edited: 1.0%")
         assert each["marks"] == 4 + 1 + len(SEARCH.tried)
+        assert each["laid_out"] == min(answers, AT_ONCE + 1)
         assert each["counts"] == [f"{count} of {answers}" for count in counts]
 
 

@@ -13,6 +13,8 @@ from .headline import RULES, headline, page_title
 from .report_charts import cost_chart, rate_chart, search_chart
 from .sealed import sealed
 
+AT_ONCE = 300  # answers that a browser lays out at a time; the others wait as text until they are scrolled to
+
 
 def _judged(measured: Judged | None, harmful: bool | None, refusal: bool | None, evasion: bool | None) -> str:
     """A judge's judgement of one answer, in words; `measured` tells which fields the judge fills."""
@@ -70,6 +72,7 @@ def write_webpage(report: Report, file: Path) -> None:
             shows=any(_flags(a.base_shows, a.edited_shows) != "--" for a in report.answers),
             judgements=_judgements,
             flags=_flags,
+            at_once=AT_ONCE,
             tags=_tags,
             rows=summary_rows(report, categories=False),
             categories=category_rows(report),

@@ -1,10 +1,36 @@
-const items = [...document.querySelectorAll('.item')];
 const byId = id => document.getElementById(id);
-let spoken;  // what every item says, read when a text is first looked for
-const says = (i, words) => {
-  spoken ??= items.map(item => [...item.querySelectorAll('.said')].map(part => part.textContent).join('\n').toLowerCase());
-  return spoken[i].includes(words);
-};
+// Every item: the attributes that filters read, and its element, or the text of one that was not shown yet.
+const items = [...document.querySelectorAll('.item')].map(element => ({ element, data: element.dataset }));
+const AT_ONCE = items.length, list = byId('more').parentNode;
+function plain(text) {  // what escaped text says
+  const box = document.createElement('textarea');
+  box.innerHTML = text;
+  return box.value;
+}
+for (const waiting of document.querySelectorAll('script[type="text/html"]')) {
+  for (const text of waiting.textContent.split(/^(?=<details class="item")/m)) {
+    const head = text.slice(0, text.indexOf('>\n')), data = {};
+    if (!head.startsWith('<details')) continue;
+    for (const [, name, value] of head.matchAll(/ data-(\w+)="([^"]*)"/g)) data[name] = plain(value);
+    items.push({ text, data });
+  }
+}
+function made(item) {
+  if (!item.element) {
+    const holder = document.createElement('template');
+    holder.innerHTML = item.text;
+    item.element = holder.content.firstElementChild;
+    watch(item.element);
+  }
+  return item.element;
+}
+function says(item, words) {
+  item.spoken ??= (item.element
+    ? [...item.element.querySelectorAll('.said')].map(part => part.textContent).join('\n')
+    : plain([...item.text.matchAll(/class="(?:prompt )?said(?: text)?">([^<]*)</g)].map(part => part[1]).join('\n'))
+  ).toLowerCase();
+  return item.spoken.includes(words);
+}
 const changed = flags => flags === '10' || flags === '01', same = flags => flags === '00' || flags === '11';
 const fits = {
   '': () => true,
@@ -21,16 +47,26 @@ function fitting(d) {
       return has(of === 'shown' ? d.shown : d.refused, side, wanted);
     });
 }
+let pending = [];  // items that fit and are not on the page yet, in their order
 function filter() {
   const words = byId('text').value.trim().toLowerCase();
-  let shown = 0;
+  const fit = items.filter(item => fitting(item.data) && (!words || says(item, words))), fits = new Set(fit);
   for (const [i, item] of items.entries()) {
-    const visible = fitting(item.dataset) && (!words || says(i, words));
-    item.hidden = !visible;
-    shown += visible;
+    if (i < AT_ONCE) item.element.hidden = !fits.has(item);
+    else if (item.element) item.element.remove();
   }
-  byId('count').textContent = shown + ' of ' + items.length;
+  pending = fit.filter(item => item.text);
+  if (fit.length - pending.length < AT_ONCE) more();
+  tell();
+  byId('count').textContent = fit.length + ' of ' + items.length;
 }
+function more() {
+  for (const item of pending.splice(0, AT_ONCE)) list.insertBefore(made(item), byId('more'));
+  tell();
+}
+function tell() { byId('more').textContent = pending.length ? pending.length + ' more; scroll on' : ''; }
+new IntersectionObserver(seen => { if (pending.length && seen.some(each => each.isIntersecting)) more(); },
+  { rootMargin: '600px' }).observe(byId('more'));
 const LONGEST = 1500;  // words of both answers together that are compared
 function shared(a, b) {  // for each word of a and b, whether it is in their longest common subsequence
   const table = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));
@@ -60,10 +96,16 @@ function markWords(item) {
     }));
   });
 }
-for (const item of items) item.addEventListener('toggle', () => { if (item.open) markWords(item); });
+function watch(element) { element.addEventListener('toggle', () => { if (element.open) markWords(element); }); }
+for (const { element } of items) if (element) watch(element);
 function follow() {
-  const wanted = /^#prompt-\d+$/.test(location.hash) && byId(location.hash.slice(1));
-  if (!wanted) return;
+  const item = /^#prompt-\d+$/.test(location.hash) && items[location.hash.slice(8) - 1];
+  if (!item) return;
+  const wanted = made(item);
+  if (!wanted.isConnected) {
+    pending = pending.filter(each => each !== item);
+    list.insertBefore(wanted, items[0].element);  // before all others, rather than to lay out those between
+  }
   wanted.hidden = false;
   wanted.open = true;
   markWords(wanted);
@@ -71,7 +113,7 @@ function follow() {
 }
 addEventListener('hashchange', follow);
 for (const control of document.querySelectorAll('.controls select, .controls input')) control.addEventListener('input', filter);
-byId('open').addEventListener('click', () => items.forEach(item => { if (!item.hidden) item.open = true; }));
-byId('close').addEventListener('click', () => items.forEach(item => { item.open = false; }));
+byId('open').addEventListener('click', () => document.querySelectorAll('.item').forEach(item => { item.open = !item.hidden; }));
+byId('close').addEventListener('click', () => document.querySelectorAll('.item').forEach(item => { item.open = false; }));
 filter();
 follow();
