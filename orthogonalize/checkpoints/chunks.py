@@ -34,6 +34,16 @@ class Job:
         assert self.edit is not None
         return self.edit.layout(self.info.shape)
 
+    def scales_of(self, first: int, count: int) -> Scales | None:
+        """The scales of `count` vectors, from number `first` of the tensor on."""
+        layout = self.layout
+        return self.scales and self.scales.of_vectors(first, count, layout.count, layout.matrices)
+
+    def whole_scales(self, vectors: int) -> int:
+        """At most so many vectors, and at least one, that share no scale with those behind them."""
+        every = self.scales.every[1] if self.scales else 1
+        return max(1, vectors // every) * every
+
 
 @dataclass
 class Chunk:
@@ -70,9 +80,9 @@ def split_job(job: Job) -> Iterator[Chunk]:
         line = layout.width * item
         matrix = line if layout.by_rows else line * layout.after
         if matrix > WHOLE and not layout.by_rows:
-            yield from _split_columns(job, layout, matrix, max(RUN // item, CHUNK // line))
+            yield from _split_columns(job, layout, matrix, job.whole_scales(max(RUN // item, CHUNK // line)))
             return
-        step = max(1, CHUNK // matrix) * matrix
+        step = (job.whole_scales(CHUNK // line) if layout.by_rows else max(1, CHUNK // matrix)) * matrix
     for start in range(0, size, step):
         count = min(step, size - start)
         yield Chunk(job, start, count, first=start == 0, last=start + count == size)

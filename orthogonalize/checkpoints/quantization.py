@@ -33,7 +33,8 @@ LARGEST = GRIDS[DTYPES[FP8]].largest
 FITS = LARGEST * (1 + 2.0**-6)
 # Packed formats, by the suffix of the tensor that accompanies or replaces the weight.
 PACKED = {
-    "_blocks": "MXFP4", "_packed": "packed integers (compressed-tensors)", "qweight": "GPTQ or AWQ integers",
+    "_blocks": "MXFP4", "_global_scale": "NVFP4", "_scale_2": "NVFP4",
+    "_packed": "packed integers (compressed-tensors)", "qweight": "GPTQ or AWQ integers",
     ".absmax": "bitsandbytes integers", ".SCB": "bitsandbytes integers",
 }  # fmt: skip
 WAY_OUT = (
@@ -113,7 +114,7 @@ def check_editable(source: Checkpoint, name: str) -> None:
     if info is None or info.dtype in EDITABLE:
         return
     if info.dtype == FP8 and scale_name(source, name) is not None:
-        read_scales(source, name, 0)
+        read_scales(source, name, -2)
         return
     scales = " without scales" if info.dtype == FP8 else ""
     raise OrthogonalizeError(
@@ -140,33 +141,47 @@ def read_scales(source: Checkpoint, name: str, axis: int) -> Scales | None:
     if other is None:
         return None
     weight, info = source.tensors[name], source.tensors[other]
-    if len(weight.shape) != 2 or info.dtype not in EDITABLE:
+    experts = weight.shape[:-2]
+    if len(weight.shape) not in (2, 3) or info.dtype not in EDITABLE:
         raise OrthogonalizeError(f"{name} {list(weight.shape)} has {info.dtype} scales in an unknown layout, {WAY_OUT}")
-    if not all(info.shape) or not all(weight.shape):
+    if not all(info.shape) or not all(weight.shape) or (experts and info.shape[0] != experts[0]):
         raise OrthogonalizeError(f"{other} {list(info.shape)} has no scales for {name} {list(weight.shape)}")
     table = source.read(other).float()
-    table = table.reshape(1, 1) if table.numel() == 1 else table.reshape(len(table), -1)
+    table = table.reshape(*experts, 1, 1) if table.numel() == math.prod(experts) else _as_matrices(table, experts)
     blocks = _blocks(source.config)
-    every = tuple(_group_size(size, count, b) for size, count, b in zip(weight.shape, table.shape, blocks, strict=True))
-    if every[0] is None or every[1] is None:
+    sizes = zip(weight.shape[-2:], table.shape[-2:], blocks, strict=True)
+    every = tuple(_group_size(size, count, b) for size, count, b in sizes)
+    along, across = (-2, -1) if axis % len(weight.shape) == len(weight.shape) - 2 else (-1, -2)
+    ends_inside = experts and across == -2 and every[across] and weight.shape[across] % (every[across] or 1)
+    if every[0] is None or every[1] is None or ends_inside:
         raise OrthogonalizeError(
             f"{other} {list(info.shape)} does not divide {name} {list(weight.shape)} into the blocks given in "
             "config.json; fetch the checkpoint again"
         )
-    if axis % 2 == 0:
-        return Scales(table.numpy(), (every[0], every[1]))
-    return Scales(table.mT.contiguous().numpy(), (every[1], every[0]))
+    values = table.movedim(along, 0).reshape(table.shape[along], -1).contiguous()
+    return Scales(values.numpy(), (every[along] or 1, every[across] or 1))
+
+
+def _as_matrices(table: torch.Tensor, experts: tuple[int, ...]) -> torch.Tensor:
+    """Scales as a matrix, or one for each expert; ModelOpt stores [rows, 1, columns, 1]."""
+    rows = table.shape[len(experts)] if table.dim() > len(experts) else 1
+    return table.reshape(*experts, rows, -1)
+
+
+def _factors(scales: Scales, shape: tuple[int, ...]) -> torch.Tensor:
+    """The scale of every number in a matrix (or one for each expert) whose vectors lie along the axis before last."""
+    *experts, rows, columns = shape
+    table = torch.from_numpy(scales.values).reshape(len(scales.values), *experts, -1).movedim(0, -2)
+    down, across = (torch.arange(n) // every for n, every in zip((rows, columns), scales.every, strict=True))
+    return table[..., down, :][..., across]
 
 
 def dequantize(source: Checkpoint, name: str) -> torch.Tensor:
     """Tensor `name` as stored, or dequantised to float64 if it is FP8."""
     if name in packed_tensors(source.tensors):
         return dequantize_experts(source, name)
-    stored, scales = source.read(name), read_scales(source, name, 0)
-    if scales is None:
-        return stored
-    rows, columns = (torch.arange(n) // every for n, every in zip(stored.shape, scales.every, strict=True))
-    return stored.double() * torch.from_numpy(scales.values).double()[rows][:, columns]
+    stored, scales = source.read(name), read_scales(source, name, -2)
+    return stored if scales is None else stored.double() * _factors(scales, tuple(stored.shape)).double()
 
 
 def unquantized_tensors(source: Checkpoint, dtype: torch.dtype) -> dict[str, TensorInfo]:
@@ -186,7 +201,7 @@ def unquantized_tensors(source: Checkpoint, dtype: torch.dtype) -> dict[str, Ten
         if packed is not None or info.dtype not in (*EDITABLE, *INDICES, FP8):
             raise OrthogonalizeError(f"{name} is stored as {packed or info.dtype}, which cannot be dequantised here")
         if info.dtype == FP8:
-            if read_scales(source, name, 0) is None:
+            if read_scales(source, name, -2) is None:
                 raise OrthogonalizeError(f"{name} is stored as {FP8} without scales, which cannot be dequantised here")
             info = replace(info, dtype=next(key for key, value in DTYPES.items() if value == dtype))
         found[name] = info
@@ -195,12 +210,18 @@ def unquantized_tensors(source: Checkpoint, dtype: torch.dtype) -> dict[str, Ten
 
 def read_unquantized(source: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
     """Tensor `name` as stored; or, if it is FP8, its numbers times their scales, computed in float32, in `dtype`."""
-    stored, scales = source.read(name), read_scales(source, name, 0)
+    stored, scales = source.read(name), read_scales(source, name, -2)
     if scales is None:
         return stored
+    result = torch.empty(stored.shape, dtype=dtype)
+    if stored.dim() == 3:
+        count = scales.values.shape[1] // len(stored)
+        for number, expert in enumerate(stored):
+            own = scales._replace(values=scales.values[:, number * count : (number + 1) * count])
+            result[number] = expert.float() * _factors(own, tuple(expert.shape))
+        return result
     table = torch.from_numpy(scales.values)
     rows, columns = (torch.arange(n) // every for n, every in zip(stored.shape, scales.every, strict=True))
-    result = torch.empty(stored.shape, dtype=dtype)
     for first, last in row_blocks(stored.shape):
         result[first:last] = stored[first:last].float() * table[rows[first:last]][:, columns]
     return result
@@ -216,6 +237,8 @@ def _blocks(config: Mapping[str, Any]) -> tuple[int | None, int | None]:
     if settings is None:
         return None, None
     blocks = settings.get("weight_block_size") or _group_blocks(settings)
+    if settings.get("quant_algo") == "FP8_PB_WO":  # ModelOpt's, which does not store its only size
+        blocks = blocks or [128, 128]
     if not blocks:
         return None, None
     if not isinstance(blocks, list) or len(blocks) != 2 or not all(type(n) is int and n > 0 for n in blocks):
@@ -242,13 +265,17 @@ def edited_scales(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.T
     scales = read_scales(source, edit.name, edit.axis)
     if scales is None:
         return None
-    stored = source.read(edit.name).movedim(edit.axis, 0)
+    weight = source.read(edit.name)
+    matrices = math.prod(weight.shape[:-2])
+    stored = weight.movedim(edit.axis, 0).reshape(weight.shape[edit.axis], -1)
+    each = stored.shape[1] // matrices  # vectors of one expert
     former = torch.from_numpy(scales.values)
     most = torch.zeros_like(former)
     affine = edit.vectors_map()
     u, v, s = affine.u.float(), affine.v.float(), affine.s.float().unsqueeze(1)
     for first in range(0, stored.shape[1], VECTORS):
-        columns = torch.arange(first, min(first + VECTORS, stored.shape[1])) // scales.every[1]
+        numbers = torch.arange(first, min(first + VECTORS, stored.shape[1]))
+        columns = numbers // each * (former.shape[1] // matrices) + numbers % each // scales.every[1]
         rows = torch.arange(len(stored)) // scales.every[0]
         x = stored[:, first : first + VECTORS].float() * former[rows][:, columns]
         taken = v.mT @ x if edit.given is None else edit.given[:, first : first + x.shape[1]].float()
@@ -265,8 +292,8 @@ def edited_scales(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.T
     dtype = DTYPES[info.dtype]
     # Rounded up to the format of the scales, so that the largest number fits.
     grown = torch.where(grows, wanted * (1 + 2 * torch.finfo(dtype).eps), former).to(dtype)
-    table = grown if edit.axis % 2 == 0 else grown.mT
-    return scales._replace(edited=grown.float().numpy()), table.reshape(info.shape).contiguous()
+    own = grown.reshape(len(grown), *weight.shape[:-2], -1).movedim(0, edit.axis % weight.dim())
+    return scales._replace(edited=grown.float().numpy()), own.reshape(info.shape).contiguous()
 
 
 def row_reader(source: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:

@@ -161,7 +161,8 @@ class TensorEdit:
         for matrix in edited.reshape(layout.matrices, *layout.matrix):
             numbers = to_numbers(matrix)
             given = self.components(first, layout.count)
-            stats = stats.plus(edit(numbers, layout.by_rows, 0, layout.count, scales, given))
+            own = None if scales is None else scales.of_vectors(first, layout.count, layout.count, layout.matrices)
+            stats = stats.plus(edit(numbers, layout.by_rows, 0, layout.count, own, given))
             from_numbers(numbers, matrix)
             first += layout.count
         return edited, self.record(stats, weight.dtype)

@@ -185,10 +185,9 @@ class FileWriter:
         for number, matrix in enumerate(matrices):
             numbers = to_numbers(matrix)
             given = job.edit.components(chunk.first_vector + number * count, count)
+            scales = job.scales_of(chunk.first_vector + number * count, count)
             parts = [
-                self.pool.submit(
-                    job.kernel, numbers, layout.by_rows, first, min(first + step, count), job.scales, given
-                )
+                self.pool.submit(job.kernel, numbers, layout.by_rows, first, min(first + step, count), scales, given)
                 for first in range(0, count, step)
             ]
             for part in parts:

@@ -20,7 +20,8 @@ from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.checkpoints.mxfp4 import BLOCKS, SCALES, dequantize_experts, pack, packed_tensors, unpack
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.verify import verify
-from orthogonalize.core.interventions import removal
+from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import EXPERTS, ConditionalMap, Intervention, Site, WriteMatrix, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
 
@@ -145,3 +146,27 @@ def test_recipe_rebuilds_the_stored_bytes_and_verifies(base, tmp_path):
     assert found.leaks["model.layers.1.mlp.experts.down_proj"].leak == pytest.approx(
         next(t.leak for t in recipe.tensors if t.name == "model.layers.1.mlp.experts.down_proj"), rel=1e-2, abs=1e-6
     )
+
+
+def test_conditional_edit_of_four_bits_keeps_its_components(base, tmp_path):
+    """`W - R^T C` of every expert: what is taken out does not depend on the weight, so it is compared along R."""
+    experts, inner = 4, WIDTH
+    c = 0.3 * torch.randn(experts, 1, inner, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    matrix = WriteMatrix(Site("mlp", 1), EXPERTS)
+    plan = bake(open_checkpoint(base), Intervention(conditional={matrix: ConditionalMap(direction()[None], c)}))
+    (tmp_path / "edited").mkdir()
+    written = plan.write(tmp_path / "edited")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "edited"))
+    name = "model.layers.1.mlp.experts.down_proj"
+    old, new = (dequantised(tensors, name).double() @ direction() for tensors in (before, after))
+    assert (new - (old - c[:, 0])).norm() <= 1e-3 * c.norm()
+    assert written.records[name].leak <= 1e-3
+
+
+def test_an_adapter_of_four_bits_is_refused_in_one_line(base, tmp_path):
+    save_file({"direction": direction()}, tmp_path / "d.safetensors")
+    with pytest.raises(
+        OrthogonalizeError, match=r"^an adapter cannot hold edits of MXFP4 experts.*omit --format lora$"
+    ):
+        edit(str(base), tmp_path / "a", direction=tmp_path / "d.safetensors", scope="layers:1-2", format="lora")
+    assert not (tmp_path / "a").exists()

@@ -103,6 +103,14 @@ def test_too_coarse_format_is_refused_with_advice(original, tmp_path):
         ({stem + "_blocks": torch.zeros(4, 16, dtype=torch.uint8)}, "MXFP4.*dequantise it first"),
         ({stem + ".weight_packed": torch.zeros(4, 16, dtype=torch.int32)}, "packed integers.*dequantise"),
         ({stem + ".qweight": torch.zeros(4, 16, dtype=torch.int32)}, "GPTQ or AWQ"),
+        (
+            {
+                stem + ".weight_packed": torch.zeros(4, 16, dtype=torch.uint8),
+                stem + ".weight_global_scale": torch.ones(1),
+            },
+            "stored as NVFP4.*dequantise it first",
+        ),
+        ({name: torch.zeros(4, 16, dtype=torch.uint8), name + "_scale_2": torch.ones(())}, "stored as NVFP4"),
         ({name: weight.to(torch.int8)}, "stored as I8"),
         ({name: weight.to(FP8)}, "without scales"),
         ({name: weight.to(FP8), name + "_scale": torch.ones(7, 1)}, "does not divide"),

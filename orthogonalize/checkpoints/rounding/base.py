@@ -52,12 +52,24 @@ class EditStats(NamedTuple):
 class Scales(NamedTuple):
     """Factors of stored numbers: entry i of vector j is multiplied by `values[i // every[0], j // every[1]]`.
 
-    `edited` are the factors of the edited numbers, where they do not fit under the old ones; None: unchanged.
+    Those of the matrices of several experts are side by side. `edited` are the factors of the edited numbers, where
+    they do not fit under the old ones; None: unchanged.
     """
 
     values: np.ndarray[Any, Any]
     every: tuple[int, int]
     edited: np.ndarray[Any, Any] | None = None
+
+    def of_vectors(self, first: int, count: int, each: int, matrices: int) -> Scales:
+        """The scales of `count` vectors of one matrix, of `matrices` with `each` vectors, from number `first` on.
+
+        The first one must be the first under its scale.
+        """
+        matrix, start = divmod(first, each)
+        begin = matrix * (self.values.shape[1] // matrices) + start // self.every[1]
+        end = begin - (-count // self.every[1])
+        edited = None if self.edited is None else self.edited[:, begin:end]
+        return Scales(self.values[:, begin:end], self.every, edited)
 
 
 class VectorKernel(Protocol):
