@@ -126,6 +126,7 @@ class Head(_Data):
     """The output head: the norm before it, and how it is tied to the embedding.
 
     Attributes:
+        norm: the module of that norm; none if the last block's own is the last.
         flags: the configuration keys that tie it.
         tied: whether it is tied if none of them is set.
         untied: which implementation in vLLM supports weights of its own: vLLM's class, only the Transformers
@@ -134,7 +135,7 @@ class Head(_Data):
     """
 
     axis: int = 1
-    norm: str
+    norm: str | None = None
     flags: tuple[str, ...] = ("tie_word_embeddings",)
     tied: bool = False
     untied: Literal["vllm", "transformers", "never", "unknown"] = "vllm"

@@ -177,8 +177,9 @@ def _plan_read(plan: EditPlan, site: Site, affine: AffineMap) -> None:
         if reader.name == plan.sites.head:
             _untie_head(plan)
         name = f"{plan.sites.decoder}{plan.architecture.head.norm}.weight"
-        norm = name if plan.architecture.norms.parameters else None
-        _plan_reads(plan, site, [reader], norm, affine)
+        normed = plan.architecture.head.norm is not None
+        norm = name if plan.architecture.norms.parameters and normed else None
+        _plan_reads(plan, site, [reader], norm, affine, normed)
         return
     layer = int(site.layer or 0)
     for part in plan.sites.parts(site):

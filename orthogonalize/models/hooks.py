@@ -23,11 +23,13 @@ Strength = float | torch.Tensor
 
 
 def _hidden_states(output: Any) -> torch.Tensor:
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 
 def _replace_hidden_states(output: Any, tensor: torch.Tensor) -> Any:
+    if isinstance(output, list):
+        return [tensor, *output[1:]]
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
@@ -38,11 +40,23 @@ def _apply_map(affine: AffineMap, hidden: torch.Tensor) -> torch.Tensor:
     return affine(hidden)
 
 
+def _map_biases(output: tuple[Any, ...], affine: AffineMap) -> tuple[Any, ...]:
+    """Map the biases [d] that some modules return beside their hidden states, for the block to add."""
+    batch, width = affine.v.shape[:-2], affine.v.shape[-2]
+    return tuple(
+        affine.unshifted(each.expand(*batch, 1, width) if batch else each)
+        if isinstance(each, torch.Tensor) and each.shape == (width,)
+        else each
+        for each in output
+    )
+
+
 def map_output(module: nn.Module, affine: AffineMap) -> torch.utils.hooks.RemovableHandle:
     """Apply `affine` to the output of `module` (the first item of a tuple)."""
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        return _replace_hidden_states(output, _apply_map(affine, _hidden_states(output)))
+        mapped = _replace_hidden_states(output, _apply_map(affine, _hidden_states(output)))
+        return _map_biases(mapped, affine) if isinstance(mapped, tuple) else mapped
 
     return module.register_forward_hook(hook)
 
@@ -115,7 +129,7 @@ def _hook_reads(stream: Stream, reads: Mapping[Site, AffineMap], renormalise: bo
     hooked: dict[nn.Module, AffineMap] = {}
     for site, affine in reads.items():
         if site.kind == "head":
-            read: list[tuple[nn.Module, bool]] = [(stream.head_norm, True)]
+            read: list[tuple[nn.Module, bool]] = [(stream.head_norm, stream.architecture.head.norm is not None)]
         else:
             pairs = [(stream.norm(site, part), part) for part in stream.parts(site)]
             read = [(stream.inner(site, p.module) if n is None else n, n is not None) for n, p in pairs]
@@ -193,14 +207,24 @@ def capturing_inputs(model: nn.Module, take: Callable[[int, torch.Tensor], None]
     """Call `take(layer, hidden_states)` at the input of every block and, last, of the head's norm.
 
     Hidden states are [batch, tokens, d]; layer `layer_count` is the stream that the head reads.
+
+    Raises:
+        OrthogonalizeError: in the forward pass, if blocks pass on several streams.
     """
     stream = Stream.of(model)
+    width = stream.architecture.width(stream.config)
     modules = [*(stream.block(layer) for layer in range(stream.layer_count)), stream.head_norm]
     handles = []
     for layer, module in enumerate(modules):
 
         def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-            take(layer, args[0] if args else kwargs["hidden_states"])
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.dim() > 3 or hidden.shape[-1] != width:
+                raise OrthogonalizeError(
+                    f"blocks of {stream.architecture.family} models pass on several streams, from which no directions "
+                    "are read; give one to edit (--direction)"
+                )
+            take(layer, hidden)
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:

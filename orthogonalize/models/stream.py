@@ -60,7 +60,10 @@ class Stream:
 
     @property
     def head_norm(self) -> nn.Module:
-        """The norm before the head (and before any projection in between)."""
+        """The norm before the head (and before any projection in between); the head itself if there is none."""
+        if self.architecture.head.norm is None:
+            head: nn.Module = self.model.get_output_embeddings()  # type: ignore[operator]
+            return head
         return self.model.get_submodule(f"{self.decoder_name}.{self.architecture.head.norm}")
 
     def parts(self, site: Site) -> list[Part]:

@@ -12,6 +12,7 @@ LEFT_OUT: dict[str, str] = {
         prophetnet trocr""",
     "audio": "moshi musicgen musicgen_melody phi4_multimodal whisper",
     "captioning of images": "git",
+    "bytes that an encoder makes patches of and a decoder makes bytes of again, each with a stream of its own": "blt",
     "drafters for speculative decoding": "gemma4_assistant gemma4_unified_assistant",
 }
 
@@ -19,10 +20,11 @@ LEFT_OUT: dict[str, str] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {
-            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [22, 22, 20]}
+            for kind in ("full_attention", "sliding_attention")
         }
     },
-    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 10000.0}},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "clip_qkv": 8.0, "rope_theta": 10000.0}},
     "hunyuan_v1_moe": {"num_experts": 4, "head_dim": 64},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
     "reformer": {"is_decoder": True},

@@ -51,7 +51,8 @@ class ServedStream(Stream):
             and (name == blocks or name.endswith(f".{blocks}"))
             and not any(word in name for word in OTHER_TOWERS)
         ]
-        if len(found) != 1 or self._module(f"{found[0]}.{self.architecture.head.norm}") is None:
+        last = self.architecture.head.norm
+        if len(found) != 1 or last is None or self._module(f"{found[0]}.{last}") is None:
             raise _elsewhere(self.model, f"does not have its blocks where {self.architecture.family} models have them")
         return str(found[0])
 

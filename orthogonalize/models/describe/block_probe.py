@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ...core.errors import OrthogonalizeError
-from .twin import logits
+from .twin import logits, model_inputs
 
 FITS = 1e-4  # largest relative error at which a sum or a multiple counts as exact
 MOST_PARTS = 3
@@ -53,8 +53,12 @@ class FoundPart:
         self.sometimes = [n for n in self.post_norms if n in {*self.sometimes, *other.sometimes, *apart}]
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple | list) else value
+def _written(value: Any, width: int) -> Any:
+    """What a module's output adds to the stream: its first item, and a bias [d] that some leave to the block to add."""
+    if not isinstance(value, tuple | list):
+        return value
+    biases = [v for v in value[1:] if isinstance(v, torch.Tensor) and v.shape == (width,)]
+    return value[0] + sum(biases) if biases and isinstance(value[0], torch.Tensor) else value[0]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -85,7 +89,7 @@ class ObservedModel:
     def logits(self) -> torch.Tensor:
         if next(self.model.parameters()).dtype is torch.float64:
             return logits(self.model, self.ids)
-        out: torch.Tensor = self.model(input_ids=self.ids, use_cache=False).logits
+        out: torch.Tensor = self.model(**model_inputs(self.model, self.ids)).logits
         return out
 
     def observe(self, modules: Mapping[str, nn.Module]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -100,7 +104,7 @@ class ObservedModel:
             for name, module in modules.items():
 
                 def hook(_m: Any, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
-                    given, made = _hidden(args, kwargs), _first(output)
+                    given, made = _hidden(args, kwargs), _written(output, self.width)
                     if wide(given):
                         ins[name] = given.reshape(-1, self.width).clone()
                     if wide(made):

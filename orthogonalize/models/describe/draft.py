@@ -138,7 +138,7 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
     norm += [f"offset = {findings.offset}"] if findings.offset else []
     norm += [] if findings.parameters else ["parameters = false"]
     head_lines = [
-        f'norm = "{findings.head_norm}"',
+        *([f'norm = "{findings.head_norm}"'] if findings.head_norm else []),
         f"tied = {str(bool(type(config)().tie_word_embeddings)).lower()}",
         'untied = "unknown"',
     ]

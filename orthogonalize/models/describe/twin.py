@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,14 @@ SIZES: dict[str, int] = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "lru_width": WIDTH, "attention_hidden_size": 2 * WIDTH, "attention_head_dim": 24, "kv_channels": 12,
     "num_kv_shared_layers": 2, "num_mem_blocks": 1, "embedding_dim": WIDTH, "linear_head_dim": 16,
-    "linear_num_heads": 2, "kv_n_heads": 2,
+    "linear_num_heads": 2, "kv_n_heads": 2, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+    "indexer_budget": 8, "indexer_compress_ratio": 4, "hc_lowrank": 20, "ple_embed_dim": 32, "heads_per_ngram": 4,
+    "ngram_vocab_size_base": 40, "split_ngram_parts": 2, "prompt_length": 4,
+    "compressed_sparse_attention": 4, "heavily_compressed_attention": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 MOST_LAYERS = 12
+LAYER_COUNTS = ("num_blocks", "n_layers", "num_layers")  # beside the one that counts
 DROPPED = ("architectures", "quantization_config", "transformers_version", "model_type", "auto_map", "torch_dtype")
 HEADS = ("wide", "square", "quarters")  # ways to divide the width: heads wider than it, or three, or four that fill it
 
@@ -122,7 +127,9 @@ def shrink_config(config: Any, heads: str = "wide", fill: bool = False) -> Any:
             small[key] = size if key.endswith("_token_id") else min(size, small[key])
         elif fill and key in small and small[key] is None:
             small[key] = size
-    small[counted] = layers
+    small |= {key: layers for key in (counted, *LAYER_COUNTS) if key == counted or settings.get(key) == count}
+    if all(type(small.get(key)) is int for key in ("mamba_d_ssm", "mamba_n_heads", "mamba_d_head")):
+        small["mamba_d_ssm"] = small["mamba_n_heads"] * small["mamba_d_head"]
     small |= _divide_heads(settings, small, names, heads)
     if "word_embed_proj_dim" in small:
         small["word_embed_proj_dim"] = WIDTH if settings["word_embed_proj_dim"] == settings["hidden_size"] else 32
@@ -132,7 +139,27 @@ def shrink_config(config: Any, heads: str = "wide", fill: bool = False) -> Any:
     small |= {"tie_word_embeddings": False, "dtype": "float32"}
     for key in DROPPED:
         small.pop(key, None)
-    return type(config)(**small)
+    made = type(config)(**small)
+    _shrink_sections(made, settings.get("rope_parameters"))
+    return made
+
+
+def _shrink_sections(config: Any, rope: Any) -> None:
+    """Divide half a head between the axes of positions (text, height, width) as the full model does."""
+    for key, full in _sections(rope):
+        own = config.rope_parameters if key is None else config.rope_parameters[key]
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        half = int(size * own.get("partial_rotary_factor", 1.0)) // 2
+        first = [round(half * part / sum(full)) for part in full[:-1]]
+        own["mrope_section"] = [*first, half - sum(first)]
+
+
+def _sections(rope: Any) -> Iterator[tuple[str | None, list[int]]]:
+    """The key, if rotary embeddings differ by the kind of layer, and the shares of the axes of positions."""
+    if isinstance(rope, Mapping):
+        own = rope.get("mrope_section")
+        yield from [(None, own)] if own else []
+        yield from ((k, v["mrope_section"]) for k, v in rope.items() if isinstance(v, Mapping) and "mrope_section" in v)
 
 
 def _shrink_inner(config: Any) -> Any:
@@ -151,7 +178,7 @@ def _divide_heads(
     groups = names.get("num_key_value_heads", "num_key_value_heads")
     dimension = names.get("head_dim", "head_dim")
     single = settings.get(heads) == settings.get(groups, settings.get(heads))
-    latent = "qk_rope_head_dim" in small
+    latent = "kv_lora_rank" in small
     number = 3 if how == "square" else 4
     if dimension in small and how == "wide" and not latent:
         number, size = 4, 16
@@ -225,17 +252,28 @@ def token_ids(model: Any, rows: int = 2, length: int = 13, seed: int = 1) -> tor
     return torch.randint(3, min(vocabulary, 80), (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+def model_inputs(model: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """What to call a twin with: `ids`, and random features where some blocks run only beside an image's."""
+    given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if "cross_attention_states" in signature(model.forward).parameters:
+        shape = (len(ids), 5, int(model.config.get_text_config().hidden_size))
+        features = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        given["cross_attention_states"] = features.to(next(model.parameters()).dtype)
+    return given
+
+
 @torch.inference_mode()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     """Logits [rows, length, vocabulary] in float64 throughout."""
+    given = model_inputs(model, ids)
     try:
         with DoublePrecision():
-            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+            found: torch.Tensor = model(**given).logits
     except RuntimeError:  # a class may make tensors of the least number of float64 in the default type
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            found = model(input_ids=ids, use_cache=False).logits
+            found = model(**given).logits
         finally:
             torch.set_default_dtype(before)
     return found.double()
