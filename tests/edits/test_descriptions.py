@@ -9,7 +9,8 @@ import torch
 from click.testing import CliRunner
 from helpers.chat import tiny_tokenizer
 from helpers.exactness import BASIS
-from helpers.tiny_models import dense, randomise
+from helpers.tiny_models import randomise
+from helpers.tiny_settings import dense
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 

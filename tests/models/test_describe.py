@@ -9,7 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.exactness import BASIS, EXACT, LAYERS, WIDTH, Base, compare, every_read, every_write, rewritten
-from helpers.tiny_models import TINY, VISION, dense, load_tiny, randomise, store_tiny
+from helpers.tiny_models import TINY, load_tiny, randomise, store_tiny
+from helpers.tiny_settings import VISION, dense
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from orthogonalize.architectures import schema as architectures
@@ -19,6 +20,7 @@ from orthogonalize.cli import main
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal
 from orthogonalize.edits.bake import bake
+from orthogonalize.edits.descriptions.proof import prove
 from orthogonalize.models.describe.discovery import Findings, discover
 from orthogonalize.models.describe.draft import draft
 from orthogonalize.models.describe.twin import save_twin, shrink_config
@@ -277,11 +279,30 @@ def test_stream_that_passes_through_norms_leaves_only_edits_of_blocks(tmp_path):
     assert drafted.attn["self_attn"].writes == {"self_attn.out_proj.weight": 0, "self_attn.o_proj.weight": 0}
 
 
-def test_describe_refuses_a_stream_without_a_norm_before_the_head(tmp_path):
-    source = store_tiny("opt", tmp_path / "opt", torch.float32, do_layer_norm_before=False, tie_word_embeddings=False)
-    result = CliRunner().invoke(main, ["--quiet", "describe", str(source)])
-    assert result.exit_code == 1
-    assert "no norm before the head" in result.output
+def test_head_without_a_norm_leaves_only_edits_of_blocks(tmp_path):
+    """The blocks' own norms, through which the stream passes, are the last ones."""
+    source = store_tiny("opt", tmp_path / "opt", torch.float64, do_layer_norm_before=False, tie_word_embeddings=False)
+    drafted = draft(source).architecture
+    assert drafted.head.norm is None
+    assert drafted.refused.keys() == {"embed", "reads"}
+    assert prove(drafted, tmp_path / "opt").gaps.keys() == {"blocks", "conditional"}
+
+
+@pytest.mark.parametrize("model_type", ["doge", "hy_v4"])
+def test_stream_that_is_more_than_a_sum_has_the_writes_of_its_blocks(model_type, tmp_path):
+    """Scales per channel, and several streams that blocks mix: what modules write is found by what they leave out."""
+    save_twin(AutoConfig.for_model(model_type), tmp_path)
+    drafted = draft(tmp_path).architecture
+    assert drafted.attn["self_attn"].writes == {"self_attn.o_proj.weight": 0}
+    assert all(name.startswith("mlp.") for part in drafted.mlp.values() for name in part.writes)
+    assert drafted.refused.keys() == {"embed", "reads"}
+
+
+def test_write_that_a_gate_follows_is_refused(tmp_path):
+    """RWKV multiplies what its second block writes by a gate per channel: no weight removes a direction there."""
+    save_twin(AutoConfig.for_model("rwkv"), tmp_path)
+    with pytest.raises(OrthogonalizeError, match=r"feed_forward\..* changes the stream"):
+        draft(tmp_path)
 
 
 def test_description_that_omits_a_write_is_refused(bases, tmp_path):

@@ -1,0 +1,81 @@
+"""Tiny models of families that also see: a text model wrapped for images."""
+
+from __future__ import annotations
+
+from helpers.tiny_settings import (
+    PICTURES,
+    QWEN_VISION,
+    SECTIONS,
+    TOKENS,
+    VISION,
+    WINDOWED,
+    Tiny,
+    dense,
+    experts,
+    gated_delta,
+    headed,
+)
+
+# fmt: off
+WRAPPERS: dict[str, Tiny] = {
+    "ministral3 multimodal": Tiny(
+        "mistral3", lambda h: dense(h) | {"model_type": "ministral3"}, text="text_config", causal=PICTURES,
+        aside={
+            "vision_config": VISION | {"model_type": "pixtral", "head_dim": 12},
+            "image_token_index": 90, "spatial_merge_size": 1,
+        },
+    ),
+    "qwen3_5 multimodal": Tiny(
+        "qwen3_5", lambda h: dense(h) | gated_delta(h), tied=True, text="text_config", aside=QWEN_VISION,
+        causal=PICTURES,
+    ),
+    "qwen3_5_moe multimodal": Tiny(
+        "qwen3_5_moe", lambda h: experts(h) | gated_delta(h) | {"shared_expert_intermediate_size": h + 16},
+        text="text_config", aside=QWEN_VISION, causal=PICTURES,
+    ),
+    "gemma3 multimodal": Tiny(
+        "gemma3",
+        lambda h: dense(h) | WINDOWED | {"query_pre_attn_scalar": h},
+        tied=True,
+        text="text_config",
+        aside={
+            "vision_config": VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 90,
+            "boi_token_index": 91,
+            "eoi_token_index": 92,
+        },
+    ),
+    "llama4 multimodal": Tiny(
+        "llama4",
+        lambda h: experts(h)
+        | {
+            "intermediate_size": h + 8, "intermediate_size_mlp": 3 * h + 16, "moe_layers": [1, 3],
+            "interleave_moe_layer_step": 2, "num_experts_per_tok": 1, "attention_chunk_size": 128,
+        },
+        text="text_config", causal=PICTURES,
+        aside={"vision_config": VISION | {
+            "vision_output_dim": 24, "projector_input_dim": 24, "projector_output_dim": 24,
+            "pixel_shuffle_ratio": 0.5, "intermediate_size": 96,
+        }},
+    ),
+    "qwen2_vl multimodal": Tiny(
+        "qwen2_vl", lambda h: headed(h) | SECTIONS, tied=True, text="text_config", causal=PICTURES,
+        aside=TOKENS
+        | {"vision_config": {
+            "depth": 1, "embed_dim": 24, "hidden_size": 48, "mlp_ratio": 2, "num_heads": 2, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_patch_size": 2,
+        }},
+    ),
+    "qwen2_5_vl multimodal": Tiny(
+        "qwen2_5_vl", lambda h: headed(h) | SECTIONS, text="text_config", causal=PICTURES,
+        aside=TOKENS
+        | {"vision_config": QWEN_VISION["vision_config"] | {"window_size": 16, "fullatt_block_indexes": [0]}},
+    ),
+    "qwen3_vl multimodal": Tiny(
+        "qwen3_vl", lambda h: dense(h) | SECTIONS, tied=True, text="text_config", causal=PICTURES,
+        aside=TOKENS
+        | {"vision_config": QWEN_VISION["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}},
+    ),
+}
+# fmt: on
