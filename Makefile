@@ -33,7 +33,7 @@ lower-bounds:
 	@# The quick tests with the lowest versions that pyproject.toml allows, in an environment of their own.
 	$(PYTHON) -m venv .venv-low
 	$(PYTHON) scripts/lower_bounds.py plots demo > .venv-low/constraints.txt
-	.venv-low/bin/pip install --quiet --constraint .venv-low/constraints.txt --editable '.[plots,demo]' hypothesis pytest
+	.venv-low/bin/pip install --quiet --constraint .venv-low/constraints.txt --editable '.[plots,demo]' concept-erasure hypothesis pytest
 	.venv-low/bin/python -m pytest tests/core tests/directions tests/checkpoints tests/reports tests/test_notebook.py \
 		tests/edits/test_hooks_equal_weights.py
 
