@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ..core.progress import Progress
-from .forward.prefix import can_go_on, read_prefix, shared_length
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -48,7 +47,7 @@ def generate(
 ) -> list[list[int]]:
     """Greedy completions as token ids, without the stop token, in the order of `ids`.
 
-    What all prompts begin with is computed once. The rest of them is padded on the left, with an attention mask.
+    Prompts are padded on the left, with an attention mask.
 
     Args:
         model: a transformers model.
@@ -59,25 +58,14 @@ def generate(
         progress: called with the number of prompts in each batch.
     """
     result: list[list[int]] = [[] for _ in ids]
-    common = shared_length(model, ids)
-    shared = common if common and can_go_on(model) else 0
-    prefix = read_prefix(model, ids[0][:shared]) if shared else None
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
         width = max(len(ids[i]) for i in group)
-        rows, marks = [], []
-        for i in group:
-            before, padding, after = list(ids[i][:shared]), [0] * (width - len(ids[i])), list(ids[i][shared:])
-            rows.append(before + padding + after)
-            marks.append([1] * len(before) + padding + [1] * len(after))
-        begun = {} if prefix is None else {"past_key_values": prefix.growing(model, len(group))}
+        padded = torch.tensor([[0] * (width - len(ids[i])) + list(ids[i]) for i in group], device=model.device)
+        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in group], device=model.device)
         with _greedy(model, max_new_tokens, stops):
-            output = model.generate(
-                input_ids=torch.tensor(rows, device=model.device),
-                attention_mask=torch.tensor(marks, device=model.device),
-                **begun,
-            )
+            output = model.generate(input_ids=padded, attention_mask=mask)
         for i, row in zip(group, output[:, width:].tolist(), strict=True):
             end = next((n for n, token in enumerate(row) if token in stops), len(row))
             result[i] = row[:end]

@@ -59,15 +59,6 @@ class Prefix:
         """
         return {"past_key_values": _cache(self, count), "use_cache": True} if self.tokens else {"use_cache": False}
 
-    def growing(self, model: Any, count: int) -> Any:
-        """The cache with which generation begins after the prefix in `count` rows; it grows by what is generated."""
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=Stream.of(model).decoder.config)
-        for layer, (keys, values) in sorted(self.pairs.items()):
-            cache.update(keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1), layer)
-        return cache
-
 
 def read_prefix(model: Any, tokens: Sequence[int], versions: int = 1) -> Prefix:
     """The `tokens` that rows begin with, read in the model as it is now."""
@@ -87,19 +78,6 @@ def shared_length(model: Any, ids: Sequence[Sequence[int]], own: int = 1) -> int
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
     common = min(common, min(map(len, ids)) - own)
     return common if common >= FEWEST and _can_share(model, ids[0], common) else 0
-
-
-def can_go_on(model: Any) -> bool:
-    """Whether `model` can generate answers after a prefix whose rows are then padded.
-
-    Windows would count the padding, and models that also see pictures keep where the places of the last prompts began.
-    """
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    layers = DynamicCache(config=Stream.of(model).decoder.config).layers
-    windowed = any(type(layer) is not DynamicLayer for layer in layers)
-    return not windowed and not any(hasattr(module, "rope_deltas") for module in model.modules())
 
 
 def _can_share(model: Any, row: Sequence[int], length: int) -> bool:
