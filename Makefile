@@ -20,9 +20,8 @@ test: setup
 
 prove: setup
 	$(BIN)/python -m pytest -m prove --proof=docs --durations=5
-	@# The compiled loops again, with every index checked; their cache does not tell the two apart.
-	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(VENV)/checked $(ONE_CORE) $(BIN)/python -m pytest tests/checkpoints tests/edits tests/directions \
-		--ignore=tests/edits/test_lora.py
+	@# Everything again with every index of the compiled loops checked; their cache does not tell the two apart.
+	NUMBA_BOUNDSCHECK=1 NUMBA_CACHE_DIR=$(CURDIR)/$(VENV)/checked $(ONE_CORE) $(BIN)/python -m pytest --numprocesses=2 --no-loadscope-reorder
 
 check: setup
 	$(BIN)/ruff format --check .

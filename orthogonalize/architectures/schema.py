@@ -21,6 +21,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from ..core.errors import OrthogonalizeError, shown
 
+MOST_LAYERS = 10_000  # of any model
+
 
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -202,7 +204,16 @@ class Architecture(_Data):
         """The number of layers that `config` (a parsed config.json) declares, as a number or as a list of them."""
         key = next((key for key in self.layer_count if setting(config, key) is not None), self.layer_count[0])
         listed = setting(config, key)
-        return len(listed) if isinstance(listed, list | str) and listed else self._number(config, key)
+        found = len(listed) if isinstance(listed, list | str) and listed else self._number(config, key)
+        if found > MOST_LAYERS:
+            raise OrthogonalizeError(
+                f"config.json of this {self.family} model has {found} layers, beyond {MOST_LAYERS}"
+            )
+        return found
+
+    def block(self, layer: int) -> str:
+        """The name of block `layer` in the decoder."""
+        return self.layer.replace("{layer}", str(layer))  # not `format`, which a description could ask for any width
 
     def width(self, config: Mapping[str, Any]) -> int:
         """The width of the residual stream that `config` declares."""

@@ -277,6 +277,10 @@ def open_tensor_file(path: Path, remote: RemoteFile | None = None) -> TensorFile
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _bad(path, "its metadata is not a table of strings")
+    try:
+        "".join((*header, *metadata, *metadata.values())).encode()
+    except UnicodeEncodeError as error:
+        raise _bad(path, "its header contains an unpaired surrogate (invalid Unicode)") from error
     data_size = size - 8 - length
     tensors = {name: _tensor_info(path, name, entry, data_size) for name, entry in header.items()}
     end = 0
@@ -291,10 +295,13 @@ def open_tensor_file(path: Path, remote: RemoteFile | None = None) -> TensorFile
 
 def _read_header(path: Path) -> tuple[int, bytes]:
     """The size of a file, and its header."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = _header_length(path, size, file.read(8))
-        return size, file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = _header_length(path, size, file.read(8))
+            return size, file.read(length)
+    except OSError as error:
+        raise OrthogonalizeError(f"{path} cannot be read: {error.strerror}; fetch it again") from error
 
 
 def _read_remote_header(path: Path, remote: RemoteFile) -> tuple[int, bytes]:

@@ -18,9 +18,13 @@ from ..core.files import parse_json
 LARGEST = 256 * 2**20  # bytes of a tokenizer or index
 LARGEST_CONFIG = 16 * 2**20  # bytes of a configuration
 LARGEST_ID = 10**8  # of a token
+CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
+LONGEST_CONTEXT = 2**25  # positions; vLLM keeps a table of them, and no released model has more than ten million
+LAYERS = re.compile(r"n_layers?|(.*_)?num_.*layers")
 # The largest integers that a configuration may have, by key; a library would build that many objects.
 MOST = (
-    (re.compile(r"n_layers?|(.*_)?num_.*layers|num_labels|.*_?depth"), 10**4),
+    (re.compile(rf"{LAYERS.pattern}|num_labels|.*_?depth"), 10**4),
+    (re.compile("|".join(CONTEXT)), LONGEST_CONTEXT),
     (re.compile(r"n_experts|.*num_.*experts|(.*_)?n_.*experts"), 10**5),
 )
 LARGEST_NUMBER = 2**53  # of any other key
@@ -59,8 +63,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise OrthogonalizeError(f"{path} contains an unpaired surrogate (invalid Unicode); remove it") from error
+    context = context_length(found) or 0
     for key, value in _entries(found):
         _check_entry(path, key, value)
+        _check_positions(path, value, context)
     return found
 
 
@@ -98,9 +104,24 @@ def _check_entry(path: Path, key: str, value: Any) -> None:
             _check_entry(path, key, inner)
 
 
+def _check_positions(path: Path, rope: Any, context: int) -> None:
+    """Check that rotary embeddings have no more positions than any model, if `rope` is a table of their settings.
+
+    They are multiplied by a factor: those of `context`, or the fewer ones before scaling where the type knows them.
+    """
+    if not isinstance(rope, dict) or type(rope.get("factor")) not in (int, float):
+        return
+    unscaled, kind = rope.get("original_max_position_embeddings"), rope.get("rope_type", rope.get("type"))
+    positions = unscaled if type(unscaled) is int and kind not in ("linear", "dynamic") else context
+    if kind is not None and not -1 < rope["factor"] * positions <= LONGEST_CONTEXT:
+        raise OrthogonalizeError(
+            f"{path} has rotary embeddings for {shown(rope['factor'], 40)} times {positions} positions, beyond "
+            f"{LONGEST_CONTEXT}"
+        )
+
+
 # Under which a wrapper has the configuration of its text model.
 TEXT_MODELS = ("text_config", "llm_config", "language_config", "thinker_config")
-CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 
 
 def stated(config: Mapping[str, Any], *keys: str) -> Iterator[Any]:
@@ -142,6 +163,19 @@ def quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def context_length(config: Mapping[str, Any]) -> int | None:
     """The maximum number of tokens that a configuration declares, if any."""
     return next((n for n in stated(config, *CONTEXT) if type(n) is int), None)
+
+
+def check_layers(config: Mapping[str, Any], tensors: int) -> None:
+    """Check that a model has no more layers than tensors, before a library builds them one by one.
+
+    Raises:
+        OrthogonalizeError: the message names the number.
+    """
+    for key, value in _entries(config):
+        if LAYERS.fullmatch(key) and type(value) is int and value > tensors:
+            raise OrthogonalizeError(
+                f"config.json has {shown(key, 60)} = {value}, but the checkpoint has {tensors} tensors; fetch it again"
+            )
 
 
 def code_keys(config: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OrthogonalizeError
-from ..core.files import parse_json
+from ..core.files import check_text, parse_json
 from ..core.journal import Journal
 from ..data.benchmarks import category_of
 from ..data.tokenization import is_valid_unicode
@@ -47,6 +47,7 @@ def read_answers(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         raise OrthogonalizeError(f"no such file: {file}")
+    check_text(file)
     try:
         rows = parse_json(file.read_text("utf-8-sig"))
     except (ValueError, OSError) as error:
@@ -98,8 +99,9 @@ def judge(
 
 def _is_report(file: Path) -> bool:
     """Whether `file` is a folder of `eval`, or its report.json, rather than a list of answers."""
-    if file.is_dir():
-        return True
+    if not file.is_file():
+        return file.is_dir()
+    check_text(file)
     try:
         return isinstance(found := parse_json(file.read_text("utf-8-sig")), dict) and "answers" in found
     except (ValueError, OSError):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import OrthogonalizeError, first_line
-from ..core.files import parse_json, write_atomically
+from ..core.files import check_text, parse_json, write_atomically
 from ..core.foreign import check_has
 from ..reports.schema import Report, load_report
 from ..reports.sweep import Sweep, load_sweep
@@ -39,6 +39,7 @@ def _load(source: Path) -> Run | Report | Sweep:
         )
     if not source.is_file():
         raise OrthogonalizeError(f"no run, report or sweep at {source}; extract, eval and sweep make them")
+    check_text(source)
     try:
         stored = parse_json(source.read_text("utf-8"))
     except ValueError as error:

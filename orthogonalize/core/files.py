@@ -15,6 +15,7 @@ from .errors import OrthogonalizeError
 from .locks import try_lock
 
 CALL = 2**20  # bytes written per system call; more would evict the copied data from the faster caches
+LARGEST_TEXT = 256 * 2**20  # bytes of a file that is read whole, unless a reader says otherwise
 DEEPEST = 64  # nested lists and tables of JSON
 
 
@@ -119,8 +120,28 @@ def check_regular_files(folder: Path) -> None:
         OrthogonalizeError: the message names it.
     """
     for path in folder.rglob("*"):
-        if path.exists() and not path.is_file() and not path.is_dir():
-            raise OrthogonalizeError(f"{path} is not a regular file; remove it")
+        check_regular(path)
+
+
+def check_regular(path: Path) -> None:
+    """Reject a pipe, device or socket.
+
+    Raises:
+        OrthogonalizeError: the message names it.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OrthogonalizeError(f"{path} is not a regular file; remove it")
+
+
+def check_text(file: Path, most: int = LARGEST_TEXT) -> None:
+    """Reject what cannot be read whole: a pipe, device or socket, and a file of more than `most` bytes.
+
+    Raises:
+        OrthogonalizeError: the message names it.
+    """
+    check_regular(file)
+    if file.is_file() and file.stat().st_size > most:
+        raise OrthogonalizeError(f"{file} has {file.stat().st_size} bytes, and at most {most} are read")
 
 
 def is_inside(path: Path, *folders: Path) -> bool:

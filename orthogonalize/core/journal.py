@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ class Journal:
     has changed is computed again.
 
     A step may take steps of its own, called `name/...`; they are forgotten once it is done. Lines are only ever
-    appended. A line that was cut off is ignored, and the next one overwrites it.
+    appended. Each has a checksum of itself and the package's version; one that was cut off, edited or written by
+    another version is dropped with all that follow it, and the next one overwrites it.
     """
 
     def __init__(self, file: Path, inputs: Any = None, needed: bool = True) -> None:
@@ -51,18 +54,19 @@ class Journal:
             return
         if not content.startswith(self._head):
             self.file.unlink()  # at once: if this run is killed before its first step, the next must not find it
+            note(f"{self.file} was made from something else, by another version, or is damaged, and is dropped")
             return
         self._end = len(self._head)
         for line in content[self._end :].split(b"\n")[:-1]:
-            try:
-                entry = parse_json(line)
-                name, result = entry["step"], entry["result"]
-            except (ValueError, KeyError, TypeError):
+            entry = _entry(line)
+            if entry is None:
                 break
-            if not isinstance(name, str):
-                break
-            self.done[name] = result
+            self.done[entry[0]] = entry[1]
             self._end += len(line) + 1
+        if self._end < len(content):
+            note(
+                f"{self.file} was cut off, edited or made by another version: what follows {self._end} bytes is dropped"
+            )
         self.done = {name: result for name, result in self.done.items() if not self._is_replaced(name)}
 
     def _is_replaced(self, name: str) -> bool:
@@ -122,7 +126,10 @@ class Journal:
     def _append(self) -> None:
         if not self.file.is_file():  # first step, or the file was removed
             self._end, self._unwritten = 0, dict(self.done)
-        lines = b"".join(_line({"step": name, "result": value}) for name, value in self._unwritten.items())
+        lines = b"".join(
+            _line({"step": name, "result": value, "check": _check(name, value)})
+            for name, value in self._unwritten.items()
+        )
         self.file.parent.mkdir(parents=True, exist_ok=True)
         data = lines if self._end else self._head + lines
         write_after(self.file, self._end, data)
@@ -156,6 +163,21 @@ class Journal:
         self._end = 0
         with suppress(OSError) if not self.needed else nullcontext():
             self.file.unlink(missing_ok=True)
+
+
+def _check(name: str, result: Any) -> str:
+    """A checksum of a step and of this package's version."""
+    return hashlib.sha256(json.dumps([version("orthogonalize"), name, result]).encode()).hexdigest()[:16]
+
+
+def _entry(line: bytes) -> tuple[str, Any] | None:
+    """The name and the result of a step as they were written; None if they are not."""
+    try:
+        entry = parse_json(line)
+        name, result, check = entry["step"], entry["result"], entry["check"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (name, result) if isinstance(name, str) and check == _check(name, result) else None
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from tempfile import TemporaryFile
 from safetensors import SafetensorError
 
 from .errors import OrthogonalizeError
+from .files import check_regular_files
 from .locks import locked
 
 UNFINISHED = re.compile(r"\..*\.(partial|journal|lock)(-[0-9a-f]+|-measured)?$")
@@ -117,12 +118,14 @@ def check_run_folder(out: Path, kind: FolderKind) -> None:
     """Reject an output path that is neither free nor an existing output of this `kind` that can be resumed.
 
     Raises:
-        OrthogonalizeError: something else exists at `out`.
+        OrthogonalizeError: something else exists at `out`, or it holds a pipe, device or socket.
     """
     if not out.exists() and not out.is_symlink():
         check_free(out, kind)
     elif out.is_symlink() or not out.is_dir() or not kind.matches(out):
         raise OrthogonalizeError(f"{out} already exists and was not created by this command; choose a different --out")
+    else:
+        check_regular_files(out)
 
 
 def check_space(out: Path, needed: int, advice: str = "choose a different --out") -> None:

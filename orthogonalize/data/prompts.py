@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..core.errors import OrthogonalizeError
+from ..core.files import check_text
 from ..core.words import counted
 from .benchmarks import PROMPT_SETS, BenchmarkSet, PromptSet, category_of, instructions
 from .hub import dataset_rows
@@ -196,6 +197,7 @@ def _rows_of_file(path: Path) -> list[Any]:
     suffix = path.suffix.lower()
     if suffix not in PROMPT_SUFFIXES:
         raise OrthogonalizeError(f"{path}: {suffix or 'no suffix'} is not one of {' '.join(PROMPT_SUFFIXES)}")
+    check_text(path)
     if suffix != ".parquet":
         check_utf8(path)
     return path.read_text("utf-8-sig").removesuffix("\n").split("\n") if suffix == ".txt" else list(read_rows(path))

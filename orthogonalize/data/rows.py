@@ -89,12 +89,13 @@ def _json_lines(file: Path) -> Iterator[Any]:
 def _shards(file: Path) -> list[Path]:
     """All shards of the split that `file` belongs to; where their names count them, none may be missing."""
     split = file.name.partition("-")[0]
-    counted = re.fullmatch(rf"{re.escape(split)}-\d+-of-(\d+)\.parquet", file.name)
+    counted = re.fullmatch(rf"{re.escape(split)}-\d+-of-(\d{{1,9}})\.parquet", file.name)
     if counted is None:
         return sorted(file.parent.glob(f"{split}-*.parquet")) or [file]
     digits = len(counted[1])
-    names = [f"{split}-{number:0{digits}}-of-{counted[1]}.parquet" for number in range(int(counted[1]))]
-    missing = [name for name in names if not (file.parent / name).is_file()]
-    if missing:
-        raise ValueError(f"{missing[0]} is missing")
-    return [file.parent / name for name in names]
+    shards = []
+    for number in range(int(counted[1])):  # a name may count any number
+        shards.append(file.with_name(f"{split}-{number:0{digits}}-of-{counted[1]}.parquet"))
+        if not shards[-1].is_file():
+            raise ValueError(f"{shards[-1].name} is missing")
+    return shards

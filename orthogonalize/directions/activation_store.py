@@ -6,6 +6,8 @@ of the model.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,15 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.safetensors_file import DTYPES, TensorFile, TensorInfo, open_tensor_file, stored_bytes, write_header
+from ..checkpoints.safetensors_file import (
+    CHUNK,
+    DTYPES,
+    TensorFile,
+    TensorInfo,
+    open_tensor_file,
+    stored_bytes,
+    write_header,
+)
 from ..core.errors import OrthogonalizeError
 from ..core.files import no_follow, partial_file, write_all
 from ..core.interrupts import check
@@ -100,6 +110,7 @@ class _Writing:
             self._descriptor, self._start = file.fileno(), file.tell()
             file.truncate(self._start + max(info.end for info in self.infos.values()))
             file.flush()
+            self._forget_damaged()
             yield
         self.partial.replace(self.file)
         self.journal.close()
@@ -110,6 +121,30 @@ class _Writing:
         for row, value in zip(rows, values.cpu().contiguous(), strict=True):
             data = stored_bytes(value)
             write_all(self._descriptor, self._start + info.start + row * len(data), memoryview(data))
+
+    def finish(self, *steps: str) -> None:
+        """Note what is in the file: a prompt at all layers (`SET:ROW`), or all prompts at one (`LAYER`)."""
+        self.journal.put({step: self._digest(step) for step in steps})
+
+    def _forget_damaged(self) -> None:
+        """Forget the steps whose activations are not those that were written."""
+        for step, digest in list(self.journal.done.items()):
+            if self._digest(step) != digest:
+                del self.journal.done[step]
+
+    def _digest(self, step: str) -> str:
+        """SHA-256 of what the file holds of a step."""
+        name, _, number = step.rpartition(":")
+        digest = hashlib.sha256()
+        for key, info in self.infos.items():
+            each, _, layer = key.rpartition(".")
+            if name and each == name:
+                size = info.size // info.shape[0]
+                digest.update(os.pread(self._descriptor, size, self._start + info.start + int(number) * size))
+            elif not name and layer == number:
+                for first in range(info.start, info.end, CHUNK):
+                    digest.update(os.pread(self._descriptor, min(CHUNK, info.end - first), self._start + first))
+        return digest.hexdigest()
 
 
 def record(
@@ -141,8 +176,8 @@ def record_with(
     """`record` what `capture(ids, positions)` yields (see `activations.capture`), of this dtype and width."""
     infos = _layout(*shape, {name: len(ids) for name, ids in sets.items()}, positions, layers)
     writing = _Writing(folder / FILE, infos, inputs)
-    done = set(writing.journal.done)
     with writing.opened(), track("reading activations", sum(map(len, sets.values())), "prompts") as advance:
+        done = set(writing.journal.done)
         advance(len(done))
         for name, ids in sets.items():
             left = [i for i in range(len(ids)) if f"{name}:{i}" not in done]
@@ -150,7 +185,7 @@ def record_with(
                 rows = [left[i] for i in group]
                 for layer in range(layers):
                     writing.store(f"{name}.{layer}", rows, hidden[:, :, layer])
-                writing.journal.put({f"{name}:{row}": 1 for row in rows})
+                writing.finish(*(f"{name}:{row}" for row in rows))
                 check()
                 advance(len(rows))
     return Recording(folder / FILE)
@@ -181,8 +216,6 @@ def record_streamed(
     counts = {name: len(ids) for name, ids in sets.items()}
     writing = _Writing(file, _layout(streamed.dtype, streamed.width, counts, positions, layers), inputs)
     state = StreamState(file.with_name(f".{file.name.removeprefix('.')}.streams.partial"), inputs)
-    if not writing.journal.done:
-        state.close()
 
     def take(layer: int, lanes: Mapping[str, list[Lane]]) -> None:
         for name, each in lanes.items():
@@ -190,9 +223,11 @@ def record_streamed(
                 here = lane.last(positions)
                 check_finite(layer, here)
                 writing.store(f"{name}.{layer}", lane.rows, here)
-        writing.journal.put({str(layer): 1})
+        writing.finish(str(layer))
 
     with writing.opened():
+        if any(str(layer) not in writing.journal for layer in range(state.layer)):
+            state.close()  # what it would go on from is not in the file
         Pass(streamed, {name: ids for name, ids in sets.items() if ids}, state=state, take=take).run(
             "reading activations"
         )

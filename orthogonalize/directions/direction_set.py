@@ -20,6 +20,7 @@ from .leace import Eraser
 # Streams that are the same for all prompts (the first layer at a token of the template) have no direction.
 NEGLIGIBLE = 1e-6
 OWN_FIELDS = ("inlp", "leace", "stability")  # prefixes of the tensors that have their own fields
+LARGEST = 2**27  # numbers in a direction or basis from a file
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,8 @@ def load_direction(file: Path | str) -> GivenDirection:
         vectors = tensors[name]
     if not isinstance(vectors, torch.Tensor) or vectors.dim() not in (1, 2):
         raise OrthogonalizeError(f"{file} must contain one tensor of shape [d] or [k, d]")
+    if vectors.numel() > LARGEST:  # a view may have any number of entries, whatever the size of the file
+        raise OrthogonalizeError(f"{file} has {vectors.numel()} numbers, and at most {LARGEST} are read")
     if vectors.is_complex():
         raise OrthogonalizeError(f"{file} contains complex numbers; a direction is real")
     rows = vectors.to(torch.float64).reshape(-1, vectors.shape[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.errors import OrthogonalizeError, first_line
+from ..core.files import check_regular_files, parse_json
 from ..core.interventions import Site, removal
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,18 +45,32 @@ def adapter_config(folder: Path) -> dict[str, Any]:
         OrthogonalizeError: it cannot be read, or the adapter does more than that.
     """
     file = folder / CONFIG
+    check_regular_files(folder)
     try:
         if file.stat().st_size > LARGEST_CONFIG:
             raise ValueError("it is too large")
-        config = json.loads(file.read_text("utf-8"))
-        config["lora_alpha"] = float(config["lora_alpha"])
-        config["r"] = int(config["r"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = parse_json(file.read_text("utf-8"))
+        config["lora_alpha"], config["r"] = _number(config["lora_alpha"]), int(_number(config["r"]))
+        for pattern, value in dict(config.get("alpha_pattern") or {}).items():
+            config["alpha_pattern"][pattern] = _number(value)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise OrthogonalizeError(f"{file} is not the configuration of a LoRA adapter: {first_line(error)}") from error
     for name, plain in PLAIN.items():
         if config.get(name, plain[0]) not in plain:
             raise OrthogonalizeError(f"{folder} has {name} = {config[name]!r}, which no weights of W + B A can hold")
     return dict(config)
+
+
+def _number(value: Any) -> float:
+    """A finite number.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    found = float(value)
+    if not isfinite(found):
+        raise ValueError(f"{value} is not finite")
+    return found
 
 
 def merge_plan(folder: Path, source: Checkpoint) -> CheckpointPlan:
@@ -99,8 +114,10 @@ def _factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     except (OSError, SafetensorError) as error:
         raise OrthogonalizeError(f"{file} cannot be read as an adapter's weights: {first_line(error)}") from error
     for module, parts in found.items():
-        if parts.keys() != {"A", "B"} or not all(each.dim() == 2 for each in parts.values()):
+        if parts.keys() != {"A", "B"} or not all(each.dim() == 2 and each.numel() for each in parts.values()):
             raise OrthogonalizeError(f"{file} lacks a factor of {module}, or it is no matrix")
+        if not all(each.is_floating_point() for each in parts.values()):
+            raise OrthogonalizeError(f"{file}: the factors of {module} are not real numbers")
         if not all(torch.isfinite(each.float()).all() for each in parts.values()):
             raise OrthogonalizeError(f"{file}: the factors of {module} hold NaN or infinite values")
     if not found:

@@ -16,12 +16,13 @@ import torch
 from ..architectures.schema import Bias, Part, bias_name, families, setting
 from ..checkpoints.checkpoint import Addition
 from ..checkpoints.quantization import dequantize, scale_name
-from ..checkpoints.safetensors_file import EDITABLE
+from ..checkpoints.safetensors_file import EDITABLE, show_shape
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import Site
 from ..models.loading import load_config
 from .plan import EditPlan
 
+AGAIN = "fetch both again"
 REACHED = 1e-6  # largest relative part of a vector that a value bias may miss
 LLAMA_DEFAULTS = (
     "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings", "hidden_act", "vocab_size",
@@ -105,6 +106,10 @@ def _enable_biases(plan: EditPlan, weights: tuple[str, ...], flags: dict[str, An
             bias = bias_name(name)
             if name in plan.source.tensors and not plan.checkpoint.has_tensor(bias):
                 info = plan.source.tensors[name]
+                if len(info.shape) != 2:
+                    raise OrthogonalizeError(
+                        f"{name} has the shape {show_shape(info.shape)}, and is no matrix; fetch it again"
+                    )
                 dtype = info.dtype if info.dtype in EDITABLE else _unquantized_dtype(plan)
                 plan.checkpoint.additions[bias] = Addition.zeros(dtype, (info.shape[0],))
 
@@ -147,9 +152,10 @@ def _fused_weights(plan: EditPlan) -> dict[str, dict[str, int | str]]:
 
 def _rows_of_parts(total: int, shares: Mapping[str, int | str], config: Mapping[str, Any]) -> dict[str, int]:
     """The number of rows that each part gets of `total`."""
-    numbers = {part: share if isinstance(share, int) else int(config[share]) for part, share in shares.items()}
-    if total % sum(numbers.values()):
-        raise OrthogonalizeError(f"config.json does not fit a fused weight of {total} rows; fetch both again")
+    numbers = {part: share if isinstance(share, int) else config.get(share) for part, share in shares.items()}
+    whole = all(type(number) is int and number > 0 for number in numbers.values())
+    if not whole or not total or total % sum(numbers.values()):
+        raise OrthogonalizeError(f"config.json does not fit a fused weight of {total} rows; {AGAIN}")
     return {part: total * number // sum(numbers.values()) for part, number in numbers.items()}
 
 
@@ -157,7 +163,8 @@ def _convert_to_llama(plan: EditPlan) -> None:
     full = load_config(plan.source.path).to_dict()
     given = plan.source.config
     fused = _fused_weights(plan)
-    parts = {name: _rows_of_parts(plan.source.tensors[name].shape[0], shares, full) for name, shares in fused.items()}
+    rows = {name: next(iter(plan.source.tensors[name].shape), 0) for name in fused}
+    parts = {name: _rows_of_parts(rows[name], shares, full) for name, shares in fused.items()}
     changes = {key: full[key] for key in LLAMA_DEFAULTS if key not in given and full.get(key) is not None}
     if not given.keys() & {"rope_theta", "rope_parameters"}:
         changes["rope_parameters"] = full["rope_parameters"]
@@ -181,9 +188,10 @@ def _value_bias(plan: EditPlan, site: Site, part: Part, vector: torch.Tensor) ->
     weight = dequantize(plan.source, plan.check_shape(output, site, 0, len(vector))).double()
     if output in plan.checkpoint.edits:
         weight = plan.checkpoint.edits[output].exact(weight)
-    heads = int(setting(plan.source.config, "num_attention_heads"))
-    groups = int(setting(plan.source.config, "num_key_value_heads", heads))
-    if weight.dim() != 2 or min(heads, groups) < 1 or heads % groups or weight.shape[1] % heads:
+    heads = setting(plan.source.config, "num_attention_heads")
+    groups = setting(plan.source.config, "num_key_value_heads", heads)
+    whole = all(type(number) is int and number > 0 for number in (heads, groups))
+    if weight.dim() != 2 or not whole or heads % groups or weight.shape[1] % heads:
         raise OrthogonalizeError(
             f"{output} has the shape {list(weight.shape)}, but config.json needs {len(vector)} by a multiple of "
             f"{heads} heads in {groups} groups; fetch both again"

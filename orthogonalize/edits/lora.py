@@ -64,7 +64,7 @@ def _linear_layers(plan: EditPlan) -> dict[str, str]:
     held = dict(model.named_modules())
     linear = {name for name, module in held.items() if isinstance(module, torch.nn.Linear)}
     head = next(name for name in linear if held[name] is model.get_output_embeddings())
-    block = plan.architecture.layer.format(layer=0)
+    block = plan.architecture.block(0)
     decoder = next(name for name in plan.architecture.decoder_modules if f"{name}.{block}" in held)
     layers = {}
     for name in plan.checkpoint.edits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -17,11 +18,12 @@ from ..architectures.schema import Architecture
 from ..checkpoints.checkpoint import RECIPE
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError, first_line
-from ..core.files import write_atomically
+from ..core.files import check_text, write_atomically
 from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix
 from ..core.words import counted
 from .config import EditConfig
 
+LARGEST = 2**31  # bytes of a recipe: the maps of a conditional edit of a large mixture of experts
 RoundingName = Annotated[str, AfterValidator(lambda name: ROUNDING_SCHEMES.find(name).name)]
 
 
@@ -144,11 +146,14 @@ class Recipe(_Record):
         try:
             for record in self.maps:
                 affine = AffineMap(arrays[record.u], arrays[record.v], arrays[record.s])
+                _check_rank(affine.u.shape)
                 sides[record.side].update({Site.parse(site): affine for site in record.sites})
             conditional = {
                 WriteMatrix.parse(record.matrix): ConditionalMap(arrays[record.r], arrays[record.c])
                 for record in self.conditional
             }
+            for each in conditional.values():
+                _check_rank(each.r.mT.shape)
             return Intervention(sides["write"], sides["read"], conditional)
         except (KeyError, ValueError, RuntimeError) as error:
             raise OrthogonalizeError(f"the recipe's maps are damaged: {first_line(error)}") from error
@@ -164,6 +169,16 @@ class Recipe(_Record):
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
+def _check_rank(shape: Sequence[int]) -> None:
+    """Check that directions of `shape` [d, k] are one matrix, and no more than the stream has.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if len(shape) != 2 or shape[1] > shape[0]:
+        raise ValueError(f"{list(shape)} are no directions of a stream [d, k]")
+
+
 def load_recipe(path: Path | str) -> Recipe:
     """Read a recipe, given as a file or as the checkpoint folder that contains it.
 
@@ -174,6 +189,7 @@ def load_recipe(path: Path | str) -> Recipe:
     file = path / RECIPE if path.is_dir() else path
     if not file.is_file():
         raise OrthogonalizeError(f"no recipe at {file}")
+    check_text(file, LARGEST)
     try:
         return Recipe.model_validate_json(file.read_text("utf-8"))
     except (ValidationError, UnicodeDecodeError) as error:

@@ -10,10 +10,12 @@ from typing import Literal
 
 import torch
 
+from ..architectures.schema import MOST_LAYERS
 from ..core.errors import OrthogonalizeError, shown
 from ..core.interventions import AffineMap, Intervention, Site, block_sites, shift
 
-MOST_LAYERS = 10_000
+NUMBER = r"\d{1,18}"
+SPAN = rf"{NUMBER}(-{NUMBER})?"
 Kind = Literal["all", "one", "top", "layers", "upto", "from"]
 
 
@@ -63,14 +65,14 @@ def parse_scope(text: str) -> Scope:
         return Scope("all" if text == "all" else "one")
     kind, _, rest = text.partition(":")
     match kind:
-        case "upto" | "from" if rest.isdecimal():
+        case "upto" | "from" if re.fullmatch(NUMBER, rest):
             return Scope(kind, (int(rest),))
-        case "top" if re.fullmatch(r"\d+(\.\d+)?%?", rest):
+        case "top" if re.fullmatch(rf"{NUMBER}(\.\d{{1,9}})?%?", rest):
             percent = float(rest.rstrip("%"))
             if not 0 < percent <= 100:
                 raise OrthogonalizeError(f"scope {text!r}: the percentage must be above 0 and at most 100")
             return Scope("top", percent=percent)
-        case "layers" if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", rest):
+        case "layers" if re.fullmatch(rf"{SPAN}(,{SPAN})*", rest):
             layers: set[int] = set()
             for part in rest.split(","):
                 first, _, last = part.partition("-")

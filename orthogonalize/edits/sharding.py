@@ -39,7 +39,7 @@ class Share(NamedTuple):
         Raises:
             OrthogonalizeError: `text` does not have this form.
         """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)
         share = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
         if not 1 <= share.number <= share.of:
             raise OrthogonalizeError(f"--shard {text}: give i/n with i from 1 to n, such as 2/4")

@@ -12,7 +12,7 @@ import torch
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.quantization import check_loadable
 from ..checkpoints.safetensors_file import DTYPES, TensorInfo
-from ..checkpoints.settings_files import quantization
+from ..checkpoints.settings_files import check_layers, quantization, read_settings
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.foreign import explained
 from ..core.memory import available_memory
@@ -21,6 +21,7 @@ from .tokenizer.faithful import read_tokenizer
 
 ALL = "all"  # the device that is every GPU of this host
 UPDATE = "update transformers if the model is newer, or fetch its files again"
+DENSEST = 16  # numbers for each byte of quantised weights: more than any format has (those of two bits have four)
 FILLED = 0.85  # of the free memory that the weights of a resident model may take; the rest is for what it computes
 
 
@@ -142,6 +143,7 @@ def load_model(
     # If transformers has its own class, that is used; code in the folder is for older versions.
     if config.get("auto_map") and not trust_remote_code and config.get("model_type") not in CONFIG_MAPPING:
         raise OrthogonalizeError(f"{folder} contains code of its own, which is only run by extract --trust-remote-code")
+    check_complete(folder)  # transformers would take memory for whatever is missing, of any size
     chosen = dtype or choose_dtype(place, checkpoint.dtype)
     spread = is_spread(device, resident_bytes(checkpoint, place, chosen))
     check_loadable(checkpoint)
@@ -187,6 +189,7 @@ def load_on_meta(folder: Path, tensors: Mapping[str, TensorInfo], dtype: torch.d
     Raises:
         OrthogonalizeError: a tensor is missing or has the wrong shape, or transformers has no class for the model.
     """
+    check_layers(read_settings(folder / "config.json"), len(tensors))
     config = load_config(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -209,15 +212,24 @@ def check_complete(folder: Path) -> None:
     """Reject a checkpoint that lacks a tensor: vLLM leaves it uninitialized, transformers initializes it at random.
 
     The transformers class of the model is built without reading weights. Models without such a class are not
-    checked, nor are quantized ones, whose tensor names depend on the quantizer.
+    checked, and of quantized ones, whose tensor names depend on the quantizer, only the size is.
 
     Raises:
         OrthogonalizeError: a tensor is missing or has the wrong shape.
     """
     from transformers import CONFIG_MAPPING
 
-    config = open_checkpoint(folder).config
-    if config.get("model_type") not in CONFIG_MAPPING or quantization(config) is not None:
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    check_layers(config, len(checkpoint.tensors))
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return
+    if quantization(config) is not None:
+        _check_size(checkpoint)
+        return
+    stats = [(folder / name).stat() for name in ("config.json", *checkpoint.files)]
+    state = (folder.resolve(), *((s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats))
+    if state in _complete:
         return
     try:
         _, found = model_class(folder).from_pretrained(
@@ -228,6 +240,30 @@ def check_complete(folder: Path) -> None:
     except Exception:  # the files may be anybody's
         return  # transformers has no class for it, but the engine may
     _check_missing(folder, found["missing_keys"])
+    _complete.add(state)
+
+
+_complete: set[tuple[Any, ...]] = set()  # folders that this process has found complete, and their files as they were
+
+
+def _check_size(checkpoint: Checkpoint) -> None:
+    """Check that a quantised model has no more numbers than its files can hold.
+
+    Raises:
+        OrthogonalizeError: it has.
+    """
+    folder = checkpoint.path
+    try:
+        config = load_config(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = model_class(folder).from_config(config, trust_remote_code=False)
+    except Exception:  # the files may be anybody's
+        return
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    if numbers > DENSEST * checkpoint.weight_bytes:
+        raise OrthogonalizeError(f"{folder} is incomplete: its files are too small for {numbers} numbers")
 
 
 def _check_missing(folder: Path, names: Collection[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError, first_line
-from ..core.files import fingerprint
+from ..core.files import check_regular, fingerprint
 from ..core.locks import locked
 from ..core.progress import note
 from .gguf import convert_gguf
@@ -60,6 +60,7 @@ def find_model(model: str, revision: str | None = None) -> Path:
     if path.is_dir():
         folder = path
     elif path.suffix == ".gguf":
+        check_regular(path)
         versions = [version(name) for name in CONVERTERS]
         content = fingerprint([file_hash(path), versions])
         folder = cached(f"{path.stem}-{content[:16]}", partial(convert_gguf, path))

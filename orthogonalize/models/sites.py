@@ -63,14 +63,15 @@ class Sites:
 
     def in_layer(self, name: str, layer: int) -> str:
         """The full name of a tensor in block `layer`."""
-        return f"{self.decoder}{self.architecture.layer.format(layer=layer)}.{name}"
+        return f"{self.decoder}{self.architecture.block(layer)}.{name}"
 
     def _expand(self, template: str, layer: int) -> list[str]:
         """The stored tensors that a described name stands for: none, one, or one per expert."""
         name = self.in_layer(template, layer)
         if "{expert}" not in name:
             return [name] if name in self.tensors else []
-        names = [name.replace("{expert}", str(e)) for e in range(self.architecture.experts(self.config))]
+        count = min(self.architecture.experts(self.config), len(self.tensors) + 1)  # config.json may say any number
+        names = [name.replace("{expert}", str(e)) for e in range(count)]
         stored = [n for n in names if n in self.tensors]
         if stored and len(stored) < len(names):
             missing = next(n for n in names if n not in self.tensors)
@@ -219,7 +220,7 @@ class Sites:
             OrthogonalizeError: there is such a tensor; the message names the first.
         """
         width, layers = self.architecture.width(self.config), self.architecture.layers(self.config)
-        block = re.compile(re.escape(self.architecture.layer).replace(r"\{layer\}", r"(\d+)") + r"\.(.+)")
+        block = re.compile(re.escape(self.architecture.layer).replace(r"\{layer\}", r"(\d{1,9})") + r"\.(.+)")
         known, outside = self._described_in_blocks(), self._described_outside()
         for name, info in self.tensors.items():
             if not name.startswith(self.decoder) or len(info.shape) < 2 or width not in info.shape:

@@ -32,7 +32,7 @@ class Stream:
     def decoder_name(self) -> str:
         """The name of the module that contains the blocks."""
         for name in self.architecture.decoder_modules:
-            if self._module(f"{name}.{self.architecture.layer.format(layer=0)}") is not None:
+            if self._module(f"{name}.{self.architecture.block(0)}") is not None:
                 return name
         raise OrthogonalizeError(
             f"{type(self.model).__name__} does not have its blocks where {self.architecture.family} models have them"
@@ -53,7 +53,7 @@ class Stream:
         return self.architecture.layers(self.config)
 
     def block_name(self, layer: int) -> str:
-        return f"{self.decoder_name}.{self.architecture.layer.format(layer=layer)}"
+        return f"{self.decoder_name}.{self.architecture.block(layer)}"
 
     def block(self, layer: int) -> nn.Module:
         return self.model.get_submodule(self.block_name(layer))

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, SerializerFunctionWrapHandler, model_serializer
 
 from ..core.errors import OrthogonalizeError
+from ..core.files import check_text
 from ..evals.judges.base import Judgement
 from ..evals.metrics import Divergence, Loss, Measure, Paired, Rate, Record, Score, Series, compare, kept_share, nested
 from ..evals.suites.answers import is_preserved
@@ -239,6 +240,7 @@ def load_stored(kind: type[Kind], folder: Path | str, name: str, command: str) -
     file = folder / f"{name}.json" if folder.is_dir() else folder
     if not file.is_file():
         raise OrthogonalizeError(f"no {name} at {file}; create one with {command}")
+    check_text(file)
     try:
         return kind.model_validate_json(file.read_text("utf-8"))
     except ValueError as error:

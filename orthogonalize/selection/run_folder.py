@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from ..core.errors import OrthogonalizeError, first_line
-from ..core.files import check_regular_files, parse_json, write_atomically
+from ..core.files import check_regular_files, check_text, parse_json, write_atomically
 from ..core.output_folders import check_finished_run
 from ..data.chat import ChatFormat
 from ..data.prompts import Goal, PreservedPrompt, Prompt, Side, Split, target_side, texts_of
@@ -231,6 +231,8 @@ def load_run(folder: Path | str) -> Run:
     folder = Path(folder)
     check_finished_run(folder)
     check_regular_files(folder)
+    for name in ("run.json", "prompts.jsonl", PRESERVED, "candidates.json"):
+        check_text(folder / name)
     try:
         info = RunInfo.model_validate_json((folder / "run.json").read_text("utf-8"))
         prompts, preserved = load_prompt_file(folder), load_preserved(folder)

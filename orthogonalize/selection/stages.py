@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from ..core.errors import OrthogonalizeError
-from ..core.files import fingerprint, write_atomically
+from ..core.files import check_text, fingerprint, write_atomically
 from ..core.progress import note
 from .behaviour import Found
 
@@ -39,6 +39,7 @@ class StageBook:
         self.file = folder / BOOK
         self.entries: dict[str, _Entry] = {}
         if self.file.is_file():
+            check_text(self.file)
             try:
                 self.entries = _ENTRIES.validate_json(self.file.read_bytes())
                 if "prompts" in self.entries:

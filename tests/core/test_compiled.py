@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from numba.core import caching
+from numba.core import caching, config
 
 from orthogonalize.core.compiled import compiled
 
@@ -31,3 +32,14 @@ def test_other_errors_of_numba_are_not_hidden(monkeypatch):
     monkeypatch.setattr("orthogonalize.core.compiled.njit", refuses)
     with pytest.raises(RuntimeError, match="no such processor"):
         compiled()(twice)
+
+
+@pytest.mark.skipif(not config.BOUNDSCHECK, reason="only `make prove` compiles so")
+def test_every_index_is_checked():
+    """Otherwise the second run of `make prove` would show nothing."""
+
+    def second(x):
+        return x[1]
+
+    with pytest.raises(IndexError):
+        compiled(nogil=True)(second)(np.zeros(1))

@@ -5,12 +5,15 @@ It releases the interpreter lock, so that threads can share a batch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import scipy.linalg  # noqa: F401 (numba uses its cholesky; loaded here, before the number of BLAS threads is limited)
 
 from ...core.compiled import compiled
+
+Array = np.ndarray[Any, Any]
 
 STEPS = 100  # maximum number of Newton steps
 HALVINGS = 40  # maximum number of halvings of a step
@@ -132,7 +135,7 @@ def _fit(gram: Any, idle: Any, noise: float, labels: Any, c: float, tolerance: f
 
 
 @compiled(nogil=True)
-def fit_by_newton(
+def _fit_all(
     grams: Any,
     idle: Any,
     noise: Any,
@@ -143,6 +146,36 @@ def fit_by_newton(
     intercepts: Any,
     margins: Any,
 ) -> None:
+    for pair in range(len(grams)):
+        duals[pair], margins[pair] = 0, 0
+        intercepts[pair] = _fit(grams[pair], idle[pair], noise[pair], labels, c, tolerance, duals[pair], margins[pair])
+
+
+def _check(given: Mapping[str, Array], filled: Mapping[str, Array]) -> None:
+    """Check what the loops assume of their arguments.
+
+    Raises:
+        ValueError: an array has another shape, format or memory layout, or one that is filled shares memory.
+    """
+    grams = given["grams"]
+    pairs, n = grams.shape[0], grams.shape[-1]
+    shapes = {
+        "grams": (pairs, n, n), "idle": (pairs, n, given["idle"].shape[-1]), "noise": (pairs,), "labels": (n,),
+        "duals": (pairs, n), "intercepts": (pairs,), "margins": (pairs, n),
+    }  # fmt: skip
+    for name, array in {**given, **filled}.items():
+        if array.shape != shapes[name] or array.dtype != np.float64:
+            raise ValueError(f"{name} {array.dtype}{list(array.shape)} must be float64{list(shapes[name])}")
+    for name, array in filled.items():
+        others = (other for each, other in {**given, **filled}.items() if each != name)
+        if not array.flags.behaved or any(np.may_share_memory(array, other) for other in others):
+            raise ValueError(f"{name} must be aligned and writable, in memory of its own")
+
+
+def fit_by_newton(
+    grams: Array, idle: Array, noise: Array, labels: Array, c: float, tolerance: float,
+    duals: Array, intercepts: Array, margins: Array,
+) -> None:  # fmt: skip
     """Fit the problems of `grams` [pairs, n, n] to `labels` [n] of 0 and 1, all in float64.
 
     Args:
@@ -150,7 +183,12 @@ def fit_by_newton(
         noise: [pairs], bound on the rounding error of the margins for weights up to 1.
         tolerance: the fit ends when no margin moves by more than this share of their spread.
         duals, intercepts, margins: [pairs, n], [pairs] and [pairs, n], to be filled.
+
+    Raises:
+        ValueError: an array has another shape, format or memory layout than the compiled loops assume.
     """
-    for pair in range(len(grams)):
-        duals[pair], margins[pair] = 0, 0
-        intercepts[pair] = _fit(grams[pair], idle[pair], noise[pair], labels, c, tolerance, duals[pair], margins[pair])
+    _check(
+        {"grams": grams, "idle": idle, "noise": noise, "labels": labels},
+        {"duals": duals, "intercepts": intercepts, "margins": margins},
+    )
+    _fit_all(grams, idle, noise, labels, c, tolerance, duals, intercepts, margins)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ...architectures.schema import Architecture, families, parse, remember
 from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import OrthogonalizeError, first_line, shown
-from ...core.files import fingerprint, write_atomically
+from ...core.files import check_text, fingerprint, write_atomically
 from ...core.progress import note
 from ...core.temporary_folders import temporary_folder
 from ...models.describe.draft import draft_with_twin, refusals
@@ -50,6 +50,7 @@ def learn_from(recipe: Recipe, source: Checkpoint) -> None:
 
 def _given(source: Checkpoint, file: Path) -> Architecture:
     """The architecture that the user's `file` describes, proven on a twin."""
+    check_text(file)
     try:
         architecture = parse(file.read_text("utf-8"), str(file))
     except (OSError, UnicodeDecodeError) as error:

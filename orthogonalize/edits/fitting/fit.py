@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from ...core.errors import OrthogonalizeError
-from ...core.files import write_atomically
+from ...core.files import check_text, write_atomically
 from ...core.interrupts import check
 from ...core.interventions import ConditionalMap, Site, WriteMatrix, block_sites, orthonormal
 from ...core.progress import track
@@ -154,9 +154,10 @@ class FitTokens:
         Raises:
             OrthogonalizeError: the file is missing or damaged.
         """
+        check_text(file)
         try:
             return _FIT_TOKENS.validate_json(file.read_bytes())
-        except FileNotFoundError:
+        except OSError:
             raise OrthogonalizeError(
                 f"{file.parent} lacks the model's own answers, which a conditional edit is fitted to; run extract again"
             ) from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import OrthogonalizeError
+from ...core.files import check_text
 from ...core.journal import Journal
 from ...core.progress import note
 from ...data.chat import ChatFormat
@@ -29,6 +30,7 @@ def read_phrases(file: Path | str | None) -> list[str]:
     """
     if file is None:
         return list(PREFIXES)
+    check_text(Path(file))
     try:
         lines = Path(file).read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from ...checkpoints.safetensors_file import open_tensor_file
+from ...checkpoints.safetensors_file import open_tensor_file, stored_bytes
 from ...core.errors import OrthogonalizeError
 from ...core.files import fingerprint, new_partial_file
+from ...core.progress import note
 
 WRITTEN = 0.25  # bytes written per byte of weights read, at most
 
@@ -34,13 +37,21 @@ class StreamState:
         if self.file.is_symlink() or not self.file.is_file():
             return 0
         try:
-            metadata = open_tensor_file(self.file).metadata
+            stored = open_tensor_file(self.file)
+            layer = stored.metadata.get("layer", "")
+            streams = {name: _digest(stored.chunks(name)) for name in stored.tensors}
+            known = stored.metadata.get("inputs") == self._inputs
+            if known and stored.metadata.get("check") == self._check(layer, streams):
+                return int(layer)
         except OrthogonalizeError:
-            metadata = {}
-        if metadata.get("inputs") == self._inputs:
-            return int(metadata["layer"])
+            pass
+        note(f"{self.file} was made from something else, by another version, or is damaged, and is dropped")
         self.file.unlink()
         return 0
+
+    def _check(self, layer: str, streams: Mapping[str, str]) -> str:
+        """A checksum of a layer and the streams there, given by theirs, and of this package's version."""
+        return fingerprint([version("orthogonalize"), layer, streams])
 
     def load(self) -> dict[str, torch.Tensor]:
         """The stored streams by name."""
@@ -57,12 +68,10 @@ class StreamState:
         if size > WRITTEN * self._unread:
             return
         self._unread = 0.0
+        held = {name: each.cpu().contiguous() for name, each in streams.items()}
+        check = self._check(str(layer), {name: _digest([stored_bytes(each)]) for name, each in held.items()})
         with new_partial_file(self.file) as (partial, _):
-            save_file(
-                {name: each.cpu().contiguous() for name, each in streams.items()},
-                partial,
-                {"inputs": self._inputs, "layer": str(layer)},
-            )
+            save_file(held, partial, {"inputs": self._inputs, "layer": str(layer), "check": check})
             partial.replace(self.file)
         self.layer = layer
 
@@ -70,3 +79,10 @@ class StreamState:
         """Remove the file: the results of the pass are safe, or not to be trusted."""
         self.file.unlink(missing_ok=True)
         self.layer = 0
+
+
+def _digest(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()

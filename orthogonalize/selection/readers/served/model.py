@@ -21,6 +21,7 @@ from ....engines.reading.streams import READABLE, EngineStreams
 from ....engines.shared_base import SharedBase, common_folder, edited_weights
 from ....engines.vllm import VllmEngine
 from ....engines.weight_swap import WeightSwap, kind_of
+from ....models.loading import check_complete
 
 CONTEXT = 2048  # tokens of the engine's context, in multiples of which it grows
 
@@ -82,6 +83,7 @@ class ServedModel:
 
     def _start(self, context: int) -> None:
         self.close()
+        check_complete(self.source.path)
         extra: dict[str, Any] = dict(READABLE)
         if self.dtype is not None:
             extra["dtype"] = str(self.dtype).removeprefix("torch.")
