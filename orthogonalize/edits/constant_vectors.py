@@ -152,7 +152,9 @@ def _fused_weights(plan: EditPlan) -> dict[str, dict[str, int | str]]:
 
 def _rows_of_parts(total: int, shares: Mapping[str, int | str], config: Mapping[str, Any]) -> dict[str, int]:
     """The number of rows that each part gets of `total`."""
-    numbers = {part: share if isinstance(share, int) else config.get(share) for part, share in shares.items()}
+    numbers: dict[str, Any] = {
+        part: share if isinstance(share, int) else config.get(share) for part, share in shares.items()
+    }
     whole = all(type(number) is int and number > 0 for number in numbers.values())
     if not whole or not total or total % sum(numbers.values()):
         raise OrthogonalizeError(f"config.json does not fit a fused weight of {total} rows; {AGAIN}")

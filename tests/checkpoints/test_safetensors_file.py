@@ -178,3 +178,10 @@ def test_huge_numbers_and_deep_nesting_are_refused(tmp_path):
     ):
         with pytest.raises(OrthogonalizeError):
             open_tensor_file(write(tmp_path / "a.safetensors", bomb, b"12345678"))
+
+
+@pytest.mark.parametrize("header", [{"\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
+                                    {"__metadata__": {"a": "\udfff"}}], ids=["name", "metadata"])  # fmt: skip
+def test_names_that_no_file_can_hold_are_refused(header, tmp_path):
+    with pytest.raises(OrthogonalizeError, match="surrogate"):
+        open_tensor_file(write(tmp_path / "a.safetensors", header))

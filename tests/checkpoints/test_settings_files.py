@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from helpers.command_line import command
 from helpers.llama import WIDTH
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
@@ -63,6 +65,27 @@ CONFIGS = {
     "ten million layers": ({"num_hidden_layers": 10**7}, "num_hidden_layers"),
     "ten million labels": ({"num_labels": 10**7}, "num_labels"),
     "experts": ({"num_local_experts": 10**9}, "num_local_experts"),
+    "positions": ({"max_position_embeddings": 2**40}, "max_position_embeddings"),
+    "positions of an inner model": ({"text_config": {"n_positions": 10**9}}, "n_positions"),
+    "positions by a factor": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 1e9, "original_max_position_embeddings": 4096}},
+        "times 4096",
+    ),
+    "positions by a factor, in all": (
+        {
+            "rope_scaling": {"type": "linear", "factor": 1e6, "original_max_position_embeddings": 1},
+            "max_position_embeddings": 4096,
+        },
+        "times 4096",
+    ),
+    "positions by no number": (
+        {
+            "rope_parameters": {
+                "a": {"rope_type": "yarn", "factor": float("nan"), "original_max_position_embeddings": 4}
+            }
+        },
+        "times 4",
+    ),
     "huge number": ({"whatever": 10**40}, "whatever"),
     "architectures": ({"architectures": {"a": 1}}, "architectures"),
     "attention from the Hub": ({"attn_implementation": "evil/kernel"}, "names code"),
@@ -85,6 +108,42 @@ CONFIGS = {
 def test_hostile_configuration_is_refused_before_a_library_reads_it(name, file, chatting, tmp_path):
     content, named = CONFIGS[name]
     assert named in refusal(changed(chatting, tmp_path / "base", file, content), open_checkpoint)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"max_position_embeddings": 10_485_760, "rope_scaling": {
+            "rope_type": "llama3", "factor": 16.0, "original_max_position_embeddings": 8192}},
+        {"max_position_embeddings": 131_072, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        {"max_position_embeddings": 163_840, "rope_scaling": {
+            "type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}},
+    ],
+    ids=["Llama 4", "Gemma 3", "DeepSeek V3"],
+)  # fmt: skip
+def test_the_longest_contexts_of_released_models_are_read(config, chatting, tmp_path):
+    assert open_checkpoint(changed(chatting, tmp_path / "base", "config.json", config)).config
+
+
+@pytest.mark.parametrize("use", [check_complete, lambda folder: load_model(folder, "cpu")], ids=["eval", "hf"])
+@pytest.mark.parametrize("key", ["num_hidden_layers", "text_config"])
+def test_more_layers_than_tensors_are_not_built(key, use, chatting, tmp_path):
+    change = {"text_config": {"num_hidden_layers": 9999}} if key == "text_config" else {key: 9999}
+    assert "= 9999, but" in refusal(changed(chatting, tmp_path / "base", "config.json", change), use)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize(
+    "change", [{"intermediate_size": 2**24}, {"intermediate_size": 2**40}, {"vocab_size": 2**26}], ids=str
+)
+def test_missing_tensors_of_any_size_take_no_memory(change, quantised, chatting, tmp_path):
+    base = changed(chatting, tmp_path / "base", "config.json", change)
+    if quantised:
+        base = changed(base, tmp_path / "quantised", "config.json", {"quantization_config": {"quant_method": "fp8"}})
+    tensors = load_file(base / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "mlp" not in n and "embed" not in n}, base / "model.safetensors")
+    assert "is incomplete" in refusal(base, lambda folder: load_model(folder, "cpu"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20
 
 
 @pytest.mark.parametrize("layers", [0, -1])

@@ -106,6 +106,26 @@ def test_other_prompts_or_weights_are_noticed(copy, model, sources, tmp_path):
         extract(str(other), copy, **sources, settings=SMALL)
 
 
+CHANGES = {
+    "norm epsilon": ("config.json", {"rms_norm_eps": 0.5}),
+    "activation": ("config.json", {"hidden_act": "gelu"}),
+    "rope": ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
+    "template": ("tokenizer_config.json", {"chat_template": "{{ messages[0]['content'] }} :"}),
+    "template of its own": ("chat_template.jinja", {"a": "{{ messages[0]['content'] }} :"}),
+    "tokenizer": ("tokenizer.json", {"truncation": None, "padding": None, "normalizer": {"type": "Lowercase"}}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_beside_the_weights_is_noticed(name, copy, model, sources, tmp_path):
+    file, change = CHANGES[name]
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    known = json.loads((other / file).read_text()) if file.endswith(".json") and (other / file).exists() else {}
+    (other / file).write_text(json.dumps(known | change))
+    with pytest.raises(OrthogonalizeError, match="a different model's other files"):
+        extract(str(other), copy, **sources, settings=SMALL)
+
+
 def test_stages_run_one_by_one_give_the_same_run(run, model, sources, tmp_path, ran):
     out = tmp_path / "run"
     for stage in ("prompts", "activations", "directions", "answers"):

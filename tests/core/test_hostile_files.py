@@ -12,12 +12,17 @@ from helpers.llama import WIDTH, store, tiny_llama
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
+from orthogonalize.commands.judge import judge
 from orthogonalize.commands.push import push
 from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.files import partial_file, write_atomically
 from orthogonalize.core.journal import Journal
+from orthogonalize.core.output_folders import RUN, check_run_folder
+from orthogonalize.edits.adapter import adapter_config
 from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.evals.measures.measured_prompts import read_phrases
+from orthogonalize.models.resolve import find_model
 from orthogonalize.reports.run_plots import plot_run
 
 
@@ -145,6 +150,37 @@ def test_what_is_not_a_regular_file_is_refused(kind, name, base, tmp_path, monke
             bound.bind(file.name)
     with pytest.raises(OrthogonalizeError, match=f"{file.name} is not a regular file"):
         open_checkpoint(base)
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling", "loop"])
+def test_weights_that_cannot_be_read_are_named(kind, base):
+    file = base / "model.safetensors"
+    file.unlink()
+    file.mkdir() if kind == "folder" else file.symlink_to("nowhere" if kind == "dangling" else file.name)
+    with pytest.raises(OrthogonalizeError, match=r"model\.safetensors cannot be read"):
+        open_checkpoint(base)
+
+
+READS = {
+    "model.gguf": find_model,
+    "answers.json": judge,
+    "phrases.txt": read_phrases,
+    "adapter/adapter_model.safetensors": lambda file: adapter_config(file.parent),
+    "run/prompts.jsonl": lambda file: check_run_folder(file.parent, RUN),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    (file.parent / RUN.mark).write_text("{}")
+    (file.parent / "adapter_config.json").write_text("{}")
+    if name.startswith("run"):
+        (file.parent / "adapter_config.json").unlink()
+    os.mkfifo(file)
+    with pytest.raises(OrthogonalizeError, match=r"not a regular file|no such file"):
+        READS[name](file)
 
 
 def test_plots_are_not_written_through_a_link(secret, tmp_path):

@@ -37,3 +37,9 @@ def test_only_a_split_is_read_from_all_its_shards(tmp_path):
     shard = tmp_path / "test-00001-of-00002.parquet"
     assert list(read_split(shard)) == ROWS
     assert list(read_rows(shard)) == ROWS[1:]
+
+
+def test_a_name_that_counts_endless_shards_is_refused_at_once(tmp_path):
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "test-00000-of-999999999.parquet")
+    with pytest.raises(ValueError, match=r"test-000000000-of-999999999\.parquet is missing"):
+        list(read_split(tmp_path / "test-00000-of-999999999.parquet"))

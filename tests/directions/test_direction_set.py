@@ -115,10 +115,12 @@ def test_bad_direction_file_is_refused(tmp_path):
     save_file({"direction": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.safetensors")
     save_file({"vector": torch.ones(4)}, tmp_path / "named.safetensors")
     save_file({"direction": torch.ones(4, dtype=torch.complex64)}, tmp_path / "complex.safetensors")
+    torch.save(torch.ones(1).expand(10**6, 10**6), tmp_path / "vast.pt")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     for name, message in {
         "evil.pt": "cannot be read",
         "dict.pt": "one tensor",
+        "vast.pt": "1000000000000 numbers",
         "zero.safetensors": "zero, NaN",
         "nan.safetensors": "zero, NaN",
         "named.safetensors": "neither 'direction' nor 'basis'",

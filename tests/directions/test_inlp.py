@@ -13,6 +13,7 @@ from sklearn.linear_model import LogisticRegression
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import orthonormal
 from orthogonalize.directions.inlp.logistic import Samples, fit_batch, fit_logistic
+from orthogonalize.directions.inlp.newton import fit_by_newton
 from orthogonalize.directions.inlp.nullspace import Subspace, inlp, stratified_split
 
 
@@ -193,6 +194,37 @@ def test_compiled_and_batched_iterations_agree(seed, shape, scale):
     data.project_off(fit_logistic(data, labels, 0.1)[0])
     for one, other in zip(fit_logistic(data, labels, 0.1), fit_batch(data, labels, 0.1), strict=True):
         assert torch.allclose(one, other, rtol=1e-7, atol=1e-9)
+
+
+PAIRS, SAMPLES = 2, 5
+ARGUMENTS = {
+    "grams": (PAIRS, SAMPLES, SAMPLES), "idle": (PAIRS, SAMPLES, 1), "noise": (PAIRS,), "labels": (SAMPLES,),
+    "duals": (PAIRS, SAMPLES), "intercepts": (PAIRS,), "margins": (PAIRS, SAMPLES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+@pytest.mark.parametrize("wrong", ["short", "long", "flat", "float32", "frozen", "shared"])
+def test_wrong_argument_of_the_compiled_iteration_is_refused(name, wrong):
+    given = {each: np.zeros(shape) for each, shape in ARGUMENTS.items()}
+    given["labels"][:2] = 1
+    filled = name in ("duals", "intercepts", "margins")
+    if wrong in ("frozen", "shared") and not filled:
+        pytest.skip("it is only read")
+    if wrong == "frozen":
+        given[name].flags.writeable = False
+    elif wrong == "shared":
+        given[name] = given["grams"].reshape(-1)[: given[name].size].reshape(given[name].shape)
+    else:
+        axis = max(given[name].ndim - 2, 0)
+        given[name] = {
+            "short": np.delete(given[name], 0, axis),
+            "long": np.repeat(given[name], 2, axis),
+            "flat": given[name].reshape(1, *given[name].shape),
+            "float32": given[name].astype(np.float32),
+        }[wrong]
+    with pytest.raises(ValueError, match="must be"):
+        fit_by_newton(**given, c=1.0, tolerance=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

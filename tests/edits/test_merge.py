@@ -89,7 +89,17 @@ def test_verify_and_eval_take_an_adapter(chat_model, tmp_path, monkeypatch, sour
         ({"use_dora": True}, "use_dora = True, which no weights of W"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
-        ({"r": None}, "is not the configuration of a LoRA adapter"),
+        *(
+            (odd, "is not the configuration of a LoRA adapter")
+            for odd in (
+                {"r": None},
+                {"r": float("inf")},
+                {"lora_alpha": float("nan")},
+                {"alpha_pattern": [1]},
+                {"alpha_pattern": {"q_proj": "x"}},
+                {"alpha_pattern": {"q_proj": 10**400}},
+            )
+        ),
     ],
 )
 def test_what_is_more_than_two_factors_is_refused(base, tmp_path, change, complaint):
@@ -99,6 +109,31 @@ def test_what_is_more_than_two_factors_is_refused(base, tmp_path, change, compla
     with pytest.raises(OrthogonalizeError, match=complaint):
         merge(tmp_path / "adapter", tmp_path / "merged", base=base)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.zeros(0, WIDTH), torch.zeros(WIDTH, 0)),
+        (torch.ones(2, WIDTH, dtype=torch.int8), torch.ones(WIDTH, 2, dtype=torch.int8)),
+        (torch.ones(2, WIDTH, dtype=torch.complex64), torch.ones(WIDTH, 2, dtype=torch.complex64)),
+    ],
+    ids=["of rank 0", "of integers", "of complex numbers"],
+)
+def test_odd_factors_are_refused(a, b, base, tmp_path):
+    peft_adapter(base, tmp_path / "adapter")
+    factors = {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": a}
+    factors |= {name.replace("lora_A", "lora_B"): b for name in factors}
+    save_file(factors, tmp_path / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(OrthogonalizeError, match="factor"):
+        merge(tmp_path / "adapter", tmp_path / "merged", base=base)
+
+
+def test_an_adapter_nested_without_end_is_refused(base, tmp_path):
+    peft_adapter(base, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(OrthogonalizeError, match="is not the configuration of a LoRA adapter"):
+        merge(tmp_path / "adapter", tmp_path / "merged", base=base)
 
 
 def test_factors_for_another_model_are_refused(base, tmp_path):

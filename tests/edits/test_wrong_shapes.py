@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,15 @@ from helpers.llama import store, tiny_llama
 from helpers.tiny_models import store_tiny
 from safetensors.torch import load_file, save_file
 
+from orthogonalize.architectures.schema import Architecture, architecture_of
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import ConditionalMap, Intervention, Site, removal, shift
 from orthogonalize.edits.bake import bake
-from orthogonalize.edits.recipe import ConditionalRecord, load_recipe, store_maps
+from orthogonalize.edits.constant_vectors import _value_bias
+from orthogonalize.edits.plan import EditPlan
+from orthogonalize.edits.recipe import Array, ConditionalRecord, load_recipe, store_maps
 from orthogonalize.edits.sharding import RECORD, Share, assemble
 
 DOWN, EMBEDDING, O_PROJ = (
@@ -124,6 +130,32 @@ def test_constant_of_a_wrong_bias_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("llama", "model.layers.0.mlp.gate_proj.weight", ()),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight", ()),
+        ("phi3", "model.layers.0.self_attn.qkv_proj.weight", (0, 48)),
+        ("phi3", "model.layers.0.mlp.gate_up_proj.weight", (111, 48)),
+    ],
+)
+def test_constant_beside_a_wrong_projection_is_refused(family, name, shape, tmp_path):
+    """Where the biases of all projections are written with the one that holds the constant."""
+    base = open_checkpoint(with_shape(store_tiny(family, tmp_path / "whole"), tmp_path / "base", name, *shape))
+    with pytest.raises(OrthogonalizeError, match=r"is no matrix|does not fit a fused weight"):
+        bake(base, Intervention({Site("mlp", 1): shift(torch.ones(48))}))
+
+
+@pytest.mark.parametrize("heads", ["many", None, 0, 3, [4]], ids=str)
+def test_constant_by_the_values_needs_a_number_of_heads(heads, tmp_path):
+    source = store_tiny("qwen3", tmp_path / "base")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_attention_heads": heads}))
+    plan, site = EditPlan.of(open_checkpoint(source)), Site("attn", 1)
+    with pytest.raises(OrthogonalizeError, match="heads"):
+        _value_bias(plan, site, plan.sites.parts(site)[0], torch.ones(48, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
     ("shape", "settings"),
     [((1, 3), {}), ((0, 1), {}), ((2, 2), {"weight_block_size": [0, 0]}), ((2, 2), {"weight_block_size": "128"})],
 )
@@ -164,6 +196,51 @@ def test_every_map_of_a_recipe_is_checked(width, llama, direction, tmp_path):
     (tmp_path / "nan.json").write_text(wrong.model_dump_json())
     with pytest.raises(OrthogonalizeError, match="NaN"):
         edit(str(llama), tmp_path / "out", recipe=tmp_path / "nan.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layer": "layers.{layer:>9999999999}"},
+        {"layer": "layers.{layer.__class__}"},
+        {"layer_count": ["vocab_size"]},
+        {"expert_count": ["vocab_size"], "mlp": {"mlp": {"module": "mlp", "writes": {"experts.{expert}.w": 0}}}},
+    ],
+    ids=str,
+)
+def test_a_description_in_a_recipe_asks_for_no_memory(change, llama, direction, tmp_path):
+    """It is a stranger's, as is the configuration, which has any number at the key that it names."""
+    base = with_shape(llama, tmp_path / "base", DOWN, 32, 48)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 2**53}))
+    recipe = load_recipe(edited(llama, direction, tmp_path / "edited"))
+    known = architecture_of(config).model_dump()
+    recipe.description = Architecture.model_validate(known | change)
+    recipe.save(tmp_path / "edited")
+    began = time.monotonic()
+    with pytest.raises(OrthogonalizeError):
+        edit(str(base), tmp_path / "out", recipe=tmp_path / "edited" / "orthogonalize.json")
+    assert time.monotonic() - began < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20
+
+
+def edited(base: Path, direction: Path, out: Path) -> Path:
+    edit(str(base), out, direction=direction, method="ablate", scope="layers:0-1")
+    return out
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 32, 1), (32, 3000), (0, 0)], ids=str)
+def test_a_map_of_a_recipe_is_one_matrix_of_few_directions(shape, llama, direction, tmp_path):
+    """A rank above the width would take minutes, and more memory than there is."""
+    edit(str(llama), tmp_path / "edited", direction=direction, method="ablate", scope="layers:0-1")
+    recipe = load_recipe(tmp_path / "edited")
+    for key, name in ((recipe.maps[0].u, "u"), (recipe.maps[0].v, "v"), (recipe.maps[0].s, "s")):
+        given = torch.ones(shape if name != "s" else shape[:-1], dtype=torch.float64)
+        data = base64.b64encode(given.numpy().tobytes()).decode()
+        recipe.arrays[key] = Array(shape=list(given.shape), data=data)
+    (tmp_path / "wrong.json").write_text(recipe.model_dump_json())
+    with pytest.raises(OrthogonalizeError, match=r"maps are damaged|width"):
+        edit(str(llama), tmp_path / "out", recipe=tmp_path / "wrong.json")
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "mixtral"])

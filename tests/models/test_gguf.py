@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -178,6 +180,48 @@ def test_gguf_with_a_missing_tensor_is_refused(direction, tmp_path):
     with pytest.raises(OrthogonalizeError, match=rf"model\.gguf lacks {name}"):
         find_model(str(tmp_path / "model.gguf"))
     assert all(f.suffix == ".lock" for f in (tmp_path / "converted").glob("*"))
+
+
+def test_the_file_that_was_named_is_read_and_no_namesake(direction, tmp_path, monkeypatch):
+    """transformers takes a file of that name in the present folder, if there is one."""
+    for place, seed in (("here", 0), ("there", 1)):
+        (tmp_path / place).mkdir()
+        write_gguf(tiny_llama(seed), tmp_path / place / "m.gguf", Type.F32)
+    monkeypatch.chdir(tmp_path / "here")
+    edit("../there/m.gguf", tmp_path / "edited", direction=direction, scope="layers:0")
+    wanted = tiny_llama(1).float().state_dict()
+    found = load_file(tmp_path / "edited" / "model.safetensors")
+    assert torch.equal(found["model.layers.1.mlp.up_proj.weight"], wanted["model.layers.1.mlp.up_proj.weight"])
+
+
+def test_a_conversion_is_found_by_its_content(tmp_path):
+    """Not by the name, size and time of the file."""
+    file = tmp_path / "m.gguf"
+    found = []
+    for seed in (0, 1):
+        write_gguf(small(seed=seed), file, Type.F32)
+        os.utime(file, ns=(1, 1))
+        found.append((file.stat().st_size, find_model(str(file))))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+    write_gguf(small(seed=0), file, Type.F32)
+    assert find_model(str(file)) == found[0][1]
+
+
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [
+        ("add_block_count", 10**6), ("add_embedding_length", 2**30), ("add_feed_forward_length", 2**40),
+        ("add_head_count", 2**30), ("add_vocab_size", 2**31), ("add_context_length", 2**31),
+    ],
+)  # fmt: skip
+def test_a_header_that_describes_a_larger_model_is_refused(method, value, tmp_path, monkeypatch):
+    real = getattr(gguf.GGUFWriter, method)
+    monkeypatch.setattr(gguf.GGUFWriter, method, lambda writer, _: real(writer, value if value < 2**32 else 2**32 - 8))
+    write_gguf(small(), tmp_path / "model.gguf", Type.F32)
+    with pytest.raises(OrthogonalizeError):
+        find_model(str(tmp_path / "model.gguf"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 4 * 2**20
 
 
 def test_concurrent_conversions_wait_for_the_first(tmp_path, monkeypatch):

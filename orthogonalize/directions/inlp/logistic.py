@@ -127,9 +127,10 @@ def fit_logistic(data: Samples, labels: torch.Tensor, c: float) -> tuple[torch.T
         return fit_batch(data, labels, c)
     dual = labels.new_empty(len(data.left), len(labels))
     intercept, margins = labels.new_empty(len(dual)), torch.empty_like(dual)
-    given, found = (data.left, data.idle, data.noise, labels), (dual, intercept, margins)
-    fit_by_newton(*(t.numpy() for t in given), c, TOLERANCE, *(t.numpy() for t in found))
-    return found
+    grams, idle, noise, truth = (t.numpy() for t in (data.left, data.idle, data.noise, labels))
+    duals, intercepts, found = (t.numpy() for t in (dual, intercept, margins))
+    fit_by_newton(grams, idle, noise, truth, c, TOLERANCE, duals, intercepts, found)
+    return dual, intercept, margins
 
 
 def fit_batch(data: Samples, labels: torch.Tensor, c: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
