@@ -22,6 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from ..core.errors import OrthogonalizeError, shown
 
 MOST_LAYERS = 10_000  # of any model
+SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts")  # what configurations call their number
 
 
 class _Data(BaseModel):
@@ -223,6 +224,11 @@ class Architecture(_Data):
         """The number of routed experts per layer; 0 if there are none."""
         counts = (setting(config, key) for key in self.expert_count)
         return next((count for count in counts if type(count) is int), 0)
+
+    def stacked(self, name: str, config: Mapping[str, Any]) -> int:
+        """The number of experts whose matrices a tensor with three axes holds; 0 if there are none."""
+        shared = (setting(config, key) for key in SHARED_EXPERTS) if "shared_expert" in name else ()
+        return next((count for count in shared if type(count) is int), self.experts(config))
 
     def _number(self, config: Mapping[str, Any], key: str) -> int:
         value = setting(config, key)

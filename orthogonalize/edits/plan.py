@@ -93,7 +93,7 @@ class EditPlan:
     def check_shape(self, name: str, site: Site, axis: int, width: int) -> str:
         """`name`, once checked (see `check_tensor`) that the tensor has `width` entries along `axis`.
 
-        A tensor with three axes holds one matrix per expert of the configuration.
+        A tensor with three axes holds one matrix per routed or shared expert of the configuration.
 
         Raises:
             OrthogonalizeError: it is missing, cannot be edited, or has another shape.
@@ -101,7 +101,7 @@ class EditPlan:
         shape = self.checkpoint.shape(self.check_tensor(name, site))
         wanted = f"{width} along axis {axis}"
         fits = -len(shape) <= axis < len(shape) and shape[axis] == width
-        experts = self.architecture.experts(self.source.config)
+        experts = self.architecture.stacked(name, self.source.config)
         if fits and len(shape) == 3 and experts:
             wanted, fits = f"{wanted} and {experts} experts along axis 0", shape[0] == experts
         if not fits or len(shape) > 3 or not all(shape):

@@ -83,7 +83,7 @@ def class_table(measured: dict[str, dict[str, Any]]) -> str:
     rows = [_class_row(name, of) for name, of in sorted(measured.items())]
     passed = sum("conditional" in of.get("gaps", {}) and "conditional" not in of["refused"] for of in measured.values())
     seconds = sum(of["seconds"] for of in measured.values())
-    counts = f"{passed} of {len(measured)} classes ({passed / len(measured):.0%}) pass, in {seconds:.0f} seconds."
+    counts = f"{passed} of {len(measured)} classes ({passed / len(measured):.1%}) pass, in {seconds:.0f} seconds."
     head = "| class | blocks | conditional | embedding | reads | seconds | what is missing |"
     return "\n".join([counts, "", head, "|" + "---|" * 7, *rows])
 

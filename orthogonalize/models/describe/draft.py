@@ -133,13 +133,14 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
         listed = " or ".join(named.images)
         questions.append(f"do images enter the stream through {listed}? (needs an [embed.images] with image = true)")
     width = int(config.hidden_size)
+    tied = bool(getattr(type(config)(), "tie_word_embeddings", False))
     epsilon = next((f'"{key}"' for key in EPSILONS if key in settings), "1e-5")
     norm = [f'kind = "{findings.kind}"', f"epsilon = {epsilon}"]
     norm += [f"offset = {findings.offset}"] if findings.offset else []
     norm += [] if findings.parameters else ["parameters = false"]
     head_lines = [
         *([f'norm = "{findings.head_norm}"'] if findings.head_norm else []),
-        f"tied = {str(bool(type(config)().tie_word_embeddings)).lower()}",
+        f"tied = {str(tied).lower()}",
         'untied = "unknown"',
     ]
     layouts = [
