@@ -21,8 +21,9 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.descriptions.proof import prove
+from orthogonalize.models.describe.block_probe import FoundPart
 from orthogonalize.models.describe.discovery import Findings, discover
-from orthogonalize.models.describe.draft import draft
+from orthogonalize.models.describe.draft import ModelNames, draft, draft_text
 from orthogonalize.models.describe.twin import save_twin, shrink_config
 from orthogonalize.models.sites import Sites
 from orthogonalize.models.stream import Stream
@@ -268,6 +269,34 @@ def test_describe_prints_a_draft_with_open_questions(tmp_path):
     assert 'writes = { "mlp.down_proj.weight" = 0 }' in CliRunner().invoke(
         main, ["--quiet", "describe", str(tmp_path / "model")]
     ).output  # fmt: skip
+
+
+def test_names_of_tensors_are_text_in_a_draft():
+    """Here of a decoder, of modules and of what images might enter through, which a question names."""
+    name = 'a"\n[refused]\nembed = "b\\'
+    attn, mlp = (
+        FoundPart(kind + name, 1.0, [name], [name], [name], {name: 0}, {name: 1}, {name: name})
+        for kind in ("attn", "mlp")
+    )
+    findings = Findings(
+        name, name, name + "{layer}", {"attn": [attn], "mlp": [mlp]}, {name: 1}, 1.0, name, name, "rms", 0.0, True,
+        [name], embed_module=name,
+    )  # fmt: skip
+    small = shrink_config(AutoConfig.for_model("llama"))
+    text, _ = draft_text(findings, small, ModelNames("llama", name, name, name, (name,)))
+    found = parse(text, "the draft")
+    assert found is not None
+    assert not found.refused
+    assert (found.decoder_modules, found.inert, found.layer) == ((name,), (name,), name + "{layer}")
+    [part] = found.mlp.values()
+    assert (part.module, part.writes, part.reads) == ("mlp" + name, {name: 0}, {name: 1})
+
+
+def test_a_class_that_stays_large_is_refused_before_it_takes_memory(tmp_path):
+    """By keys that are not among the sizes that are made small."""
+    config = AutoConfig.for_model("mamba", conv_kernel=2**33, num_hidden_layers=2)
+    with pytest.raises(OrthogonalizeError, match="parameters at the smallest"):
+        save_twin(config, tmp_path)
 
 
 def test_stream_that_passes_through_norms_leaves_only_edits_of_blocks(tmp_path):

@@ -8,6 +8,8 @@ what to look up.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +19,8 @@ import torch
 
 from ...architectures.schema import Architecture, bias_name, parse
 from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ...core.errors import OrthogonalizeError, first_line
+from ...checkpoints.settings_files import check_layers
+from ...core.errors import OrthogonalizeError, first_line, shown
 from ...core.temporary_folders import temporary_folder
 from ..loading import load_config, model_class
 from ..sites import Sites
@@ -76,22 +79,33 @@ def _key_of(factor: float, settings: Mapping[str, Any], what: str, width: int, q
     return named[0] if named else None
 
 
+def _quoted(text: str) -> str:
+    """A TOML string; names of tensors may be anybody's."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key(name: str) -> str:
+    """A name with underscores for its dots, as a key of TOML."""
+    plain = name.replace(".", "_")
+    return plain if re.fullmatch(r"[A-Za-z0-9_-]+", plain) else _quoted(plain)
+
+
 def _list(*names: str) -> str:
-    return "[" + ", ".join(f'"{name}"' for name in dict.fromkeys(names)) + "]"
+    return "[" + ", ".join(map(_quoted, dict.fromkeys(names))) + "]"
 
 
 def refusals(refused: Mapping[str, str]) -> str:
     """The table of what is refused, as text that ends a description."""
-    return "\n[refused]\n" + "".join(f'{kind} = "{why}"\n' for kind, why in refused.items()) if refused else ""
+    return "\n[refused]\n" + "".join(f"{k} = {_quoted(why)}\n" for k, why in refused.items()) if refused else ""
 
 
 def _table(named: Mapping[str, int]) -> str:
-    return "{ " + ", ".join(f'"{name}" = {axis}' for name, axis in named.items()) + " }"
+    return "{ " + ", ".join(f"{_quoted(name)} = {axis}" for name, axis in named.items()) + " }"
 
 
 def _part_text(kind: str, part: FoundPart, scale: str | None) -> str:
     weights = {name: axis for name, axis in part.writes.items() if not _is_bias(name, part.writes)}
-    lines = [f"[{kind}.{part.module.replace('.', '_')}]", f'module = "{part.module}"']
+    lines = [f"[{kind}.{_key(part.module)}]", f"module = {_quoted(part.module)}"]
     if part.norms:
         lines.append(f"norm = {_list(*part.norms)}")
     if part.post_norms:
@@ -100,9 +114,10 @@ def _part_text(kind: str, part: FoundPart, scale: str | None) -> str:
     if part.sometimes:
         lines.append(f"sometimes = {_list(*part.sometimes)}")
     if part.stored_as:
-        lines.append("stored_as = { " + ", ".join(f'"{n}" = "{m}"' for n, m in part.stored_as.items()) + " }")
+        stored = ", ".join(f"{_quoted(name)} = {_quoted(module)}" for name, module in part.stored_as.items())
+        lines.append(f"stored_as = {{ {stored} }}")
     if scale:
-        lines.append(f'scale = "{scale}"')
+        lines.append(f"scale = {_quoted(scale)}")
     return "\n".join([*lines, f"writes = {_table(weights)}", f"reads = {_table(part.reads)}"])
 
 
@@ -130,7 +145,7 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
         "which output biases does vLLM read, and which flags create them? (bias)",
     ]
     if named.images:
-        listed = " or ".join(named.images)
+        listed = shown(" or ".join(named.images), 1000)
         questions.append(f"do images enter the stream through {listed}? (needs an [embed.images] with image = true)")
     width = int(config.hidden_size)
     tied = bool(getattr(type(config)(), "tie_word_embeddings", False))
@@ -139,39 +154,39 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
     norm += [f"offset = {findings.offset}"] if findings.offset else []
     norm += [] if findings.parameters else ["parameters = false"]
     head_lines = [
-        *([f'norm = "{findings.head_norm}"'] if findings.head_norm else []),
+        *([f"norm = {_quoted(findings.head_norm)}"] if findings.head_norm else []),
         f"tied = {str(tied).lower()}",
         'untied = "unknown"',
     ]
     layouts = [
-        f'{{ decoder = "{decoder}", head = "{head}" }}'
+        f"{{ decoder = {_quoted(decoder)}, head = {_quoted(head)} }}"
         for decoder, head in dict.fromkeys([(named.decoder, named.head), (findings.decoder, findings.head)])
     ]
     lines = [
         "# Drafted by `orthogonalize describe` from experiments on a small random model of the same class.",
         *(f"# Open: {question}" for question in questions),
-        f'family = "{named.model_type}"',
-        f'model_types = ["{named.model_type}"]',
+        f"family = {_quoted(named.model_type)}",
+        f"model_types = {_list(named.model_type)}",
         f"layer_count = {_list(*_count_keys(config, settings))}",
-        f'hidden_size = "{names.get("hidden_size", "hidden_size")}"',
+        f"hidden_size = {_quoted(names.get('hidden_size', 'hidden_size'))}",
         f"decoder_modules = {_list(named.decoder_module, findings.decoder_module)}",
-        f'layer = "{findings.layer}"',
+        f"layer = {_quoted(findings.layer)}",
         f"layouts = [{', '.join(layouts)}]",
         f"norms = {{ {', '.join(norm)} }}",
     ]
     experts = [key for key, value in settings.items() if "expert" in key and value == SIZES["num_experts"]]
     if experts:
-        lines.append("expert_count = [" + ", ".join(f'"{key}"' for key in experts) + "]")
+        lines.append(f"expert_count = {_list(*experts)}")
     if findings.inert:
-        lines.append("inert = [" + ", ".join(f'"{name}"' for name in findings.inert) + "]")
+        lines.append(f"inert = {_list(*findings.inert)}")
     lines += ["normalised = true"] if findings.normalised else []
-    lines += [f'embed_module = "{findings.embed_module}"'] if findings.embed_module else []
+    lines += [f"embed_module = {_quoted(findings.embed_module)}"] if findings.embed_module else []
     for number, (name, axis) in enumerate(findings.embed.items()):
         scale = _key_of(findings.embed_factor, settings, "the embedding", width, questions)
         rows = axis == 1
-        lines += ["", f"[embed.{name.removesuffix('.weight').replace('.', '_')}]", f'weight = "{name}"']
+        lines += ["", f"[embed.{_key(name.removesuffix('.weight'))}]", f"weight = {_quoted(name)}"]
         lines += [f"axis = {axis}", *([] if rows else ["rows = false"])]
-        lines += [f'scale = "{scale}"'] if scale else []
+        lines += [f"scale = {_quoted(scale)}"] if scale else []
         lines += ["tied = true"] if number == len(findings.embed) - 1 else []
     for kind, parts in findings.parts.items():
         for part in parts:
@@ -195,6 +210,7 @@ def draft(folder: Path) -> Draft:
 def draft_with_twin(checkpoint: Checkpoint, twin: Path) -> Draft:
     """As `draft`; the small model of the experiments is left in the empty folder `twin`, in float64."""
     folder = checkpoint.path
+    check_layers(checkpoint.config, len(checkpoint.tensors))
     try:
         config = load_config(folder).get_text_config()
         layers, width = int(config.num_hidden_layers), int(config.hidden_size)

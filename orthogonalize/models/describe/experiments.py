@@ -41,7 +41,7 @@ class Names:
         """
         numbers: dict[str, set[int]] = {}
         for name in names:
-            found = re.match(r"(.*?)\.?\b(\d+)\.", name)
+            found = re.match(r"(.*?)\.?\b(\d{1,9})\.", name)
             if found:
                 numbers.setdefault(found[1], set()).add(int(found[2]))
         wanted = set(range(layers))

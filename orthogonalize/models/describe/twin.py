@@ -44,6 +44,7 @@ SIZES: dict[str, int] = {
 }  # fmt: skip
 MOST_LAYERS = 12
 LAYER_COUNTS = ("num_blocks", "n_layers", "num_layers")  # beside the one that counts
+MOST_NUMBERS = 5 * 10**7  # of a small model, in its parameters and buffers: 0.4 GB
 DROPPED = ("architectures", "quantization_config", "transformers_version", "model_type", "auto_map", "torch_dtype")
 HEADS = ("wide", "square", "quarters")  # ways to divide the width: heads wider than it, or three, or four that fill it
 
@@ -224,10 +225,24 @@ def twin_class(folder: Path) -> Any:
     return getattr(transformers, named, None) or model_class(folder)
 
 
+def _check_small(config: Any) -> None:
+    """Check, before any memory is taken, that a model is small: `SIZES` may lack a key by which it grows.
+
+    Raises:
+        ValueError: it is not.
+    """
+    with torch.device("meta"):
+        model = _text_class(config)._from_config(config, attn_implementation="eager")
+    count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if count > MOST_NUMBERS:
+        raise ValueError(f"it has {count} parameters at the smallest")
+
+
 def _randomised(config: Any) -> Any:
     """A random model with configuration `config` in float64, its norms and biases random as well."""
     torch.manual_seed(0)
     config._experts_implementation = "eager"
+    _check_small(config)
     model = _text_class(config)._from_config(config, attn_implementation="eager").double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
