@@ -24,6 +24,8 @@ ACTADD_ATTENTION = {
     **dict.fromkeys(["stablelm", "qwen2_moe"], VALUE),
 }
 # No constants on the embedding: image features have no bias there, or the embedding cannot be edited alone.
-EMBEDDING_REFUSED = NEVER_UNTIED | {"gemma3 multimodal", "ministral3 multimodal", "llama4 multimodal"}
+EMBEDDING_REFUSED = NEVER_UNTIED | {
+    "gemma3 multimodal", "ministral3 multimodal", "llama4 multimodal", "smolvlm multimodal",
+}  # fmt: skip
 # Families whose routers transformers keeps in float32, whatever the dtype of the model.
 SINGLE_PRECISION = {"ernie4_5_moe", "hunyuan_v1_moe"}

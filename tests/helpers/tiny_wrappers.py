@@ -77,5 +77,16 @@ WRAPPERS: dict[str, Tiny] = {
         aside=TOKENS
         | {"vision_config": QWEN_VISION["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}},
     ),
+    "llava multimodal": Tiny(
+        "llava", lambda h: dense(h) | {"model_type": "llama"}, text="text_config", causal=PICTURES,
+        aside={
+            "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 24},
+            "image_token_index": 90,
+        },
+    ),
+    "smolvlm multimodal": Tiny(
+        "smolvlm", lambda h: dense(h) | {"model_type": "llama"}, tied=True, text="text_config", causal=PICTURES,
+        aside={"vision_config": VISION, "image_token_id": 90, "scale_factor": 2, "pad_token_id": 0},
+    ),
 }
 # fmt: on
