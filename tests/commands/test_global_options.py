@@ -17,13 +17,15 @@ from orthogonalize.core import progress
 from orthogonalize.core.errors import OrthogonalizeError
 
 BARS = {"TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"}
-FAILING = ["compare", "nowhere", "nowhere-else"]
+FAILING = ["compare", "one.json", "two.json"]
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """A folder of its own, for the log."""
+    """A folder of its own, for the log, with two files that are no reports."""
     monkeypatch.chdir(tmp_path)
+    for file in FAILING[1:]:
+        (tmp_path / file).write_text("{}")
     return tmp_path
 
 

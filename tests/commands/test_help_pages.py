@@ -62,7 +62,10 @@ def test_two_examples_are_what_the_parser_takes(name):
 
 
 @pytest.mark.parametrize("wrong", ["orthogonalize compare one two --no-such", "orthogonalize compare one two three"])
-def test_the_parser_would_refuse_another_example(wrong):
+def test_the_parser_would_refuse_another_example(wrong, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("one", "two"):
+        (tmp_path / file).touch()
     command = main.commands["compare"]
     context = click.Context(command)
     words = shlex.split(wrong)[2:]
