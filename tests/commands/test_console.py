@@ -46,13 +46,16 @@ def test_tables_show_texts_from_files_as_they_are(monkeypatch):
     written = io.StringIO()
     monkeypatch.setattr(_console, "console", Console(file=written, width=400))
     candidate = SimpleNamespace(
-        finder=hostile, position=-1, layer=0, bypass=0.0, induce=0.0, kl=0.0, global_bypass=None, failed=(hostile,)
-    )
+        finder=hostile, position=-1, layer=0, bypass=0.0, induce=0.0, kl=0.0, global_bypass=None, failed=(hostile,),
+        bypass_ci95=(-0.1, 0.1), induce_ci95=None, kl_ci95=None,
+    )  # fmt: skip
     audit = SimpleNamespace(
         mismatches=[hostile], changed={}, added=[hostile], missing=[hostile], same=0, config={hostile: (hostile, 1)},
         side_files=[hostile], notes={hostile: hostile}, verification=None, verdict=lambda: hostile,
     )  # fmt: skip
-    info = SimpleNamespace(base_score={"positive": 1.0, "negative": -1.0}, position_name=lambda _: hostile)
+    info = SimpleNamespace(
+        base_score={"positive": 1.0, "negative": -1.0}, base_score_ci95={}, position_name=lambda _: hostile
+    )
     _console.show_candidates([candidate], info)
     _console.show_audit(audit)
     assert "\x1b" not in written.getvalue()
