@@ -25,6 +25,7 @@ from orthogonalize.cli import main
 from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import ConditionalMap, Intervention, block_sites, removal
+from orthogonalize.core.output_folders import CONFIG
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.plan import EditPlan
 from orthogonalize.edits.recipe import load_recipe
@@ -297,7 +298,8 @@ def test_shards_written_separately_give_the_same_checkpoint(source, direction, t
     assert result.exit_code == 0, result.output
     assert [f.name for f in tmp_path.glob("apart*")] == ["apart"]
     assert weights(apart) == weights(tmp_path / "whole")
-    assert {f.name for f in apart.iterdir()} == {f.name for f in (tmp_path / "whole").iterdir()}
+    added = {f.name for f in apart.iterdir()} - {f.name for f in (tmp_path / "whole").iterdir()}
+    assert added == {CONFIG}, "the command also saves its options"
     assert load_recipe(apart) == load_recipe(tmp_path / "whole")
 
 
