@@ -111,7 +111,7 @@ def test_extract_reads_local_copies_of_the_concept(model, data, tmp_path):
         ("--positive", "planted:lists.jsonl", "--negative", "planted:sentences.jsonl"),
         "error: --data holds local copies of public sets; name some",
     ),
-    (("--concept", "refusal", "--data", "nowhere"), "error: no such folder: nowhere (--data)"),
+    (("--concept", "refusal", "--data", "nowhere"), "error: no such folder: nowhere"),
     (("--concept", "refusal", "--column", "text"), "error: --column belongs to --positive and --negative"),
 ])  # fmt: skip
 def test_data_that_cannot_be_used_is_one_line(words, message, tmp_path):
