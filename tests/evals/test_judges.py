@@ -349,7 +349,7 @@ def test_bad_answer_files_and_judges_are_one_line_errors(tmp_path, answers):
         ((tmp_path / "deep.json",), "cannot be read as JSON"),
         ((tmp_path / "none.json",), "no such file"),
         ((answers, "--judge", "nobody", "--engine", "hf"), "unknown judge 'nobody'"),
-        ((answers, "--judge", f"wildguard={tmp_path}/none", "--engine", "hf"), "judge wildguard: no such model"),
+        ((answers, "--judge", f"wildguard={tmp_path}/none", "--engine", "hf"), "no such model"),
     ]
     for words, message in cases:
         status, said = run("judge", *words)
