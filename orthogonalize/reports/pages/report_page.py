@@ -8,10 +8,9 @@ from typing import Literal
 from ..findings import findings
 from ..schema import Answer, Judged, Report
 from ..tables import LEGEND, category_rows, set_title, summary_rows
-from ..templating import templates
 from .headline import RULES, headline, page_title
 from .report_charts import cost_chart, rate_chart, search_chart
-from .sealed import sealed
+from .sealed import write_page
 
 AT_ONCE = 300  # answers that a browser lays out at a time; the others wait as text until they are scrolled to
 
@@ -59,28 +58,25 @@ def _tags(answer: Answer, concept: str) -> list[str]:
 
 def write_webpage(report: Report, file: Path) -> None:
     """Render `report`; everything on the page is from it."""
-    page = (
-        templates()
-        .get_template("report.html.j2")
-        .render(
-            report=report,
-            name=page_title(report),
-            tiles=headline(report),
-            rules=RULES,
-            legend=LEGEND,
-            concept=report.concept or "behaviour",
-            shows=any(_flags(a.base_shows, a.edited_shows) != "--" for a in report.answers),
-            judgements=_judgements,
-            flags=_flags,
-            at_once=AT_ONCE,
-            tags=_tags,
-            rows=summary_rows(report, categories=False),
-            categories=category_rows(report),
-            findings=findings(report),
-            charts=[chart for chart in (rate_chart(report), cost_chart(report)) if chart is not None],
-            search=search_chart(report.search),
-            sets=[(name, set_title(name)) for name in dict.fromkeys(a.set for a in report.answers)],
-            kinds=list(dict.fromkeys(a.category for a in report.answers if a.category)),
-        )
+    write_page(
+        "report.html.j2",
+        file,
+        report=report,
+        name=page_title(report),
+        tiles=headline(report),
+        rules=RULES,
+        legend=LEGEND,
+        concept=report.concept or "behaviour",
+        shows=any(_flags(a.base_shows, a.edited_shows) != "--" for a in report.answers),
+        judgements=_judgements,
+        flags=_flags,
+        at_once=AT_ONCE,
+        tags=_tags,
+        rows=summary_rows(report, categories=False),
+        categories=category_rows(report),
+        findings=findings(report),
+        charts=[chart for chart in (rate_chart(report), cost_chart(report)) if chart is not None],
+        search=search_chart(report.search),
+        sets=[(name, set_title(name)) for name in dict.fromkeys(a.set for a in report.answers)],
+        kinds=list(dict.fromkeys(a.category for a in report.answers if a.category)),
     )
-    file.write_text(sealed(page), "utf-8")

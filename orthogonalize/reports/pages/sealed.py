@@ -1,13 +1,22 @@
-"""The Content-Security-Policy of a page: its own script and style by their hashes, and nothing else."""
+"""Pages and their Content-Security-Policy: a page's own script and style by their hashes, and nothing else."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from base64 import b64encode
+from pathlib import Path
+from typing import Any
+
+from ..templating import templates
 
 
-def sealed(page: str) -> str:
+def write_page(template: str, file: Path, **values: Any) -> None:
+    """Render `template` with `values`, and write the page with its policy."""
+    file.write_text(_sealed(templates().get_template(template).render(values)), "utf-8")
+
+
+def _sealed(page: str) -> str:
     """The page with its policy; the placeholder stands before any text from outside."""
     return page.replace('content="POLICY"', f'content="{_policy(page)}"', 1)
 

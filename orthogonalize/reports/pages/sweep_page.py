@@ -6,9 +6,8 @@ from pathlib import Path
 
 from ..sweep import MARK, Sweep, drawn_points, sweep_caption, sweep_columns, sweep_rows
 from ..tables import LEGEND, title
-from ..templating import templates
 from .charts import Axis, Mark, Points
-from .sealed import sealed
+from .sealed import write_page
 
 SHAPES = 7  # that the template has; of more methods, some look alike
 LINEAR = 0.1  # below this, the axis of harm is linear
@@ -46,20 +45,17 @@ def write_sweep_page(sweep: Sweep, file: Path) -> None:
     made = {row.name: row for row in sweep.variants}
     numbers = {name: place for place, name in enumerate(sweep.pareto, 1)}
     choices = [row.choice for row in sweep.variants]
-    page = (
-        templates()
-        .get_template("sweep.html.j2")
-        .render(
-            sweep=sweep,
-            columns=sweep_columns(sweep),
-            rows=sweep_rows(sweep),
-            made=made,
-            numbers=numbers,
-            caption=sweep_caption(sweep),
-            legend=LEGEND,
-            chart=sweep_chart(sweep),
-            methods=list(dict.fromkeys(choice.method for choice in choices)),
-            scopes=list(dict.fromkeys(choice.scope for choice in choices)),
-        )
+    write_page(
+        "sweep.html.j2",
+        file,
+        sweep=sweep,
+        columns=sweep_columns(sweep),
+        rows=sweep_rows(sweep),
+        made=made,
+        numbers=numbers,
+        caption=sweep_caption(sweep),
+        legend=LEGEND,
+        chart=sweep_chart(sweep),
+        methods=list(dict.fromkeys(choice.method for choice in choices)),
+        scopes=list(dict.fromkeys(choice.scope for choice in choices)),
     )
-    file.write_text(sealed(page), "utf-8")
