@@ -77,9 +77,7 @@ def check_judge(text: str) -> None:
         OrthogonalizeError: as `find_judge`, or MODEL is neither a folder nor of the form of a Hub id, or the address
             cannot be one.
     """
-    if isinstance(find_judge(text), EndpointJudge):
-        address_of(text)
-    elif model := text.partition("=")[2]:
+    if not isinstance(find_judge(text), EndpointJudge) and (model := text.partition("=")[2]):
         check_model_name(model)
 
 
