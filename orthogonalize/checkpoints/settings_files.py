@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import OrthogonalizeError, first_line, shown
-from ..core.files import parse_json
+from ..core.files import LARGEST_TEXT, check_text, parse_json
 
-LARGEST = 256 * 2**20  # bytes of a tokenizer or index
 LARGEST_CONFIG = 16 * 2**20  # bytes of a configuration
 LARGEST_ID = 10**8  # of a token
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
@@ -34,16 +33,14 @@ OTHER_MODELS = ("speculators_config",)  # keys by which vLLM loads a model that 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def read_json(path: Path, most: int = LARGEST) -> Any:
+def read_json(path: Path, most: int = LARGEST_TEXT) -> Any:
     """The contents of a JSON file of at most `most` bytes.
 
     Raises:
         OrthogonalizeError: it is missing, damaged, too large or nested too deeply.
     """
     try:
-        size = path.stat().st_size
-        if size > most:
-            raise OrthogonalizeError(f"{path} has {size} bytes, and at most {most} are read")
+        check_text(path, most)
         return parse_json(path.read_text("utf-8"))
     except (ValueError, OSError) as error:
         raise OrthogonalizeError(f"{path} cannot be read as JSON ({first_line(error)}); fetch it again") from error
