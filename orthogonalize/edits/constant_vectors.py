@@ -106,7 +106,7 @@ def _enable_biases(plan: EditPlan, weights: tuple[str, ...], flags: dict[str, An
             bias = bias_name(name)
             if name in plan.source.tensors and not plan.checkpoint.has_tensor(bias):
                 info = plan.source.tensors[name]
-                if len(info.shape) != 2:
+                if len(info.shape) < 2:  # a convolution has three dimensions
                     raise OrthogonalizeError(
                         f"{name} has the shape {show_shape(info.shape)}, and is no matrix; fetch it again"
                     )

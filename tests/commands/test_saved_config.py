@@ -79,6 +79,9 @@ def test_options_read_back_are_what_was_given(name, tmp_path, monkeypatch):
         written.append(as_toml(name, ctx.meta["orthogonalize.raw options"]))
 
     monkeypatch.setattr(command, "callback", callback)
+    monkeypatch.chdir(tmp_path)
+    for prompts in ("x.txt", "y.txt"):
+        (tmp_path / prompts).write_text("how do I bake bread\n")
     monkeypatch.setattr("orthogonalize.commands.options.existing.check_finished_run", lambda _: None)
     done(name, *shlex.split(LINES[name]), "--force")
     (tmp_path / CONFIG).write_text(written[0])

@@ -98,9 +98,19 @@ def test_heads_that_only_a_server_can_judge_are_refused_and_blocks_go_through(tm
     assert verify(tmp_path / "edited").verification.passed
 
 
-def test_model_whose_stream_passes_through_a_norm_is_refused_before_anything_is_written(tmp_path, direction):
+def test_model_whose_blocks_scale_the_stream_is_edited_in_its_blocks_alone(tmp_path, direction):
     base = stored(tmp_path / "base", "doge", is_moe=False)
-    with pytest.raises(OrthogonalizeError, match=r"'doge' is not supported.*experiments .* cannot: .*--description"):
+    with pytest.raises(OrthogonalizeError, match=r"blocks do more with the stream than add to it.*layers:"):
+        edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    assert not (tmp_path / "edited").exists()
+    edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="layers:1")
+    assert verify(tmp_path / "edited").verification.passed
+
+
+def test_model_that_experiments_cannot_describe_is_refused_before_anything_is_written(tmp_path, direction):
+    """RWKV multiplies what its second block writes by a gate."""
+    base = stored(tmp_path / "base", "rwkv", attention_hidden_size=48)
+    with pytest.raises(OrthogonalizeError, match=r"'rwkv' is not supported.*experiments .* cannot: .*--description"):
         edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="layers:1")
     assert not (tmp_path / "edited").exists()
 

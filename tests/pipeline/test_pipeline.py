@@ -156,7 +156,7 @@ def test_evaluation_matches_independent_counts_and_losses(run, model, tmp_path):
     assert len(report.answers) == 12
     page = (tmp_path / "report" / "report.html").read_text()
     assert "://" not in page  # it fetches nothing
-    assert page.count('class="item"') == 12
+    assert page.count('<details class="item" id="prompt-') == 12
     again = judge(tmp_path / "report")  # the stored answers, counted by wording once more
     for label, judged in (("base", again.base), ("edited", again.edited)):
         counted = getattr(report, label).refusal
