@@ -16,6 +16,7 @@ import torch
 from .errors import OrthogonalizeError
 
 EXPERTS = "experts"  # the name of the routed experts among the write matrices of a block
+SHARED_EXPERTS = "shared_experts"  # that of the experts for every token, where these are stacked like routed ones
 
 
 class Site(NamedTuple):
@@ -37,9 +38,10 @@ class Site(NamedTuple):
 
 
 class WriteMatrix(NamedTuple):
-    """One matrix that writes at a site: `name` is that of its module in the block, or `experts` for routed experts.
+    """One matrix that writes at a site: `name` is that of its module in the block; stacks of experts have fixed names.
 
-    A block has at most one set of routed experts, however a checkpoint stores them.
+    A block has at most one stack of routed experts (`EXPERTS`) and one of shared ones (`SHARED_EXPERTS`), however a
+    checkpoint stores them.
     """
 
     site: Site
@@ -51,7 +53,12 @@ class WriteMatrix(NamedTuple):
     @property
     def routed(self) -> bool:
         """Whether this is one matrix per expert, each of which sees the tokens that are routed to it."""
-        return self.name == EXPERTS
+        return self.name in (EXPERTS, SHARED_EXPERTS)
+
+    @classmethod
+    def of_experts(cls, site: Site, name: str) -> WriteMatrix:
+        """The stack of experts to which the tensor or module `name` belongs."""
+        return cls(site, SHARED_EXPERTS if "shared_expert" in name else EXPERTS)
 
     @classmethod
     def parse(cls, text: str) -> WriteMatrix:

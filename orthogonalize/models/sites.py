@@ -12,7 +12,7 @@ from ..architectures.schema import Architecture, Embedded, Part, bias_name, text
 from ..checkpoints.quantization import refuse_packed
 from ..checkpoints.safetensors_file import TensorInfo
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import EXPERTS, Site, WriteMatrix
+from ..core.interventions import Site, WriteMatrix
 
 # Suffixes of what quantized checkpoints store beside, or instead of, a weight.
 COMPANIONS = ("_scale", "_scale_inv", "_blocks", "_scales", "_packed", "_shape", "_zero_point", "_g_idx")
@@ -96,8 +96,8 @@ class Sites:
                 if not stored or len(self.tensors[stored[0].name].shape) == 1:  # a vector that is added has no input
                     continue
                 routed = "{expert}" in template or len(self.tensors[stored[0].name].shape) == 3
-                name = EXPERTS if routed else template.removesuffix(".weight")
-                found[WriteMatrix(site, name)] = (part, stored)
+                dense = WriteMatrix(site, template.removesuffix(".weight"))
+                found[WriteMatrix.of_experts(site, template) if routed else dense] = (part, stored)
         return found
 
     def reads(self, part: Part, layer: int) -> list[Located]:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..architectures.schema import Part
 from ..core.errors import OrthogonalizeError
-from ..core.interventions import EXPERTS, ConditionalMap, Site, WriteMatrix
+from ..core.interventions import ConditionalMap, Site, WriteMatrix
 from .stream import Stream, squares_of
 
 PRODUCTS = {
@@ -59,8 +59,8 @@ def write_modules(stream: Stream, site: Site) -> dict[WriteMatrix, WriteModule]:
                 continue
             if template.endswith("bias"):
                 continue
-            experts = _experts_of(stream.inner(site, part.module))
-            matrix = WriteMatrix(site, EXPERTS)
+            matrix = WriteMatrix.of_experts(site, name)
+            experts = _experts_of(stream.inner(site, part.module), part.module, matrix)
             if module is not None and isinstance(weight, torch.Tensor):
                 found[matrix] = WriteModule(matrix, part, module)
             elif experts is not None:
@@ -68,11 +68,14 @@ def write_modules(stream: Stream, site: Site) -> dict[WriteMatrix, WriteModule]:
     return found
 
 
-def _experts_of(module: nn.Module) -> nn.Module | None:
-    for inner in module.modules():
-        weight = inner._parameters.get("down_proj")
-        if weight is not None and weight.dim() == 3:
-            return inner
+def _experts_of(module: nn.Module, name: str, matrix: WriteMatrix) -> nn.Module | None:
+    """The module in `module`, which is called `name`, that holds the experts of `matrix`."""
+    inner: str
+    each: nn.Module
+    for inner, each in module.named_modules(prefix=name):
+        weight = each._parameters.get("down_proj")
+        if weight is not None and weight.dim() == 3 and WriteMatrix.of_experts(matrix.site, inner) == matrix:
+            return each
     return None
 
 

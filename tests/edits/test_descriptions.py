@@ -24,6 +24,7 @@ from orthogonalize.edits.descriptions import automatic
 from orthogonalize.edits.descriptions.automatic import describe_by_experiment, learn
 from orthogonalize.edits.descriptions.proof import EXACT, SHOWS, prove
 from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.models.describe.draft import draft_with_twin
 from orthogonalize.models.describe.twin import save_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,6 +158,16 @@ def test_missed_write_shows_even_if_it_is_called_inert(twin):
     named = ("mlp.down_proj.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight")
     with pytest.raises(OrthogonalizeError, match="still writes a direction"):
         prove(architecture.model_copy(update={"mlp": {}, "inert": named}), folder)
+
+
+def test_routed_and_shared_experts_of_one_block_are_edited_apart(tmp_path):
+    """Both are stacks of matrices, with a conditional map each."""
+    settings = {"num_hidden_layers": 1, "mlp_layer_types": ["sparse"], "layer_types": ["hybrid"]}
+    save_twin(AutoConfig.for_model("inkling_text", **settings), tmp_path / "model")
+    drafted = draft_with_twin(open_checkpoint(tmp_path / "model"), tmp_path / "twin")
+    writes = drafted.architecture.mlp["mlp"].writes
+    assert writes == {"mlp.experts.down_proj": 1, "mlp.shared_experts.down_proj": 1}
+    assert prove(drafted.architecture, tmp_path / "twin").gaps["conditional"] <= EXACT
 
 
 def test_wrong_norms_leave_only_what_does_not_need_them(tmp_path):

@@ -219,7 +219,7 @@ class _Bench:
                 generator = torch.Generator().manual_seed(number)
                 shape = (experts, 2, inputs) if experts else (2, inputs)
                 c = 0.3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-                if experts:
+                if experts > 1:
                     c[0] = 0
                 maps[matrix] = ConditionalMap(self.basis(2, number), c)
         return Intervention(conditional=maps)

@@ -200,10 +200,14 @@ def _test_axes(
 
 
 def _is_apart(lab: Experiments, blocks: _Blocks, group: str) -> bool:
-    """Whether the tensors of `group` are matrices of a block that belong to none of its parts."""
+    """Whether the tensors of `group` are matrices of a block that belong to none of its parts and may write."""
     modules = {part.module for found in blocks.parts.values() for part in found}
     inside = any(group.startswith(f"{module}.") for module in modules)
-    return lab.in_blocks(group) and lab.is_matrix(group) and not inside and not lab.is_per_channel(group)
+    return (
+        lab.in_blocks(group)
+        and lab.is_matrix(group)
+        and not (inside or lab.is_per_channel(group) or lab.only_reads(group))
+    )
 
 
 def _name_norms(lab: Experiments, parts: Mapping[int, list[FoundPart]]) -> None:

@@ -139,6 +139,15 @@ class Experiments:
         """Whether the tensors of `group` have more than one axis."""
         return any(self.names.group(n) == group and t.dim() > 1 for n, t in self.tensors.items())
 
+    def only_reads(self, group: str) -> bool:
+        """Whether the matrix `group` of blocks takes the stream and gives something of another width."""
+        module = group.removesuffix(".weight")
+        held = {
+            f"{n}": b.get_submodule(module) for n, b in enumerate(self.plain.blocks) if module in self.plain.inner(n)
+        }
+        ins, outs = self.plain.observe(held)
+        return bool(held) and ins.keys() == held.keys() and not outs
+
     def is_per_channel(self, group: str) -> bool:
         """Whether the tensors of `group` are kernels [d, 1, k] of convolutions, which mix no channels."""
         shapes = (t.shape for n, t in self.tensors.items() if self.names.group(n) == group)
@@ -235,19 +244,44 @@ def measure(
 def block_writers(lab: Experiments, silenced: ObservedModel, layer: int) -> list[FoundPart]:
     """The outermost modules of a block that write, in execution order, whatever the block then does with the stream.
 
-    They have modules of their own, and in `silenced`, where the direction is projected out of every tensor in blocks,
-    it is missing in their outputs, though the stream itself holds that of the embedding. Whether what they write
-    reaches the stream is for the proof to find out.
+    In `silenced`, where the direction is projected out of every tensor in blocks, it is missing in their outputs,
+    though the stream itself holds that of the embedding. They have modules of their own, or are single matrices whose
+    output is only added to something. Whether what they write reaches the stream is for the proof to find out.
     """
     modules = silenced.inner(layer)
     ins, outs = lab.plain.observe({"": lab.plain.blocks[layer], **lab.plain.inner(layer)})
     _, silent = silenced.observe(modules)
-    found: list[FoundPart] = []
+    order, found = list(outs), list[FoundPart]()
+    norms = [n for n, m in modules.items() if is_norm(m) and n in outs]
     for name, module in modules.items():
         inside = any(name.startswith(part.module + ".") for part in found)
-        if inside or not list(module.children()) or name not in ins or name not in silent:
+        if inside or name not in silent or is_norm(module) or lab.share(silent[name]) >= DETECTED:
             continue
-        if lab.share(silent[name]) < DETECTED:
-            norms = [n for n, m in modules.items() if is_norm(m) and is_multiple(ins[name], outs.get(n))]
-            found.append(FoundPart(name, 1.0, norms=norms[:1]))
-    return sorted(found, key=lambda part: list(outs).index(part.module))
+        part = FoundPart(name, 1.0, post_norms=[n for n in norms if is_multiple(ins[n], outs[name])][:1])
+        if (list(module.children()) and name in ins) or (name not in ins and _is_added(lab, layer, part)):
+            found.append(part)
+    before = [n for n in norms if not any(n in part.post_norms for part in found)]
+    for part in found:
+        if part.module in ins:
+            part.norms = [n for n in before if is_multiple(ins[part.module], outs[n])][:1]
+        else:  # it ends a chain that follows a norm
+            ran = (n for n in before if "." not in n and order.index(n) < order.index(part.module))
+            part.norms = sorted(ran, key=order.index)[-1:]
+    return sorted(found, key=lambda part: order.index(part.module))
+
+
+def _is_added(lab: Experiments, layer: int, part: FoundPart) -> bool:
+    """Whether a direction that `part` writes comes out of the module around it as it is."""
+    modules = lab.plain.inner(layer)
+    around = part.module.rpartition(".")[0]
+    watched = {"around": modules[around] if around else lab.plain.blocks[layer]}
+    _, before = lab.plain.observe(watched)
+    last = modules[part.post_norms[-1] if part.post_norms else part.module]
+    handle = last.register_forward_hook(lambda _m, _i, output: output + lab.shift(output))
+    _, after = lab.plain.observe(watched)
+    handle.remove()
+    if "around" not in before:
+        return False
+    change = (after["around"] - before["around"]).double()
+    rest = change - (change @ lab.direction)[:, None] * lab.direction
+    return bool(rest.norm() < DETECTED * change.norm())
