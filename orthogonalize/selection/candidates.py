@@ -22,7 +22,7 @@ from ..core.files import parse_json
 MAX_KL = 0.1  # nats; eliroc98/refusal_direction
 MIN_INDUCE = 0.0  # log-odds
 PRUNED_LAYERS = 0.2  # fraction of the last layers, which are excluded (see `first_pruned_layer`)
-UNSCORED = "scored by bypass alone"
+UNSCORED = "estimated only"
 
 Interval = tuple[float, float]
 
@@ -49,12 +49,12 @@ class Candidate:
 
     Attributes:
         bypass: mean score (see `Readout`) of positive val prompts with the direction removed at this layer; lower is
-            better. Of the first few prompts, where `induce` is None.
+            better. Where `induce` is None, an estimate by few prompts: to first order, where the model has gradients.
         induce: the same of negative val prompts with the direction added at this layer's input; the median over 0.5, 1
-            and 2 times the norm of the mean difference. None if enough directions of lower bypass pass the filters, or
-            its KL is clearly too large.
+            and 2 times the norm of the mean difference. None if enough directions look better, or its KL is clearly too
+            large.
         kl: mean smoothed KL of the first token (`smoothed_kl`), in nats, on negative val prompts with the direction
-            removed; of the first few prompts where `induce` is None, and None if enough others pass.
+            removed; of the first few prompts where `induce` is None, and None if enough others look better.
         bypass_ci95, induce_ci95, kl_ci95: the 95% t interval of each mean over its prompts (for `induce`, at the length
             of the median); None with one prompt. Finders are scored by the same prompts.
         rank_of_basis: the number of directions that are removed.
@@ -121,9 +121,9 @@ def rank(
     """Filter and rank candidates by their stored scores, finder by finder, best first.
 
     A candidate fails if a score is not a number, its KL is above `kl`, its induce score is below `induce`, it is in the
-    last `prune` of the layers, or it has only a bypass score. Candidates that pass are ranked by bypass, lowest first.
-    Those that fail follow: those with only a bypass score, by that; then the others, the closest to passing first. If
-    none passes, these come before those with only a bypass score, so that the first candidate is the best choice.
+    last `prune` of the layers, or it was only estimated. Candidates that pass are ranked by bypass, lowest first. Those
+    that fail follow: those that were only estimated, by that; then the others, the closest to passing first. If none
+    passes, these come before those that were only estimated, so that the first candidate is the best choice.
 
     Args:
         candidates: the candidates of a run, or the path of a candidates.json.
@@ -193,7 +193,7 @@ def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:
     if not mine or not mine[0].failed:
         return None
     stops = [reason.split(" ")[0] for c in mine for reason in c.failed]
-    names = {"not": "not a number", "late": "late layer", "scored": UNSCORED}
+    names = {"not": "not a number", "late": "late layer", "estimated": UNSCORED}
     counts = ", ".join(f"{names.get(s, s)} {stops.count(s)}" for s in dict.fromkeys(stops))
     best = mine[0]
     return (

@@ -64,11 +64,15 @@ def _odds(share: torch.Tensor) -> torch.Tensor:
 
 def log_odds(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
     """`behaviour_score` from logits [..., vocabulary], in float64, with gradients."""
+    return unbounded_log_odds(logits, tokens).clamp(-LARGEST_SCORE, LARGEST_SCORE)
+
+
+def unbounded_log_odds(logits: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    """`log_odds` without bounds, so that also what is beyond them has a gradient."""
     wide = logits.double()
     inside = torch.zeros(wide.shape[-1], dtype=torch.bool, device=wide.device)
     inside[list(tokens)] = True
-    odds = wide[..., inside].logsumexp(-1) - wide[..., ~inside].logsumexp(-1)
-    return odds.clamp(-LARGEST_SCORE, LARGEST_SCORE)
+    return wide[..., inside].logsumexp(-1) - wide[..., ~inside].logsumexp(-1)
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,8 @@ class Settings:
             None scores all.
         scored: maximum number of val prompts per side to score single directions on; None uses all. Whole edits are
             tried on all positive prompts, whatever this is.
-        enough: how many directions of a finder that pass the filters are enough: all are scored by few prompts, and
-            fully only until so many pass, or three times as many are scored. 0 scores all fully, as `--engine stream`
-            always does.
+        enough: how many directions of a finder are scored: those that are the best by estimates. 0 scores all, as the
+            engines `stream` and `vllm` always do.
         trials: number of whole edits to try; 0 skips the search.
         goal: `remove` takes the behaviour out of what shows it; `calibrate` does so too, and keeps it on the preserved
             prompts, which show it rightly; `strengthen` extends it to target prompts, which do not show it.

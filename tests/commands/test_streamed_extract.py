@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 from helpers.command_line import UNTRIED, command
 
 from orthogonalize.commands.extract import extract

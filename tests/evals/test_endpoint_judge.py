@@ -121,7 +121,7 @@ def test_lasting_failures_are_one_line_and_keep_what_was_judged(fault, said, tmp
         done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     sent = [request["messages"][-1]["content"] for request in server.requests]
-    assert sum("bake" in content for content in sent) == 2 + PORTION, "beside a trial each, what was judged is not sent again"
+    assert sum("bake" in content for content in sent) == 2 + PORTION, "sent again, beside a trial each"
     assert json.loads(done.stdout)["refusal"]["n"] == PORTION + 2
     assert SECRET not in failed.output + done.output
     assert set(server.keys) == {f"Bearer {SECRET}"}

@@ -9,11 +9,11 @@ import math
 import pytest
 import scipy
 import torch
-from helpers.llama import LAYERS, load
+from helpers.llama import LAYERS, WIDTH, load
 from helpers.scoring import directions_of, plain_probabilities, some_ids
 
 from orthogonalize.core.errors import OrthogonalizeError
-from orthogonalize.core.interventions import shift
+from orthogonalize.core.interventions import AffineMap, shift
 from orthogonalize.core.journal import Journal
 from orthogonalize.data.refusals import refused
 from orthogonalize.models.generation import generate
@@ -32,11 +32,13 @@ from orthogonalize.selection.candidates import (
 )
 from orthogonalize.selection.readers import resident_scores
 from orthogonalize.selection.readers.direction_scoring import Places
-from orthogonalize.selection.readers.resident_scores import SCREENED, score_candidates
-from orthogonalize.selection.readouts import FirstToken, behaviour_score, learn_behaviour_tokens
+from orthogonalize.selection.readers.estimates import ScoreGradients
+from orthogonalize.selection.readers.resident_scores import ESTIMATED, SCREENED, score_candidates
+from orthogonalize.selection.readouts import FirstToken, NearerSide, behaviour_score, learn_behaviour_tokens
 from orthogonalize.selection.run_folder import save_selection
 from orthogonalize.selection.scoring import (
     first_token_probabilities,
+    read_outputs,
 )
 
 
@@ -119,54 +121,105 @@ def test_scores_have_t_intervals_over_the_prompts(base):
     assert Candidate.from_row(json.loads(json.dumps(found.row()))) == found
 
 
+def test_estimates_are_derivatives_of_the_scores(base):
+    """Differences between maps close to the identity and their opposites, from hooks and transformers alone."""
+    model, ids = load(base).double(), some_ids(7, 1)
+    gradients = ScoreGradients(model, ids, FirstToken((5, 9)))
+    u, v = torch.randn(2, WIDTH, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pair = [AffineMap(size * u, v, size * u[:, 0]) for size in (1e-4, -1e-4)]
+    for layer in range(LAYERS):
+        for edited, estimated in ((layer_projected, gradients.projected), (input_shifted, gradients.shifted)):
+            found = []
+            for small in pair:
+                with edited(model, layer, small):
+                    found.append(behaviour_score(plain_probabilities(model, ids), [5, 9]).mean().item())
+            change = estimated(layer, pair[0]) - estimated(layer, pair[1])
+            assert change == pytest.approx(found[0] - found[1], rel=2e-3, abs=1e-6), (layer, edited)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_estimates_of_other_readouts_are_derivatives_too(base):
+    model, ids, layers = load(base).double(), some_ids(7, 1), (LAYERS - 1, LAYERS)
+    means = torch.randn(2, 2, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    readout = NearerSide(layers, *means, middle=0.1, scale=3.0)
+    small = shift(1e-2 * means[0, 0])
+    before = readout.scores(read_outputs(model, ids, layers)).mean().item()
+    with input_shifted(model, 1, small):
+        change = readout.scores(read_outputs(model, ids, layers)).mean().item() - before
+    assert abs(change) > 1e-4
+    assert ScoreGradients(model, ids, readout).shifted(1, small) - before == pytest.approx(change, rel=0.05)
+
+
 def test_best_directions_are_scored_as_if_all_were(base, monkeypatch):
     """With an `enough` that is never reached, all but the last layers are scored, by all prompts."""
     monkeypatch.setattr(resident_scores, "CLEARLY", math.inf)
     model, readout = load(base), FirstToken((5, 9))
-    positive, negative = some_ids(12, 1), some_ids(7, 2)  # more positive prompts than directions are screened by
+    positive, negative = some_ids(12, 1), some_ids(7, 2)  # more positive prompts than directions are estimated by
     directions = directions_of(model, positive, negative)
     every = {key(c): c for c in score_candidates(model, positive, negative, directions, ["dim", "leace"], readout)}
     some = score_candidates(model, positive, negative, directions, ["dim", "leace"], readout, enough=99)
     assert {key(c) for c in some} == every.keys()
-    few = {
-        key(c): c.bypass
-        for c in score_candidates(model, positive[:SCREENED], negative, directions, ["dim", "leace"], readout)
-    }
+    gradients = ScoreGradients(model, positive[:ESTIMATED], readout)
     for c in some:
         if c.layer < first_pruned_layer(LAYERS):
             for name in ("bypass", "induce", "kl"):
                 assert getattr(c, name) == pytest.approx(getattr(every[key(c)], name), abs=1e-5), (c, name)
         else:
             assert (c.induce, c.kl) == (None, None)
-            assert c.bypass == pytest.approx(few[key(c)], abs=1e-5)
+            expected = gradients.projected(c.layer, directions.removal(c.finder, c.position, c.layer))
+            assert c.bypass == pytest.approx(expected, abs=1e-4)
 
 
 def key(candidate: Candidate) -> tuple:
     return candidate.finder, candidate.position, candidate.layer
 
 
-def test_scoring_ends_when_enough_pass(base, monkeypatch, tmp_path):
-    """The best few by the screening are scored; those that fail the filters do not count."""
+def by_promise(model, positive, negative, directions, readout) -> list[tuple]:
+    """The directions of `dim` that are not in the last layers, in the order of their estimates."""
+    sides = [ScoreGradients(model, ids[:ESTIMATED], readout) for ids in (positive, negative)]
+    promise = {}
+    for position in directions.positions:
+        for layer in range(first_pruned_layer(LAYERS)):
+            bypass = sides[0].projected(layer, directions.removal("dim", position, layer))
+            induce = sides[1].shifted(layer, shift(directions.mean_diff(position, layer)))
+            promise["dim", position, layer] = bypass - induce
+    return sorted(promise, key=promise.get)
+
+
+def test_the_most_promising_directions_are_scored(base, monkeypatch, tmp_path):
     monkeypatch.setattr(resident_scores, "CLEARLY", math.inf)
     model, readout = load(base), FirstToken((5, 9))
-    positive, negative = some_ids(SCREENED, 1), some_ids(7, 2)
+    positive, negative = some_ids(ESTIMATED, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
-    every = score_candidates(model, positive, negative, directions, ["dim"], readout)
-    able = sorted((c for c in every if c.layer < first_pruned_layer(LAYERS)), key=lambda c: c.bypass)
-    assert len(able) > 2
-    bad = key(able[0])
-    monkeypatch.setattr(
-        "orthogonalize.selection.readers.resident_scores.failed_filters", lambda c: ("bad",) if key(c) == bad else ()
-    )
+    order = by_promise(model, positive, negative, directions, readout)
+    assert len(order) > 2
     journal = Journal(tmp_path / "journal", "inputs")
-    found = score_candidates(model, positive, negative, directions, ["dim"], readout, known=journal, enough=1)
-    assert {key(c) for c in found if c.induce is not None} == {bad, key(able[1])}
-    again = score_candidates(None, positive, negative, directions, ["dim"], readout, known=journal, enough=1)
+    found = score_candidates(model, positive, negative, directions, ["dim"], readout, known=journal, enough=2)
+    assert {key(c) for c in found if c.induce is not None} == set(order[:2])
+    again = score_candidates(None, positive, negative, directions, ["dim"], readout, known=journal, enough=2)
     assert again == found, "an interrupted run resumes without the model"
     ranked = rank(found, kl=1e9, induce=-1e9)
-    assert [key(c) for c in ranked[:2]] == [bad, key(able[1])]
-    assert ranked[2].failed == ("scored by bypass alone",)
-    assert [c.bypass for c in ranked[2:] if "late layer" not in c.failed] == [c.bypass for c in able[2:]]
+    assert {key(c) for c in ranked[:2]} == set(order[:2])
+    assert ranked[2].failed == ("estimated only",)
+
+
+def test_models_without_gradients_are_screened_by_few_prompts(base, monkeypatch):
+    """As those whose quantised matrices have no backward pass."""
+
+    def refuse(*_args, **_kwargs):
+        raise NotImplementedError("no derivative")
+
+    model, readout = load(base), FirstToken((5, 9))
+    positive, negative = some_ids(6, 1), some_ids(7, 2)
+    directions = directions_of(model, positive, negative)
+    every = score_candidates(model, positive[:SCREENED], negative, directions, ["dim"], readout)
+    able = sorted((c for c in every if c.layer < first_pruned_layer(LAYERS)), key=lambda c: c.bypass)
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    monkeypatch.setattr(resident_scores, "CLEARLY", math.inf)
+    found = score_candidates(model, positive, negative, directions, ["dim"], readout, enough=1)
+    assert {key(c) for c in found if c.induce is not None} == {key(able[0])}
+    few = {key(c): c.bypass for c in able}
+    assert all(c.bypass == pytest.approx(few[key(c)], abs=1e-5) for c in found if c.induce is None and key(c) in few)
 
 
 def test_directions_that_break_the_model_are_not_scored_further(base, monkeypatch):
@@ -194,15 +247,15 @@ def test_directions_that_break_the_model_are_not_scored_further(base, monkeypatc
             assert c.induce == pytest.approx(every[key(c)].induce, abs=1e-5)
 
 
-def test_scoring_ends_where_none_passes(base, monkeypatch):
-    """After three times as many as would be enough."""
-    monkeypatch.setattr(resident_scores, "CLEARLY", math.inf)
-    monkeypatch.setattr(resident_scores, "failed_filters", lambda _: ("bad",))
+def test_screening_ends_where_all_directions_break_the_model(base, monkeypatch):
+    monkeypatch.setattr(resident_scores, "CLEARLY", -1.0)
+    monkeypatch.setattr(resident_scores, "MOST_SCREENED", 2)
     model, readout = load(base), FirstToken((5, 9))
     positive, negative = some_ids(6, 1), some_ids(7, 2)
     directions = directions_of(model, positive, negative)
     found = score_candidates(model, positive, negative, directions, ["dim"], readout, enough=1)
-    assert sum(c.induce is not None for c in found) == resident_scores.MOST_SCORED < len(found)
+    assert sum(c.induce is not None for c in found) == 0
+    assert sum(c.kl is not None for c in found) == 2
 
 
 def test_only_chosen_positions_and_layers_are_scored(base):

@@ -217,7 +217,7 @@ extract_options = together(
         "the template adds.",
     ),
     number("--scored", 1, 16, "Val prompts per side by which directions are scored; whole edits are tried on all."),
-    number("--enough", 0, 8, "Directions per finder that have to pass the filters before scoring ends; 0 scores all."),
+    number("--enough", 0, 8, "Directions per finder that are scored: the best by estimates of all; 0 scores all."),
     choice("--stage", ["prompts", "activations", "directions", "answers", "selection"], None, "Run only this stage."),
     click.option(
         "--dtype",

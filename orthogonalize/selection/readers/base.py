@@ -35,7 +35,7 @@ class Scored:
     """What candidates and edits are measured with.
 
     `directions` are the run's, and `readout` scores the behaviour. `places` are the positions and layers whose
-    directions are scored, and `enough` says how many have to pass (see `score_candidates`).
+    directions are scored, and `enough` says how many of a finder (see `score_candidates`).
     """
 
     directions: Directions

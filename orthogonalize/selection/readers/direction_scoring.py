@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ...core.errors import OrthogonalizeError
 from ...core.interventions import AffineMap, centred_map, shift, stack_maps
+from ...data.prompts import Side
 from ...directions.direction_set import Directions
 from ...directions.finders.registry import FINDERS
 from ..candidates import Candidate, Mean
+from .estimates import ScoreGradients
 from .meters import Meter, ScoredMaps
 
 MULTIPLIERS = (0.5, 1.0, 2.0)  # lengths at which a direction is added, in units of the mean difference
@@ -74,6 +76,26 @@ class DirectionScoring:
         """The map that removes each position's direction, as `edit` does; none where there is no direction."""
         found = {p: self.directions.removal(finder, p, layer) for p in positions}
         return {p: centred_map(m) if self.layer_norm else m for p, m in found.items() if m is not None}
+
+    def estimates(
+        self, finder: str, layer: int, positions: Sequence[int], gradients: Mapping[Side, ScoreGradients]
+    ) -> list[Candidate]:
+        """Estimate bypass and induce of `finder` at some positions of `layer` to first order."""
+        return [
+            self._candidate(
+                finder, p, layer, m.rank,
+                Mean(gradients["positive"].projected(layer, m), None),
+                Mean(gradients["negative"].shifted(layer, shift(self._added(finder, p, layer))), None),
+            )
+            for p, m in self.removals(finder, layer, positions).items()
+        ]  # fmt: skip
+
+    def _added(self, finder: str, position: int, layer: int) -> torch.Tensor:
+        """The first direction [d] of `finder`, as long as the mean difference."""
+        basis = self.directions.basis(finder, position, layer)
+        assert basis is not None
+        length: torch.Tensor = self.directions.mean_diff(position, layer).norm()
+        return length * basis[0]
 
     def bypass(self, finder: str, layer: int, positions: Sequence[int]) -> list[Candidate]:
         """Score `finder` at some positions of `layer` by bypass alone."""
@@ -139,12 +161,8 @@ class DirectionScoring:
         known = {p: induced[p, layer] for p in positions if shared and (p, layer) in induced}
         missing = [p for p in positions if p not in known]
         if missing:
-            shifts = []
-            for position in missing:
-                basis = self.directions.basis(finder, position, layer)
-                assert basis is not None
-                length = self.directions.mean_diff(position, layer).norm()
-                shifts += [multiplier * length * basis[0] for multiplier in MULTIPLIERS]
+            added = [self._added(finder, position, layer) for position in missing]
+            shifts = [multiplier * each for each in added for multiplier in MULTIPLIERS]
             scores = self.meter.behaviour(ScoredMaps("negative", shift(torch.stack(shifts)), layer, projected=False))
             means = _means(scores)
             for i, position in enumerate(missing):

@@ -1,4 +1,4 @@
-"""Score directions with a model that is whole in memory: all of them, or cheaply first and fully only the best."""
+"""Score directions with a model that is whole in memory: all of them, or only those that by estimates are the best."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from ..candidates import (
     MemoryStore,
     ScoreStore,
     common_place,
-    failed_filters,
     first_pruned_layer,
     rank,
 )
@@ -34,18 +33,25 @@ from .direction_scoring import (
     adds_mean_difference,
     score_key,
 )
+from .estimates import ScoreGradients, score_gradients
 from .meters import ResidentMeter
 
 Ids = Sequence[Sequence[int]]
-SCREENED = 4  # prompts a side by which directions are put into the order in which they are scored
+ESTIMATED = 8  # prompts a side by which directions are put into the order in which they are scored
+SCREENED = 4  # prompts by which those that break the model are told; also a side where there are no gradients
 CLEARLY = 3.0  # times the largest KL: a direction that moves the few prompts further cannot pass with all of them
-MOST_SCORED = 3  # times `enough`: directions of a finder that are scored by all prompts, however few of them pass
+MOST_SCREENED = 4  # times `enough`: directions of a finder that are looked at, however many of them break the model
 
 
 def resident_scoring(meter: ResidentMeter, directions: Directions, everywhere: bool) -> DirectionScoring:
     """The scoring of directions with a model that is whole in memory; see `score_candidates`."""
     layer_norm = Stream.of(meter.model).architecture.norms.kind == "layer"
     return DirectionScoring(meter, directions, everywhere, layer_norm)
+
+
+def estimate_key(finder: str, layer: int) -> str:
+    """The name of the estimates of a finder at a layer in a `ScoreStore`."""
+    return f"estimated:{finder}:{layer}"
 
 
 @dataclass
@@ -60,6 +66,12 @@ class _Scores:
     known: ScoreStore
     induced: dict[tuple[int, int], Mean] = field(default_factory=dict)
     seconds: float | None = None
+
+    @cached_property
+    def gradients(self) -> Mapping[Side, ScoreGradients] | None:
+        """Of the scores of a few prompts; None if the model has none."""
+        few: dict[Side, Ids] = {side: ids[:ESTIMATED] for side, ids in self.prompts.items()}
+        return score_gradients(self.model, few, self.readout)
 
     @cached_property
     def screening(self) -> DirectionScoring:
@@ -81,12 +93,18 @@ class _Scores:
         """By all prompts."""
         return resident_scoring(self.meter, self.directions, self.everywhere)
 
-    def screened(self, finder: str, layer: int, positions: Sequence[int]) -> list[Candidate]:
-        """Scores by few prompts and bypass alone."""
-        return self._kept(f"screened:{finder}:{layer}", lambda: self.screening.bypass(finder, layer, positions))
+    def estimated(self, finder: str, layer: int, positions: Sequence[int]) -> list[Candidate]:
+        """First-order estimates of bypass and induce, or the bypass of few prompts where there are no gradients."""
+
+        def compute() -> list[Candidate]:
+            if self.gradients is None:
+                return self.screening.bypass(finder, layer, positions)
+            return self.screening.estimates(finder, layer, positions, self.gradients)
+
+        return self._kept(estimate_key(finder, layer), compute)
 
     def moved(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """Screened candidates of one finder and layer, with their KL by few prompts."""
+        """Estimated candidates of one finder and layer, with their KL by few prompts."""
         finder, layer = candidates[0].finder, candidates[0].layer
         positions = [c.position for c in candidates]
 
@@ -111,25 +129,25 @@ class _Scores:
             check()
         return [Candidate.from_row(row) for row in self.known[key]]
 
-    def estimate(self, finders: Sequence[str], places: Places, enough: int | None) -> str:
-        """What will be scored, and about how long it takes: at least so long, if `enough` directions are looked for.
+    def forecast(self, finders: Sequence[str], places: Places, enough: int | None) -> str:
+        """What will be scored, and about how long it takes.
 
         An edit at layer l costs the blocks from l on; every direction is removed once for each side, and added to the
-        negative prompts at every length.
+        negative prompts at every length. A backward pass costs as much as a forward pass.
         """
         layers, positive, negative = self.directions.layer_count, *map(len, self.prompts.values())
-        depth = sum((layers - layer) / layers for layer in places.layers)
-        count = len(finders) * len(places.positions)
+        depth = sum((layers - layer) / layers for layer in places.layers) / len(places.layers)
+        count = len(finders) * len(places.positions) * len(places.layers)
         tokens = self.meter.tokens  # and this measures the time of a token
         one = tokens("positive", positive) + (1 + len(MULTIPLIERS)) * tokens("negative", negative)
         if enough is None:
             passes = count * depth * one
-            what = f"scoring {count * len(places.layers)} directions by {positive} + {negative} prompts"
+            what = f"scoring {count} directions by {positive} + {negative} prompts"
         else:
-            few = min(SCREENED, positive)
-            passes = count * depth * tokens("positive", few) + len(finders) * enough * one * depth / len(places.layers)
-            best = f"scoring the best by {positive} + {negative}"
-            what = f"screening {count * len(places.layers)} directions by {few} prompts, and {best}"
+            best = min(count, len(finders) * enough)
+            first = sum(tokens(side, min(ESTIMATED, len(ids))) for side, ids in self.prompts.items())
+            passes = 2 * first + best * depth * (tokens("negative", min(SCREENED, negative)) + one)
+            what = f"estimating {count} directions, and scoring the best {best} by {positive} + {negative} prompts"
         return f"{what}: about {duration(passes * (self.seconds or 0.0))}"
 
 
@@ -144,59 +162,63 @@ def _of_every_place(scores: _Scores, finders: Sequence[str], places: Places) -> 
 
 
 def _of_the_best(scores: _Scores, finders: Sequence[str], places: Places, enough: int) -> list[Candidate]:
-    """Scores in order of the bypass of few prompts, until `enough` directions of each finder pass the filters, or
-    `MOST_SCORED` times as many are scored.
-    """
-    screened: dict[str, list[Candidate]] = {finder: [] for finder in finders}
-    with track("screening directions", len(places.layers) * len(finders), "layers") as advance:
+    """Estimates of all, and scores by all prompts of the best `enough` of each finder."""
+    estimated: dict[str, list[Candidate]] = {finder: [] for finder in finders}
+    with track("estimating directions", len(places.layers) * len(finders), "layers") as advance:
         for layer in places.layers:
             for finder in finders:
-                screened[finder] += scores.screened(finder, layer, places.positions)
+                estimated[finder] += scores.estimated(finder, layer, places.positions)
                 advance(1)
-    found: dict[str, list[Candidate]] = {}
-    with track("scoring the best directions", enough * len(finders), "that pass") as advance:
-        for finder, candidates in screened.items():
-            found[finder] = _until_enough_pass(scores, finder, candidates, enough, advance)
-    ranked = rank([c for each in found.values() for c in each])
+    scored: dict[str, list[Candidate]] = {}
+    broken: dict[str, list[Candidate]] = {}
+    with track("scoring the best directions", enough * len(finders), "directions") as advance:
+        for finder, candidates in estimated.items():
+            scored[finder], broken[finder] = _score_the_best(scores, candidates, enough, advance)
+    ranked = rank([c for each in scored.values() for c in each])
     place = common_place(ranked) if ranked else None
     result: list[Candidate] = []
-    for finder, candidates in screened.items():
-        full = {(c.position, c.layer): c for c in found[finder] if c.induce is not None}
-        if place in {(c.position, c.layer) for c in candidates} - full.keys():  # so that finders can be compared there
+    for finder, candidates in estimated.items():
+        found = {_place(c): replace(c, induce=None) for c in [*candidates, *broken[finder]]}
+        found |= {_place(c): c for c in scored[finder]}
+        if place in found.keys() - {_place(c) for c in scored[finder]}:  # so that finders can be compared there
             position, layer = place
-            (full[place],) = scores.scored(finder, layer, [position], part=True)
-        broken = {(c.position, c.layer): c for c in found[finder] if c.induce is None}
-        result += ({(c.position, c.layer): c for c in candidates} | broken | full).values()
+            (found[place],) = scores.scored(finder, layer, [position], part=True)
+        result += found.values()
     return result
 
 
-def _until_enough_pass(
-    scores: _Scores, finder: str, screened: Sequence[Candidate], enough: int, advance: Callable[[int], None]
-) -> list[Candidate]:
-    """The candidates that were scored by all prompts, and those whose KL by few is clearly too large for that.
+def _place(candidate: Candidate) -> tuple[int, int]:
+    return candidate.position, candidate.layer
+
+
+def _promise(candidate: Candidate) -> float:
+    """What orders estimates: a direction should take the behaviour away where it is removed, and bring it if added."""
+    return candidate.bypass - (candidate.induce or 0.0)
+
+
+def _score_the_best(
+    scores: _Scores, estimated: Sequence[Candidate], enough: int, advance: Callable[[int], None]
+) -> tuple[list[Candidate], list[Candidate]]:
+    """The candidates of a finder that were scored by all prompts, and those whose KL by few is clearly too large.
 
     Directions without which the model is broken show no behaviour either: they come first in the order of bypass, and
     would each cost as much as a good one.
     """
-    able = [c for c in screened if c.layer < first_pruned_layer(c.layer_count) and math.isfinite(c.bypass)]
-    able.sort(key=lambda c: c.bypass)
+    able = [c for c in estimated if c.layer < first_pruned_layer(c.layer_count) and math.isfinite(_promise(c))]
+    left = sorted(able, key=_promise)[: MOST_SCREENED * enough]
     scored: list[Candidate] = []
     broken: list[Candidate] = []
-    passing = 0
-    for start in range(0, len(able), enough):
-        portion = able[start : start + enough]
+    while left and len(scored) < enough:
+        most = enough - len(scored)
+        portion, left = left[:most], left[most:]
         for layer in sorted({c.layer for c in portion}):
             here = scores.moved(sorted((c for c in portion if c.layer == layer), key=lambda c: c.position))
             usable = [c for c in here if not (c.kl or 0.0) > CLEARLY * MAX_KL]
             broken += [c for c in here if c not in usable]
             if usable:
-                scored += scores.scored(finder, layer, [c.position for c in usable], part=True)
-        now = min(enough, sum(not failed_filters(c) for c in scored))
-        advance(now - passing)
-        passing = now
-        if passing == enough or len(scored) >= MOST_SCORED * enough:
-            break
-    return [*scored, *broken]
+                scored += scores.scored(usable[0].finder, layer, [c.position for c in usable], part=True)
+            advance(len(usable))
+    return scored, broken
 
 
 def score_candidates(
@@ -218,9 +240,8 @@ def score_candidates(
         everywhere: also score each edit at every write of the model (`global_bypass`, `global_kl`).
         known: a store for the scores; those that it contains are not computed again.
         places: the positions and layers to score; None scores all.
-        enough: how many directions of a finder that pass the filters are enough: all are scored by bypass on a few
-            prompts; in the order of that, those whose KL on a few is not clearly too large are scored fully, until so
-            many pass, or three times as many are scored. None scores all fully.
+        enough: how many directions of a finder are scored: those that are the best by estimates of bypass and induce
+            (see `ScoreGradients`), and whose KL on a few prompts is not clearly too large. None scores all.
 
     Raises:
         OrthogonalizeError: there are no directions.
@@ -230,7 +251,7 @@ def score_candidates(
     kept = MemoryStore() if known is None else known
     scores = _Scores(model, prompts, directions, readout, everywhere, kept)
     if model is not None and not all(_started(scores, finder, places, enough) for finder in finders):
-        note(scores.estimate(finders, places, enough))
+        note(scores.forecast(finders, places, enough))
     if enough is None:
         result = _of_every_place(scores, finders, places)
     else:
@@ -243,4 +264,4 @@ def score_candidates(
 def _started(scores: _Scores, finder: str, places: Places, enough: int | None) -> bool:
     """Whether the last layer that is gone through for `finder` first has been scored."""
     last = places.layers[-1]
-    return (score_key(finder, last) if enough is None else f"screened:{finder}:{last}") in scores.known
+    return (score_key(finder, last) if enough is None else estimate_key(finder, last)) in scores.known

@@ -22,6 +22,7 @@ from ...core.interrupts import check
 from ...core.interventions import AffineMap, Intervention, Site
 from ...models.activations import batches, pad
 from ...models.forward.partial import StreamCache
+from ...models.gradients import frozen
 from ...models.hooks import intervened
 from ..readouts import log_odds
 from ..scoring import last_logits
@@ -40,19 +41,6 @@ BATCH = 2**25  # logits in one backward pass: 128 MiB in float32, some times ove
 
 Ids = Sequence[Sequence[int]]
 """Token ids by prompt or answer."""
-
-
-@contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Compute no gradients of the weights in this context, and keep nothing for them."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 class StrengthGradients:
@@ -78,7 +66,7 @@ class StrengthGradients:
         variable = torch.tensor(strengths, dtype=torch.float64).repeat(rows, 1).requires_grad_()
         by_site = dict(zip(self.sites, variable.unbind(1), strict=True))
         edited = intervened(self.model, self._edit, renormalise=False, strengths=by_site)
-        with _frozen(self.model), torch.enable_grad(), edited:
+        with frozen(self.model), torch.enable_grad(), edited:
             yield variable
 
     def behaviour(self, ids: Ids, tokens: Sequence[int], strengths: Sequence[float]) -> tuple[float, np.ndarray]:
