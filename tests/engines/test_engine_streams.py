@@ -39,7 +39,11 @@ ANSWERED = 4  # tokens at the end of each prompt that stand for an answer
 # Passes of 32 tokens of at most three prompts: prompts are batched, and cut in two.
 CHUNKED = {"max_num_batched_tokens": 32, "max_num_seqs": 3}
 SEEN = {"mixtral": "attn", "falcon_h1": "mlp", "granitemoehybrid": "attn"}  # what vLLM shows the inputs of, if not all
-EVERY_KIND = ["llama", "qwen3", "gemma3", "mixtral", "falcon_h1", "granitemoehybrid"]
+# Every engine takes half a minute: a dense model and a hybrid mixture always, the others in `make prove`.
+EVERY_KIND = [
+    "llama", "granitemoehybrid",
+    *(pytest.param(name, marks=pytest.mark.prove) for name in ("qwen3", "gemma3", "mixtral", "falcon_h1")),
+]  # fmt: skip
 
 
 class Served:

@@ -42,7 +42,7 @@ def test_no_legend_of_a_run_s_figures_covers_data(run):
 
 def test_candidates_without_a_score_are_left_out_of_its_panel(run):
     found = load_run(run)
-    assert any(c.induce is None for c in found.candidates), "most are only screened"
+    assert any(c.induce is None for c in found.candidates), "most are only estimated"
     bypass, induce, _ = candidate_figure(found, "dim").axes
     names = {found.info.position_name(p) for p in found.directions.positions}
     drawn = [[line for line in axis.lines if line.get_label() in names] for axis in (bypass, induce)]
