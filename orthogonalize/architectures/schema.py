@@ -175,6 +175,7 @@ class Architecture(_Data):
         layer_count: the configuration keys that may say how many layers there are, by a number or a list of them.
         embed_module: the module in the decoder whose output is the embedding, where others than the blocks read it.
         normalised: whether the stream itself passes through norms, so that what no block writes can come back.
+        images_attended: whether blocks only attend to what an image encoder gives, so that no image enters the stream.
         refused: edits that weights of this family cannot make exactly, and why: of the `embed`ding, of what blocks
             and the head read (`reads`), or `conditional` ones.
     """
@@ -199,6 +200,7 @@ class Architecture(_Data):
     inert: tuple[str, ...] = ()
     embed_module: str | None = None
     normalised: bool = False
+    images_attended: bool = False
     refused: dict[Literal["embed", "reads", "conditional"], str] = {}
 
     def layers(self, config: Mapping[str, Any]) -> int:

@@ -209,21 +209,28 @@ def capturing_inputs(model: nn.Module, take: Callable[[int, torch.Tensor], None]
     Hidden states are [batch, tokens, d]; layer `layer_count` is the stream that the head reads.
 
     Raises:
-        OrthogonalizeError: in the forward pass, if blocks pass on several streams.
+        OrthogonalizeError: in the forward pass, if blocks pass on several streams, or one is left out.
     """
     stream = Stream.of(model)
     width = stream.architecture.width(stream.config)
     modules = [*(stream.block(layer) for layer in range(stream.layer_count)), stream.head_norm]
-    handles = []
+    handles, after = [], 0  # the layer that comes next
     for layer, module in enumerate(modules):
 
         def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
+            nonlocal after
             hidden = args[0] if args else kwargs["hidden_states"]
             if hidden.dim() > 3 or hidden.shape[-1] != width:
                 raise OrthogonalizeError(
                     f"blocks of {stream.architecture.family} models pass on several streams, from which no directions "
                     "are read; give one to edit (--direction)"
                 )
+            if layer > after:
+                raise OrthogonalizeError(
+                    f"block {after} of {stream.architecture.family} models runs only beside an image, so no directions "
+                    "are read from them; give one to edit (--direction)"
+                )
+            after = layer + 1
             take(layer, hidden)
 
         handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))

@@ -13,6 +13,7 @@ import torch
 
 from ..core.progress import Progress
 from .activations import batches, pad
+from .forward.logits import logits_at
 from .forward.prefix import Prefix, read_prefix, shared_length
 
 SMOOTHING = 1e-6  # added to probabilities inside the logarithms of `smoothed_kl`
@@ -63,7 +64,7 @@ def completion_logprobs(
     for group in batches(rows, tokens=2048):
         padded, _ = pad([rows[i][shared:] for i in group], model.device)
         start = min(len(prompts[i]) for i in group) - 1 - shared
-        logits = model(input_ids=padded, logits_to_keep=padded.shape[1] - start, **prefix.before(len(group))).logits
+        logits = logits_at(model, padded, padded.shape[1] - start, **prefix.before(len(group)))
         for row, i in enumerate(group):
             first, last = len(prompts[i]) - 1 - shared, len(rows[i]) - 1 - shared
             yield i, logits[row, first - start : last - start].float().log_softmax(-1)

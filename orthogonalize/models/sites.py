@@ -157,20 +157,25 @@ class Sites:
         return next((p + entry.weight for p in ROOTS if p + entry.weight in self.tensors), entry.weight)
 
     def check_images(self) -> None:
-        """Reject a multimodal model if its encoder's output would reach the stream unedited.
+        """Reject a multimodal model if an encoder's output would reach the stream unedited.
+
+        Where the embedding cannot be edited either, this does not matter.
 
         Raises:
-            OrthogonalizeError: it has an audio encoder, or an image projector that is not described or not found.
+            OrthogonalizeError: it has an audio encoder or an image projector that is not described or not found.
         """
+        if "embed" in self.architecture.refused:
+            return
+        entries = [entry for entry in self.architecture.embed.values() if entry.image]
+        described = any(AUDIO.search(entry.weight) for entry in entries)
         audio = next((key for key in self.config if AUDIO.search(key) and isinstance(self.config[key], Mapping)), None)
-        if audio is not None and any(AUDIO.search(name) for name in self.tensors):
+        if audio is not None and not described and any(AUDIO.search(name) for name in self.tensors):
             raise OrthogonalizeError(
                 f"this model has an audio encoder ({audio}), whose output would reach the residual stream unedited; "
                 "extract the text model into a checkpoint of its own and edit that"
             )
         sees = "vision_config" in self.config and any(VISION.search(name) for name in self.tensors)
-        entries = [entry for entry in self.architecture.embed.values() if entry.image]
-        if sees and not entries:
+        if sees and not entries and not self.architecture.images_attended:
             raise OrthogonalizeError(
                 f"the architecture file of {self.architecture.family} does not say through which tensor images enter "
                 "the residual stream; add an [embed.images] with image = true (docs/architectures.md)"

@@ -13,7 +13,7 @@ import torch
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import ConditionalMap, WriteMatrix
 from .activations import TOKENS_PER_BATCH, batches, pad
-from .forward.partial import noting_tuples, starting_at, stopping_before
+from .forward.partial import Returned, bare, noting_tuples, starting_at, stopping_before
 from .forward.prefix import Prefix, shared_length
 from .hooks import capturing_inputs
 from .stream import Stream
@@ -70,7 +70,7 @@ class WriteReader:
         self.model, self.stream = model, Stream.of(model)
         self.batches: list[_Batch] = []
         self.at = 0
-        self.wrapped = False
+        self.returned: Returned = bare
         self.begins = _common_beginning(model, sets)
         self.beginning = _Batch(torch.tensor([self.begins], device=model.device), {})
         skipped = len(self.begins)
@@ -146,7 +146,7 @@ class WriteReader:
         start = batch.hidden
         with ExitStack() as stack:
             if start is not None and self.at:
-                stack.enter_context(starting_at(self.model, self.at, start, self.wrapped))
+                stack.enter_context(starting_at(self.model, self.at, start, self.returned))
             else:
                 stack.enter_context(noting_tuples(self.model, self._note))
             stack.enter_context(capturing_inputs(self.model, keep))
@@ -154,8 +154,8 @@ class WriteReader:
             stack.enter_context(conditionally_edited(self.model, edits, renormalise=False))
             yield stack
 
-    def _note(self, wrapped: bool) -> None:
-        self.wrapped = wrapped
+    def _note(self, returned: Returned) -> None:
+        self.returned = returned
 
 
 def group_sets(sets: Mapping[str, TokenSet]) -> list[dict[str, TokenSet]]:

@@ -11,7 +11,8 @@ import torch
 
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, last_tokens, pad
-from ..models.forward.partial import StreamCache, noting_tuples, starting_at
+from ..models.forward.logits import logits_at
+from ..models.forward.partial import Returned, StreamCache, bare, noting_tuples, starting_at
 from ..models.forward.prefix import Prefix, read_prefix, shared_length
 from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
 from .readouts import Outputs, Readout
@@ -28,8 +29,8 @@ def last_logits(
     """
     before = (prefix or Prefix()).before(len(padded) // versions)
     ends, row_end = torch.unique(lengths - 1, return_inverse=True)
-    logits = model(input_ids=padded, logits_to_keep=ends, **before).logits
-    return logits[torch.arange(len(padded), device=logits.device), row_end]  # type: ignore[no-any-return]
+    logits = logits_at(model, padded, ends, **before)
+    return logits[torch.arange(len(padded), device=logits.device), row_end]
 
 
 @contextmanager
@@ -141,10 +142,10 @@ class LocalScorer:
         self.groups = [[ids[i][shared:] for i in group] for group in batches(ids, tokens=1024)]
         self.order = [i for group in batches(ids, tokens=1024) for i in group]
         self.inputs: list[list[torch.Tensor]] = []
-        self.wrapped = False
+        self.returned: Returned = bare
 
-        def note(wrapped: bool) -> None:
-            self.wrapped = wrapped
+        def note(returned: Returned) -> None:
+            self.returned = returned
 
         with noting_tuples(model, note), torch.inference_mode():
             self.beginning_inputs: list[torch.Tensor] = []
@@ -174,14 +175,14 @@ class LocalScorer:
         prefix = Prefix()
         if self.beginning:
             begun = self.beginning_inputs[layer].expand(count, -1, -1)
-            with starting_at(self.model, layer, begun, self.wrapped), edit(self.model, layer, every_map):
+            with starting_at(self.model, layer, begun, self.returned), edit(self.model, layer, every_map):
                 prefix = read_prefix(self.model, self.beginning, count)
         probabilities: list[torch.Tensor] = []
         streams: dict[int, list[torch.Tensor]] = {each: [] for each in self.layers}
         for group, stream in zip(self.groups, self.inputs, strict=True):
             padded, lengths = pad(group, self.model.device)
             rows = _repeated(every_map, len(group))
-            resumed = starting_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.wrapped)
+            resumed = starting_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.returned)
             every = lengths.repeat(count)
             with resumed, edit(self.model, layer, rows), _reading(self.model, above, every) as taken:
                 logits = last_logits(self.model, padded.repeat(count, 1), every, prefix, count).float()

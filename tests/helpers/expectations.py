@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# vLLM uses the embedding as the head, so edits that need an untied head are refused.
-NEVER_UNTIED = {"lfm2", "lfm2_moe"}
+# Edits of the embedding are refused: vLLM uses it as the head, or blocks do more with the stream than add to it.
+NO_EMBEDDING = {"lfm2", "lfm2_moe", "gemma3n"}
 # The head (or, in StableLM, a block's readers) reads the norm's bias and has no bias that could compensate.
 READ_REFUSED = {"gpt2", "gpt_neox", "opt", "opt projected", "starcoder2", "stablelm", "stablelm parallel"}
 READ_REFUSED |= {"nemotron", "phimoe", "falcon", "falcon two norms", "gemma4", "gemma4 experts"}
@@ -24,8 +24,8 @@ ACTADD_ATTENTION = {
     **dict.fromkeys(["stablelm", "qwen2_moe"], VALUE),
 }
 # No constants on the embedding: image features have no bias there, or the embedding cannot be edited alone.
-EMBEDDING_REFUSED = NEVER_UNTIED | {
-    "gemma3 multimodal", "ministral3 multimodal", "llama4 multimodal", "smolvlm multimodal",
+EMBEDDING_REFUSED = NO_EMBEDDING | {
+    "gemma3 multimodal", "ministral3 multimodal", "llama4 multimodal", "smolvlm multimodal", "glm4v multimodal",
 }  # fmt: skip
 # Families whose routers transformers keeps in float32, whatever the dtype of the model.
 SINGLE_PRECISION = {"ernie4_5_moe", "hunyuan_v1_moe"}

@@ -71,6 +71,18 @@ DENSE: dict[str, Tiny] = {
             "eos_token_id": 2, "pad_token_id": 0,
         },
     ),
+    "gemma3n": Tiny(
+        "gemma3n_text",
+        lambda h: dense(h) | WINDOWED
+        | {
+            "hidden_size_per_layer_input": 10, "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 12,
+            "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        },
+        tied=True,
+    ),
+    "bamba": Tiny(
+        "bamba", lambda h: headed(h) | mamba(h) | {"attn_layer_indices": [1, 3], "mamba_chunk_size": 16}
+    ),
     "seed_oss": Tiny("seed_oss", dense),
     "hunyuan_v1_dense": Tiny("hunyuan_v1_dense", dense),
     "ernie4_5": Tiny("ernie4_5", dense, tied=True),

@@ -121,6 +121,9 @@ EXPERTS: dict[str, Tiny] = {
     ),
     "mixtral": Tiny("mixtral", experts),
     "deepseek_v3": Tiny("deepseek_v3", latent),
+    "deepseek_v32": Tiny(
+        "deepseek_v32", lambda h: latent(h) | {"index_n_heads": 8, "index_head_dim": h, "index_topk": 4}
+    ),
     "mistral4": Tiny("mistral4", latent, causal=PICTURES),
 }
 # fmt: on

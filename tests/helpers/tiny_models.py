@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from helpers.tiny_dense import DENSE
 from helpers.tiny_experts import EXPERTS
 from helpers.tiny_settings import Tiny
 from helpers.tiny_wrappers import WRAPPERS
-from orthogonalize.models.describe.twin import DoublePrecision
+from orthogonalize.models.describe.twin import DoublePrecision, model_inputs
 
 TINY: dict[str, Tiny] = DENSE | EXPERTS | WRAPPERS
 
@@ -65,6 +66,10 @@ def store_tiny(
     model.get_output_embeddings().weight.data.mul_(spread)
     model.config._experts_implementation = None
     model.save_pretrained(folder, max_shard_size="200KB")
+    for file in folder.glob("*.safetensors") if TINY[name].transposed else ():
+        stored = load_file(file)
+        changed = {n: t.mT.contiguous() if n.endswith(TINY[name].transposed) else t for n, t in stored.items()}
+        save_file(changed, file, {"format": "pt"})
     return folder
 
 
@@ -82,4 +87,4 @@ def logits(model: Any, seed: int = 0) -> torch.Tensor:
     """Logits on random token ids, in float64."""
     ids = torch.randint(3, 90, (3, 17), generator=torch.Generator().manual_seed(seed))
     with torch.inference_mode(), DoublePrecision():
-        return model(input_ids=ids, use_cache=False).logits.double()
+        return model(**model_inputs(model, ids)).logits.double()

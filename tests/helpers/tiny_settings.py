@@ -102,6 +102,7 @@ class Tiny:
     text: str | None = None  # key of the text model's settings in a multimodal wrapper
     aside: dict[str, Any] = field(default_factory=dict)  # the wrapper's other settings
     causal: str = "AutoModelForCausalLM"
+    transposed: tuple[str, ...] = ()  # ends of names of experts that the Hub has in the order [expert, input, output]
 
     def config(self, head_dim: int, **overrides: Any) -> Any:
         from transformers import AutoConfig

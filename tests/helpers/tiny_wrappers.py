@@ -77,6 +77,46 @@ WRAPPERS: dict[str, Tiny] = {
         aside=TOKENS
         | {"vision_config": QWEN_VISION["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}},
     ),
+    "qwen3_vl_moe multimodal": Tiny(
+        "qwen3_vl_moe", 
+        lambda h: experts(h) | SECTIONS | {"mlp_only_layers": [1], "moe_intermediate_size": h + 4}, text="text_config", causal=PICTURES,
+        transposed=("experts.gate_up_proj", "experts.down_proj"),
+        aside=TOKENS
+        | {"vision_config": QWEN_VISION["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}},
+    ),
+    "qwen3_omni_moe_thinker multimodal": Tiny(
+        "qwen3_omni_moe_thinker", lambda h: experts(h) | SECTIONS | {"mlp_only_layers": [1]}, text="text_config",
+        causal=PICTURES,
+        aside=TOKENS
+        | {
+            "vision_config": QWEN_VISION["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]},
+            "audio_config": {
+                "num_mel_bins": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                "d_model": 24, "output_dim": 48, "n_window": 4, "n_window_infer": 8, "downsample_hidden_size": 8,
+            },
+            "audio_token_id": 94,
+        },
+    ),
+    "glm4v multimodal": Tiny(
+        "glm4v", lambda h: headed(h) | SECTIONS, text="text_config", causal=PICTURES,
+        aside={
+            "vision_config": VISION | {
+                "depth": 1, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "out_hidden_size": 3 * 16,
+            },
+            "image_token_id": 90, "video_token_id": 91,
+        },
+    ),
+    "mllama multimodal": Tiny(
+        "mllama",
+        lambda h: {k: v for k, v in dense(h).items() if k != "head_dim"}
+        | {"cross_attention_layers": [1], "num_attention_heads": 3, "num_key_value_heads": 3},
+        text="text_config", causal=PICTURES,
+        aside={
+            "vision_config": {k: v for k, v in VISION.items() if k != "num_attention_heads"}
+            | {"attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 48, "intermediate_layers_indices": [0]},
+            "image_token_index": 90,
+        },
+    ),
     "llava multimodal": Tiny(
         "llava", lambda h: dense(h) | {"model_type": "llama"}, text="text_config", causal=PICTURES,
         aside={

@@ -104,6 +104,9 @@ PICTURES = {
     "qwen2_vl multimodal": PATCHES,
     "qwen2_5_vl multimodal": PATCHES,
     "qwen3_vl multimodal": PATCHES,
+    "qwen3_vl_moe multimodal": PATCHES,
+    "qwen3_omni_moe_thinker multimodal": PATCHES,
+    "glm4v multimodal": PATCHES,
 }
 
 

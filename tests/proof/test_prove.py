@@ -24,7 +24,7 @@ from helpers.expectations import (
     ACTADD,
     ACTADD_ATTENTION,
     EMBEDDING_REFUSED,
-    NEVER_UNTIED,
+    NO_EMBEDDING,
     READ_REFUSED,
     VALUE,
 )
@@ -82,13 +82,13 @@ def eraser(stream: int) -> AffineMap:
 def refused(name: str, intervention: Intervention) -> bool:
     kinds = {site.kind for site in intervention.reads} | {site.kind for site in intervention.writes}
     if intervention.reads:
-        return name in READ_REFUSED | NEVER_UNTIED
+        return name in READ_REFUSED | NO_EMBEDDING
     shifted = any(affine.shifts for affine in intervention.writes.values())
     # A value bias passes through the attention's output projection, from which the edit removes what it would add.
     without = name not in ACTADD or ACTADD[name] == VALUE
     if shifted and (without or ("embed" in kinds and name in EMBEDDING_REFUSED)):
         return True
-    return name in NEVER_UNTIED and "embed" in kinds
+    return name in NO_EMBEDDING and "embed" in kinds
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -124,7 +124,7 @@ def test_every_method_and_scope_of_every_family_equals_hooks(name, bases, tmp_pa
     proof(
         name, edits=count, exact=exact, rescaled_write=rescaled["write"], rescaled_read=rescaled["read"],
         constant=ACTADD.get(name, "refused"), constant_attention=ACTADD_ATTENTION.get(name, "refused"),
-        reads="refused" if name in READ_REFUSED | NEVER_UNTIED else "yes",
+        reads="refused" if name in READ_REFUSED | NO_EMBEDDING else "yes",
     )  # fmt: skip
 
 

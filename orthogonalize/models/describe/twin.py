@@ -28,7 +28,7 @@ SIZES: dict[str, int] = {
     "n_shared_experts": 1, "moe_num_shared_experts": 1, "num_shared_experts": 1, "zero_expert_num": 1,
     "n_group": 1, "topk_group": 1, "num_expert_group": 1, "first_k_dense_replace": 1, "num_dense_layers": 1,
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
-    "qk_head_dim": 24, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8, "o_lora_rank": 20, "o_groups": 2,
+    "qk_head_dim": 24, "index_n_heads": 8, "index_head_dim": 16, "index_topk": 4, "o_lora_rank": 20, "o_groups": 2,
     "mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_ssm": 96, "mamba_d_state": 16, "mamba_n_groups": 1,
     "mamba_expand": 2, "mamba_chunk_size": 16, "mamba_dt_rank": 8, "time_step_rank": 8, "mamba_num_heads": 6,
     "mamba_head_dim": 16, "ssm_state_size": 16, "n_mamba_heads": 2, "mamba_headdim": 48, "mamba_ngroups": 1,

@@ -18,17 +18,22 @@ class _StoppedError(Exception):
     """The forward pass has come as far as it should."""
 
 
-def _identity_forward(wrapped: bool) -> Any:
-    """A `forward` for a block that returns its input, in a tuple if `wrapped`."""
-    return lambda hidden_states, *_args, **_kwargs: (hidden_states,) if wrapped else hidden_states
+Returned = Callable[[torch.Tensor], Any]
+"""Makes a stream [batch, tokens, d] what the blocks of a model return: itself, or a tuple that begins with it."""
+
+
+def bare(hidden: torch.Tensor) -> torch.Tensor:
+    """What blocks that return no tuple return."""
+    return hidden
 
 
 @contextmanager
-def noting_tuples(model: Any, take: Callable[[bool], None]) -> Iterator[None]:
-    """Call `take` with whether blocks return tuples, when the first block runs in this context."""
+def noting_tuples(model: Any, take: Callable[[Returned], None]) -> Iterator[None]:
+    """Call `take` with how blocks return the stream, when the first block runs in this context."""
 
     def look(_module: Any, _inputs: Any, output: Any) -> None:
-        take(isinstance(output, tuple))
+        beside = [None] * (len(output) - 1) if isinstance(output, tuple) else []
+        take((lambda hidden: (hidden, *beside)) if isinstance(output, tuple) else bare)
 
     handle = Stream.of(model).block(0).register_forward_hook(look)
     try:
@@ -38,10 +43,10 @@ def noting_tuples(model: Any, take: Callable[[bool], None]) -> Iterator[None]:
 
 
 @contextmanager
-def starting_at(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> Iterator[None]:
+def starting_at(model: Any, layer: int, hidden: torch.Tensor, returned: Returned) -> Iterator[None]:
     """Make `model` start at block `layer` with the input `hidden`; earlier blocks do nothing.
 
-    `wrapped`: whether blocks return tuples (see `noting_tuples`).
+    `returned`: how blocks return the stream (see `noting_tuples`).
     """
     stream = Stream.of(model)
     skipped = [stream.block(i) for i in range(layer)]
@@ -51,7 +56,7 @@ def starting_at(model: Any, layer: int, hidden: torch.Tensor, wrapped: bool) -> 
 
     handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
     try:
-        with replaced_forwards(skipped, _identity_forward(wrapped)):
+        with replaced_forwards(skipped, lambda hidden_states, *_args, **_kwargs: returned(hidden_states)):
             yield
     finally:
         handle.remove()
@@ -75,20 +80,24 @@ def replaced_forwards(blocks: Sequence[Any], forward: Any) -> Iterator[None]:
 
 @contextmanager
 def stopping_before(model: Any, layer: int) -> Iterator[None]:
-    """End the forward pass in this context before block `layer` (the number of layers: before the head's norm)."""
+    """End the forward pass in this context before block `layer` (the number of layers: before the head's norm).
+
+    If the pass leaves that block out, it ends before the next.
+    """
     stream = Stream.of(model)
 
     def stop(_module: Any, _args: Any) -> None:
         raise _StoppedError
 
-    module = stream.block(layer) if layer < stream.layer_count else stream.head_norm
-    handle = module.register_forward_pre_hook(stop)
+    modules = [*(stream.block(each) for each in range(layer, stream.layer_count)), stream.head_norm]
+    handles = [module.register_forward_pre_hook(stop) for module in modules]
     try:
         yield
     except _StoppedError:
         pass
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class StreamCache:
@@ -101,7 +110,7 @@ class StreamCache:
     def __init__(self, model: Any, layer: int, kept: int = KEPT) -> None:
         self.model, self.layer, self.kept = model, layer, kept
         self._hidden: dict[Hashable, torch.Tensor] = {}
-        self._wrapped = False
+        self._returned: Returned = bare
 
     @contextmanager
     def recording(self, name: Hashable) -> Iterator[None]:
@@ -112,8 +121,8 @@ class StreamCache:
             if layer == self.layer and held + hidden.numel() <= self.kept:
                 self._hidden[name] = hidden.clone()
 
-        def note(wrapped: bool) -> None:
-            self._wrapped = wrapped
+        def note(returned: Returned) -> None:
+            self._returned = returned
 
         if not self.layer:
             yield
@@ -127,5 +136,5 @@ class StreamCache:
         if name not in self._hidden:
             yield
             return
-        with starting_at(self.model, self.layer, self._hidden[name], self._wrapped):
+        with starting_at(self.model, self.layer, self._hidden[name], self._returned):
             yield

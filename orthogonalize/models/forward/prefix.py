@@ -18,6 +18,7 @@ import torch
 
 from ...core.errors import OrthogonalizeError
 from ..stream import Stream
+from .logits import logits_at
 
 FEWEST = 4  # tokens for which sharing pays
 _shares: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
@@ -108,9 +109,9 @@ def _keeps_pairs(model: Any) -> bool:
 @torch.inference_mode()
 def _agrees(model: Any, row: Sequence[int], length: int) -> bool:
     ids = torch.tensor([list(row)], device=model.device)
-    whole = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.float()
+    whole = logits_at(model, ids, 1, use_cache=False).float()
     after = read_prefix(model, row[:length]).before(1)
-    shared = model(input_ids=ids[:, length:], logits_to_keep=1, **after).logits.float()
+    shared = logits_at(model, ids[:, length:], 1, **after).float()
     coarsest = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))  # norms and softmax are float32
     return bool((shared - whole).abs().max() <= math.sqrt(coarsest) * whole.abs().max())
 

@@ -15,7 +15,7 @@ import torch
 
 from ...core.errors import OrthogonalizeError
 from ..activations import TOKENS_PER_BATCH, batches, last_tokens, pad
-from ..forward.partial import noting_tuples, replaced_forwards, stopping_before
+from ..forward.partial import Returned, bare, noting_tuples, replaced_forwards, stopping_before
 from ..stream import Stream
 from .weights import PartialModel
 
@@ -70,7 +70,8 @@ class StreamedModel:
     def __init__(self, parts: PartialModel) -> None:
         self.parts, self.model, self.stream = parts, parts.model, parts.stream
         self.device, self.dtype = parts.device, parts.dtype
-        self._wrapped: bool | None = None  # whether blocks return tuples
+        self._returned: Returned = bare
+        self._noted = False
 
     @property
     def layer_count(self) -> int:
@@ -89,13 +90,13 @@ class StreamedModel:
             OrthogonalizeError: the blocks of this family do not stand one behind the other.
         """
         with self.parts.embedding(token for row in ids for token in row):
-            if self._wrapped is None:
+            if not self._noted:
                 self._note_tuples(ids[0][:1])
             return [self._enter(group, [ids[i] for i in group]) for group in batches(ids, tokens)]
 
     def _note_tuples(self, ids: Sequence[int]) -> None:
-        def note(wrapped: bool) -> None:
-            self._wrapped = wrapped
+        def note(returned: Returned) -> None:
+            self._returned, self._noted = returned, True
 
         self.parts.hold(0)
         with noting_tuples(self.model, note), stopping_before(self.model, 1):
@@ -115,7 +116,7 @@ class StreamedModel:
                 raise OrthogonalizeError(f"the blocks of {self._name} share {state}; use --engine hf")
             calls.append(_Call(tuple(rest), kwargs))
             streams.append(hidden)
-            return (hidden,) if self._wrapped else hidden
+            return self._returned(hidden)
 
         with _replaced(self.stream, record), stopping_before(self.model, self.layer_count):
             self.stream.decoder(input_ids=padded, use_cache=False)
@@ -156,7 +157,7 @@ class StreamedModel:
         try:
             for part in torch.split(hidden, max(1, HEAD_NUMBERS // vocabulary)):
                 stream = part.to(self.device).unsqueeze(1)
-                output = (stream,) if self._wrapped else stream
+                output = self._returned(stream)
                 ids = torch.zeros(len(part), 1, dtype=torch.long, device=self.device)
                 with _replaced(self.stream, lambda *_args, output=output, **_kwargs: output):
                     found.append(self.model(input_ids=ids, use_cache=False).logits[:, 0].float())

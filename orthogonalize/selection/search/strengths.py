@@ -21,6 +21,7 @@ import torch
 from ...core.interrupts import check
 from ...core.interventions import AffineMap, Intervention, Site
 from ...models.activations import batches, pad
+from ...models.forward.logits import logits_at
 from ...models.forward.partial import StreamCache
 from ...models.gradients import frozen
 from ...models.hooks import intervened
@@ -102,7 +103,7 @@ class StrengthGradients:
             padded, _ = pad([rows[i] for i in group], self.model.device)
             start = min(len(prompts[i]) for i in group) - 1
             with self._varied(strengths, len(group)) as variable:
-                found = self.model(input_ids=padded, use_cache=False, logits_to_keep=padded.shape[1] - start).logits
+                found = logits_at(self.model, padded, padded.shape[1] - start, use_cache=False)
                 places = [slice(len(prompts[i]) - 1 - start, len(rows[i]) - 1 - start) for i in group]
                 logits = torch.cat([row[place] for row, place in zip(found, places, strict=True)])
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
