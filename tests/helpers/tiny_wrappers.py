@@ -78,8 +78,9 @@ WRAPPERS: dict[str, Tiny] = {
         | {"vision_config": QWEN_VISION["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}},
     ),
     "qwen3_vl_moe multimodal": Tiny(
-        "qwen3_vl_moe", 
-        lambda h: experts(h) | SECTIONS | {"mlp_only_layers": [1], "moe_intermediate_size": h + 4}, text="text_config", causal=PICTURES,
+        "qwen3_vl_moe",
+        lambda h: experts(h) | SECTIONS | {"mlp_only_layers": [1], "moe_intermediate_size": h + 4},
+        text="text_config", causal=PICTURES,
         transposed=("experts.gate_up_proj", "experts.down_proj"),
         aside=TOKENS
         | {"vision_config": QWEN_VISION["vision_config"] | {"depth": 3, "deepstack_visual_indexes": [0, 1, 2]}},
@@ -113,7 +114,8 @@ WRAPPERS: dict[str, Tiny] = {
         text="text_config", causal=PICTURES,
         aside={
             "vision_config": {k: v for k, v in VISION.items() if k != "num_attention_heads"}
-            | {"attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 48, "intermediate_layers_indices": [0]},
+            | {"attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 48}
+            | {"intermediate_layers_indices": [0]},
             "image_token_index": 90,
         },
     ),
