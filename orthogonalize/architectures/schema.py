@@ -379,10 +379,9 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     model_type = config.get("model_type")
     described = families()
     if not isinstance(model_type, str) or model_type not in described:
-        known = ", ".join(sorted(described))
         raise OrthogonalizeError(
-            f"architecture {shown(repr(model_type), 100)} is not supported (supported: {known}); "
-            "run `orthogonalize describe MODEL` to draft a file for orthogonalize/architectures"
+            f"architecture {shown(repr(model_type), 100)} is not supported: no file describes it; "
+            "run `orthogonalize describe MODEL` to draft one for orthogonalize/architectures"
         )
     architecture = described[model_type]
     for key, wanted in architecture.requires.items():
