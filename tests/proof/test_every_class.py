@@ -31,8 +31,10 @@ def measured(model_type, folder):
         drafted = draft_with_twin(open_checkpoint(folder / "model"), folder / "twin")
         proof = prove(drafted.architecture, folder / "twin")
     except Exception as error:  # a class that fails is a row of the table
-        return {"reason": f"{error}".partition("\n")[0], "seconds": time.monotonic() - started}
-    return {"gaps": proof.gaps, "refused": proof.refused, "seconds": time.monotonic() - started}
+        reason = f"{error}".partition("\n")[0].replace(f"{folder}/", "")
+        return {"reason": reason, "seconds": time.monotonic() - started}
+    refused = {kind: why.replace(f"{folder}/", "") for kind, why in proof.refused.items()}
+    return {"gaps": proof.gaps, "refused": refused, "seconds": time.monotonic() - started}
 
 
 def test_experiments_describe_most_classes(tmp_path, class_proof):
