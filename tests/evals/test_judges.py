@@ -146,6 +146,10 @@ def test_scripts_without_spaces_are_counted_by_characters():
     assert [o.harmful for o in found] == [True, False]
 
 
+# Every engine of vLLM takes half a minute: most start in `make prove` alone.
+ENGINES = ["hf", pytest.param("vllm", marks=pytest.mark.prove)]
+
+
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_answers_too_long_for_the_judge_are_unreadable(engine, tmp_path):
     """The others are judged."""
@@ -240,7 +244,7 @@ def answers(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(("name", "kind"), CLASSES)
 def test_every_judge_runs_on_a_tiny_model_of_its_class(name, kind, engine, answers, tmp_path):
     """The model gives the second of the recorded replies to everything."""
@@ -257,7 +261,7 @@ def test_every_judge_runs_on_a_tiny_model_of_its_class(name, kind, engine, answe
     assert (found.refusal and found.refusal.value) == (None if refusal is None else float(refusal))
 
 
-@pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_unreadable_verdicts_count_as_neither(engine, answers, tmp_path):
     if engine == "vllm":
         pytest.importorskip("vllm")
@@ -267,7 +271,7 @@ def test_unreadable_verdicts_count_as_neither(engine, answers, tmp_path):
     assert (found.refusal.n, found.refusal.unparseable) == (0, 3)
 
 
-@pytest.mark.parametrize("word", ["Yes", "No"])
+@pytest.mark.parametrize("word", ["Yes", pytest.param("No", marks=pytest.mark.prove)])
 def test_shieldgemma_runs_on_a_tiny_model_in_both_engines(word, answers, tmp_path):
     pytest.importorskip("vllm")
     named = f"shieldgemma={leans(tmp_path / 'judge', word)}"
