@@ -183,7 +183,10 @@ def test_recipe_gives_the_same_edit_back(bases, tmp_path):
 @pytest.mark.parametrize("name", sorted(EMBEDDING_REFUSED))
 def test_embedding_that_cannot_hold_a_constant_is_refused(name, bases):
     base = bases(name)
-    with pytest.raises(OrthogonalizeError, match=r"has no bias, so what comes from images|vLLM always takes|cannot be edited by the embedding"):
+    with pytest.raises(
+        OrthogonalizeError,
+        match=r"has no bias, so what comes from images|vLLM always takes|cannot be edited by the embedding",
+    ):
         bake(base.checkpoint, intervention_for(base, choose()))
 
 

@@ -1,4 +1,4 @@
-"""An edited checkpoint behind a real `vllm serve`, as the `openai` client sees it: chat, streaming, logprobs."""
+"""The demo's model, edited, behind a real `vllm serve`, as the `openai` client sees it: chat, streaming, logprobs."""
 
 from __future__ import annotations
 
@@ -7,28 +7,37 @@ import math
 
 import pytest
 import torch
-from helpers.chat import choosing_tokenizer, store_choosing
-from helpers.command_line import UNTRIED
+from helpers.planted import LAYER, store_direction
 from helpers.vllm_server import COMPLAINT, vllm_server
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orthogonalize.commands.edit import edit
+from orthogonalize.models.demo_model import planted_model
 
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 
-RUN_SETTINGS = UNTRIED
-QUESTION = [{"role": "user", "content": "how do i bake a cake please"}]
+QUESTION = [{"role": "user", "content": "How do I make pancakes?"}]
 LENGTH, TOP = 12, 3
 
 
-def store_model(folder):
-    """Wide enough for vLLM's kernels, and every token is a word."""
-    return store_choosing(folder, hidden_size=128, intermediate_size=96, vocab_size=len(choosing_tokenizer()))
+@pytest.fixture(scope="module")
+def model():
+    return planted_model()
+
+
+@pytest.fixture(scope="module")
+def edited(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("edited")
+    direction = store_direction(model, out / "direction.safetensors")
+    edit(str(model), out / "edited", direction=direction, layer=LAYER, method="ablate", scope="all")
+    return out / "edited"
 
 
 @pytest.fixture(scope="module")
 def server(edited, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log.txt"
-    options = ("--dtype", "float32", "--max-model-len", "128", "--served-model-name", "edited")
+    options = ("--dtype", "float32", "--max-model-len", "256", "--served-model-name", "edited")
     with vllm_server(edited, log, *options) as running:
         yield running
     assert running.process.poll() is not None

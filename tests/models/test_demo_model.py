@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from helpers.planted import store_direction
 from transformers import AutoModelForCausalLM
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.verify import verify
 from orthogonalize.data.chat import ChatFormat
-from orthogonalize.data.prompts import load_prompts
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.engines.transformers import TransformersEngine
 from orthogonalize.engines.vllm import VllmEngine
-from orthogonalize.models.activations import mean_activations
 from orthogonalize.models.demo_model import adapter_folder, base_model, planted_model
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.loading import load_model, load_tokenizer
@@ -50,14 +48,8 @@ def float32_model(planted, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def direction(float32_model, chat, tmp_path_factory) -> Path:
-    """The mean difference at layer 20 between a few cooking questions and a few others."""
-    model = load_model(float32_model, dtype=torch.float32)
-    sides = [load_prompts(f"planted:contrast_{name}.jsonl")[:16] for name in ("cooking", "other")]
-    means = [mean_activations(model, chat.encode_all([p.text for p in side]), 1)[0, 20] for side in sides]
-    file = tmp_path_factory.mktemp("direction") / "direction.safetensors"
-    save_file({"direction": (means[0] - means[1]).float()}, file)
-    return file
+def direction(float32_model, tmp_path_factory) -> Path:
+    return store_direction(float32_model, tmp_path_factory.mktemp("direction") / "direction.safetensors")
 
 
 def test_model_comes_from_the_hub_without_the_package(monkeypatch):
