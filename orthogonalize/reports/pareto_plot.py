@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from .style import COLOURS, MARKERS, ink, legend_beside
+from ..core.errors import shown
+from .style import COLOURS, MARKERS, as_written, ink, legend_beside
 from .sweep import MARK, Sweep, drawn_points, sweep_caption
 from .tables import title
+
+LINE = 110  # letters of a title that fit above the figure
 
 
 def pareto_figure(sweep: Sweep) -> Figure:
@@ -31,8 +36,10 @@ def pareto_figure(sweep: Sweep) -> Figure:
     effect, harm_name = (title(key or "", sweep.concept) for key in (sweep.effect, sweep.harm))
     relative = "relative increase of " if (sweep.harm or "").startswith("loss") else ""
     axis.set(xlabel=f"removed: {effect}, points", ylabel=f"harm: {relative}{harm_name}")
-    axis.set_title(f"{sweep.model}\n{sweep_caption(sweep)}", fontsize=9, wrap=True)
+    # Not wrapped by Matplotlib, which would look for formulas in them.
+    lines = (shown(sweep.model), sweep_caption(sweep))
+    axis.set_title("\n".join(textwrap.fill(line, LINE) for line in lines), fontsize=9)
     axis.axhline(0, color="grey", alpha=0.5, linewidth=0.8, zorder=0)
     axis.axvline(0, color="grey", alpha=0.5, linewidth=0.8, zorder=0)
     legend_beside(figure, axis)
-    return figure  # type: ignore[no-any-return]
+    return as_written(figure)

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .schema import Report
-from .style import BLUE, VERMILION
+from .style import BLUE, VERMILION, as_written
 from .tables import drawn_rates, title
 
 
@@ -41,7 +41,7 @@ def rates_figure(report: Report) -> Figure | None:
     )
     axis.grid(axis="x", color="grey", alpha=0.25)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)  # clear of the bars
-    return figure  # type: ignore[no-any-return]
+    return as_written(figure)
 
 
 def as_png(figure: Figure, dpi: int = 110) -> bytes:

@@ -24,7 +24,7 @@ from ..directions.finders.registry import FINDERS
 from ..selection.candidates import MAX_KL, MIN_INDUCE, Candidate, first_pruned_layer
 from ..selection.run_folder import Run
 from ..selection.search.objectives import LEFT
-from .style import BLUE, COLOURS, MARKERS, SHADES, VERMILION, ink, legend_beside, screen_style
+from .style import BLUE, COLOURS, MARKERS, SHADES, VERMILION, as_written, ink, legend_beside, screen_style
 
 SIDE_STYLES = {"positive": (VERMILION, "^"), "negative": (BLUE, "o")}
 PANELS = 24  # most layers that get a panel each
@@ -74,7 +74,7 @@ def candidate_figure(run: Run, finder: str) -> Figure:
         f"{title}: scores by layer and position (layers right of the dotted line are excluded; lines up and down: 95% "
         "intervals of what was scored by all prompts)", fontsize=10,
     )  # fmt: skip
-    return figure
+    return as_written(figure)
 
 
 def _best(run: Run, finder: str) -> tuple[int, int]:

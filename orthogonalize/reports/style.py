@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+    from matplotlib.text import Text
 
 BLUE, VERMILION, NEUTRAL = "#0072B2", "#D55E00", "#767676"
 COLOURS = (BLUE, VERMILION, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", NEUTRAL)
@@ -29,6 +34,25 @@ def screen_style() -> Iterator[None]:
 
     with rc_context(SCREEN):
         yield
+
+
+def as_written(figure: Figure) -> Figure:
+    """The same figure, in which names are no formulas: a `$` in a token or a name would make one, or an error."""
+    from matplotlib.ticker import FixedLocator
+
+    texts = [*figure.texts, *(text for legend in figure.legends for text in _texts_of(legend))]
+    for axis in figure.axes:
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label, *axis.texts, *_texts_of(axis.get_legend())]
+        for side in (axis.xaxis, axis.yaxis):  # other ticks are numbers, whose powers are formulas
+            if isinstance(side.get_major_locator(), FixedLocator):
+                texts += side.get_ticklabels()
+    for text in texts:
+        text.set_parse_math(False)
+    return figure
+
+
+def _texts_of(legend: Legend | None) -> list[Text]:
+    return [] if legend is None else [legend.get_title(), *legend.get_texts()]
 
 
 def ink() -> str:

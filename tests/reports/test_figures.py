@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import math
+import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from helpers.command_line import UNTRIED
+from helpers.made_up import made_up_sweep
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from orthogonalize import load_run, run_figures
 from orthogonalize.evals.metrics import Rate
-from orthogonalize.reports.rate_plot import rates_figure
+from orthogonalize.reports.pareto_plot import pareto_figure
+from orthogonalize.reports.rate_plot import as_png, rates_figure
 from orthogonalize.reports.run_plots import candidate_figure
 from orthogonalize.reports.schema import Measures, Refusals, Report
 
@@ -52,14 +57,18 @@ def test_candidates_without_a_score_are_left_out_of_its_panel(run):
     assert all(math.isfinite(y) for lines in drawn for line in lines for y in line.get_ydata())
 
 
-def test_legend_and_marks_of_the_rates_are_clear_of_each_other():
+def rates_report(concept: str | None = None) -> Report:
     rates = [Rate(value=v, n=10, ci95=(max(0.0, v - 0.1), min(1.0, v + 0.1))) for v in (1.0, 0.0)]
     models = [Measures(refusal=Refusals(target=a, harmless=b)) for a, b in (rates, rates[::-1])]
     report = Report(
         engine="hf", engine_version="transformers", base_model="base", checkpoint="edited", edit=None,
         max_new_tokens=100, sensitive=False, base=models[0], edited=models[1], paired={}, answers=[],
     )  # fmt: skip
-    figure = rates_figure(report)
+    return report if concept is None else report.model_copy(update={"concept": concept})
+
+
+def test_legend_and_marks_of_the_rates_are_clear_of_each_other():
+    figure = rates_figure(rates_report())
     assert figure is not None
     assert covered(figure) == []
     (axis,) = figure.axes
@@ -96,3 +105,42 @@ def test_plots_of_a_run_can_be_read_on_any_page(run, page):
         drawn = luminance(colours[counts > 20])
         contrast = (np.maximum(drawn, behind) + 0.05) / (np.minimum(drawn, behind) + 0.05)
         assert contrast.min() > 1.9, (plot.name, colours[counts > 20][contrast.argmin()])
+
+
+FORMULA = "a $\\frac{$ b"  # which is none
+
+
+def test_names_and_tokens_of_strangers_are_no_formulas(run):
+    found = load_run(run)
+    tokens = [FORMULA] * len(found.info.position_tokens)
+    odd = replace(found, info=found.info.model_copy(update={"position_tokens": tokens}))
+    figures = [
+        candidate_figure(odd, "dim"),
+        rates_figure(rates_report(FORMULA)),
+        pareto_figure(made_up_sweep().model_copy(update={"model": f"{FORMULA}\x1b[31m", "concept": FORMULA})),
+    ]
+    for figure in figures:
+        assert figure is not None
+        figure.savefig(io.BytesIO(), format="png")
+        plt.close(figure)
+
+
+def chunks(picture: bytes) -> dict[str, bytes]:
+    """The parts of a PNG by their names."""
+    found, at = {}, 8
+    while at < len(picture):
+        (length,) = struct.unpack(">I", picture[at : at + 4])
+        found[picture[at + 4 : at + 8].decode()] = picture[at + 8 : at + 8 + length]
+        at += 12 + length
+    return found
+
+
+def test_pictures_say_nothing_of_the_machine_that_drew_them(run):
+    figure = rates_figure(rates_report())
+    assert figure is not None
+    pictures = [as_png(figure), *(path.read_bytes() for path in (run / "plots").glob("*.png"))]
+    assert len(pictures) > 3
+    for picture in pictures:
+        found = chunks(picture)
+        assert found.keys() <= {"IHDR", "pHYs", "tEXt", "IDAT", "IEND"}
+        assert found["tEXt"].startswith(b"Software\0Matplotlib version")
