@@ -30,6 +30,15 @@ def test_missing_tokenizer_is_one_whole_sentence(tmp_path):
     assert not str(error.value).rstrip().endswith(":")
 
 
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "GPT2Tokenizer"])
+def test_a_tokenizer_whose_vocabulary_was_not_copied_is_missing(name, tmp_path):
+    """transformers builds it all the same, of special tokens alone."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    with pytest.raises(OrthogonalizeError, match="no file holds its vocabulary; fetch its tokenizer files again"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -92,18 +92,18 @@ def test_no_path_and_no_prompt_is_given(model, edited, run, recorded, tmp_path):
 
 
 def test_tensorboard_reads_back_what_was_given(run, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
     found = load_run(run)
     track_result("tensorboard", found, tmp_path / "my-run")
     (folder,) = (tmp_path / "tensorboard").iterdir()
     assert folder.name == "extract-my-run"
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    read = events.EventAccumulator(str(folder))
+    read.Reload()
     best = next(c for c in found.candidates if c.finder == "dim")
-    (scalar,) = events.Scalars("best/dim/bypass")
+    (scalar,) = read.Scalars("best/dim/bypass")
     assert (scalar.step, scalar.value) == (0, pytest.approx(best.bypass))
-    (facts,) = events.Tensors("facts/text_summary")[0].tensor_proto.string_val
+    (facts,) = read.Tensors("facts/text_summary")[0].tensor_proto.string_val
     assert f'"model": "{found.info.model.rpartition("/")[2]}"' in facts.decode()
 
 

@@ -61,6 +61,7 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> tuple[Any, 
     check_tokenizer_files(folder)
     with explained(f"{folder} has no usable tokenizer", NO_TOKENIZER):
         named = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        _check_knows_words(named, folder)
         text = _differs(named, folder)
         if text is None:
             return named, None
@@ -72,6 +73,16 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> tuple[Any, 
                 "update transformers and tokenizers"
             )
         return plain, Difference(type(named).__name__, text)
+
+
+def _check_knows_words(tokenizer: Any, folder: Path) -> None:
+    """Check that a tokenizer has a vocabulary: transformers builds some classes without any, if their files are missing.
+
+    Raises:
+        OrthogonalizeError: its only tokens are special ones.
+    """
+    if len(tokenizer) <= len(getattr(tokenizer, "added_tokens_decoder", ())):
+        raise OrthogonalizeError(f"{folder} has no usable tokenizer: no file holds its vocabulary; {NO_TOKENIZER}")
 
 
 def _differs(tokenizer: Any, folder: Path) -> str | None:
