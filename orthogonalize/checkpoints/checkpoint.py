@@ -28,6 +28,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 RECIPE = "orthogonalize.json"
 CARD = "README.md"
+BIASES = ("bias", "qkv_bias", "attention_bias", "mlp_bias")  # settings by which vLLM gives matrices biases
 LARGEST_CARD = 2**20  # bytes of a model card that are read
 HASHED_AT_ONCE = 4  # files
 SETTINGS = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".bpe")  # endings of files that change results
@@ -178,6 +179,21 @@ class Checkpoint:
         if others and not self.indexed:
             raise OrthogonalizeError(
                 f"vLLM would read {min(others)} as well, as {self.path} has no {INDEX}; remove it, or use --engine hf"
+            )
+
+    def check_biases(self) -> None:
+        """Reject settings that ask vLLM for biases where no matrix has one: it would not fill them with anything.
+
+        Raises:
+            OrthogonalizeError: the message names the setting.
+        """
+        stated = (self.config, self.config.get("text_config") or {})
+        asked = [key for key in BIASES if any(isinstance(each, dict) and each.get(key) for each in stated)]
+        matrices = {name.rpartition(".")[0] for name, tensor in self.tensors.items() if len(tensor.shape) > 1}
+        if asked and not any(f"{name}.bias" in self.tensors for name in matrices):
+            raise OrthogonalizeError(
+                f"{self.path / 'config.json'} asks for biases ({asked[0]}), of which none is stored; vLLM would use "
+                "whatever is in memory; remove that key, or use --engine hf"
             )
 
     def fingerprint(self) -> dict[str, str]:

@@ -29,7 +29,11 @@ MOST = (
 LARGEST_NUMBER = 2**53  # of any other key
 # Keys with which a model's files could choose the code that runs it.
 CODE = re.compile(r"_?\w+_implementation(_internal)?|use_kernels|kernel_config|kernels")
-OTHER_MODELS = ("speculators_config",)  # keys by which vLLM loads a model that the file names, in place of this one
+# What vLLM does for a key: `speculators_config` and `io_processor_plugin` are for models that only it serves.
+FOLLOWED = {
+    "speculators_config": "names another model, which vLLM would load instead",
+    "io_processor_plugin": "names a plugin, whose code vLLM would run if it is installed",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -90,8 +94,8 @@ def _check_entry(path: Path, key: str, value: Any) -> None:
         names = isinstance(value, list) and all(isinstance(each, str) and len(each) <= 200 for each in value)
         if not names:
             raise OrthogonalizeError(f"{path} has architectures that are not a list of names")
-    if key in OTHER_MODELS and value is not None:
-        raise OrthogonalizeError(f"{path} names another model, which vLLM would load instead ({key}); remove that key")
+    if key in FOLLOWED and value is not None:
+        raise OrthogonalizeError(f"{path} {FOLLOWED[key]} ({key}); remove that key")
     if CODE.fullmatch(key) and re.search(r"[/:]", str(value)) and not isinstance(value, dict):
         raise OrthogonalizeError(
             f"{path} names code to be fetched and run ({shown(key, 60)}: {shown(value, 60)}); remove that key"

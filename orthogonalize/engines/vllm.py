@@ -79,6 +79,32 @@ def cpu_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments
 
 
+def engine_arguments(checkpoint: Checkpoint, options: EngineOptions, on_cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's `LLM` for a checkpoint, beside its path, tokenizer and length."""
+    arguments: dict[str, Any] = {
+        "dtype": dtype_for(checkpoint, on_cpu),
+        "max_logprobs": LIKELIEST,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        # Files of other formats beside the checkpoint are not what was validated.
+        "config_format": "hf",
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "worker_extension_cls": "orthogonalize.engines.worker.EngineWorker",
+        "logits_processors": ["orthogonalize.engines.forced_decoding:ForcedDecoding"],
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
+    }
+    if options.distributed_executor_backend:
+        arguments["distributed_executor_backend"] = options.distributed_executor_backend
+    # Prompts are text only; no memory for images, and no image processor, is needed.
+    if "vision_config" in checkpoint.config:
+        arguments["limit_mm_per_prompt"] = {"image": 0, "video": 0}
+    if on_cpu:
+        return arguments | cpu_arguments(checkpoint.config)
+    return arguments | {"gpu_memory_utilization": options.gpu_memory_utilization}
+
+
 def patch_llvmlite_introspection() -> None:
     """Make llvmlite's library object raise AttributeError for dunder names.
 
@@ -119,6 +145,7 @@ class VllmEngine:
     def __enter__(self) -> Self:
         checkpoint = open_checkpoint(self.folder)
         checkpoint.check_nothing_beside()
+        checkpoint.check_biases()
         check_engine("vllm", self.options)
         on_cpu = not torch.cuda.is_available()
         set_environment(on_cpu, self.options.parallel)
@@ -126,30 +153,7 @@ class VllmEngine:
             warnings.simplefilter("ignore")  # its dependencies warn at import
             from vllm import LLM
 
-        config = checkpoint.config
-        arguments: dict[str, Any] = {
-            "dtype": dtype_for(checkpoint, on_cpu),
-            "max_logprobs": LIKELIEST,
-            "disable_log_stats": True,
-            "use_tqdm_on_load": False,
-            # Files of other formats beside the checkpoint are not what was validated.
-            "config_format": "hf",
-            "load_format": "safetensors",
-            "trust_remote_code": False,
-            "worker_extension_cls": "orthogonalize.engines.worker.EngineWorker",
-            "logits_processors": ["orthogonalize.engines.forced_decoding:ForcedDecoding"],
-            "tensor_parallel_size": self.options.tensor_parallel_size,
-            "pipeline_parallel_size": self.options.pipeline_parallel_size,
-        }
-        if self.options.distributed_executor_backend:
-            arguments["distributed_executor_backend"] = self.options.distributed_executor_backend
-        # Prompts are text only; no memory for images, and no image processor, is needed.
-        if "vision_config" in config:
-            arguments["limit_mm_per_prompt"] = {"image": 0, "video": 0}
-        if on_cpu:
-            arguments |= cpu_arguments(config)
-        else:
-            arguments["gpu_memory_utilization"] = self.options.gpu_memory_utilization
+        arguments = engine_arguments(checkpoint, self.options, on_cpu)
         patch_llvmlite_introspection()
         arguments["tokenizer"] = str(self.tokenizer.enter_context(faithful_folder(self.folder)))
         with (

@@ -94,6 +94,7 @@ CONFIGS = {
     "experts from the Hub": ({"_experts_implementation": "evil/kernel"}, "names code"),
     "kernels from the Hub": ({"kernel_config": {"RMSNorm": "evil/kernel:Norm"}}, "names code"),
     "another model": ({"speculators_config": {"verifier": {"name_or_path": "evil/model"}}}, "another model"),
+    "plugin of vLLM": ({"io_processor_plugin": "evil"}, "names a plugin"),
     "surrogates": ({"a": "\ud800"}, "Unicode"),
     "a list": ("[]", "not a JSON object"),
     "nested": ("[" * 100_000 + "]" * 100_000, "JSON"),

@@ -76,7 +76,7 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> tuple[Any, 
 
 
 def _check_knows_words(tokenizer: Any, folder: Path) -> None:
-    """Check that a tokenizer has a vocabulary: transformers builds some classes without any, if their files are missing.
+    """Check that a tokenizer has a vocabulary: transformers builds some classes even where their files are missing.
 
     Raises:
         OrthogonalizeError: its only tokens are special ones.
