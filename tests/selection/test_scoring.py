@@ -247,17 +247,6 @@ def test_directions_that_break_the_model_are_not_scored_further(base, monkeypatc
             assert c.induce == pytest.approx(every[key(c)].induce, abs=1e-5)
 
 
-def test_screening_ends_where_all_directions_break_the_model(base, monkeypatch):
-    monkeypatch.setattr(resident_scores, "CLEARLY", -1.0)
-    monkeypatch.setattr(resident_scores, "MOST_SCREENED", 2)
-    model, readout = load(base), FirstToken((5, 9))
-    positive, negative = some_ids(6, 1), some_ids(7, 2)
-    directions = directions_of(model, positive, negative)
-    found = score_candidates(model, positive, negative, directions, ["dim"], readout, enough=1)
-    assert sum(c.induce is not None for c in found) == 0
-    assert sum(c.kl is not None for c in found) == 2
-
-
 def test_only_chosen_positions_and_layers_are_scored(base):
     model, readout = load(base), FirstToken((5, 9))
     positive, negative = some_ids(6, 1), some_ids(7, 2)

@@ -40,7 +40,6 @@ Ids = Sequence[Sequence[int]]
 ESTIMATED = 8  # prompts a side by which directions are put into the order in which they are scored
 SCREENED = 4  # prompts by which those that break the model are told; also a side where there are no gradients
 CLEARLY = 3.0  # times the largest KL: a direction that moves the few prompts further cannot pass with all of them
-MOST_SCREENED = 4  # times `enough`: directions of a finder that are looked at, however many of them break the model
 
 
 def resident_scoring(meter: ResidentMeter, directions: Directions, everywhere: bool) -> DirectionScoring:
@@ -205,7 +204,7 @@ def _score_the_best(
     would each cost as much as a good one.
     """
     able = [c for c in estimated if c.layer < first_pruned_layer(c.layer_count) and math.isfinite(_promise(c))]
-    left = sorted(able, key=_promise)[: MOST_SCREENED * enough]
+    left = sorted(able, key=_promise)
     scored: list[Candidate] = []
     broken: list[Candidate] = []
     while left and len(scored) < enough:
