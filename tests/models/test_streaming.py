@@ -94,7 +94,9 @@ def test_every_family_streams_as_it_runs_whole(name, tmp_path):
     assert relative(found, expected) < 1e-6
     assert (first_tokens(one_pass) - probabilities).abs().max() < 1e-6
     one_by_one, _ = read(streamed, tokens=1)
-    assert relative(one_by_one, expected) < 5e-6  # as far as the resident model's own batches differ
+    alone = torch.cat([all_activations(whole, [row], POSITIONS) for row in IDS])  # batches differ in their rounding
+    assert relative(one_by_one, alone) < 1e-6
+    assert relative(one_by_one, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", STREAM_REFUSED)
