@@ -184,7 +184,7 @@ def _order(candidate: Candidate, kl: float, induce: float, some_pass: bool) -> t
         return (3 if "late layer" in candidate.failed else 1 if some_pass else 2.5, candidate.bypass)
     over = candidate.kl / kl - 1 if kl else candidate.kl
     excess = max(over, 0) + max(induce - candidate.induce, 0) if candidate.induce is not None else math.inf
-    return (3 if "late layer" in candidate.failed else 2, candidate.bypass > 0, excess)
+    return (3 if "late layer" in candidate.failed else 2, candidate.bypass > 0, excess, candidate.kl)
 
 
 def explain_fallback(ranked: Sequence[Candidate], finder: str) -> str | None:

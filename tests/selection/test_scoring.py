@@ -247,6 +247,13 @@ def test_directions_that_break_the_model_are_not_scored_further(base, monkeypatc
             assert c.induce == pytest.approx(every[key(c)].induce, abs=1e-5)
 
 
+def test_of_directions_that_break_the_model_the_one_that_moves_it_least_comes_first():
+    """They are not scored further, so that their KL is all that is known of how close they are to passing."""
+    found = [Candidate("dim", -1, layer, 30, -2.0, None, kl) for layer, kl in ((3, 3.2), (9, 0.4), (5, 1.1))]
+    found.append(Candidate("dim", -1, 7, 30, -1.0, 0.5, 0.15))
+    assert [c.layer for c in rank(found)] == [7, 9, 5, 3]
+
+
 def test_only_chosen_positions_and_layers_are_scored(base):
     model, readout = load(base), FirstToken((5, 9))
     positive, negative = some_ids(6, 1), some_ids(7, 2)
