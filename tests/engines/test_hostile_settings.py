@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from helpers.chat import store_choosing
 from helpers.watching import Watcher, watching
-from transformers import LlamaConfig
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 from orthogonalize.checkpoints.checkpoint import BIASES, open_checkpoint
 from orthogonalize.core.errors import OrthogonalizeError
@@ -101,6 +101,7 @@ def model(tmp_path_factory) -> Path:
     """A Llama with a module of code beside it."""
     folder = store_choosing(tmp_path_factory.mktemp("base") / "model", hidden_size=128, intermediate_size=96)
     (folder / f"{WORD}.py").write_text("raise SystemExit('code of a model ran')\nclass Code: ...\n")
+    built(folder)  # once a machine, vLLM looks at the class of a model in a process of its own
     return folder
 
 
@@ -108,6 +109,16 @@ def model(tmp_path_factory) -> Path:
 def at_once(monkeypatch):
     """vLLM reads a configuration that it refuses a second time, after two seconds."""
     monkeypatch.setattr("vllm.transformers_utils.repo_utils.time.sleep", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """vLLM renames classes of configurations and puts its own into transformers' table; later tests read both."""
+    from vllm.transformers_utils.config import _CONFIG_REGISTRY
+
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", dict(CONFIG_MAPPING._extra_content))
+    for kind in {_CONFIG_REGISTRY[name] for name in _CONFIG_REGISTRY}:
+        monkeypatch.setattr(kind, "model_type", kind.model_type)
 
 
 def built(folder: Path, **others: Any) -> Any:
