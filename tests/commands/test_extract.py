@@ -214,6 +214,23 @@ def test_killed_run_resumes_where_it_stopped(
     assert not [f for f in out.iterdir() if f.name.startswith(".")], "no journal is left"
 
 
+@pytest.mark.parametrize("force", [False, True], ids=["resumed", "forced"])
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe[", b'{"inputs": 3}\n[[[\n', b"null\n" * 3], ids=["bytes", "line", "null"]
+)
+def test_a_damaged_journal_is_dropped_and_wedges_nothing(damage, force, copy, run, model, sources, monkeypatch):
+    notes: list[str] = []
+    monkeypatch.setattr("orthogonalize.core.journal.note", notes.append)
+    stages = json.loads((copy / "stages.json").read_text())
+    del stages["selection"]
+    (copy / "stages.json").write_text(json.dumps(stages))
+    (copy / ".selection.journal").write_bytes(damage)
+    found = extract(str(model), copy, **sources, settings=SMALL, force=force)
+    assert any("is damaged, and is dropped" in each for each in notes)
+    assert found.candidates == load_run(run).candidates
+    assert not (copy / ".selection.journal").exists()
+
+
 def random_ids(count: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(4, 15, (count,), generator=generator).tolist()
