@@ -13,7 +13,7 @@ from helpers.command_line import SMALL
 from helpers.llama import WIDTH, store, tiny_llama
 
 from orthogonalize.commands.edit import edit
-from orthogonalize.commands.extract import extract
+from orthogonalize.commands.extract import _Extraction, extract
 from orthogonalize.selection.settings import Settings
 
 # Files that start vLLM; they share one process where two run tests, since two engines at a time would not fit.
@@ -82,6 +82,18 @@ def class_proof(request):
     folder = request.config.getoption("--proof")
     if folder is not None:
         record_classes(folder, measured)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def figures_only_on_request(request):
+    """Draw the figures of runs only in modules that look at them (`FIGURES = True`).
+
+    They take longer than all the rest of a tiny model's run.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "FIGURES", False):
+            patch.setattr(_Extraction, "_plot", lambda *_: None)
+        yield
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from helpers.llama import LAYERS, WIDTH
 import orthogonalize as oz
 from orthogonalize.core.errors import OrthogonalizeError
 
+FIGURES = True  # of runs, at which a test looks
 RUN_SETTINGS = UNTRIED
 
 

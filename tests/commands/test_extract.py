@@ -32,6 +32,7 @@ from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.activations import all_activations
 from orthogonalize.models.loading import load_model
+from orthogonalize.reports.run_plots import plot_run
 from orthogonalize.selection.candidates import rank
 from orthogonalize.selection.probes import probe_accuracy
 from orthogonalize.selection.readers import kept_activations
@@ -282,6 +283,7 @@ def test_several_seeds_show_the_stability_of_the_directions(model, sources, run,
     one = load_run(tmp_path / "one").directions
     assert torch.equal(one.mean_diffs, found.directions.mean_diffs)
     assert not one.stability
+    plot_run(found, tmp_path / "run")
     assert (tmp_path / "run" / "plots" / "cosines.png").stat().st_size > 5000
 
 

@@ -26,6 +26,7 @@ from orthogonalize.selection.run_folder import load_run
 from orthogonalize.selection.settings import Settings
 from orthogonalize.selection.variants import make_variants
 
+FIGURES = True  # of runs, at which a test looks
 SMALL = ("--train", "12", "--val", "4", "--test", "6", "--no-filter", "--behaviour-tokens", "sorry", "--max-rank", "3")
 
 

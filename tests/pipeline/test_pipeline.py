@@ -31,6 +31,8 @@ from orthogonalize.reports.schema import Report
 from orthogonalize.selection.resolve import choose
 from orthogonalize.selection.run_folder import load_run, save_prompts
 
+FIGURES = True  # of runs, at which a test looks
+
 
 def weights(folder: Path) -> dict[str, bytes]:
     return {f.name: f.read_bytes() for f in sorted(folder.glob("*.safetensors"))}
