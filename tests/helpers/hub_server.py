@@ -19,6 +19,8 @@ from urllib.parse import parse_qs
 
 import pytest
 
+from helpers.forked import orthogonalize
+
 COMMIT = "0" * 40
 CHUNKS_TOKEN = "token-of-the-chunked-storage"
 
@@ -292,25 +294,26 @@ class Hub:
 def command(
     hub: Hub, *words: str | Path, token: str | None, home: Path, xet: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run an orthogonalize command against the server (see `python`)."""
-    return python(hub, "-m", "orthogonalize", *words, token=token, home=home, xet=xet)
+    """Run an orthogonalize command against the server, in a process of its own (see `environment_of`)."""
+    return orthogonalize([str(word) for word in words], environment_of(hub, token, home, xet))
 
 
-def python(
-    hub: Hub, *words: str | Path, token: str | None, home: Path, xet: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Run Python against the server in a separate process: huggingface_hub reads its endpoint on import.
+def python(hub: Hub, *words: str | Path, token: str | None, home: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python against the server in a process of its own (see `environment_of`)."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True, text=True, env=environment_of(hub, token, home), timeout=120, check=False,
+    )  # fmt: skip
+
+
+def environment_of(hub: Hub, token: str | None, home: Path, xet: bool = False) -> dict[str, str]:
+    """What a process finds the server by: huggingface_hub reads its endpoint on import.
 
     With `xet`, large files go to the chunked storage, else to LFS.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "0" if xet else "1", "HF_HOME": str(home)}
-    if token:
-        environment["HF_TOKEN"] = token
-    return subprocess.run(
-        [sys.executable, *map(str, words)],
-        capture_output=True, text=True, env=environment, timeout=120, check=False,
-    )  # fmt: skip
+    return environment | ({"HF_TOKEN": token} if token else {})
 
 
 def use_hub(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,24 +1,28 @@
-"""The demo's promises, measured as the demo measures them: held-out prompts, vLLM, 100 new tokens."""
+"""The demo's promises, measured as the demo measures them: held-out prompts, vLLM, 100 new tokens.
+
+Only `make prove` runs the demo as users see it; `make test` runs it with half of the prompts, and fewer trials.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
-from orthogonalize.commands.demo import DemoResult, demo
+from orthogonalize.commands import demo as demonstration
+from orthogonalize.commands.demo import SETTINGS, DemoResult, demo
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.reports.schema import load_report
 
-
-@pytest.fixture(scope="module")
-def out(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("demonstration") / "demo"
+HALF = SETTINGS.with_changes(train=32, val=24, test=50, scored=1, trials=3)
 
 
-@pytest.fixture(scope="module")
-def result(out) -> DemoResult:
-    return demo(out)
+@pytest.fixture(scope="module", params=[HALF, pytest.param(SETTINGS, marks=pytest.mark.prove)], ids=["half", "whole"])
+def result(request, tmp_path_factory) -> DemoResult:
+    with pytest.MonkeyPatch.context() as patch:
+        shown = replace(demonstration.DEMOS["remove"], settings=request.param)
+        patch.setitem(demonstration.DEMOS, "remove", shown)
+        return demo(tmp_path_factory.mktemp("demonstration") / "demo")
 
 
 def test_planted_refusal_is_present_and_specific(result):
@@ -41,7 +45,8 @@ def test_hooks_equal_weights_on_the_written_checkpoint(result):
     assert result.verification.hooks_gap <= 1e-3
 
 
-def test_demo_writes_everything_it_promises(result, out):
+def test_demo_writes_everything_it_promises(result):
+    out = result.page.parent
     assert {p.name for p in out.iterdir()} == {"run", "edited", "report.json", "report.html"}
     assert load_report(out) == result.report
     card = (out / "edited" / "README.md").read_text()
