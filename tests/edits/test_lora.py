@@ -159,6 +159,7 @@ def served(folder: Path, adapter: Path | None, prompts: list[list[int]]) -> torc
     return torch.tensor(json.loads(done.stdout.rpartition("RESULT")[2]))
 
 
+@pytest.mark.prove
 def test_vllm_serves_base_and_adapter_in_one_batch(tmp_path):
     """The adapter with the log-probabilities of the baked checkpoint."""
     pytest.importorskip("vllm")

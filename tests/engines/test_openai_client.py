@@ -1,4 +1,7 @@
-"""The demo's model, edited, behind a real `vllm serve`, as the `openai` client sees it: chat, streaming, logprobs."""
+"""The demo's model, edited, behind a real `vllm serve`, as the `openai` client sees it: chat, streaming, logprobs.
+
+The server and its client take two minutes, so only `make prove` starts them.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,7 @@ def ask(client, **options):
     )
 
 
+@pytest.mark.prove
 def test_a_chat_gets_the_answer_of_the_edited_weights(client, expected):
     assert [model.id for model in client.models.list()] == ["edited"]
     answer = ask(client)
@@ -76,12 +80,14 @@ def test_a_chat_gets_the_answer_of_the_edited_weights(client, expected):
     assert answer.usage.completion_tokens == len(expected[1])
 
 
+@pytest.mark.prove
 def test_a_stream_gives_the_same_answer_in_pieces(client, expected):
     pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True) if chunk.choices]
     assert sum(bool(piece) for piece in pieces) > 1
     assert "".join(pieces).split() == expected[0].split()
 
 
+@pytest.mark.prove
 def test_log_probabilities_are_those_of_transformers(client, expected):
     answer = ask(client, logprobs=True, top_logprobs=TOP, extra_body={"return_tokens_as_token_ids": True})
     _, tokens, scores, before = expected
@@ -95,6 +101,7 @@ def test_log_probabilities_are_those_of_transformers(client, expected):
         assert math.isclose(each.logprob, best.values[0].item(), abs_tol=1e-3)
 
 
+@pytest.mark.prove
 def test_nothing_but_weights_and_settings_is_served_and_the_log_has_no_complaint(server, client, edited):
     assert not list(edited.rglob("*.py"))
     assert "auto_map" not in json.loads((edited / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Two families served by vLLM; `make prove` covers the rest."""
+"""Two families served by vLLM by other classes than their own, which takes `make prove`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 from helpers.serving import serve
 
 pytest.importorskip("vllm")
+pytestmark = pytest.mark.prove
 
 
 @pytest.fixture(scope="module")

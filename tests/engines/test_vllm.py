@@ -195,6 +195,7 @@ def test_written_checkpoint_generates_the_swapped_edits_tokens(name, written, pr
         assert engine.answers(prompts, 12) == SWAPPED[name]
 
 
+@pytest.mark.prove
 @pytest.mark.skipif(not ON_CPU and torch.cuda.device_count() < 2, reason="an engine takes a GPU of its own")
 def test_two_engines_in_separate_processes_act_as_one(model, shared, plans, prompts, reference):
     assert "ablate" in SWAPPED, "a test before makes it"
@@ -302,6 +303,7 @@ def test_sweep_in_vllm_equals_sweep_in_transformers(model, run, tmp_path, monkey
     assert min(moved) > 0.01, "an edit did nothing, so nothing was compared"
 
 
+@pytest.mark.prove
 def test_experts_that_vllm_cannot_swap_get_their_own_engines(tmp_path, sources):
     """vLLM 0.32's CPU build packs them, and a reload corrupts or rejects what it packed."""
     folder = store_tiny("qwen3_moe", tmp_path / "model", torch.float32, 64)

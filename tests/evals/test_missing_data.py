@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from helpers.benchmark_files import all_sets, arc_rows, harness_task, mmlu_rows, write
 from helpers.chat import store_choosing
 from helpers.command_line import UNTRIED, command
-from helpers.tiny_models import TINY, store_tiny
+from helpers.tiny_models import every_family, store_tiny
 from safetensors.torch import load_file, save_file
 
 from orthogonalize.cli import main
@@ -137,7 +137,7 @@ def test_incomplete_checkpoint_is_refused_before_any_engine(tensor, model, edite
         load_model(base)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", every_family())
 def test_missing_tensor_is_noticed_in_every_family(name, tmp_path):
     """And none is reported where all are there."""
     folder = store_tiny(name, tmp_path / "whole", torch.bfloat16)

@@ -6,9 +6,11 @@ family is present; dimensions differ wherever the class allows it, so that a wro
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,6 +21,18 @@ from helpers.tiny_wrappers import WRAPPERS
 from orthogonalize.models.describe.twin import DoublePrecision, model_inputs
 
 TINY: dict[str, Tiny] = DENSE | EXPERTS | WRAPPERS
+
+# One of each kind: post-norms, stored transposed, parallel blocks, biases, low-rank attention, state space, hybrids,
+# scaled residuals, experts (fused, single, shared), several writes a block, tied heads, wrappers.
+KINDS = (
+    *("llama", "gemma2", "gpt2", "gpt_neox", "opt projected", "olmo2", "granite", "cohere", "lfm2", "falcon_h1"),
+    *("mamba2", "gemma4", "qwen3_moe", "gpt_oss", "deepseek_v3", "nemotron_h", "mixtral", "gemma3 multimodal"),
+)
+
+
+def every_family(but: Collection[str] = ()) -> list[Any]:
+    """Names for a test that takes seconds a family: `make test` runs it for `KINDS`, `make prove` for the others."""
+    return [name if name in KINDS else pytest.param(name, marks=pytest.mark.prove) for name in TINY if name not in but]
 
 
 def randomise(model: Any, seed: int) -> None:

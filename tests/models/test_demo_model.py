@@ -103,7 +103,7 @@ def test_doubled_bos_breaks_the_comparison_with_hooks(float32_model, direction, 
     "settings",
     [
         {"method": "ablate", "scope": "all"},
-        {"method": "actadd", "scope": "one", "layer": 20, "coefficient": -4.0},
+        pytest.param({"method": "actadd", "scope": "one", "layer": 20, "coefficient": -4.0}, marks=pytest.mark.prove),
     ],
     ids=lambda s: s["method"],
 )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers.exactness import BASIS, EXACT, LAYERS, WIDTH, Base, compare, every_read, every_write, rewritten
-from helpers.tiny_models import TINY, load_tiny, randomise, store_tiny
+from helpers.tiny_models import every_family, load_tiny, randomise, store_tiny
 from helpers.tiny_settings import VISION, dense
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -86,7 +86,7 @@ def found(findings: Findings) -> dict[str, dict]:
 BEYOND = {"gemma3n": {"norms", "reads"}, "mllama multimodal": {"factor"}}
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", every_family())
 def test_experiments_agree_with_every_architecture_file(name, tmp_path):
     source = store_tiny(name, tmp_path / "model", torch.float32, tie_word_embeddings=False)
     findings = found(discover(source))

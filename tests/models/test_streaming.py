@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
-from helpers.tiny_models import TINY, store_tiny
+from helpers.tiny_models import every_family, store_tiny
 
 from orthogonalize.architectures.schema import architecture_of, remember
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
@@ -85,7 +83,7 @@ STREAM_REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name not in STREAM_REFUSED])
+@pytest.mark.parametrize("name", every_family(but=STREAM_REFUSED))
 def test_every_family_streams_as_it_runs_whole(name, tmp_path):
     folder = store_tiny(name, tmp_path / "model", torch.float32)
     whole, streamed = load_model(folder, "cpu", torch.float32), streamed_model(folder)
@@ -136,7 +134,6 @@ def test_variants_are_the_model_with_its_edit(name, tmp_path):
 
 
 def live_parameters(streamed: StreamedModel) -> int:
-    gc.collect()
     return sum(p.numel() for p in streamed.model.parameters() if not p.is_meta)
 
 
