@@ -21,8 +21,9 @@ PRINT = (
 )
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-@pytest.mark.parametrize("form", [(), ("--json",)])
+@pytest.mark.parametrize(
+    ("encoding", "form"), [("ascii", ()), ("ascii", ("--json",)), ("cp1252", ()), ("utf-8", ())], ids=str
+)
 def test_what_a_stream_cannot_write_becomes_a_question_mark(encoding, form, tmp_path):
     answer = {"prompt": "a", "response": "I cannot \U0001f600", "category": "caf\u00e9 \U0001f600"}
     (tmp_path / "answers.json").write_text(json.dumps([answer]))

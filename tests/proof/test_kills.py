@@ -169,7 +169,7 @@ KILLS = {
 
 @pytest.mark.parametrize("command", KILLS)
 def test_killed_command_leaves_nothing_and_ends_the_same(command, inputs, tmp_path):
-    KILLS[command](inputs, tmp_path, 5)
+    KILLS[command](inputs, tmp_path, 3)
 
 
 @pytest.mark.prove
