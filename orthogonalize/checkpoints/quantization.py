@@ -19,6 +19,7 @@ import torch
 from ..core.errors import OrthogonalizeError
 from .checkpoint import Checkpoint
 from .mxfp4 import dequantize_experts, packed_tensors
+from .quantizing.stored import dequantize_packed, packed_floats
 from .rounding.base import GRIDS, Scales
 from .safetensors_file import DTYPES, EDITABLE, TensorInfo, row_blocks
 from .settings_files import quantization
@@ -177,9 +178,11 @@ def _factors(scales: Scales, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def dequantize(source: Checkpoint, name: str) -> torch.Tensor:
-    """Tensor `name` as stored, or dequantised to float64 if it is FP8."""
+    """Tensor `name` as stored, or dequantised to float64 if it is FP8 or in four bits."""
     if name in packed_tensors(source.tensors):
         return dequantize_experts(source, name)
+    if name in packed_floats(source.tensors):
+        return dequantize_packed(source, name)
     stored, scales = source.read(name), read_scales(source, name, -2)
     return stored if scales is None else stored.double() * _factors(scales, tuple(stored.shape)).double()
 
@@ -297,7 +300,7 @@ def edited_scales(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.T
 
 
 def row_reader(source: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
-    """A function of (first, last) that reads those rows of tensor `name`: as stored, or dequantised if it is FP8."""
+    """A function of (first, last) that reads those rows of tensor `name`: as stored, or dequantised if it is quantised."""
     if name not in source.tensors or (source.tensors[name].dtype == FP8 and scale_name(source, name) is not None):
         values = dequantize(source, name)
         return lambda first, last: values[first:last]

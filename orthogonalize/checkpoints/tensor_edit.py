@@ -120,6 +120,13 @@ class TensorEdit:
         """The component of `weight` that the map reads, [..., k] without the stream axis, in float64."""
         return weight.to(torch.float64).movedim(self.axis, -1) @ self.vectors_map().v
 
+    def planned_change(self, before: torch.Tensor) -> torch.Tensor:
+        """How far the edit moves the components [..., k] that its map reads, from those `before` it."""
+        affine = self.vectors_map()
+        given = None if self.given is None else self.given.to(torch.float64).mT.reshape(before.shape)
+        taken = (before if given is None else given) @ (affine.v.mT @ affine.u).mT
+        return affine.v.mT @ affine.s - taken
+
     def layout(self, shape: Sequence[int]) -> VectorLayout:
         """The memory layout of a tensor of `shape` as vectors of the stream."""
         axis = self.axis % len(shape)

@@ -144,13 +144,6 @@ def write_weights(
     def record(entry: TensorRecord) -> None:
         written.records[entry.name] = entry
 
-    def write(name: str) -> None:
-        try:
-            write_one(name)
-        except BaseException:
-            stop.set()
-            raise
-
     def write_one(name: str) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         remote = source.files[name].remote
@@ -164,23 +157,50 @@ def write_weights(
                 hashes = (copy_and_hash(file.path, target / name, link or remote is not None, advance),) * 2
             written.not_finite.extend(file.not_finite(sorted(file.tensors.keys() - changes.names)))
         written.source[name], written.result[name] = hashes
-        if remote is not None and remote.sha256 != hashes[0]:
-            raise OrthogonalizeError(f"{name} of {source.path} was damaged on its way; start again")
-        if expected is not None and expected.get(name) != hashes[0]:
-            raise OrthogonalizeError(f"{source.path} is not the base of the recipe: {name} differs")
+        check_read(source, name, hashes[0], expected)
 
-    if source.remote_sizes:
-        workers = max(workers, DOWNLOADS)
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool, ThreadPoolExecutor(workers) as files:
-        futures = [files.submit(write, name) for name in sorted(source.files) if names is None or name in names]
+    names = [name for name in sorted(source.files) if names is None or name in names]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        in_parallel(write_one, names, workers_for(source, workers), stop)
+    return written
+
+
+def check_read(source: Checkpoint, name: str, sha256: str, expected: Mapping[str, str] | None) -> None:
+    """Check the SHA-256 of what was read of the weight file `name`.
+
+    Raises:
+        OrthogonalizeError: it is not what its server says, or not what is `expected` of the source.
+    """
+    remote = source.files[name].remote
+    if remote is not None and remote.sha256 != sha256:
+        raise OrthogonalizeError(f"{name} of {source.path} was damaged on its way; start again")
+    if expected is not None and expected.get(name) != sha256:
+        raise OrthogonalizeError(f"{source.path} is not the base of the recipe: {name} differs")
+
+
+def workers_for(source: Checkpoint, workers: int) -> int:
+    """How many files are written at a time: at least two if they are remote."""
+    return max(workers, DOWNLOADS) if source.remote_sizes else workers
+
+
+def in_parallel(write: Callable[[str], None], names: Sequence[str], workers: int, stop: threading.Event) -> None:
+    """Call `write` on every name, on `workers` at a time; once one fails, or on Ctrl-C, `stop` tells the others."""
+
+    def guarded(name: str) -> None:
+        try:
+            write(name)
+        except BaseException:
+            stop.set()
+            raise
+
+    with ThreadPoolExecutor(workers) as files:
+        futures = [files.submit(guarded, name) for name in names]
         try:
             _wait(futures)
         finally:
             stop.set()
             for future in futures:
                 future.cancel()
-    return written
 
 
 def _wait(futures: Sequence[Future[None]]) -> None:
@@ -195,6 +215,20 @@ def _wait(futures: Sequence[Future[None]]) -> None:
         raise stopped
 
 
+def _index(source: Checkpoint, additions: Mapping[str, Addition]) -> dict[str, Any] | None:
+    """The index of the edited checkpoint; None if it has none, or the source's own."""
+    if not source.indexed or not (additions or source.renamed):
+        return None
+    index: dict[str, Any] = read_json(source.path / INDEX)
+    if source.renamed:
+        index["weight_map"] = {tensor: name for name, file in source.files.items() for tensor in file.tensors}
+    index["weight_map"].update(dict.fromkeys(additions, source.file_for(additions)))
+    metadata = index.get("metadata")
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
+        metadata["total_size"] += sum(addition.size for addition in additions.values())
+    return index
+
+
 def write_other_files(
     source: Checkpoint,
     target: Path,
@@ -203,19 +237,15 @@ def write_other_files(
     texts: Mapping[str, str],
     *,
     link: bool = False,
+    index: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything but the weights: index, configuration and side files, some of them with new `texts` by name.
 
-    Files that do not change are copied, or hard-linked with `link`.
+    Files that do not change are copied, or hard-linked with `link`. `index` is that of the weights where it does not
+    follow from the source's and `additions`.
     """
-    if source.indexed and (additions or source.renamed):
-        index = read_json(source.path / INDEX)
-        if source.renamed:
-            index["weight_map"] = {tensor: name for name, file in source.files.items() for tensor in file.tensors}
-        index["weight_map"].update(dict.fromkeys(additions, source.file_for(additions)))
-        metadata = index.get("metadata")
-        if isinstance(metadata, dict) and isinstance(metadata.get("total_size"), int):
-            metadata["total_size"] += sum(addition.size for addition in additions.values())
+    index = index or _index(source, additions)
+    if index is not None:
         (target / INDEX).write_text(json.dumps(index, indent=2, sort_keys=False) + "\n", "utf-8")
     elif source.indexed:
         copy_file(source.path / INDEX, target / INDEX, link)

@@ -12,6 +12,8 @@ from ..architectures.schema import architecture_of, remembered
 from ..checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import check_quantization
+from ..checkpoints.quantizing.plan import QuantizedPlan
+from ..checkpoints.quantizing.writer import QuantizedWriter
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING
 from ..checkpoints.writer import DOWNLOADS, Written
 from ..core.errors import OrthogonalizeError, shown
@@ -22,6 +24,7 @@ from ..edits.bake import bake
 from ..edits.descriptions.automatic import learn, learn_from
 from ..edits.hub_cache import CachedRepository, edited_folder
 from ..edits.lora import write_adapter
+from ..edits.quantize import quantization_of, quantized_plan
 from ..edits.recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
 from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
@@ -81,6 +84,8 @@ def edit(
     share = Share.parse(settings.shard) if settings.shard else None
     if share is not None and settings.format == "lora":
         raise OrthogonalizeError("an adapter is one small file; leave out --shard with --format lora")
+    if settings.quantize is not None:
+        _check_can_quantize(settings)
     if share is not None and cache is not None:
         raise OrthogonalizeError("give --out with --shard: shares are written beside that folder")
     with nullcontext() if share is not None else place.locked():
@@ -108,11 +113,16 @@ def edit(
         plan = bake(source, resolved.intervention)
         planned = plan.checkpoint
         planned.rounding = resolved.rounding or settings.rounding or DEFAULT_ROUNDING
+        scheme = resolved.quantize or settings.quantize
+        if scheme is not None:
+            _check_can_quantize(settings)
+        quantized = None if scheme is None else quantized_plan(plan, scheme)
         # Blobs in the Hub's cache are never changed in place.
         link = settings.link or (cache is not None and commit_of(folder) is not None)
         if settings.format == "checkpoint":
             needed = planned.changed_bytes if link and not source.remote_sizes else planned.output_bytes
             needed = needed if share is None else share_bytes(planned, share, link)
+            needed = needed if quantized is None else quantized.output_bytes
             check_space(place.folder, int(1.01 * needed) + sum(source.remote_sizes[: max(DOWNLOADS, settings.workers)]))
         if resolved.base_weights is not None and source.files.keys() != resolved.base_weights.keys():
             raise OrthogonalizeError(f"{model} is not the base of the recipe (its files differ)")
@@ -124,6 +134,9 @@ def edit(
             planned.texts[TOKENIZER_SETTINGS] = mended.text()
             note(f"tokenizer: {mended.instead_of}, so {PLAIN_CLASS} is written in its place")
         written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
+        if quantized is not None:
+            written.quantization = quantization_of(quantized)
+            note(f"quantising {len(quantized.weights)} matrices by {scheme}")
         how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
         if settings.format == "lora":
             if planned.packed.keys() & planned.edits.keys():
@@ -141,7 +154,7 @@ def edit(
         if share is not None:
             return _write_share(planned, place.folder, share, written, how)
         with place.complete(settings.force) as partial:
-            done = _write(planned, partial, how)
+            done = _write(planned, quantized, partial, how)
             written.base.weights, written.weights = done.source, done.result
             written.tensors = [TensorChange(**asdict(done.records[name])) for name in sorted(done.records)]
             written.save(partial)
@@ -214,6 +227,18 @@ def _recipe_of(
     )
 
 
+def _check_can_quantize(settings: EditSettings) -> None:
+    """Check that what is to be written can be quantised.
+
+    Raises:
+        OrthogonalizeError: it is an adapter, or a share.
+    """
+    if settings.format == "lora":
+        raise OrthogonalizeError("an adapter is added to the base as it is; leave out --quantize with --format lora")
+    if settings.shard is not None:
+        raise OrthogonalizeError("--quantize writes the whole checkpoint; leave out --shard")
+
+
 @dataclass(frozen=True)
 class _HowToWrite:
     """How to write a checkpoint; `expected` are the checksums of the source's weight files in a recipe."""
@@ -224,9 +249,14 @@ class _HowToWrite:
     expected: dict[str, str] | None
 
 
-def _write(plan: CheckpointPlan, folder: Path, how: _HowToWrite) -> Written:
-    with track("writing the checkpoint", plan.output_bytes, "bytes") as advance:
-        done = plan.write(folder, advance, workers=how.workers, link=how.link, expected=how.expected)
+def _write(plan: CheckpointPlan, quantized: QuantizedPlan | None, folder: Path, how: _HowToWrite) -> Written:
+    size = plan.output_bytes if quantized is None else quantized.output_bytes
+    with track("writing the checkpoint", size, "bytes") as advance:
+        if quantized is None:
+            done = plan.write(folder, advance, workers=how.workers, link=how.link, expected=how.expected)
+        else:
+            writer = QuantizedWriter(quantized, folder, advance)
+            done = writer.run(workers=how.workers, link=how.link, expected=how.expected)
     if done.not_finite:
         names = ", ".join(shown(name, 100) for name in sorted(done.not_finite)[:3])
         more = f" and {len(done.not_finite) - 3} more" if len(done.not_finite) > 3 else ""

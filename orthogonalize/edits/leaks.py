@@ -12,6 +12,7 @@ from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.mxfp4 import packed_tensors
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import row_reader
+from ..checkpoints.quantizing.stored import packed_floats
 from ..checkpoints.safetensors_file import row_blocks
 from ..checkpoints.tensor_edit import TensorEdit
 from ..core.progress import track
@@ -62,9 +63,7 @@ def _base_rows(plan: CheckpointPlan, name: str) -> Rows:
 def _leak(edit: TensorEdit, before: torch.Tensor, after: torch.Tensor) -> TensorLeak:
     """From the components [..., k] of base and stored tensor along the map."""
     affine = edit.vectors_map()
-    given = None if edit.given is None else edit.given.to(torch.float64).mT.reshape(before.shape)
-    taken = (before if given is None else given) @ (affine.v.mT @ affine.u).mT
-    planned = affine.v.mT @ affine.s - taken
+    planned = edit.planned_change(before)
     change = float(planned.norm())
     error = float((after - before - planned).norm())
     square = float(before.square().sum())
@@ -79,7 +78,7 @@ def _leak(edit: TensorEdit, before: torch.Tensor, after: torch.Tensor) -> Tensor
 
 def tensor_leaks(edited: Checkpoint, plan: CheckpointPlan) -> dict[str, TensorLeak]:
     """By name, the leak of every tensor that `plan` edits and `edited` holds in the planned shape."""
-    stored = edited.tensors | packed_tensors(edited.tensors)
+    stored = edited.tensors | packed_tensors(edited.tensors) | packed_floats(edited.tensors)
     names = [name for name in sorted(plan.edits) if name in stored]
     found = {}
     with track("leaks along the recipe's maps", len(names), "tensors") as advance:

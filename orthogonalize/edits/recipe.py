@@ -22,6 +22,7 @@ from ..core.files import check_text, write_atomically
 from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix
 from ..core.words import counted
 from .config import EditConfig
+from .settings import SchemeName
 
 LARGEST = 2**31  # bytes of a recipe: the maps of a conditional edit of a large mixture of experts
 RoundingName = Annotated[str, AfterValidator(lambda name: ROUNDING_SCHEMES.find(name).name)]
@@ -86,12 +87,37 @@ class TensorChange(_Record):
     change: float
 
 
+class Quantization(_Record):
+    """The quantisation of the edited weights: a scheme of `--quantize`, and the version of compressed-tensors.
+
+    `matrices` is the number of those that were quantised.
+    """
+
+    scheme: SchemeName
+    version: str
+    matrices: int
+
+
+class QuantizationCost(_Record):
+    """What quantisation did to the edit, over all edited matrices that were quantised.
+
+    `leak`: the share of the planned change along the edit's directions that is missing. `error`: the distance of the
+    stored weights from the unquantised edit, relative to these. `against_plain`: that distance relative to the one that
+    plain quantisation of the base has from the base.
+    """
+
+    leak: float
+    error: float
+    against_plain: float
+
+
 class Verification(_Record):
     """The results of `verify`. A gap is the largest difference of any logit, in float32 arithmetic.
 
     `hooks_gap`: hooks on the base against the edit before rounding. `stored_gap`: against the
     checkpoint as stored. `renormalised_gap`: as `hooks_gap`, but with hooks that divide by the scale of
     the edited stream (read-side edits and post-norm models only). `rebuilt`: whether the recipe gives the stored bytes.
+    `quantization`: of a quantised checkpoint, unless no edited matrix is.
     """
 
     rebuilt: bool
@@ -101,6 +127,7 @@ class Verification(_Record):
     renormalised_gap: float | None = None
     tolerance: float
     passed: bool
+    quantization: QuantizationCost | None = None
 
 
 class Recipe(_Record):
@@ -108,7 +135,8 @@ class Recipe(_Record):
 
     `files` are the names of its other files, which the edit copied or wrote; `push` uploads these and no others.
     `tokenizer_class` is the class in its tokenizer_config.json, where the base's does not do what tokenizer.json says.
-    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`). `description` is that of the
+    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`). `quantization` is what was done to
+    the edited weights before they were stored. `description` is that of the
     architecture, where no shipped file describes it.
     """
 
@@ -121,6 +149,7 @@ class Recipe(_Record):
     arrays: dict[str, Array]
     conditional: list[ConditionalRecord] = []
     rounding: RoundingName = DEFAULT_ROUNDING
+    quantization: Quantization | None = None
     tensors: list[TensorChange] = []
     weights: dict[str, str] = {}
     files: list[str] = []
@@ -164,7 +193,8 @@ class Recipe(_Record):
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the edited weights: the base's weights, the maps and the rounding."""
-        stored = {"maps", "arrays", "rounding", *(["conditional"] if self.conditional else [])}
+        stored = {"maps", "arrays", "rounding"}
+        stored |= {name for name in ("conditional", "quantization") if getattr(self, name)}
         parts = self.model_dump_json(include=stored) + repr(sorted(self.base.weights.items()))
         return hashlib.sha256(parts.encode()).hexdigest()
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..checkpoints.rounding.registry import ROUNDING_SCHEMES
 from ..core.changed_settings import change_settings
+from ..core.errors import OrthogonalizeError
 from .config import EditConfig
+
+SchemeName = Literal["fp8", "mxfp4", "nvfp4"]  # of `checkpoints.quantizing.schemes`, which imports torch
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class EditSettings:
     Attributes:
         pick: the number, from 1, of an edit that the run tried and lists; it determines the whole edit.
         rounding: the rounding scheme of stored weights (see `--rounding`); None is the default, which keeps the edit.
+        quantize: the scheme by which the edited weights are quantised before they are stored (see `--quantize`).
         workers: number of weight files to write in parallel.
         link: hard-link unchanged files of the source instead of copying them.
         shard: `i/n` writes only that share of the files; the output appears with the last share.
@@ -54,6 +58,7 @@ class EditSettings:
     finder: str | None = None
     pick: int | None = None
     rounding: str | None = None
+    quantize: SchemeName | None = None
     workers: int = 1
     link: bool = False
     shard: str | None = None
@@ -67,6 +72,9 @@ class EditSettings:
     def __post_init__(self) -> None:
         if self.rounding is not None:
             ROUNDING_SCHEMES.find(self.rounding)
+        if self.quantize is not None and self.quantize not in get_args(SchemeName):
+            known = ", ".join(get_args(SchemeName))
+            raise OrthogonalizeError(f"no scheme of quantisation is called {self.quantize!r}; there are {known}")
 
     def with_changes(self, **changes: Any) -> EditSettings:
         """A copy with other values.

@@ -112,6 +112,12 @@ edit_options = together(
         type=Entry(lambda: list(ROUNDING_SCHEMES)),
         help=f"Rounding scheme; default: {DEFAULT_ROUNDING} ({ROUNDING_SCHEMES[DEFAULT_ROUNDING].summary}).",
     ),
+    choice(
+        "--quantize",
+        ["fp8", "mxfp4", "nvfp4"],
+        None,
+        "Quantise the edited matrices of attention and MLP, as vLLM serves them; needs compressed-tensors.",
+    ),
     number("--workers", 1, 1, "Files to write in parallel."),
     choice("--format", ["checkpoint", "lora"], "checkpoint", "lora: a PEFT adapter, if only linear layers change."),
     click.option("--shard", metavar="I/N", help="Write share I of N of the files; OUT appears with the last share."),
