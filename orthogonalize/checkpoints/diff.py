@@ -159,6 +159,12 @@ def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
             along = _along(edited, base, name, found, result.common.basis)
             if along is not None:
                 result.along[name] = along
+    compare_settings(edited, base, result)
+    return result
+
+
+def compare_settings(edited: Checkpoint, base: Checkpoint, result: Audit) -> None:
+    """Add to `result` how the configuration and the side files of two checkpoints differ."""
     for key in sorted(edited.config.keys() | base.config.keys()):
         pair = (base.config.get(key), edited.config.get(key))
         if pair[0] != pair[1]:
@@ -168,7 +174,6 @@ def audit(edited: Checkpoint, base: Checkpoint) -> Audit:
         if note is not None:
             result.side_files.append(side)
             result.notes[side] = note
-    return result
 
 
 def _compare(edited: Checkpoint, base: Checkpoint, name: str, result: Audit) -> None:

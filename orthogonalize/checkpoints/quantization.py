@@ -300,7 +300,7 @@ def edited_scales(source: Checkpoint, edit: TensorEdit) -> tuple[Scales, torch.T
 
 
 def row_reader(source: Checkpoint, name: str) -> Callable[[int, int], torch.Tensor]:
-    """A function of (first, last) that reads those rows of tensor `name`: as stored, or dequantised if it is quantised."""
+    """A function of (first, last) that reads those rows of tensor `name`: as stored, or dequantised."""
     if name not in source.tensors or (source.tensors[name].dtype == FP8 and scale_name(source, name) is not None):
         values = dequantize(source, name)
         return lambda first, last: values[first:last]

@@ -246,10 +246,11 @@ def _found_rows(audit: Any) -> list[tuple[str, ...]]:
 
 
 def _planned_rows(audit: Any) -> list[tuple[str, ...]]:
-    rows = []
-    for name in dict.fromkeys([*audit.changed, *audit.leaks]):
+    rows, check = [], getattr(audit, "quantization", None)
+    only_quantized = set() if check is None else check.quantized
+    for name in dict.fromkeys([*audit.leaks, *audit.changed]):
         leak = audit.leaks.get(name)
-        cells = ["", "not in the recipe", ""]
+        cells = ["", "only quantised" if name in only_quantized else "not in the recipe", ""]
         if leak is not None:
             cells = [
                 str(leak.rank),
@@ -257,6 +258,23 @@ def _planned_rows(audit: Any) -> list[tuple[str, ...]]:
                 "" if leak.strength is None else f"{leak.strength:.2f}",
             ]
         rows.append((name, f"{audit.changed[name]:.2e}" if name in audit.changed else "added", *cells))
+    return rows
+
+
+def _setting(value: Any) -> str:
+    """A value of a configuration; of a quantization_config, which lists many layers, the method and format."""
+    if isinstance(value, dict) and "quant_method" in value:
+        return " ".join(str(value[key]) for key in ("quant_method", "format") if value.get(key))
+    return repr(value)
+
+
+def _quantization_rows(cost: Any) -> list[tuple[str, str]]:
+    rows = [
+        ("lost by quantisation", f"{cost.leak:.1e} of the edit's planned change, over all quantised matrices"),
+        ("stored weights from the unquantised edit", f"{cost.error:.2%} of their norm"),
+    ]
+    if cost.against_plain is not None:
+        rows.append(("that, by plain quantisation of the base", f"{cost.error / cost.against_plain:.2%}"))
     return rows
 
 
@@ -268,7 +286,7 @@ def show_audit(audit: Any) -> None:
     table = Table(title="against the base", show_header=False)
     table.add_row("tensors changed", str(len(audit.changed)))
     added = ", ".join(audit.added[:3]) + (" …" if len(audit.added) > 3 else "")
-    changes = ", ".join(f"{key}: {before!r} -> {after!r}" for key, (before, after) in audit.config.items())
+    changes = ", ".join(f"{key}: {_setting(old)} -> {_setting(new)}" for key, (old, new) in audit.config.items())
     files = "; ".join(f"{name} ({audit.notes[name]})" for name in audit.side_files)
     table.add_row("tensors added", escape(added or "none"))
     table.add_row("tensors missing", escape(", ".join(audit.missing) or "none"))
@@ -287,6 +305,9 @@ def show_audit(audit: Any) -> None:
             table.add_row(
                 "hooks that rescale the stream", f"{proof.renormalised_gap:.2e} (a positive factor per token)"
             )
+        if proof.quantization is not None:
+            for row in _quantization_rows(proof.quantization):
+                table.add_row(*row)
         table.add_row("not explained by the recipe", escape(", ".join(proof.unexpected_changes) or "nothing"))
         table.add_row("verdict", "[green]verified[/]" if proof.passed else "[red]NOT verified[/]")
     console.print(table)

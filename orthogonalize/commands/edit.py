@@ -24,8 +24,9 @@ from ..edits.bake import bake
 from ..edits.descriptions.automatic import learn, learn_from
 from ..edits.hub_cache import CachedRepository, edited_folder
 from ..edits.lora import write_adapter
+from ..edits.plan import EditPlan
 from ..edits.quantize import quantization_of, quantized_plan
-from ..edits.recipe import Base, Recipe, Source, TensorChange, load_recipe, store_maps
+from ..edits.recipe import Base, Quantization, Recipe, Source, TensorChange, load_recipe, store_maps
 from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
 from ..models.names import is_hub_id
@@ -84,8 +85,6 @@ def edit(
     share = Share.parse(settings.shard) if settings.shard else None
     if share is not None and settings.format == "lora":
         raise OrthogonalizeError("an adapter is one small file; leave out --shard with --format lora")
-    if settings.quantize is not None:
-        _check_can_quantize(settings)
     if share is not None and cache is not None:
         raise OrthogonalizeError("give --out with --shard: shares are written beside that folder")
     with nullcontext() if share is not None else place.locked():
@@ -113,10 +112,7 @@ def edit(
         plan = bake(source, resolved.intervention)
         planned = plan.checkpoint
         planned.rounding = resolved.rounding or settings.rounding or DEFAULT_ROUNDING
-        scheme = resolved.quantize or settings.quantize
-        if scheme is not None:
-            _check_can_quantize(settings)
-        quantized = None if scheme is None else quantized_plan(plan, scheme)
+        quantized = _quantized(plan, settings, resolved.quantization)
         # Blobs in the Hub's cache are never changed in place.
         link = settings.link or (cache is not None and commit_of(folder) is not None)
         if settings.format == "checkpoint":
@@ -136,7 +132,7 @@ def edit(
         written = _recipe_of(model, commit_of(folder) or settings.revision, source, resolved, planned)
         if quantized is not None:
             written.quantization = quantization_of(quantized)
-            note(f"quantising {len(quantized.weights)} matrices by {scheme}")
+            note(f"quantising {len(quantized.weights)} matrices by {written.quantization.scheme}")
         how = _HowToWrite(settings.force, settings.workers, link, resolved.base_weights)
         if settings.format == "lora":
             if planned.packed.keys() & planned.edits.keys():
@@ -168,8 +164,9 @@ def edit(
 def readers(recipe: Recipe, checkpoint: Path | str) -> list[str]:
     """Which runtimes read an edited checkpoint, and which edit more of them would read, as lines for the user."""
     config = open_checkpoint(edited_folder(checkpoint)).config
-    lines = [summary(runtimes(config, recipe.added))]
-    scope = blocks_alone(config, recipe.added)
+    scheme = recipe.quantization.scheme if recipe.quantization else None
+    lines = [summary(runtimes(config, recipe.added, scheme))]
+    scope = blocks_alone(config, recipe.added) if scheme is None else None
     if scope is not None:
         lines.append(
             f"--scope {scope} adds no head, so that they read it: another edit, without the embedding; measure it"
@@ -227,16 +224,20 @@ def _recipe_of(
     )
 
 
-def _check_can_quantize(settings: EditSettings) -> None:
-    """Check that what is to be written can be quantised.
+def _quantized(plan: EditPlan, settings: EditSettings, own: Quantization | None) -> QuantizedPlan | None:
+    """The plan of the quantised result; None if neither the settings nor the recipe (its `own`) quantise it.
 
     Raises:
-        OrthogonalizeError: it is an adapter, or a share.
+        OrthogonalizeError: it cannot be quantised.
     """
+    scheme = own.scheme if own is not None else settings.quantize
+    if scheme is None:
+        return None
     if settings.format == "lora":
         raise OrthogonalizeError("an adapter is added to the base as it is; leave out --quantize with --format lora")
     if settings.shard is not None:
         raise OrthogonalizeError("--quantize writes the whole checkpoint; leave out --shard")
+    return quantized_plan(plan, scheme, None if own is None else own.version)
 
 
 @dataclass(frozen=True)

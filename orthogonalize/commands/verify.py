@@ -6,12 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
 from ..checkpoints.diff import PROJECTED, Audit, audit
 from ..checkpoints.plan import CheckpointPlan
-from ..checkpoints.quantization import dequantize
+from ..checkpoints.quantizing.check import QuantizedCheck, check_quantized
+from ..checkpoints.quantizing.plan import QuantizedPlan
 from ..checkpoints.safetensors_file import stored_bytes
 from ..core.errors import OrthogonalizeError
 from ..core.progress import track
@@ -20,15 +19,16 @@ from ..edits.bake import bake
 from ..edits.descriptions.automatic import learn_from
 from ..edits.leaks import TensorLeak, tensor_leaks
 from ..edits.plan import EditPlan
-from ..edits.recipe import Recipe, Verification, load_recipe
-from ..models.hooks import intervened
-from ..models.loading import load_model
+from ..edits.quantize import quantized_plan
+from ..edits.recipe import QuantizationCost, Recipe, Verification, load_recipe
 from ..models.resolve import find_model
 from ..models.tokenizer.faithful import SETTINGS, mended_settings
 from ..reports.model_card import update_card
 from .merge import checkpoint_of
+from .verifying.gaps import logit_gaps
 
 TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains
+MEANINGLESS = 0.5  # share of the planned change that quantisation may lose before nothing is called verified
 
 
 @dataclass
@@ -36,13 +36,15 @@ class Verified(Audit):
     """An audit and, if there is a recipe, the proof that hooks equal weights.
 
     `edit` describes the recipe's edit; `leaks` is what every edited tensor shows of it along the edit's own maps.
-    `mismatches` says that the base is not the recipe's, if that was allowed; nothing is proven then.
+    `mismatches` says that the base is not the recipe's, if that was allowed; nothing is proven then. `quantization` is
+    what quantisation did, if the recipe says that the edit was quantised.
     """
 
     verification: Verification | None = None
     edit: str | None = None
     leaks: dict[str, TensorLeak] = field(default_factory=dict)
     mismatches: list[str] = field(default_factory=list)
+    quantization: QuantizedCheck | None = None
 
     @property
     def largest_leak(self) -> float | None:
@@ -78,7 +80,11 @@ class Verified(Audit):
             return super().document() | {"mismatches": self.mismatches}
         leaks = {name: asdict(each) for name, each in self.leaks.items()}
         proof = None if self.verification is None else self.verification.model_dump()
-        return super().document() | {"recipe": {"edit": self.edit, "tensors": leaks}, "verification": proof}
+        found = super().document() | {"recipe": {"edit": self.edit, "tensors": leaks}, "verification": proof}
+        if self.quantization is None:
+            return found
+        errors = {name: asdict(each) for name, each in self.quantization.errors.items()}
+        return found | {"quantization": {**(self.quantization.cost or {}), "tensors": errors}}
 
     def __repr__(self) -> str:
         proof = self.verification
@@ -101,60 +107,23 @@ def _is_text(file: Path, text: str | None) -> bool:
     return text is not None and file.is_file() and file.read_bytes() == text.encode()
 
 
-def _probe_ids(model: Any) -> torch.Tensor:
-    """Fixed random token ids [4, 48], drawn uniformly from the vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, model.config.get_text_config().vocab_size, (4, 48), generator=generator)
+def _quantized(plan: EditPlan, recipe: Recipe) -> QuantizedPlan | None:
+    found = recipe.quantization
+    return None if found is None else quantized_plan(plan, found.scheme, found.version)
 
 
-@torch.inference_mode()
-def _logits(model: Any) -> torch.Tensor:
-    ids = _probe_ids(model).to(model.device)
-    logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float().cpu()
-    if not torch.isfinite(logits).all():
-        raise OrthogonalizeError("the model's logits contain NaN or infinite values; the checkpoint is damaged")
-    return logits
-
-
-def _unrounded(model: Any, edited: Path, plan: CheckpointPlan) -> Any:
-    """The edited model with the exact edit in place of the stored, rounded weights."""
-    exact: dict[str, torch.Tensor] = {}
-    for name, edit in plan.edits.items():
-        addition = plan.additions.get(name)
-        exact[name] = edit.exact(addition.make() if addition else dequantize(plan.source, name))
-    parameters = dict(model.named_parameters())
-    if exact.keys() <= parameters.keys():
-        for name, tensor in exact.items():
-            parameters[name].data.copy_(tensor)
-        return model
-    # Names or layouts differ in memory (fused experts, wrappers); let the library convert them.
-    checkpoint = open_checkpoint(edited)
-    tensors = {name: exact.get(name, checkpoint.read(name)).to(model.dtype) for name in checkpoint.tensors}
-    options = {"config": model.config, "state_dict": tensors, "dtype": model.dtype}
-    return type(model).from_pretrained(None, **options).to(model.device).eval()
-
-
-def _gaps(edited: Path, base: Path, recipe: Recipe, plan: EditPlan, device: str) -> dict[str, float | None]:
-    intervention = recipe.intervention()
-    with track("hooks against weights", 3, "models") as advance:
-        model = load_model(base, device, torch.float32)
-        with intervened(model, intervention, renormalise=False):
-            hooked = _logits(model)
-        renormalised = None
-        if intervention.reads or plan.has_post_norms:
-            with intervened(model, intervention):
-                renormalised = _logits(model)
-        advance(1)
-        model = load_model(edited, device, torch.float32)
-        stored = _logits(model)
-        advance(1)
-        exact = _logits(_unrounded(model, edited, plan.checkpoint))
-        advance(1)
-    return {
-        "hooks_gap": (hooked - exact).abs().max().item(),
-        "stored_gap": (hooked - stored).abs().max().item(),
-        "renormalised_gap": None if renormalised is None else (renormalised - exact).abs().max().item(),
-    }
+def _unexpected_settings(result: Verified, edited: Checkpoint, planned: CheckpointPlan, recipe: Recipe) -> list[str]:
+    """The side files and keys of the configuration that differ from the base's, and that the recipe does not give."""
+    source = planned.source
+    mended = mended_settings(source.path) if recipe.tokenizer_class is not None else None
+    expected = {SETTINGS: mended.text()} if mended is not None else {}
+    unexpected = [name for name in result.side_files if not _is_text(edited.path / name, expected.get(name))]
+    wanted = {**source.config, **planned.config_changes}
+    return unexpected + [
+        f"config.json: {key}"
+        for key in sorted(wanted.keys() | edited.config.keys())
+        if wanted.get(key) != edited.config.get(key)
+    ]
 
 
 def verify(
@@ -168,6 +137,9 @@ def verify(
     listed_only: bool = False,
 ) -> Verified:
     """Audit the difference of `checkpoint` and `base`; if there is a recipe, prove that hooks = weights.
+
+    A quantised checkpoint is compared with the unquantised edit: what quantisation lost of it, and how far it moved
+    the weights. It does not pass if most of the edit is lost.
 
     For the proof, the edit is recomputed and compared byte for byte, and the logits of the hooked base are compared, in
     float32, with those of the edit before rounding and of the checkpoint as stored. The result is written into the
@@ -196,31 +168,33 @@ def verify(
     plan = bake(source, recipe.intervention())
     planned = plan.checkpoint
     planned.rounding = recipe.rounding
-    result = Verified(**vars(audit(edited, planned.source)))  # its tensors may have other names than the base's
+    quantized = _quantized(plan, recipe)
+    if quantized is None:
+        result = Verified(**vars(audit(edited, planned.source)))  # its tensors may have other names than the base's
+        found = {*result.changed, *result.added, *result.missing}
+        unexpected, rebuilt = sorted(found - planned.changed_tensors), _rebuilds(edited, planned)
+    else:
+        check = check_quantized(edited, quantized)
+        result = Verified(**vars(check.audit), quantization=check)
+        unexpected, rebuilt = check.unexpected, check.rebuilt
     if listed_only and recipe.files:
         result.side_files = [name for name in result.side_files if name in recipe.files]
-    found = {*result.changed, *result.added, *result.missing}
-    mended = mended_settings(source.path) if recipe.tokenizer_class is not None else None
-    expected = {SETTINGS: mended.text()} if mended is not None else {}
-    unexpected = sorted(found - planned.changed_tensors)
-    unexpected += [name for name in result.side_files if not _is_text(folder / name, expected.get(name))]
-    wanted = {**source.config, **planned.config_changes}
-    unexpected += [
-        f"config.json: {key}"
-        for key in sorted(wanted.keys() | edited.config.keys())
-        if wanted.get(key) != edited.config.get(key)
-    ]
+    unexpected += _unexpected_settings(result, edited, planned, recipe)
     result.edit, result.leaks = recipe.choice.describe(), tensor_leaks(edited, planned)
-    rebuilt = _rebuilds(edited, planned)
     gaps: dict[str, float | None] = {"hooks_gap": None, "stored_gap": None}
     if logits and not unexpected:  # with another configuration the model may not even load
-        gaps = _gaps(folder, source.path, recipe, plan, device)
+        gaps = logit_gaps(edited, plan, quantized, recipe.intervention(), device)
     gap = gaps["hooks_gap"]
+    cost = None if result.quantization is None else result.quantization.cost
     result.verification = Verification(
         rebuilt=rebuilt,
         unexpected_changes=unexpected,
         tolerance=TOLERANCE,
-        passed=rebuilt and not unexpected and (gap is None or gap <= TOLERANCE),
+        passed=rebuilt
+        and not unexpected
+        and (gap is None or gap <= TOLERANCE)
+        and (cost is None or cost["leak"] <= MEANINGLESS),
+        quantization=None if cost is None else QuantizationCost(**cost),
         **gaps,
     )
     if record:

@@ -1,7 +1,7 @@
 """Which matrices of an edited model are quantised (`edit --quantize`): those of attention and MLP, by their names.
 
 Servers run what the configuration calls quantised and read the rest as it is, so everything else is named there: heads,
-embeddings, routers, encoders of images, layers for multi-token prediction, and kinds of layers that are not listed here.
+embeddings, routers, image encoders, layers for multi-token prediction, and kinds of layers that are not listed here.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from ..checkpoints.quantizing.library import Quantizer
+from ..checkpoints.quantizing.library import LIBRARY, Quantizer
+from ..checkpoints.quantizing.names import SchemeName
 from ..checkpoints.quantizing.plan import QuantizedPlan
 from ..checkpoints.safetensors_file import EDITABLE, TensorInfo, show_shape
 from ..checkpoints.settings_files import quantization
 from ..core.errors import OrthogonalizeError
+from ..core.progress import note
 from .plan import EditPlan
 from .recipe import Quantization
 
@@ -38,8 +40,10 @@ FUSED = (
 WEIGHT = ".weight"
 
 
-def quantized_plan(plan: EditPlan, scheme: str) -> QuantizedPlan:
+def quantized_plan(plan: EditPlan, scheme: SchemeName, version: str | None = None) -> QuantizedPlan:
     """The edit `plan`, whose result is then quantised by `scheme` (see `SCHEMES`); adds to its configuration.
+
+    `version` is that of the compressed-tensors whose numbers it should give, where a recipe names one.
 
     Raises:
         OrthogonalizeError: the base is quantised already, its matrices are stored in a way that no such checkpoint has,
@@ -49,10 +53,15 @@ def quantized_plan(plan: EditPlan, scheme: str) -> QuantizedPlan:
     if settings is not None:
         method = settings["quant_method"] or "an unnamed method"
         raise OrthogonalizeError(
-            f"{plan.source.path} is quantised already ({method}); --quantize starts from unquantised weights, so leave it "
-            "out, or edit the release that was quantised"
+            f"{plan.source.path} is quantised already ({method}); leave out --quantize, or start from the release that "
+            "it was quantised from"
         )
     quantizer = Quantizer.of(scheme)
+    if version not in (None, quantizer.version):
+        note(
+            f"the recipe quantises by {LIBRARY} {version}, and {quantizer.version} is installed, which may store other "
+            "numbers"
+        )
     weights = _linear(plan, quantizer.scheme.group)
     fused = dict(_fused(weights))
     ignored = sorted(
@@ -120,8 +129,8 @@ def _check_layout(plan: EditPlan) -> None:
                     shape = plan.source.tensors[each.name].shape
                     if len(shape) == 3:
                         raise OrthogonalizeError(
-                            f"{each.name} holds all experts in one tensor {show_shape(shape)}, which --quantize does not "
-                            f"split; {instead}"
+                            f"{each.name} holds all experts in one tensor {show_shape(shape)}, which --quantize does "
+                            f"not split; {instead}"
                         )
                     if len(shape) == 2 and each.axis % 2 == 1:
                         raise OrthogonalizeError(

@@ -16,13 +16,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..architectures.schema import Architecture
 from ..checkpoints.checkpoint import RECIPE
+from ..checkpoints.quantizing.names import SchemeName
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ..core.errors import OrthogonalizeError, first_line
 from ..core.files import check_text, write_atomically
 from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix
 from ..core.words import counted
 from .config import EditConfig
-from .settings import SchemeName
 
 LARGEST = 2**31  # bytes of a recipe: the maps of a conditional edit of a large mixture of experts
 RoundingName = Annotated[str, AfterValidator(lambda name: ROUNDING_SCHEMES.find(name).name)]
@@ -103,12 +103,12 @@ class QuantizationCost(_Record):
 
     `leak`: the share of the planned change along the edit's directions that is missing. `error`: the distance of the
     stored weights from the unquantised edit, relative to these. `against_plain`: that distance relative to the one that
-    plain quantisation of the base has from the base.
+    plain quantisation of the base has from the base; None if that is none.
     """
 
     leak: float
     error: float
-    against_plain: float
+    against_plain: float | None
 
 
 class Verification(_Record):
@@ -135,9 +135,8 @@ class Recipe(_Record):
 
     `files` are the names of its other files, which the edit copied or wrote; `push` uploads these and no others.
     `tokenizer_class` is the class in its tokenizer_config.json, where the base's does not do what tokenizer.json says.
-    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`). `quantization` is what was done to
-    the edited weights before they were stored. `description` is that of the
-    architecture, where no shipped file describes it.
+    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`). `quantization` is what was done
+    to the edited weights at last. `description` is that of the architecture, where no shipped file describes it.
     """
 
     format: Literal[2] = 2

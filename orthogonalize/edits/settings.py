@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from ..checkpoints.quantizing.names import SchemeName
 from ..checkpoints.rounding.registry import ROUNDING_SCHEMES
 from ..core.changed_settings import change_settings
 from ..core.errors import OrthogonalizeError
 from .config import EditConfig
-
-SchemeName = Literal["fp8", "mxfp4", "nvfp4"]  # of `checkpoints.quantizing.schemes`, which imports torch
 
 
 @dataclass(frozen=True)

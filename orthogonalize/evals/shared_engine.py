@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.checkpoint import RECIPE, Addition, Checkpoint, open_checkpoint
+from ..checkpoints.quantizing.stored import packed_floats
 from ..core.errors import OrthogonalizeError
 from ..edits.bake import bake
 from ..edits.recipe import load_recipe
@@ -42,11 +43,12 @@ def check_pair(checkpoint: Path, base: Path) -> None:
         raise OrthogonalizeError(
             f"{checkpoint} and {base} are different kinds of model; pass the model that was edited as --base"
         )
-    missing = sorted(source.tensors.keys() - edited.tensors.keys())
+    held = edited.tensors | packed_floats(edited.tensors)
+    missing = sorted(source.tensors.keys() - held.keys())
     if missing:
         raise OrthogonalizeError(f"{checkpoint} is incomplete: it lacks {missing[0]} ({len(missing)} missing tensors)")
     for name, info in source.tensors.items():
-        if edited.tensors[name].shape != info.shape:
+        if held[name].shape != info.shape:
             raise OrthogonalizeError(
                 f"{name} has a different shape in {checkpoint} than in {base}; pass the model that was edited as --base"
             )
@@ -62,5 +64,6 @@ def base_weights(checkpoint: Path, base: Path) -> Weights | None:
     source, config, additions = _as_planned(checkpoint, open_checkpoint(base))
     weights: dict[str, Callable[[], torch.Tensor]] = {name: addition.make for name, addition in additions.items()}
     weights |= {name: partial(source.read, name) for name in source.tensors}
-    same_dtypes = all(edited.tensors[n].dtype == info.dtype for n, info in source.tensors.items())
+    held = edited.tensors
+    same_dtypes = all(n in held and held[n].dtype == info.dtype for n, info in source.tensors.items())
     return weights if weights.keys() == edited.tensors.keys() and config == edited.config and same_dtypes else None

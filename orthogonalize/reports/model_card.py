@@ -119,6 +119,7 @@ def card_text(
         **inherited,
     )
     method = METHODS[recipe.choice.method]
+    scheme = recipe.quantization.scheme if recipe.quantization else None
     projected = method.projects and recipe.choice.strength == 1 and not method.restores_mean(recipe.choice)
     leaks = [t.leak for t in recipe.tensors if t.leak is not None and projected]
     return (
@@ -127,6 +128,7 @@ def card_text(
         .render(
             header=data.to_yaml(),
             recipe=recipe,
+            config_changes={k: v for k, v in recipe.config_changes.items() if k != "quantization_config"},
             method=method,
             context=context,
             title=title,
@@ -138,8 +140,8 @@ def card_text(
             preserved=preserved_lines(report) if report else [],
             report=report,
             measured=None if report or measured is None else measured.section.strip("\n"),
-            runtimes=runtimes(config, recipe.added) if config else [],
-            blocks=blocks_alone(config, recipe.added) if config else None,
+            runtimes=runtimes(config, recipe.added, scheme) if config else [],
+            blocks=blocks_alone(config, recipe.added) if config and scheme is None else None,
         )
     )
 

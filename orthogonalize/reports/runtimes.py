@@ -35,19 +35,33 @@ class Runtime:
     why: str
 
 
-def runtimes(config: Mapping[str, Any], added: Iterable[str]) -> list[Runtime]:
+def runtimes(config: Mapping[str, Any], added: Iterable[str], scheme: str | None = None) -> list[Runtime]:
     """What vLLM, transformers, llama.cpp and SGLang make of a checkpoint with `config` and tensors that it `added`.
+
+    `scheme` is the one by which `edit` quantised it, if it did.
 
     vLLM and transformers read every checkpoint that `edit` writes: it refuses the others. The rest follows rules in
     the runtimes' sources, and in the name tables of the installed package `gguf`.
     """
     added = sorted(added)
+    if scheme is not None:
+        return _quantized_runtimes(scheme)
     backend = _class_of(config).startswith("Transformers")
     return [
         Runtime("vLLM", True, "through its Transformers backend" if backend else "by its own class"),
         Runtime("transformers", True, "by its own class"),
         _llama_cpp(config, added),
         _sglang(config, added),
+    ]
+
+
+def _quantized_runtimes(scheme: str) -> list[Runtime]:
+    """Who reads the format of compressed-tensors: whatever the edit added, the others are not tried."""
+    gpu = Runtime("vLLM", None, "its CPU build has no kernel for four bits, and a GPU was not tried")
+    return [
+        Runtime("vLLM", True, f"as {scheme.upper()}") if scheme == "fp8" else gpu,
+        Runtime("transformers", True, "where compressed-tensors is installed"),
+        *(Runtime(name, None, "not tried with compressed-tensors") for name in ("llama.cpp", "SGLang")),
     ]
 
 

@@ -20,9 +20,9 @@ from ..edits.build import finder_of, intervention_from_basis
 from ..edits.config import EditConfig
 from ..edits.descriptions.automatic import learn
 from ..edits.methods.registry import DEFAULT, METHODS
-from ..edits.recipe import ProbeResult, Recipe, load_recipe
+from ..edits.recipe import ProbeResult, Quantization, load_recipe
 from ..edits.scopes import stream_after
-from ..edits.settings import EditSettings, SchemeName
+from ..edits.settings import EditSettings
 from ..models.resolve import find_model
 from .builder import EditBuilder
 from .probes import probe_choice
@@ -36,7 +36,7 @@ class ResolvedEdit:
 
     `taken_from` says in one line which settings come from options, from the run or file, and from defaults. `prompts`
     are fingerprints of the prompt sets, and `concept` is what the run calls the behaviour. `rounding` and
-    `base_weights` (SHA-256 by file) come from a recipe, if there is one; so does `quantize`, unless it is an option.
+    `base_weights` (SHA-256 by file) come from a recipe, if there is one; so does `quantization`, if it has one.
     """
 
     choice: EditConfig
@@ -48,7 +48,7 @@ class ResolvedEdit:
     probes: list[ProbeResult] = field(default_factory=list)
     run: Run | None = None
     rounding: str | None = None
-    quantize: SchemeName | None = None
+    quantization: Quantization | None = None
     base_weights: dict[str, str] | None = None
 
     def check_not_empty(self) -> None:
@@ -307,6 +307,11 @@ def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
     if settings.edit_fields or settings.rounding is not None or settings.description is not None:
         raise OrthogonalizeError("a recipe determines the whole edit; omit the other settings")
     recipe = load_recipe(path)
+    if recipe.quantization is not None and settings.quantize not in (None, recipe.quantization.scheme):
+        raise OrthogonalizeError(
+            f"the recipe quantises by {recipe.quantization.scheme}; leave out --quantize, or give the recipe of the "
+            "unquantised edit"
+        )
     return ResolvedEdit(
         recipe.choice,
         recipe.intervention(),
@@ -316,16 +321,6 @@ def resolve_recipe(path: Path, settings: EditSettings) -> ResolvedEdit:
         concept=recipe.source.concept,
         probes=recipe.probes,
         rounding=recipe.rounding,
-        quantize=_quantize(recipe, settings),
+        quantization=recipe.quantization,
         base_weights=recipe.base.weights,
     )
-
-
-def _quantize(recipe: Recipe, settings: EditSettings) -> SchemeName | None:
-    """The scheme of quantisation: the recipe's; one that has none can be followed by any."""
-    own = recipe.quantization.scheme if recipe.quantization else None
-    if own is not None and settings.quantize not in (None, own):
-        raise OrthogonalizeError(
-            f"the recipe quantises by {own}; leave out --quantize, or give the recipe of the unquantised edit"
-        )
-    return own or settings.quantize

@@ -1,7 +1,7 @@
 """compressed-tensors, which llm-compressor and vLLM are built on: scales and stored numbers of one matrix.
 
-Everything that is asked of that library is asked here. Called as llm-compressor's data-free path (`model_free_ptq`)
-calls it, it gives the same bytes; llm-compressor itself cannot be installed beside vLLM, as each pins another version of
+Everything that is asked of that library is asked here, as llm-compressor's data-free path (`model_free_ptq`) asks it:
+the bytes are the same. llm-compressor itself cannot be installed beside vLLM, as each pins another version of
 compressed-tensors.
 """
 
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core.errors import OrthogonalizeError
+from .names import SchemeName
 from .schemes import SCHEMES, Scheme
 
 LIBRARY = "compressed-tensors"
@@ -41,7 +42,7 @@ class Quantizer:
     version: str
 
     @classmethod
-    def of(cls, name: str) -> Quantizer:
+    def of(cls, name: SchemeName) -> Quantizer:
         """The quantiser of the scheme `name` (see `SCHEMES`).
 
         Raises:
@@ -62,7 +63,7 @@ class Quantizer:
         return preset_name_to_scheme(self.scheme.preset, ["Linear"])
 
     def settings(self, ignored: list[str]) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint in which only the linear modules `ignored` are left as they were."""
+        """The `quantization_config` of a checkpoint in which the modules `ignored` are left as they were."""
         from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
         preset = self._preset.model_copy(update={"format": self.scheme.format})
@@ -79,7 +80,7 @@ class Quantizer:
         """The scales of `weight` [out, in]; `largest` is the largest number of all matrices that share one with it."""
         from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-        groups = weight.unflatten(-1, (-1, self.scheme.group or weight.shape[-1]))
+        groups = weight.reshape(len(weight), -1, self.scheme.group or weight.shape[-1])
         shared = None
         if self.scheme.shared:
             extremes = torch.tensor(largest, dtype=weight.dtype)

@@ -38,6 +38,11 @@ class QuantizedPlan:
         """The source itself, quantised in the same way."""
         return QuantizedPlan(CheckpointPlan(self.plan.source), self.quantizer, self.weights, self.fused)
 
+    def unquantized(self) -> CheckpointPlan:
+        """The edit alone."""
+        changes = {key: value for key, value in self.plan.config_changes.items() if key != "quantization_config"}
+        return replace(self.plan, config_changes=changes)
+
     def infos(self, file: TensorFile, name: str) -> list[TensorInfo]:
         """The tensors that replace those of the source's weight file `name`, and their places."""
         end, found = 0, []

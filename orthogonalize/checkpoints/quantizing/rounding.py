@@ -1,7 +1,7 @@
 """Rounding of an edited matrix to a quantised format that keeps the edit, under scales that are given.
 
-Rounding to nearest would add noise along the edited directions as along all others. Instead, as for every other format (see
-`rounding.vector_edit`), each vector of the stream goes to numbers near it whose component along them is the same.
+Rounding to nearest would add noise along the edited directions as along all others. Instead, as for every other format
+(see `rounding.vector_edit`), each vector of the stream goes to numbers near it whose component along them is the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Vectors(NamedTuple):
     """A matrix [out, in] of numbers as vectors of the stream, and their scales."""
 
     by_rows: bool
-    count: int
+    number: int
     scales: Scales
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..safetensors_file import TensorInfo
+from .names import SchemeName
 
 Stored = dict[str, tuple[str, tuple[int, ...]]]
 """Dtypes (as safetensors calls them) and shapes of what replaces a weight, by the suffix of its name."""
@@ -23,7 +24,7 @@ class Scheme:
         shared: whether matrices that servers fuse must share one scale besides.
     """
 
-    name: str
+    name: SchemeName
     preset: str
     format: str
     grid: torch.dtype
@@ -42,7 +43,7 @@ class Scheme:
         return packed | {"_scale": ("F8_E4M3", scales), "_global_scale": ("F32", (1,))}
 
 
-SCHEMES = {
+SCHEMES: dict[SchemeName, Scheme] = {
     scheme.name: scheme
     for scheme in (
         Scheme("fp8", "FP8_DYNAMIC", "float-quantized", torch.float8_e4m3fn),

@@ -1,8 +1,8 @@
 """Weights in four-bit floats as compressed-tensors stores them: which there are, and their numbers.
 
-A weight X [out, in] is stored as `X_packed` [out, in / 2], two numbers (E2M1) per byte, the first in the lower bits, and
-`X_scale`: in MXFP4 the exponents of powers of two (E8M0) for 32 numbers each, in NVFP4 FP8 numbers for 16 each, to be divided
-by the one number in `X_global_scale`.
+A weight X [out, in] is stored as `X_packed` [out, in / 2], two numbers (E2M1) per byte, the first in the lower bits,
+and `X_scale`: in MXFP4 the exponents of powers of two (E8M0) for 32 numbers each, in NVFP4 FP8 numbers for 16 each, to
+be divided by the one number in `X_global_scale`.
 """
 
 from __future__ import annotations

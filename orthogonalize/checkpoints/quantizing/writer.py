@@ -43,9 +43,7 @@ class QuantizedWriter:
 
         in_parallel(write, sorted(source.files), workers_for(source, workers), self.stop)
         index = self._index(source.path / INDEX) if source.indexed else None
-        write_other_files(
-            source, self.target, plan.additions, plan.config_changes, plan.texts, link=link, index=index
-        )
+        write_other_files(source, self.target, plan.additions, plan.config_changes, plan.texts, link=link, index=index)
         return self.written
 
     def _check_going_on(self) -> None:

@@ -1,0 +1,142 @@
+"""Compare a quantised checkpoint with what its plan gives, with the base, and with plain quantisation of the base."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...core.progress import track
+from ..checkpoint import Checkpoint
+from ..diff import Audit, compare_settings
+from ..quantization import dequantize
+from ..safetensors_file import stored_bytes
+from .plan import QuantizedPlan
+from .stored import dequantize_found, packed_floats
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """What quantisation did to one edited matrix.
+
+    `error` is the distance of the stored numbers from the unquantised edit, relative to it; `against_plain`, that
+    distance relative to the one from the base to the base quantised without any edit (None if that is zero).
+    """
+
+    error: float
+    against_plain: float | None
+
+
+@dataclass
+class QuantizedCheck:
+    """How a quantised checkpoint differs from its base (`audit`), and from its plan.
+
+    `rebuilt` says whether edited and quantised tensors have the bytes of the plan, and `unexpected` names what else
+    does not. `quantized` are the matrices that are quantised. `leak`, `error` and `against_plain` are over those of
+    them that are edited (see `recipe.QuantizationCost`); `errors` has each.
+    """
+
+    audit: Audit
+    quantized: frozenset[str] = frozenset()
+    rebuilt: bool = True
+    unexpected: list[str] = field(default_factory=list)
+    errors: dict[str, QuantizationError] = field(default_factory=dict)
+    leak: float = 0.0
+    error: float = 0.0
+    against_plain: float | None = None
+
+    @property
+    def cost(self) -> dict[str, Any] | None:
+        """`leak`, `error` and `against_plain`; None if no edited matrix is quantised."""
+        keys = ("leak", "error", "against_plain")
+        return {key: getattr(self, key) for key in keys} if self.errors else None
+
+
+@dataclass
+class _Squares:
+    """Sums of squares over matrices."""
+
+    lost: float = 0.0
+    wanted: float = 0.0
+    error: float = 0.0
+    edited: float = 0.0
+    plain: float = 0.0
+
+
+def _square(tensor: torch.Tensor) -> float:
+    return float(tensor.double().square().sum())
+
+
+def check_quantized(edited: Checkpoint, plan: QuantizedPlan) -> QuantizedCheck:
+    """Compare the checkpoint `edited`, a tensor at a time, with what `plan` gives."""
+    found, squares = QuantizedCheck(Audit(), plan.weights), _Squares()
+    source, planned = plan.plan.source, set[str]()
+    files = {name: plan.names(file, name) for name, file in source.files.items()}
+    with track("comparing with the recipe's", sum(map(len, files.values())), "tensors") as advance:
+        for names in files.values():
+            for name in names:
+                planned |= _check_tensor(edited, plan, name, found)
+                if name in plan.weights and name in plan.plan.edits and _is_stored(edited, name):
+                    found.errors[name] = _measure(edited, plan, name, squares)
+                advance(1)
+    extra = sorted(edited.tensors.keys() - planned)
+    found.audit.added += [name for name in extra if name not in found.audit.added]
+    found.unexpected += extra
+    compare_settings(edited, source, found.audit)
+    if found.errors:
+        found.leak = math.sqrt(squares.lost / squares.wanted) if squares.wanted else 0.0
+        found.error = math.sqrt(squares.error / squares.edited) if squares.edited else 0.0
+        found.against_plain = math.sqrt(squares.error / squares.plain) if squares.plain else None
+    return found
+
+
+def _is_stored(edited: Checkpoint, name: str) -> bool:
+    return name in edited.tensors or name in packed_floats(edited.tensors)
+
+
+def _check_tensor(edited: Checkpoint, plan: QuantizedPlan, name: str, found: QuantizedCheck) -> set[str]:
+    """Compare what tensor `name` of the unquantised edit became; returns the names of the planned tensors."""
+    expected, _ = plan.stored(name)
+    missing = [each for each in expected if each not in edited.tensors]
+    same = not missing and all(stored_bytes(edited.read(each)) == stored_bytes(t) for each, t in expected.items())
+    if not same and (name in plan.weights or name in plan.plan.edits):
+        found.rebuilt = False
+    elif not same:
+        found.unexpected.append(name)
+    found.audit.missing += missing
+    if name in plan.plan.additions:
+        found.audit.added.append(name)
+    elif not _is_stored(edited, name):
+        return set(expected)
+    elif same and name not in plan.weights and name not in plan.plan.edits:
+        found.audit.same += 1
+    else:
+        before = plan.before(name).double()
+        after = dequantize(edited, name).double()
+        fits = before.shape == after.shape
+        found.audit.changed[name] = float((after - before).norm() / before.norm()) if fits else math.inf
+    return set(expected)
+
+
+def _measure(edited: Checkpoint, plan: QuantizedPlan, name: str, squares: _Squares) -> QuantizationError:
+    """The error of one edited matrix, which is added to `squares`."""
+    before, exact, stored = plan.before(name).double(), plan.edited(name).double(), dequantize(edited, name)
+    plain = dequantize_found(plan.without_edit().stored(name)[0], name)
+    edit = plan.plan.edits[name]
+    old = edit.component(before)
+    change = edit.planned_change(old)
+    own = _Squares(
+        lost=_square(edit.component(stored) - old - change),
+        wanted=_square(change),
+        error=_square(stored - exact),
+        edited=_square(exact),
+        plain=_square(plain - before),
+    )
+    for key, value in vars(own).items():
+        setattr(squares, key, getattr(squares, key) + value)
+    return QuantizationError(
+        math.sqrt(own.error / own.edited) if own.edited else 0.0,
+        math.sqrt(own.error / own.plain) if own.plain else None,
+    )
