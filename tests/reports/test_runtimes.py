@@ -68,3 +68,14 @@ def test_a_plain_edit_is_read_by_all(tmp_path):
     save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
     written = edit(base, tmp_path / "edited", direction=tmp_path / "direction.safetensors", layer=2)
     assert readers(written, tmp_path / "edited") == ["read by vLLM, transformers, llama.cpp, SGLang"]
+
+
+def test_of_a_quantised_result_only_what_was_run_is_claimed(tmp_path):
+    base = store(tiny_llama(), tmp_path / "base", torch.bfloat16)
+    save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
+    written = edit(base, tmp_path / "fp8", direction=tmp_path / "direction.safetensors", layer=1, quantize="fp8")
+    (told,) = readers(written, tmp_path / "fp8")
+    assert told.startswith("read by vLLM, transformers; llama.cpp: not known")
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    four = {each.name: each.reads for each in runtimes(config, [], "nvfp4")}
+    assert four == {"vLLM": None, "transformers": True, "llama.cpp": None, "SGLang": None}
