@@ -18,8 +18,8 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from .checkpoint import Checkpoint
-from .mxfp4 import dequantize_experts, packed_tensors
-from .quantizing.stored import dequantize_packed, packed_floats
+from .mxfp4 import BLOCKS, dequantize_experts, packed_tensors
+from .quantizing.stored import dequantize_packed, packed_float
 from .rounding.base import GRIDS, Scales
 from .safetensors_file import DTYPES, EDITABLE, TensorInfo, row_blocks
 from .settings_files import quantization
@@ -179,9 +179,9 @@ def _factors(scales: Scales, shape: tuple[int, ...]) -> torch.Tensor:
 
 def dequantize(source: Checkpoint, name: str) -> torch.Tensor:
     """Tensor `name` as stored, or dequantised to float64 if it is FP8 or in four bits."""
-    if name in packed_tensors(source.tensors):
+    if name + BLOCKS in source.tensors and name in packed_tensors(source.tensors):
         return dequantize_experts(source, name)
-    if name in packed_floats(source.tensors):
+    if packed_float(source.tensors, name) is not None:
         return dequantize_packed(source, name)
     stored, scales = source.read(name), read_scales(source, name, -2)
     return stored if scales is None else stored.double() * _factors(scales, tuple(stored.shape)).double()

@@ -14,7 +14,7 @@ from ..diff import Audit, compare_settings
 from ..quantization import dequantize
 from ..safetensors_file import stored_bytes
 from .plan import QuantizedPlan
-from .stored import dequantize_found, packed_floats
+from .stored import dequantize_found, packed_float
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,15 @@ def _square(tensor: torch.Tensor) -> float:
 
 def check_quantized(edited: Checkpoint, plan: QuantizedPlan) -> QuantizedCheck:
     """Compare the checkpoint `edited`, a tensor at a time, with what `plan` gives."""
-    found, squares = QuantizedCheck(Audit(), plan.weights), _Squares()
+    found, squares, plain = QuantizedCheck(Audit(), plan.weights), _Squares(), plan.without_edit()
     source, planned = plan.plan.source, set[str]()
     files = {name: plan.names(file, name) for name, file in source.files.items()}
     with track("comparing with the recipe's", sum(map(len, files.values())), "tensors") as advance:
         for names in files.values():
             for name in names:
                 planned |= _check_tensor(edited, plan, name, found)
-                if name in plan.weights and name in plan.plan.edits and _is_stored(edited, name):
-                    found.errors[name] = _measure(edited, plan, name, squares)
+                if name in plan.weights and name in plan.plan.edits and _fits(edited, plan, name):
+                    found.errors[name] = _measure(edited, plan, plain, name, squares)
                 advance(1)
     extra = sorted(edited.tensors.keys() - planned)
     found.audit.added += [name for name in extra if name not in found.audit.added]
@@ -92,8 +92,10 @@ def check_quantized(edited: Checkpoint, plan: QuantizedPlan) -> QuantizedCheck:
     return found
 
 
-def _is_stored(edited: Checkpoint, name: str) -> bool:
-    return name in edited.tensors or name in packed_floats(edited.tensors)
+def _fits(edited: Checkpoint, plan: QuantizedPlan, name: str) -> bool:
+    """Whether the checkpoint holds tensor `name`, in the planned shape."""
+    info = edited.tensors.get(name) or packed_float(edited.tensors, name)
+    return info is not None and info.shape == plan.plan.shape(name)
 
 
 def _check_tensor(edited: Checkpoint, plan: QuantizedPlan, name: str, found: QuantizedCheck) -> set[str]:
@@ -108,22 +110,23 @@ def _check_tensor(edited: Checkpoint, plan: QuantizedPlan, name: str, found: Qua
     found.audit.missing += missing
     if name in plan.plan.additions:
         found.audit.added.append(name)
-    elif not _is_stored(edited, name):
-        return set(expected)
+    elif not _fits(edited, plan, name):
+        found.audit.changed[name] = math.inf
     elif same and name not in plan.weights and name not in plan.plan.edits:
         found.audit.same += 1
     else:
         before = plan.before(name).double()
         after = dequantize(edited, name).double()
-        fits = before.shape == after.shape
-        found.audit.changed[name] = float((after - before).norm() / before.norm()) if fits else math.inf
+        found.audit.changed[name] = float((after - before).norm() / before.norm())
     return set(expected)
 
 
-def _measure(edited: Checkpoint, plan: QuantizedPlan, name: str, squares: _Squares) -> QuantizationError:
+def _measure(
+    edited: Checkpoint, plan: QuantizedPlan, without_edit: QuantizedPlan, name: str, squares: _Squares
+) -> QuantizationError:
     """The error of one edited matrix, which is added to `squares`."""
     before, exact, stored = plan.before(name).double(), plan.edited(name).double(), dequantize(edited, name)
-    plain = dequantize_found(plan.without_edit().stored(name)[0], name)
+    plain = dequantize_found(without_edit.stored(name)[0], name)
     edit = plan.plan.edits[name]
     old = edit.component(before)
     change = edit.planned_change(old)

@@ -18,19 +18,21 @@ from ..safetensors_file import TensorInfo
 PACKED, SCALE, GLOBAL = "_packed", "_scale", "_global_scale"
 
 
+def packed_float(tensors: Mapping[str, TensorInfo], name: str) -> TensorInfo | None:
+    """Weight `name` as it is unpacked, if `tensors` hold it in four-bit floats."""
+    packed, scale = tensors.get(name + PACKED), tensors.get(name + SCALE)
+    if packed is None or scale is None or packed.dtype != "U8" or len(packed.shape) != 2:
+        return None
+    group = {"U8": 32, "F8_E4M3": 16 if name + GLOBAL in tensors else 0}.get(scale.dtype)
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    fits = group and rows and columns and columns % group == 0 and scale.shape == (rows, columns // group)
+    return TensorInfo(name, "F4", (rows, columns), 0, 0) if fits else None
+
+
 def packed_floats(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The weights that `tensors` hold in four-bit floats, under the names that they have unpacked."""
-    found = {}
-    for stored, info in tensors.items():
-        name = stored.removesuffix(PACKED)
-        scale = tensors.get(name + SCALE)
-        if name == stored or scale is None or info.dtype != "U8" or len(info.shape) != 2:
-            continue
-        group = {"U8": 32, "F8_E4M3": 16 if name + GLOBAL in tensors else 0}.get(scale.dtype)
-        rows, columns = info.shape[0], 2 * info.shape[1]
-        if group and scale.shape == (rows, columns // group) and columns % group == 0 and all(info.shape):
-            found[name] = TensorInfo(name, "F4", (rows, columns), 0, 0)
-    return found
+    names = (stored.removesuffix(PACKED) for stored in tensors if stored.endswith(PACKED))
+    return {name: info for name in names if (info := packed_float(tensors, name))}
 
 
 def decode(packed: torch.Tensor, scale: torch.Tensor, shared: torch.Tensor | None) -> torch.Tensor:

@@ -48,7 +48,7 @@ PAGES: dict[str, Page] = {
     "edit": Page(
         {
             "What to edit": "run pick recipe direction",
-            OUTPUT: "out force cache format link",
+            OUTPUT: "out force cache format quantize link",
             "A new edit": "method scope strength finder layer position per-layer site-strengths",
             "Options of single methods": "rank alpha coefficient to orthogonal",
             "Options of conditional": "span components target-weight preserve-weight first-weight ridge sequential",
