@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ..checkpoints.quantization import check_loadable
+from ..checkpoints.quantizing.stored import packed_floats
 from ..checkpoints.safetensors_file import DTYPES, TensorInfo
 from ..checkpoints.settings_files import check_layers, quantization, read_settings
 from ..core.errors import OrthogonalizeError, first_line
@@ -145,6 +146,8 @@ def load_model(
         raise OrthogonalizeError(f"{folder} contains code of its own, which is only run by extract --trust-remote-code")
     check_complete(folder)  # transformers would take memory for whatever is missing, of any size
     chosen = dtype or choose_dtype(place, checkpoint.dtype)
+    if packed_floats(checkpoint.tensors):  # which compressed-tensors gives in bfloat16, whatever is asked for
+        chosen = torch.bfloat16
     spread = is_spread(device, resident_bytes(checkpoint, place, chosen))
     check_loadable(checkpoint)
     with explained(f"transformers cannot load {folder}", _way_out(checkpoint)), track("loading the model", None):

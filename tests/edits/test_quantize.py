@@ -22,6 +22,7 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.evals.shared_engine import base_weights, check_pair
+from orthogonalize.models.loading import load_model
 
 WIDTH = 192
 SHAPE = {"hidden_size": WIDTH, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -151,6 +152,16 @@ def test_transformers_loads_what_is_stored(work, scheme):
     assert {name for name in loaded if name.endswith("weight")} == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(loaded[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_transformers_engine_runs_it_near_the_unquantised_edit(work, scheme, dtype):
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.inference_mode():
+        quantised, plain = (load_model(work / name, "cpu", dtype)(ids).logits.float() for name in (scheme, "plain"))
+    likeness = torch.nn.functional.cosine_similarity(quantised.flatten(), plain.flatten(), 0)
+    assert likeness > {"fp8": 0.97, "mxfp4": 0.7, "nvfp4": 0.8}[scheme]  # activations are quantised as well
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
