@@ -120,6 +120,19 @@ def test_the_edit_survives_quantisation(work, scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+def test_edits_of_what_reads_the_stream_survive_as_well(work, tmp_path, scheme):
+    given = {"direction": work / "direction.safetensors", "method": "ablate", "scope": "from:2"}
+    edit(work / "base", tmp_path / "edited", quantize=scheme, **given)
+    base, source = tensors_of(work / "base"), open_checkpoint(tmp_path / "edited")
+    for layer in (2, 3):
+        block = f"model.layers.{layer}"
+        for norm, readers in (("input", ("self_attn.q", "self_attn.v")), ("post_attention", ("mlp.gate", "mlp.up"))):
+            read = base[f"{block}.{norm}_layernorm.weight"].double() * unit()  # along which it sees the direction
+            for name in (f"{block}.{reader}_proj.weight" for reader in readers):
+                assert (dequantize(source, name) @ read).norm() < 2e-4 * (base[name].double() @ read).norm(), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_rounded_to_nearest_every_number_is_the_nearest_one_under_its_scale(work, tmp_path, scheme):
     given = {"direction": work / "direction.safetensors", "method": "ablate", "scope": "all", "rounding": "nearest"}
     edit(work / "base", tmp_path / "plain", **given)
