@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import torch
 
 from ..core.progress import Progress
+from .forward.prefix import shared_length
+from .stream import Stream
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -47,7 +51,8 @@ def generate(
 ) -> list[list[int]]:
     """Greedy completions as token ids, without the stop token, in the order of `ids`.
 
-    Prompts are padded on the left, with an attention mask.
+    What all prompts begin with is computed once, where the model can share it; what follows is padded on the left, with
+    an attention mask.
 
     Args:
         model: a transformers model.
@@ -59,19 +64,60 @@ def generate(
     """
     result: list[list[int]] = [[] for _ in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    longest = max(map(len, ids), default=0)
+    shared = shared_length(model, ids) if longest + max_new_tokens <= _shareable(model) else 0
+    beginning = list(ids[0][:shared]) if shared else []
+    begun = _begun(model, beginning)
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
         width = max(len(ids[i]) for i in group)
-        padded = torch.tensor([[0] * (width - len(ids[i])) + list(ids[i]) for i in group], device=model.device)
-        mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in group], device=model.device)
+        gaps = [width - len(ids[i]) for i in group]
+        rows = [[*beginning, *[0] * gap, *ids[i][shared:]] for i, gap in zip(group, gaps, strict=True)]
+        mask = [[*[1] * shared, *[0] * gap, *[1] * (width - gap - shared)] for gap in gaps]
         with _greedy(model, max_new_tokens, stops):
-            output = model.generate(input_ids=padded, attention_mask=mask)
+            output = model.generate(
+                input_ids=torch.tensor(rows, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                past_key_values=_repeated(begun, len(group)),
+            )
         for i, row in zip(group, output[:, width:].tolist(), strict=True):
             end = next((n for n, token in enumerate(row) if token in stops), len(row))
             result[i] = row[:end]
         if progress:
             progress(len(group))
     return result
+
+
+def _shareable(model: Any) -> float:
+    """The length up to which answers may follow a shared beginning.
+
+    Padding behind it would count in a window. Models that also see work out positions from whole rows.
+    """
+    config = model.config
+    if config.get_text_config() is not config:
+        return 0
+    found = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min([size for size in found if size], default=math.inf)
+
+
+def _begun(model: Any, tokens: Sequence[int]) -> Any:
+    """The keys and values of one row that begins with `tokens`; None without tokens."""
+    from transformers import DynamicCache
+
+    if not tokens:
+        return None
+    decoder = Stream.of(model).decoder
+    cache = DynamicCache(config=decoder.config)
+    decoder(input_ids=torch.tensor([list(tokens)], device=model.device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def _repeated(cache: Any, rows: int) -> Any:
+    if cache is None:
+        return None
+    own = copy.deepcopy(cache)  # to which `generate` adds
+    own.batch_repeat_interleave(rows)
+    return own
 
 
 class _Listener:

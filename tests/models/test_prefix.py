@@ -15,6 +15,8 @@ from orthogonalize.core.interventions import Intervention, Site, removal, shift,
 from orthogonalize.models import write_reading
 from orthogonalize.models.activations import all_activations, capture
 from orthogonalize.models.forward import prefix
+from orthogonalize.models.forward.prefix import shared_length
+from orthogonalize.models.generation import generate
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.logprobs import completion_logprobs
 from orthogonalize.models.stream import Stream
@@ -51,6 +53,30 @@ def both(monkeypatch, compute):
     found = compute()
     with unshared(monkeypatch):
         return found, compute()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_are_those_to_whole_prompts(name, monkeypatch):
+    model = build(name).float().eval()
+    ids = rows(7, vocabulary=90)
+    together = generate(model, ids, 12, [2], batch=3)
+    with unshared(monkeypatch):
+        assert together == generate(model, ids, 12, [2], batch=1)
+    assert len({tuple(answer) for answer in together}) > 2 or name == "opt"  # which always answers the same
+
+
+def test_a_beginning_is_computed_once_for_all_answers(monkeypatch):
+    model = build("llama").eval()
+    ids = rows(6, vocabulary=90)
+    sizes: list[torch.Size] = []
+    embedding = model.get_input_embeddings()
+    with unshared(monkeypatch):
+        assert shared_length(model, ids) == 0
+    shared_length(model, ids)  # which tries it once
+    embedding.register_forward_hook(lambda _m, args, _o: sizes.append(args[0].shape))
+    generate(model, ids, 2, [2], batch=3)
+    assert sizes[0] == (1, COMMON)
+    assert max(width for rows_, width in sizes if rows_ > 1) == max(map(len, ids)) - COMMON
 
 
 @pytest.mark.parametrize("name", FAMILIES)
