@@ -228,6 +228,22 @@ def test_experts_are_quantised_and_routers_are_not(tmp_path, family, scheme, exp
     assert max(change.leak for change in edited) < 1e-3
 
 
+def test_layers_of_other_kinds_stay_as_they_are_and_are_named(tmp_path):
+    base = store_tiny("lfm2", tmp_path / "base", torch.bfloat16)
+    width = json.loads((base / "config.json").read_text())["hidden_size"]
+    save_file({"direction": unit(width).float()}, tmp_path / "d.safetensors")
+    edit(base, tmp_path / "edited", direction=tmp_path / "d.safetensors", scope="layers:0-3", quantize="fp8", layer=1)
+    stored = tensors_of(tmp_path / "edited")
+    ignored = json.loads((tmp_path / "edited/config.json").read_text())["quantization_config"]["ignore"]
+    convolutions = {name.removesuffix(".weight") for name in stored if ".conv." in name and name.endswith(".weight")}
+    assert any(name.endswith("out_proj") for name in convolutions)
+    assert convolutions <= set(ignored)
+    for name, tensor in stored.items():
+        if name.endswith(".weight") and tensor.dim() == 2:
+            module = name.removesuffix(".weight")
+            assert (tensor.dtype == torch.float8_e4m3fn) == (module not in ignored), name
+
+
 def test_eval_takes_it_for_its_base_and_never_swaps_its_weights(work):
     for scheme in SCHEMES:
         check_pair(work / scheme, work / "base")
