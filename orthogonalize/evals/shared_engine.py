@@ -13,6 +13,7 @@ from ..checkpoints.checkpoint import RECIPE, Addition, Checkpoint, open_checkpoi
 from ..checkpoints.quantizing.stored import packed_floats
 from ..core.errors import OrthogonalizeError
 from ..edits.bake import bake
+from ..edits.descriptions.automatic import learn_from
 from ..edits.recipe import load_recipe
 from ..engines.shared_base import Weights
 
@@ -24,7 +25,9 @@ def _as_planned(checkpoint: Path, source: Checkpoint) -> tuple[Checkpoint, dict[
     """
     if not (checkpoint / RECIPE).is_file():
         return source, source.config, {}
-    plan = bake(source, load_recipe(checkpoint).intervention()).checkpoint
+    recipe = load_recipe(checkpoint)
+    learn_from(recipe, source)
+    plan = bake(source, recipe.intervention()).checkpoint
     return plan.source, source.config | plan.config_changes, plan.additions
 
 
