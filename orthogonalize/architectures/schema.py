@@ -55,13 +55,14 @@ class Bias(_Data):
         flags: configuration values that create it; empty if it always exists.
         zeros: the weights whose biases the flags create as well.
         on: the writes that have it, if not all do.
-        served: which implementation in vLLM reads it: its own, or only its Transformers backend.
+        served: which implementation in vLLM reads it: its own, only its Transformers backend, or none; or nobody has
+            tried.
     """
 
     flags: dict[str, bool] = {}
     zeros: tuple[str, ...] = ()
     on: tuple[str, ...] = ()
-    served: Literal["vllm", "transformers"] = "vllm"
+    served: Literal["vllm", "transformers", "never", "unknown"] = "vllm"
 
 
 class ValueBias(_Data):
@@ -177,7 +178,7 @@ class Architecture(_Data):
         normalised: whether the stream itself passes through norms, so that what no block writes can come back.
         images_attended: whether blocks only attend to what an image encoder gives, so that no image enters the stream.
         refused: edits that weights of this family cannot make exactly, and why: of the `embed`ding, of what blocks
-            and the head read (`reads`), or `conditional` ones.
+            and the head read (`reads`), by `constants` in blocks, or `conditional` ones.
     """
 
     family: str
@@ -201,7 +202,7 @@ class Architecture(_Data):
     embed_module: str | None = None
     normalised: bool = False
     images_attended: bool = False
-    refused: dict[Literal["embed", "reads", "conditional"], str] = {}
+    refused: dict[Literal["embed", "reads", "constants", "conditional"], str] = {}
 
     def layers(self, config: Mapping[str, Any]) -> int:
         """The number of layers that `config` (a parsed config.json) declares, as a number or as a list of them."""

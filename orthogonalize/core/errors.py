@@ -24,6 +24,20 @@ class InPlaceError(OrthogonalizeError):
     """The engine cannot swap the weights that it started with for others."""
 
 
+class UnansweredError(OrthogonalizeError):
+    """An edit depends on how a server runs the model, and nobody has told or tried.
+
+    Args:
+        what: what is not known.
+        instead: the ways out.
+        reason: why it could not be tried, if it could not.
+    """
+
+    def __init__(self, what: str, instead: str, reason: str = "") -> None:
+        self.what, self.instead = what, instead
+        super().__init__(f"{what} is not known{f' ({reason})' if reason else ''}; {instead}")
+
+
 class NoNumberError(OrthogonalizeError):
     """The model's log-probabilities are NaN: its weights are damaged, by an edit or originally."""
 

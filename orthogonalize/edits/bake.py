@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..architectures.schema import Part, bias_name
@@ -10,22 +12,40 @@ from ..checkpoints.quantization import row_reader
 from ..checkpoints.safetensors_file import DTYPES, row_blocks
 from ..checkpoints.settings_files import code_keys
 from ..checkpoints.tensor_edit import TensorEdit
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, UnansweredError
 from ..core.interventions import AffineMap, ConditionalMap, Intervention, Site, WriteMatrix, conjugate
 from ..models.sites import Located
 from .constant_vectors import place_constant
 from .plan import EditPlan
 
 CENTRED = 1e-6  # largest sum of a unit vector's entries that counts as zero
+AskServer = Callable[[Checkpoint], str]
+"""Finds out what the description of a checkpoint leaves open, and has it remembered; says why, if it could not."""
 
 
-def bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
+def bake(source: Checkpoint, intervention: Intervention, ask: AskServer | None = None) -> EditPlan:
     """Plan the edit that realises `intervention` in the weights of `source`; nothing is written.
+
+    Args:
+        ask: called if the edit depends on what the description leaves open (see `architectures.open_questions`).
 
     Raises:
         OrthogonalizeError: the architecture has no description, or an incomplete one for this checkpoint; the
             widths differ, a tensor is missing or not editable, or a constant cannot be placed exactly.
     """
+    try:
+        return _bake(source, intervention)
+    except UnansweredError:
+        if ask is None:
+            raise
+    reason = ask(source)
+    try:
+        return _bake(source, intervention)
+    except UnansweredError as error:
+        raise UnansweredError(error.what, error.instead, reason) from error
+
+
+def _bake(source: Checkpoint, intervention: Intervention) -> EditPlan:
     plan = EditPlan.of(source)
     width = plan.architecture.width(source.config)
     for wrong in sorted(intervention.widths - {width}):
@@ -64,6 +84,11 @@ def _refuse(plan: EditPlan, intervention: Intervention) -> None:
             "use a scope of blocks (layers:…, one, top:…)",
         ),
         "reads": (bool(intervention.reads), "what is read", "use a scope of blocks (layers:…, one, top:…)"),
+        "constants": (
+            any(affine.shifts for site, affine in intervention.writes.items() if site.kind != "embed"),
+            "constants in blocks",
+            "use ablate, nullspace, reflect or conditional",
+        ),
         "conditional": (bool(intervention.conditional), "inputs", "use another method than conditional"),
     }
     for kind, why in plan.architecture.refused.items():
@@ -261,9 +286,11 @@ def _untie_head(plan: EditPlan) -> None:
                 "edited on its own; use a scope without them (layers:…, one, top:…)"
             )
         if head.untied == "unknown":
-            raise OrthogonalizeError(
+            raise UnansweredError(
                 f"the head of this {plan.architecture.family} model is its embedding, and whether vLLM runs one of its "
-                "own is not known; install vllm to find out, or use a scope of blocks (layers:…, one, top:…)"
+                "own",
+                "use a scope of blocks (layers:…, one, top:…) or --method conditional, or say it in a file for "
+                "--description (head.untied)",
             )
         embedding = plan.check_tensor(plan.sites.tied_to, Site("embed"))
         plan.checkpoint.additions[name] = Addition.copy(plan.source, embedding)

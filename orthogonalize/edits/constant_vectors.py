@@ -17,7 +17,7 @@ from ..architectures.schema import Bias, Part, bias_name, families, setting
 from ..checkpoints.checkpoint import Addition
 from ..checkpoints.quantization import dequantize, scale_name
 from ..checkpoints.safetensors_file import EDITABLE, show_shape
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, UnansweredError
 from ..core.interventions import Site
 from ..models.loading import load_config
 from .plan import EditPlan
@@ -36,8 +36,15 @@ def place_constant(plan: EditPlan, site: Site, vector: torch.Tensor) -> None:
 
     Raises:
         OrthogonalizeError: no bias carries it exactly and is served; the message gives the reasons.
+        UnansweredError: whether one is served is not known.
     """
     parts = _candidate_parts(plan, site)
+    if any(part.bias and part.bias.served == "unknown" for _, part in parts):
+        raise UnansweredError(
+            f"whether vLLM reads the bias that could hold a constant at {site} of a {plan.architecture.family} model",
+            "use ablate, nullspace, reflect or --method conditional, or say it in a file for --description "
+            "(bias.served)",
+        )
     reasons: list[str] = []
     for route in (_vllm_bias, _llama_bias, _backend_bias, _value_bias):
         for where, part in parts:
@@ -76,7 +83,7 @@ def _vllm_bias(plan: EditPlan, site: Site, part: Part, vector: torch.Tensor) -> 
 
 def _backend_bias(plan: EditPlan, site: Site, part: Part, vector: torch.Tensor) -> str | None:
     if part.bias is None or part.bias.served != "transformers":
-        return ""
+        return "vLLM does not read its biases" if part.bias and part.bias.served == "never" else ""
     reason = _write_bias(plan, site, part, part.bias, vector)
     if reason is None:
         plan.serve_with_transformers()

@@ -331,7 +331,7 @@ def test_head_without_a_norm_leaves_only_edits_of_blocks(tmp_path):
     drafted = draft(source).architecture
     assert drafted.head.norm is None
     assert drafted.refused.keys() == {"embed", "reads"}
-    assert prove(drafted, tmp_path / "opt").gaps.keys() == {"blocks", "conditional"}
+    assert prove(drafted, tmp_path / "opt").gaps.keys() == {"blocks", "conditional", "constants"}
 
 
 @pytest.mark.parametrize("model_type", ["doge", "hy_v4"])

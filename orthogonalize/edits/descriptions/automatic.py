@@ -21,7 +21,12 @@ from ...models.sites import Sites
 from ..recipe import Recipe
 from .proof import Proof, prove
 
-WORDS = {"embed": "its embedding", "reads": "what is read (scope from:)", "conditional": "conditional edits"}
+WORDS = {
+    "embed": "its embedding",
+    "reads": "what is read (scope from:)",
+    "constants": "constants in blocks",
+    "conditional": "conditional edits",
+}
 
 
 def learn(source: Checkpoint, description: Path | str | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
+from ...architectures.open_questions import answered, open_names, parts_with_bias
 from ...architectures.schema import Architecture, remember
 from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...core.errors import OrthogonalizeError, first_line
-from ...core.interventions import AffineMap, ConditionalMap, Intervention, Site, block_sites, removal
+from ...core.interventions import AffineMap, ConditionalMap, Intervention, Site, block_sites, removal, shift
 from ...core.temporary_folders import temporary_folder
 from ...models.describe.block_probe import ObservedModel
 from ...models.describe.twin import load_twin, logits, token_ids
@@ -45,8 +46,8 @@ class Proof:
 def prove(architecture: Architecture, twin: Path) -> Proof:
     """Prove `architecture` on the model in the folder `twin` (see `describe.twin`).
 
-    Writes of blocks must be exact. The embedding, reads and conditional edits may fail, which is then part of the
-    result.
+    Writes of blocks must be exact. The embedding, reads, constants in blocks and conditional edits may fail, which is
+    then part of the result. What only a server can tell is taken to be as the edits need it.
 
     Raises:
         OrthogonalizeError: a write is missing from the description, or wrong in it.
@@ -54,6 +55,7 @@ def prove(architecture: Architecture, twin: Path) -> Proof:
     checkpoint = open_checkpoint(twin)
     types = (*architecture.model_types, str(checkpoint.config["model_type"]))  # of an image model's text model
     architecture = architecture.model_copy(update={"model_types": types})
+    architecture = answered(architecture, dict.fromkeys(open_names(architecture), "vllm"))
     with _known(checkpoint, architecture), temporary_folder() as scratch:
         return _Bench(checkpoint, architecture, scratch).proof()
 
@@ -131,8 +133,10 @@ class _Bench:
         found.missed = self.smallest_miss(writes)
         first = Intervention({Site("embed"): self.oblique(90)})
         reads = {site: self.oblique(int(site.layer or 0)) for site in self.blocks} | {Site("head"): self.oblique(99)}
+        constants = self.every_constant()
         for kind, intervention in (
-            ("conditional", self.every_matrix), ("embed", lambda: first), ("reads", lambda: Intervention(reads=reads))
+            ("conditional", self.every_matrix), ("embed", lambda: first), ("reads", lambda: Intervention(reads=reads)),
+            *([("constants", lambda: constants)] if constants.writes else []),
         ):  # fmt: skip
             if kind in found.refused:
                 continue
@@ -207,6 +211,16 @@ class _Bench:
                         raise OrthogonalizeError(f"leaving out {template} does not show, so it is no write")
                     smallest = min(smallest, shown)
         return smallest
+
+    def every_constant(self) -> Intervention:
+        """A different constant at every block where the description has a bias for it."""
+        maps: dict[Site, AffineMap] = {}
+        for number, site in enumerate(self.blocks if parts_with_bias(self.architecture) else ()):
+            constant = Intervention({site: shift(2 * self.basis(1, 50 + number)[0])})
+            with suppress(OrthogonalizeError):  # another block of the layer may have one
+                bake(self.checkpoint, constant)
+                maps |= constant.writes
+        return Intervention(maps)
 
     def every_matrix(self) -> Intervention:
         """A different conditional map of every write matrix, and of every expert but the first."""

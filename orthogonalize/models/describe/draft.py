@@ -2,8 +2,8 @@
 
 A small random model of the same class, with every kind of layer, is built from the configuration; `discovery` finds
 by experiment what it writes and reads; the draft is checked against the names and shapes of the real checkpoint. How
-vLLM behaves (heads that it cannot untie, biases that it drops) cannot be learned from transformers, so the draft lists
-what to look up.
+vLLM behaves (heads that it cannot untie, biases that it drops) cannot be learned from transformers, so the draft leaves
+that open (see `architectures.open_questions`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
-from ...architectures.schema import Architecture, bias_name, parse
+from ...architectures.schema import Architecture, Bias, bias_name, parse
 from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...checkpoints.settings_files import check_layers
 from ...core.errors import OrthogonalizeError, first_line, shown
 from ...core.temporary_folders import temporary_folder
 from ..loading import load_config, model_class
 from ..sites import Sites
+from .biases import find_biases
 from .block_probe import FoundPart
 from .discovery import Findings, discover, layout_of
 from .twin import SIZES, save_twin
@@ -103,7 +104,17 @@ def _table(named: Mapping[str, int]) -> str:
     return "{ " + ", ".join(f"{_quoted(name)} = {axis}" for name, axis in named.items()) + " }"
 
 
-def _part_text(kind: str, part: FoundPart, scale: str | None) -> str:
+def _bias_text(bias: Bias) -> str:
+    fields = []
+    if bias.flags:
+        fields.append(
+            "flags = { " + ", ".join(f"{_quoted(k)} = {str(v).lower()}" for k, v in bias.flags.items()) + " }"
+        )
+    fields += [f"{key} = {_list(*names)}" for key, names in (("zeros", bias.zeros), ("on", bias.on)) if names]
+    return f"bias = {{ {', '.join([*fields, f'served = {_quoted(bias.served)}'])} }}"
+
+
+def _part_text(kind: str, part: FoundPart, scale: str | None, bias: Bias | None) -> str:
     weights = {name: axis for name, axis in part.writes.items() if not _is_bias(name, part.writes)}
     lines = [f"[{kind}.{_key(part.module)}]", f"module = {_quoted(part.module)}"]
     if part.norms:
@@ -118,6 +129,8 @@ def _part_text(kind: str, part: FoundPart, scale: str | None) -> str:
         lines.append(f"stored_as = {{ {stored} }}")
     if scale:
         lines.append(f"scale = {_quoted(scale)}")
+    if bias is not None:
+        lines.append(_bias_text(bias))
     return "\n".join([*lines, f"writes = {_table(weights)}", f"reads = {_table(part.reads)}"])
 
 
@@ -134,15 +147,17 @@ def _count_keys(config: Any, settings: Mapping[str, Any]) -> list[str]:
     return [named, *(k for k, v in settings.items() if isinstance(v, list | str) and len(v) == count)]
 
 
-def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str, list[str]]:
+def draft_text(
+    findings: Findings, config: Any, named: ModelNames, biases: Mapping[tuple[str, str], Bias] | None = None
+) -> tuple[str, list[str]]:
     """The TOML text of an architecture file for the full model, and the questions that it leaves open.
 
-    `config` is that of the small model.
+    `config` is that of the small model; `biases` are those of its parts, by kind and module.
     """
     settings, names = config.to_dict(), dict(getattr(config, "attribute_map", {}))
     questions = [
         f"does vLLM support an untied head for {named.model_type}? (head.untied)",
-        "which output biases does vLLM read, and which flags create them? (bias)",
+        "which of the biases does vLLM read? (bias.served)",
     ]
     if named.images:
         listed = shown(" or ".join(named.images), 1000)
@@ -176,7 +191,7 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
     ]
     experts = [key for key, value in settings.items() if "expert" in key and value == SIZES["num_experts"]]
     if experts:
-        lines.append(f"expert_count = {_list(*experts)}")
+        lines += [f"expert_count = {_list(*experts)}", 'transformers_class = "TransformersMoEForCausalLM"']
     if findings.inert:
         lines.append(f"inert = {_list(*findings.inert)}")
     lines += ["normalised = true"] if findings.normalised else []
@@ -191,7 +206,7 @@ def draft_text(findings: Findings, config: Any, named: ModelNames) -> tuple[str,
     for kind, parts in findings.parts.items():
         for part in parts:
             scale = _key_of(part.factor, settings, part.module, width, questions)
-            lines += ["", _part_text(kind, part, scale)]
+            lines += ["", _part_text(kind, part, scale, (biases or {}).get((kind, part.module)))]
     lines += ["", "[head]", *head_lines]
     return "\n".join(lines) + "\n" + refusals(findings.refused), questions
 
@@ -223,7 +238,8 @@ def draft_with_twin(checkpoint: Checkpoint, twin: Path) -> Draft:
     named = ModelNames(str(config.model_type), findings.decoder_module, decoder, head)
     if checkpoint.config.get("model_type") != config.model_type:
         named = _name_wrapper(checkpoint, named, width)
-    text, questions = draft_text(findings, small, named)
+    biases = find_biases(small, findings, open_checkpoint(twin).tensors)
+    text, questions = draft_text(findings, small, named, biases)
     architecture = parse(text, "the draft")
     assert architecture is not None
     _check(checkpoint, architecture)

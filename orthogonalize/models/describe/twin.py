@@ -43,6 +43,16 @@ SIZES: dict[str, int] = {
     "compressed_sparse_attention": 4, "heavily_compressed_attention": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# The same for vLLM, whose kernels take heads of few sizes.
+SERVED_SIZES: dict[str, int] = SIZES | {
+    key: 4 * SIZES[key]
+    for key in SIZES
+    if key.endswith(("hidden_size", "intermediate_size", "intermediate_size_mlp", "head_dim", "d_head", "headdim"))
+    or key in ("ffn_dim", "dff", "n_inner", "embedding_dim", "lru_width", "mamba_d_ssm", "kv_channels", "rotary_dim")
+} | {
+    "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "qk_head_dim": 128,
+    "linear_key_head_dim": 128, "linear_value_head_dim": 128, "attention_chunk_size": 128,
+}  # fmt: skip
 MOST_LAYERS = 12
 LAYER_COUNTS = ("num_blocks", "n_layers", "num_layers")  # beside the one that counts
 MOST_NUMBERS = 5 * 10**7  # of a small model, in its parameters and buffers: 0.4 GB
@@ -85,26 +95,28 @@ def _shrink_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     return plain | nested | ({"rope_type": "default"} if "rope_type" in rope else {})
 
 
-def _shrink_nested(value: Any, layers: int) -> Any:
+def _shrink_nested(value: Any, layers: int, sizes: Mapping[str, int]) -> Any:
     """Sizes inside a nested table: those of single layers are kept for the layers that are left."""
     if isinstance(value, Mapping):
         kept = {k: v for k, v in value.items() if not str(k).isdecimal() or int(k) < layers}
-        sizes = SIZES | {"head_dim": 16, "num_key_value_heads": 2}
+        small = {**sizes, "head_dim": sizes["hidden_size"] // 3, "num_key_value_heads": 2}
         return {
-            k: sizes[k] if k in sizes and type(v) is int else _shrink_nested(v, layers)
+            k: small[k] if k in small and type(v) is int else _shrink_nested(v, layers, sizes)
             for k, v in kept.items()
         }  # fmt: skip
     return value
 
 
-def shrink_config(config: Any, heads: str = "wide", fill: bool = False) -> Any:
+def shrink_config(config: Any, heads: str = "wide", fill: bool = False, sizes: Mapping[str, int] = SIZES) -> Any:
     """The configuration of a small model of the same class as that of `config`, with an untied head.
 
     Args:
         config: the configuration of the text model.
         heads: how attention heads divide the width, one of `HEADS`.
         fill: whether sizes that are None get a value as well.
+        sizes: what each size of the configuration becomes; those of `SIZES` only where they are smaller.
     """
+    width = sizes["hidden_size"]
     settings = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
     names = dict(getattr(config, "attribute_map", {}))
     counted = names.get("num_hidden_layers", "num_hidden_layers")
@@ -120,21 +132,22 @@ def shrink_config(config: Any, heads: str = "wide", fill: bool = False) -> Any:
         ):
             small[key] = [v for v in value if v < layers]
         elif hasattr(nested, "to_dict"):  # a configuration of its own, whose class may not take all that it lists
-            small[key] = _shrink_inner(nested)
+            small[key] = _shrink_inner(nested, sizes)
         else:
-            small[key] = _shrink_nested(value, layers)
-    own = {names.get(key, key): size for key, size in SIZES.items()}
+            small[key] = _shrink_nested(value, layers, sizes)
+    own = {names.get(key, key): size for key, size in sizes.items()}
+    fixed = {names.get(key, key) for key, size in sizes.items() if key.endswith("_token_id") or size > SIZES[key]}
     for key, size in own.items():
         if type(small.get(key)) is int:
-            small[key] = size if key.endswith("_token_id") else min(size, small[key])
+            small[key] = size if key in fixed else min(size, small[key])
         elif fill and key in small and small[key] is None:
             small[key] = size
     small |= {key: layers for key in (counted, *LAYER_COUNTS) if key == counted or settings.get(key) == count}
     if all(type(small.get(key)) is int for key in ("mamba_d_ssm", "mamba_n_heads", "mamba_d_head")):
         small["mamba_d_ssm"] = small["mamba_n_heads"] * small["mamba_d_head"]
-    small |= _divide_heads(settings, small, names, heads)
+    small |= _divide_heads(settings, small, names, heads, width)
     if "word_embed_proj_dim" in small:
-        small["word_embed_proj_dim"] = WIDTH if settings["word_embed_proj_dim"] == settings["hidden_size"] else 32
+        small["word_embed_proj_dim"] = width if settings["word_embed_proj_dim"] == settings["hidden_size"] else 32
     rope = small.get("rope_parameters")
     if isinstance(rope, dict):
         small["rope_parameters"] = _shrink_rope(rope)
@@ -164,16 +177,16 @@ def _sections(rope: Any) -> Iterator[tuple[str | None, list[int]]]:
         yield from ((k, v["mrope_section"]) for k, v in rope.items() if isinstance(v, Mapping) and "mrope_section" in v)
 
 
-def _shrink_inner(config: Any) -> Any:
+def _shrink_inner(config: Any, sizes: Mapping[str, int]) -> Any:
     inner = deepcopy(config)
-    for key, size in SIZES.items():
+    for key, size in sizes.items():
         if type(getattr(inner, key, None)) is int:
             setattr(inner, key, size)
     return inner
 
 
 def _divide_heads(
-    settings: Mapping[str, Any], small: Mapping[str, Any], names: Mapping[str, str], how: str
+    settings: Mapping[str, Any], small: Mapping[str, Any], names: Mapping[str, str], how: str, width: int
 ) -> dict[str, Any]:
     """The settings of attention heads, their dimension and their groups."""
     heads = names.get("num_attention_heads", "num_attention_heads")
@@ -183,13 +196,13 @@ def _divide_heads(
     latent = "kv_lora_rank" in small
     number = 3 if how == "square" else 4
     if dimension in small and how == "wide" and not latent:
-        number, size = 4, 16
+        number, size = 4, width // 3
     elif latent:
         number, size = 4, 0
     elif how == "wide":
         number, size = 3, 0
     else:
-        size = WIDTH // number if dimension in small else 0
+        size = width // number if dimension in small else 0
     found: dict[str, Any] = {}
     if type(small.get(heads)) is int:
         found[heads] = number
@@ -198,13 +211,13 @@ def _divide_heads(
     if size:
         found[dimension] = size
     elif dimension in small and not latent:
-        found[dimension] = WIDTH // number
+        found[dimension] = width // number
     elif dimension in small and type(small[dimension]) is int:
         found[dimension] = small.get("qk_rope_head_dim", 8)
     return found
 
 
-def _text_class(config: Any) -> Any:
+def text_class(config: Any) -> Any:
     """The class of a causal language model with this configuration."""
     import transformers
 
@@ -233,7 +246,7 @@ def _check_small(config: Any) -> None:
         ValueError: it is not.
     """
     with torch.device("meta"):
-        model = _text_class(config)._from_config(config, attn_implementation="eager")
+        model = text_class(config)._from_config(config, attn_implementation="eager")
     count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if count > MOST_NUMBERS:
         raise ValueError(f"it has {count} parameters at the smallest")
@@ -244,7 +257,7 @@ def _randomised(config: Any) -> Any:
     torch.manual_seed(0)
     config._experts_implementation = "eager"
     _check_small(config)
-    model = _text_class(config)._from_config(config, attn_implementation="eager").double().eval()
+    model = text_class(config)._from_config(config, attn_implementation="eager").double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
@@ -256,10 +269,10 @@ def _randomised(config: Any) -> Any:
     return model
 
 
-def _attempts(config: Any) -> Iterator[Any]:
+def _attempts(config: Any, sizes: Mapping[str, int]) -> Iterator[Any]:
     for fill in (False, True):
         for heads in HEADS:
-            yield lambda heads=heads, fill=fill: shrink_config(config, heads, fill)
+            yield lambda heads=heads, fill=fill: shrink_config(config, heads, fill, sizes)
 
 
 def token_ids(model: Any, rows: int = 2, length: int = 13, seed: int = 1) -> torch.Tensor:
@@ -295,8 +308,8 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return found.double()
 
 
-def save_twin(config: Any, folder: Path) -> Any:
-    """Store a twin of the text model with configuration `config` in `folder`, in float64; its own configuration.
+def save_twin(config: Any, folder: Path, sizes: Mapping[str, int] = SIZES, dtype: torch.dtype = torch.float64) -> Any:
+    """Store a twin of the text model with configuration `config` in `folder`; its own configuration.
 
     Classes differ in what they accept, so several sets of sizes are tried: the first with which a model can be built,
     stored and run is taken.
@@ -305,7 +318,7 @@ def save_twin(config: Any, folder: Path) -> Any:
         OrthogonalizeError: there is none.
     """
     reasons = []
-    for attempt in _attempts(config):
+    for attempt in _attempts(config, sizes):
         try:
             small = attempt()
             model = _randomised(small)
@@ -313,7 +326,7 @@ def save_twin(config: Any, folder: Path) -> Any:
             if logits(model, ids).shape[:2] != ids.shape:
                 raise ValueError("it does not give a row of logits for every token")
             model.config._experts_implementation = None
-            model.save_pretrained(folder)
+            model.to(dtype).save_pretrained(folder)
             return small
         except Exception as error:  # classes raise anything at sizes that they do not support
             reasons.append(f"{type(error).__name__}: {first_line(error)}")
