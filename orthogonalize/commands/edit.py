@@ -29,6 +29,7 @@ from ..edits.quantize import quantization_of, quantized_plan
 from ..edits.recipe import Base, Quantization, Recipe, Source, TensorChange, load_recipe, store_maps
 from ..edits.settings import EditSettings
 from ..edits.sharding import Share, assemble, missing_shares, remove_shares, share_bytes, write_share
+from ..engines.experiment.ask import ask_server
 from ..models.names import is_hub_id
 from ..models.resolve import commit_of, find_checkpoint, find_recipe
 from ..models.tokenizer.faithful import PLAIN_CLASS, check_written, mended_settings
@@ -109,7 +110,7 @@ def edit(
             else:
                 resolved = resolve_file(Path(str(direction)), source, settings.edit_fields)
         resolved.check_not_empty()
-        plan = bake(source, resolved.intervention)
+        plan = bake(source, resolved.intervention, ask_server)
         planned = plan.checkpoint
         planned.rounding = resolved.rounding or settings.rounding or DEFAULT_ROUNDING
         quantized = _quantized(plan, settings, resolved.quantization)

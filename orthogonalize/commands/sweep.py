@@ -24,6 +24,7 @@ from ..edits.descriptions.automatic import learn
 from ..edits.methods.registry import METHODS
 from ..edits.recipe import store_maps
 from ..engines.base import ONE_DEVICE, Engine, EngineOptions
+from ..engines.experiment.ask import ask_server
 from ..engines.registry import ENGINES
 from ..engines.shared_base import SharedBase, check_room, common_folder, edited_weights, own_folder
 from ..engines.weight_swap import WeightSwap
@@ -248,7 +249,7 @@ def _plans(source: Checkpoint, variants: Sequence[Variant]) -> tuple[dict[str, C
     plans, refused = {}, {}
     for variant in variants:
         try:
-            plans[variant.name] = bake(source, variant.intervention).checkpoint
+            plans[variant.name] = bake(source, variant.intervention, ask_server).checkpoint
         except OrthogonalizeError as error:
             refused[variant.name] = str(error)
             note(f"skipping {variant.name}: {error}")

@@ -14,16 +14,22 @@ from helpers.tiny_settings import dense
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from orthogonalize.architectures import schema
 from orthogonalize.architectures.schema import architecture_of, families, parse, remember, remembered
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.interventions import ConditionalMap, Intervention, Site, WriteMatrix, shift
+from orthogonalize.edits.bake import bake
 from orthogonalize.edits.descriptions import automatic
 from orthogonalize.edits.descriptions.automatic import describe_by_experiment, learn
 from orthogonalize.edits.descriptions.proof import EXACT, SHOWS, prove
 from orthogonalize.edits.recipe import load_recipe
+from orthogonalize.engines.experiment import ask as asking
+from orthogonalize.engines.experiment.ask import ask_server
+from orthogonalize.evals.shared_engine import base_weights
 from orthogonalize.models.describe.draft import draft_with_twin
 from orthogonalize.models.describe.twin import save_twin
 
@@ -35,6 +41,11 @@ HELIUM = {"num_key_value_heads": 2, "head_dim": 12}  # a family without a file
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("ORTHOGONALIZE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def no_failures(monkeypatch):
+    monkeypatch.setattr(asking, "_failures", {})
 
 
 @pytest.fixture
@@ -90,13 +101,139 @@ def test_experiments_are_kept_by_all_that_they_depend_on(tmp_path, cache, monkey
     assert len(list((cache / "descriptions").iterdir())) == 2
 
 
-def test_heads_that_only_a_server_can_judge_are_refused_and_blocks_go_through(tmp_path, direction):
-    base = stored(tmp_path / "base", **HELIUM | {"tie_word_embeddings": True})
-    with pytest.raises(OrthogonalizeError, match=r"whether vLLM runs one of its own is not known.*layers:"):
+def answering(monkeypatch, answers, reason=""):
+    """Have vLLM, if it were asked, give `answers`; the list that is returned counts how often."""
+    times = []
+
+    def served(_twin):
+        times.append(1)
+        if isinstance(answers, OrthogonalizeError):
+            raise answers
+        return dict(answers), reason
+
+    monkeypatch.setattr(asking, "has", lambda _: True)
+    monkeypatch.setattr(asking, "_served", served)
+    return times
+
+
+TIED = HELIUM | {"tie_word_embeddings": True}
+CONSTANT = {"method": "actadd", "scope": "layers:2", "layer": 2, "coefficient": 3.0}
+
+
+def test_what_only_a_server_can_tell_is_refused_without_one_and_the_rest_goes_through(tmp_path, direction, monkeypatch):
+    monkeypatch.setattr(asking, "has", lambda _: False)
+    base = stored(tmp_path / "base", **TIED)
+    ways = r"is not known .*vllm is not installed.*layers:.*--method conditional.*--description"
+    with pytest.raises(OrthogonalizeError, match=rf"whether vLLM runs one of its own {ways}"):
         edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    with pytest.raises(OrthogonalizeError, match=r"reads the bias .* mlp.1 .*vllm is not installed.*ablate.*--descr"):
+        edit(base, tmp_path / "edited", direction=direction, **CONSTANT)
     assert not (tmp_path / "edited").exists()
     edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="layers:0-3")
     assert verify(tmp_path / "edited").verification.passed
+    matrix = WriteMatrix(Site("mlp", 1), "mlp.down_proj")
+    inputs = open_checkpoint(base).tensors["model.layers.1.mlp.down_proj.weight"].shape[1]
+    conditional = Intervention(conditional={matrix: ConditionalMap(BASIS[:2], torch.ones(2, inputs).double())})
+    assert bake(open_checkpoint(base), conditional, ask_server).checkpoint.edits.keys() == {
+        "model.layers.1.mlp.down_proj.weight"
+    }
+
+
+def test_answer_of_the_server_goes_into_the_recipe_and_the_cache(tmp_path, direction, monkeypatch):
+    base = stored(tmp_path / "base", **TIED)
+    times = answering(monkeypatch, {"head": "transformers", "mlp.mlp": "vllm"})
+    edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    recipe = load_recipe(tmp_path / "edited")
+    assert recipe.description.head.untied == "transformers"
+    assert recipe.description.mlp["mlp"].bias.served == "vllm"
+    config = json.loads((tmp_path / "edited" / "config.json").read_text())
+    assert config["architectures"] == ["TransformersForCausalLM"]
+    assert verify(tmp_path / "edited").verification.passed
+    edit(base, tmp_path / "constant", direction=direction, **CONSTANT)
+    assert verify(tmp_path / "constant").verification.passed
+    assert "model.layers.0.mlp.up_proj.bias" in load_recipe(tmp_path / "constant").added
+    assert len(times) == 1
+    remember(open_checkpoint(base).config, None)
+    assert base_weights(tmp_path / "edited", base).keys() >= {"lm_head.weight"}  # as in another process, for `eval`
+
+
+def test_edit_that_does_not_depend_on_the_server_does_not_ask_it(tmp_path, direction, monkeypatch):
+    times = answering(monkeypatch, {})
+    edit(stored(tmp_path / "base", **TIED), tmp_path / "edited", direction=direction, method="ablate", scope="layers:1")
+    edit(stored(tmp_path / "untied", **HELIUM), tmp_path / "all", direction=direction, method="ablate", scope="all")
+    assert times == []
+
+
+def test_parameters_that_the_server_does_not_read_are_not_written(tmp_path, direction, monkeypatch):
+    base = stored(tmp_path / "base", **TIED)
+    answering(monkeypatch, {"head": "never", "mlp.mlp": "never"})
+    with pytest.raises(OrthogonalizeError, match=r"vLLM always takes the embedding of helium.*layers:"):
+        edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    with pytest.raises(OrthogonalizeError, match="vLLM does not read its biases"):
+        edit(base, tmp_path / "edited", direction=direction, **CONSTANT)
+    assert not (tmp_path / "edited").exists()
+
+
+def test_server_that_cannot_run_a_small_model_is_asked_once_and_named_in_the_refusal(tmp_path, direction, monkeypatch):
+    base = stored(tmp_path / "base", **TIED)
+    times = answering(monkeypatch, OrthogonalizeError("vLLM ended with SIGSEGV: no message"))
+    for _ in range(2):
+        with pytest.raises(OrthogonalizeError, match=r"is not known \(vLLM ended with SIGSEGV.*\); use a scope of bl"):
+            edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    assert len(times) == 1
+
+
+def test_answer_to_one_question_counts_where_another_has_none(tmp_path, direction, monkeypatch):
+    base = stored(tmp_path / "base", **TIED)
+    times = answering(monkeypatch, {"head": "vllm"}, "vLLM stops at biases")
+    edit(base, tmp_path / "edited", direction=direction, method="ablate", scope="all")
+    assert load_recipe(tmp_path / "edited").description.head.untied == "vllm"
+    source, constant = open_checkpoint(base), Intervention({Site("mlp", 1): shift(BASIS[0])})
+    with pytest.raises(OrthogonalizeError, match=r"reads the bias .*\(vLLM stops at biases\)"):
+        bake(source, constant, ask_server)
+    assert len(times) == 1
+
+
+def test_program_that_ends_early_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(asking.sys, "executable", "/bin/false")
+    with pytest.raises(OrthogonalizeError, match=r"^vLLM ended with status 1: no message$"):
+        asking._served(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo", "gpt_neox", "gpt_oss", "mixtral", "gemma2"])
+def test_biases_are_found_where_shipped_files_have_them(name, tmp_path):
+    """All but those behind a norm, which hold no constant; a constant in each is the same with hooks and in weights."""
+    save_twin(AutoConfig.for_model(name), tmp_path / "model")
+    drafted = draft_with_twin(open_checkpoint(tmp_path / "model"), tmp_path / "twin").architecture
+    shipped = families()[name]
+    for kind in ("attn", "mlp"):
+        found = {part.module: part.bias for part in drafted.parts(kind).values() if part.bias}
+        said = {p.module: p.bias for p in shipped.parts(kind).values() if p.bias and not p.post_norm}
+        assert found.keys() == said.keys()
+        for module, bias in found.items():
+            stored_anyway = name in ("gpt_neox", "gpt_oss")  # the class's default has them
+            assert bias.flags == ({} if stored_anyway else said[module].flags)
+            assert set(bias.zeros) == (set() if stored_anyway else set(said[module].zeros))
+            assert bias.served == "unknown"
+    proof = prove(drafted, tmp_path / "twin")
+    assert ("constants" in proof.gaps) == (name not in ("mixtral", "gemma2"))
+    assert proof.gaps.get("constants", 0) <= EXACT
+
+
+def test_constants_that_a_bias_does_not_hold_are_refused(tmp_path, monkeypatch):
+    """Here the constant would be written twice: into both of two biases whose outputs are added."""
+    save_twin(AutoConfig.for_model("llama", attention_bias=True, mlp_bias=True), tmp_path)
+    architecture = families()["llama"]
+    part = architecture.attn["attention"]
+    wrong = part.model_copy(update={"scale": "sqrt_width", "scale_inside": True})
+    proof = prove(architecture.model_copy(update={"attn": {"attention": wrong}}), tmp_path)
+    assert "edited weights differ from hooks" in proof.refused["constants"]
+    monkeypatch.setattr(
+        schema, "families", lambda: {"llama": architecture.model_copy(update={"refused": proof.refused})}
+    )
+    with pytest.raises(OrthogonalizeError, match=r"cannot be edited by constants in blocks.*conditional"):
+        bake(open_checkpoint(tmp_path), Intervention({Site("mlp", 1): shift(BASIS[0])}))
+    assert bake(open_checkpoint(tmp_path), Intervention({Site("embed"): shift(BASIS[0])})).checkpoint.edits
 
 
 def test_model_whose_blocks_scale_the_stream_is_edited_in_its_blocks_alone(tmp_path, direction):

@@ -15,6 +15,7 @@ from ...edits.build import finder_of, intervention_from_directions
 from ...edits.config import Components, EditConfig
 from ...edits.methods.registry import DEFAULT, METHODS
 from ...edits.scopes import parse_scope
+from ...engines.experiment.ask import ask_server
 from ..candidates import Candidate
 
 LARGEST_WEIGHT = 10.0  # of the target in a regression; from there on, the target alone counts
@@ -29,7 +30,7 @@ def reads_can_be_baked(source: Checkpoint, directions: Directions) -> bool:
     choice = EditConfig(method=DEFAULT, scope=f"from:{layer - 1}", position=position, layer=layer)
     layer_norm = architecture_of(source.config).norms.kind == "layer"
     try:
-        bake(source, intervention_from_directions(choice, directions, layer_norm=layer_norm))
+        bake(source, intervention_from_directions(choice, directions, layer_norm=layer_norm), ask_server)
     except OrthogonalizeError:
         return False
     return True

@@ -17,6 +17,7 @@ from ....core.interventions import Intervention, Site, block_sites, removal
 from ....core.progress import note
 from ....edits.bake import bake
 from ....engines.base import EngineOptions
+from ....engines.experiment.ask import ask_server
 from ....engines.reading.streams import READABLE, EngineStreams
 from ....engines.shared_base import SharedBase, common_folder, edited_weights
 from ....engines.vllm import VllmEngine
@@ -155,4 +156,4 @@ class ServedModel:
 
 def edit_plan(source: Checkpoint, intervention: Intervention) -> CheckpointPlan:
     """How an edit changes a checkpoint."""
-    return bake(source, intervention).checkpoint
+    return bake(source, intervention, ask_server).checkpoint
