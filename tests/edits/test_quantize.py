@@ -237,6 +237,8 @@ def test_layers_of_other_kinds_stay_as_they_are_and_are_named(tmp_path):
     ignored = json.loads((tmp_path / "edited/config.json").read_text())["quantization_config"]["ignore"]
     convolutions = {name.removesuffix(".weight") for name in stored if ".conv." in name and name.endswith(".weight")}
     assert any(name.endswith("out_proj") for name in convolutions)
+    assert "lm_head.weight" not in stored  # it is tied, and servers look for its name all the same
+    assert "lm_head" in ignored
     assert convolutions <= set(ignored)
     for name, tensor in stored.items():
         if name.endswith(".weight") and tensor.dim() == 2:
