@@ -14,6 +14,9 @@ from ..core.progress import Progress
 from .forward.prefix import shared_length
 from .stream import Stream
 
+# The most prompts, and tokens of prompts and answers, that are generated together: fewer take longer, more take memory.
+MOST_ROWS, MOST_TOKENS = 64, 16384
+
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The token ids that end an answer, from the generation config and the tokenizer."""
@@ -46,7 +49,7 @@ def generate(
     ids: Sequence[Sequence[int]],
     max_new_tokens: int,
     stops: Sequence[int],
-    batch: int = 32,
+    batch: int | None = None,
     progress: Progress | None = None,
 ) -> list[list[int]]:
     """Greedy completions as token ids, without the stop token, in the order of `ids`.
@@ -59,7 +62,7 @@ def generate(
         ids: the token ids of each prompt.
         max_new_tokens: per prompt.
         stops: token ids that end a completion.
-        batch: how many prompts are run together.
+        batch: how many prompts are run together; None: as many as keep the keys and values small.
         progress: called with the number of prompts in each batch.
     """
     result: list[list[int]] = [[] for _ in ids]
@@ -68,6 +71,7 @@ def generate(
     shared = shared_length(model, ids) if longest + max_new_tokens <= _shareable(model) else 0
     beginning = list(ids[0][:shared]) if shared else []
     begun = _begun(model, beginning)
+    batch = batch or max(1, min(MOST_ROWS, MOST_TOKENS // (longest + max_new_tokens)))
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
         width = max(len(ids[i]) for i in group)

@@ -48,7 +48,7 @@ class Fits:
         layer_norm = architecture_of(config).norms.kind == "layer"
         self.folder, self.directions = folder, directions.centred() if layer_norm else directions
         self.weights, self.load = weights, load
-        self._reader: WriteReader | None = None
+        self._readers: dict[int, WriteReader] = {}  # by the layer that they have come to
 
     @cached_property
     def _directions(self) -> str:
@@ -110,11 +110,13 @@ class Fits:
         _save(fit, file)
 
     def _reader_at(self, layer: int, tokens: FitTokens) -> WriteReader:
-        """A reader that has come to `layer` or an earlier one: fits of upper layers share what is below."""
-        if self._reader is None or self._reader.at > layer:
-            self._reader = WriteReader(self.load(), tokens.sets)
-            self._reader.advance(layer)
-        return self._reader.copy()
+        """A reader that has come to `layer`; fits that begin at the same or a higher one share what is below."""
+        if layer not in self._readers:
+            below = [at for at in self._readers if at < layer]
+            reader = self._readers[max(below)].copy() if below else WriteReader(self.load(), tokens.sets)
+            reader.advance(layer)
+            self._readers[layer] = reader
+        return self._readers[layer].copy()
 
 
 def _save(fit: ConditionalFit, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import extract
 from orthogonalize.commands.verify import verify
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.fitting.fit import FitTokens
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.models.hooks import intervened
+from orthogonalize.selection.fits import Fits
+from orthogonalize.selection.run_folder import load_run
 
 OWN = {"method": "conditional", "scope": "all"}
 METHOD = [word for name, value in OWN.items() for word in (f"--{name}", value)]
@@ -89,6 +93,34 @@ def test_the_second_time_nothing_is_fitted(run, model, fitted, tmp_path, monkeyp
     edit(str(model), tmp_path / "again", run=run, **OWN)
     with pytest.raises(pytest.fail.Exception, match="was loaded"):
         edit(str(model), tmp_path / "other", run=run, **OWN, target_weight=0.2)
+
+
+def test_what_is_below_a_fit_is_read_once(run, model, tmp_path):
+    found, source, loaded = load_run(run), open_checkpoint(model), load(model)
+
+    def fits(name: str) -> Fits:
+        folder = shutil.copytree(run, tmp_path / name)
+        shutil.rmtree(folder / "fits", ignore_errors=True)
+        return Fits(folder, found.directions, source.config, found.info.weights, lambda: loaded)
+
+    def fit(fits: Fits, first: int, weight: float):
+        choice = EditConfig(
+            method="conditional", scope=f"from:{first}", position=-1, per_layer=True, target_weight=weight
+        )
+        return fits.intervention(choice).conditional
+
+    shared = fits("shared")
+    fit(shared, 1, 0.3), fit(shared, 3, 0.3)
+    below: list[int] = []
+    for layer in range(3):
+        loaded.model.layers[layer].mlp.register_forward_hook(lambda *_, at=layer: below.append(at))
+    again = fit(shared, 3, 0.9)
+    assert below == []
+    between = fit(shared, 2, 0.9)
+    assert set(below) == {1, 2}
+    for name, maps, first in (("one", again, 3), ("two", between, 2)):
+        fresh = fit(fits(name), first, 0.9)
+        assert all(torch.allclose(fresh[matrix].c, each.c, atol=1e-9) for matrix, each in maps.items())
 
 
 def test_strength_scales_the_fitted_maps(run, model, fitted, tmp_path):
