@@ -22,6 +22,7 @@ from orthogonalize.reports.run_plots import candidate_figure
 from orthogonalize.reports.schema import Measures, Refusals, Report
 
 RUN_SETTINGS = UNTRIED.with_changes(enough=1, seeds=2, train=6)
+FIGURES = True  # of runs, at which tests look
 
 
 def covered(figure: Figure) -> list[str]:
