@@ -120,6 +120,33 @@ def test_descent_finds_a_weaker_edit_of_fewer_layers():
     assert [t.cost for t in found[1:]] == sorted(t.cost for t in found[1:])
 
 
+def fitted(first: int) -> EditConfig:
+    return EditConfig(method="conditional", scope=f"from:{first}", position=-1, per_layer=True)
+
+
+@pytest.mark.parametrize(("kl", "plain"), [(0.02, 6), (0.2, 2)])
+def test_starts_that_are_not_fitted_are_given_up_once_two_cost_far_more_than_a_fitted_one(kl, plain):
+    oracle = Oracle(lambda choice: (0.0, 0.01 if choice.method == "conditional" else kl))
+    starts = [fitted(6), *space([candidate(6, -9), candidate(5, -8)]).starts()[:6], fitted(9)]
+    trials = EditSearch(None, build=None, readout=None, target=(), answers=None, known=oracle)
+    trials.search(len(starts) * 2, starts, lambda *_: [])
+    assert [choice for choice in oracle.asked if choice.method == "ablate"] == starts[1 : 1 + plain]
+    assert oracle.asked[-1] == fitted(9), "the fitted ones are all tried"
+
+
+@pytest.mark.parametrize(("left", "asked"), [(0.0, 3), (0.5, 6)])
+def test_search_ends_where_nothing_near_an_edit_that_does_what_it_should_is_better(left, asked):
+    oracle = Oracle(lambda choice: (left, 0.01 + 0.001 * abs(choice.strength - 1)))
+    trials = EditSearch(None, build=None, readout=None, target=(), answers=None, known=oracle)
+
+    def neighbours(choice, _step):
+        return [choice.model_copy(update={"strength": choice.strength + change}) for change in (-0.1, 0.1)]
+
+    found = trials.search(6, [fitted(6)], neighbours)
+    assert found[0].choice == fitted(6)
+    assert len(oracle.asked) == asked
+
+
 def test_search_does_not_pay_any_kl_for_a_little_behaviour():
     """Nothing reaches the threshold; one edit leaves slightly less at an enormous KL."""
     found, _ = search(lambda c: (0.0110, 3.0) if c.scope == "all" else (0.012, 0.01), 8)

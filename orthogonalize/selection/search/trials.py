@@ -29,7 +29,7 @@ from .drift import AnsweredPrompts, Drift
 from .objectives import AnswerShares, CheckAnswers, Trial, best, share_flipped, share_left
 from .strengths import StrengthGradients, StrengthSteps
 
-# Strengths of sites have halved the cost of an edit; one that costs more than this many times the best is not refined.
+# Refining has halved the cost of an edit; one that costs more than this many times the best is not refined.
 REACH = 4.0
 CONFIRMED = 0.05  # largest share left among the answers of a confirmed edit
 
@@ -175,11 +175,12 @@ class EditSearch:
 
         Half of the budget, and at least two edits, are for the first of `starts`; the rest is a descent from the best
         edit to its `neighbours`, in steps that shrink from `largest_step` to 1. The last `strength_steps` edits of the
-        budget give single sites strengths of their own, if there is an edit where that pays (see `strengths`).
+        budget give single sites strengths of their own, if there is an edit where that pays (see `strengths`). What is
+        not worth a trial is not tried, so the budget may not be used up.
         """
         with track("trying edits", budget, "edits") as advance:
             for group in self._groups(starts[: min(budget, max(2, budget // 2))]):
-                self.run_all(group)
+                self.run_all([choice for choice in group if self._may_pay(choice)])
                 advance(len(group))
             self._refine(budget - strength_steps, neighbours, largest_step, advance)
             if strength_steps:
@@ -187,6 +188,13 @@ class EditSearch:
                 self._refine(budget, neighbours, largest_step, advance)
         first = best(list(self.tried.values()))
         return [first, *(t for t in self._by_cost() if t is not first)]
+
+    def _may_pay(self, choice: EditConfig) -> bool:
+        """Whether to try a start: of those that are not fitted, only two if both cost far more than a fitted one."""
+        fitted = {each: METHODS[each.method].fitted for each in (choice, *self.tried)}
+        plain = [trial.cost for each, trial in self.tried.items() if not fitted[each]]
+        other = [trial.cost for each, trial in self.tried.items() if fitted[each]]
+        return fitted[choice] or len(plain) < 2 or not other or min(plain) <= REACH * min(other)
 
     def _groups(self, choices: Sequence[EditConfig]) -> list[Sequence[EditConfig]]:
         """`choices` in groups that are measured together."""
@@ -196,11 +204,16 @@ class EditSearch:
         return sorted(self.tried.values(), key=lambda t: t.order)
 
     def _refine(self, budget: int, neighbours: Neighbours, step: int, advance: Progress) -> None:
-        """Coordinate descent: the first neighbour that becomes the best is the next to have its neighbours tried."""
+        """Coordinate descent: the first neighbour that becomes the best is the next to have its neighbours tried.
+
+        It ends where nothing near the best is better, if that does what it should; otherwise it goes on from others.
+        """
         while len(self.tried) < budget:
             current = best(list(self.tried.values()))
             fresh = [c for c in neighbours(current.choice, step) if c not in self.tried]
             if not fresh and step == 1:
+                if not current.excess:
+                    return
                 runners_up = [t for t in self._by_cost() if t is not current][:3]
                 fresh = [c for t in runners_up for c in neighbours(t.choice, step) if c not in self.tried]
                 if not fresh:
