@@ -24,7 +24,7 @@ from .extract import extract
 from .verify import verify
 
 # Small enough that the demo takes a few minutes on two cores.
-SETTINGS = Settings(finders=("dim",), train=128, val=48, test=100, scored=3, trials=8, answers=14)
+SETTINGS = Settings(finders=("dim",), train=64, val=48, test=100, scored=3, trials=8, answers=14)
 FOLDERS, FILES = ("edited", "run"), ("report.json", "report.html")
 
 
