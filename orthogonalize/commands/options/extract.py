@@ -124,7 +124,7 @@ extract_options = together(
     number("--train", 6, 128, "Prompts per side to find directions with."),
     number("--val", 1, 48, "Prompts per side to select with."),
     number("--test", 0, 100, "Prompts per side kept for eval."),
-    number("--trials", 0, 32, "Whole edits to try; 0 skips the search."),
+    number("--trials", 0, 32, "Whole edits to try at most; 0 skips the search."),
     click.option(
         "--own-answers",
         type=FILE,
