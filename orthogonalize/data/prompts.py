@@ -364,9 +364,9 @@ def split_prompts(
 ) -> list[Prompt]:
     """Draw disjoint train, val and test prompts at random, reproducibly for each `seed`.
 
-    If there are too few prompts, the three shrink in proportion. Up to `spare` of the remaining prompts are
-    drawn as well. Prompts that already have splits (not all of them `train`) stay in them; the splits then shrink on
-    their own, and the spare prompts are train prompts.
+    If there are too few prompts, the three shrink in proportion; val and test keep a tenth of the prompts each, or what
+    was asked for. Up to `spare` of the remaining prompts are drawn as well. Prompts that already have splits (not all
+    of them `train`) stay in them; the splits then shrink on their own, and the spare prompts are train prompts.
     """
     pool = list(prompts)
     random.Random(seed).shuffle(pool)
@@ -376,8 +376,8 @@ def split_prompts(
         return [*drawn["train"][:train], *drawn["val"][:val], *drawn["test"][:test], *rest]
     wanted = train + val + test
     if len(pool) < wanted:
-        share = len(pool) / wanted
-        val, test = round(val * share), round(test * share)
+        share, least = len(pool) / wanted, max(1, len(pool) // 10)
+        val, test = (max(round(each * share), min(each, least)) for each in (val, test))
         while test > 1 and len(pool) - val - test < MINIMUM_TRAIN:
             test -= 1
         train = len(pool) - val - test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,20 @@ def test_extract_prints_the_table_and_drops_what_does_not_fit(model, sources, tm
     assert (second["duplicate"], second["too long"]) == ("0", "0")
     assert int(first["read"]) == len(lists["positive"]) + 2
     assert all(len(p.text) < 500 for p in found.prompts)
+
+
+@pytest.mark.parametrize("count", [24, 400])
+def test_more_train_prompts_than_there_are_leave_some_to_choose_and_report_by(count):
+    drawn = split_prompts([Prompt(f"prompt {i}", "positive") for i in range(count)], 0, train=100_000, val=32, test=100)
+    counts = Counter(p.split for p in drawn)
+    assert counts.total() == count
+    assert counts["val"] == min(32, count // 10)
+    assert counts["test"] == min(100, count // 10)
+
+
+def test_extract_takes_all_prompts_where_more_are_asked_for(model, sources, tmp_path):
+    found = extract(str(model), tmp_path / "run", **sources, settings=UNTRIED, finders=("dim",), train=100_000)
+    assert Counter(p.split for p in found.prompts if p.side == "positive") == {"train": 20, "val": 2, "test": 2}
 
 
 def test_only_texts_that_could_be_too_long_are_encoded():
