@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.command_line import UNTRIED, command
+from helpers.forked import orthogonalize
 
 from orthogonalize.edits.build import intervention_from_directions
 from orthogonalize.edits.config import EditConfig
@@ -22,6 +25,17 @@ QUICK = ("--engine", "hf", "--suite", "refusal", "--limit", "2", "--max-new-toke
 
 def swept(model, run, out, *words):
     return command("sweep", model, "--run", run, "--out", out, *QUICK, *words)
+
+
+def test_what_is_printed_to_no_terminal_has_no_escape_sequence(model, run, tmp_path):
+    words = ("--methods", "ablate", "--scopes", "one", "--json")
+    done = orthogonalize(
+        ["sweep", str(model), "--run", str(run), "--out", str(tmp_path / "out"), *QUICK, *words], os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    assert "sweep" in done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
 
 
 def test_given_values_are_tried_in_all_combinations(model, run, tmp_path):
