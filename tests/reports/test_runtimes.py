@@ -71,6 +71,7 @@ def test_a_plain_edit_is_read_by_all(tmp_path):
 
 
 def test_of_a_quantised_result_only_what_was_run_is_claimed(tmp_path):
+    pytest.importorskip("compressed_tensors")
     base = store(tiny_llama(), tmp_path / "base", torch.bfloat16)
     save_file({"direction": torch.randn(WIDTH)}, tmp_path / "direction.safetensors")
     written = edit(base, tmp_path / "fp8", direction=tmp_path / "direction.safetensors", layer=1, quantize="fp8")
