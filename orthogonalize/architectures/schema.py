@@ -55,8 +55,8 @@ class Bias(_Data):
         flags: configuration values that create it; empty if it always exists.
         zeros: the weights whose biases the flags create as well.
         on: the writes that have it, if not all do.
-        served: which implementation in vLLM reads it: its own, only its Transformers backend, or none; or nobody has
-            tried.
+        served: which implementation in vLLM reads it: its own, only its Transformers backend, or none; `unknown` if it
+            has not been tried.
     """
 
     flags: dict[str, bool] = {}

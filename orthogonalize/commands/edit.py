@@ -12,6 +12,7 @@ from ..architectures.schema import architecture_of, remembered
 from ..checkpoints.checkpoint import INDEX, Checkpoint, open_checkpoint
 from ..checkpoints.plan import CheckpointPlan
 from ..checkpoints.quantization import check_quantization
+from ..checkpoints.quantizing.library import Quantizer
 from ..checkpoints.quantizing.plan import QuantizedPlan
 from ..checkpoints.quantizing.writer import QuantizedWriter
 from ..checkpoints.rounding.registry import DEFAULT_ROUNDING
@@ -88,6 +89,9 @@ def edit(
         raise OrthogonalizeError("an adapter is one small file; leave out --shard with --format lora")
     if share is not None and cache is not None:
         raise OrthogonalizeError("give --out with --shard: shares are written beside that folder")
+    if settings.quantize is not None:
+        _check_quantizable(settings, f"--quantize {settings.quantize}")
+        Quantizer.of(settings.quantize)  # which says if its library is missing, before any work is done
     with nullcontext() if share is not None else place.locked():
         place.check_free(settings.force, [Path(p) for p in (model, run, direction, recipe) if p is not None])
         if sum(source is not None for source in (run, direction, recipe)) != 1:
@@ -234,11 +238,16 @@ def _quantized(plan: EditPlan, settings: EditSettings, own: Quantization | None)
     scheme = own.scheme if own is not None else settings.quantize
     if scheme is None:
         return None
-    if settings.format == "lora":
-        raise OrthogonalizeError("an adapter is added to the base as it is; leave out --quantize with --format lora")
-    if settings.shard is not None:
-        raise OrthogonalizeError("--quantize writes the whole checkpoint; leave out --shard")
+    _check_quantizable(settings, "the recipe" if own is not None else f"--quantize {scheme}")
     return quantized_plan(plan, scheme, None if own is None else own.version)
+
+
+def _check_quantizable(settings: EditSettings, by: str) -> None:
+    """Refuse what cannot be quantised, as is asked for `by` an option or a recipe."""
+    if settings.format == "lora":
+        raise OrthogonalizeError(f"{by} quantises, but an adapter is added to the base as it is; omit --format lora")
+    if settings.shard is not None:
+        raise OrthogonalizeError(f"{by} quantises the whole checkpoint; omit --shard")
 
 
 @dataclass(frozen=True)

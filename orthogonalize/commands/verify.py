@@ -139,7 +139,7 @@ def verify(
     """Audit the difference of `checkpoint` and `base`; if there is a recipe, prove that hooks = weights.
 
     A quantised checkpoint is compared with the unquantised edit: what quantisation lost of it, and how far it moved
-    the weights. It does not pass if most of the edit is lost.
+    the weights. It does not pass if more than half of the planned change is lost.
 
     For the proof, the edit is recomputed and compared byte for byte, and the logits of the hooked base are compared, in
     float32, with those of the edit before rounding and of the checkpoint as stored. The result is written into the

@@ -25,7 +25,7 @@ class InPlaceError(OrthogonalizeError):
 
 
 class UnansweredError(OrthogonalizeError):
-    """An edit depends on how a server runs the model, and nobody has told or tried.
+    """An edit depends on how a server runs the model, which neither a description nor an experiment says.
 
     Args:
         what: what is not known.

@@ -364,9 +364,10 @@ def split_prompts(
 ) -> list[Prompt]:
     """Draw disjoint train, val and test prompts at random, reproducibly for each `seed`.
 
-    If there are too few prompts, the three shrink in proportion; val and test keep a tenth of the prompts each, or what
-    was asked for. Up to `spare` of the remaining prompts are drawn as well. Prompts that already have splits (not all
-    of them `train`) stay in them; the splits then shrink on their own, and the spare prompts are train prompts.
+    If there are too few prompts, the three shrink in proportion; val and test keep at least a tenth of the prompts
+    each, or all that was asked for if that is less. Up to `spare` of the remaining prompts are drawn as well. Prompts
+    that already have splits (not all of them `train`) stay in them; the splits then shrink on their own, and the spare
+    prompts are train prompts.
     """
     pool = list(prompts)
     random.Random(seed).shuffle(pool)

@@ -14,7 +14,7 @@ from ..checkpoints.quantizing.names import SchemeName
 from ..checkpoints.quantizing.plan import QuantizedPlan
 from ..checkpoints.safetensors_file import EDITABLE, TensorInfo, show_shape
 from ..checkpoints.settings_files import quantization
-from ..core.errors import OrthogonalizeError
+from ..core.errors import OrthogonalizeError, shown
 from ..core.progress import note
 from .plan import EditPlan
 from .recipe import Quantization
@@ -51,7 +51,7 @@ def quantized_plan(plan: EditPlan, scheme: SchemeName, version: str | None = Non
     """
     settings = quantization(plan.source.config)
     if settings is not None:
-        method = settings["quant_method"] or "an unnamed method"
+        method = shown(str(settings["quant_method"] or "an unnamed method"), 40)
         raise OrthogonalizeError(
             f"{plan.source.path} is quantised already ({method}); leave out --quantize, or start from the release that "
             "it was quantised from"
@@ -72,7 +72,8 @@ def quantized_plan(plan: EditPlan, scheme: SchemeName, version: str | None = Non
             if name.endswith(WEIGHT) and len(info.shape) > 1 and name not in weights
         }
     )
-    plan.checkpoint.config_changes["quantization_config"] = quantizer.settings(ignored)
+    stated = quantizer.settings(ignored) | ({"version": version} if version else {})
+    plan.checkpoint.config_changes["quantization_config"] = stated
     return QuantizedPlan(plan.checkpoint, quantizer, frozenset(weights), fused)
 
 
@@ -94,7 +95,7 @@ def _linear(plan: EditPlan, group: int | None) -> dict[str, TensorInfo]:
             continue
         if group is not None and info.shape[1] % group:
             raise OrthogonalizeError(
-                f"{full} has rows of {info.shape[1]} numbers, which are no whole groups of {group}; use --quantize fp8"
+                f"{full} has rows of {info.shape[1]} numbers, which are not whole groups of {group}; use --quantize fp8"
             )
         found[full] = info
     if not found:

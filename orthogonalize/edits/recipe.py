@@ -135,8 +135,9 @@ class Recipe(_Record):
 
     `files` are the names of its other files, which the edit copied or wrote; `push` uploads these and no others.
     `tokenizer_class` is the class in its tokenizer_config.json, where the base's does not do what tokenizer.json says.
-    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`). `quantization` is what was done
-    to the edited weights at last. `description` is that of the architecture, where no shipped file describes it.
+    `rounding` is the name of a rounding scheme (see `checkpoints.rounding.registry`). `quantization` says how the
+    edited weights were then quantised, if they were. `description` is that of the architecture, where no shipped file
+    describes it.
     """
 
     format: Literal[2] = 2

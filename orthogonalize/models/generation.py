@@ -71,7 +71,7 @@ def generate(
     shared = shared_length(model, ids) if longest + max_new_tokens <= _shareable(model) else 0
     beginning = list(ids[0][:shared]) if shared else []
     begun = _begun(model, beginning)
-    batch = batch or max(1, min(MOST_ROWS, MOST_TOKENS // (longest + max_new_tokens)))
+    batch = batch or max(1, min(MOST_ROWS, MOST_TOKENS // max(1, longest + max_new_tokens)))
     for start in range(0, len(order), batch):
         group = order[start : start + batch]
         width = max(len(ids[i]) for i in group)
@@ -95,7 +95,8 @@ def generate(
 def _shareable(model: Any) -> float:
     """The length up to which answers may follow a shared beginning.
 
-    Padding behind it would count in a window. Models that also see work out positions from whole rows.
+    Padding after the beginning would take up room in a sliding window. Image-text models compute positions from whole
+    rows.
     """
     config = model.config
     if config.get_text_config() is not config:

@@ -24,6 +24,7 @@ from ..models.write_reading import WriteReader
 
 TOKENS = "tokens.json"  # of the model's own answers, in the run folder
 FOLDER = "fits"
+MOST_READERS = 4  # that are kept, each at a layer of its own
 
 
 class Fits:
@@ -116,6 +117,8 @@ class Fits:
             reader = self._readers[max(below)].copy() if below else WriteReader(self.load(), tokens.sets)
             reader.advance(layer)
             self._readers[layer] = reader
+            while len(self._readers) > MOST_READERS:  # each holds the stream of all tokens
+                del self._readers[next(at for at in self._readers if at != layer)]
         return self._readers[layer].copy()
 
 

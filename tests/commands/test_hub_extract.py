@@ -24,6 +24,7 @@ from orthogonalize.selection.readers import open_fits
 from orthogonalize.selection.run_folder import load_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+FIGURES = True  # of runs, whose size a test compares
 SETTINGS = replace(UNTRIED, engine="stream", finders=("dim",))
 
 

@@ -227,7 +227,13 @@ def test_a_download_says_how_far_it_is(base, monkeypatch):
     monkeypatch.setattr(progress, "console", Console(file=written, width=200))
     monkeypatch.setattr(progress, "EVERY", 0.02)
     monkeypatch.setattr(hub_files, "LOOK", 0.01)
-    base.hub.state.before_file = lambda name, _first: time.sleep(0.3) if name.endswith(".safetensors") else None
+    waits = iter([0.2, 0.6, 1.0, *[1.4] * 100])  # they are asked for at once, and come one after the other
+
+    def in_turn(name: str, _first: int) -> None:
+        if name.endswith(".safetensors"):
+            time.sleep(next(waits))
+
+    base.hub.state.before_file = in_turn
     progress.show()
     try:
         folder = hub_files.download_model("some/model", None)

@@ -253,8 +253,11 @@ def test_eval_takes_it_for_its_base_and_never_swaps_its_weights(work):
 
 
 REFUSED = {
-    "lora": (["--scope", "layers:1-2", "--format", "lora"], "leave out --quantize with --format lora"),
-    "shard": (["--shard", "1/2"], "--quantize writes the whole checkpoint; leave out --shard"),
+    "lora": (
+        ["--scope", "layers:1-2", "--format", "lora"],
+        "--quantize fp8 quantises, but an adapter is added to the base as it is; omit --format lora",
+    ),
+    "shard": (["--shard", "1/2"], "--quantize fp8 quantises the whole checkpoint; omit --shard"),
 }
 
 
@@ -306,15 +309,13 @@ def test_layouts_that_no_server_reads_quantised_are_refused_by_name(tmp_path, fa
 def test_rows_that_are_no_whole_groups_are_refused(tmp_path):
     base = store(tiny_llama(), tmp_path / "base", torch.bfloat16)  # its MLP is 48 wide
     said = refusal(base, tmp_path, 32, quantize="mxfp4")
-    assert "down_proj.weight has rows of 48 numbers, which are no whole groups of 32; use --quantize fp8" in said
+    assert "down_proj.weight has rows of 48 numbers, which are not whole groups of 32; use --quantize fp8" in said
 
 
 def test_without_the_library_it_says_what_to_install(work, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     said = refusal(work / "base", tmp_path, WIDTH)
-    assert said == (
-        "--quantize fp8 needs compressed-tensors, which is not installed: pip install 'orthogonalize[quantize]'"
-    )
+    assert said == ("fp8 needs compressed-tensors, which is not installed: pip install 'orthogonalize[quantize]'")
 
 
 def test_numbers_that_cannot_be_quantised_leave_an_earlier_result_as_it_was(work, tmp_path):

@@ -103,21 +103,23 @@ def _check_tensor(edited: Checkpoint, plan: QuantizedPlan, name: str, found: Qua
     expected, _ = plan.stored(name)
     missing = [each for each in expected if each not in edited.tensors]
     same = not missing and all(stored_bytes(edited.read(each)) == stored_bytes(t) for each, t in expected.items())
-    if not same and (name in plan.weights or name in plan.plan.edits):
+    ours = name in plan.weights or name in plan.plan.edits
+    if not same and ours:
         found.rebuilt = False
-    elif not same:
+    if not same and not (ours and _fits(edited, plan, name)):
         found.unexpected.append(name)
     found.audit.missing += missing
     if name in plan.plan.additions:
         found.audit.added.append(name)
     elif not _fits(edited, plan, name):
         found.audit.changed[name] = math.inf
-    elif same and name not in plan.weights and name not in plan.plan.edits:
+    elif same and not ours:
         found.audit.same += 1
     else:
         before = plan.before(name).double()
         after = dequantize(edited, name).double()
-        found.audit.changed[name] = float((after - before).norm() / before.norm())
+        length, moved = float(before.norm()), float((after - before).norm())
+        found.audit.changed[name] = moved / length if length else math.inf if moved else 0.0
     return set(expected)
 
 
@@ -125,7 +127,7 @@ def _measure(
     edited: Checkpoint, plan: QuantizedPlan, without_edit: QuantizedPlan, name: str, squares: _Squares
 ) -> QuantizationError:
     """The error of one edited matrix, which is added to `squares`."""
-    before, exact, stored = plan.before(name).double(), plan.edited(name).double(), dequantize(edited, name)
+    before, exact, stored = (each.double() for each in (plan.before(name), plan.edited(name), dequantize(edited, name)))
     plain = dequantize_found(without_edit.stored(name)[0], name)
     edit = plan.plan.edits[name]
     old = edit.component(before)

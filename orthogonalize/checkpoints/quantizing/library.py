@@ -52,7 +52,7 @@ class Quantizer:
             import compressed_tensors  # noqa: F401
         except ImportError as error:
             raise OrthogonalizeError(
-                f"--quantize {name} needs {LIBRARY}, which is not installed: pip install 'orthogonalize[quantize]'"
+                f"{name} needs {LIBRARY}, which is not installed: pip install 'orthogonalize[quantize]'"
             ) from error
         return cls(SCHEMES[name], version(LIBRARY))
 

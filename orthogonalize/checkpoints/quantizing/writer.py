@@ -1,4 +1,4 @@
-"""Write a quantised checkpoint, one tensor in memory at a time for each file that is being written."""
+"""Write a quantised checkpoint, a tensor or two in memory at a time for each file that is being written."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ class QuantizedWriter:
                         raise AssertionError(f"{info.name} has another shape or format than its header says")
                     put(data)
                     self._advance(info.size)
+            if waiting:
+                raise AssertionError(f"{waiting[0].name} is in the header and was not written")
             out.flush()
             os.fsync(out.fileno())
         with self.lock:

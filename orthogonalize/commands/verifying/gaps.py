@@ -44,7 +44,9 @@ def _with_tensors(model: Any, edited: Path, new: Mapping[str, torch.Tensor]) -> 
         return model
     # Names or layouts differ in memory (fused experts, wrappers); let the library convert them.
     checkpoint = open_checkpoint(edited)
-    tensors = {name: new.get(name, checkpoint.read(name)).to(model.dtype) for name in checkpoint.tensors}
+    tensors = {
+        name: (new[name] if name in new else checkpoint.read(name)).to(model.dtype) for name in checkpoint.tensors
+    }
     options = {"config": model.config, "state_dict": tensors, "dtype": model.dtype}
     return type(model).from_pretrained(None, **options).to(model.device).eval()
 
@@ -100,4 +102,4 @@ def _quantized_logits(edited: Checkpoint, plan: QuantizedPlan, device: str) -> t
         model = _with_tensors(model, folder, _exact(plan.plan))
         exact = _logits(model)
         names = plan.weights | plan.plan.edits.keys()
-        return exact, _logits(_with_tensors(model, folder, {name: dequantize(edited, name) for name in names}))
+        return exact, _logits(_with_tensors(model, folder, {name: dequantize(edited, name).float() for name in names}))

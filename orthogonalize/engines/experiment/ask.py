@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -53,7 +52,7 @@ def ask_server(source: Checkpoint) -> str:
         return "an experiment would tell, but vllm is not installed: install it"
     key = _key(source, architecture)
     file = cache_folder() / "descriptions" / f"{key}.json"
-    answers, how = _kept(file), f"by an earlier experiment on vLLM ({file})"
+    answers, how = _kept(file, architecture), f"by an earlier experiment on vLLM ({file})"
     if answers is None and key not in _failures:
         started = time.monotonic()
         try:
@@ -83,11 +82,12 @@ def _said(answers: dict[str, Answer]) -> str:
     )
 
 
-def _kept(file: Path) -> dict[str, Answer] | None:
+def _kept(file: Path, architecture: Architecture) -> dict[str, Answer] | None:
+    """The answers in `file`, if it has all that are open."""
     with suppress(OSError, ValueError):
         answers = json.loads(file.read_text("utf-8"))
-        if isinstance(answers, dict) and all(answer in list(WORDS) for answer in answers.values()):
-            return answers
+        if isinstance(answers, dict) and answers.keys() >= set(open_names(architecture)):
+            return answers if all(answer in list(WORDS) for answer in answers.values()) else None
     return None
 
 
@@ -99,7 +99,9 @@ def _asked(source: Checkpoint, architecture: Architecture) -> tuple[dict[str, An
     """
     config = load_config(source.path)
     if config.get_text_config() is not config:
-        raise OrthogonalizeError("vLLM runs text models in wrappers by other classes than alone, which are not tried")
+        raise OrthogonalizeError(
+            "vLLM runs the text model of a wrapper in another class than on its own, so it is not asked"
+        )
     config = deepcopy(config)
     for flag, value in open_flags(architecture).items():
         setattr(config, flag, value)
@@ -110,7 +112,7 @@ def _asked(source: Checkpoint, architecture: Architecture) -> tuple[dict[str, An
         questions = open_questions(sites)
         asked = {
             "questions": [asdict(question) for question in questions],
-            "control": next(name for entry, name in sites.embedded() if entry.rows),
+            "control": _control(sites),
             "backend": architecture.transformers_class,
             "expected": _expected(twin),
         }
@@ -118,6 +120,18 @@ def _asked(source: Checkpoint, architecture: Architecture) -> tuple[dict[str, An
         answers, reason = _served(twin)
     lacking = set(open_names(architecture)) - {question.name for question in questions}
     return answers, reason or (f"a small model of its class has none: {', '.join(sorted(lacking))}" if lacking else "")
+
+
+def _control(sites: Sites) -> str:
+    """A tensor that every server reads: an embedding with a row per token.
+
+    Raises:
+        OrthogonalizeError: there is none.
+    """
+    name = next((name for entry, name in sites.embedded() if entry.rows), None)
+    if name is None:
+        raise OrthogonalizeError("it has no embedding with a row per token, so no experiment can be checked")
+    return name
 
 
 def _expected(twin: Path) -> list[float]:
@@ -142,7 +156,7 @@ def _served(twin: Path) -> tuple[dict[str, Answer], str]:
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"answers"')]
     if not lines:
         code = done.returncode
-        how = signal.Signals(-code).name if code < 0 else f"status {code}"
+        how = f"signal {-code}" if code < 0 else f"status {code}"
         last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
         raise OrthogonalizeError(f"vLLM ended with {how}: {shown(last, 200)}")
     told: dict[str, Any] = json.loads(lines[-1])

@@ -7,7 +7,7 @@ parameter; if they stay as they were, it does not.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -52,6 +52,10 @@ class OtherModelError(OrthogonalizeError):
     """A server runs a model, but computes something else than transformers."""
 
 
+class InconclusiveError(OrthogonalizeError):
+    """An experiment did not work, so it shows nothing."""
+
+
 class Server(Protocol):
     """A model that is served, and whose weights can be changed."""
 
@@ -62,7 +66,7 @@ class Server(Protocol):
         """Whether its log-probabilities become NaN with `tensor`.
 
         Raises:
-            OrthogonalizeError: the experiment did not work, so it shows nothing.
+            InconclusiveError: the experiment did not work, so it shows nothing.
         """
 
 
@@ -132,16 +136,31 @@ def _read_by_class(served: Served, every: Sequence[Question], asked: Sequence[Qu
     """As `_read_at_once`, or one by one: a class may refuse a checkpoint for a tensor that it does not know.
 
     Raises:
+        InconclusiveError: an experiment shows nothing.
         OrthogonalizeError: it does not run the model even without any of the tensors.
     """
-    with suppress(OrthogonalizeError):
-        return _read_at_once(served, every, asked, start)
+    found = _unless_refused(served, every, asked, start)
+    if found is not None:
+        return found
     _read_at_once(served, [], [], start)
-    found: set[str] = set()
-    for question in asked if len(every) > 1 else ():
-        with suppress(OrthogonalizeError):
-            found |= _read_at_once(served, [question], [question], start)
-    return found
+    alone = [_unless_refused(served, [each], [each], start) for each in asked] if len(every) > 1 else []
+    return {name for names in alone if names is not None for name in names}
+
+
+def _unless_refused(
+    served: Served, stored: Sequence[Question], asked: Sequence[Question], start: Start
+) -> set[str] | None:
+    """As `_read_at_once`; None if the model is refused, perhaps for a tensor that the implementation does not know.
+
+    Raises:
+        InconclusiveError: an experiment shows nothing.
+    """
+    try:
+        return _read_at_once(served, stored, asked, start)
+    except InconclusiveError:
+        raise
+    except OrthogonalizeError:
+        return None
 
 
 def _read_at_once(served: Served, stored: Sequence[Question], asked: Sequence[Question], start: Start) -> set[str]:

@@ -26,7 +26,7 @@ from ...core.temporary_folders import temporary_folder
 from ..base import EngineOptions
 from ..vllm import VllmEngine
 from ..weight_swap import WeightSwap
-from .questions import PROMPTS, QUESTIONS, OtherModelError, Question, Served, ask
+from .questions import PROMPTS, QUESTIONS, InconclusiveError, OtherModelError, Question, Served, ask
 
 LENGTH = 32  # tokens of the context
 ANSWER = 4  # tokens of answers that are compared
@@ -53,7 +53,7 @@ class _Served:
         if not self.is_number():
             raise OrthogonalizeError("vLLM leaves parameters of a small model of this class unset")
         if not self.reads(control):
-            raise OrthogonalizeError(f"vLLM does not take {control} of a small model of this class in place")
+            raise InconclusiveError(f"vLLM does not take {control} of a small model of this class in place")
 
     def check_same(self, expected: Sequence[float]) -> None:
         """Check that it serves the model: the prompts' log-probabilities are transformers', and answers go with them.
@@ -85,9 +85,9 @@ class _Served:
         found = self.scores()
         self.swapper.restore()
         if self.scores() != self.plain:
-            raise OrthogonalizeError(f"vLLM does not take {tensor} of a small model of this class back")
+            raise InconclusiveError(f"vLLM does not take {tensor} of a small model of this class back")
         if not any(map(math.isnan, found)) and found != self.plain:
-            raise OrthogonalizeError(f"vLLM's scores change with {tensor} of a small model, but are numbers")
+            raise InconclusiveError(f"vLLM's scores change with {tensor} of a small model, but are numbers")
         return any(map(math.isnan, found))
 
 

@@ -68,7 +68,8 @@ def _templates(names: Iterable[str], findings: Findings) -> set[str]:
 
 def _made_by_flags(config: Any) -> Mapping[str, set[str]]:
     """The parameters that every setting of biases which is off would add to the model, by its name."""
-    flags = [key for key, value in config.to_dict().items() if value is False and "bias" in key]
+    known = type(config)().to_dict()  # a stranger's file may hold any number of others
+    flags = [key for key, value in config.to_dict().items() if value is False and "bias" in key and key in known]
     plain = _parameters(config, {}) if flags else set()
     made = {}
     for flag in flags:

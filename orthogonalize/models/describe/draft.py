@@ -157,7 +157,7 @@ def draft_text(
     settings, names = config.to_dict(), dict(getattr(config, "attribute_map", {}))
     questions = [
         f"does vLLM support an untied head for {named.model_type}? (head.untied)",
-        "which of the biases does vLLM read? (bias.served)",
+        *(["which of the biases does vLLM read? (bias.served)"] if biases else []),
     ]
     if named.images:
         listed = shown(" or ".join(named.images), 1000)

@@ -8,7 +8,8 @@ from typing import Any
 
 from ...architectures.schema import architecture_of
 from ...checkpoints.checkpoint import Checkpoint
-from ...core.errors import OrthogonalizeError
+from ...core.errors import OrthogonalizeError, UnansweredError
+from ...core.progress import note
 from ...directions.direction_set import Directions
 from ...edits.bake import bake
 from ...edits.build import finder_of, intervention_from_directions
@@ -31,6 +32,9 @@ def reads_can_be_baked(source: Checkpoint, directions: Directions) -> bool:
     layer_norm = architecture_of(source.config).norms.kind == "layer"
     try:
         bake(source, intervention_from_directions(choice, directions, layer_norm=layer_norm), ask_server)
+    except UnansweredError as error:
+        note(f"edits of what is read are not tried: {error}")
+        return False
     except OrthogonalizeError:
         return False
     return True

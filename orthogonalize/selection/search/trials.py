@@ -190,7 +190,7 @@ class EditSearch:
         return [first, *(t for t in self._by_cost() if t is not first)]
 
     def _may_pay(self, choice: EditConfig) -> bool:
-        """Whether to try a start: of those that are not fitted, only two if both cost far more than a fitted one."""
+        """Whether to try a start: one that is not fitted is skipped once two such cost far more than a fitted one."""
         fitted = {each: METHODS[each.method].fitted for each in (choice, *self.tried)}
         plain = [trial.cost for each, trial in self.tried.items() if not fitted[each]]
         other = [trial.cost for each, trial in self.tried.items() if fitted[each]]
