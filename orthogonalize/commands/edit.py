@@ -238,7 +238,8 @@ def _quantized(plan: EditPlan, settings: EditSettings, own: Quantization | None)
     scheme = own.scheme if own is not None else settings.quantize
     if scheme is None:
         return None
-    _check_quantizable(settings, "the recipe" if own is not None else f"--quantize {scheme}")
+    if own is not None:  # what the settings ask for was checked at first
+        _check_quantizable(settings, "the recipe")
     return quantized_plan(plan, scheme, None if own is None else own.version)
 
 

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import RECIPE, open_checkpoint
 from ..core.errors import OrthogonalizeError
-from ..core.files import fingerprint
+from ..core.files import file_hash, fingerprint
 from ..core.output_folders import EDITED, check_free, complete_folder
 from ..core.progress import note, track
 from ..edits.adapter import CONFIG, WEIGHTS, adapter_config, is_adapter, merge_plan
 from ..edits.hub_cache import edited_folder
 from ..edits.recipe import load_recipe
 from ..models.names import check_adapter_name
-from ..models.resolve import cached, file_hash, find_model, folder_state
+from ..models.resolve import cached, find_model, folder_state
 from .edit import edit
 
 

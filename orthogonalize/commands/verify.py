@@ -28,7 +28,6 @@ from .merge import checkpoint_of
 from .verifying.gaps import logit_gaps
 
 TOLERANCE = 1e-3  # largest logit difference that float32 arithmetic explains
-MEANINGLESS = 0.5  # share of the planned change that quantisation may lose before nothing is called verified
 
 
 @dataclass
@@ -185,7 +184,8 @@ def verify(
     if logits and not unexpected:  # with another configuration the model may not even load
         gaps = logit_gaps(edited, plan, quantized, recipe.intervention(), device)
     gap = gaps["hooks_gap"]
-    cost = None if result.quantization is None else result.quantization.cost
+    measured = None if result.quantization is None else result.quantization.cost
+    cost = None if measured is None else QuantizationCost(**measured)
     result.verification = Verification(
         rebuilt=rebuilt,
         unexpected_changes=unexpected,
@@ -193,8 +193,8 @@ def verify(
         passed=rebuilt
         and not unexpected
         and (gap is None or gap <= TOLERANCE)
-        and (cost is None or cost["leak"] <= MEANINGLESS),
-        quantization=None if cost is None else QuantizationCost(**cost),
+        and (cost is None or not cost.meaningless),
+        quantization=cost,
         **gaps,
     )
     if record:

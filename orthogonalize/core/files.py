@@ -144,6 +144,12 @@ def check_text(file: Path, most: int = LARGEST_TEXT) -> None:
         raise OrthogonalizeError(f"{file} has {file.stat().st_size} bytes, and at most {most} are read")
 
 
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def is_inside(path: Path, *folders: Path) -> bool:
     """Whether `path`, all symbolic links followed, lies in one of `folders`."""
     return any(path.resolve().is_relative_to(folder) for folder in folders)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..checkpoints.checkpoint import RECIPE
 from ..core.errors import OrthogonalizeError
+from ..core.files import file_hash
 from ..core.locks import locked
 from ..core.output_folders import FolderKind, check_free, complete_folder
 from ..models.names import is_hub_id
@@ -138,8 +139,7 @@ def blob_name(file: Path) -> str:
 
     if file.stat().st_size <= LARGE and file.suffix not in LARGE_KINDS:
         return git_hash(file.read_bytes())
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    return file_hash(file)
 
 
 def edited_folder(checkpoint: Path | str) -> Path:

@@ -98,6 +98,9 @@ class Quantization(_Record):
     matrices: int
 
 
+MEANINGLESS = 0.5  # share of the planned change that quantisation may lose before nothing is called verified
+
+
 class QuantizationCost(_Record):
     """What quantisation did to the edit, over all edited matrices that were quantised.
 
@@ -109,6 +112,11 @@ class QuantizationCost(_Record):
     leak: float
     error: float
     against_plain: float | None
+
+    @property
+    def meaningless(self) -> bool:
+        """Whether too much of the edit is lost for it to be called verified."""
+        return self.leak > MEANINGLESS
 
 
 class Verification(_Record):

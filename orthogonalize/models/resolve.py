@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from typing import Any
 
 from ..checkpoints.checkpoint import RECIPE, Checkpoint, open_checkpoint
 from ..core.errors import OrthogonalizeError, first_line
-from ..core.files import check_regular, fingerprint
+from ..core.files import check_regular, file_hash, fingerprint
 from ..core.locks import locked
 from ..core.progress import note
 from .gguf import convert_gguf
@@ -100,12 +99,6 @@ def _has_room(model: str, revision: str | None) -> bool:
         return True
     note(f"{model} is read from the Hub piece by piece: its {needed / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB")
     return False
-
-
-def file_hash(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def find_recipe(recipe: str) -> Path:

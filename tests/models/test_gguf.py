@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from helpers.command_line import command
 from helpers.llama import LAYERS, VOCABULARY, WIDTH, load, logits, store, tiny_llama
+from helpers.memory_use import memory_growth
 from safetensors.torch import load_file, save_file
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
@@ -208,10 +208,6 @@ def test_a_conversion_is_found_by_its_content(tmp_path):
     assert find_model(str(file)) == found[0][1]
 
 
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 @pytest.mark.parametrize(
     ("method", "value"),
     [
@@ -223,10 +219,9 @@ def test_a_header_that_describes_a_larger_model_is_refused(method, value, tmp_pa
     real = getattr(gguf.GGUFWriter, method)
     monkeypatch.setattr(gguf.GGUFWriter, method, lambda writer, _: real(writer, value if value < 2**32 else 2**32 - 8))
     write_gguf(small(), tmp_path / "model.gguf", Type.F32)
-    before = peak_gib()
-    with pytest.raises(OrthogonalizeError):
+    with memory_growth() as growth, pytest.raises(OrthogonalizeError):
         find_model(str(tmp_path / "model.gguf"))
-    assert peak_gib() - before < 1
+    assert growth.bytes < 2**30
 
 
 def test_concurrent_conversions_wait_for_the_first(tmp_path, monkeypatch):

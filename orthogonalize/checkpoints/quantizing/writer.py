@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...core.files import file_hash
 from ...core.progress import Progress
 from ..checkpoint import INDEX
 from ..safetensors_file import TensorFile, header_bytes, stored_bytes
@@ -34,8 +35,7 @@ class QuantizedWriter:
 
         def write(name: str) -> None:
             with source.files[name].on_disk(self.target, self._check_going_on) as file:
-                with file.path.open("rb") as opened:
-                    self.written.source[name] = hashlib.file_digest(opened, "sha256").hexdigest()
+                self.written.source[name] = file_hash(file.path)
                 check_read(source, name, self.written.source[name], expected)
                 self._write_file(file, name)
                 changed = self.plan.weights | plan.edits.keys()

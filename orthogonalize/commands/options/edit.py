@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import click
 
+from ...checkpoints.quantizing.names import SchemeName
 from ...checkpoints.rounding.registry import DEFAULT_ROUNDING, ROUNDING_SCHEMES
 from ...core.errors import OrthogonalizeError
 from ...core.output_folders import EDITED
@@ -114,7 +117,7 @@ edit_options = together(
     ),
     choice(
         "--quantize",
-        ["fp8", "mxfp4", "nvfp4"],
+        list(get_args(SchemeName)),
         None,
         "Quantise the edited matrices of attention and MLP, as vLLM serves them; needs compressed-tensors.",
     ),
