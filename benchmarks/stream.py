@@ -1,10 +1,11 @@
 """Peak memory and time of reading activations block by block, from random checkpoints of a stated shape made here.
 
-python benchmarks/stream.py [--shape 8B] [--device cuda] [--layers 16,32] [--resident]
+python benchmarks/stream.py [--shape 8B] [--device cuda:0] [--device all] [--layers 16,32] [--resident] [--cached]
 
 The time is set against the slower of reading the weight files once and computing every block at the rate of a resident
-one, and with --resident against the resident path itself. Every measurement is made in a process of its own, with the
-files out of the page cache.
+one (on the same devices), and with --resident against the resident path itself. Every measurement is made in a process
+of its own, with the files out of the page cache, or, with --cached, in it: later passes over a model that fits there
+read it from there.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.directions.activation_store import record, record_streamed
-from orthogonalize.models.loading import choose_device, load_model
+from orthogonalize.models.loading import choose_devices, load_model
 from orthogonalize.models.streaming.lanes import StreamedModel
 from orthogonalize.models.streaming.weights import PartialModel
 
@@ -136,28 +137,35 @@ def peak_memory() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def synchronise(device: str) -> None:
+    for each in gpus(device):
+        torch.cuda.synchronize(each)
+
+
+def gpus(device: str) -> list[torch.device]:
+    """The GPUs that a --device stands for; none if it is a CPU."""
+    return [each for each in choose_devices(device) if each.type == "cuda"]
 
 
 @click.group(invoke_without_command=True)
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="6.4GB", show_default=True)
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", "devices", multiple=True, default=["auto"], help="Repeat it to compare; all is every GPU.")
 @click.option("--layers", help="Numbers of blocks, such as 14,28; the shape's own by default.")
 @click.option("--prompts", default=256, show_default=True)
 @click.option("--tokens", default=64, show_default=True, help="Per prompt.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where checkpoints are made; removed afterwards.")
+@click.option("--cached", is_flag=True, help="Leave the files in the page cache.")
 @click.option("--resident", is_flag=True, help="Also measure the resident path, in which the whole model is loaded.")
 @click.pass_context
 def main(
     context: click.Context,
     shape: str,
-    device: str,
+    devices: tuple[str, ...],
     layers: str | None,
     prompts: int,
     tokens: int,
     folder: Path | None,
+    cached: bool,
     resident: bool,
 ) -> None:
     """Measure streaming at a shape, for each number of blocks."""
@@ -168,27 +176,35 @@ def main(
     for count in [int(word) for word in layers.split(",")] if layers else [own]:
         with tempfile.TemporaryDirectory(dir=folder) as place:
             write_random(Path(place), shape, count)
-            sides = ["reading", "computing", "streaming", *(["whole"] if resident else [])]
-            found: dict[str, float] = {}
-            for side in sides:
-                forget(Path(place))
-                words = [side, place, device, str(prompts), str(tokens)]
-                out = subprocess.run(
-                    [sys.executable, __file__, "side", *words], stdout=subprocess.PIPE, text=True, check=True
-                )
-                found |= json.loads(out.stdout.splitlines()[-1])
-        slower = max(found["read"], found["compute"])
-        beside = f", resident path {found['whole']:.2f} s" if resident else ""
-        gpu = f", of the GPU {found['gpu'] / 1e6:.0f} MB" if "gpu" in found else ""
-        blocks = (found["peak"] - found["streams"]) / found["block"]
-        console.print(
-            f"{count} blocks, {found['weights'] / 1e9:.1f} GB: streamed in {found['stream']:.2f} s, "
-            f"{found['stream'] / slower:.2f}x the slower of reading once ({found['read']:.2f} s) and computing "
-            f"({found['compute']:.2f} s){beside}; peak memory of the host {found['peak'] / 1e6:.0f} MB above the "
-            f"libraries{gpu}, which is the streams ({found['streams'] / 1e6:.0f} MB) and {blocks:.2f} blocks "
-            f"({found['block'] / 1e6:.0f} MB each in memory)",
-            soft_wrap=True,
-        )
+            for device in devices:
+                found: dict[str, float] = {}
+                for side in ["reading", "computing", "streaming", *(["whole"] if resident else [])]:
+                    if not cached:
+                        forget(Path(place))
+                    found |= measured(side, place, device, prompts, tokens)
+                console.print(f"{count} blocks on {device}, {described(found)}", soft_wrap=True)
+
+
+def measured(*words: str | int) -> dict[str, float]:
+    """One measurement (see `measure_side`), in a process of its own."""
+    command = [sys.executable, __file__, "side", *map(str, words)]
+    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(out.stdout.splitlines()[-1])
+    return found
+
+
+def described(found: dict[str, float]) -> str:
+    slower = max(found["read"], found["compute"])
+    beside = f", resident path {found['whole']:.2f} s" if "whole" in found else ""
+    gpu = f", of each GPU {found['gpu'] / 1e6:.0f} MB" if "gpu" in found else ""
+    blocks = (found["peak"] - found["streams"]) / found["block"]
+    return (
+        f"{found['weights'] / 1e9:.1f} GB: streamed in {found['stream']:.2f} s, "
+        f"{found['stream'] / slower:.2f}x the slower of reading once ({found['read']:.2f} s) and computing "
+        f"({found['compute']:.2f} s){beside}; peak memory of the host {found['peak'] / 1e6:.0f} MB above the "
+        f"libraries{gpu}, which is the streams ({found['streams'] / 1e6:.0f} MB) and {blocks:.2f} blocks "
+        f"({found['block'] / 1e6:.0f} MB each in memory)"
+    )
 
 
 @main.command("side", hidden=True)
@@ -200,14 +216,13 @@ def main(
 def measure_side(side: str, folder: Path, device: str, prompts: int, tokens: int) -> None:
     """One measurement, in this process; prints JSON."""
     os.environ["TQDM_DISABLE"] = "1"
-    place, ids = choose_device(device), random_ids(prompts, tokens)
-    if place.type == "cuda":
-        torch.zeros(1, device=place)  # its start is no part of any side
+    for each in gpus(device):
+        torch.zeros(1, device=each)  # its start is no part of any side
     measures = {"reading": reading, "computing": computing, "streaming": streaming, "whole": whole}
-    print(json.dumps(measures[side](folder, place, ids)))
+    print(json.dumps(measures[side](folder, device, random_ids(prompts, tokens))))
 
 
-def reading(folder: Path, _device: torch.device, _ids: list[list[int]]) -> dict[str, float]:
+def reading(folder: Path, _device: str, _ids: list[list[int]]) -> dict[str, float]:
     """The time to read the weight files once."""
     buffer = memoryview(bytearray(2**24))
     start, size = time.perf_counter(), 0
@@ -218,27 +233,26 @@ def reading(folder: Path, _device: torch.device, _ids: list[list[int]]) -> dict[
     return {"read": time.perf_counter() - start, "weights": size}
 
 
-def computing(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[str, float]:
+def computing(folder: Path, device: str, ids: list[list[int]]) -> dict[str, float]:
     """The time to push all prompts through one block that stays, times the number of blocks."""
-    streamed = StreamedModel(PartialModel(open_checkpoint(folder), str(device)))
-    lanes = streamed.enter(ids)
+    streamed = StreamedModel(PartialModel(open_checkpoint(folder), device))
+    (lanes,) = streamed.enter([ids])
     streamed.parts.hold(0)
-    streamed.advance(0, lanes[0].fork())  # warm up
+    streamed.advance_all(0, [lane.fork() for lane in lanes[: 2 * len(streamed.replicas)]])  # warm up
     synchronise(device)
     start = time.perf_counter()
-    for lane in lanes:
-        streamed.advance(0, lane)
+    streamed.advance_all(0, lanes)
     synchronise(device)
     return {"compute": (time.perf_counter() - start) * streamed.layer_count}
 
 
-def streaming(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[str, float]:
+def streaming(folder: Path, device: str, ids: list[list[int]]) -> dict[str, float]:
     """The time to record the activations of a streamed model, and the memory that it takes above the libraries."""
     from transformers import LlamaForCausalLM  # noqa: F401  (a library, whose memory does not count)
 
     before = peak_memory()
     start = time.perf_counter()
-    streamed = StreamedModel(PartialModel(open_checkpoint(folder), str(device)))
+    streamed = StreamedModel(PartialModel(open_checkpoint(folder), device))
     with tempfile.TemporaryDirectory() as out:
         record_streamed(streamed, {"prompts": ids}, POSITIONS, Path(out) / "activations.safetensors", "benchmark")
     synchronise(device)
@@ -250,13 +264,14 @@ def streaming(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[
         "block": streamed.parts.block_bytes(0),
         "streams": sum(map(len, ids)) * streamed.width * itemsize,
     }
-    return found | ({"gpu": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {})
+    most = [torch.cuda.max_memory_reserved(each) for each in gpus(device)]
+    return found | ({"gpu": max(most)} if most else {})
 
 
-def whole(folder: Path, device: torch.device, ids: list[list[int]]) -> dict[str, float]:
+def whole(folder: Path, device: str, ids: list[list[int]]) -> dict[str, float]:
     """The time to load the whole model and record the same activations."""
     start = time.perf_counter()
-    model = load_model(folder, str(device))
+    model = load_model(folder, device)
     layers = model.config.num_hidden_layers + 1
     with tempfile.TemporaryDirectory() as out:
         record(model, {"prompts": ids}, POSITIONS, layers, Path(out), "benchmark")

@@ -18,6 +18,7 @@ harmless mean is ACE's idea (arXiv 2411.09003).
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class InputMoments:
     Holds E[x x^T] [n, n] and, where values y [k] come with the inputs, E[y x^T] [k, n] and E[y] [k]; never the tokens.
     Products of one update are taken in the inputs' dtype (float32 at least), and summed in float64.
     """
+
+    _SUMS = ("_second", "_cross", "_inputs", "_values")
 
     def __init__(self, inputs: int, values: int = 0, device: torch.device | str = "cpu") -> None:
         self.count, self.inputs = 0, inputs
@@ -55,6 +58,20 @@ class InputMoments:
             self._values += y.sum(0)
         self.count += len(x)
         return self
+
+    def to(self, device: torch.device) -> InputMoments:
+        """The same moments on another device."""
+        other = copy.copy(self)
+        for name in self._SUMS:
+            setattr(other, name, getattr(self, name).to(device))
+        return other
+
+    def add(self, other: InputMoments) -> None:
+        """Add the tokens of other moments, which may be on another device."""
+        for name in self._SUMS:
+            own = getattr(self, name)
+            own += getattr(other, name).to(own.device)
+        self.count += other.count
 
     @property
     def second(self) -> torch.Tensor:
@@ -209,6 +226,20 @@ class InputTokens:
         if self.count >= inputs.shape[-1]:
             self._moments, self._parts = self.moments, []
         return self
+
+    def add(self, other: InputTokens, device: torch.device) -> None:
+        """Add the tokens of another set, which may be on another device; all are kept on `device`."""
+        if not self.count:
+            self.count = other.count
+            self._parts = [(x.to(device), y.to(device)) for x, y in other._parts]
+            self._moments = None if other._moments is None else other._moments.to(device)
+        elif other._moments is None:
+            for x, y in other._parts:
+                self.update(x.to(device), y.to(device))
+        else:
+            self._moments, self._parts = self.moments, []
+            self._moments.add(other._moments)
+            self.count += other.count
 
     @property
     def inputs(self) -> int:

@@ -41,6 +41,14 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def choose_devices(device: str = "auto") -> list[torch.device]:
+    """The devices that a model may be spread over: all GPUs of this host for `auto` and `all`, else the one."""
+    place = choose_device(device)
+    if place.type != "cuda" or device not in ("auto", ALL):
+        return [place]
+    return [torch.device("cuda", number) for number in range(torch.cuda.device_count())] or [place]
+
+
 def choose_dtype(device: torch.device, stored: str | None) -> torch.dtype:
     """The dtype to run in, given the `stored` one (see `Checkpoint.dtype`).
 
@@ -68,11 +76,9 @@ def resident_bytes(checkpoint: Checkpoint, device: torch.device, dtype: torch.dt
 
 def free_memory(device: str) -> list[int]:
     """Free bytes of the device, or of each GPU that a model may be spread over (see `load_model`)."""
-    place = choose_device(device)
-    if place.type != "cuda":
+    devices = choose_devices(device)
+    if devices[0].type != "cuda":
         return [available_memory()]
-    count = torch.cuda.device_count() if device in ("auto", ALL) else 0
-    devices = [torch.device("cuda", number) for number in range(count)] or [place]
     return [torch.cuda.mem_get_info(each)[0] for each in devices]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.answered import answered
+from helpers.devices import spread
 from helpers.exactness import LAYERS, centred_basis
 from helpers.tiny_models import store_tiny
 
@@ -14,8 +15,9 @@ from orthogonalize.core.interventions import block_sites
 from orthogonalize.directions.conditional import Weights
 from orthogonalize.edits.fitting.fit import FitTokens, fit_conditional
 from orthogonalize.edits.fitting.streamed import FitJob, fit_streamed
+from orthogonalize.models.activations import batches
 from orthogonalize.models.loading import load_model
-from orthogonalize.models.streaming import state
+from orthogonalize.models.streaming import lanes, state
 from orthogonalize.models.streaming.lanes import StreamedModel
 from orthogonalize.models.streaming.state import StreamState
 from orthogonalize.models.streaming.weights import PartialModel
@@ -100,3 +102,21 @@ def test_a_fit_without_directions_is_refused(tmp_path):
     _, streamed = models("llama", tmp_path)
     with pytest.raises(OrthogonalizeError, match="no layer of the scope has a direction"):
         fit_streamed(streamed, TOKENS, {"none": FitJob(lambda _: None, block_sites(range(2)), WEIGHTS)})
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("llama", TOKENS), ("llama", EXAMPLES), ("mixtral", TOKENS)])
+def test_a_fit_on_several_devices_is_that_of_one_and_always_the_same(name, tokens, tmp_path, monkeypatch):
+    folder = store_tiny(name, tmp_path / "model", torch.float32)
+    monkeypatch.setattr(lanes, "batches", lambda ids, _tokens: batches(ids, 150))
+    jobs = {name: JOBS[name] for name in ("all", "apart")}
+
+    def fits() -> dict:
+        return fit_streamed(StreamedModel(PartialModel(open_checkpoint(folder), "cpu", torch.float32)), tokens, jobs)
+
+    alone = fits()
+    spread(monkeypatch)
+    found, again = fits(), fits()
+    for job in jobs:
+        assert_same(found[job], alone[job], 1e-6)
+        for matrix, each in found[job].maps.items():
+            assert torch.equal(again[job].maps[matrix].c, each.c), (job, matrix)

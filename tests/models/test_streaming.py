@@ -118,7 +118,7 @@ def test_variants_are_the_model_with_its_edit(name, tmp_path):
     one_pass = Pass(
         streamed,
         {"prompts": IDS},
-        [edited_variant(streamed.model, edit, "prompts", each, 4) for edit, each in edits.items()],
+        [edited_variant(edit, "prompts", each, 4) for edit, each in edits.items()],
     )
     one_pass.run("edits")
     found = {edit: torch.empty(len(IDS), 96) for edit in ["prompts", *edits]}
@@ -161,13 +161,11 @@ def test_a_stopped_pass_resumes_at_its_block_with_the_same_numbers(tmp_path, mon
     edit = Intervention({Site("mlp", 0): removal(torch.eye(streamed.width)[:1])})
 
     def one_pass(take) -> Pass:
-        variant = edited_variant(streamed.model, "edit", "prompts", edit, 4)
+        variant = edited_variant("edit", "prompts", edit, 4)
         return Pass(streamed, {"prompts": IDS}, [variant], StreamState(tmp_path / "state", "same"), take)
 
     whole = Activations(streamed)
-    uninterrupted = Pass(
-        streamed, {"prompts": IDS}, [edited_variant(streamed.model, "edit", "prompts", edit, 4)], take=whole.take
-    )
+    uninterrupted = Pass(streamed, {"prompts": IDS}, [edited_variant("edit", "prompts", edit, 4)], take=whole.take)
     uninterrupted.run("reading")
 
     parts, seen = Activations(streamed), []
@@ -261,4 +259,4 @@ def test_blocks_that_share_state_are_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(type(streamed.stream.block(0)), "forward", lambda *a, shared=None, **k: forward(*a, **k))
     monkeypatch.setattr(decoder, "forward", lambda **kwargs: whole(shared={}, **kwargs))
     with pytest.raises(OrthogonalizeError, match=r"the blocks of LlamaForCausalLM share shared; use --engine hf"):
-        streamed.enter(IDS)
+        streamed.enter([IDS])

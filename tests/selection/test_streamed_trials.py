@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from helpers.command_line import SMALL
+from helpers.devices import spread
 
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
@@ -100,6 +101,19 @@ def test_a_run_stopped_at_any_block_ends_with_the_same_trials(model, sources, ke
             continue
     assert load_run(tmp_path / "run").trials == load_run(streamed).trials
     assert not [path.name for path in (tmp_path / "run").iterdir() if path.name.startswith(".")]
+
+
+def test_a_run_on_several_devices_is_that_of_one(model, sources, kept, streamed, tmp_path, monkeypatch):
+    spread(monkeypatch)
+    extract(model, tmp_path / "run", **sources, settings=SETTINGS, engine="stream", preserve=[kept])
+    for file in ("prompts.jsonl", "activations.safetensors", "directions.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (streamed / file).read_bytes(), file
+    found, expected = (load_run(folder) for folder in (tmp_path / "run", streamed))
+    assert found.candidates == expected.candidates
+    assert [trial.choice for trial in found.trials] == [trial.choice for trial in expected.trials]
+    for one, other in zip(found.trials, expected.trials, strict=True):  # fits are summed in another order
+        assert one.kl == pytest.approx(other.kl, rel=1e-4)
+        assert one == other or one.choice.method == "conditional"
 
 
 def test_given_answers_stand_for_generated_ones(model, sources, kept, tmp_path, monkeypatch):

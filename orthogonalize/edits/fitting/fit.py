@@ -9,6 +9,7 @@ is brought to what prompts that show the behaviour write at the same place.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -303,6 +304,11 @@ class _Mean:
         self._sum = total if not self.count else self._sum + total
         self.count += len(values)
 
+    def add(self, other: _Mean) -> None:
+        """Add the vectors of another mean, which may be on another device."""
+        self._sum = other._sum if not self.count else self._sum + other._sum.to(self._sum.device)
+        self.count += other.count
+
     @property
     def mean(self) -> torch.Tensor:
         """The mean [k]."""
@@ -345,6 +351,23 @@ class Regression:
         if name not in sets:
             sets[name] = InputTokens()
         sets[name].update(inputs, values)
+
+    def part(self) -> Regression:
+        """A regression of further tokens, to be added to this one, whose means of examples it knows."""
+        other = copy.copy(self)
+        other.seen, other.origins = {}, dict(self.origins)
+        return other
+
+    @torch.inference_mode()
+    def add(self, part: Regression, device: torch.device) -> None:
+        """Add what a part has seen, which may be on another device; sums are kept on `device`."""
+        for key, mean in part.origins.items():
+            if mean is not self.origins.get(key):
+                self.origins.setdefault(key, _Mean()).add(mean)
+        for expert, sets in part.seen.items():
+            own = self.seen.setdefault(expert, {})
+            for name, tokens in sets.items():
+                own.setdefault(name, InputTokens()).add(tokens, device)
 
     def solve(self, weights: Weights) -> tuple[ConditionalMap | None, int]:
         """The map, or None if there are too few tokens; and how many experts are left alone."""

@@ -20,10 +20,11 @@ from ...directions.conditional import Weights
 from ...models.streaming.lanes import Lane, StreamedModel
 from ...models.streaming.passes import choose_home
 from ...models.streaming.state import StreamState
+from ...models.streaming.weights import PartialModel
 from ...models.write_matrices import conditionally_edited, watching, write_modules
 from ...models.write_reading import counted_tokens, group_sets, watch_counted
 from ..scopes import stream_after
-from .fit import ConditionalFit, FitTokens, Regression, finished_fit, site_groups
+from .fit import EXAMPLES, ConditionalFit, FitTokens, Regression, finished_fit, site_groups
 
 LANES_PER_FIT = 2  # streams of every token that a fit needs besides the base's: read, and edited
 
@@ -91,14 +92,16 @@ class _FitPass:
         self.streamed, self.tokens, self.fits, self.state = streamed, tokens, fits, state
         self.lanes: list[Lane] = []
         self.counted: list[dict[str, torch.Tensor]] = []  # by lane
-        for shared in group_sets(tokens.sets):
-            for lane in streamed.enter(next(iter(shared.values())).ids):
+        groups = group_sets(tokens.sets)
+        entered = streamed.enter([next(iter(shared.values())).ids for shared in groups])
+        for shared, lanes in zip(groups, entered, strict=True):
+            for lane in lanes:
                 self.lanes.append(lane)
                 counted = counted_tokens(shared, lane.rows, lane.hidden.shape[1])
-                self.counted.append({name: each.to(streamed.device) for name, each in counted.items()})
+                self.counted.append({name: each.to(lane.replica.device) for name, each in counted.items()})
 
         base = sum(lane.bytes for lane in self.lanes)
-        choose_home(self.lanes, base + len(fits) * LANES_PER_FIT * base)
+        choose_home(self.lanes, base + len(fits) * LANES_PER_FIT * base, len(streamed.replicas))
 
     def run(self) -> None:
         count = self.streamed.layer_count
@@ -111,8 +114,7 @@ class _FitPass:
             for layer in blocks:
                 for fit in self.fits.values():
                     self._pass(fit, layer)
-                for lane in self.lanes:
-                    self.streamed.advance(layer, lane)
+                self.streamed.advance_all(layer, self.lanes)
                 if not any(fit.groups for fit in self.fits.values()):
                     break
                 if self.state is not None:
@@ -141,9 +143,12 @@ class _FitPass:
         self, lanes: Sequence[Lane], layer: int, maps: dict[WriteMatrix, ConditionalMap]
     ) -> dict[WriteMatrix, ConditionalMap]:
         """Take lanes through block `layer` with `maps`, and return these."""
-        with torch.inference_mode(), conditionally_edited(self.streamed.model, maps, renormalise=False):
-            for lane in lanes:
-                self.streamed.advance(layer, lane)
+
+        def advance(replica: PartialModel) -> None:
+            with torch.inference_mode(), conditionally_edited(replica.model, maps, renormalise=False):
+                self.streamed.advance_own(layer, lanes, replica)
+
+        self.streamed.on_every_device(advance)
         return maps
 
     def _fit_layer(self, fit: _Fit, layer: int) -> dict[WriteMatrix, ConditionalMap]:
@@ -157,16 +162,12 @@ class _FitPass:
             for module in write_modules(stream, site).values()
         }
         assert fit.read is not None
-        for lane, counted in zip(fit.read, self.counted, strict=True):
-            with ExitStack() as stack, torch.inference_mode():
-                watches = {
-                    matrix: watch_counted(
-                        stack, stream, matrix, counted, lambda name, m, *rest: regressions[m].take(name, *rest)
-                    )
-                    for matrix in regressions
-                }
-                stack.enter_context(watching(self.streamed.model, watches))
-                self.streamed.advance(layer, lane)
+        for lanes in self._in_turn(fit.read):
+            parts = {replica: {m: each.part() for m, each in regressions.items()} for replica in self.streamed.replicas}
+            self.streamed.on_every_device(lambda replica: self._read(replica, layer, lanes, parts[replica]))  # noqa: B023
+            for own in parts.values():  # in the order of devices, so that sums are the same each time
+                for matrix, part in own.items():
+                    regressions[matrix].add(part, self.streamed.device)
         maps = {}
         for matrix, regression in regressions.items():
             found, alone = regression.solve(fit.job.weights)
@@ -174,6 +175,33 @@ class _FitPass:
             if found is not None:
                 maps[matrix] = found
         return maps
+
+    def _in_turn(self, lanes: Sequence[Lane]) -> list[list[tuple[Lane, dict[str, torch.Tensor]]]]:
+        """Lanes with what counts of them: those of examples first, to whose means other tokens are brought."""
+        every = list(zip(lanes, self.counted, strict=True))
+        examples = [pair for pair in every if any(name.partition("@")[0] == EXAMPLES for name in pair[1])]
+        return [part for part in (examples, every[len(examples) :]) if part]
+
+    def _read(
+        self,
+        replica: PartialModel,
+        layer: int,
+        lanes: Sequence[tuple[Lane, dict[str, torch.Tensor]]],
+        regressions: Mapping[WriteMatrix, Regression],
+    ) -> None:
+        """Read block `layer` with the lanes of one device."""
+        counted = {id(lane): each for lane, each in lanes}
+        for lane in self.streamed.own((lane for lane, _ in lanes), replica):
+            with ExitStack() as stack, torch.inference_mode():
+                watches = {
+                    matrix: watch_counted(
+                        stack, replica.stream, matrix, counted[id(lane)],
+                        lambda name, m, *rest: regressions[m].take(name, *rest),
+                    )
+                    for matrix in regressions
+                }  # fmt: skip
+                stack.enter_context(watching(replica.model, watches))
+                self.streamed.advance(layer, lane)
 
     # interruptions
 

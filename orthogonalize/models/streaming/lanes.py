@@ -6,9 +6,11 @@ model's own forward pass runs once per batch with every block replaced by a reco
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from threading import Event
 from typing import Any
 
 import torch
@@ -38,11 +40,13 @@ class Lane:
         rows: the numbers of its prompts.
         lengths: their lengths in tokens, [batch].
         hidden: the stream at the input of the next block, [batch, tokens, d].
+        replica: the model that it passes through, on one of the devices.
     """
 
     rows: list[int]
     lengths: torch.Tensor
     hidden: torch.Tensor
+    replica: PartialModel
     _calls: Sequence[_Call]
 
     def fork(self) -> Lane:
@@ -65,13 +69,17 @@ class StreamedModel:
     `for layer in streamed.blocks()` holds each block in turn, and `advance` takes a lane through it. At the end, within
     `head()`, `logits` are those of streams that have passed all blocks. `model` takes the hooks of `models.hooks` at
     the block that is held.
+
+    On several devices, each takes its own lanes through a replica of the block, in a thread of its own; lanes are
+    the same as on one device, and so are their streams. `model` and the head are on the first.
     """
 
     def __init__(self, parts: PartialModel) -> None:
         self.parts, self.model, self.stream = parts, parts.model, parts.stream
-        self.device, self.dtype = parts.device, parts.dtype
+        self.device, self.dtype, self.replicas = parts.device, parts.dtype, parts.replicas
         self._returned: Returned = bare
         self._noted = False
+        self._stopping = Event()
 
     @property
     def layer_count(self) -> int:
@@ -83,16 +91,35 @@ class StreamedModel:
         return self.stream.architecture.width(self.stream.config)
 
     @torch.inference_mode()
-    def enter(self, ids: Sequence[Sequence[int]], tokens: int = TOKENS_PER_BATCH) -> list[Lane]:
-        """Lanes of prompts (token ids) at the input of the first block, in batches of at most `tokens` tokens.
+    def enter(
+        self,
+        sets: Sequence[Sequence[Sequence[int]]],
+        tokens: int = TOKENS_PER_BATCH,
+        streams: Sequence[int] | None = None,
+    ) -> list[list[Lane]]:
+        """Lanes of sets of prompts (token ids) at the input of the first block.
+
+        Each goes to the device that has the least to compute so far.
+
+        Args:
+            tokens: at most so many are in a lane.
+            streams: how many streams of each set are going to pass through the blocks.
 
         Raises:
             OrthogonalizeError: the blocks of this family do not stand one behind the other.
         """
-        with self.parts.embedding(token for row in ids for token in row):
+        loads = [0] * len(self.replicas)
+        found: list[list[Lane]] = []
+        with self.parts.embedding(token for ids in sets for row in ids for token in row):
             if not self._noted:
-                self._note_tuples(ids[0][:1])
-            return [self._enter(group, [ids[i] for i in group]) for group in batches(ids, tokens)]
+                self._note_tuples(sets[0][0][:1])
+            for ids, count in zip(sets, streams or [1] * len(sets), strict=True):
+                found.append([])
+                for group in batches(ids, tokens):
+                    least = loads.index(min(loads))
+                    loads[least] += count * len(group) * max(len(ids[i]) for i in group)
+                    found[-1].append(self._enter(group, [ids[i] for i in group], self.replicas[least]))
+        return found
 
     def _note_tuples(self, ids: Sequence[int]) -> None:
         def note(returned: Returned) -> None:
@@ -102,8 +129,8 @@ class StreamedModel:
         with noting_tuples(self.model, note), stopping_before(self.model, 1):
             self.stream.decoder(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=False)
 
-    def _enter(self, group: list[int], ids: Sequence[Sequence[int]]) -> Lane:
-        padded, lengths = pad(ids, self.device)
+    def _enter(self, group: list[int], ids: Sequence[Sequence[int]], replica: PartialModel) -> Lane:
+        padded, lengths = pad(ids, replica.device)
         calls: list[_Call] = []
         streams: list[torch.Tensor] = []
 
@@ -118,11 +145,11 @@ class StreamedModel:
             streams.append(hidden)
             return self._returned(hidden)
 
-        with _replaced(self.stream, record), stopping_before(self.model, self.layer_count):
-            self.stream.decoder(input_ids=padded, use_cache=False)
+        with _replaced(replica.stream, record), stopping_before(replica.model, self.layer_count):
+            replica.stream.decoder(input_ids=padded, use_cache=False)
         if len(calls) != self.layer_count:
             raise OrthogonalizeError(f"{self._name} does not run its blocks in order; use --engine hf")
-        return Lane(group, lengths, streams[0], calls)
+        return Lane(group, lengths, streams[0], replica, calls)
 
     @property
     def _name(self) -> str:
@@ -135,10 +162,54 @@ class StreamedModel:
     @torch.inference_mode()
     def advance(self, layer: int, lane: Lane) -> None:
         """Take a lane through block `layer`, which is held."""
-        call = lane._calls[layer]
-        output = self.stream.block(layer)(lane.hidden.to(self.device), *call.args, **call.kwargs)
+        call, replica = lane._calls[layer], lane.replica
+        output = replica.stream.block(layer)(lane.hidden.to(replica.device), *call.args, **call.kwargs)
         found: torch.Tensor = output[0] if isinstance(output, tuple) else output
         lane.hidden = found.to(lane.hidden.device)
+
+    def on_every_device(self, work: Callable[[PartialModel], None]) -> None:
+        """Call `work` with the replica of every device, on all of them at a time.
+
+        Raises:
+            Exception: what `work` raises; the other devices then stop before their next lane.
+        """
+        if len(self.replicas) == 1:
+            work(self.replicas[0])
+            return
+
+        def on(replica: PartialModel) -> None:
+            with torch.cuda.device(replica.device) if replica.device.type == "cuda" else nullcontext():
+                work(replica)
+
+        self._stopping.clear()
+        with ThreadPoolExecutor(len(self.replicas)) as threads:
+            working = [threads.submit(on, replica) for replica in self.replicas]
+            try:
+                wait(working, return_when=FIRST_EXCEPTION)
+                for each in working:
+                    if each.done():
+                        each.result()
+            except BaseException:  # Ctrl-C too, which arrives here
+                self._stopping.set()
+                raise
+
+    def advance_all(self, layer: int, lanes: Iterable[Lane]) -> None:
+        """Take lanes through block `layer`, each on its device."""
+        every = list(lanes)
+        self.on_every_device(lambda replica: self.advance_own(layer, every, replica))
+
+    def advance_own(self, layer: int, lanes: Iterable[Lane], replica: PartialModel) -> None:
+        """Take those of the lanes that are on the device of `replica` through block `layer`."""
+        for lane in self.own(lanes, replica):
+            self.advance(layer, lane)
+
+    def own(self, lanes: Iterable[Lane], replica: PartialModel) -> Iterator[Lane]:
+        """Those of the lanes that are on the device of `replica`, until another device has stopped."""
+        for lane in lanes:
+            if self._stopping.is_set():
+                raise CancelledError
+            if lane.replica is replica:
+                yield lane
 
     @contextmanager
     def head(self) -> Iterator[None]:

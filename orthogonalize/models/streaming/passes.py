@@ -6,8 +6,9 @@ A variant leaves the base's stream at the first block that its edit changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from ..activations import TOKENS_PER_BATCH
 from ..hooks import intervened
 from .lanes import Lane, StreamedModel
 from .state import StreamState
+from .weights import PartialModel
 
 ON_DEVICE = 2**31  # bytes of streams that stay on a GPU; more are kept on the host
 
 
-def choose_home(lanes: Sequence[Lane], needed: int) -> None:
-    """Keep streams on the host if they and what leaves them, `needed` bytes in all, would take too much of a GPU."""
-    if needed > ON_DEVICE:
+def choose_home(lanes: Sequence[Lane], needed: int, devices: int = 1) -> None:
+    """Keep streams on the host if they and what leaves them, `needed` bytes in all, would take too much of the GPUs."""
+    if needed > ON_DEVICE * devices:
         for lane in lanes:
             lane.hidden = lane.hidden.cpu()
 
@@ -38,24 +40,24 @@ class Variant:
         name: tells it from other variants of the pass.
         ids: the name of the set of prompts.
         start: the first block that it changes (the number of layers: only what is behind them).
-        around: gives, by block, a context in which the block that is held is edited; by the number of layers, one in
-            which the head is.
+        around: gives, by replica and block, a context in which the block that is held is edited; by the number of
+            layers, one in which the head is.
     """
 
     name: str
     ids: str
     start: int
-    around: Callable[[int], AbstractContextManager[Any]]
+    around: Callable[[PartialModel, int], AbstractContextManager[Any]]
 
 
-def edited_variant(model: Any, name: str, ids: str, intervention: Intervention, layer_count: int) -> Variant:
+def edited_variant(name: str, ids: str, intervention: Intervention, layer_count: int) -> Variant:
     """The variant with `intervention`, which acts exactly as the baked weights would."""
     parts = {layer: intervention.at(layer, layer_count) for layer in range(layer_count + 1)}
     start = next((layer for layer, part in parts.items() if part is not None), layer_count)
 
-    def around(layer: int) -> AbstractContextManager[Any]:
+    def around(replica: PartialModel, layer: int) -> AbstractContextManager[Any]:
         part = parts[layer]
-        return nullcontext() if part is None else intervened(model, part, renormalise=False)
+        return nullcontext() if part is None else intervened(replica.model, part, renormalise=False)
 
     return Variant(name, ids, start, around)
 
@@ -121,7 +123,7 @@ class Pass:
                     yield set_name, lane, self.streamed.logits(wanted(set_name, lane))
                     for variant in own:
                         fork = self.forks[variant.name][number]
-                        with variant.around(self.streamed.layer_count):
+                        with variant.around(self.streamed.parts, self.streamed.layer_count):
                             found = self.streamed.logits(wanted(set_name, fork))
                         yield variant.name, fork, found
                     check()
@@ -133,7 +135,9 @@ class Pass:
             self.lanes, first = self.entry.kept, self.entry.keep
             self.entry = None
         else:
-            self.lanes = {name: self.streamed.enter(ids, self.tokens) for name, ids in self.sets.items()}
+            streams = [1 + sum(variant.ids == name for variant in self.variants) for name in self.sets]
+            entered = self.streamed.enter(list(self.sets.values()), self.tokens, streams)
+            self.lanes = dict(zip(self.sets, entered, strict=True))
             first = 0
         self._choose_home()
         return self._restore() or first
@@ -145,7 +149,8 @@ class Pass:
     def _choose_home(self) -> None:
         sizes = {name: sum(lane.bytes for lane in lanes) for name, lanes in self.lanes.items()}
         every = [lane for lanes in self.lanes.values() for lane in lanes]
-        choose_home(every, sum(sizes.values()) + sum(sizes[variant.ids] for variant in self.variants))
+        needed = sum(sizes.values()) + sum(sizes[variant.ids] for variant in self.variants)
+        choose_home(every, needed, len(self.streamed.replicas))
 
     def _fork(self, layer: int) -> None:
         for variant in self.variants:
@@ -153,14 +158,16 @@ class Pass:
                 self.forks |= {variant.name: [lane.fork() for lane in self.lanes[variant.ids]]}
 
     def _advance(self, layer: int) -> None:
+        self.streamed.on_every_device(partial(self._advance_on, layer))
+
+    def _advance_on(self, layer: int, replica: PartialModel) -> None:
+        """Take the lanes of one device through block `layer`."""
         for variant in self.variants:
             if variant.start <= layer:
-                with ExitStack() as stack, torch.inference_mode():
-                    stack.enter_context(variant.around(layer))
-                    for lane in self.forks[variant.name]:
-                        self.streamed.advance(layer, lane)
-        for lane in (lane for lanes in self.lanes.values() for lane in lanes):
-            self.streamed.advance(layer, lane)
+                with torch.inference_mode(), variant.around(replica, layer):
+                    self.streamed.advance_own(layer, self.forks[variant.name], replica)
+        for lanes in self.lanes.values():
+            self.streamed.advance_own(layer, lanes, replica)
 
     def _named(self) -> dict[str, Lane]:
         """Every lane by the name of its stream in the state."""

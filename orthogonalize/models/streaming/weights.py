@@ -3,14 +3,17 @@
 The model is built on the meta device, where tensors have shapes but no values. A part (a block, the embedding, the
 head) gets its values through transformers' own loader, which knows how a checkpoint's tensors become a module's
 parameters, and loses them again when it is released.
+
+On several devices, each has a replica of the model. Blocks are read to the first and copied to the others.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,7 +25,7 @@ from ...architectures.schema import architecture_of, remembered
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.quantization import read_unquantized, row_reader, scale_name, unquantized_tensors
 from ...core.errors import OrthogonalizeError
-from ..loading import choose_device, choose_dtype, load_on_meta
+from ..loading import choose_devices, choose_dtype, load_on_meta
 from ..sites import Sites
 from ..stream import Stream
 from .ahead import announce, reading_ahead
@@ -62,13 +65,14 @@ class PartialModel:
         model: the model, in evaluation mode.
         stream: where its residual stream passes.
         device, dtype: of the values.
+        replicas: this model, and those on the other devices, which hold the same blocks.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto", dtype: torch.dtype | None = None) -> None:
         """
         Args:
             checkpoint: where the values are read, again each time.
-            device, dtype: see the attributes; chosen by `choose_device` and `choose_dtype`.
+            device, dtype: see the attributes; chosen by `choose_devices` and `choose_dtype`.
 
         Raises:
             OrthogonalizeError: the checkpoint is incomplete, quantized in another format than FP8 or of a family that
@@ -80,7 +84,7 @@ class PartialModel:
                 "experiment shows that their blocks can run alone; use --engine hf"
             )
         self.checkpoint, config = reading_ahead(checkpoint), checkpoint.config
-        self.device = choose_device(device)
+        self.device, *others = choose_devices(device)
         self.dtype = dtype or choose_dtype(self.device, checkpoint.dtype)
         try:
             self._tensors = unquantized_tensors(checkpoint, self.dtype)
@@ -92,6 +96,16 @@ class PartialModel:
         self._empty: dict[str, torch.Tensor] = dict(self.model.state_dict(keep_vars=True))
         _compute_buffers(self.model, self.device)
         self._fill(self._always)
+        self.replicas: list[PartialModel] = [self, *(self._replica(each) for each in others)]
+
+    def _replica(self, device: torch.device) -> PartialModel:
+        other = copy.copy(self)
+        other.device, other.model = device, copy.deepcopy(self.model)
+        other.model._apply(lambda value: value if value.is_meta else value.to(device))
+        other.stream = Stream.of(other.model)
+        other._empty = dict(other.model.state_dict(keep_vars=True))
+        other.replicas = [other]
+        return other
 
     # parts of the checkpoint
 
@@ -166,8 +180,11 @@ class PartialModel:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # kernels that still read them
         for key, _ in list(self._values_of(name)):
-            parent, _, last = key.rpartition(".")
-            setattr(self.model.get_submodule(parent), last, self._empty[key])
+            self._set(key, self._empty[key])
+
+    def _set(self, key: str, value: torch.Tensor) -> None:
+        parent, _, last = key.rpartition(".")
+        setattr(self.model.get_submodule(parent), last, value)
 
     def _name_of(self, module: nn.Module) -> str:
         names: dict[nn.Module, str] = {each: name for name, each in self.model.named_modules()}
@@ -176,6 +193,21 @@ class PartialModel:
     def _fill_block(self, layer: int) -> None:
         self._fill(self._in_blocks[layer])
         self._check_filled(self.stream.block_name(layer))
+        for replica in self.replicas[1:]:
+            replica._copy_block(layer, self)
+
+    @torch.no_grad()
+    def _copy_block(self, layer: int, source: PartialModel) -> None:
+        """Copy block `layer` from `source`, which holds it."""
+        with _beside_computing(source, self):
+            for key, value in source._values_of(self.stream.block_name(layer)):
+                own = value.to(self.device)
+                self._set(key, nn.Parameter(own, requires_grad=False) if isinstance(value, nn.Parameter) else own)
+
+    @cached_property
+    def _copying(self) -> torch.cuda.Stream:
+        """The CUDA stream for copies between GPUs: always the same, so that its memory is used again."""
+        return torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def block_bytes(self, layer: int) -> int:
         """The size of a block's values in memory."""
@@ -188,6 +220,10 @@ class PartialModel:
         if any(value.is_meta for _, value in self._values_of(self.stream.block_name(layer))):
             self._fill_block(layer)
 
+    def _release_block(self, layer: int) -> None:
+        for replica in self.replicas:
+            replica._release(self.stream.block_name(layer))
+
     def blocks(self, first: int = 0) -> Generator[int]:
         """The layers from `first` on, each while its block is held; the next one is read meanwhile."""
         with ThreadPoolExecutor(1) as reader:
@@ -198,21 +234,29 @@ class PartialModel:
                     if layer + 1 < self.stream.layer_count:
                         coming = reader.submit(self._fill_block, layer + 1)
                     yield layer
-                    self._release(self.stream.block_name(layer))
+                    self._release_block(layer)
             finally:
                 reader.shutdown(cancel_futures=True)
                 for layer in range(self.stream.layer_count):
-                    self._release(self.stream.block_name(layer))
+                    self._release_block(layer)
 
     @contextmanager
     def embedding(self, tokens: Iterable[int]) -> Iterator[None]:
         """Hold the rows of the token embedding that `tokens` (and padding, 0) look up, in this context."""
-        module = self.model.get_input_embeddings()
         wanted, vocabulary = sorted({0, *tokens}), self._tensors[self._token_embedding].shape[0]
         if wanted[-1] >= vocabulary:
             raise OrthogonalizeError(f"the tokenizer has token {wanted[-1]}, but the model only {vocabulary} tokens")
         read = row_reader(self.checkpoint, self._token_embedding)
         rows = torch.cat([read(first, last) for first, last in _runs(wanted)])
+        with ExitStack() as stack:
+            for replica in self.replicas:
+                stack.enter_context(replica._embedded(wanted, rows, vocabulary))
+            yield
+
+    @contextmanager
+    def _embedded(self, wanted: Sequence[int], rows: torch.Tensor, vocabulary: int) -> Iterator[None]:
+        """Look tokens up in `rows` of the embedding, which are those of the tokens `wanted`, in this context."""
+        module = self.model.get_input_embeddings()
         places = torch.zeros(vocabulary, dtype=torch.long, device=self.device)
         places[torch.tensor(wanted, device=self.device)] = torch.arange(len(wanted), device=self.device)
         empty, padding = module.weight, module.padding_idx
@@ -240,6 +284,22 @@ class PartialModel:
             yield
         finally:
             self._release(name)
+
+
+@contextmanager
+def _beside_computing(source: PartialModel, target: PartialModel) -> Iterator[None]:
+    """Let copies from one GPU to another in this context wait for nothing but what has been read to the first.
+
+    Without streams of their own, they would make each GPU wait for what the other computes.
+    """
+    if {source.device.type, target.device.type} != {"cuda"}:
+        yield
+        return
+    source._copying.wait_stream(torch.cuda.current_stream(source.device))
+    with torch.cuda.stream(source._copying), torch.cuda.stream(target._copying):
+        yield
+    for each in (source, target):
+        each._copying.synchronize()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ...models.logprobs import smoothed_kl
 from ...models.streaming.lanes import StreamedModel
 from ...models.streaming.passes import Pass, Variant
 from ...models.streaming.state import StreamState
+from ...models.streaming.weights import PartialModel
 from ..candidates import Candidate
 from ..readouts import Outputs, Readout
 from .direction_scoring import Places
@@ -112,7 +113,7 @@ class StreamedScoring(NotedScoring):
         return one_pass
 
     def _variant(self, name: str, edits: ScoredMaps, number: int) -> Variant:
-        maps = edits.maps.to(self.streamed.device, torch.float32)
+        maps = edits.maps.to(torch.device("cpu"), torch.float32)
         own = AffineMap(maps.u[number], maps.v[number], maps.s[number])
         if edits.layer is None:
             return Variant(name, edits.side, 0, partial(self._everywhere_at, own))
@@ -120,14 +121,20 @@ class StreamedScoring(NotedScoring):
         return Variant(name, edits.side, edits.layer, around)
 
     def _local_at(
-        self, own: AffineMap, layer: int, edit: Callable[..., AbstractContextManager[Any]], here: int
+        self,
+        own: AffineMap,
+        layer: int,
+        edit: Callable[..., AbstractContextManager[Any]],
+        replica: PartialModel,
+        here: int,
     ) -> AbstractContextManager[Any]:
-        return edit(self.streamed.model, layer, own) if here == layer else nullcontext()
+        return edit(replica.model, layer, own.to(replica.device, own.s.dtype)) if here == layer else nullcontext()
 
-    def _everywhere_at(self, own: AffineMap, here: int) -> AbstractContextManager[Any]:
+    def _everywhere_at(self, own: AffineMap, replica: PartialModel, here: int) -> AbstractContextManager[Any]:
         if here == self.streamed.layer_count:
             return nullcontext()
+        own = own.to(replica.device, own.s.dtype)
         writes = dict.fromkeys(block_sites([here]), own.unshifted)
         if here == 0:
             writes[Site("embed")] = own
-        return intervened(self.streamed.model, Intervention(writes=writes))
+        return intervened(replica.model, Intervention(writes=writes))

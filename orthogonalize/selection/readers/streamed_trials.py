@@ -77,9 +77,7 @@ class StreamedSearch(SetSearch):
         places |= {f"{edit} {key}": (edit, key) for edit in choices for key in self._sets}
         edits = {edit: self.build(choice) for edit, choice in choices.items()}
         variants = [
-            edited_variant(streamed.model, name, key, edits[edit], streamed.layer_count)
-            for name, (edit, key) in places.items()
-            if edit
+            edited_variant(name, key, edits[edit], streamed.layer_count) for name, (edit, key) in places.items() if edit
         ]
         state = StreamState(self.state, [self._depends, [choice.model_dump_json() for choice in choices.values()]])
         vocabulary = streamed.model.config.get_text_config().vocab_size
