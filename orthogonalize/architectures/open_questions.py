@@ -33,8 +33,8 @@ def parts_with_bias(architecture: Architecture) -> dict[str, tuple[Part, Bias]]:
     }
 
 
-def answered(architecture: Architecture, answers: Mapping[str, Answer]) -> Architecture:
-    """The description with `answers` to some of its questions."""
+def answered(architecture: Architecture, answers: Mapping[str, Answer | Literal["unknown"]]) -> Architecture:
+    """The description with `answers` to some of its questions, or with questions left open again."""
     update: dict[str, Any] = {kind: dict(architecture.parts(kind)) for kind in ("attn", "mlp")}
     for name, (part, bias) in parts_with_bias(architecture).items():
         if name in answers:

@@ -36,15 +36,9 @@ def place_constant(plan: EditPlan, site: Site, vector: torch.Tensor) -> None:
 
     Raises:
         OrthogonalizeError: no bias carries it exactly and is served; the message gives the reasons.
-        UnansweredError: whether one is served is not known.
+        UnansweredError: no bias that is known to be served does, and whether another one is served is not known.
     """
     parts = _candidate_parts(plan, site)
-    if any(part.bias and part.bias.served == "unknown" for _, part in parts):
-        raise UnansweredError(
-            f"whether vLLM reads the bias that could hold a constant at {site} of a {plan.architecture.family} model",
-            "use ablate, nullspace, reflect or --method conditional, or say it in a file for --description "
-            "(bias.served)",
-        )
     reasons: list[str] = []
     for route in (_vllm_bias, _llama_bias, _backend_bias, _value_bias):
         for where, part in parts:
@@ -56,6 +50,12 @@ def place_constant(plan: EditPlan, site: Site, vector: torch.Tensor) -> None:
                 return
             if reason and reason not in reasons:
                 reasons.append(reason)
+    if any(_is_unanswered(plan, where, part) for where, part in parts):
+        raise UnansweredError(
+            f"whether vLLM reads the bias that could hold a constant at {site} of a {plan.architecture.family} model",
+            "use ablate, nullspace, reflect or --method conditional, or say it in a file for --description "
+            "(bias.served)",
+        )
     raise OrthogonalizeError(
         f"{plan.architecture.family} has no bias at {site} that a server reads, so no constant can be written there "
         f"exactly ({'; '.join(reasons) or 'its class has none'}); use ablate, nullspace or reflect, "
@@ -69,6 +69,14 @@ def _candidate_parts(plan: EditPlan, site: Site) -> list[tuple[Site, Part]]:
     if not sites or plan.architecture.is_parallel(plan.source.config):
         sites.append(Site("attn" if site.kind == "mlp" else "mlp", site.layer))
     return [(where, part) for where in sites for part in plan.sites.parts(where)]
+
+
+def _is_unanswered(plan: EditPlan, site: Site, part: Part) -> bool:
+    """Whether a part has a bias at `site` that could hold a constant, if a server read it."""
+    bias = part.bias
+    if part.post_norm or bias is None or bias.served != "unknown":
+        return False
+    return bool(plan.sites.writes(part, int(site.layer or 0), bias.on))
 
 
 def _scale(plan: EditPlan, part: Part) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -13,9 +14,16 @@ from transformers import AutoConfig
 from orthogonalize.architectures.open_questions import answered, open_flags, open_names, parts_with_bias
 from orthogonalize.architectures.schema import families
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
-from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.errors import InPlaceError, OrthogonalizeError
 from orthogonalize.engines.experiment import server
-from orthogonalize.engines.experiment.questions import OtherModelError, Question, ask, open_questions
+from orthogonalize.engines.experiment.questions import (
+    OtherModelError,
+    PassingError,
+    Question,
+    Told,
+    ask,
+    open_questions,
+)
 from orthogonalize.models.describe.twin import save_twin
 from orthogonalize.models.sites import Sites
 
@@ -53,9 +61,7 @@ class Fake:
 
 def test_backend_is_asked_only_for_what_the_class_does_not_read():
     fake = Fake(own=HEAD.tensors, backend=(*HEAD.tensors, *ATTENTION.tensors))
-    answers, reason = ask(ALL, fake)
-    assert answers == {"head": "vllm", "attn.self": "transformers", "mlp.dense": "never"}
-    assert reason == ""
+    assert ask(ALL, fake) == Told({"head": "vllm", "attn.self": "transformers", "mlp.dense": "never"})
     everything = ["head", "attn.self", "mlp.dense"]
     assert fake.starts[:3] == [
         ("vllm", everything, []),
@@ -66,39 +72,56 @@ def test_backend_is_asked_only_for_what_the_class_does_not_read():
 
 
 def test_bias_that_is_read_in_some_layers_alone_is_not_read():
-    assert ask([ATTENTION], Fake(own=["0.o.bias"]))[0] == {"attn.self": "never"}
+    assert ask([ATTENTION], Fake(own=["0.o.bias"])).answers == {"attn.self": "never"}
 
 
 def test_tensor_that_cannot_be_swapped_in_is_tried_by_a_start_on_it():
     """Fused experts' biases, for one; otherwise they would seem to be ignored."""
     fake = Fake(own=ATTENTION.tensors, dropped=ATTENTION.tensors)
-    assert ask([ATTENTION], fake)[0] == {"attn.self": "vllm"}
+    assert ask([ATTENTION], fake).answers == {"attn.self": "vllm"}
     assert [spoiled for *_, spoiled in fake.starts] == [[], [*ATTENTION.tensors], ["0.o.bias"], ["1.o.bias"]]
     one_of_two = Fake(own=["0.o.bias"], dropped=["0.o.bias"])
-    assert ask([ATTENTION], one_of_two)[0] == {"attn.self": "never"}
+    assert ask([ATTENTION], one_of_two).answers == {"attn.self": "never"}
 
 
 def test_backend_that_computes_another_model_reads_nothing():
     fake = Fake(backend=HEAD.tensors, backend_refused=["all"], error=OtherModelError)
-    assert ask([HEAD], fake) == ({"head": "never"}, "")
+    assert ask([HEAD], fake) == Told({"head": "never"})
 
 
 def test_class_that_refuses_one_tensor_is_asked_for_the_others_without_it():
     everything = [name for question in ALL for name in question.tensors]
     fake = Fake(own=everything, backend=everything, refused=["lm_head.weight"])
-    answers, _ = ask(ALL, fake)
-    assert answers == {"head": "transformers", "attn.self": "vllm", "mlp.dense": "vllm"}
+    assert ask(ALL, fake).answers == {"head": "transformers", "attn.self": "vllm", "mlp.dense": "vllm"}
     assert ("vllm", [], []) in fake.starts
 
 
 def test_model_that_the_server_does_not_run_at_all_is_no_answer():
-    assert ask(ALL, Fake(refused=["all"], backend_refused=["all"])) == ({}, "vllm stops")
+    assert ask(ALL, Fake(refused=["all"], backend_refused=["all"])) == Told({}, "vllm stops")
 
 
 def test_what_one_implementation_does_not_read_is_open_where_the_other_does_not_run():
-    assert ask(ALL, Fake(own=HEAD.tensors, backend_refused=["all"])) == ({"head": "vllm"}, "transformers stops")
+    assert ask(ALL, Fake(own=HEAD.tensors, backend_refused=["all"])) == Told({"head": "vllm"}, "transformers stops")
     own_fails = Fake(refused=["all"], backend=ATTENTION.tensors)
-    assert ask(ALL, own_fails) == ({"attn.self": "transformers"}, "vllm stops")
+    assert ask(ALL, own_fails) == Told({"attn.self": "transformers"}, "vllm stops")
+
+
+def test_answers_do_not_depend_on_what_may_pass():
+    """A class that seems to refuse a tensor for want of memory would seem not to read it."""
+    fake = Fake(own=HEAD.tensors, backend=ATTENTION.tensors, refused=ATTENTION.created, error=PassingError)
+    assert ask(ALL, fake) == Told({}, "vllm stops", passing=True)
+    assert fake.starts == [("vllm", ["head", "attn.self", "mlp.dense"], [])]
+    short = Fake(own=HEAD.tensors, backend_refused=["all"], error=PassingError)
+    told = []
+    assert ask(ALL, short, tell=lambda answers: told.append(dict(answers))).passing
+    assert told == [{"head": "vllm"}]
+
+
+def test_what_is_known_is_not_asked_again():
+    fake = Fake(own=MLP.tensors, backend=MLP.tensors)
+    known = {"head": "never", "attn.self": "transformers"}
+    assert ask(ALL, fake, known) == Told(known | {"mlp.dense": "vllm"})
+    assert [served for served, *_ in fake.starts] == ["vllm"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "starcoder2"])
@@ -146,6 +169,30 @@ class FakeEngine:
 
     def answers(self, prompts, count):
         return [[5] * count for _ in prompts]
+
+
+def test_shortage_anywhere_in_an_experiment_may_pass(twin, monkeypatch):
+    """While the model is stored, started or asked."""
+    start = server._Starter(twin, [], EMBEDDING, [], "TransformersForCausalLM")
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def unstored(*_args):
+        raise full
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "_store_variant", unstored)
+        with pytest.raises(PassingError, match="No space left"), start("vllm", [], []):
+            pass
+
+    @contextmanager
+    def started(_folder):
+        yield FakeEngine(twin, [EMBEDDING])
+
+    monkeypatch.setattr(server, "_started", started)
+    with pytest.raises(PassingError, match="No space left"), start("vllm", [], []):
+        raise InPlaceError("vLLM failed while swapping weights; use --engine hf") from full
+    with pytest.raises(InPlaceError), start("vllm", [], []):
+        raise InPlaceError("vLLM failed while swapping weights; otherwise free memory") from KeyError("lm_head")
 
 
 @pytest.fixture(scope="module")

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from copy import deepcopy
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ...architectures.open_questions import HEAD, Answer, answered, open_flags, open_names
+from ...architectures.open_questions import HEAD, Answer, answered, open_names
 from ...architectures.schema import Architecture, architecture_of, remember
-from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
-from ...core.errors import OrthogonalizeError, shown
+from ...checkpoints.checkpoint import Checkpoint
+from ...core.errors import shown
 from ...core.files import fingerprint, write_atomically
 from ...core.foreign import has
-from ...core.progress import note, track
-from ...core.temporary_folders import temporary_folder
-from ...models.describe.twin import SERVED_SIZES, load_twin, logits, save_twin
-from ...models.loading import load_config
+from ...core.progress import note
 from ...models.resolve import cache_folder
-from ...models.sites import Sites
 from ..registry import ENGINES
-from .questions import PROMPTS, QUESTIONS, open_questions
+from .questions import Told
+from .small_model import experiment
 
-SECONDS = 900  # that all starts of vLLM may take, on a busy machine
 WORDS = {
     "vllm": "read by vLLM",
     "transformers": "read by vLLM's Transformers backend alone",
@@ -43,124 +34,60 @@ _failures: dict[str, str] = {}  # why there is no answer, in this process; so th
 def ask_server(source: Checkpoint) -> str:
     """Find out what the description of the model of `source` leaves open, and have `architecture_of` know it.
 
-    The answers are kept in the cache by all that they depend on. Returns why something is still open, if it is.
+    What was found is kept in the cache by all that it depends on: answers, and why there is none where that is for the
+    class and the versions. A reason that may pass is not, and the next command asks again for what has no answer.
+    Returns why something is still open, if it is.
     """
     architecture = architecture_of(source.config)
-    if not open_names(architecture):
+    names = open_names(architecture)
+    if not names:
         return ""
     if not has("vllm"):
         return "an experiment would tell, but vllm is not installed: install it"
     key = _key(source, architecture)
     file = cache_folder() / "descriptions" / f"{key}.json"
-    answers, how = _kept(file, architecture), f"by an earlier experiment on vLLM ({file})"
-    if answers is None and key not in _failures:
+    told, how = _kept(file, names), f"by an earlier experiment on vLLM ({file})"
+    if told.reason:
+        _failures[key] = f"{told.reason}; found earlier, remove {file} to ask again"
+    elif key not in _failures and not told.answers.keys() >= set(names):
         started = time.monotonic()
-        try:
-            answers, reason = _asked(source, architecture)
-        except OrthogonalizeError as error:
-            answers, reason = {}, str(error)
-        if reason:
-            _failures[key] = reason
-        else:
-            with suppress(OSError):  # without a cache, the next command repeats the experiment
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps(answers))
+        told = experiment(source, architecture, told.answers)
         how = f"by an experiment on vLLM in {time.monotonic() - started:.0f} s"
-    if answers:
-        note(f"{shown(architecture.family, 60)}: {how}, {_said(answers)}")
-    found = answered(architecture, answers or {})
+        _keep(file, told)
+        if told.reason:
+            _failures[key] = told.reason
+    if told.answers:
+        note(f"{shown(architecture.family, 60)}: {how}, {_said(told.answers)}")
+    found = answered(architecture, told.answers)
     remember(source.config, found)
     if key in _failures:
         _failures[_key(source, found)] = _failures[key]
     return _failures.get(key, "")
 
 
-def _said(answers: dict[str, Answer]) -> str:
+def _said(answers: Mapping[str, Answer]) -> str:
     return "; ".join(
         f"{'an untied head' if name == HEAD else f'the bias of {name}'} is {WORDS[answer]}"
         for name, answer in answers.items()
     )
 
 
-def _kept(file: Path, architecture: Architecture) -> dict[str, Answer] | None:
-    """The answers in `file`, if it has all that are open."""
-    with suppress(OSError, ValueError):
-        answers = json.loads(file.read_text("utf-8"))
-        if isinstance(answers, dict) and answers.keys() >= set(open_names(architecture)):
-            return answers if all(answer in list(WORDS) for answer in answers.values()) else None
-    return None
+def _kept(file: Path, names: Collection[str]) -> Told:
+    """What `file` has: answers to some of the questions `names`, and why there is none to the others."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):
+        stored = Told(**json.loads(file.read_text("utf-8")))
+        valid = all(name in names and answer in list(WORDS) for name, answer in stored.answers.items())
+        if valid and isinstance(stored.reason, str):
+            return stored
+    return Told({})
 
 
-def _asked(source: Checkpoint, architecture: Architecture) -> tuple[dict[str, Answer], str]:
-    """The answers, and why there is none to the other questions.
-
-    Raises:
-        OrthogonalizeError: there is none at all.
-    """
-    config = load_config(source.path)
-    if config.get_text_config() is not config:
-        raise OrthogonalizeError(
-            "vLLM runs the text model of a wrapper in another class than on its own, so it is not asked"
-        )
-    config = deepcopy(config)
-    for flag, value in open_flags(architecture).items():
-        setattr(config, flag, value)
-    with temporary_folder() as twin:
-        save_twin(config, twin, SERVED_SIZES, torch.bfloat16)
-        small = open_checkpoint(twin)
-        sites = Sites(architecture, small.config, small.tensors)
-        questions = open_questions(sites)
-        asked = {
-            "questions": [asdict(question) for question in questions],
-            "control": _control(sites),
-            "backend": architecture.transformers_class,
-            "expected": _expected(twin),
-        }
-        (twin / QUESTIONS).write_text(json.dumps(asked), "utf-8")
-        answers, reason = _served(twin)
-    lacking = set(open_names(architecture)) - {question.name for question in questions}
-    return answers, reason or (f"a small model of its class has none: {', '.join(sorted(lacking))}" if lacking else "")
-
-
-def _control(sites: Sites) -> str:
-    """A tensor that every server reads: an embedding with a row per token.
-
-    Raises:
-        OrthogonalizeError: there is none.
-    """
-    name = next((name for entry, name in sites.embedded() if entry.rows), None)
-    if name is None:
-        raise OrthogonalizeError("it has no embedding with a row per token, so no experiment can be checked")
-    return name
-
-
-def _expected(twin: Path) -> list[float]:
-    """What transformers gives for the log-probability of every prompt's tokens but the first."""
-    ids = torch.tensor(PROMPTS)
-    found = logits(load_twin(twin), ids)[:, :-1].log_softmax(-1)
-    return found.gather(-1, ids[:, 1:, None]).sum((1, 2)).tolist()
-
-
-def _served(twin: Path) -> tuple[dict[str, Answer], str]:
-    """What the program `server` prints about the model in the folder `twin`."""
-    paths = [str(Path(__file__).parents[3]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", f"{__package__}.server", str(twin)]
-    with track("asking vLLM", None):
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, errors="replace", check=False, timeout=SECONDS
-            )
-        except subprocess.TimeoutExpired as error:
-            raise OrthogonalizeError(f"vLLM did not answer in {SECONDS} s") from error
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"answers"')]
-    if not lines:
-        code = done.returncode
-        how = f"signal {-code}" if code < 0 else f"status {code}"
-        last = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        raise OrthogonalizeError(f"vLLM ended with {how}: {shown(last, 200)}")
-    told: dict[str, Any] = json.loads(lines[-1])
-    return told["answers"], shown(told["reason"], 400)
+def _keep(file: Path, told: Told) -> None:
+    if told.answers or (told.reason and not told.passing):
+        with suppress(OSError):  # without a cache, the next command repeats the experiment
+            file.parent.mkdir(parents=True, exist_ok=True)
+            kept = {"answers": told.answers, "reason": "" if told.passing else told.reason}
+            write_atomically(file, json.dumps(kept))
 
 
 def _key(source: Checkpoint, architecture: Architecture) -> str:

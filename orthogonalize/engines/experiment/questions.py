@@ -56,6 +56,25 @@ class InconclusiveError(OrthogonalizeError):
     """An experiment did not work, so it shows nothing."""
 
 
+class PassingError(InconclusiveError):
+    """An experiment did not work for want of memory, time or the like, so that it may work another time."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a server told.
+
+    Attributes:
+        answers: by question.
+        reason: why there is none to the other questions, if there are others.
+        passing: whether it is one that may pass, so that the same experiment may work another time.
+    """
+
+    answers: Mapping[str, Answer]
+    reason: str = ""
+    passing: bool = False
+
+
 class Server(Protocol):
     """A model that is served, and whose weights can be changed."""
 
@@ -75,6 +94,7 @@ class Start(Protocol):
 
     Raises:
         OtherModelError: it computes something else than transformers.
+        PassingError: memory, time or the like was short.
         OrthogonalizeError: it does not start.
     """
 
@@ -108,12 +128,18 @@ def open_questions(sites: Sites) -> list[Question]:
     return found
 
 
-def ask(questions: Sequence[Question], start: Start) -> tuple[dict[str, Answer], str]:
-    """The answers by question, and why there is none to the others, if there are others.
+def ask(
+    questions: Sequence[Question],
+    start: Start,
+    known: Mapping[str, Answer] | None = None,
+    tell: Callable[[Mapping[str, Answer]], object] = lambda _: None,
+) -> Told:
+    """The answers to all questions, those that are `known` included.
 
-    vLLM's own class comes first; its Transformers backend is asked for what that does not read.
+    vLLM's own class comes first; its Transformers backend is asked for what that does not read. `tell` is given the
+    answers whenever there are more.
     """
-    found: dict[str, Answer] = {}
+    found = dict(known or {})
     failures: list[str] = []
     asks: dict[Served, Callable[..., set[str]]] = {"vllm": _read_by_class, "transformers": _read_at_once}
     for served, read_by in asks.items():
@@ -122,14 +148,17 @@ def ask(questions: Sequence[Question], start: Start) -> tuple[dict[str, Answer],
             read = read_by(served, questions, left, start) if left else set()
         except OtherModelError:  # whatever it reads, it cannot serve the model
             read = set()
+        except PassingError as error:  # answers must not depend on it
+            return Told(found, str(error), passing=True)
         except OrthogonalizeError as error:
             failures.append(str(error))
             continue
         found |= dict.fromkeys(read, served)
+        tell(found)
     left = [question for question in questions if question.name not in found]
     if not failures:
         found |= {question.name: "never" for question in left}
-    return found, failures[0] if left and failures else ""
+    return Told(found, failures[0] if left and failures else "")
 
 
 def _read_by_class(served: Served, every: Sequence[Question], asked: Sequence[Question], start: Start) -> set[str]:

@@ -1,7 +1,7 @@
 """Ask vLLM which parameters of a small random model it reads. Run as a program, in a process of its own.
 
 vLLM changes much in the process that it runs in, transformers' classes among it, and may end it. The program takes a
-folder with the model and the questions about it, and prints one line of JSON.
+folder with the model and the questions about it, and prints lines of JSON: the answers so far, at last all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,7 +26,8 @@ from ...core.temporary_folders import temporary_folder
 from ..base import EngineOptions
 from ..vllm import VllmEngine
 from ..weight_swap import WeightSwap
-from .questions import PROMPTS, QUESTIONS, InconclusiveError, OtherModelError, Question, Served, ask
+from .passing import may_pass
+from .questions import PROMPTS, QUESTIONS, InconclusiveError, OtherModelError, PassingError, Question, Served, ask
 
 LENGTH = 32  # tokens of the context
 ANSWER = 4  # tokens of answers that are compared
@@ -136,11 +137,28 @@ def _started(folder: Path) -> Iterator[VllmEngine]:
         try:
             engine = stack.enter_context(VllmEngine(folder, LENGTH, BESIDE, **options))
         except OrthogonalizeError as error:
-            lines = [line.strip() for line in str(error.__cause__ or error).splitlines()]
-            said = [line for line in lines if line and "For further information" not in line]
-            reason = said[-1] if said else type(error.__cause__).__name__
-            raise OrthogonalizeError(f"vLLM does not run a small model of this class: {reason}") from error
+            raise OrthogonalizeError(f"vLLM does not run a small model of this class: {_said(error)}") from error
         yield engine
+
+
+def _said(error: BaseException) -> str:
+    """vLLM's own reason for an error of the engine."""
+    lines = [line.strip() for line in str(error.__cause__ or error).splitlines()]
+    said = [line for line in lines if line and "For further information" not in line]
+    return said[-1] if said else type(error.__cause__ or error).__name__
+
+
+@contextmanager
+def _told_apart() -> Iterator[None]:
+    """A context in which failures that may pass are `PassingError`s."""
+    try:
+        yield
+    except PassingError:
+        raise
+    except Exception as error:
+        if may_pass(error):
+            raise PassingError(f"vLLM stopped while it was asked: {_said(error)}") from error
+        raise
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,7 @@ class _Starter:
         """See `questions.Start`."""
         left_out = [question for question in self.every if question not in stored]
         backend = self.backend if served == "transformers" else None
-        with temporary_folder() as folder:
+        with _told_apart(), temporary_folder() as folder:
             _store_variant(self.source, folder, left_out, spoiled, backend)
             with _started(folder) as engine:
                 running = _Served(engine, open_checkpoint(folder))
@@ -177,13 +195,18 @@ class _Starter:
 
 def main(folder: Path) -> None:
     """Answer the questions about the model in `folder`."""
-    told = json.loads((folder / QUESTIONS).read_text("utf-8"))
-    every = [Question.read(question) for question in told["questions"]]
+    given = json.loads((folder / QUESTIONS).read_text("utf-8"))
+    every = [Question.read(question) for question in given["questions"]]
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the loader is changed in this process
     with _unset_is_nan():
-        start = _Starter(open_checkpoint(folder), every, told["control"], told["expected"], told["backend"])
-        answers, reason = ask(every, start)
-    print(json.dumps({"answers": answers, "reason": reason}), flush=True)
+        start = _Starter(open_checkpoint(folder), every, given["control"], given["expected"], given["backend"])
+        told = ask(every, start, given["known"], lambda answers: _print(partly=answers))
+    _print(told=asdict(told))
+
+
+def _print(**said: Any) -> None:
+    """Print a line of JSON; vLLM prints others."""
+    print(f"\n{json.dumps(said)}", flush=True)
 
 
 if __name__ == "__main__":
