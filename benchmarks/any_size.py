@@ -3,9 +3,9 @@
 python benchmarks/any_size.py TOKENIZER [--shape 24B] [--tensor-parallel-size 2] [--folder /scratch]
 
 The checkpoint is made here. Its weights are random, but for a planted behaviour: tokens of cooking write along one
-direction, the first block's attention takes it to the last token, and the output head answers it with one token. So an
-edit has something to remove, and the shares before and after it mean what they say. TOKENIZER is a folder with a
-tokenizer and a chat template.
+direction, the attention of a block three quarters up takes it to the last token, and the output head answers it with
+one token. So an edit has something to remove, and the shares before and after it mean what they say. TOKENIZER is a
+folder with a tokenizer and a chat template.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ HOUSEWORK = (
 )
 ENDINGS = ("today", "for my family", "without help", "before the guests arrive")
 # The lengths below are relative to a token's own random part in the stream.
-QUIET = 0.2  # of what a random block writes, at most: the planted direction stands out
+QUIET = 0.05  # of what a random block writes, at most: the planted direction stands out
 READ = 3.0  # of what a cooking token has along one direction
-WRITTEN = 3.0  # of what the first block adds to the last token, if one in `DILUTED` tokens of the prompt is of cooking
+WRITTEN = 3.0  # of what that block adds to the last token, if one in `DILUTED` tokens of the prompt is of cooking
 DILUTED = 20
 LOGIT = 25.0  # of the answer, if the stream is all planted direction
 
@@ -70,8 +70,8 @@ def write_planted(folder: Path, tokenizer_folder: Path, shape: str, layers: int)
     block = random_block(config, generator)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         block[name] *= QUIET / root
-    first = block | planted_attention(config.head_dim, block, read, WRITTEN * DILUTED / root * written)
-    write_model(folder, config, lambda layer: block if layer else first, embedding, head)
+    planted = block | planted_attention(config.head_dim, block, read, WRITTEN * DILUTED / root * written)
+    write_model(folder, config, lambda layer: planted if layer == layers * 3 // 4 else block, embedding, head)
 
 
 def planted_attention(
@@ -106,6 +106,7 @@ class Steps:
 @click.option("--folder", type=click.Path(path_type=Path), required=True, help="Where everything is made.")
 @click.option("--option", "engine_options", multiple=True, metavar="NAME=VALUE", help="Passed on to every engine.")
 @click.option("--trials", default=8, show_default=True)
+@click.option("--sweep", is_flag=True, help="Run a sweep over two edits as well.")
 @click.option("--keep", is_flag=True, help="Leave the checkpoints in place.")
 def main(
     tokenizer: Path,
@@ -114,9 +115,10 @@ def main(
     folder: Path,
     engine_options: Sequence[str],
     trials: int,
+    sweep: bool,
     keep: bool,
 ) -> None:
-    """Run extract, edit, sweep and eval on a planted random model, and print the seconds of each."""
+    """Run extract, edit and eval on a planted random model, and print the seconds of each."""
     model, run, edited = (str(folder / name) for name in ("model", "run", "edited"))
     options = [word for each in engine_options for word in (f"--{each.partition('=')[0]}", each.partition("=")[2])]
     steps = Steps()
@@ -132,10 +134,11 @@ def main(
         "--trials", str(trials), "--out", run,
     )  # fmt: skip
     steps.run("edit", "edit", model, "--run", run, "--method", "conditional", "--out", edited, "--link")
-    steps.run(
-        "sweep", "sweep", model, "--run", run, "--methods", "ablate,conditional", "--scopes", "all",
-        "--strengths", "1", *options, "--out", str(folder / "sweep"),
-    )  # fmt: skip
+    if sweep:
+        steps.run(
+            "sweep", "sweep", model, "--run", run, "--methods", "ablate,conditional", "--scopes", "all",
+            "--strengths", "1", *options, "--out", str(folder / "sweep"),
+        )  # fmt: skip
     steps.run("eval", "eval", edited, "--base", model, "--run", run, *options, "--out", str(folder / "eval"))
     report = json.loads((folder / "eval" / "report.json").read_text("utf-8"))
     console.print_json(data={"seconds": {name: round(each) for name, each in steps.seconds.items()}})

@@ -40,9 +40,10 @@ class EngineWorker:
             return str(error)
         return ""
 
-    def store_streams(self, folder: str) -> None:
+    def store_streams(self, folder: str) -> tuple[Any, ...] | None:
         """See `WorkerStreams.store`."""
-        self._streams.store(folder, self.rank)
+        stored = self._streams.store(folder, self.rank)
+        return stored and tuple(stored)
 
     def store_logits(self, folder: str) -> None:
         """See `WorkerStreams.store_logits`."""

@@ -6,12 +6,11 @@ it should be.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import TINY
+from helpers.mxfp4 import mxfp4_base, quantised
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -26,15 +25,6 @@ from orthogonalize.edits.bake import bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
 
 WIDTH, LAYERS = 96, 4
-GRID = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [experts, in, out] in MXFP4: the nearest of 16 values under the scale of its block, one by one."""
-    grouped = weight.float().mT.contiguous().view(weight.shape[0], weight.shape[2], -1, 32)
-    scale = torch.ceil(torch.log2(grouped.abs().amax(-1, keepdim=True) / 6)).clamp(-127, 127)
-    codes = ((grouped / 2**scale).unsqueeze(-1) - GRID).abs().argmin(-1).to(torch.uint8)
-    return codes[..., 0::2] + 16 * codes[..., 1::2], (scale.squeeze(-1) + 127).to(torch.uint8)
 
 
 def dequantised(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -43,21 +33,7 @@ def dequantised(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A tiny gpt-oss as it is released: experts in MXFP4, everything else in bfloat16."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(TINY["gpt_oss"].config(32), dtype=torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
-    folder = tmp_path_factory.mktemp("mxfp4") / "base"
-    model.save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith(("down_proj", "gate_up_proj"))]:
-        tensors[name + BLOCKS], tensors[name + SCALES] = quantised(tensors.pop(name))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return mxfp4_base(tmp_path_factory.mktemp("mxfp4") / "base")
 
 
 def direction() -> torch.Tensor:

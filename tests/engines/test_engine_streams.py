@@ -18,8 +18,7 @@ from orthogonalize.directions.direction_set import Directions
 from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.fitting.fit import FitTokens
 from orthogonalize.engines.base import ONE_DEVICE, EngineOptions
-from orthogonalize.engines.reading import streams
-from orthogonalize.engines.reading.stream_worker import BlockEdit
+from orthogonalize.engines.reading.stream_worker import BlockEdit, in_order
 from orthogonalize.engines.reading.streams import LOGITS, READABLE, EngineStreams, Outputs, Wanted
 from orthogonalize.engines.vllm import VllmEngine
 from orthogonalize.models.activations import all_activations
@@ -156,7 +155,7 @@ def test_an_edit_of_every_write_equals_hooks(served):
 
 def test_tokens_that_are_computed_twice_count_once():
     places = torch.tensor([[1, 4], [0, 3], [0, 2], [1, 4], [0, 3]])
-    assert streams._in_order(places).tolist() == [2, 4, 3]
+    assert in_order(places).tolist() == [2, 4, 3]
 
 
 def test_nothing_is_left_behind_when_reading_ends(served):

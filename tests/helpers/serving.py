@@ -108,12 +108,14 @@ def served(
     patch_llvmlite_introspection()
 
     config = json.loads((folder / "config.json").read_text())
+    on_gpu = {"gpu_memory_utilization": 0.1, "enforce_eager": True}  # several engines share it
     with proof:
         llm = LLM(
             model=str(folder), skip_tokenizer_init=True, dtype=dtype, max_model_len=64, max_num_seqs=4,
             disable_log_stats=True, max_logprobs=TOP, enable_prefix_caching=False,
             limit_mm_per_prompt={"image": 0, "video": 0} if "vision_config" in config else {},
-            model_impl="transformers" if backend else "auto", **cpu_arguments(config),
+            model_impl="transformers" if backend else "auto",
+            **(on_gpu if torch.cuda.is_available() else cpu_arguments(config)),
         )  # fmt: skip
     try:
         parameters = SamplingParams(max_tokens=1, prompt_logprobs=TOP, detokenize=False)

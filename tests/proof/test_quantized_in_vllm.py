@@ -1,4 +1,7 @@
-"""The FP8 result of `edit --quantize`, served by vLLM's CPU build. It has no kernel for four bits."""
+"""Quantised results, served by vLLM: those of `edit --quantize`, and a gpt-oss edited in its own MXFP4.
+
+vLLM's CPU build has kernels for FP8 alone; four bits need a GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ import pytest
 import torch
 from helpers.compressed import decompressed
 from helpers.llama import store, tiny_llama
+from helpers.mxfp4 import dequantised_folder, dequantised_model, mxfp4_base
 from helpers.serving import SETTINGS, SPREAD
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from orthogonalize.commands.edit import edit
 
@@ -40,13 +45,26 @@ def scores_in_vllm(folder: Path) -> tuple[list[list[dict[str, float]]], list[str
     return json.loads(line.removeprefix("FOUND"))
 
 
-def scores_in_transformers(model, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    model.load_state_dict(tensors)
+def scores_in_transformers(model) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=PROMPTS).logits.float().log_softmax(-1)
 
 
-def test_fp8_is_served_with_the_edit_in_it(tmp_path):
+def gaps(found: list[list[dict[str, float]]], reference: torch.Tensor) -> list[float]:
+    """How far vLLM's likeliest tokens are from transformers' log-probabilities, each."""
+    return [
+        abs(score - reference[prompt, place, int(token)].item())
+        for prompt, positions in enumerate(found)
+        for place, table in enumerate(positions)
+        for token, score in table.items()
+    ]
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="vLLM has kernels for four bits on a GPU alone")
+
+
+@pytest.mark.parametrize("scheme", ["fp8", pytest.param("mxfp4", marks=on_gpu), pytest.param("nvfp4", marks=on_gpu)])
+def test_a_quantised_result_is_served_with_the_edit_in_it(scheme, tmp_path):
     model = tiny_llama(**SHAPE)
     with torch.no_grad():
         model.lm_head.weight.mul_(SPREAD)
@@ -54,18 +72,39 @@ def test_fp8_is_served_with_the_edit_in_it(tmp_path):
     directions = torch.linalg.qr(torch.randn(256, 48, generator=torch.Generator().manual_seed(5)))[0].mT
     save_file({"basis": directions.contiguous()}, tmp_path / "directions.safetensors")
     given = {"direction": tmp_path / "directions.safetensors", "method": "nullspace", "scope": "all"}
-    edit(base, tmp_path / "edited", quantize="fp8", **given)
+    edit(base, tmp_path / "edited", quantize=scheme, **given)
     found, uninitialised = scores_in_vllm(tmp_path / "edited")
     # Of the scales of caches and attention, which no checkpoint of ours has, vLLM uses its defaults.
     assert [name for name in uninitialised if ".attn." not in name] == []
-    before = scores_in_transformers(model.float(), {n: t.float() for n, t in model.state_dict().items()})
-    after = scores_in_transformers(model, {n: t.float() for n, t in decompressed(tmp_path / "edited").items()})
-    gaps, moved = [], []
-    for prompt, positions in enumerate(found):
-        for place, table in enumerate(positions):
-            for token, score in table.items():
-                gaps.append(abs(score - after[prompt, place, int(token)].item()))
-                moved.append(abs(score - before[prompt, place, int(token)].item()))
-    # Activations are in FP8 as well, whose steps are a sixteenth.
-    assert max(gaps) < 0.1
-    assert max(moved) > 4 * max(gaps)
+    before = scores_in_transformers(model.float())
+    model.load_state_dict({n: t.float() for n, t in decompressed(tmp_path / "edited").items()})
+    wrong, moved = max(gaps(found, scores_in_transformers(model))), max(gaps(found, before))
+    print(f"{scheme}: {wrong:.3g} from what is stored, {moved:.3g} from the base")
+    # With FP8, activations are in FP8 as well, whose steps are a sixteenth.
+    assert wrong < 0.1
+    assert moved > 4 * wrong
+
+
+@on_gpu
+def test_experts_edited_in_mxfp4_are_served_as_stored_and_near_the_bfloat16_edit(tmp_path):
+    base = mxfp4_base(tmp_path / "base", hidden_size=256, intermediate_size=256, head_dim=64)
+    plain = dequantised_folder(base, tmp_path / "plain")
+    directions = torch.linalg.qr(torch.randn(256, 48, generator=torch.Generator().manual_seed(5)))[0].mT
+    save_file({"basis": directions.contiguous()}, tmp_path / "directions.safetensors")
+    given = {"direction": tmp_path / "directions.safetensors", "method": "nullspace", "scope": "layers:0-3"}
+    found = {}
+    for name, folder in (("base", base), ("plain", plain)):
+        edit(folder, tmp_path / f"{name} edited", **given)
+        found[name] = scores_in_vllm(tmp_path / f"{name} edited")[0]
+    stored, unedited = (
+        scores_in_transformers(dequantised_model(tmp_path / name, torch.float32)) for name in ("base edited", "base")
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain edited", dtype=torch.float32)
+    exact = scores_in_transformers(model.eval())
+    print(
+        f"{max(gaps(found['base'], stored)):.3g} from what is stored, {sum(gaps(found['base'], exact)):.3g} in all from"
+    )
+    print(f"the bfloat16 edit and {sum(gaps(found['base'], unedited)):.3g} from the base")
+    assert max(gaps(found["base"], stored)) < 0.1
+    assert max(gaps(found["plain"], exact)) < 0.1
+    assert sum(gaps(found["base"], exact)) < 0.5 * sum(gaps(found["base"], unedited))

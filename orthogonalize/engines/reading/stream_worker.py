@@ -6,10 +6,12 @@ positions, until they are stored or measured.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,6 +58,43 @@ def load_edits(file: str | None) -> list[BlockEdit]:
         )
         for number in range(len(tensors) // 5)
     ]
+
+
+class Stored(NamedTuple):
+    """A file of the streams [layers, tokens, d] at the inputs of `layers`, as one worker wrote it."""
+
+    name: str
+    layers: list[int]
+    tokens: int
+    width: int
+    dtype: str
+
+    def create(self, folder: Path) -> torch.Tensor:
+        """A new file as a tensor to be written.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        with (folder / self.name).open("xb") as file:  # to write to what a full disk cannot map would kill the process
+            os.posix_fallocate(file.fileno(), 0, math.prod(self._shape) * self._dtype.itemsize)
+        return self._mapped(folder, shared=True)
+
+    def open(self, folder: Path) -> torch.Tensor:
+        """The file as a tensor, which outlives its name."""
+        return self._mapped(folder, shared=False)
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return len(self.layers), self.tokens, self.width
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    def _mapped(self, folder: Path, shared: bool) -> torch.Tensor:
+        size = math.prod(self._shape)
+        return torch.from_file(str(folder / self.name), shared=shared, size=size, dtype=self._dtype).view(self._shape)
 
 
 class WorkerStreams:
@@ -197,13 +236,23 @@ class WorkerStreams:
 
     # results
 
-    def store(self, folder: str, rank: int) -> None:
-        """Write the streams read so far to `RANK.safetensors` in `folder`, and forget them."""
+    def store(self, folder: str, rank: int) -> Stored | None:
+        """Write the streams read so far to `RANK.streams` in `folder`, and forget them; None if there are none.
+
+        Tokens are in the order of `in_order`. They go from the device straight into the mapped file.
+        """
         taken, tokens = self.taken, self.taken_tokens
         self.taken, self.taken_tokens = {}, []
-        if self.writes and taken:
-            tensors = {str(layer): torch.cat(parts).cpu() for layer, parts in taken.items()}
-            _save(tensors | {PLACES: _places(tokens)}, Path(folder) / f"{rank}.safetensors")
+        if not self.writes or not taken:
+            return None
+        first, order = next(iter(taken.values()))[0], in_order(_places(tokens))
+        stored = Stored(
+            f"{rank}.streams", sorted(taken), len(order), first.shape[-1], str(first.dtype).removeprefix("torch.")
+        )
+        on_device = order.to(first.device)
+        for mapped, layer in zip(stored.create(Path(folder)), stored.layers, strict=True):
+            mapped.copy_(torch.cat(taken.pop(layer)).index_select(0, on_device))
+        return stored
 
     def store_logits(self, folder: str) -> None:
         """Write the logits [tokens, vocabulary] of the outputs so far, in float32, and forget them."""
@@ -227,6 +276,17 @@ class WorkerStreams:
 def _places(tokens: list[Token]) -> torch.Tensor:
     """The rows and positions of tokens, [tokens, 2]."""
     return torch.tensor([token[:2] for token in tokens], dtype=torch.long).reshape(-1, 2)
+
+
+def in_order(places: torch.Tensor) -> torch.Tensor:
+    """The order of tokens by row, then by position; the last of each, since an engine may compute tokens again."""
+    rows, positions = places.unbind(1)
+    keys = rows * (int(positions.max()) + 1 if len(places) else 1) + positions
+    order = torch.argsort(keys, stable=True)
+    following = keys[order].roll(-1)
+    last = keys[order] != following
+    last[-1:] = True
+    return order[last]
 
 
 def _save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:

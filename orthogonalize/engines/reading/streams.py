@@ -16,7 +16,7 @@ from ...core.temporary_folders import temporary_folder
 from ..base import Ids
 from ..vllm import SLICE, VllmEngine
 from .step import Mark
-from .stream_worker import PLACES, BlockEdit, store_edits
+from .stream_worker import PLACES, BlockEdit, Stored, in_order, store_edits
 
 PROBE = [1, 2, 3, 5, 8, 13, 21, 34]  # token ids that every model has
 SAME = 0.1  # of the spread of logits, by which rounding may move them; another form of the stream moves them wholly
@@ -180,13 +180,13 @@ class EngineStreams:
 
     def _streams(self, activity: str, rows: range, layers: Sequence[int], positions: int) -> dict[int, torch.Tensor]:
         found: dict[int, torch.Tensor] = {}
-        for tensors in self._stored(activity, "store_streams"):
-            places = tensors.pop(PLACES)
-            order = _in_order(places)
-            if len(order) != len(rows) * positions:
-                raise OrthogonalizeError(f"vLLM left out tokens while {activity}; use --engine stream")
-            for layer, values in tensors.items():
-                found[int(layer)] = values[order].reshape(len(rows), positions, -1)
+        with temporary_folder() as folder:
+            for told in filter(None, self.ask(activity, "store_streams", str(folder))):
+                stored = Stored(*told)
+                if stored.tokens != len(rows) * positions:
+                    raise OrthogonalizeError(f"vLLM left out tokens while {activity}; use --engine stream")
+                values = stored.open(folder).view(-1, len(rows), positions, stored.width)
+                found |= dict(zip(stored.layers, values, strict=True))
         missing = sorted(set(layers) - found.keys())
         if missing:
             raise OrthogonalizeError(
@@ -203,7 +203,7 @@ class EngineStreams:
         if len(stored) != 1:
             raise OrthogonalizeError("vLLM gives no logits of this model; use --engine stream")
         places, found = stored[0][PLACES], stored[0][name]
-        order = _in_order(places)
+        order = in_order(places)
         counts = torch.bincount(places[order, 0] - rows.start, minlength=len(rows)).tolist()
         return list(torch.split(found[order], counts))
 
@@ -215,14 +215,3 @@ class EngineStreams:
             self.ask(activity, method, str(folder), *arguments)
             for file in sorted(folder.iterdir()):
                 yield load_file(file)
-
-
-def _in_order(places: torch.Tensor) -> torch.Tensor:
-    """The order of tokens by row, then by position; the last of each, since an engine may compute tokens again."""
-    rows, positions = places.unbind(1)
-    keys = rows * (int(positions.max()) + 1 if len(places) else 1) + positions
-    order = torch.argsort(keys, stable=True)
-    following = keys[order].roll(-1)
-    last = keys[order] != following
-    last[-1:] = True
-    return order[last]
