@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from helpers.compressed import decompressed, tensors_of
 from helpers.llama import LAYERS, store, tiny_llama
 from safetensors.torch import load_file, save_file
 
+from orthogonalize.checkpoints.quantizing import check
+from orthogonalize.checkpoints.tensor_edit import TensorEdit
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.verify import verify
 from orthogonalize.edits.recipe import load_recipe
@@ -67,6 +70,19 @@ def test_leak_and_error_are_those_of_what_the_library_reads(work, tmp_path, sche
     assert 0.9 < cost.against_plain < 1.2
     assert all(found.leaks[name].leak <= 2 * leaks[1] for name in names)
     assert len(found.changed) == 7 * LAYERS + 1
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "mxfp4"])
+def test_every_matrix_is_edited_and_decoded_once(work, monkeypatch, scheme):
+    edits, decoded = Counter(), Counter()
+    apply, dequantize = TensorEdit.apply, check.dequantize
+    monkeypatch.setattr(TensorEdit, "apply", lambda self, *a: edits.update([self.name]) or apply(self, *a))
+    monkeypatch.setattr(check, "dequantize", lambda source, name: decoded.update([name]) or dequantize(source, name))
+    found = verify(work / scheme, logits=False, record=False)
+    assert found.verification.passed
+    assert edits.keys() == found.leaks.keys()
+    assert decoded.keys() == found.changed.keys()
+    assert {*edits.values(), *decoded.values()} == {1}
 
 
 def test_it_is_said_in_the_table_and_kept_in_recipe_and_card(work, tmp_path):

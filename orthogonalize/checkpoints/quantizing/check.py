@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from ..checkpoint import Checkpoint
 from ..diff import Audit, compare_settings
 from ..quantization import dequantize
 from ..safetensors_file import stored_bytes
-from .plan import QuantizedPlan
+from ..tensor_edit import TensorEdit
+from .plan import QuantizedPlan, StoredTensor
 from .stored import dequantize_found, packed_float
 
 
@@ -65,6 +67,20 @@ class _Squares:
     plain: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Pair:
+    """What the plan makes of a tensor, and the checkpoint that should hold it."""
+
+    made: StoredTensor
+    edited: Checkpoint
+    fits: bool  # the checkpoint holds the tensor, in the planned shape
+
+    @cached_property
+    def after(self) -> torch.Tensor:
+        """The tensor's numbers in the checkpoint, decoded once, in float64."""
+        return dequantize(self.edited, self.made.name).double()
+
+
 def _square(tensor: torch.Tensor) -> float:
     return float(tensor.double().square().sum())
 
@@ -77,9 +93,13 @@ def check_quantized(edited: Checkpoint, plan: QuantizedPlan) -> QuantizedCheck:
     with track("comparing with the recipe's", sum(map(len, files.values())), "tensors") as advance:
         for names in files.values():
             for name in names:
-                planned |= _check_tensor(edited, plan, name, found)
-                if name in plan.weights and name in plan.plan.edits and _fits(edited, plan, name):
-                    found.errors[name] = _measure(edited, plan, plain, name, squares)
+                pair = _Pair(plan.stored(name), edited, _fits(edited, plan, name))
+                planned |= pair.made.stored.keys()
+                _check_tensor(pair, plan, found)
+                if name in plan.weights and name in plan.plan.edits and pair.fits:
+                    without = dequantize_found(plain.stored(name).stored, name)
+                    found.errors[name] = _measure(pair, plan.plan.edits[name], without, squares)
+                del pair  # before the next one is read
                 advance(1)
     extra = sorted(edited.tensors.keys() - planned)
     found.audit.added += [name for name in extra if name not in found.audit.added]
@@ -98,38 +118,32 @@ def _fits(edited: Checkpoint, plan: QuantizedPlan, name: str) -> bool:
     return info is not None and info.shape == plan.plan.shape(name)
 
 
-def _check_tensor(edited: Checkpoint, plan: QuantizedPlan, name: str, found: QuantizedCheck) -> set[str]:
-    """Compare what tensor `name` of the unquantised edit became; returns the names of the planned tensors."""
-    expected, _ = plan.stored(name)
+def _check_tensor(pair: _Pair, plan: QuantizedPlan, found: QuantizedCheck) -> None:
+    """Compare what a tensor of the unquantised edit became."""
+    name, expected, edited = pair.made.name, pair.made.stored, pair.edited
     missing = [each for each in expected if each not in edited.tensors]
     same = not missing and all(stored_bytes(edited.read(each)) == stored_bytes(t) for each, t in expected.items())
     ours = name in plan.weights or name in plan.plan.edits
     if not same and ours:
         found.rebuilt = False
-    if not same and not (ours and _fits(edited, plan, name)):
+    if not same and not (ours and pair.fits):
         found.unexpected.append(name)
     found.audit.missing += missing
     if name in plan.plan.additions:
         found.audit.added.append(name)
-    elif not _fits(edited, plan, name):
+    elif not pair.fits:
         found.audit.changed[name] = math.inf
     elif same and not ours:
         found.audit.same += 1
     else:
-        before = plan.before(name).double()
-        after = dequantize(edited, name).double()
-        length, moved = float(before.norm()), float((after - before).norm())
+        before = pair.made.before.double()
+        length, moved = float(before.norm()), float((pair.after - before).norm())
         found.audit.changed[name] = moved / length if length else math.inf if moved else 0.0
-    return set(expected)
 
 
-def _measure(
-    edited: Checkpoint, plan: QuantizedPlan, without_edit: QuantizedPlan, name: str, squares: _Squares
-) -> QuantizationError:
-    """The error of one edited matrix, which is added to `squares`."""
-    before, exact, stored = (each.double() for each in (plan.before(name), plan.edited(name), dequantize(edited, name)))
-    plain = dequantize_found(without_edit.stored(name)[0], name)
-    edit = plan.plan.edits[name]
+def _measure(pair: _Pair, edit: TensorEdit, plain: torch.Tensor, squares: _Squares) -> QuantizationError:
+    """The error of one edited matrix, which is added to `squares`; `plain` is the base's, quantised without an edit."""
+    before, exact, stored = pair.made.before.double(), pair.made.edited.double(), pair.after
     old = edit.component(before)
     change = edit.planned_change(old)
     own = _Squares(

@@ -20,6 +20,30 @@ NEAREST = "nearest"  # the rounding scheme that is the library's own
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """What one tensor of an unquantised edit becomes.
+
+    Attributes:
+        before: the tensor before its edit.
+        edited: the tensor behind its edit, before it is quantised.
+        stored: what replaces it, by name.
+    """
+
+    name: str
+    before: torch.Tensor
+    edited: torch.Tensor
+    stored: dict[str, torch.Tensor]
+    _edit: TensorEdit | None
+    _unquantized: TensorRecord | None
+
+    def record(self) -> TensorRecord | None:
+        """The record of its edit, and of the quantisation that followed; None if it has no edit."""
+        if self._edit is None or self.stored.get(self.name) is self.edited:
+            return self._unquantized
+        return _record(self._edit, self.before, dequantize_found(self.stored, self.name))
+
+
+@dataclass(frozen=True)
 class QuantizedPlan:
     """The edit `plan` of an unquantised checkpoint, whose result is then quantised.
 
@@ -89,20 +113,16 @@ class QuantizedPlan:
         addition = self.plan.additions.get(name)
         return addition.make() if addition else (file or self.plan.source.file_of(name)).read(name)
 
-    def stored(self, name: str, file: TensorFile | None = None) -> tuple[dict[str, torch.Tensor], TensorRecord | None]:
-        """What tensor `name` becomes, by name, and the record of its edit, if it has one.
+    def stored(self, name: str, file: TensorFile | None = None) -> StoredTensor:
+        """What tensor `name` becomes, read from `file` if it is given.
 
         Raises:
             OrthogonalizeError: it is to be quantised and holds NaN or infinite values, or its edit cannot be made.
         """
-        tensor, edit, record = self.before(name, file), self.plan.edits.get(name), None
-        before = tensor
-        if edit is not None:
-            tensor, record = edit.apply(tensor, self.plan.rounding)
-        if name not in self.weights:
-            return {name: tensor}, record
-        found = self._quantize(name, tensor, edit)
-        return found, None if edit is None else _record(edit, before, dequantize_found(found, name))
+        before, edit = self.before(name, file), self.plan.edits.get(name)
+        edited, record = (before, None) if edit is None else edit.apply(before, self.plan.rounding)
+        stored = self._quantize(name, edited, edit) if name in self.weights else {name: edited}
+        return StoredTensor(name, before, edited, stored, edit, record)
 
     def _quantize(self, name: str, weight: torch.Tensor, edit: TensorEdit | None) -> dict[str, torch.Tensor]:
         scheme = self.quantizer.scheme

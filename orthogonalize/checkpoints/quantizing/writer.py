@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...core.files import file_hash
 from ...core.progress import Progress
 from ..checkpoint import INDEX
@@ -64,9 +66,7 @@ class QuantizedWriter:
             put(header_bytes(infos, file.metadata))
             for each in self.plan.names(file, name):
                 self._check_going_on()
-                tensors, record = self.plan.stored(each, file)
-                if record is not None:
-                    self.written.records[each] = record
+                tensors = self._stored(each, file)
                 while waiting and waiting[0].name in tensors:
                     info = waiting.pop(0)
                     data = stored_bytes(tensors[info.name])
@@ -82,6 +82,13 @@ class QuantizedWriter:
             self.written.result[name] = digest.hexdigest()
             self.weight_map.update(dict.fromkeys((info.name for info in infos), name))
             self.size += sum(info.size for info in infos)
+
+    def _stored(self, name: str, file: TensorFile) -> dict[str, torch.Tensor]:
+        """What replaces a tensor; the record of its edit is kept."""
+        made = self.plan.stored(name, file)
+        if (record := made.record()) is not None:
+            self.written.records[name] = record
+        return made.stored
 
     def _advance(self, count: int) -> None:
         if self.progress is not None:
