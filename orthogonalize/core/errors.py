@@ -2,7 +2,7 @@
 
 import re
 
-LONGEST = 1000  # characters of a message
+LONGEST = 400  # characters of a message
 CREDENTIALS = re.compile(r"//[^/\s@]+@")  # a name and a password in an address
 # Matches the messages of the libraries, but not "an illegal memory access".
 OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|enough memory", re.IGNORECASE)
@@ -11,13 +11,13 @@ OUT_OF_MEMORY = re.compile(r"out of memory|allocate memory|enough memory", re.IG
 class OrthogonalizeError(Exception):
     """An error that the user can fix: one line that names the cause and a remedy.
 
-    Messages quote files and names that may be anybody's, so what is not printable is made visible, and what is too
-    long is cut. The command line prints the message without a traceback and exits with status 1. Any other exception
-    is a bug in this package.
+    Messages quote files and names that may be anybody's, so what is not printable is made visible, and of what is
+    too long the middle is left out: the beginning names the cause, the end the remedy. The command line prints the
+    message without a traceback and exits with status 1. Any other exception is a bug in this package.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(shown(" ".join(message.split()), LONGEST))
+        super().__init__(_without_middle(CREDENTIALS.sub("//***@", " ".join(message.split()))))
 
 
 class InPlaceError(OrthogonalizeError):
@@ -49,14 +49,24 @@ def ran_out_of_memory(error: BaseException) -> str | None:
     return None
 
 
+def _without_middle(line: str) -> str:
+    start, half = visible(line[: LONGEST + 1]), LONGEST // 2
+    return start if len(start) <= LONGEST else f"{start[:half]}…{visible(line[-half:])[1 - half :]}"
+
+
+def visible(text: str) -> str:
+    """`text` with its control characters, line ends and unpaired surrogates as they are written in Python."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def shown(text: object, most: int = 200) -> str:
     """Text from a file for a message: one line, shortened, control characters and unpaired surrogates visible.
 
     Names and passwords in addresses are left out.
     """
     whole = CREDENTIALS.sub("//***@", str(text))
-    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in whole[: most + 1])
-    return visible if len(whole) <= most and len(visible) <= 2 * most else f"{visible[:most]}…"
+    start = visible(whole[: most + 1])
+    return start if len(whole) <= most and len(start) <= 2 * most else f"{start[:most]}…"
 
 
 def first_line(error: BaseException) -> str:

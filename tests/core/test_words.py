@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from orthogonalize.core.errors import OrthogonalizeError, first_line, shown
+from orthogonalize.core.errors import LONGEST, OrthogonalizeError, first_line, shown
 from orthogonalize.core.words import counted
 from orthogonalize.models.loading import load_tokenizer
 
@@ -52,3 +52,14 @@ def test_a_password_in_an_address_is_not_shown(text):
         assert "secret" not in said
         assert "//***@" in said
     assert shown("mail a@b.c, or see https://hub.example/@a") == "mail a@b.c, or see https://hub.example/@a"
+
+
+@pytest.mark.parametrize("letter", ["x", "\x1b", "\U000e0001", "word "])
+@pytest.mark.parametrize("count", [1, LONGEST - 40, LONGEST, 10**6])
+def test_a_message_of_any_length_keeps_its_ends(letter, count):
+    said = str(OrthogonalizeError(f"the model is called {letter * count}; choose another"))
+    assert said.startswith("the model is called ")
+    assert said.endswith("; choose another")
+    assert said.isprintable()
+    assert len(said) <= LONGEST < 500
+    assert str(OrthogonalizeError(said)) == said
