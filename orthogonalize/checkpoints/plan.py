@@ -17,6 +17,7 @@ from .quantization import edited_scales, scale_name
 from .rounding.base import Scales
 from .rounding.registry import DEFAULT_ROUNDING
 from .safetensors_file import TensorInfo
+from .settings_files import with_changes
 from .tensor_edit import TensorEdit
 from .writer import Changes, Written, write_other_files, write_weights
 
@@ -25,7 +26,8 @@ from .writer import Changes, Written, write_other_files, write_weights
 class CheckpointPlan:
     """What changes in a checkpoint: tensors to edit, tensors to add, configuration to set, and how to round.
 
-    `texts` are new contents of files beside the weights, by name.
+    In `config_changes`, None stands for a key to be removed; `texts` are new contents of files beside the weights, by
+    name.
 
     Nothing here knows the model: names are those of the tensors in `source`.
     """
@@ -53,11 +55,14 @@ class CheckpointPlan:
         return packed_tensors(self.source.tensors)
 
     def set_text_config(self, key: str, value: Any) -> None:
-        """Set `key` of the text model's configuration, which multimodal models nest under `text_config`."""
+        """Set `key` of the text model's configuration, which multimodal models nest under `text_config`.
+
+        None removes it.
+        """
         nested = self.source.config.get("text_config")
         if isinstance(nested, dict):
             changed = self.config_changes.setdefault("text_config", dict(nested))
-            changed[key] = value
+            self.config_changes["text_config"] = with_changes(changed, {key: value})
         else:
             self.config_changes[key] = value
 

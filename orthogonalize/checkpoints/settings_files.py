@@ -28,7 +28,7 @@ MOST = (
 )
 LARGEST_NUMBER = 2**53  # of any other key
 # Keys with which a model's files could choose the code that runs it.
-CODE = re.compile(r"_?\w+_implementation(_internal)?|use_kernels|kernel_config|kernels")
+CODE = re.compile(r"_?\w+_implementation(_internal)?|use_kernels|kernel_config|kernels|(base_model_)?tp_plan")
 # What vLLM does for a key: `speculators_config` and `io_processor_plugin` are for models that only it serves.
 FOLLOWED = {
     "speculators_config": "names another model, which vLLM would load instead",
@@ -177,6 +177,11 @@ def check_layers(config: Mapping[str, Any], tensors: int) -> None:
             raise OrthogonalizeError(
                 f"config.json has {shown(key, 60)} = {value}, but the checkpoint has {tensors} tensors; fetch it again"
             )
+
+
+def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with `changes`, in which None stands for a key to be removed."""
+    return {key: value for key, value in {**config, **changes}.items() if key not in changes or value is not None}
 
 
 def code_keys(config: Mapping[str, Any]) -> list[str]:

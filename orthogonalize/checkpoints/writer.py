@@ -22,7 +22,7 @@ from .mxfp4 import PackedEdit
 from .rounding.base import Scales
 from .rounding.registry import DEFAULT_ROUNDING
 from .safetensors_file import DTYPES, TensorFile, TensorInfo, stored_bytes
-from .settings_files import read_json
+from .settings_files import read_json, with_changes
 from .tensor_edit import TensorEdit, TensorRecord
 from .weight_file import FileWriter, StoppedError
 
@@ -250,7 +250,7 @@ def write_other_files(
     elif source.indexed:
         copy_file(source.path / INDEX, target / INDEX, link)
     if config_changes:
-        text = json.dumps({**source.config, **config_changes}, indent=2, ensure_ascii=False)
+        text = json.dumps(with_changes(source.config, config_changes), indent=2, ensure_ascii=False)
         (target / "config.json").write_text(text + "\n", "utf-8")
     else:
         copy_file(source.path / "config.json", target / "config.json", link)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..checkpoints.checkpoint import INDEX, Addition, Checkpoint
 from ..checkpoints.plan import CheckpointPlan
+from ..checkpoints.settings_files import with_changes
 from ..checkpoints.writer import Changes, write_weights
 from ..core.errors import OrthogonalizeError
 from ..core.output_folders import check_space
@@ -69,7 +70,7 @@ class SharedBase:
             for key, value in plan.config_changes.items():
                 if config.get(key, value) != value and config[key] != source.config.get(key):
                     raise OrthogonalizeError(f"two edits need different values of {key}; sweep them separately")
-                config[key] = value
+                config = with_changes(config, {key: value})
         return cls(next((plan.source for plan in plans if plan.source.renamed), source), additions, config)
 
     @property

@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoints.checkpoint import RECIPE, Addition, Checkpoint, open_checkpoint
 from ..checkpoints.quantizing.stored import packed_floats
+from ..checkpoints.settings_files import with_changes
 from ..core.errors import OrthogonalizeError
 from ..edits.bake import bake
 from ..edits.descriptions.automatic import learn_from
@@ -28,7 +29,7 @@ def _as_planned(checkpoint: Path, source: Checkpoint) -> tuple[Checkpoint, dict[
     recipe = load_recipe(checkpoint)
     learn_from(recipe, source)
     plan = bake(source, recipe.intervention()).checkpoint
-    return plan.source, source.config | plan.config_changes, plan.additions
+    return plan.source, with_changes(source.config, plan.config_changes), plan.additions
 
 
 def check_pair(checkpoint: Path, base: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.verify import verify
-from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.core.errors import LONGEST, OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, removal
 from orthogonalize.data.chat import ChatFormat
 from orthogonalize.edits.bake import bake
@@ -52,7 +52,7 @@ def refusal(folder: Path, use) -> str:
         use(folder)
     said = str(error.value)
     assert said.isprintable(), said
-    assert len(said) < 800 + len(str(folder)), said[:900]
+    assert len(said) <= LONGEST
     assert time.monotonic() - began < 30
     return said
 
@@ -88,11 +88,13 @@ CONFIGS = {
     ),
     "huge number": ({"whatever": 10**40}, "whatever"),
     "architectures": ({"architectures": {"a": 1}}, "architectures"),
+    "architectures of 10 MB": ({"architectures": ["x" * 10_000_000]}, "architectures"),
     "attention from the Hub": ({"attn_implementation": "evil/kernel"}, "names code"),
     "attention from the Hub, inside": ({"text_config": {"_attn_implementation": "evil/kernel:v1"}}, "names code"),
     "attention by part": ({"_attn_implementation": {"text_config": "evil/kernel"}}, "names code"),
     "experts from the Hub": ({"_experts_implementation": "evil/kernel"}, "names code"),
     "kernels from the Hub": ({"kernel_config": {"RMSNorm": "evil/kernel:Norm"}}, "names code"),
+    "parallel plan": ({"base_model_tp_plan": {"layers.*.mlp": "evil/kernel:Split"}}, "names code"),
     "another model": ({"speculators_config": {"verifier": {"name_or_path": "evil/model"}}}, "another model"),
     "plugin of vLLM": ({"io_processor_plugin": "evil"}, "names a plugin"),
     "surrogates": ({"a": "\ud800"}, "Unicode"),
@@ -210,22 +212,24 @@ def test_error_on_the_terminal_is_one_visible_line(chatting, tmp_path):
     status, said = command("verify", base, "--base", base)
     assert status == 1
     assert said.isprintable()
-    assert len(said) < 1100
+    assert len(said) <= len("error: ") + LONGEST
 
 
 def test_implementations_are_not_chosen_by_files_nor_written(chatting, tmp_path):
     """A name of transformers' own is dropped; the model runs as without it."""
-    base = changed(
-        chatting, tmp_path / "base", "config.json",
-        {"_attn_implementation": "flash_attention_2", "attn_implementation": "flash_attention_2"},
-    )  # fmt: skip
+    named = {
+        "_attn_implementation": "flash_attention_2", "attn_implementation": "flash_attention_2",
+        "_experts_implementation": "grouped_mm", "use_kernels": True, "kernel_config": {"RMSNorm": "fast"},
+        "tp_plan": {"layers.*": "rowwise"}, "base_model_tp_plan": {"layers.*": "rowwise"},
+    }  # fmt: skip
+    base = changed(chatting, tmp_path / "base", "config.json", named)
     check_complete(base)
     plain, model = load_model(chatting, "cpu"), load_model(base, "cpu")
     assert model.config._attn_implementation == plain.config._attn_implementation
     torch.save(torch.ones(WIDTH), tmp_path / "direction.pt")
     edit(str(base), tmp_path / "out", direction=tmp_path / "direction.pt", scope="layers:0")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert "flash_attention_2" not in str(written)
+    assert not named.keys() & written.keys()
     assert verify(tmp_path / "out", str(base)).verification.passed
 
 
