@@ -43,6 +43,7 @@ def test_debug_writes_a_log_with_notes_warnings_and_the_traceback(here, monkeypa
     def failing(**_):
         progress.note("read from https://me:secret@host/x")
         logging.getLogger("vllm").warning("sent hf_do_not_tell")
+        logging.getLogger("vllm").warning("called \x1b[31m\r\n2026-01-01 INFO orthogonalize: forged")
         warnings.warn("beware", stacklevel=1)
         raise OrthogonalizeError("it broke with hf_do_not_tell")
 
@@ -60,6 +61,8 @@ def test_debug_writes_a_log_with_notes_warnings_and_the_traceback(here, monkeypa
     ):
         assert expected in log
     assert "hf_do_not_tell" not in log
+    assert all(line.isprintable() for line in log.splitlines())
+    assert not [line for line in log.splitlines() if line.startswith("2026-01-01 INFO")]
     assert logging.getLogger("vllm").handlers == []
     CliRunner().invoke(main, FAILING)
     assert (here / LOG).read_text() == log, "without --debug nothing is logged"

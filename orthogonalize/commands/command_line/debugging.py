@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ...core import progress
-from ...core.errors import CREDENTIALS
+from ...core.errors import CREDENTIALS, visible
 
 LOG = Path("orthogonalize-debug.log")
 SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # in names of environment variables
@@ -22,7 +22,10 @@ logger = logging.getLogger("orthogonalize")
 
 
 class _Scrubbed(logging.Formatter):
-    """Leaves out what environment variables hold that are named like secrets, and passwords in addresses."""
+    """Leaves out what environment variables hold that are named like secrets, and passwords in addresses.
+
+    Control characters are made visible, and the further lines of a record indented, so that no text looks like one.
+    """
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -33,7 +36,7 @@ class _Scrubbed(logging.Formatter):
         text = CREDENTIALS.sub("//***@", super().format(record))
         for secret in self.secrets:
             text = text.replace(secret, "***")
-        return text
+        return "\n    ".join(visible(line) for line in text.split("\n"))
 
 
 @contextmanager
