@@ -183,6 +183,19 @@ def test_a_pipe_is_not_waited_for(name, tmp_path):
         READS[name](file)
 
 
+def test_a_base_that_is_a_pipe_is_not_waited_for(base, direction, tmp_path):
+    edit(str(base), tmp_path / "edited", direction=direction, scope="layers:0")
+    recipe = load_recipe(tmp_path / "edited")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "folder" / "config.json")
+    for name in ("pipe", "folder"):
+        recipe.base.model = str(tmp_path / name)
+        recipe.save(tmp_path / "edited")
+        with pytest.raises(OrthogonalizeError):
+            verify(tmp_path / "edited")
+
+
 def test_plots_are_not_written_through_a_link(secret, tmp_path):
     (tmp_path / "run").mkdir()
     (secret.parent / "mine.png").write_text("mine")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from orthogonalize.commands.demo import demo
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.evaluate import evaluate
 from orthogonalize.commands.extract import extract
@@ -107,6 +108,7 @@ COMMANDS = {
     "edit": lambda out: edit("some/model", out, run="run"),
     "evaluate": lambda out: evaluate("edited", "base", "run", out),
     "sweep": lambda out: sweep("base", "run", out),
+    "demo": lambda out: demo(out),
 }
 
 
