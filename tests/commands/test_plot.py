@@ -9,25 +9,21 @@ from pathlib import Path
 
 import pytest
 from helpers.command_line import SMALL, command
-from helpers.made_up import COMMON, made_up_sweep, measures
+from helpers.made_up import measures, report, sweep
 from matplotlib import pyplot as plt
 
 from orthogonalize import load_run, plot
 from orthogonalize.reports.paper.figures import figures_of
 from orthogonalize.reports.paper.layout import COLUMN, PAGE, for_print, paper_style
-from orthogonalize.reports.schema import Report
 
 RUN_SETTINGS = SMALL
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> Path:
+def evaluated(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plotted") / "report"
     folder.mkdir()
-    made = Report(
-        **COMMON, base_model="base", checkpoint="edited", edit=None,
-        base=measures(2 / 3, 0.5), edited=measures(1 / 9, 0.6), paired={}, answers=[],
-    )  # fmt: skip
+    made = report(base=measures(2 / 3), edited=measures(1 / 9))
     (folder / "report.json").write_text(made.model_dump_json())
     return folder
 
@@ -36,7 +32,8 @@ def report(tmp_path_factory) -> Path:
 def swept(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("plotted") / "sweep"
     folder.mkdir()
-    (folder / "sweep.json").write_text(made_up_sweep().model_dump_json())
+    made = sweep({"mild $all_": (1 / 3, 0.0), "strong $all_": (2 / 3, 1 / 7)})
+    (folder / "sweep.json").write_text(made.model_dump_json())
     return folder
 
 
@@ -59,13 +56,13 @@ def assert_for_print(file: Path, width: float) -> None:
     assert b"CreationDate" not in content
 
 
-def test_a_report_s_rates_are_its_own(report, tmp_path):
-    status, output = command("plot", report, "--out", tmp_path / "f.pdf")
+def test_a_report_s_rates_are_its_own(evaluated, tmp_path):
+    status, output = command("plot", evaluated, "--out", tmp_path / "f.pdf")
     assert (status, output) == (0, f"rates: {tmp_path / 'f.pdf'}, {tmp_path / 'f.csv'}")
     assert_for_print(tmp_path / "f.pdf", COLUMN)
-    stored = json.loads((report / "report.json").read_text())
+    stored = json.loads((evaluated / "report.json").read_text())
     found = rows_of(tmp_path / "f.csv")
-    assert len(found) == 4
+    assert len(found) == 8
     for row in found:
         suite, name = row["measure"].split(".")
         rate = stored[row["model"]][suite][name]
@@ -142,16 +139,16 @@ def test_projections_are_those_of_the_stored_activations(run):
         assert means[0] > 0
 
 
-def test_the_same_figure_gives_the_same_bytes(report, tmp_path):
+def test_the_same_figure_gives_the_same_bytes(evaluated, tmp_path):
     for kind in ("pdf", "svg"):
         once, again = tmp_path / f"once.{kind}", tmp_path / f"again.{kind}"
-        plot(report, once, force=True)
-        plot(report, again, force=True)
+        plot(evaluated, once, force=True)
+        plot(evaluated, again, force=True)
         assert once.read_bytes() == again.read_bytes()
     assert b"<text" not in once.read_bytes(), "letters are outlines, which need no font"
 
 
-def test_what_cannot_be_drawn_or_written_is_one_line(report, run, tmp_path):
+def test_what_cannot_be_drawn_or_written_is_one_line(evaluated, run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.json").write_text("[]")
     (tmp_path / "broken.json").write_text("{")
@@ -162,9 +159,9 @@ def test_what_cannot_be_drawn_or_written_is_one_line(report, run, tmp_path):
         ((tmp_path / "empty", *ready), "is not a folder of extract, eval or sweep"),
         ((tmp_path / "other.json", *ready), "is not a report"),
         ((tmp_path / "broken.json", *ready), "is neither a report nor a sweep"),
-        ((report, "--out", tmp_path / "f.png"), "must end with .pdf or .svg"),
-        ((report, "--out", tmp_path / "none" / "f.pdf"), "there is no folder"),
-        ((report, "--out", tmp_path / "there.pdf"), "there.csv already exists"),
+        ((evaluated, "--out", tmp_path / "f.png"), "must end with .pdf or .svg"),
+        ((evaluated, "--out", tmp_path / "none" / "f.pdf"), "there is no folder"),
+        ((evaluated, "--out", tmp_path / "there.pdf"), "there.csv already exists"),
         ((run, *ready, "--figure", "nothing"), "has no figure 'nothing'; it has trials"),
     ):
         status, output = command("plot", *words)
@@ -174,4 +171,4 @@ def test_what_cannot_be_drawn_or_written_is_one_line(report, run, tmp_path):
         assert reason in output
     assert not list(tmp_path.glob("f.*"))
     assert (tmp_path / "there.csv").read_text() == "mine"
-    assert command("plot", report, "--out", tmp_path / "there.pdf", "--force")[0] == 0
+    assert command("plot", evaluated, "--out", tmp_path / "there.pdf", "--force")[0] == 0

@@ -1,4 +1,4 @@
-"""The command line in processes of their own, forked from one that has the slow libraries imported.
+"""Processes forked from one that has the slow libraries imported, so that each starts in a moment.
 
 Unlike a process that was forked from the tests', such a process imports huggingface_hub and this package anew, so it
 reads their environment as a user's would.
@@ -13,8 +13,10 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 # What takes seconds to import, and does not import huggingface_hub.
 SLOW = [
@@ -31,11 +33,24 @@ SLOW = [
 SECONDS = 120
 
 
-def _run(words: Sequence[str], environment: Mapping[str, str], streams: Sequence[Path]) -> None:
-    """Become `python -m orthogonalize WORDS`."""
+def _begin(environment: Mapping[str, str], target: Callable[..., object], arguments: Sequence[Any]) -> None:
     assert "huggingface_hub" not in sys.modules, "its constants would be those of another environment"
     os.environ.clear()
     os.environ.update(environment)
+    target(*arguments)
+
+
+def start(target: Callable[..., object], *arguments: Any, environment: Mapping[str, str]) -> BaseProcess:
+    """Start a process that calls a function of a module, with these variables and no others."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(SLOW)
+    process = context.Process(target=_begin, args=(dict(environment), target, arguments))
+    process.start()
+    return process
+
+
+def _run(words: Sequence[str], streams: Sequence[Path]) -> None:
+    """Become `python -m orthogonalize WORDS`."""
     for number, file in enumerate(streams, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     sys.argv = ["orthogonalize", *words]
@@ -58,12 +73,9 @@ def orthogonalize(words: Sequence[str], environment: Mapping[str, str]) -> subpr
     Raises:
         TimeoutExpired: it takes more than two minutes.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(SLOW)
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = context.Process(target=_run, args=(list(words), dict(environment), streams))
-        process.start()
+        process = start(_run, list(words), streams, environment=environment)
         process.join(SECONDS)
         if process.exitcode is None:
             process.kill()

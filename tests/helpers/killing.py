@@ -1,26 +1,27 @@
 """Commands that are killed at random moments, each in a process forked from one that has everything imported.
 
-Run as a script, this module is that process: it reads jobs from stdin, forks one child per job and writes the child's
-id and then its status. It has one Python thread when it forks, so that a child lacks nothing that a fresh process has.
+That process has one Python thread when it forks, so that a child lacks nothing that a fresh process has.
 """
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from helpers.forked import start
+
 SINGLE = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "RAYON")} | {"TOKENIZERS_PARALLELISM": "0"}
+SECONDS = 600  # for one command
 
 
 def do(job: dict[str, Any]) -> None:
@@ -33,30 +34,26 @@ def do(job: dict[str, Any]) -> None:
     {"edit": edit, "extract": extract, "eval": evaluate, "push": push}[job["command"]](*job["words"], **job["options"])
 
 
-def serve() -> None:
+def serve(jobs: Connection) -> None:
     """Fork a child per job; a job with `warm` runs in this process, so that its children need not import anything."""
     import torch
+    from threadpoolctl import threadpool_limits
     from tqdm import tqdm
 
     torch.set_num_threads(1)
+    threadpool_limits(1)
     tqdm.monitor_interval = 0  # otherwise bars of libraries start a thread
-    for line in sys.stdin:
-        job = json.loads(line)
+    context = multiprocessing.get_context("fork")
+    while (job := jobs.recv()) is not None:
         if job.pop("warm", False):
             do(job)
-            print(threading.active_count(), flush=True)
+            jobs.send(threading.active_count())
             continue
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                do(job)
-                code = 0
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        print(child, flush=True)
-        print(os.waitpid(child, 0)[1], flush=True)
+        child = context.Process(target=do, args=(job,))
+        child.start()
+        jobs.send(child.pid)
+        child.join()
+        jobs.send(child.exitcode)
 
 
 @dataclass
@@ -73,49 +70,35 @@ class Warm:
 
     def __init__(self, **environment: str) -> None:
         self.environment = {**os.environ, **SINGLE, **environment}
-        self.process = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment,
-        )  # fmt: skip
-
-    def _tell(self, job: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job, default=str) + "\n")
-        self.process.stdin.flush()
-
-    def _read(self) -> int:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, "the process that forks died"
-        return int(line)
+        self.jobs, theirs = multiprocessing.Pipe()
+        self.process = start(serve, theirs, environment=self.environment)
+        theirs.close()  # so that its death is noticed
 
     def warm(self, job: dict[str, Any]) -> float:
         """Run a job in the process that forks, which must have one thread afterwards; returns how long it took."""
         began = time.monotonic()
-        self._tell({**job, "warm": True})
-        assert self._read() == 1, "a fork would lack the other threads"
+        self.jobs.send({**job, "warm": True})
+        assert self.jobs.recv() == 1, "a fork would lack the other threads"
         return time.monotonic() - began
 
     def run(self, job: dict[str, Any], kill_after: float) -> int:
-        """The status of a job's process (see `os.waitpid`), which is killed after so many seconds if it still runs."""
-        self._tell(job)
-        child = self._read()
-        time.sleep(kill_after)
-        with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        return self._read()
+        """The exit code of a job's process, which is killed after so many seconds if it still runs."""
+        self.jobs.send(job)
+        child = self.jobs.recv()
+        if not self.jobs.poll(kill_after):
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        return self.jobs.recv()
 
-    def fresh(self, job: dict[str, Any]) -> int:
-        """The status of a job in a process that was not forked, as a user would repeat it."""
-        done = subprocess.run(
-            [sys.executable, __file__, json.dumps(job, default=str)], env=self.environment, check=False, timeout=600
-        )
-        return done.returncode
+    def fresh(self, job: dict[str, Any]) -> int | None:
+        """The exit code of a job in a process that imports everything anew, as a user would repeat it."""
+        process = start(do, job, environment=self.environment)
+        process.join(SECONDS)
+        return process.exitcode
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
+        self.jobs.send(None)
+        self.process.join(60)
 
 
 @contextmanager
@@ -136,7 +119,3 @@ def moments(count: int, longest: float, seed: int = 0) -> Iterator[float]:
     """Random moments of a run, in seconds."""
     generator = random.Random(seed)
     return (generator.uniform(0, longest) for _ in range(count))
-
-
-if __name__ == "__main__":
-    do(json.loads(sys.argv[1])) if sys.argv[1:] else serve()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -89,7 +90,7 @@ def kill_many(
             outcome.finished += 1
             assert found == expected, "the same command gave something else"
         else:
-            assert status == 9, f"it failed by itself: {status}"
+            assert status == -signal.SIGKILL, f"it failed by itself: {status}"
             outcome.kills += 1
             outcome.left.append(sum(1 for _ in place.iterdir()))
             assert outcome.left[-1] <= MOST_LEFT, sorted(entry.name for entry in place.iterdir())

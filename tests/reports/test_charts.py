@@ -7,7 +7,7 @@ import re
 
 import pytest
 from helpers.command_line import UNTRIED
-from helpers.pages import SEARCH, report, sweep
+from helpers.made_up import SEARCH, report, sweep
 
 from orthogonalize import load_run
 from orthogonalize.edits.config import EditConfig

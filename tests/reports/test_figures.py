@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from helpers.command_line import UNTRIED
-from helpers.made_up import made_up_sweep
+from helpers.made_up import sweep
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -115,10 +115,11 @@ def test_names_and_tokens_of_strangers_are_no_formulas(run):
     found = load_run(run)
     tokens = [FORMULA] * len(found.info.position_tokens)
     odd = replace(found, info=found.info.model_copy(update={"position_tokens": tokens}))
+    made_up = sweep({FORMULA: (0.5, 0.1)})
     figures = [
         candidate_figure(odd, "dim"),
         rates_figure(rates_report(FORMULA)),
-        pareto_figure(made_up_sweep().model_copy(update={"model": f"{FORMULA}\x1b[31m", "concept": FORMULA})),
+        pareto_figure(made_up.model_copy(update={"model": f"{FORMULA}\x1b[31m", "concept": FORMULA})),
     ]
     for figure in figures:
         assert figure is not None

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from helpers.hostile_report import hostile_report
-from helpers.pages import SEARCH, sweep
+from helpers.made_up import SEARCH, sweep
 
 from orthogonalize.evals.metrics import Paired, Rate
 from orthogonalize.reports.pages.report_page import AT_ONCE, write_webpage
