@@ -20,7 +20,7 @@ from helpers.chat import bake_prompts
 from helpers.command_line import UNTRIED
 from helpers.hostile_json import DAMAGES, Damage
 from helpers.llama import WIDTH, store, tiny_llama
-from helpers.made_up import made_up_sweep
+from helpers.made_up import sweep
 from helpers.memory_use import memory_growth
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -55,7 +55,7 @@ from orthogonalize.selection.stages import STAGES, StageBook
 
 SHORT = UNTRIED.with_changes(finders=("dim",), train=6, val=1, test=1, enough=1)
 SLOWEST = 60.0  # seconds for one damaged file, on a busy machine
-PARTS = 10  # of the ten thousand
+PARTS = 40  # of the ten thousand
 MEMORY = 2**30  # bytes that reading any of them may take
 
 
@@ -236,7 +236,7 @@ def place(model, run, edited, tmp_path_factory) -> Place:
     edit(root / "model", root / "adapter", direction=root / "direction.pt", layer=1, scope="layers:1", format="lora")
     (root / "adapter" / RECIPE).unlink()  # with one, it would be rebuilt from that
     (root / "sweep").mkdir()
-    (root / "sweep" / "sweep.json").write_text(made_up_sweep().model_dump_json())
+    (root / "sweep" / "sweep.json").write_text(sweep({"mild": (0.3, 0.0), "strong": (0.5, 0.1)}).model_dump_json())
     (root / "options.toml").write_text('[extract]\nseed = 3\ntrain = 64\n[edit]\nscope = "all"\nforce = true\n')
     evaluate(root / "edited", str(model), run, root / "report", engine="hf", suites=["behaviour", "refusal", "kl"])
     shutil.copytree(root / "report", root / "other")
@@ -294,7 +294,7 @@ def survives(place: Place, name: str, damage: Damage) -> None:
             said = str(error)
             assert said
             assert said.isprintable()
-            assert len(said) <= LONGEST + 1
+            assert len(said) <= LONGEST
     assert growth.bytes < MEMORY
 
 
@@ -323,14 +323,22 @@ def test_damaged_files_end_in_one_line(case, place):
     survives(place, *case)
 
 
+@pytest.fixture(scope="module")
+def compiled_place(place) -> Place:
+    """After everything was read once, so that no damaged file is blamed for the minute that numba takes to compile."""
+    for read in READERS.values():
+        read(place)
+    return place
+
+
 @pytest.mark.prove
 @pytest.mark.parametrize("part", range(PARTS))
-def test_ten_thousand_damaged_files_end_in_one_line(part, place):
-    """Other files each time; a part of them takes minutes."""
+def test_ten_thousand_damaged_files_end_in_one_line(part, compiled_place):
+    """Other files each time; a part of them takes a minute or two."""
 
     @settings(max_examples=10_000 // PARTS, **COMMON)
     @given(case=CASES)
     def tried(case: tuple[str, Damage]) -> None:
-        survives(place, *case)
+        survives(compiled_place, *case)
 
     tried()
