@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import shutil
 import socket
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers.hub_server import CHUNKS_TOKEN, Hub, Repository, command
 from helpers.llama import WIDTH, store, tiny_llama
+from helpers.made_up import report
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
@@ -197,10 +199,29 @@ def test_adapter_is_uploaded_as_itself(folder):
     assert (card.data.library_name, card.data.base_model_relation) == ("peft", "adapter")
 
 
-def test_nothing_sent_names_a_token_a_path_or_a_user(folder):
+def test_nothing_sent_names_a_token_a_path_or_a_user(folder, tmp_path):
+    """Not the picture and the page either, from folders full of what is nobody's business."""
+    private = f"{TOKEN} {folder} /home/{getpass.getuser()}/ {socket.gethostname()}"
+    for name in ("edited", "adapter"):
+        shutil.copytree(folder / name, tmp_path / name)
+        for each in (
+            ".env",
+            "notes.txt",
+            "wandb/run.log",
+            ".cache/token",
+            ".README.md.0123.partial",
+            "trainer_state.json",
+        ):
+            (tmp_path / name / each).parent.mkdir(exist_ok=True)
+            (tmp_path / name / each).write_text(private)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.json").write_text(report().model_dump_json())
+    (tmp_path / "report" / "report.html").write_text("<html></html>")
     with Hub(TOKEN) as hub:
-        assert push(hub, folder, folder / "edited", "me/x").returncode == 0
-        assert push(hub, folder, folder / "adapter", "me/y").returncode == 0
+        for name in ("edited", "adapter"):
+            done = push(hub, folder, tmp_path / name, f"me/{name}", "--report", tmp_path / "report")
+            assert done.returncode == 0, done.stderr
+            assert "rates.png" in hub.state.repositories[f"me/{name}"].files
         sent = b"".join(hub.state.bodies) + b"".join(
             content for each in hub.state.repositories.values() for content in each.files.values()
         )
@@ -218,8 +239,6 @@ def test_a_password_in_the_hubs_address_is_not_printed(folder):
 
 
 def test_what_is_not_what_its_recipe_says_is_not_uploaded(folder, tmp_path):
-    import shutil
-
     shutil.copytree(folder / "edited", tmp_path / "edited")
     file = next(iter(load_recipe(tmp_path / "edited").weights))
     content = bytearray((tmp_path / "edited" / file).read_bytes())
@@ -233,8 +252,6 @@ def test_what_is_not_what_its_recipe_says_is_not_uploaded(folder, tmp_path):
 
 
 def test_a_checkpoint_is_verified_before_it_is_uploaded(folder, tmp_path):
-    import shutil
-
     shutil.copytree(folder / "edited", tmp_path / "edited")
     with Hub(TOKEN) as hub:
         done = push(hub, folder, tmp_path / "edited", "me/x", verify=True)

@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 from helpers.command_line import UNTRIED, command
+from helpers.made_up import report
 from huggingface_hub import ModelCard
 
+from orthogonalize.edits.methods.registry import METHODS
 from orthogonalize.edits.recipe import load_recipe
 from orthogonalize.evals.metrics import Paired, Rate
 from orthogonalize.reports.model_card import CardContext, card_text, update_card
@@ -70,18 +72,49 @@ def test_results_on_public_questions_are_in_the_model_index_and_stay_there(edite
     folder = tmp_path / "edited"
     shutil.copytree(edited, folder)
     rate = Rate(value=0.5, n=40, ci95=(0.35, 0.65))
-    report = Report(
+    choices = Report(
         engine="hf", engine_version="transformers", base_model="base", checkpoint="edited", edit=None,
         max_new_tokens=8, sensitive=False, base=Measures(choices={"mmlu": rate, "own": rate}),
         edited=Measures(choices={"mmlu": rate, "own": rate}),
         paired={"choices.mmlu": Paired(difference=0.0, n=40, p=1.0)}, answers=[],
     )  # fmt: skip
-    update_card(folder, report)
+    update_card(folder, choices)
     update_card(folder)
     found = ModelCard((folder / "README.md").read_text()).data.eval_results
     assert [(each.dataset_type, each.metric_type, each.metric_value) for each in found] == [
         ("cais/mmlu", "accuracy", 0.5)
     ]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "adapter", "recipe"])
+def test_card_says_what_was_done_how_to_use_it_and_its_limits(kind, edited):
+    recipe = load_recipe(edited)
+    recipe.base.model = "some/base"
+    licence = {
+        "license": "other",
+        "license_name": "own",
+        "license_link": "https://some.where/licence",
+        "language": ["en"],
+    }
+    measured = report(kept={"behaviour.sets.preserved other": Rate(value=0.98, n=50, ci95=(0.9, 1.0))})
+    measured.paired["behaviour.target"] = Paired(difference=-0.8, n=50, p=1e-9)
+    context = CardContext(kind, "me/edited", concept="cooking", picture="rates.png")
+    card = ModelCard(card_text(recipe, licence, measured, context=context, config={"model_type": "llama"}))
+    relation = "adapter" if kind == "adapter" else "finetune"
+    assert (card.data.base_model, card.data.base_model_relation) == ("some/base", relation)
+    assert {key: card.data[key] for key in licence} == licence
+    assert card.data.tags == ["orthogonalize", "ablate"]
+    sections = ["What was edited", "What it did", "How to use it", "Limits, and use with care"]
+    assert [line[3:] for line in card.text.splitlines() if line.startswith("## ")] == sections
+    for part in (
+        "**Concept:** cooking", f"**In words:** the edit {METHODS['ablate'].summary}", METHODS["ablate"].formula,
+        "(rates.png)", "| lists, target prompts (n = 50) | 90.0% [80.0, 100.0] | 10.0% [0.0, 20.0] |",
+        "98.0% [90.0, 100.0] (n = 50)", "orthogonalize edit some/base --recipe me/edited", "licence still hold",
+    ):  # fmt: skip
+        assert part in card.text, part
+    for part in ("vllm serve", "from_pretrained"):
+        assert (part in card.text) == (kind != "recipe"), part
+    assert ("| llama.cpp | yes |" in card.text) == (kind == "checkpoint")
 
 
 NASTY = "| a | <img src=x> `b`\n# Heading\n---\nlicense: other"
