@@ -49,7 +49,7 @@ def packed_tensors(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
 def unpack(blocks: torch.Tensor) -> torch.Tensor:
     """The numbers [..., 32 n] of blocks [..., n, 16], without their scales, in float32."""
     pairs = torch.stack([blocks & 15, blocks >> 4], -1)
-    return CODES[pairs.int()].flatten(-3)
+    return CODES.to(blocks.device)[pairs.int()].flatten(-3)
 
 
 def pack(numbers: torch.Tensor) -> torch.Tensor:
@@ -61,7 +61,7 @@ def pack(numbers: torch.Tensor) -> torch.Tensor:
 
 def factors(scales: torch.Tensor) -> torch.Tensor:
     """The powers of two that scales stand for."""
-    return torch.ldexp(torch.ones(scales.shape), scales.int() - BIAS)
+    return torch.ldexp(torch.ones(scales.shape, device=scales.device), scales.int() - BIAS)
 
 
 def dequantize_experts(source: Checkpoint, name: str) -> torch.Tensor:
@@ -69,6 +69,15 @@ def dequantize_experts(source: Checkpoint, name: str) -> torch.Tensor:
     blocks, scales = source.read(name + BLOCKS), source.read(name + SCALES)
     wide = unpack(blocks).double() * factors(scales).double().repeat_interleave(BLOCK, -1)
     return wide.mT
+
+
+def decode_experts(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight [experts, in, out] of its blocks and scales, on their device; exact in bfloat16 and wider dtypes."""
+    experts, rows, groups, _ = blocks.shape
+    result = torch.empty(experts, groups * BLOCK, rows, dtype=dtype, device=blocks.device)
+    for own, numbers, table in zip(result, blocks, scales, strict=True):
+        own.copy_((unpack(numbers) * factors(table).repeat_interleave(BLOCK, -1)).mT)
+    return result
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,12 +20,11 @@ from .checkpoint import Checkpoint
 from .mxfp4 import BLOCKS, dequantize_experts, packed_tensors
 from .quantizing.stored import dequantize_packed, packed_float
 from .rounding.base import GRIDS, Scales
-from .safetensors_file import DTYPES, EDITABLE, TensorInfo, row_blocks
+from .safetensors_file import DTYPES, EDITABLE
 from .settings_files import quantization
 from .tensor_edit import TensorEdit
 
 FP8 = "F8_E4M3"
-INDICES = ("I64", "BOOL")  # of positions and masks, which nothing quantises
 SCALES = ("_scale_inv", "_scale")  # suffixes of the weight's name
 VECTORS = 2048  # processed at a time
 LARGEST = GRIDS[DTYPES[FP8]].largest
@@ -169,7 +167,7 @@ def _as_matrices(table: torch.Tensor, experts: tuple[int, ...]) -> torch.Tensor:
     return table.reshape(*experts, rows, -1)
 
 
-def _factors(scales: Scales, shape: tuple[int, ...]) -> torch.Tensor:
+def scale_factors(scales: Scales, shape: tuple[int, ...]) -> torch.Tensor:
     """The scale of every number in a matrix (or one for each expert) whose vectors lie along the axis before last."""
     *experts, rows, columns = shape
     table = torch.from_numpy(scales.values).reshape(len(scales.values), *experts, -1).movedim(0, -2)
@@ -184,50 +182,7 @@ def dequantize(source: Checkpoint, name: str) -> torch.Tensor:
     if packed_float(source.tensors, name) is not None:
         return dequantize_packed(source, name)
     stored, scales = source.read(name), read_scales(source, name, -2)
-    return stored if scales is None else stored.double() * _factors(scales, tuple(stored.shape)).double()
-
-
-def unquantized_tensors(source: Checkpoint, dtype: torch.dtype) -> dict[str, TensorInfo]:
-    """The tensors of a checkpoint as `read_unquantized` gives them: FP8 weights in `dtype`, and no scales.
-
-    Raises:
-        OrthogonalizeError: one is stored in another quantised format.
-    """
-    if "quantization_config" not in source.config:
-        return source.tensors
-    scales = {scale_name(source, name) for name, info in source.tensors.items() if info.dtype == FP8}
-    found = {}
-    for name, info in source.tensors.items():
-        if name in scales:
-            continue
-        packed = next((what for suffix, what in PACKED.items() if name.endswith(suffix)), None)
-        if packed is not None or info.dtype not in (*EDITABLE, *INDICES, FP8):
-            raise OrthogonalizeError(f"{name} is stored as {packed or info.dtype}, which cannot be dequantised here")
-        if info.dtype == FP8:
-            if read_scales(source, name, -2) is None:
-                raise OrthogonalizeError(f"{name} is stored as {FP8} without scales, which cannot be dequantised here")
-            info = replace(info, dtype=next(key for key, value in DTYPES.items() if value == dtype))
-        found[name] = info
-    return found
-
-
-def read_unquantized(source: Checkpoint, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """Tensor `name` as stored; or, if it is FP8, its numbers times their scales, computed in float32, in `dtype`."""
-    stored, scales = source.read(name), read_scales(source, name, -2)
-    if scales is None:
-        return stored
-    result = torch.empty(stored.shape, dtype=dtype)
-    if stored.dim() == 3:
-        count = scales.values.shape[1] // len(stored)
-        for number, expert in enumerate(stored):
-            own = scales._replace(values=scales.values[:, number * count : (number + 1) * count])
-            result[number] = expert.float() * _factors(own, tuple(expert.shape))
-        return result
-    table = torch.from_numpy(scales.values)
-    rows, columns = (torch.arange(n) // every for n, every in zip(stored.shape, scales.every, strict=True))
-    for first, last in row_blocks(stored.shape):
-        result[first:last] = stored[first:last].float() * table[rows[first:last]][:, columns]
-    return result
+    return stored if scales is None else stored.double() * scale_factors(scales, tuple(stored.shape)).double()
 
 
 def _blocks(config: Mapping[str, Any]) -> tuple[int | None, int | None]:

@@ -163,6 +163,9 @@ def load_model(
             output_loading_info=True, **({"device_map": "auto"} if spread else {}),
         )  # fmt: skip
     _check_missing(folder, found["missing_keys"])
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:  # compressed-tensors, which would wait for a call of the model as a whole
+        compressor.decompress_model(model)
     if chosen == torch.float32:  # transformers dequantises MXFP4 to bfloat16, whatever is asked for
         for parameter in model.parameters():
             if parameter.dtype == torch.bfloat16:

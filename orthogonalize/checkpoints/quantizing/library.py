@@ -7,6 +7,8 @@ compressed-tensors.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
@@ -15,10 +17,29 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core.errors import OrthogonalizeError
+from ...core.foreign import explained
+from ..safetensors_file import TensorInfo
 from .names import SchemeName
 from .schemes import SCHEMES, Scheme
 
 LIBRARY = "compressed-tensors"
+# What is stored of a matrix, by the last part of its names.
+PARTS = (
+    "weight_packed", "weight", "weight_scale", "weight_global_scale", "weight_zero_point", "weight_shape",
+    "weight_g_idx",
+)  # fmt: skip
+
+
+def _check_installed(what: str) -> None:
+    try:
+        import compressed_tensors  # noqa: F401
+    except ImportError as error:
+        raise OrthogonalizeError(
+            f"{what} needs {LIBRARY}, which is not installed: pip install 'orthogonalize[quantize]'"
+        ) from error
+
+
+WIDE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class WeightScales(NamedTuple):
@@ -48,12 +69,7 @@ class Quantizer:
         Raises:
             OrthogonalizeError: compressed-tensors is not installed.
         """
-        try:
-            import compressed_tensors  # noqa: F401
-        except ImportError as error:
-            raise OrthogonalizeError(
-                f"{name} needs {LIBRARY}, which is not installed: pip install 'orthogonalize[quantize]'"
-            ) from error
+        _check_installed(name)
         return cls(SCHEMES[name], version(LIBRARY))
 
     @cached_property
@@ -98,3 +114,60 @@ class Quantizer:
         compressor = BaseCompressor.get_value_from_registry(self.scheme.format)
         found = compressor.compress(state, self._preset)
         return {name.removeprefix("weight"): tensor.contiguous() for name, tensor in found.items()}
+
+
+class Decoder:
+    """What decodes the matrices of a checkpoint with these `settings` of quantisation.
+
+    Raises:
+        OrthogonalizeError: compressed-tensors is not installed, or does not understand the settings; or the stream of
+            the model is rotated, which no weights show.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        _check_installed(f"a checkpoint of {LIBRARY}")
+        from compressed_tensors.quantization import QuantizationConfig
+
+        if settings.get("transform_config"):
+            raise OrthogonalizeError("its transform_config rotates what its matrices read, which is not done here")
+        with explained(f"{LIBRARY} does not understand the quantization_config"):
+            self._config = QuantizationConfig.model_validate(dict(settings))
+
+    def _scheme(self, module: str) -> Any:
+        """How a module is quantised: as its name says, or else as all matrices are; None if nothing says it."""
+        groups = list(self._config.config_groups.values())
+        named = (
+            group
+            for group in groups
+            for target in group.targets
+            if target == module or (target.startswith("re:") and re.match(target.removeprefix("re:"), module))
+        )
+        return next(named, next((group for group in groups if "Linear" in group.targets), None))
+
+    def _format(self, scheme: Any) -> str:
+        from compressed_tensors.compressors.format import infer_module_format
+
+        stated = scheme.format or self._config.format
+        if stated in (None, "dense", "mixed-precision"):
+            stated = infer_module_format(torch.nn.Linear, scheme)
+        return str(getattr(stated, "value", stated))
+
+    def shape(self, module: str, stored: TensorInfo) -> tuple[int, ...] | None:
+        """The shape of a decoded matrix, by its packed numbers; None if nothing says how they are packed."""
+        scheme = self._scheme(module)
+        if scheme is None or scheme.weights is None:
+            return None
+        each = {"I32": 32 // scheme.weights.num_bits, "U8": 2, "I8": 1}.get(stored.dtype)
+        return None if each is None else (stored.shape[0], stored.shape[1] * each)
+
+    def decode(self, module: str, state: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """A matrix [out, in] in `dtype` of what is stored of it, on its device."""
+        from compressed_tensors.compressors.base import BaseCompressor
+
+        scheme = self._scheme(module)
+        with explained(f"{LIBRARY} cannot decode {module}", "fetch the checkpoint again"):
+            if state["weight_scale"].dtype in WIDE:  # as transformers does, so that products are in the model's dtype
+                state["weight_scale"] = state["weight_scale"].to(dtype)
+            compressor = BaseCompressor.get_value_from_registry(self._format(scheme))
+            found: torch.Tensor = compressor.decompress(state, scheme)["weight"]
+        return found.to(dtype)

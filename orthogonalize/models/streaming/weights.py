@@ -23,7 +23,8 @@ from torch import nn
 
 from ...architectures.schema import architecture_of, remembered
 from ...checkpoints.checkpoint import Checkpoint
-from ...checkpoints.quantization import read_unquantized, row_reader, scale_name, unquantized_tensors
+from ...checkpoints.decoding.weights import StoredWeight, stored_weights
+from ...checkpoints.quantization import row_reader
 from ...core.errors import OrthogonalizeError
 from ..loading import choose_devices, choose_dtype, load_on_meta
 from ..sites import Sites
@@ -34,13 +35,14 @@ from .ahead import announce, reading_ahead
 def can_stream(checkpoint: Checkpoint) -> bool:
     """Whether the blocks of a checkpoint can be read and run one at a time.
 
-    It is not quantised, or in FP8, and of a family that the package describes: what experiments find, or the user says,
-    does not show that blocks need nothing from each other but the stream.
+    It is not quantised, or in a format that is decoded (see `stored_weights`), and of a family that the package
+    describes: what experiments find, or the user says, does not show that blocks need nothing from each other but the
+    stream.
     """
     if remembered(checkpoint.config) is not None:
         return False
     try:
-        unquantized_tensors(checkpoint, torch.float32)
+        stored_weights(checkpoint, torch.float32)
     except OrthogonalizeError:
         return False
     return True
@@ -50,12 +52,11 @@ def can_stream(checkpoint: Checkpoint) -> bool:
 class _Stored:
     """A tensor of a checkpoint that is read when transformers' loader, in one of its threads, asks for its values."""
 
-    checkpoint: Checkpoint
-    name: str
-    dtype: torch.dtype
+    weight: StoredWeight
+    device: torch.device
 
     def __getitem__(self, _whole: Any) -> torch.Tensor:
-        return read_unquantized(self.checkpoint, self.name, self.dtype)
+        return self.weight.read(self.device)
 
 
 class PartialModel:
@@ -75,8 +76,8 @@ class PartialModel:
             device, dtype: see the attributes; chosen by `choose_devices` and `choose_dtype`.
 
         Raises:
-            OrthogonalizeError: the checkpoint is incomplete, quantized in another format than FP8 or of a family that
-                the package does not describe, or transformers cannot load it.
+            OrthogonalizeError: the checkpoint is incomplete, quantized in a format that is not decoded or of a family
+                that the package does not describe, or transformers cannot load it.
         """
         if remembered(checkpoint.config) is not None:
             raise OrthogonalizeError(
@@ -87,9 +88,10 @@ class PartialModel:
         self.device, *others = choose_devices(device)
         self.dtype = dtype or choose_dtype(self.device, checkpoint.dtype)
         try:
-            self._tensors = unquantized_tensors(checkpoint, self.dtype)
+            self._weights = stored_weights(self.checkpoint, self.dtype)
         except OrthogonalizeError as error:
             raise OrthogonalizeError(f"{checkpoint.path} cannot be streamed: {error}; use --engine hf") from error
+        self._tensors = {name: weight.info for name, weight in self._weights.items()}
         self.model = load_on_meta(checkpoint.path, self._tensors, self.dtype)
         self.stream = Stream.of(self.model)
         self._sites = Sites(architecture_of(config), config, self._tensors)
@@ -157,8 +159,8 @@ class PartialModel:
             device_map={"": self.device},
         )
         older = "tp_plan" in inspect.signature(convert_and_load_state_dict_in_model).parameters  # transformers < 5.10
-        stored = {name: _Stored(self.checkpoint, name, self.dtype) for name in names}
-        announce(self.checkpoint, [*names, *filter(None, (scale_name(self.checkpoint, name) for name in names))])
+        stored = {name: _Stored(self._weights[name], self.device) for name in names}
+        announce(self.checkpoint, [part for name in names for part in self._weights[name].stored])
         with _no_progress_bar():
             convert_and_load_state_dict_in_model(self.model, stored, loading, **({"tp_plan": None} if older else {}))
 
@@ -246,12 +248,19 @@ class PartialModel:
         wanted, vocabulary = sorted({0, *tokens}), self._tensors[self._token_embedding].shape[0]
         if wanted[-1] >= vocabulary:
             raise OrthogonalizeError(f"the tokenizer has token {wanted[-1]}, but the model only {vocabulary} tokens")
-        read = row_reader(self.checkpoint, self._token_embedding)
-        rows = torch.cat([read(first, last) for first, last in _runs(wanted)])
+        rows = self._embedding_rows(wanted)
         with ExitStack() as stack:
             for replica in self.replicas:
                 stack.enter_context(replica._embedded(wanted, rows, vocabulary))
             yield
+
+    def _embedding_rows(self, wanted: Sequence[int]) -> torch.Tensor:
+        """Rows of the token embedding, in order; a quantised one is decoded whole."""
+        weight = self._weights[self._token_embedding]
+        if not weight.plain:
+            return weight.read(self.device)[torch.tensor(wanted, device=self.device)]
+        read = row_reader(self.checkpoint, self._token_embedding)
+        return torch.cat([read(first, last) for first, last in _runs(wanted)])
 
     @contextmanager
     def _embedded(self, wanted: Sequence[int], rows: torch.Tensor, vocabulary: int) -> Iterator[None]:
