@@ -16,7 +16,11 @@ from ..core.errors import OrthogonalizeError, first_line, shown
 from ..core.files import LARGEST_TEXT, check_text, parse_json
 
 LARGEST_CONFIG = 16 * 2**20  # bytes of a configuration
+LARGEST_TOKENIZER = 64 * 2**20  # bytes of a file; the largest of released models have 34 million
 LARGEST_ID = 10**8  # of a token
+# The most entries of a vocabulary, or merges of it, and the most tokens beside it: with these, libraries take some 20
+# seconds and 600 MB. Released models have at most 262,000, 515,000 and some thousands.
+MOST_TOKENS, MOST_ADDED = 10**6, 10**5
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "n_ctx")
 LONGEST_CONTEXT = 2**25  # positions; vLLM keeps a table of them, and no released model has more than ten million
 LAYERS = re.compile(r"n_layers?|(.*_)?num_.*layers")
@@ -193,18 +197,32 @@ def check_tokenizer_files(folder: Path) -> None:
     """Reject a tokenizer whose files a library would choke on.
 
     Raises:
-        OrthogonalizeError: a file is not a JSON object (see `read_json`), or the id of a token is out of bounds.
+        OrthogonalizeError: a file is not a JSON object (see `read_json`), it has too many tokens, or the id of one
+            is out of bounds.
     """
     for name in TOKENIZER_FILES:
         path = folder / name
         if not path.exists():
             continue
-        found = read_json(path)
+        found = read_json(path, LARGEST_TOKENIZER)
         if not isinstance(found, dict):
             raise OrthogonalizeError(f"{path} is not a JSON object")
+        for what, entries, most in _sized(name, found):
+            if isinstance(entries, list | dict) and len(entries) > most:
+                raise OrthogonalizeError(f"{path} has {len(entries)} {what}, and at most {most} are read")
         for number in _token_ids(name, found):
             if type(number) is not int or not 0 <= number <= LARGEST_ID:
                 raise OrthogonalizeError(f"{path} has a token whose id is {shown(number, 40)}; fetch it again")
+
+
+def _sized(name: str, found: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """What a tokenizer file has many of, if it is well-formed, and the most that are read."""
+    model = found.get("model")
+    if isinstance(model, dict):
+        yield "tokens in its vocabulary", model.get("vocab"), MOST_TOKENS
+        yield "merges", model.get("merges"), MOST_TOKENS
+    yield "added tokens", found.get("added_tokens"), MOST_ADDED
+    yield "added tokens", found if name == "added_tokens.json" else found.get("added_tokens_decoder"), MOST_ADDED
 
 
 def _token_ids(name: str, found: Mapping[str, Any]) -> Iterator[Any]:

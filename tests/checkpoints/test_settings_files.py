@@ -178,6 +178,27 @@ def test_hostile_tokenizer_is_one_line(name, chatting, tmp_path):
     refusal(changed(chatting, tmp_path / "base", *TOKENIZERS[name]), load_tokenizer)
 
 
+MANY = {
+    "a large vocabulary": ("tokenizer.json", {"model": {"vocab": {f"{i}": i for i in range(41)}}}),
+    "a vocabulary that is a list": ("tokenizer.json", {"model": {"vocab": [["a", 0.5]] * 41}}),
+    "many merges": ("tokenizer.json", {"model": {"merges": ["a b"] * 41}}),
+    "many added tokens": ("tokenizer.json", {"added_tokens": [{"id": i, "content": f"<{i}>"} for i in range(11)]}),
+    "many added ids": ("added_tokens.json", {f"<{i}>": i for i in range(11)}),
+    "a long decoder": (
+        "tokenizer_config.json",
+        {"added_tokens_decoder": {f"{i}": {"content": "x"} for i in range(11)}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_more_tokens_than_any_model_has_are_refused(name, chatting, tmp_path, monkeypatch):
+    """A million take 20 seconds and 600 MB, three million minutes; smaller limits are tested in the same way."""
+    monkeypatch.setattr("orthogonalize.checkpoints.settings_files.MOST_TOKENS", 40)
+    monkeypatch.setattr("orthogonalize.checkpoints.settings_files.MOST_ADDED", 10)
+    assert "are read" in refusal(changed(chatting, tmp_path / "base", *MANY[name]), load_tokenizer)
+
+
 def test_tokenizer_that_fails_on_a_prompt_is_one_line(chatting, tmp_path):
     """This one has no token for unknown words, which only a prompt with one shows."""
     known = json.loads((chatting / "tokenizer.json").read_text())["model"]
