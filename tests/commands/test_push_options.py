@@ -142,12 +142,18 @@ def test_another_model_of_that_name_is_not_replaced(folder):
     assert on_branch.stdout.strip().endswith("/me/x/tree/edits")
 
 
-def test_gate_and_message_reach_the_hub(folder):
+@pytest.mark.parametrize("licensed", [True, False])
+def test_gate_and_message_arrive_and_no_licence_is_said(folder, licensed, tmp_path):
+    gate, edited = ("manual", folder / "edited") if licensed else ("auto", tmp_path / "edited")
+    if not licensed:
+        shutil.copytree(folder / "edited", edited)
+        (edited / "README.md").write_text("# Mine\n")
     with Hub(TOKEN) as hub:
-        done = push(hub, folder, folder / "edited", "me/x", "--gated", "manual", "--message", "third try")
+        done = push(hub, folder, edited, "me/x", "--gated", gate, "--message", "third try")
         assert done.returncode == 0, done.stderr
-        assert {"gated": "manual"} in hub.state.settings
+        assert {"gated": gate} in hub.state.settings
         assert any(b'"summary": "third try"' in body for body in hub.state.bodies)
+    assert ("names no licence" in done.stderr) == (not licensed)
 
 
 def test_pull_request_leaves_the_repositorys_settings_alone(folder):

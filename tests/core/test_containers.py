@@ -77,7 +77,7 @@ def container(request):
     return started
 
 
-def test_what_another_container_writes_is_left_alone_until_it_is_killed(container, tmp_path, monkeypatch):
+def test_what_another_container_writes_is_kept_until_it_is_killed(container, tmp_path, monkeypatch):
     monkeypatch.setattr("os.getpid", lambda: 1)
     out = tmp_path / "out"
     with container(HOLDS, out, "theirs") as process:
