@@ -27,6 +27,8 @@ from .direction_scoring import Places
 from .meters import ScoredMaps
 from .noted import Ids, Key, NotedScoring
 
+LANE_TOKENS = 1024  # of a lane: few, as there are few prompts, and all variants of a lane pass on one device
+
 
 class StreamedScoring(NotedScoring):
     """Scores candidates in as few passes as the memory for their streams allows.
@@ -94,6 +96,7 @@ class StreamedScoring(NotedScoring):
             self.sets,
             [self._variant(name, request.edits, i) for name, (request, i) in requests.items()],
             state,
+            tokens=LANE_TOKENS,
             entry=before,
             keep=following,
         )
