@@ -176,6 +176,8 @@ class Architecture(_Data):
         layer_count: the configuration keys that may say how many layers there are, by a number or a list of them.
         embed_module: the module in the decoder whose output is the embedding, where others than the blocks read it.
         normalised: whether the stream itself passes through norms, so that what no block writes can come back.
+        active_stream: the configuration key with the number of the stream that parts read and write, where blocks pass
+            on several, [streams, batch, tokens, d].
         images_attended: whether blocks only attend to what an image encoder gives, so that no image enters the stream.
         refused: edits that weights of this family cannot make exactly, and why: of the `embed`ding, of what blocks
             and the head read (`reads`), by `constants` in blocks, or `conditional` ones.
@@ -201,6 +203,7 @@ class Architecture(_Data):
     inert: tuple[str, ...] = ()
     embed_module: str | None = None
     normalised: bool = False
+    active_stream: str | None = None
     images_attended: bool = False
     refused: dict[Literal["embed", "reads", "constants", "conditional"], str] = {}
 

@@ -13,8 +13,8 @@ import torch
 
 from ..core.errors import OrthogonalizeError
 from ..core.progress import Progress
+from .forward.block_inputs import capturing_inputs
 from .forward.prefix import read_prefix, shared_length
-from .hooks import capturing_inputs
 from .stream import Stream
 
 TOKENS_PER_BATCH = 4096

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..core.interventions import Site
-from .hooks import capturing_inputs
+from .forward.block_inputs import capturing_inputs
 from .stream import Stream
 
 

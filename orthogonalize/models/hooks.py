@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -14,6 +14,7 @@ from torch import nn
 from ..architectures.schema import Norms
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import AffineMap, Intervention, Site, conjugate, shift
+from .forward.block_inputs import changing_input
 from .stream import Stream, squares_of
 from .write_matrices import conditionally_edited
 
@@ -184,58 +185,24 @@ def layer_projected(model: nn.Module, layer: int, affine: AffineMap) -> Iterator
     stream = Stream.of(model)
     sites = (Site("attn", layer), Site("mlp", layer))
     outputs = [stream.output(site, part) for site in sites for part in stream.parts(site)]
-    handles = [map_input(stream.block(layer), affine), *(map_output(output, affine.unshifted) for output in outputs)]
-    try:
+    with input_shifted(model, layer, affine), ExitStack() as stack:
+        for output in outputs:
+            stack.callback(map_output(output, affine.unshifted).remove)
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def input_shifted(model: nn.Module, layer: int, affine: AffineMap) -> Iterator[nn.Module]:
-    """Map only the input of block `layer` (activation addition at the source layer)."""
-    handle = map_input(Stream.of(model).block(layer), affine)
-    try:
-        yield model
-    finally:
-        handle.remove()
+    """Map only the input of block `layer` (activation addition at the source layer).
 
-
-@contextmanager
-def capturing_inputs(model: nn.Module, take: Callable[[int, torch.Tensor], None]) -> Iterator[nn.Module]:
-    """Call `take(layer, hidden_states)` at the input of every block and, last, of the head's norm.
-
-    Hidden states are [batch, tokens, d]; layer `layer_count` is the stream that the head reads.
-
-    Raises:
-        OrthogonalizeError: in the forward pass, if blocks pass on several streams, or one is left out.
+    Of several streams, the one that is read is shifted; a direction is taken out of all.
     """
     stream = Stream.of(model)
-    width = stream.architecture.width(stream.config)
-    modules = [*(stream.block(layer) for layer in range(stream.layer_count)), stream.head_norm]
-    handles, after = [], 0  # the layer that comes next
-    for layer, module in enumerate(modules):
 
-        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> None:
-            nonlocal after
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if hidden.dim() > 3 or hidden.shape[-1] != width:
-                raise OrthogonalizeError(
-                    f"blocks of {stream.architecture.family} models pass on several streams, from which no directions "
-                    "are read; give one to edit (--direction)"
-                )
-            if layer > after:
-                raise OrthogonalizeError(
-                    f"block {after} of {stream.architecture.family} models runs only beside an image, so no directions "
-                    "are read from them; give one to edit (--direction)"
-                )
-            after = layer + 1
-            take(layer, hidden)
+    def mapped(hidden: torch.Tensor, _named: Mapping[str, Any]) -> torch.Tensor:
+        if hidden.dim() == 3:
+            return affine(hidden)
+        return stream.with_active(affine.unshifted(hidden), affine(stream.active(hidden)))
 
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with changing_input(stream, layer, mapped):
         yield model
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..architectures.schema import Architecture, Norms, Part, architecture_of
+from ..architectures.schema import Architecture, Norms, Part, architecture_of, setting
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import Site
 
@@ -57,6 +57,28 @@ class Stream:
 
     def block(self, layer: int) -> nn.Module:
         return self.model.get_submodule(self.block_name(layer))
+
+    def active(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The stream [batch, tokens, d] that the parts of a block read and write, of what goes into the block.
+
+        Raises:
+            OrthogonalizeError: that is several streams, and the description does not say which of them it is.
+        """
+        if hidden.dim() == 3 and hidden.shape[-1] == self.architecture.width(self.config):
+            return hidden
+        if hidden.dim() != 4 or self.architecture.active_stream is None:
+            raise OrthogonalizeError(
+                f"blocks of {self.architecture.family} models pass on several streams, from which no directions are "
+                "read; give one to edit (--direction)"
+            )
+        return hidden[int(setting(self.config, self.architecture.active_stream, 0))]
+
+    def with_active(self, hidden: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
+        """What goes into a block, `hidden`, with another stream for the `active` one."""
+        if hidden.dim() == 3:
+            return active
+        number = int(setting(self.config, str(self.architecture.active_stream), 0))
+        return torch.stack([active if n == number else each for n, each in enumerate(hidden)])
 
     @property
     def head_norm(self) -> nn.Module:

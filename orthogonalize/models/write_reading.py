@@ -13,9 +13,9 @@ import torch
 from ..core.errors import OrthogonalizeError
 from ..core.interventions import ConditionalMap, WriteMatrix
 from .activations import TOKENS_PER_BATCH, batches, pad
+from .forward.block_inputs import Entry, capturing_entries
 from .forward.partial import Returned, bare, noting_tuples, starting_at, stopping_before
 from .forward.prefix import Prefix, shared_length
-from .hooks import capturing_inputs
 from .stream import Stream
 from .write_matrices import Watch, conditionally_edited, watching, write_modules
 
@@ -56,7 +56,7 @@ Take = Callable[[str, WriteMatrix, "int | None", torch.Tensor, torch.Tensor], No
 class _Batch:
     padded: torch.Tensor
     counted: dict[str, torch.Tensor]  # by set, [batch * tokens], bool
-    hidden: torch.Tensor | None = None  # the stream at the input of the layer that the reader has come to
+    entry: Entry | None = None  # what goes into the layer that the reader has come to
 
 
 class WriteReader:
@@ -139,17 +139,17 @@ class WriteReader:
         `first`.
         """
 
-        def keep(layer: int, hidden: torch.Tensor) -> None:
+        def keep(layer: int, entry: Entry) -> None:
             if layer == first:
-                batch.hidden = hidden.clone()
+                batch.entry = entry.copy()
 
-        start = batch.hidden
+        start = batch.entry
         with ExitStack() as stack:
             if start is not None and self.at:
                 stack.enter_context(starting_at(self.model, self.at, start, self.returned))
             else:
                 stack.enter_context(noting_tuples(self.model, self._note))
-            stack.enter_context(capturing_inputs(self.model, keep))
+            stack.enter_context(capturing_entries(self.model, keep))
             stack.enter_context(stopping_before(self.model, last + 1))  # after `keep` has seen that block's input
             stack.enter_context(conditionally_edited(self.model, edits, renormalise=False))
             yield stack

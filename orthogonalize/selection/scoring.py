@@ -11,10 +11,12 @@ import torch
 
 from ..core.interventions import AffineMap, Intervention, Site, block_sites
 from ..models.activations import batches, last_tokens, pad
+from ..models.forward.block_inputs import Entry, capturing_entries, capturing_inputs
 from ..models.forward.logits import logits_at
 from ..models.forward.partial import Returned, StreamCache, bare, noting_tuples, starting_at
 from ..models.forward.prefix import Prefix, read_prefix, shared_length
-from ..models.hooks import capturing_inputs, input_shifted, intervened, layer_projected
+from ..models.hooks import input_shifted, intervened, layer_projected
+from ..models.stream import Stream
 from .readouts import Outputs, Readout
 
 PREFIX = "prefix"  # the name of the pass over the tokens that all prompts begin with
@@ -141,20 +143,20 @@ class LocalScorer:
         self.beginning = list(ids[0][:shared]) if ids else []
         self.groups = [[ids[i][shared:] for i in group] for group in batches(ids, tokens=1024)]
         self.order = [i for group in batches(ids, tokens=1024) for i in group]
-        self.inputs: list[list[torch.Tensor]] = []
+        self.inputs: list[list[Entry]] = []
         self.returned: Returned = bare
 
         def note(returned: Returned) -> None:
             self.returned = returned
 
         with noting_tuples(model, note), torch.inference_mode():
-            self.beginning_inputs: list[torch.Tensor] = []
-            with capturing_inputs(model, lambda _, hidden: self.beginning_inputs.append(hidden.clone())):
+            self.beginning_inputs: list[Entry] = []
+            with capturing_entries(model, lambda _, entry: self.beginning_inputs.append(entry.copy())):
                 prefix = read_prefix(model, self.beginning)
             for group in self.groups:
-                stream: list[torch.Tensor] = []
+                stream: list[Entry] = []
                 padded, _ = pad(group, model.device)
-                with capturing_inputs(model, lambda _l, h, s=stream: s.append(h.clone())):  # type: ignore[misc]
+                with capturing_entries(model, lambda _l, e, s=stream: s.append(e.copy())):  # type: ignore[misc]
                     model(input_ids=padded, logits_to_keep=1, **prefix.before(len(group)))
                 self.inputs.append(stream)
 
@@ -169,12 +171,12 @@ class LocalScorer:
 
         If `projected`, the maps act on the input and both outputs of the block `layer`, otherwise only on its input.
         """
-        count, above = len(maps.s), [each for each in self.layers if each > layer]
+        at, count, above = Stream.of(self.model), len(maps.s), [each for each in self.layers if each > layer]
         edit = layer_projected if projected else input_shifted
         every_map = maps.to(self.model.device, torch.float32)
         prefix = Prefix()
         if self.beginning:
-            begun = self.beginning_inputs[layer].expand(count, -1, -1)
+            begun = self.beginning_inputs[layer].repeated(count)
             with starting_at(self.model, layer, begun, self.returned), edit(self.model, layer, every_map):
                 prefix = read_prefix(self.model, self.beginning, count)
         probabilities: list[torch.Tensor] = []
@@ -182,14 +184,16 @@ class LocalScorer:
         for group, stream in zip(self.groups, self.inputs, strict=True):
             padded, lengths = pad(group, self.model.device)
             rows = _repeated(every_map, len(group))
-            resumed = starting_at(self.model, layer, stream[layer].repeat(count, 1, 1), self.returned)
+            resumed = starting_at(self.model, layer, stream[layer].repeated(count), self.returned)
             every = lengths.repeat(count)
             with resumed, edit(self.model, layer, rows), _reading(self.model, above, every) as taken:
                 logits = last_logits(self.model, padded.repeat(count, 1), every, prefix, count).float()
             probabilities.append(logits.softmax(-1).reshape(count, len(group), -1).cpu())
             for each in self.layers:
                 if each not in taken:  # at or below the edit, which does not reach it
-                    taken[each] = last_tokens(stream[each], lengths, 1)[:, 0].float().cpu().repeat(count, 1)
+                    taken[each] = (
+                        last_tokens(at.active(stream[each].hidden), lengths, 1)[:, 0].float().cpu().repeat(count, 1)
+                    )
                 streams[each].append(taken[each].reshape(count, len(group), -1))
         place = torch.tensor(self.order).argsort()
         return Outputs(

@@ -23,7 +23,8 @@ from orthogonalize.edits.config import EditConfig
 from orthogonalize.edits.methods.registry import METHODS
 from orthogonalize.edits.recipe import Base as RecipeBase
 from orthogonalize.edits.recipe import Recipe, Source, load_recipe, store_maps
-from orthogonalize.models.hooks import capturing_inputs, intervened
+from orthogonalize.models.forward.block_inputs import capturing_inputs
+from orthogonalize.models.hooks import intervened
 from orthogonalize.selection.run_folder import load_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")

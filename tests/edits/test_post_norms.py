@@ -24,7 +24,8 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import ConditionalMap, Intervention, Site, conjugate, removal
 from orthogonalize.edits.bake import bake
 from orthogonalize.edits.scopes import map_sites, parse_scope
-from orthogonalize.models.hooks import capturing_inputs, intervened
+from orthogonalize.models.forward.block_inputs import capturing_inputs
+from orthogonalize.models.hooks import intervened
 from orthogonalize.models.stream import Stream
 from orthogonalize.models.write_matrices import write_modules
 

@@ -84,13 +84,14 @@ def class_table(measured: dict[str, dict[str, Any]]) -> str:
     passed = sum("conditional" in of.get("gaps", {}) and "conditional" not in of["refused"] for of in measured.values())
     seconds = sum(of["seconds"] for of in measured.values())
     counts = f"{passed} of {len(measured)} classes ({passed / len(measured):.1%}) pass, in {seconds:.0f} seconds."
-    head = "| class | blocks | conditional | embedding | reads | seconds | what is missing |"
-    return "\n".join([counts, "", head, "|" + "---|" * 7, *rows])
+    head = "| class | blocks | conditional | embedding | reads | constants | seconds | what is missing |"
+    return "\n".join([counts, "", head, "|" + "---|" * 8, *rows])
 
 
 def _class_row(name: str, of: dict[str, Any]) -> str:
     gaps, refused = of.get("gaps", {}), of.get("refused", {})
-    cells = ["refused" if k in refused else _small(gaps.get(k)) for k in ("blocks", "conditional", "embed", "reads")]
+    kinds = ("blocks", "conditional", "embed", "reads", "constants")
+    cells = ["refused" if k in refused else _small(gaps.get(k)) for k in kinds]
     missing = of.get("reason") or "; ".join(dict.fromkeys(refused.values()))
     return f"| {name} | {' | '.join(cells)} | {of['seconds']:.1f} | {_without_paths(missing)} |"
 

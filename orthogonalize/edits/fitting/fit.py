@@ -320,6 +320,7 @@ class Regression:
 
     def __init__(self, module: WriteModule, basis: torch.Tensor, stream: Stream, shares: Mapping[str, float]) -> None:
         self.matrix, self.basis, self.shares = module.matrix, basis, shares
+        self.images_attended = stream.architecture.images_attended
         self.norm: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
         scale = stream.post_scale(module.matrix.site, module.part)
         if scale is not None:
@@ -371,6 +372,8 @@ class Regression:
 
     def solve(self, weights: Weights) -> tuple[ConditionalMap | None, int]:
         """The map, or None if there are too few tokens; and how many experts are left alone."""
+        if not self.seen and self.images_attended:  # its block runs only beside an image, and there was none
+            return None, 0
         if not self.experts:
             found = self._solve(None, weights)
             self.seen.clear()

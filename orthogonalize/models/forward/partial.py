@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from ..hooks import capturing_inputs
 from ..stream import Stream
+from .block_inputs import SHARED, Entry, capturing_entries, changing_input
 
 KEPT = 2**28  # numbers of a `StreamCache`: 1 GiB in float32
 
@@ -43,23 +43,24 @@ def noting_tuples(model: Any, take: Callable[[Returned], None]) -> Iterator[None
 
 
 @contextmanager
-def starting_at(model: Any, layer: int, hidden: torch.Tensor, returned: Returned) -> Iterator[None]:
-    """Make `model` start at block `layer` with the input `hidden`; earlier blocks do nothing.
+def starting_at(model: Any, layer: int, entry: Entry, returned: Returned) -> Iterator[None]:
+    """Make `model` start at block `layer` with what `entry` has; earlier blocks do nothing.
 
     `returned`: how blocks return the stream (see `noting_tuples`).
     """
     stream = Stream.of(model)
     skipped = [stream.block(i) for i in range(layer)]
 
-    def replace(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (hidden, *args[1:]), {k: v for k, v in kwargs.items() if k != "hidden_states"}
+    def replace(_hidden: torch.Tensor, named: Mapping[str, Any]) -> torch.Tensor:
+        if entry.shared:
+            named[SHARED].update(entry.shared)
+        return entry.hidden
 
-    handle = stream.block(layer).register_forward_pre_hook(replace, with_kwargs=True)
-    try:
-        with replaced_forwards(skipped, lambda hidden_states, *_args, **_kwargs: returned(hidden_states)):
-            yield
-    finally:
-        handle.remove()
+    with (
+        changing_input(stream, layer, replace),
+        replaced_forwards(skipped, lambda hidden_states, *_args, **_kwargs: returned(hidden_states)),
+    ):
+        yield
 
 
 @contextmanager
@@ -109,17 +110,17 @@ class StreamCache:
 
     def __init__(self, model: Any, layer: int, kept: int = KEPT) -> None:
         self.model, self.layer, self.kept = model, layer, kept
-        self._hidden: dict[Hashable, torch.Tensor] = {}
+        self._entries: dict[Hashable, Entry] = {}
         self._returned: Returned = bare
 
     @contextmanager
     def recording(self, name: Hashable) -> Iterator[None]:
         """Keep the stream of the forward pass in this context; the blocks before `layer` must not be edited."""
 
-        def keep(layer: int, hidden: torch.Tensor) -> None:
-            held = sum(stream.numel() for stream in self._hidden.values())
-            if layer == self.layer and held + hidden.numel() <= self.kept:
-                self._hidden[name] = hidden.clone()
+        def keep(layer: int, entry: Entry) -> None:
+            held = sum(kept.numel for kept in self._entries.values())
+            if layer == self.layer and held + entry.numel <= self.kept:
+                self._entries[name] = entry.copy()
 
         def note(returned: Returned) -> None:
             self._returned = returned
@@ -127,14 +128,14 @@ class StreamCache:
         if not self.layer:
             yield
             return
-        with noting_tuples(self.model, note), capturing_inputs(self.model, keep):
+        with noting_tuples(self.model, note), capturing_entries(self.model, keep):
             yield
 
     @contextmanager
     def resumed(self, name: Hashable) -> Iterator[None]:
         """Start the forward pass in this context at block `layer`, or at its beginning if it was not kept."""
-        if name not in self._hidden:
+        if name not in self._entries:
             yield
             return
-        with starting_at(self.model, self.layer, self._hidden[name], self._returned):
+        with starting_at(self.model, self.layer, self._entries[name], self._returned):
             yield

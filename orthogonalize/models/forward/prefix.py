@@ -103,7 +103,8 @@ def _keeps_pairs(model: Any) -> bool:
         return False
     layers = DynamicCache(config=stream.decoder.config).layers
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    return plain and len(layers) == stream.layer_count
+    every = not stream.architecture.images_attended  # without an image, some blocks do not run
+    return plain and every and len(layers) == stream.layer_count
 
 
 @torch.inference_mode()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ...models.activations import batches, capture, check_finite, last_tokens
+from ...models.forward.block_inputs import capturing_inputs
 from ...models.forward.prefix import shared_length
-from ...models.hooks import capturing_inputs
 from ..readouts import Outputs
 from ..scoring import PREFIX, read_outputs
 
