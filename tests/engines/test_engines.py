@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from functools import partial
 from multiprocessing import Pipe
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from helpers.llama import store, tiny_llama
 from orthogonalize.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from orthogonalize.cli import main
 from orthogonalize.core.errors import InPlaceError, OrthogonalizeError
+from orthogonalize.engines import weight_swap
 from orthogonalize.engines.base import EngineOptions
 from orthogonalize.engines.data_parallel import EngineGroup, _devices, _serve
 from orthogonalize.engines.registry import check_engine, open_engine
@@ -269,6 +271,58 @@ def test_swap_loads_whole_blocks_and_undoes_the_last_one(folder):
     assert {n.split(".")[2] for n in swap.engine.given} == {"2"}
     with pytest.raises(ValueError, match="no tensor"):
         swap.apply({"lm_head.bias": lambda: torch.zeros(1)})
+
+
+class Fusing(TransformersEngine):
+    """An engine that holds some tensors of a block as one: whatever of it is not given is lost."""
+
+    FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+    def __init__(self, folder) -> None:
+        super().__init__(folder, None, "cpu")
+        self.given: list[set[str]] = []
+
+    def load(self, weights):
+        lost = {}
+        for name in weights:
+            for group in self.FUSED:
+                own = next((part for part in group if part in name), None)
+                others = [name.replace(own, part) for part in group] if own else []
+                lost |= {other: (lambda: torch.tensor(0.5)) for other in others if other not in weights}
+        self.given.append(set(weights))
+        super().load({**lost, **weights})
+
+
+def test_what_an_engine_does_not_fuse_is_swapped_without_its_block(folder):
+    source = open_checkpoint(folder)
+    attention = [n for n in source.tensors if n.startswith("model.layers.1.self_attn.")]
+    output, query = (f"model.layers.1.self_attn.{name}.weight" for name in ("o_proj", "q_proj"))
+    with Fusing(folder) as engine:
+        before, swap = engine.fingerprint(), WeightSwap(engine, source)
+        assert swap.first_unswappable(source.tensors) is None
+        assert engine.fingerprint() == before
+        engine.given.clear()
+        swap.apply({output: lambda: 2 * source.read(output)})
+        swap.apply({query: lambda: 2 * source.read(query)})
+        swap.apply({output: lambda: 2 * source.read(output)})
+        swap.restore()
+        assert engine.fingerprint() == before
+        assert engine.given == [{output}, set(attention), set(attention), {output}]
+
+
+def test_a_swap_loads_a_few_blocks_at_a_time(folder, monkeypatch):
+    source = open_checkpoint(folder)
+    names = [n for n in source.tensors if ".mlp." in n]
+    size = sum(source.tensors[n].size for n in names if n.startswith("model.layers.0."))
+    monkeypatch.setattr(weight_swap, "PORTION", 2 * size)
+    with Fusing(folder) as engine:
+        before, swap = engine.fingerprint(), WeightSwap(engine, source)
+        swap.apply({n: partial(lambda n: 2 * source.read(n), n) for n in names if "down_proj" in n})
+        assert [len(given) for given in engine.given] == [6, 6]
+        held = dict(engine.model.named_parameters())
+        assert all(torch.equal(held[n], (2 if "down_proj" in n else 1) * source.read(n)) for n in names)
+        swap.restore()
+        assert engine.fingerprint() == before
 
 
 def test_single_token_choices_are_recognised():

@@ -22,10 +22,10 @@ def quantised(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[..., 0::2] + 16 * codes[..., 1::2], (scale.squeeze(-1) + 127).to(torch.uint8)
 
 
-def mxfp4_base(folder: Path, **sizes: int) -> Path:
+def mxfp4_base(folder: Path, head_dim: int = 32, **sizes: int) -> Path:
     """Store the model, with random weights; `sizes` are keys of its configuration."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(TINY["gpt_oss"].config(32, **sizes), dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(TINY["gpt_oss"].config(head_dim, **sizes), dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
     model.save_pretrained(folder)

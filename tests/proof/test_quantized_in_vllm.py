@@ -36,7 +36,8 @@ print("FOUND" + json.dumps([found, proof.uninitialised]))
 
 
 def scores_in_vllm(folder: Path) -> tuple[list[list[dict[str, float]]], list[str]]:
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    known = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), *known])
     done = subprocess.run(
         [sys.executable, "-c", SERVE, folder, json.dumps(PROMPTS.tolist())],
         env=os.environ | SETTINGS | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
