@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from helpers.tiny_models import TINY
 
@@ -46,6 +47,15 @@ def dequantised_model(folder: Path, dtype: torch.dtype):
 
 
 def dequantised_folder(base: Path, folder: Path) -> Path:
-    """Store the same model in bfloat16."""
-    dequantised_model(base, torch.bfloat16).save_pretrained(folder)
+    """Store the same model in bfloat16. (transformers 5 leaves the experts out if it saves what it dequantised.)"""
+    tensors = load_file(base / "model.safetensors")
+    for blocks in [name for name in tensors if name.endswith("_blocks")]:
+        name = blocks.removesuffix("_blocks")
+        packed = tensors.pop(blocks), tensors.pop(name + "_scales")
+        tensors[name] = convert_moe_packed_tensors(*packed, dtype=torch.bfloat16).contiguous()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    stored = json.loads((base / "config.json").read_text())
+    del stored["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(stored))
     return folder
