@@ -82,7 +82,7 @@ def test_reason_that_may_pass_is_said_and_the_next_command_goes_on(source, monke
     assert open_names(architecture_of(source.config)) == NAMES
     for _ in range(2):  # in one process, no edit waits for the same again
         reason = ask_server(source)
-        assert reason == "vLLM did not answer in 900 s; that may pass: free memory or wait, and run the command again"
+        assert reason == f"vLLM did not answer in 900 s; {small_model.AGAIN}"
     assert open_names(architecture_of(source.config)) == NAMES[1:]
     another_process(monkeypatch, source)
     assert ask_server(source) == ""

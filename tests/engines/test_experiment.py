@@ -117,6 +117,13 @@ def test_answers_do_not_depend_on_what_may_pass():
     assert told == [{"head": "vllm"}]
 
 
+def test_backend_that_is_of_no_use_is_not_asked():
+    fake = Fake(own=HEAD.tensors, backend=MLP.tensors)
+    assert ask([HEAD, MLP], fake, backend=False) == Told({"head": "vllm", "mlp.dense": "never"})
+    assert {served for served, *_ in fake.starts} == {"vllm"}
+    assert ask([HEAD], Fake(backend=HEAD.tensors, refused=["all"]), backend=False) == Told({}, "vllm stops")
+
+
 def test_what_is_known_is_not_asked_again():
     fake = Fake(own=MLP.tensors, backend=MLP.tensors)
     known = {"head": "never", "attn.self": "transformers"}

@@ -21,6 +21,7 @@ from orthogonalize.commands.edit import edit
 from orthogonalize.engines.experiment.ask import ask_server
 from orthogonalize.engines.experiment.questions import PROMPTS
 from orthogonalize.models.describe.twin import save_twin
+from orthogonalize.models.describe.wrapper_twin import save_wrapper_twin
 
 pytestmark = [pytest.mark.prove, pytest.mark.usefixtures("one_thread")]
 # Heads that vLLM's class has, refuses, or takes from the embedding; biases that a flag creates, that are always there,
@@ -63,6 +64,23 @@ def test_experiment_on_vllm_agrees_with_the_shipped_file(name, tmp_path, monkeyp
     # Where the backend does not run at all, it may be for the small model's sake; files say "never".
     assert open_still == [name for name, answer in said.items() if answer == "never"]
     assert ("does not dispatch through" in reason) == bool(open_still)
+
+
+def test_experiment_on_a_wrapper_agrees_with_the_shipped_file(tmp_path, monkeypatch):
+    """Gemma 3 with images, whose class in vLLM runs a head of its own."""
+    pytest.importorskip("vllm")
+    pytest.importorskip("torchvision")  # vLLM imports it for every multimodal class
+    monkeypatch.setenv("ORTHOGONALIZE_CACHE", str(tmp_path / "cache"))
+    shipped = families()["gemma3"]
+    (tmp_path / "model").mkdir()
+    save_wrapper_twin(AutoConfig.for_model("gemma3"), tmp_path / "model")
+    source = open_checkpoint(tmp_path / "model")
+    remember(source.config, answered(shipped, {HEAD: "unknown"}))
+    try:
+        assert ask_server(source) == ""
+        assert architecture_of(source.config).head.untied == shipped.head.untied
+    finally:
+        remember(source.config, None)
 
 
 SERVE = """

@@ -133,15 +133,18 @@ def ask(
     start: Start,
     known: Mapping[str, Answer] | None = None,
     tell: Callable[[Mapping[str, Answer]], object] = lambda _: None,
+    backend: bool = True,
 ) -> Told:
     """The answers to all questions, those that are `known` included.
 
-    vLLM's own class comes first; its Transformers backend is asked for what that does not read. `tell` is given the
-    answers whenever there are more.
+    vLLM's own class comes first; its Transformers backend is asked for what that does not read, unless the model has no
+    use for the `backend`. `tell` is given the answers whenever there are more.
     """
     found = dict(known or {})
     failures: list[str] = []
-    asks: dict[Served, Callable[..., set[str]]] = {"vllm": _read_by_class, "transformers": _read_at_once}
+    asks: dict[Served, Callable[..., set[str]]] = {"vllm": _read_by_class}
+    if backend:
+        asks["transformers"] = _read_at_once
     for served, read_by in asks.items():
         left = [question for question in questions if question.name not in found]
         try:

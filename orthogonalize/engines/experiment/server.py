@@ -120,8 +120,10 @@ def _store_variant(
     kept = {name: source.read(name) for name in source.tensors if name not in dropped}
     kept |= {name: torch.full_like(kept[name], math.nan) for name in spoiled}
     save_file(kept, folder / SINGLE, {"format": "pt"})
-    config = source.config | {key: value for question in left_out for key, value in question.without.items()}
-    config |= {"architectures": [backend]} if backend else {}
+    without = {key: value for question in left_out for key, value in question.without.items()}
+    config = source.config | without | ({"architectures": [backend]} if backend else {})
+    if "text_config" in config:  # of a wrapper, whose class may look for the head's flag in either place
+        config["text_config"] = config["text_config"] | without
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -168,14 +170,14 @@ class _Starter:
     Attributes:
         control: the embedding.
         expected: transformers' log-probabilities of the prompts.
-        backend: the class that stands for vLLM's Transformers backend.
+        backend: the class that stands for vLLM's Transformers backend; None if the model has no use for it.
     """
 
     source: Checkpoint
     every: Sequence[Question]
     control: str
     expected: Sequence[float]
-    backend: str
+    backend: str | None
 
     @contextmanager
     def __call__(self, served: Served, stored: Sequence[Question], spoiled: Sequence[str]) -> Iterator[_Served]:
@@ -200,7 +202,7 @@ def main(folder: Path) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the loader is changed in this process
     with _unset_is_nan():
         start = _Starter(open_checkpoint(folder), every, given["control"], given["expected"], given["backend"])
-        told = ask(every, start, given["known"], lambda answers: _print(partly=answers))
+        told = ask(every, start, given["known"], lambda answers: _print(partly=answers), bool(given["backend"]))
     _print(told=asdict(told))
 
 

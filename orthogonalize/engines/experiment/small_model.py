@@ -19,14 +19,17 @@ from ...architectures.open_questions import HEAD, Answer, answered, open_flags, 
 from ...architectures.schema import Architecture, families
 from ...checkpoints.checkpoint import Checkpoint, open_checkpoint
 from ...core.errors import OrthogonalizeError, first_line, shown
+from ...core.foreign import has
 from ...core.progress import track
 from ...core.temporary_folders import temporary_folder
 from ...models.describe.twin import SERVED_SIZES, load_twin, logits, save_twin
+from ...models.describe.wrapper_twin import save_wrapper_twin
 from ...models.loading import load_config
 from ...models.sites import Sites
 from .passing import SIGNALS, may_pass, says_short
-from .questions import PROMPTS, QUESTIONS, Told, open_questions
+from .questions import PROMPTS, QUESTIONS, PassingError, Told, open_questions
 
+AGAIN = "that may pass: free memory, wait or install it, and run the command again"
 SECONDS = 900  # that all starts of vLLM may take, on a busy machine
 
 
@@ -37,7 +40,7 @@ def experiment(source: Checkpoint, architecture: Architecture, known: Mapping[st
     """
     told, started = _tried(load_config(source.path), architecture, known)
     if told.passing:
-        return replace(told, reason=f"{told.reason}; that may pass: free memory or wait, and run the command again")
+        return replace(told, reason=f"{told.reason}; {AGAIN}")
     if told.reason and started:
         llama = answered(families()["llama"], {HEAD: "unknown"})
         other, _ = _tried(AutoConfig.for_model("llama"), llama, {})
@@ -53,7 +56,7 @@ def _tried(config: Any, architecture: Architecture, known: Mapping[str, Answer])
         try:
             lacking = _store_questions(config, architecture, known, twin)
         except (OrthogonalizeError, OSError) as error:
-            return Told(known, first_line(error), may_pass(error)), False
+            return Told(known, first_line(error), isinstance(error, PassingError) or may_pass(error)), False
         told = _served(twin)
     told = replace(told, answers={**known, **told.answers})
     if lacking and not told.reason:
@@ -69,14 +72,14 @@ def _store_questions(
     Raises:
         OrthogonalizeError: there is no such model, or no question about it.
     """
-    if config.get_text_config() is not config:
-        raise OrthogonalizeError(
-            "vLLM runs the text model of a wrapper in another class than on its own, so it is not asked"
-        )
     config = deepcopy(config)
+    text = config.get_text_config()
+    if text is not config and not has("torchvision"):  # which vLLM imports for every such class
+        raise PassingError("vLLM runs a model of texts and images only with torchvision, which is not installed")
     for flag, value in open_flags(architecture).items():
-        setattr(config, flag, value)
-    save_twin(config, twin, SERVED_SIZES, torch.bfloat16)
+        setattr(text, flag, value)
+    save = save_twin if text is config else save_wrapper_twin  # vLLM runs a wrapper's text model in a class of its own
+    save(config, twin, SERVED_SIZES, torch.bfloat16)
     small = open_checkpoint(twin)
     sites = Sites(architecture, small.config, small.tensors)
     questions = open_questions(sites)
@@ -84,7 +87,7 @@ def _store_questions(
         "questions": [asdict(question) for question in questions],
         "known": dict(known),
         "control": _control(sites),
-        "backend": architecture.transformers_class,
+        "backend": architecture.transformers_class if text is config else None,  # which would leave images out
         "expected": _expected(twin),
     }
     (twin / QUESTIONS).write_text(json.dumps(asked), "utf-8")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -239,25 +240,25 @@ def twin_class(folder: Path) -> Any:
     return getattr(transformers, named, None) or model_class(folder)
 
 
-def _check_small(config: Any) -> None:
+def _check_small(config: Any, kind: Any) -> None:
     """Check, before any memory is taken, that a model is small: `SIZES` may lack a key by which it grows.
 
     Raises:
         ValueError: it is not.
     """
     with torch.device("meta"):
-        model = text_class(config)._from_config(config, attn_implementation="eager")
+        model = kind._from_config(config, attn_implementation="eager")
     count = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     if count > MOST_NUMBERS:
         raise ValueError(f"it has {count} parameters at the smallest")
 
 
-def _randomised(config: Any) -> Any:
-    """A random model with configuration `config` in float64, its norms and biases random as well."""
+def randomised(config: Any, kind: Any) -> Any:
+    """A random model of the class `kind` with configuration `config`, in float64, norms and biases random as well."""
     torch.manual_seed(0)
     config._experts_implementation = "eager"
-    _check_small(config)
-    model = text_class(config)._from_config(config, attn_implementation="eager").double().eval()
+    _check_small(config, kind)
+    model = kind._from_config(config, attn_implementation="eager").double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn_like(parameter)
@@ -269,10 +270,11 @@ def _randomised(config: Any) -> Any:
     return model
 
 
-def _attempts(config: Any, sizes: Mapping[str, int]) -> Iterator[Any]:
+def attempts(config: Any, sizes: Mapping[str, int]) -> Iterator[Callable[[], Any]]:
+    """Functions that make a configuration of a small text model, in several ways."""
     for fill in (False, True):
         for heads in HEADS:
-            yield lambda heads=heads, fill=fill: shrink_config(config, heads, fill, sizes)
+            yield partial(shrink_config, config, heads, fill, sizes)
 
 
 def token_ids(model: Any, rows: int = 2, length: int = 13, seed: int = 1) -> torch.Tensor:
@@ -308,6 +310,17 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return found.double()
 
 
+def check_logits(model: Any) -> None:
+    """Check that a twin runs.
+
+    Raises:
+        ValueError: it does not give a row of logits for every token.
+    """
+    ids = token_ids(model)
+    if logits(model, ids).shape[:2] != ids.shape:
+        raise ValueError("it does not give a row of logits for every token")
+
+
 def save_twin(config: Any, folder: Path, sizes: Mapping[str, int] = SIZES, dtype: torch.dtype = torch.float64) -> Any:
     """Store a twin of the text model with configuration `config` in `folder`; its own configuration.
 
@@ -318,13 +331,11 @@ def save_twin(config: Any, folder: Path, sizes: Mapping[str, int] = SIZES, dtype
         OrthogonalizeError: there is none.
     """
     reasons = []
-    for attempt in _attempts(config, sizes):
+    for attempt in attempts(config, sizes):
         try:
             small = attempt()
-            model = _randomised(small)
-            ids = token_ids(model)
-            if logits(model, ids).shape[:2] != ids.shape:
-                raise ValueError("it does not give a row of logits for every token")
+            model = randomised(small, text_class(small))
+            check_logits(model)
             model.config._experts_implementation = None
             model.to(dtype).save_pretrained(folder)
             return small
