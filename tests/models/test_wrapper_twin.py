@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
+import transformers
+from helpers.tiny_models import store_tiny
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from orthogonalize.architectures.open_questions import answered, open_flags, parts_with_bias
-from orthogonalize.architectures.schema import families
+from orthogonalize.architectures.schema import architecture_of, families
 from orthogonalize.checkpoints.checkpoint import open_checkpoint
 from orthogonalize.core.errors import OrthogonalizeError
+from orthogonalize.edits.descriptions.automatic import learn
 from orthogonalize.engines.experiment import server, small_model
 from orthogonalize.engines.experiment.questions import QUESTIONS, open_questions
 from orthogonalize.models.describe.twin import load_twin, logits, save_twin, token_ids
@@ -97,6 +101,25 @@ def test_wrapper_without_what_vllm_needs_for_it_is_asked_later(monkeypatch):
     assert told.passing
     assert told.answers == {"head": "vllm"}
     assert told.reason.endswith("only with torchvision, which is not installed")
+
+
+def test_thinker_among_other_models_is_refused_with_a_way_out_that_works(tmp_path):
+    """As Qwen3-Omni is stored: the thinker's tensors have its name before theirs."""
+    store_tiny("qwen3_omni_moe_thinker multimodal", tmp_path / "thinker", torch.float32)
+    thinker = open_checkpoint(tmp_path / "thinker")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file({f"thinker.{n}": thinker.read(n) for n in thinker.tensors}, whole / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "qwen3_omni_moe", "architectures": ["Qwen3OmniMoeForConditionalGeneration"]}
+    (whole / "config.json").write_text(json.dumps(config | {"thinker_config": thinker.config}))
+    with pytest.raises(OrthogonalizeError, match=r"edit its thinker alone.*--engine hf") as refused:
+        learn(open_checkpoint(whole))
+    named = re.search(r"transformers\.(\w+)\.from_pretrained", str(refused.value))[1]
+    getattr(transformers, named).from_pretrained(whole).save_pretrained(tmp_path / "alone")
+    alone = open_checkpoint(tmp_path / "alone")
+    assert architecture_of(alone.config).family == "qwen3_omni_moe_thinker"
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(logits(load_twin(tmp_path / "alone"), ids), logits(load_twin(tmp_path / "thinker"), ids))
 
 
 def test_class_without_images_is_no_wrapper(tmp_path):

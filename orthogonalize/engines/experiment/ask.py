@@ -48,7 +48,8 @@ def ask_server(source: Checkpoint) -> str:
     file = cache_folder() / "descriptions" / f"{key}.json"
     told, how = _kept(file, names), f"by an earlier experiment on vLLM ({file})"
     if told.reason:
-        _failures[key] = f"{told.reason}; found earlier, remove {file} to ask again"
+        _failures[key] = told.reason
+        note(f"{shown(architecture.family, 60)}: an earlier experiment on vLLM failed; remove {file} to repeat it")
     elif key not in _failures and not told.answers.keys() >= set(names):
         started = time.monotonic()
         told = experiment(source, architecture, told.answers)

@@ -45,7 +45,7 @@ def experiment(source: Checkpoint, architecture: Architecture, known: Mapping[st
         llama = answered(families()["llama"], {HEAD: "unknown"})
         other, _ = _tried(AutoConfig.for_model("llama"), llama, {})
         if other.reason:
-            why = f"{other.reason}; not even a small Llama runs here: mend that, and run the command again"
+            why = f"{other.reason}; no small Llama runs here either: mend that, and run the command again"
             return Told(told.answers, why, passing=True)
     return told
 
@@ -129,12 +129,12 @@ def _served(twin: Path) -> Told:
             return Told(partly or {}, f"vLLM did not answer in {SECONDS} s", passing=True)
     told = _last(done.stdout, "told")
     if told is not None:
-        return Told(told["answers"], shown(told["reason"], 400), told["passing"])
+        return Told(told["answers"], shown(told["reason"], 160), told["passing"])
     code = done.returncode
     how = f"signal {-code}" if code < 0 else f"status {code}"
     line = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
     passing = -code in SIGNALS or says_short(line)
-    return Told(_last(done.stdout, "partly") or {}, f"vLLM ended with {how}: {shown(line, 200)}", passing)
+    return Told(_last(done.stdout, "partly") or {}, f"vLLM ended with {how}: {shown(line, 120)}", passing)
 
 
 def _last(output: str, key: str) -> Any:

@@ -227,11 +227,13 @@ def draft_with_twin(checkpoint: Checkpoint, twin: Path) -> Draft:
     folder = checkpoint.path
     check_layers(checkpoint.config, len(checkpoint.tensors))
     try:
-        config = load_config(folder).get_text_config()
+        whole = load_config(folder)
+        config = whole.get_text_config()
         layers, width = int(config.num_hidden_layers), int(config.hidden_size)
     except (OrthogonalizeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = first_line(error.__cause__ or error)
         raise OrthogonalizeError(f"transformers does not support the configuration of {folder}: {reason}") from error
+    _refuse_thinker(whole)
     small = save_twin(config, twin)
     findings = discover(twin)
     decoder, head = layout_of(checkpoint.tensors, layers, findings)
@@ -244,6 +246,21 @@ def draft_with_twin(checkpoint: Checkpoint, twin: Path) -> Draft:
     assert architecture is not None
     _check(checkpoint, architecture)
     return Draft(text, architecture, questions)
+
+
+def _refuse_thinker(config: Any) -> None:
+    """Refuse a model of several models (Qwen-Omni), which name the way to the one that thinks.
+
+    Raises:
+        OrthogonalizeError: it is such a model.
+    """
+    thinker = getattr(config, "thinker_config", None)
+    if thinker is not None:
+        named = f"transformers.{type(thinker).__name__.removesuffix('Config')}ForConditionalGeneration"
+        raise OrthogonalizeError(
+            f"edit its thinker alone: {named}.from_pretrained(MODEL).save_pretrained(FOLDER); --engine hf runs it, "
+            "vLLM only the whole"
+        )
 
 
 def _name_wrapper(checkpoint: Checkpoint, text: ModelNames, width: int) -> ModelNames:
