@@ -27,7 +27,7 @@ from orthogonalize.engines.vllm import VllmEngine, engine_arguments, set_environ
 
 vllm = pytest.importorskip("vllm")
 
-WORD = "stranger"
+WORD = "zz_stranger"  # in no path of a checkout
 REPOSITORY, CLASS = f"{WORD}/repository", f"{WORD}.Code"
 # Whatever a key may name: a repository, a class, a list of them, and the tables in which vLLM looks for such names.
 VALUES: dict[str, Any] = {
