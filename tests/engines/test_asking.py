@@ -90,6 +90,15 @@ def test_reason_that_may_pass_is_said_and_the_next_command_goes_on(source, monke
     assert times == [{}, {"head": "vllm"}]
 
 
+def test_program_that_ends_before_it_tells_anything_loses_no_answer(source, monkeypatch):
+    times = telling(monkeypatch, FULL, Told({}, "vLLM ended with signal 9", passing=True), ALL)
+    for _ in range(3):
+        another_process(monkeypatch, source)
+        ask_server(source)
+        assert "head" not in open_names(architecture_of(source.config))
+    assert times == [{}, {"head": "vllm"}, {"head": "vllm"}]
+
+
 def test_reason_of_the_class_is_kept_with_the_way_to_ask_again(source, tmp_path, monkeypatch):
     times = telling(monkeypatch, REFUSED, RUNS, ALL)
     assert ask_server(source) == REFUSED.reason
