@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from helpers import pages as made_up
+from helpers import made_up
 from helpers.chat import bake_prompts
 from helpers.command_line import UNTRIED
 from helpers.llama import LAYERS, WIDTH
