@@ -183,8 +183,8 @@ class StreamedModel:
 
         self._stopping.clear()
         with ThreadPoolExecutor(len(self.replicas)) as threads:
-            working = [threads.submit(on, replica) for replica in self.replicas]
             try:
+                working = [threads.submit(on, replica) for replica in self.replicas]
                 wait(working, return_when=FIRST_EXCEPTION)
                 for each in working:
                     if each.done():
