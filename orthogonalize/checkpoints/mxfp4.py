@@ -66,17 +66,16 @@ def factors(scales: torch.Tensor) -> torch.Tensor:
 
 def dequantize_experts(source: Checkpoint, name: str) -> torch.Tensor:
     """Weight `name` [experts, in, out] in float64."""
-    blocks, scales = source.read(name + BLOCKS), source.read(name + SCALES)
-    wide = unpack(blocks).double() * factors(scales).double().repeat_interleave(BLOCK, -1)
-    return wide.mT
+    return decode_experts(source.read(name + BLOCKS), source.read(name + SCALES), torch.float64)
 
 
 def decode_experts(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A weight [experts, in, out] of its blocks and scales, on their device; exact in bfloat16 and wider dtypes."""
     experts, rows, groups, _ = blocks.shape
+    wide = torch.promote_types(dtype, torch.float32)
     result = torch.empty(experts, groups * BLOCK, rows, dtype=dtype, device=blocks.device)
     for own, numbers, table in zip(result, blocks, scales, strict=True):
-        own.copy_((unpack(numbers) * factors(table).repeat_interleave(BLOCK, -1)).mT)
+        own.copy_((unpack(numbers).to(wide) * factors(table).to(wide).repeat_interleave(BLOCK, -1)).mT)
     return result
 
 

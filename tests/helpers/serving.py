@@ -266,14 +266,18 @@ def reason(error: Exception) -> str:
     return (lines or [type(error).__name__])[-1].strip()[:300]
 
 
+def environment() -> dict[str, str]:
+    """What a process needs that imports the package and these helpers."""
+    known = [path for path in [os.environ.get("PYTHONPATH")] if path]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), *known]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def serve(names: list[str], folder: Path) -> list[dict[str, Any]]:
     """Measure tiny models in a separate process, since an engine leaves a lot of state behind."""
-    known = [path for path in [os.environ.get("PYTHONPATH")] if path]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), *known])
     done = subprocess.run(
-        [sys.executable, __file__, folder, *names],
-        env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, __file__, folder, *names], env=environment(), capture_output=True, text=True, check=False
+    )
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"name"')]
     assert len(results) == len(names), done.stderr[-2000:]
     return results

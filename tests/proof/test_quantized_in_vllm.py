@@ -6,7 +6,6 @@ vLLM's CPU build has kernels for FP8 alone; four bits need a GPU.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from helpers.compressed import decompressed
 from helpers.llama import store, tiny_llama
 from helpers.mxfp4 import dequantised_folder, dequantised_model, mxfp4_base
-from helpers.serving import SETTINGS, SPREAD
+from helpers.serving import SETTINGS, SPREAD, environment
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -36,11 +35,9 @@ print("FOUND" + json.dumps([found, proof.uninitialised]))
 
 
 def scores_in_vllm(folder: Path) -> tuple[list[list[dict[str, float]]], list[str]]:
-    known = [path for path in [os.environ.get("PYTHONPATH")] if path]
-    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2]), *known])
     done = subprocess.run(
         [sys.executable, "-c", SERVE, folder, json.dumps(PROMPTS.tolist())],
-        env=os.environ | SETTINGS | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False,
+        env=environment() | SETTINGS, capture_output=True, text=True, check=False,
     )  # fmt: skip
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")] or [done.stderr[-2000:]]
     return json.loads(line.removeprefix("FOUND"))

@@ -7,11 +7,11 @@ import re
 import signal
 from collections.abc import Iterator
 
-from ...core.errors import OrthogonalizeError
+from ...core.errors import OUT_OF_MEMORY, OrthogonalizeError
 
 # As vLLM, torch and the system word it. Nothing here names a class of models.
 SHORT = re.compile(
-    r"out of memory|allocate memory|enough memory|available memory|free memory|memory profiling|less than desired|"
+    rf"{OUT_OF_MEMORY.pattern}|available memory|free memory|memory profiling|less than desired|"
     r"no space left|disk quota|too many open files|new thread|resource temporarily|busy or unavailable|"
     r"address already in use|connection (refused|reset)|timed out|timeout",
     re.IGNORECASE,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from inspect import signature
@@ -330,20 +330,33 @@ def save_twin(config: Any, folder: Path, sizes: Mapping[str, int] = SIZES, dtype
     Raises:
         OrthogonalizeError: there is none.
     """
+    return save_first(attempts(config, sizes), text_class, folder, dtype, config.model_type)
+
+
+def save_first(
+    makers: Iterable[Callable[[], Any]], class_of: Callable[[Any], Any], folder: Path, dtype: torch.dtype, name: str
+) -> Any:
+    """Store in `folder` the first model of the kind `name` that can be built, stored and run; its configuration.
+
+    Args:
+        makers: make the configurations to try.
+        class_of: the class of a configuration's model.
+
+    Raises:
+        OrthogonalizeError: there is none.
+    """
     reasons = []
-    for attempt in attempts(config, sizes):
+    for make in makers:
         try:
-            small = attempt()
-            model = randomised(small, text_class(small))
+            small = make()
+            model = randomised(small, class_of(small))
             check_logits(model)
             model.config._experts_implementation = None
             model.to(dtype).save_pretrained(folder)
             return small
         except Exception as error:  # classes raise anything at sizes that they do not support
             reasons.append(f"{type(error).__name__}: {first_line(error)}")
-    raise OrthogonalizeError(
-        f"transformers cannot build or run a small {config.model_type} model for the experiments: {reasons[0]}"
-    )
+    raise OrthogonalizeError(f"transformers cannot build or run a small {name} model for the experiments: {reasons[0]}")
 
 
 def load_twin(folder: Path) -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...core.errors import OrthogonalizeError, first_line
-from .twin import SIZES, attempts, check_logits, randomised
+from ...core.errors import OrthogonalizeError
+from .twin import SIZES, attempts, save_first
 
 # Of encoders and projectors, where they are larger. Two layers, since the last but one is often what is taken.
 NARROW: dict[str, int] = {
@@ -31,21 +32,15 @@ def save_wrapper_twin(
     Raises:
         OrthogonalizeError: there is none, or it is no wrapper.
     """
-    kind, reasons = _wrapper_class(config), []
-    for attempt in attempts(config.get_text_config(), sizes):
+    kind = _wrapper_class(config)
+    return save_first(_attempts(config, sizes), lambda _: kind, folder, dtype, config.model_type)
+
+
+def _attempts(config: Any, sizes: Mapping[str, int]) -> Iterator[Callable[[], Any]]:
+    """Functions that make a configuration of a small wrapper, in several ways."""
+    for text in attempts(config.get_text_config(), sizes):
         for encoder in (SHALLOW | NARROW, SHALLOW):
-            try:
-                small = _wrapped(config, attempt(), encoder)
-                model = randomised(small, kind)
-                check_logits(model)
-                model.config._experts_implementation = None
-                model.to(dtype).save_pretrained(folder)
-                return small
-            except Exception as error:  # classes raise anything at sizes that they do not support
-                reasons.append(f"{type(error).__name__}: {first_line(error)}")
-    raise OrthogonalizeError(
-        f"transformers cannot build or run a small {config.model_type} model for the experiments: {reasons[0]}"
-    )
+            yield partial(_wrapped, config, text, encoder)
 
 
 def _wrapper_class(config: Any) -> Any:
@@ -57,9 +52,9 @@ def _wrapper_class(config: Any) -> Any:
     return mapping[type(config)]
 
 
-def _wrapped(config: Any, text: Any, encoder: Mapping[str, int]) -> Any:
-    """The configuration `config` around the small `text` model, its other parts with the sizes of `encoder`."""
-    full = config.get_text_config()
+def _wrapped(config: Any, make_text: Callable[[], Any], encoder: Mapping[str, int]) -> Any:
+    """The configuration `config` around a small text model's, its other parts with the sizes of `encoder`."""
+    full, text = config.get_text_config(), make_text()
     widths = {int(full.hidden_size): int(text.hidden_size)}
     small = deepcopy(config)
     held = next(key for key in config.sub_configs if getattr(config, key, None) is full)

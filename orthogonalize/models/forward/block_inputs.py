@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,23 +84,20 @@ def capturing_entries(model: nn.Module, take: Callable[[int, Entry], None]) -> I
 @contextmanager
 def _seeing_inputs(stream: Stream, see: See) -> Iterator[None]:
     """Call `see` before every block and the head's norm; also for a block that is left out, with what passes it."""
-    handles, after = [], 0  # the layer that comes next
-    for layer, module in enumerate(_modules(stream, 0)):
+    after = 0  # the layer that comes next
+    with ExitStack() as stack:
+        for layer, module in enumerate(modules_from(stream, 0)):
 
-        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> Any:
-            nonlocal after
-            hidden, instead = _given(args, kwargs), None
-            for each in range(after if layer >= after else 0, layer + 1):
-                instead = see(each, hidden, kwargs)
-            after = layer + 1
-            return None if instead is None else _replaced(args, kwargs, instead)
+            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layer: int = layer) -> Any:
+                nonlocal after
+                hidden, instead = _given(args, kwargs), None
+                for each in range(after if layer >= after else 0, layer + 1):
+                    instead = see(each, hidden, kwargs)
+                after = layer + 1
+                return None if instead is None else _replaced(args, kwargs, instead)
 
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -111,24 +108,22 @@ def changing_input(
 
     If a pass leaves that block out, the next is given it.
     """
-    handles, last = [], math.inf
-    modules = _modules(stream, layer) if stream.architecture.images_attended else [stream.block(layer)]
-    for number, module in enumerate(modules):
+    last = math.inf
+    modules = modules_from(stream, layer) if stream.architecture.images_attended else [stream.block(layer)]
+    with ExitStack() as stack:
+        for number, module in enumerate(modules):
 
-        def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> Any:
-            nonlocal last
-            first, last = number <= last, number  # of this pass: earlier ones came as far or further
-            return _replaced(args, kwargs, change(_given(args, kwargs), kwargs)) if first else None
+            def hook(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int = number) -> Any:
+                nonlocal last
+                first, last = number <= last, number  # of this pass: earlier ones came as far or further
+                return _replaced(args, kwargs, change(_given(args, kwargs), kwargs)) if first else None
 
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _modules(stream: Stream, layer: int) -> list[nn.Module]:
+def modules_from(stream: Stream, layer: int) -> list[nn.Module]:
+    """Block `layer`, those after it, and the head's norm: the first of them that runs is given the stream there."""
     return [*(stream.block(each) for each in range(layer, stream.layer_count)), stream.head_norm]
 
 

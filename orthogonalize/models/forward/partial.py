@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..stream import Stream
-from .block_inputs import SHARED, Entry, capturing_entries, changing_input
+from .block_inputs import SHARED, Entry, capturing_entries, changing_input, modules_from
 
 KEPT = 2**28  # numbers of a `StreamCache`: 1 GiB in float32
 
@@ -90,8 +90,7 @@ def stopping_before(model: Any, layer: int) -> Iterator[None]:
     def stop(_module: Any, _args: Any) -> None:
         raise _StoppedError
 
-    modules = [*(stream.block(each) for each in range(layer, stream.layer_count)), stream.head_norm]
-    handles = [module.register_forward_pre_hook(stop) for module in modules]
+    handles = [module.register_forward_pre_hook(stop) for module in modules_from(stream, layer)]
     try:
         yield
     except _StoppedError:
