@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 import torch
 from rich.console import Console
-from stream import SHAPES, random_block, random_config, random_matrix, write_model
+from stream import INDEX, SHAPES, random_block, random_config, random_matrix, write_model
 
 console = Console()
 COOKING = (
@@ -107,7 +107,7 @@ class Steps:
 @click.option("--option", "engine_options", multiple=True, metavar="NAME=VALUE", help="Passed on to every engine.")
 @click.option("--trials", default=8, show_default=True)
 @click.option("--sweep", is_flag=True, help="Run a sweep over two edits as well.")
-@click.option("--keep", is_flag=True, help="Leave the checkpoints in place.")
+@click.option("--keep", is_flag=True, help="Leave the checkpoints in place; the next run takes the model.")
 def main(
     tokenizer: Path,
     shape: str,
@@ -123,9 +123,10 @@ def main(
     options = [word for each in engine_options for word in (f"--{each.partition('=')[0]}", each.partition("=")[2])]
     steps = Steps()
     start = time.perf_counter()
-    Path(model).mkdir(parents=True, exist_ok=True)
-    write_planted(Path(model), tokenizer, shape, layers or SHAPES[shape]["num_hidden_layers"])
-    steps.seconds["make the model"] = time.perf_counter() - start
+    if not (Path(model) / INDEX).exists():  # else it was kept
+        Path(model).mkdir(parents=True, exist_ok=True)
+        write_planted(Path(model), tokenizer, shape, layers or SHAPES[shape]["num_hidden_layers"])
+        steps.seconds["make the model"] = time.perf_counter() - start
     for name, words in (("cooking", COOKING), ("housework", HOUSEWORK)):
         (folder / f"{name}.txt").write_text("\n".join(sentences(words)), "utf-8")
     sides = ["--positive", str(folder / "cooking.txt"), "--negative", str(folder / "housework.txt")]

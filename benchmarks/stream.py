@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 console = Console()
 POSITIONS = 5
+INDEX = "model.safetensors.index.json"
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
         "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -114,7 +115,7 @@ def write_model(
     for layer in range(config.num_hidden_layers):
         tensors = {f"model.layers.{layer}.{name}.weight": each for name, each in block(layer).items()}
         write(f"model-{layer:03}.safetensors", tensors)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def forget(folder: Path) -> None:
@@ -149,6 +150,7 @@ def gpus(device: str) -> list[torch.device]:
 
 @click.group(invoke_without_command=True)
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="6.4GB", show_default=True)
+@click.option("--model", type=click.Path(exists=True, path_type=Path), help="A Llama that is there, instead.")
 @click.option("--device", "devices", multiple=True, default=["auto"], help="Repeat it to compare; all is every GPU.")
 @click.option("--layers", help="Numbers of blocks, such as 14,28; the shape's own by default.")
 @click.option("--prompts", default=256, show_default=True)
@@ -160,6 +162,7 @@ def gpus(device: str) -> list[torch.device]:
 def main(
     context: click.Context,
     shape: str,
+    model: Path | None,
     devices: tuple[str, ...],
     layers: str | None,
     prompts: int,
@@ -171,18 +174,26 @@ def main(
     """Measure streaming at a shape, for each number of blocks."""
     if context.invoked_subcommand:
         return
-    own = SHAPES[shape]["num_hidden_layers"]
-    console.print(f"{shape} shape, {prompts} prompts of {tokens} tokens")
-    for count in [int(word) for word in layers.split(",")] if layers else [own]:
+    sides = ["reading", "computing", "streaming", *(["whole"] if resident else [])]
+
+    def measure(place: Path) -> None:
+        for device in devices:
+            found: dict[str, float] = {}
+            for side in sides:
+                if not cached:
+                    forget(place)
+                found |= measured(side, str(place), device, prompts, tokens)
+            console.print(f"{device}, {described(found)}", soft_wrap=True)
+
+    if model:
+        console.print(f"{model}, {prompts} prompts of {tokens} tokens", soft_wrap=True)
+        measure(model)
+        return
+    for count in [int(word) for word in layers.split(",")] if layers else [SHAPES[shape]["num_hidden_layers"]]:
+        console.print(f"{shape} shape, {count} blocks, {prompts} prompts of {tokens} tokens")
         with tempfile.TemporaryDirectory(dir=folder) as place:
             write_random(Path(place), shape, count)
-            for device in devices:
-                found: dict[str, float] = {}
-                for side in ["reading", "computing", "streaming", *(["whole"] if resident else [])]:
-                    if not cached:
-                        forget(Path(place))
-                    found |= measured(side, place, device, prompts, tokens)
-                console.print(f"{count} blocks on {device}, {described(found)}", soft_wrap=True)
+            measure(Path(place))
 
 
 def measured(*words: str | int) -> dict[str, float]:

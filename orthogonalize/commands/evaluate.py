@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 from ..checkpoints.checkpoint import RECIPE, open_checkpoint
@@ -103,7 +102,7 @@ def _engines(
         open_now.append(ready.start(folder).__enter__())
         return open_now[0]
 
-    loaded: list[str] = []
+    swapped: list[tuple[WeightSwap, str]] = []  # and the fingerprint of what the engine held before
 
     def base() -> Engine:
         if weights is None:
@@ -115,7 +114,7 @@ def _engines(
             if lacking is None:
                 held = running.fingerprint()
                 swap.apply(weights)
-                loaded.append(held)
+                swapped.append((swap, held))
                 return running
         except InPlaceError as error:
             lacking = str(error)
@@ -123,10 +122,11 @@ def _engines(
         return start(ready.folder)
 
     def edited_again() -> Engine:
-        if not open_now or not loaded:
+        if not open_now or not swapped:
             return start(edited)
-        WeightSwap(open_now[0], source).apply({name: partial(source.read, name) for name in source.tensors})
-        if open_now[0].fingerprint() != loaded[0]:
+        swap, held = swapped[0]
+        swap.restore()
+        if open_now[0].fingerprint() != held:
             distrust()
             raise OrthogonalizeError(
                 "the engine does not hold the checkpoint's weights after swapping them back; use --separate-engines"

@@ -14,7 +14,7 @@ from ..checkpoints.quantization import check_loadable
 from ..checkpoints.quantizing.stored import packed_floats
 from ..checkpoints.safetensors_file import DTYPES, TensorInfo
 from ..checkpoints.settings_files import check_layers, quantization, read_settings
-from ..core.errors import OrthogonalizeError, first_line
+from ..core.errors import OrthogonalizeError, first_line, ran_out_of_memory
 from ..core.foreign import explained
 from ..core.memory import available_memory
 from ..core.progress import note, track
@@ -37,7 +37,8 @@ def choose_device(device: str = "auto") -> torch.device:
         try:
             return torch.empty(0, device=device).device
         except (RuntimeError, AssertionError) as error:
-            raise OrthogonalizeError(f"device {device!r} is not available: {first_line(error)}") from error
+            full = "its memory is full; free it, or give another --device" if ran_out_of_memory(error) else ""
+            raise OrthogonalizeError(f"device {device!r} is not available: {full or first_line(error)}") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -110,6 +110,17 @@ def test_all_devices_of_a_host_without_gpus_are_its_cpu(tmp_path):
     assert not hasattr(model, "hf_device_map") or torch.cuda.is_available()
 
 
+def test_a_gpu_that_others_fill_is_named_with_the_ways_out(monkeypatch):
+    def full(*_shape, **_given):
+        raise torch.AcceleratorError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(
+        OrthogonalizeError, match=r"^device 'cuda:0' is not available: its memory is full; free it, or "
+    ):
+        choose_device("cuda:0")
+
+
 def test_gpus_that_do_not_hold_the_model_together_are_named():
     check_on_gpus(Path("model"), {"model.embed_tokens": 0, "model.layers.0": 1})
     with pytest.raises(OrthogonalizeError, match=r"do not hold model: model.layers.1 would be on the disk; use --eng"):
