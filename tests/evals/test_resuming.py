@@ -342,7 +342,7 @@ def test_swapped_base_is_not_reused_for_separate_engines(model, edited, run, tmp
     fingerprint = TransformersEngine.fingerprint
     with monkeypatch.context() as patch:
         patch.setattr(WeightSwap, "first_unswappable", lambda *_: None)
-        patch.setattr("orthogonalize.commands.evaluate.partial", lambda *_: pytest.fail("the second swap"))
+        patch.setattr(WeightSwap, "restore", lambda _: pytest.fail("the second swap"))
         with pytest.raises(BaseException, match="the second swap"):
             evaluate(edited, str(model), run, tmp_path / "out", **settings)
     assert TransformersEngine.fingerprint is fingerprint
