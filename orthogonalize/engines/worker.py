@@ -49,9 +49,9 @@ class EngineWorker:
         """See `WorkerStreams.store_logits`."""
         self._streams.store_logits(folder)
 
-    def store_measures(self, folder: str, behaviour: list[int], keep: bool) -> None:
+    def store_measures(self, folder: str, behaviour: list[int], keep: bool, along: bool) -> None:
         """See `WorkerStreams.store_measures`."""
-        self._streams.store_measures(folder, behaviour, keep)
+        self._streams.store_measures(folder, behaviour, keep, along)
 
     def forget_base(self) -> None:
         """See `OutputStore.forget_base`."""

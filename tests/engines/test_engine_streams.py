@@ -119,8 +119,9 @@ def test_measures_equal_those_of_whole_distributions(served):
     def wanted(number):
         return [Wanted(row, *place, number, n) for n, (row, place) in enumerate(zip(rows, places, strict=True))]
 
-    base = served.outputs(wanted(-1), Outputs(behaviour, keep=True))
-    edited = served.outputs(wanted(0), Outputs(behaviour), edit)
+    base = served.outputs(wanted(-1), Outputs(behaviour, keep=True, along=True))
+    first, along = (served.outputs(wanted(0), Outputs(behaviour, along=each), edit) for each in (False, True))
+    edited = [torch.where(one.isnan(), other, one) for one, other in zip(first, along, strict=True)]
     prompts, answers = [row[:-ANSWERED] for row in rows], [row[-ANSWERED:] for row in rows]
     before = dict(completion_logprobs(served.model, prompts, answers))
     with layer_projected(served.model, 1, edit[0].map):
@@ -138,7 +139,8 @@ def test_measures_equal_those_of_whole_distributions(served):
             1,
         )
         torch.testing.assert_close(edited[number], expected, atol=1e-5, rtol=1e-3)
-        assert base[number][:, 1:3].abs().max() < 1e-9
+        assert base[number][:, 2].abs().max() < 1e-9
+        assert [each[number].isnan().any(0).tolist()[1:3] for each in (first, along)] == [[False, True], [True, False]]
 
 
 def test_an_edit_of_every_write_equals_hooks(served):

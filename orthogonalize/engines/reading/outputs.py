@@ -58,37 +58,43 @@ class OutputStore:
             if found is not None:
                 yield tokens[start * rows : start * rows + len(part)], found
 
-    def measures(self, behaviour: Sequence[int], keep: bool) -> tuple[list[Token], torch.Tensor]:
+    def measures(self, behaviour: Sequence[int], keep: bool, along: bool) -> tuple[list[Token], torch.Tensor]:
         """Take the `MEASURES` [tokens, 5] of what was added, in float64.
 
         `share` is the probability of the tokens `behaviour`; the KLs, in nats, are from the base's distribution at the
         same position of the same base row; `logprob` and `base_logprob` are of the token that follows in the prompt.
-        What has no base, or no next token, is NaN.
+        What has no base, or no next token, is NaN, and so is the KL that is not asked for: each costs more than the
+        logits.
 
         Args:
             keep: whether this is the base, whose logits are kept (on the host) for later calls.
+            along: whether to take the exact KL, as along answers; else the smoothed one, of first tokens.
         """
         tokens: list[Token] = []
         parts = [torch.empty(0, len(MEASURES), dtype=torch.float64)]
         for some, logits in self.logits():
             if keep:
                 self.base |= {token.base_place: row for token, row in zip(some, logits.cpu(), strict=True)}
-            parts.append(self._measured(some, logits, behaviour))
+            parts.append(self._measured(some, logits, behaviour, along))
             tokens += some
         return tokens, torch.cat(parts)
 
-    def _measured(self, tokens: Sequence[Token], logits: torch.Tensor, behaviour: Sequence[int]) -> torch.Tensor:
+    def _measured(
+        self, tokens: Sequence[Token], logits: torch.Tensor, behaviour: Sequence[int], along: bool
+    ) -> torch.Tensor:
         logprobs = logits.float().log_softmax(-1)
         found = torch.full((len(tokens), len(MEASURES)), torch.nan, dtype=torch.float64)
-        found[:, 0] = logprobs.exp()[:, list(behaviour)].double().sum(-1).cpu()
+        found[:, 0] = logprobs[:, list(behaviour)].exp().double().sum(-1).cpu()
         found[:, 3] = _of_next(logprobs, tokens)
         compared = [number for number, token in enumerate(tokens) if token.base_place in self.base]
         if compared:
             base = torch.stack([self.base[tokens[number].base_place] for number in compared]).to(logits.device)
             before, after = base.float().log_softmax(-1), logprobs[compared]
-            found[compared, 1] = smoothed_kl(before.exp(), after.exp()).cpu()
-            found[compared, 2] = exact_kl(before, after).cpu()
             found[compared, 4] = _of_next(before, [tokens[number] for number in compared])
+            if along:
+                found[compared, 2] = exact_kl(before, after).cpu()
+            else:
+                found[compared, 1] = smoothed_kl(before.exp(), after.exp()).cpu()
         return found
 
 

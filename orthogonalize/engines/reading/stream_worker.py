@@ -263,9 +263,9 @@ class WorkerStreams:
             parts.append(logits.float().cpu())
         self._store_outputs(folder, "logits", tokens, parts)
 
-    def store_measures(self, folder: str, behaviour: list[int], keep: bool) -> None:
+    def store_measures(self, folder: str, behaviour: list[int], keep: bool, along: bool) -> None:
         """Write what `OutputStore.measures` gives of the outputs so far, and forget them."""
-        tokens, found = self.outputs.measures(behaviour, keep)
+        tokens, found = self.outputs.measures(behaviour, keep, along)
         self._store_outputs(folder, "measures", tokens, [found])
 
     def _store_outputs(self, folder: str, name: str, tokens: list[Token], parts: list[torch.Tensor]) -> None:

@@ -69,10 +69,12 @@ class Outputs:
     Attributes:
         behaviour: tokens whose joint probability is measured; None takes logits.
         keep: whether this is the base that others are compared with later.
+        along: whether tokens along answers are measured (exact KLs), and not first tokens (smoothed ones).
     """
 
     behaviour: Sequence[int] | None = None
     keep: bool = False
+    along: bool = False
 
 
 LOGITS = Outputs()
@@ -198,7 +200,7 @@ class EngineStreams:
         if outputs.behaviour is None:
             name, arguments = "logits", list[Any]()
         else:
-            name, arguments = "measures", [list(outputs.behaviour), outputs.keep]
+            name, arguments = "measures", [list(outputs.behaviour), outputs.keep, outputs.along]
         stored = list(self._stored(activity, f"store_{name}", *arguments))
         if len(stored) != 1:
             raise OrthogonalizeError("vLLM gives no logits of this model; use --engine stream")

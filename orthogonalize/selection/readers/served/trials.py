@@ -77,7 +77,7 @@ class ServedSearch(SetSearch):
                 first = len(prompt) - 1
                 wanted.append(Wanted([*prompt, *answer], first, first + len(answer), base=len(wanted)))
                 owners.append((sums[name], number))
-        for portion in self._read(wanted, Outputs((), keep)):
+        for portion in self._read(wanted, Outputs((), keep, along=True)):
             for row, measured in zip(portion.rows, portion.outputs, strict=True):
                 own, number = owners[row]
                 own.add_measured(number, measured[:, EXACT_KL], measured[:, BASE_LOGPROB], measured[:, LOGPROB])
