@@ -316,6 +316,15 @@ def test_a_class_that_stays_large_is_refused_before_it_takes_memory(tmp_path):
         save_twin(config, tmp_path)
 
 
+@pytest.mark.parametrize("broken", [{"rope_parameters": {"rope_type": "default", "rope_theta": False}}])
+def test_settings_that_lead_to_nan_are_refused(broken, tmp_path):
+    base = store_tiny("llama", tmp_path / "base", torch.float32)
+    stored = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(stored | broken))
+    with pytest.raises(OrthogonalizeError, match=r"puts out NaN: one in config\.json makes no sense; fetch it again$"):
+        draft(base)
+
+
 def test_stream_that_passes_through_norms_leaves_only_edits_of_blocks(tmp_path):
     """What no block writes comes back through such a norm, so there is no scope `all`."""
     save_twin(AutoConfig.for_model("minimax"), tmp_path)

@@ -111,9 +111,13 @@ def discover(folder: Path) -> Findings:
     """Find every write and read of the small random model in `folder`.
 
     Raises:
-        OrthogonalizeError: its structure is unknown.
+        OrthogonalizeError: its structure is unknown, or it puts out NaN.
     """
     lab = Experiments(folder)
+    if not torch.isfinite(lab.plain.logits()).all():
+        raise OrthogonalizeError(
+            "a small random model with these settings puts out NaN: one in config.json makes no sense; fetch it again"
+        )
     head, head_norm, norm = _find_head(lab)
     candidates = lab.candidates(head)
     blocks = _find_blocks(lab, candidates)
