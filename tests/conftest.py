@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from helpers.llama import WIDTH, store, tiny_llama
 
 from orthogonalize.commands.edit import edit
 from orthogonalize.commands.extract import _Extraction, extract
+from orthogonalize.core.interrupts import STOPPING
 from orthogonalize.selection.settings import Settings
 
 # Files that start vLLM; they share one process where two run tests, since two engines at a time would not fit.
@@ -28,6 +30,13 @@ START_VLLM = {
     "models/test_demo_model.py",
     "pipeline/test_demo.py",
 }
+
+
+def pytest_configure():
+    """Hear every signal, also where a shell runs the suite in the background and has it ignore some."""
+    for number in STOPPING:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def process_of(nodeid: str) -> str:

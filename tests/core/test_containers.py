@@ -39,6 +39,11 @@ with complete_folder(out, EDITED) as partial, new_partial_file(out.with_name("fi
 WRITES = (
     BEGIN
     + f"""
+ready = out.parent.with_name("ready")  # outside the volume; one that is done before the other begins would meet nobody
+ready.mkdir(exist_ok=True)
+(ready / mine).touch()
+while len(list(ready.iterdir())) < 2:
+    time.sleep(0.001)
 written = 0
 while written < {TIMES}:
     try:
@@ -95,7 +100,8 @@ def test_what_another_container_writes_is_kept_until_it_is_killed(container, tmp
 
 
 def test_two_containers_never_mix_their_outputs(container, tmp_path):
-    out = tmp_path / "out"
+    out = tmp_path / "volume" / "out"
+    out.parent.mkdir()
     with container(WRITES, out, "first") as one, container(WRITES, out, "second") as two:
         said = [process.communicate(timeout=120)[0] for process in (one, two)]
         assert (one.returncode, two.returncode) == (0, 0)
@@ -103,4 +109,4 @@ def test_two_containers_never_mix_their_outputs(container, tmp_path):
     assert {path.name: path.read_text() for path in out.iterdir()} in [
         dict.fromkeys(NAMES, m) for m in ("first", "second")
     ]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
