@@ -48,7 +48,7 @@ class InputMoments:
     def update(self, inputs: torch.Tensor, values: torch.Tensor | None = None) -> InputMoments:
         """Add tokens: inputs [tokens, n] and, where the moments have any, values [tokens, k]."""
         x = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        if (values is None) != (len(self._values) == 0):
+        if (values is None or not values.shape[-1]) != (len(self._values) == 0):
             raise ValueError("these moments take values with every input, or with none")
         self._second += x.mT @ x
         self._inputs += x.sum(0)
@@ -72,6 +72,15 @@ class InputMoments:
             own = getattr(self, name)
             own += getattr(other, name).to(own.device)
         self.count += other.count
+
+    @classmethod
+    def weighted(cls, parts: Sequence[tuple[float, InputMoments]]) -> InputMoments:
+        """Moments whose `second` is the weighted sum of those of `parts`; they are of no values."""
+        found = cls(parts[0][1].inputs, device=parts[0][1].second.device)
+        for weight, each in parts:
+            found._second += weight * each.second.to(found._second.device)
+        found.count = 1
+        return found
 
     @property
     def second(self) -> torch.Tensor:
@@ -241,6 +250,18 @@ class InputTokens:
             self._moments.add(other._moments)
             self.count += other.count
 
+    @classmethod
+    def summed(cls, moments: InputMoments, count: int) -> InputTokens:
+        """The second moments of `count` tokens, to which none can be added."""
+        found = cls()
+        found.count, found._moments = count, moments
+        return found
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the tokens themselves are kept, and not their moments."""
+        return self._moments is None
+
     @property
     def inputs(self) -> int:
         """The width n of the inputs; 0 if there are none."""
@@ -295,7 +316,8 @@ def solve(
         "origin": origin, "target_weight": weights.target, "preserved_weights": [weight for weight, _ in weighted],
         "ridge": weights.ridge,
     }  # fmt: skip
-    if sum(each.count for each in (target, harmless, *preserved)) < target.inputs:
+    every = (target, harmless, *preserved)
+    if all(each.sampled for each in every) and sum(each.count for each in every) < target.inputs:
         kept = [each.samples[0] for each in preserved]
         found = solve_from_samples(r, target.samples, harmless.samples, kept, **settings)
     else:

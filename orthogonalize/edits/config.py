@@ -37,7 +37,7 @@ class EditConfig(BaseModel):
         components: for `conditional`, the blocks that are edited.
         target_weight, preserve_weight, first_weight, ridge: for `conditional`, the weights of the regression (see
             `directions.conditional`).
-        sequential: for `conditional`, whether each group of layers is read behind the edits of those before it.
+        sequential: for `conditional`, whether the target is read behind the edits of earlier groups of layers.
         to: for `ablate`, what the component along the direction becomes: zero, or that of the harmless (negative)
             side's mean at the direction's position and layer.
         finder: the finder of the directions, one of the method's `finders`; None is the first of these that found any.

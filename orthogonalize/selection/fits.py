@@ -20,6 +20,7 @@ from ..directions.direction_set import Directions, read_tensors
 from ..edits.build import scale_sites
 from ..edits.config import Components, EditConfig
 from ..edits.fitting.fit import ConditionalFit, FitTokens, fit_conditional, sites_to_fit, spans_of, weights_of
+from ..edits.fitting.kept import KeptReader
 from ..models.write_reading import WriteReader
 
 TOKENS = "tokens.json"  # of the model's own answers, in the run folder
@@ -49,7 +50,8 @@ class Fits:
         layer_norm = architecture_of(config).norms.kind == "layer"
         self.folder, self.directions = folder, directions.centred() if layer_norm else directions
         self.weights, self.load = weights, load
-        self._readers: dict[int, WriteReader] = {}  # by the layer that they have come to
+        self._readers: dict[int, WriteReader] = {}  # of what is to change, by the layer that they have come to
+        self._kept: KeptReader | None = None
 
     @cached_property
     def _directions(self) -> str:
@@ -98,9 +100,10 @@ class Fits:
         """Fit `choice`, and store the maps in `file`."""
         sites, read = self._sites(choice, ranking), FitTokens.load(self.folder / TOKENS)
         reader = self._reader_at(min((int(site.layer or 0) for site in sites), default=0), read)
+        self._kept = self._kept or KeptReader(self.load(), read.unchanged)
         fit = fit_conditional(
             self.load(), read, spans_of(choice, self.directions), sites, weights_of(choice),
-            sequential=choice.sequential, reader=reader,
+            sequential=choice.sequential, reader=reader, kept=self._kept,
         )  # fmt: skip
         self._store(fit, file)
         return fit.maps
@@ -114,7 +117,7 @@ class Fits:
         """A reader that has come to `layer`; fits that begin at the same or a higher one share what is below."""
         if layer not in self._readers:
             below = [at for at in self._readers if at < layer]
-            reader = self._readers[max(below)].copy() if below else WriteReader(self.load(), tokens.sets)
+            reader = self._readers[max(below)].copy() if below else WriteReader(self.load(), tokens.changed)
             reader.advance(layer)
             self._readers[layer] = reader
             while len(self._readers) > MOST_READERS:  # each holds the stream of all tokens

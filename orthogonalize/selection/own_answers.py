@@ -10,7 +10,8 @@ from ..core.journal import Journal
 from ..core.progress import track
 from ..data.chat import ChatFormat
 from ..data.prompts import PreservedPrompt, Prompt, texts_of
-from ..edits.fitting.fit import ANSWER_START, EXAMPLES, FURTHER, HARMLESS, PRESERVED, TARGET, AnsweredTokens, FitTokens
+from ..edits.fitting.fit import ANSWER_START, PRESERVED, AnsweredTokens, FitTokens
+from ..edits.fitting.regression import EXAMPLES, FURTHER, HARMLESS, TARGET
 
 ANSWER_TOKENS = 48
 

@@ -11,6 +11,7 @@ from helpers.tiny_models import DoublePrecision
 from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import EXPERTS, Intervention, Site, WriteMatrix, block_sites
 from orthogonalize.directions.conditional import InputTokens, Weights, solve
+from orthogonalize.edits.fitting import kept
 from orthogonalize.edits.fitting.fit import AnsweredTokens, FitTokens, fit_conditional
 from orthogonalize.models.hooks import intervened
 from orthogonalize.models.stream import Stream
@@ -18,6 +19,7 @@ from orthogonalize.models.write_reading import TokenSet, WriteReader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 R = centred_basis(2, 17)
+NOTHING = Intervention()
 
 TEMPLATE = 3
 FURTHER = answered(9, 8)
@@ -39,14 +41,18 @@ def seen_alone(model, module, tokens: TokenSet) -> tuple[torch.Tensor, torch.Ten
     return torch.cat([x for x, _ in taken]), torch.cat([y for _, y in taken])
 
 
-def solved(model, module, weights: Weights):
-    """The map of one module from independently read tokens, each set with its weight."""
-    target, harmless, kept = TOKENS.target, TOKENS.harmless, TOKENS.preserved["kept"]
+def solved(model, module, weights: Weights, before: Intervention = NOTHING):
+    """The map of one module from independently read tokens, each set with its weight; the target's behind an edit."""
+    target, harmless, preserved = TOKENS.target, TOKENS.harmless, TOKENS.preserved["kept"]
     sets = [
-        target.first(TEMPLATE), harmless.whole(), harmless.first(TEMPLATE), kept.whole(), kept.first(TEMPLATE)
+        target.first(TEMPLATE), harmless.whole(), harmless.first(TEMPLATE), preserved.whole(),
+        preserved.first(TEMPLATE),
     ]  # fmt: skip
     shares = [weights.first, weights.preserve, weights.preserve * weights.first]
-    read = [InputTokens().update(x, y @ R.mT) for x, y in (seen_alone(model, module, tokens) for tokens in sets)]
+    with intervened(model, before):
+        target_seen = seen_alone(model, module, sets[0])
+    seen = [target_seen, *(seen_alone(model, module, tokens) for tokens in sets[1:])]
+    read = [InputTokens().update(x, y @ R.mT) for x, y in seen]
     x, y = seen_alone(model, module, FURTHER.first(TEMPLATE))  # they belong to the harmless first tokens
     read[2].update(x, y @ R.mT)
     return solve(R, (read[0], read[1], list(zip(shares, read[2:], strict=True))), weights)
@@ -80,8 +86,8 @@ def test_fit_from_one_reading_is_the_regression_on_each_input(name, bases):
         assert (found.c - expected.c).norm() <= 1e-9 * expected.c.norm(), matrix
 
 
-def test_sequential_fit_reads_behind_earlier_edits(bases):
-    """Layers 0 to 2 from the base; layer 3 as read while the edits of those are applied."""
+def test_sequential_fit_reads_the_target_behind_earlier_edits_and_the_rest_in_the_base(bases):
+    """Layers 0 to 2 from the base; of layer 3, the target as read while the edits of those are applied."""
     model, weights = bases("llama").model, Weights(0.3, 2.0, 4.0, 0.05)
     with DoublePrecision():
         fit = fit_conditional(model, TOKENS, lambda _: R, block_sites(range(LAYERS)), weights)
@@ -89,8 +95,7 @@ def test_sequential_fit_reads_behind_earlier_edits(bases):
     before = {matrix: each for matrix, each in fit.maps.items() if matrix.site.layer != 3}
     module = stream.inner(last.site, last.name)
     base = solved(model, module, weights)
-    with intervened(model, Intervention(conditional=before)):
-        expected = solved(model, module, weights)
+    expected = solved(model, module, weights, Intervention(conditional=before))
     assert (base.c - expected.c).norm() > 1e-3 * expected.c.norm(), "earlier edits make no difference here"
     assert (fit.maps[last].c - expected.c).norm() <= 1e-9 * expected.c.norm()
 
@@ -190,15 +195,18 @@ def test_examples_say_what_the_target_is_to_write_at_each_place(bases):
     assert (found.c - expected.c).norm() <= 1e-9 * expected.c.norm()
 
 
-def test_fits_that_share_a_reader_are_those_of_fresh_ones(bases):
-    model, weights = bases("llama").model, Weights()
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+@pytest.mark.parametrize("room", [kept.HELD, 0])
+def test_fits_that_share_what_they_read_are_those_of_fresh_ones(name, room, bases, monkeypatch):
+    monkeypatch.setattr(kept, "HELD", room)
+    model, weights = bases(name).model, Weights()
     with DoublePrecision():
-        shared = WriteReader(model, TOKENS.sets)
+        shared, unchanged = WriteReader(model, TOKENS.changed), kept.KeptReader(model, TOKENS.unchanged)
         shared.advance(1)
         for first in (2, 1, 3):
             sites = block_sites(range(first, LAYERS))
             fresh = fit_conditional(model, TOKENS, lambda _: R, sites, weights)
-            found = fit_conditional(model, TOKENS, lambda _: R, sites, weights, reader=shared.copy())
+            found = fit_conditional(model, TOKENS, lambda _: R, sites, weights, reader=shared.copy(), kept=unchanged)
             assert shared.at == 1
             for matrix, each in fresh.maps.items():
                 assert (found.maps[matrix].c - each.c).norm() <= 1e-9 * each.c.norm(), matrix

@@ -196,8 +196,11 @@ def test_fits_that_do_not_fit_at_once_take_more_passes_with_the_same_maps(model,
     expected = {file.name: file.read_bytes() for file in (tmp_path / "run" / "fits").iterdir()}
     shutil.rmtree(tmp_path / "run" / "fits")
     tokens = FitTokens.load(tmp_path / "run" / "tokens.json")
-    base = sum(len(row) for row in {id(each.ids): each.ids for each in tokens.sets.values()}.values() for row in row)
-    fits.budget = base * fits.streamed.width * 4 * 5  # the base's streams, and those of two fits
+    every, target = (
+        sum(len(row) for ids in {id(each.ids): each.ids for each in sets.values()}.values() for row in ids)
+        for sets in (tokens.sets, tokens.changed)
+    )
+    fits.budget = fits.streamed.width * 4 * (every + 2 * 2 * target)  # the base's streams, and those of two fits
     fits.prepare(choices)
     assert passed == [3, 2, 1]
     assert {file.name: file.read_bytes() for file in (tmp_path / "run" / "fits").iterdir()} == expected

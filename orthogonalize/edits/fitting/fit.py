@@ -1,7 +1,7 @@
 """Fit conditional maps to a running model: read the inputs of its write matrices, and solve for each of them.
 
-By default, layers are fitted in groups of three, in order, and each group is read behind the edits of those before
-it: what an earlier group has removed already is not removed again.
+By default, layers are fitted in groups of three, in order, and the target is read behind the edits of earlier groups:
+what they have removed already is not removed again. What should not move is read in the unedited model, once.
 
 To remove a behaviour, what the target writes is brought to what harmless prompts write on average. To strengthen it, it
 is brought to what prompts that show the behaviour write at the same place.
@@ -9,7 +9,6 @@ is brought to what prompts that show the behaviour write at the same place.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,21 +23,19 @@ from ...core.files import check_text, write_atomically
 from ...core.interrupts import check
 from ...core.interventions import ConditionalMap, Site, WriteMatrix, block_sites, orthonormal
 from ...core.progress import track
-from ...directions.conditional import InputTokens, Weights, solve
+from ...directions.conditional import Weights
 from ...directions.direction_set import Directions
-from ...models.stream import Stream, squares_of
-from ...models.write_matrices import WriteModule, write_modules
+from ...models.stream import Stream
+from ...models.write_matrices import write_modules
 from ...models.write_reading import TokenSet, WriteReader
 from ..build import no_direction
 from ..config import EditConfig
 from ..scopes import layers_in_scope, parse_scope, stream_after
+from .kept import KeptReader
+from .regression import EXAMPLES, FIRST, FURTHER, HARMLESS, TARGET, Regression
 
 GROUP = 3  # layers that are read together
-# An expert that saw fewer tokens of a set is left as it is: its own regression would mean nothing.
-FEWEST = 16
-TARGET, EXAMPLES, HARMLESS, PRESERVED = "target", "examples", "harmless", "preserved: "
-FIRST = f"{HARMLESS}, first"
-FURTHER = f"{FIRST}, further"  # tokens that are added to those of `FIRST`
+PRESERVED = "preserved: "
 ANSWER_START = 8  # tokens of an answer that are its start: they decide whether it shows the behaviour
 
 
@@ -123,7 +120,12 @@ class FitTokens:
         """All sets by name."""
         kept = {name: tokens for name, (tokens, _, _) in self.kept.items()}
         more = {FURTHER: self.further.first(self.template)} if self.further is not None else {}
-        return {**self._changed, HARMLESS: self.harmless.whole(), **kept, **more}
+        return {**self.changed, HARMLESS: self.harmless.whole(), **kept, **more}
+
+    @property
+    def unchanged(self) -> dict[str, TokenSet]:
+        """The sets whose outputs should not move."""
+        return {name: tokens for name, tokens in self.sets.items() if name not in self.changed}
 
     def shares(self, weights: Weights) -> dict[str, float]:
         """The weight of each set of `kept` in the regression."""
@@ -133,7 +135,7 @@ class FitTokens:
         }
 
     @property
-    def _changed(self) -> dict[str, TokenSet]:
+    def changed(self) -> dict[str, TokenSet]:
         """The target's tokens; behind those of the examples, if there are any, both by place (`target@-1`)."""
         if self.examples is None:
             return {TARGET: self.target.first(self.template)}
@@ -186,6 +188,7 @@ def fit_conditional(
     *,
     sequential: bool = True,
     reader: WriteReader | None = None,
+    kept: KeptReader | None = None,
 ) -> ConditionalFit:
     """Fit the conditional map of every matrix that writes at `sites`.
 
@@ -195,38 +198,45 @@ def fit_conditional(
             head); None leaves the sites that write to that stream as they are.
         sites: attention and MLP sites of blocks.
         weights: the weights of the regression.
-        sequential: whether to read layers group by group, behind the edits of earlier ones, instead of all at once.
-        reader: one of `tokens` that has come at most to the first of the sites' layers, unedited.
+        sequential: whether to read the target group by group, behind the edits of earlier layers, instead of all at
+            once.
+        reader: one of `tokens.changed` that has come at most to the first of the sites' layers, unedited.
+        kept: reads `tokens.unchanged`; fits that share it read them once.
 
     Raises:
         OrthogonalizeError: a set is empty, or a system cannot be solved.
     """
     stream = Stream.of(model)
-    reader = reader or WriteReader(model, tokens.sets)
+    reader = reader or WriteReader(model, tokens.changed)
+    kept = kept or KeptReader(model, tokens.unchanged)
     shares = tokens.shares(weights)
-    groups = site_groups(sites, sequential)
     fitted, left_alone = {}, 0
     previous: dict[WriteMatrix, ConditionalMap] = {}
+    groups = [
+        [
+            (module, basis)
+            for site in group
+            if (basis := basis_at(stream_after(site))) is not None
+            for module in write_modules(stream, site).values()
+        ]
+        for group in site_groups(sites, sequential)
+    ]
     with track("fitting a conditional edit", len(sites), "write sites") as advance:
-        for group in groups:
-            regressions = [
-                Regression(module, basis, stream, shares)
-                for site in group
-                if (basis := basis_at(stream_after(site))) is not None
-                for module in write_modules(stream, site).values()
-            ]
-            if regressions:
-                by_matrix = {each.matrix: each for each in regressions}
+        for number, group in enumerate(groups):
+            if group:
+                ahead = [module for later in groups[number + 1 :] for module, _ in later]
+                inputs = kept.read([module for module, _ in group], ahead, shares)
+                by_matrix = {m.matrix: Regression(m, basis, stream, inputs[m.matrix]) for m, basis in group}
                 reader.read(list(by_matrix), lambda name, matrix, *rest: by_matrix[matrix].take(name, *rest), previous)  # noqa: B023
                 previous = {}
-                for each in regressions:
+                for each in by_matrix.values():
                     found, alone = each.solve(weights)
                     left_alone += alone
                     if found is not None:
                         previous[each.matrix] = found
                     check()
                 fitted.update(previous)
-            advance(len(group))
+            advance(len(site_groups(sites, sequential)[number]))
     return finished_fit(fitted, left_alone)
 
 
@@ -290,111 +300,3 @@ def site_groups(sites: Sequence[Site], sequential: bool) -> list[list[Site]]:
         [site for site in sites if int(site.layer or 0) in layers[start : start + GROUP]]
         for start in range(0, len(layers), GROUP)
     ]
-
-
-class _Mean:
-    """A streaming mean of vectors, in float64."""
-
-    def __init__(self) -> None:
-        self.count, self._sum = 0, torch.zeros(())
-
-    def update(self, values: torch.Tensor) -> None:
-        """Add vectors [count, k]."""
-        total = values.to(torch.float64).sum(0)
-        self._sum = total if not self.count else self._sum + total
-        self.count += len(values)
-
-    def add(self, other: _Mean) -> None:
-        """Add the vectors of another mean, which may be on another device."""
-        self._sum = other._sum if not self.count else self._sum + other._sum.to(self._sum.device)
-        self.count += other.count
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """The mean [k]."""
-        return self._sum / self.count
-
-
-class Regression:
-    """The regression of one write matrix, or of each of its experts."""
-
-    def __init__(self, module: WriteModule, basis: torch.Tensor, stream: Stream, shares: Mapping[str, float]) -> None:
-        self.matrix, self.basis, self.shares = module.matrix, basis, shares
-        self.images_attended = stream.architecture.images_attended
-        self.norm: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
-        scale = stream.post_scale(module.matrix.site, module.part)
-        if scale is not None:
-            self.norm = scale, squares_of(stream.architecture.norms, stream.architecture.epsilon(stream.config))
-        self.experts = len(module.module.get_parameter(module.parameter)) if module.matrix.routed else 0
-        self.seen: dict[int | None, dict[str, InputTokens]] = {}
-        self.origins: dict[tuple[int | None, str], _Mean] = {}  # of the target's values, by expert and place
-
-    def take(self, name: str, expert: int | None, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
-        """Add the tokens of one set: inputs [tokens, n], outputs [tokens, d]."""
-        read = self.basis.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
-        if self.norm is not None:  # the stream gets D y / rms(y): the map is linear in x / rms(y)
-            scale, squares = self.norm
-            length = squares(outputs).sqrt()
-            inputs, outputs = inputs.to(length) / length, scale.to(length) * (outputs.to(length) / length)
-        values = outputs.to(read) @ read.mT
-        name, at, place = name.partition("@")
-        if at:
-            origin = self.origins.setdefault((expert, place), _Mean())
-            if name == EXAMPLES:
-                origin.update(values)
-                return
-            if not origin.count:  # an expert that no example is routed to at this place
-                return
-            values = values - origin.mean.to(values)
-        if name == FURTHER:
-            name = FIRST
-        sets = self.seen.setdefault(expert, {})
-        if name not in sets:
-            sets[name] = InputTokens()
-        sets[name].update(inputs, values)
-
-    def part(self) -> Regression:
-        """A regression of further tokens, to be added to this one, whose means of examples it knows."""
-        other = copy.copy(self)
-        other.seen, other.origins = {}, dict(self.origins)
-        return other
-
-    @torch.inference_mode()
-    def add(self, part: Regression, device: torch.device) -> None:
-        """Add what a part has seen, which may be on another device; sums are kept on `device`."""
-        for key, mean in part.origins.items():
-            if mean is not self.origins.get(key):
-                self.origins.setdefault(key, _Mean()).add(mean)
-        for expert, sets in part.seen.items():
-            own = self.seen.setdefault(expert, {})
-            for name, tokens in sets.items():
-                own.setdefault(name, InputTokens()).add(tokens, device)
-
-    def solve(self, weights: Weights) -> tuple[ConditionalMap | None, int]:
-        """The map, or None if there are too few tokens; and how many experts are left alone."""
-        if not self.seen and self.images_attended:  # its block runs only beside an image, and there was none
-            return None, 0
-        if not self.experts:
-            found = self._solve(None, weights)
-            self.seen.clear()
-            return found, 0
-        solved = {e: self._solve(e, weights).c for e in range(self.experts) if self._enough(e)}
-        self.seen.clear()
-        if not solved:
-            return None, self.experts
-        first = next(iter(solved.values()))
-        c = torch.stack([solved.get(e, torch.zeros_like(first)) for e in range(self.experts)])
-        return ConditionalMap(self.basis, c), self.experts - len(solved)
-
-    def _solve(self, expert: int | None, weights: Weights) -> ConditionalMap:
-        origin = torch.zeros(len(self.basis)) if self.origins else None  # values are relative to theirs already
-        return solve(self.basis, self._sets(expert), weights, origin)
-
-    def _sets(self, expert: int | None) -> tuple[InputTokens, InputTokens, list[tuple[float, InputTokens]]]:
-        seen = self.seen.get(expert, {})
-        kept = [(share, seen[name]) for name, share in self.shares.items() if name in seen]
-        return seen.get(TARGET, InputTokens()), seen.get(HARMLESS, InputTokens()), kept
-
-    def _enough(self, expert: int) -> bool:
-        target, harmless, _ = self._sets(expert)
-        return min(target.count, harmless.count) >= FEWEST

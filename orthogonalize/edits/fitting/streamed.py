@@ -1,8 +1,8 @@
 """Fit conditional maps in one pass over the weights of a model that is never whole in memory.
 
 A layer's maps are solved as soon as its tokens have passed it. Where layers are fitted in groups, each behind the edits
-of those before it, two streams go through a group: one without the group's own edits, which is read, and one with them,
-which is where the next group begins.
+of those before it, two streams of the target go through a group: one without the group's own edits, which is read, and
+one with them, which is where the next group begins. What should not move is read in the unedited model, for all fits.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from ...models.streaming.lanes import Lane, StreamedModel
 from ...models.streaming.passes import choose_home
 from ...models.streaming.state import StreamState
 from ...models.streaming.weights import PartialModel
-from ...models.write_matrices import conditionally_edited, watching, write_modules
+from ...models.write_matrices import WriteModule, conditionally_edited, watching, write_modules
 from ...models.write_reading import counted_tokens, group_sets, watch_counted
 from ..scopes import stream_after
-from .fit import EXAMPLES, ConditionalFit, FitTokens, Regression, finished_fit, site_groups
+from .fit import ConditionalFit, FitTokens, finished_fit, site_groups
+from .regression import EXAMPLES, KeptInputs, Regression
 
-LANES_PER_FIT = 2  # streams of every token that a fit needs besides the base's: read, and edited
+LANES_PER_FIT = 2  # streams of every target token that a fit needs besides the base's: read, and edited
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,14 @@ def fit_streamed(
 
 def fits_at_once(streamed: StreamedModel, tokens: FitTokens, budget: int) -> int:
     """How many fits may share a pass whose streams take at most `budget` bytes; at least one."""
-    read = {id(each.ids): each.ids for each in tokens.sets.values()}
-    base = sum(len(row) for ids in read.values() for row in ids) * streamed.width * streamed.dtype.itemsize
-    return max(1, (budget - base) // (LANES_PER_FIT * base))
+    all_ids, changed_ids = (
+        {id(each.ids): each.ids for each in sets.values()} for sets in (tokens.sets, tokens.changed)
+    )
+    base, own = (
+        sum(len(row) for ids in read.values() for row in ids) * streamed.width * streamed.dtype.itemsize
+        for read in (all_ids, changed_ids)
+    )
+    return max(1, (budget - base) // (LANES_PER_FIT * own))
 
 
 def _started(job: FitJob) -> _Fit:
@@ -92,16 +98,18 @@ class _FitPass:
         self.streamed, self.tokens, self.fits, self.state = streamed, tokens, fits, state
         self.lanes: list[Lane] = []
         self.counted: list[dict[str, torch.Tensor]] = []  # by lane
-        groups = group_sets(tokens.sets)
+        groups = [*group_sets(tokens.changed), *group_sets(tokens.unchanged)]
         entered = streamed.enter([next(iter(shared.values())).ids for shared in groups])
         for shared, lanes in zip(groups, entered, strict=True):
             for lane in lanes:
                 self.lanes.append(lane)
                 counted = counted_tokens(shared, lane.rows, lane.hidden.shape[1])
                 self.counted.append({name: each.to(lane.replica.device) for name, each in counted.items()})
+        self.changed = sum(1 for counted in self.counted if counted.keys() <= tokens.changed.keys())  # lanes, the first
 
         base = sum(lane.bytes for lane in self.lanes)
-        choose_home(self.lanes, base + len(fits) * LANES_PER_FIT * base, len(streamed.replicas))
+        own = sum(lane.bytes for lane in self.lanes[: self.changed])
+        choose_home(self.lanes, base + len(fits) * LANES_PER_FIT * own, len(streamed.replicas))
 
     def run(self) -> None:
         count = self.streamed.layer_count
@@ -112,8 +120,9 @@ class _FitPass:
         ):
             advance(first)
             for layer in blocks:
+                kept = self._read_kept(layer)
                 for fit in self.fits.values():
-                    self._pass(fit, layer)
+                    self._pass(fit, layer, kept)
                 self.streamed.advance_all(layer, self.lanes)
                 if not any(fit.groups for fit in self.fits.values()):
                     break
@@ -122,15 +131,15 @@ class _FitPass:
                 check()
                 advance(1)
 
-    def _pass(self, fit: _Fit, layer: int) -> None:
+    def _pass(self, fit: _Fit, layer: int, kept: Mapping[WriteMatrix, KeptInputs]) -> None:
         """Take the lanes of a fit through block `layer`, and fit what writes there."""
         if not fit.groups or (fit.read is None and layer < fit.groups[0][0]):
             return
         group = fit.groups[0]
         if fit.read is None:
-            fit.read = [lane.fork() for lane in self.lanes]
+            fit.read = [lane.fork() for lane in self.lanes[: self.changed]]
         before = [lane.fork() for lane in fit.read]
-        maps = self._fit_layer(fit, layer) if layer in group else self._advance(fit.read, layer, {})
+        maps = self._fit_layer(fit, layer, kept) if layer in group else self._advance(fit.read, layer, {})
         fit.maps |= maps
         if fit.edited is not None or maps:
             fit.edited = before if fit.edited is None else fit.edited
@@ -151,15 +160,40 @@ class _FitPass:
         self.streamed.on_every_device(advance)
         return maps
 
-    def _fit_layer(self, fit: _Fit, layer: int) -> dict[WriteMatrix, ConditionalMap]:
+    def _modules(self, fit: _Fit, layer: int) -> list[tuple[WriteModule, torch.Tensor]]:
+        """What a fit edits in a block, with the directions that are taken out there."""
+        return [
+            (module, basis)
+            for site in fit.job.sites
+            if site.layer == layer and (basis := fit.job.basis_at(stream_after(site))) is not None
+            for module in write_modules(self.streamed.stream, site).values()
+        ]
+
+    def _read_kept(self, layer: int) -> dict[WriteMatrix, KeptInputs]:
+        """What the matrices of block `layer` that any fit edits take in of what should not move, in the base."""
+        stream = self.streamed.stream
+        modules = {module.matrix: module for fit in self.fits.values() for module, _ in self._modules(fit, layer)}
+        kept = {matrix: KeptInputs(module, stream, {}) for matrix, module in modules.items()}
+        if not kept:
+            return {}
+        every = zip(self.lanes[self.changed :], self.counted[self.changed :], strict=True)
+        lanes = [(lane.fork(), counted) for lane, counted in every]
+        parts = {replica: {m: each.part() for m, each in kept.items()} for replica in self.streamed.replicas}
+        self.streamed.on_every_device(lambda replica: self._read(replica, layer, lanes, parts[replica]))
+        for own in parts.values():  # in the order of devices, so that sums are the same each time
+            for matrix, part in own.items():
+                kept[matrix].add(part, self.streamed.device)
+        return kept
+
+    def _fit_layer(
+        self, fit: _Fit, layer: int, kept: Mapping[WriteMatrix, KeptInputs]
+    ) -> dict[WriteMatrix, ConditionalMap]:
         """Read block `layer`, and return the maps of what writes there."""
         stream = self.streamed.stream
         shares = self.tokens.shares(fit.job.weights)
         regressions = {
-            module.matrix: Regression(module, basis, stream, shares)
-            for site in fit.job.sites
-            if site.layer == layer and (basis := fit.job.basis_at(stream_after(site))) is not None
-            for module in write_modules(stream, site).values()
+            module.matrix: Regression(module, basis, stream, kept[module.matrix].weighed(shares))
+            for module, basis in self._modules(fit, layer)
         }
         assert fit.read is not None
         for lanes in self._in_turn(fit.read):
@@ -177,8 +211,8 @@ class _FitPass:
         return maps
 
     def _in_turn(self, lanes: Sequence[Lane]) -> list[list[tuple[Lane, dict[str, torch.Tensor]]]]:
-        """Lanes with what counts of them: those of examples first, to whose means other tokens are brought."""
-        every = list(zip(lanes, self.counted, strict=True))
+        """Lanes of a fit with what counts of them: examples first, to whose means other tokens are brought."""
+        every = list(zip(lanes, self.counted[: self.changed], strict=True))
         examples = [pair for pair in every if any(name.partition("@")[0] == EXAMPLES for name in pair[1])]
         return [part for part in (examples, every[len(examples) :]) if part]
 
@@ -187,7 +221,7 @@ class _FitPass:
         replica: PartialModel,
         layer: int,
         lanes: Sequence[tuple[Lane, dict[str, torch.Tensor]]],
-        regressions: Mapping[WriteMatrix, Regression],
+        readers: Mapping[WriteMatrix, Regression] | Mapping[WriteMatrix, KeptInputs],
     ) -> None:
         """Read block `layer` with the lanes of one device."""
         counted = {id(lane): each for lane, each in lanes}
@@ -196,9 +230,9 @@ class _FitPass:
                 watches = {
                     matrix: watch_counted(
                         stack, replica.stream, matrix, counted[id(lane)],
-                        lambda name, m, *rest: regressions[m].take(name, *rest),
+                        lambda name, m, *rest: readers[m].take(name, *rest),
                     )
-                    for matrix in regressions
+                    for matrix in readers
                 }  # fmt: skip
                 stack.enter_context(watching(replica.model, watches))
                 self.streamed.advance(layer, lane)
@@ -222,7 +256,7 @@ class _FitPass:
         if self.state is None or not self.state.layer:
             return 0
         stored, layer = self.state.load(), self.state.layer
-        bases = [lane.fork() for lane in self.lanes]
+        bases = [lane.fork() for lane in self.lanes[: self.changed]]
         for number, lane in enumerate(self.lanes):
             lane.hidden = stored[f"base/{number}"].to(lane.hidden.device)
         for name, fit in self.fits.items():

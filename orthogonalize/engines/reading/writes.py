@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -68,8 +68,15 @@ class WriteHooks:
                     self._places[name] = torch.tensor(places, device=device)
         return self._places
 
-    def edit(self, matrix: WriteModule, conditional: ConditionalMap) -> None:
-        """Apply a conditional map to what a matrix puts out, as edited weights do."""
+    def _places_of(self, rows: Collection[int], device: torch.device) -> torch.Tensor:
+        """The places of all tokens of `rows` in the pass under way."""
+        own = [span for span in self.streams.step.spans if span.mark.row in rows]
+        return torch.tensor(
+            [at for span in own for at in range(span.start, span.start + span.count)], dtype=torch.long, device=device
+        )
+
+    def edit(self, matrix: WriteModule, conditional: ConditionalMap, rows: Collection[int]) -> None:
+        """Apply a conditional map to what a matrix puts out for the tokens of `rows`, as edited weights do."""
         stream = self.streams.stream
         scale = stream.post_scale(matrix.matrix.site, matrix.part)
         if scale is not None:
@@ -77,7 +84,9 @@ class WriteHooks:
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             outputs = output[0] if isinstance(output, tuple) else output
-            new = conditional(_gathered(module, args[0]), outputs)
+            inputs, places = _gathered(module, args[0]), self._places_of(rows, outputs.device)
+            new = outputs.clone()
+            new[places] = conditional(inputs[places], outputs[places])
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
         self.handles.append(matrix.module.register_forward_hook(hook))

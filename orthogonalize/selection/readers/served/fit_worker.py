@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from ....core.errors import OrthogonalizeError
 from ....core.interventions import ConditionalMap, Site, WriteMatrix, block_sites
 from ....directions.conditional import Weights
-from ....edits.fitting.fit import Regression
+from ....edits.fitting.regression import KeptInputs, Regression
 from ....engines.reading.stream_worker import WorkerStreams
 from ....engines.reading.writes import WriteHooks, written_at
 
@@ -26,7 +26,7 @@ class FitWorker:
     Args:
         streams: those of the worker.
         folder: `REQUEST` has the tokens that count and the weights of the regression, `BASES` the directions by site,
-            and `MAPS` the maps of earlier groups, which act.
+            and `MAPS` the maps of earlier groups, which act on the rows that `REQUEST` names.
     """
 
     def __init__(self, streams: WorkerStreams, folder: Path) -> None:
@@ -39,19 +39,21 @@ class FitWorker:
         }
         self.hooks = WriteHooks(streams, counted)
         bases = {Site.parse(site): basis for site, basis in load_file(folder / BASES).items()}
+        edited = frozenset(request["edited"])
         maps = load_file(folder / MAPS) if (folder / MAPS).is_file() else {}
         self.regressions: list[Regression] = []
         for site, basis in bases.items():
             if site.layer in streams.stream.local_layers:
                 for module in written_at(streams, site).values():
-                    regression = Regression(module, basis, streams.stream, request["shares"])
+                    kept = KeptInputs(module, streams.stream, request["shares"])
+                    regression = Regression(module, basis, streams.stream, kept)
                     self.hooks.watch(module, partial(_take, regression))
                     self.regressions.append(regression)
         for name in dict.fromkeys(key.rpartition("/")[0] for key in maps):
             matrix = WriteMatrix.parse(name)
             if matrix.site.layer in streams.stream.local_layers:
                 edit = ConditionalMap(maps[f"{name}/r"], maps[f"{name}/c"])
-                self.hooks.edit(written_at(streams, matrix.site)[matrix], edit)
+                self.hooks.edit(written_at(streams, matrix.site)[matrix], edit, edited)
         self.hooks.stop_after(max(int(site.layer or 0) for site in bases))
 
     @torch.inference_mode()

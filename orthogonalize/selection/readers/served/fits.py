@@ -64,9 +64,12 @@ class ServedFits(Fits):
         tokens, sites = FitTokens.load(self.folder / TOKENS), self._sites(choice, ranking)
         basis_at = spans_of(choice, self.directions)
         bases = {site: basis for site in sites if (basis := basis_at(stream_after(site))) is not None}
-        rows, counted = _rows(tokens.sets)
+        rows, counted = _rows({**tokens.changed, **tokens.unchanged})
         weights = weights_of(choice)
-        request = {"weights": asdict(weights), "shares": tokens.shares(weights), "counted": counted}
+        edited = sorted({row for name in tokens.changed for row in counted[name]})
+        request = {
+            "weights": asdict(weights), "shares": tokens.shares(weights), "counted": counted, "edited": edited
+        }  # fmt: skip
         maps: dict[str, torch.Tensor] = {}
         with track(ACTIVITY, len(sites), "write sites") as advance:
             for group in site_groups(sites, choice.sequential):
