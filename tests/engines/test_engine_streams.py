@@ -16,6 +16,7 @@ from orthogonalize.core.errors import OrthogonalizeError
 from orthogonalize.core.interventions import Intervention, Site, block_sites, removal, shift
 from orthogonalize.directions.direction_set import Directions
 from orthogonalize.edits.config import EditConfig
+from orthogonalize.edits.fitting import fit
 from orthogonalize.edits.fitting.fit import FitTokens
 from orthogonalize.engines.base import ONE_DEVICE, EngineOptions
 from orthogonalize.engines.reading.stream_worker import BlockEdit, in_order
@@ -167,7 +168,8 @@ def test_nothing_is_left_behind_when_reading_ends(served):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
-def test_conditional_fits_are_those_of_the_resident_model(served, tmp_path):
+def test_conditional_fits_are_those_of_the_resident_model(served, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "GROUP", 1)  # so that every layer but the first is read behind an edit
     d, layers = served.activations.shape[-1], len(served.layers)
     differences = torch.randn(1, layers, d, generator=torch.Generator().manual_seed(1))
     directions = Directions((-1,), differences - differences.mean(-1, keepdim=True))
@@ -175,7 +177,14 @@ def test_conditional_fits_are_those_of_the_resident_model(served, tmp_path):
     ours = ServedFits(SimpleNamespace(source=source, streams=lambda _=1: served.streams), tmp_path, directions, {})
     FitTokens(3, answered(1, 14), answered(2, 20)).save(tmp_path / TOKENS)
     assert ours.components == SEEN.get(served.name, "both")
-    choice = EditConfig(method="conditional", scope="from:1", position=-1, per_layer=True, components=ours.components)
+    choice = EditConfig(
+        method="conditional",
+        scope="from:1",
+        position=-1,
+        per_layer=True,
+        target_weight=10.0,
+        components=ours.components,
+    )
     found = ours.intervention(choice).conditional
     theirs = Fits(tmp_path / "resident", directions, dict(source.config), {}, lambda: served.model)
     theirs.folder.mkdir()
