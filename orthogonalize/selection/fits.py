@@ -25,6 +25,7 @@ from ..models.write_reading import WriteReader
 
 TOKENS = "tokens.json"  # of the model's own answers, in the run folder
 FOLDER = "fits"
+FORM = 2  # of what is fitted and how; fits of another are not used
 MOST_READERS = 4  # that are kept, each at a layer of its own
 
 
@@ -85,6 +86,7 @@ class Fits:
         """Where the fit of `choice` is stored."""
         tokens = self.folder / TOKENS
         depends = {
+            "form": FORM,
             **choice.model_dump(include={"span", "position", "rank", "sequential"}),
             "sites": [str(site) for site in self._sites(choice, ranking)],
             "regression": asdict(weights_of(choice)),
