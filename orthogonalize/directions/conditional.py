@@ -76,9 +76,10 @@ class InputMoments:
     @classmethod
     def weighted(cls, parts: Sequence[tuple[float, InputMoments]]) -> InputMoments:
         """Moments whose `second` is the weighted sum of those of `parts`; they are of no values."""
-        found = cls(parts[0][1].inputs, device=parts[0][1].second.device)
+        first = parts[0][1]
+        found = cls(first.inputs, device=first._second.device)
         for weight, each in parts:
-            found._second += weight * each.second.to(found._second.device)
+            found._second += weight * each.second
         found.count = 1
         return found
 

@@ -19,6 +19,8 @@ from .forward.prefix import Prefix, shared_length
 from .stream import Stream
 from .write_matrices import Watch, conditionally_edited, watching, write_modules
 
+MOST_READERS = 4  # that are kept, each at a layer of its own
+
 
 @dataclass(frozen=True)
 class TokenSet:
@@ -156,6 +158,25 @@ class WriteReader:
 
     def _note(self, returned: Returned) -> None:
         self.returned = returned
+
+
+class Readers:
+    """Readers of the same sets that have come to a layer; what begins at one or above shares what is below."""
+
+    def __init__(self, model: Any, sets: Mapping[str, TokenSet]) -> None:
+        self.model, self.sets = model, sets
+        self._at: dict[int, WriteReader] = {}
+
+    def at(self, layer: int) -> WriteReader:
+        """A reader of its own that has come to `layer`."""
+        if layer not in self._at:
+            below = [at for at in self._at if at < layer]
+            reader = self._at[max(below)].copy() if below else WriteReader(self.model, self.sets)
+            reader.advance(layer)
+            self._at[layer] = reader
+            while len(self._at) > MOST_READERS:  # each holds the stream of all tokens
+                del self._at[next(at for at in self._at if at != layer)]
+        return self._at[layer].copy()
 
 
 def group_sets(sets: Mapping[str, TokenSet]) -> list[dict[str, TokenSet]]:

@@ -21,12 +21,11 @@ from ..edits.build import scale_sites
 from ..edits.config import Components, EditConfig
 from ..edits.fitting.fit import ConditionalFit, FitTokens, fit_conditional, sites_to_fit, spans_of, weights_of
 from ..edits.fitting.kept import KeptReader
-from ..models.write_reading import WriteReader
+from ..models.write_reading import Readers
 
 TOKENS = "tokens.json"  # of the model's own answers, in the run folder
 FOLDER = "fits"
 FORM = 2  # of what is fitted and how; fits of another are not used
-MOST_READERS = 4  # that are kept, each at a layer of its own
 
 
 class Fits:
@@ -51,7 +50,7 @@ class Fits:
         layer_norm = architecture_of(config).norms.kind == "layer"
         self.folder, self.directions = folder, directions.centred() if layer_norm else directions
         self.weights, self.load = weights, load
-        self._readers: dict[int, WriteReader] = {}  # of what is to change, by the layer that they have come to
+        self._readers: Readers | None = None  # of what is to change
         self._kept: KeptReader | None = None
 
     @cached_property
@@ -101,7 +100,8 @@ class Fits:
     ) -> Mapping[WriteMatrix, ConditionalMap]:
         """Fit `choice`, and store the maps in `file`."""
         sites, read = self._sites(choice, ranking), FitTokens.load(self.folder / TOKENS)
-        reader = self._reader_at(min((int(site.layer or 0) for site in sites), default=0), read)
+        self._readers = self._readers or Readers(self.load(), read.changed)
+        reader = self._readers.at(min((int(site.layer or 0) for site in sites), default=0))
         self._kept = self._kept or KeptReader(self.load(), read.unchanged)
         fit = fit_conditional(
             self.load(), read, spans_of(choice, self.directions), sites, weights_of(choice),
@@ -114,17 +114,6 @@ class Fits:
         if fit.left_alone:
             note(f"{fit.left_alone} experts saw too few tokens to be fitted, and are left as they are")
         _save(fit, file)
-
-    def _reader_at(self, layer: int, tokens: FitTokens) -> WriteReader:
-        """A reader that has come to `layer`; fits that begin at the same or a higher one share what is below."""
-        if layer not in self._readers:
-            below = [at for at in self._readers if at < layer]
-            reader = self._readers[max(below)].copy() if below else WriteReader(self.load(), tokens.changed)
-            reader.advance(layer)
-            self._readers[layer] = reader
-            while len(self._readers) > MOST_READERS:  # each holds the stream of all tokens
-                del self._readers[next(at for at in self._readers if at != layer)]
-        return self._readers[layer].copy()
 
 
 def _save(fit: ConditionalFit, file: Path) -> None:

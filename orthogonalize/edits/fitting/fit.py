@@ -118,14 +118,14 @@ class FitTokens:
     @property
     def sets(self) -> dict[str, TokenSet]:
         """All sets by name."""
-        kept = {name: tokens for name, (tokens, _, _) in self.kept.items()}
-        more = {FURTHER: self.further.first(self.template)} if self.further is not None else {}
-        return {**self.changed, HARMLESS: self.harmless.whole(), **kept, **more}
+        return {**self.changed, **self.unchanged}
 
     @property
     def unchanged(self) -> dict[str, TokenSet]:
         """The sets whose outputs should not move."""
-        return {name: tokens for name, tokens in self.sets.items() if name not in self.changed}
+        kept = {name: tokens for name, (tokens, _, _) in self.kept.items()}
+        more = {FURTHER: self.further.first(self.template)} if self.further is not None else {}
+        return {HARMLESS: self.harmless.whole(), **kept, **more}
 
     def shares(self, weights: Weights) -> dict[str, float]:
         """The weight of each set of `kept` in the regression."""
@@ -210,34 +210,49 @@ def fit_conditional(
     reader = reader or WriteReader(model, tokens.changed)
     kept = kept or KeptReader(model, tokens.unchanged)
     shares = tokens.shares(weights)
-    fitted, left_alone = {}, 0
-    previous: dict[WriteMatrix, ConditionalMap] = {}
-    groups = [
+    groups = site_groups(sites, sequential)
+    modules = [
         [
             (module, basis)
             for site in group
             if (basis := basis_at(stream_after(site))) is not None
             for module in write_modules(stream, site).values()
         ]
-        for group in site_groups(sites, sequential)
+        for group in groups
     ]
+    fitted, left_alone = {}, 0
+    previous: dict[WriteMatrix, ConditionalMap] = {}
     with track("fitting a conditional edit", len(sites), "write sites") as advance:
-        for number, group in enumerate(groups):
+        for number, group in enumerate(modules):
             if group:
-                ahead = [module for later in groups[number + 1 :] for module, _ in later]
+                ahead = [module for later in modules[number + 1 :] for module, _ in later]
                 inputs = kept.read([module for module, _ in group], ahead, shares)
-                by_matrix = {m.matrix: Regression(m, basis, stream, inputs[m.matrix]) for m, basis in group}
-                reader.read(list(by_matrix), lambda name, matrix, *rest: by_matrix[matrix].take(name, *rest), previous)  # noqa: B023
-                previous = {}
-                for each in by_matrix.values():
-                    found, alone = each.solve(weights)
-                    left_alone += alone
-                    if found is not None:
-                        previous[each.matrix] = found
-                    check()
+                regressions = [Regression(module, basis, stream, inputs[module.matrix]) for module, basis in group]
+                previous, alone = _fit_group(reader, regressions, previous, weights)
+                del inputs, regressions  # whose sums are not to be there beside those of the next group
+                left_alone += alone
                 fitted.update(previous)
-            advance(len(site_groups(sites, sequential)[number]))
+            advance(len(groups[number]))
     return finished_fit(fitted, left_alone)
+
+
+def _fit_group(
+    reader: WriteReader,
+    regressions: Sequence[Regression],
+    previous: Mapping[WriteMatrix, ConditionalMap],
+    weights: Weights,
+) -> tuple[dict[WriteMatrix, ConditionalMap], int]:
+    """The maps of a group, whose target is read behind the `previous` ones; and how many experts are left alone."""
+    by_matrix = {each.matrix: each for each in regressions}
+    reader.read(list(by_matrix), lambda name, matrix, *rest: by_matrix[matrix].take(name, *rest), previous)
+    maps, left_alone = {}, 0
+    for each in regressions:
+        found, alone = each.solve(weights)
+        left_alone += alone
+        if found is not None:
+            maps[each.matrix] = found
+        check()
+    return maps, left_alone
 
 
 def finished_fit(maps: Mapping[WriteMatrix, ConditionalMap], left_alone: int) -> ConditionalFit:

@@ -8,7 +8,7 @@ from typing import Any
 from ...core.interventions import WriteMatrix
 from ...models.stream import Stream
 from ...models.write_matrices import WriteModule
-from ...models.write_reading import TokenSet, WriteReader
+from ...models.write_reading import Readers, TokenSet, WriteReader
 from .regression import KeptInputs
 
 AT_ONCE = 2**30  # bytes of sums that one reading adds up, unless those of one group alone are more
@@ -24,6 +24,7 @@ class KeptReader:
 
     def __init__(self, model: Any, sets: Mapping[str, TokenSet]) -> None:
         self.model, self.sets = model, sets
+        self._readers = Readers(model, sets)
         self._reader: WriteReader | None = None
         self._held: dict[WriteMatrix, KeptInputs] = {}
         self._bytes, self._shares = 0, dict[str, float]()
@@ -63,12 +64,12 @@ class KeptReader:
         found = {module.matrix: KeptInputs(module, stream, shares) for module in modules}
         first = min(int(matrix.site.layer or 0) for matrix in found)
         if self._reader is None or self._reader.at > first:
-            self._reader = WriteReader(self.model, self.sets)
+            self._reader = self._readers.at(first)
         self._reader.read(list(found), lambda name, matrix, *rest: found[matrix].take(name, *rest))
         return found
 
 
 def _sum_bytes(module: WriteModule) -> int:
-    """The size of the second moments [n, n] of a matrix's inputs, of all its experts, in float64."""
+    """At most the size of the second moments [n, n] of a matrix's inputs, of all its experts, in float64."""
     shape = module.module.get_parameter(module.parameter).shape
     return 8 * shape[:-2].numel() * max(shape[-2:]) ** 2

@@ -71,13 +71,13 @@ class KeptInputs:
     """
 
     def __init__(self, module: WriteModule, stream: Stream, shares: Mapping[str, float]) -> None:
-        self.shares, self._read = shares, _Reading(module, stream)
+        self.shares, self.reading = shares, _Reading(module, stream)
         self.seen: dict[int | None, dict[str, InputTokens]] = {}
         self.written: dict[int | None, Mean] = {}
 
     def take(self, name: str, expert: int | None, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """Add the tokens of one set: inputs [tokens, n], outputs [tokens, d]."""
-        inputs, outputs = self._read(inputs, outputs)
+        inputs, outputs = self.reading(inputs, outputs)
         if name == HARMLESS:
             self.written.setdefault(expert, Mean()).update(outputs)
         sets = self.seen.setdefault(expert, {})
@@ -125,7 +125,6 @@ class Regression:
     def __init__(self, module: WriteModule, basis: torch.Tensor, stream: Stream, kept: KeptInputs) -> None:
         self.matrix, self.basis, self.kept = module.matrix, basis, kept
         self.images_attended = stream.architecture.images_attended
-        self._read = _Reading(module, stream)
         self.experts = len(module.module.get_parameter(module.parameter)) if module.matrix.routed else 0
         self.target: dict[int | None, dict[str, InputTokens]] = {}
         self.origins: dict[tuple[int | None, str], Mean] = {}  # of the target's values, by expert and place
@@ -137,7 +136,7 @@ class Regression:
             self.kept.take(name, expert, inputs, outputs)
             return
         read = self.basis.to(outputs.device, torch.promote_types(outputs.dtype, torch.float32))
-        inputs, outputs = self._read(inputs, outputs)
+        inputs, outputs = self.kept.reading(inputs, outputs)
         values = outputs.to(read) @ read.mT
         if at:
             origin = self.origins.setdefault((expert, place), Mean())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 
@@ -28,6 +29,8 @@ from .fit import ConditionalFit, FitTokens, finished_fit, site_groups
 from .regression import EXAMPLES, KeptInputs, Regression
 
 LANES_PER_FIT = 2  # streams of every target token that a fit needs besides the base's: read, and edited
+
+_Sums = TypeVar("_Sums", Regression, KeptInputs)
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,11 @@ def fit_streamed(
 
 def fits_at_once(streamed: StreamedModel, tokens: FitTokens, budget: int) -> int:
     """How many fits may share a pass whose streams take at most `budget` bytes; at least one."""
-    all_ids, changed_ids = (
-        {id(each.ids): each.ids for each in sets.values()} for sets in (tokens.sets, tokens.changed)
-    )
     base, own = (
-        sum(len(row) for ids in read.values() for row in ids) * streamed.width * streamed.dtype.itemsize
-        for read in (all_ids, changed_ids)
+        sum(len(row) for shared in group_sets(sets) for row in next(iter(shared.values())).ids)
+        * streamed.width
+        * streamed.dtype.itemsize
+        for sets in (tokens.sets, tokens.changed)
     )
     return max(1, (budget - base) // (LANES_PER_FIT * own))
 
@@ -120,9 +122,7 @@ class _FitPass:
         ):
             advance(first)
             for layer in blocks:
-                kept = self._read_kept(layer)
-                for fit in self.fits.values():
-                    self._pass(fit, layer, kept)
+                self._pass_fits(layer)
                 self.streamed.advance_all(layer, self.lanes)
                 if not any(fit.groups for fit in self.fits.values()):
                     break
@@ -130,6 +130,11 @@ class _FitPass:
                     self.state.passed(layer + 1, self.streamed.parts.block_bytes(layer), self._streams())
                 check()
                 advance(1)
+
+    def _pass_fits(self, layer: int) -> None:
+        kept = self._read_kept(layer)
+        for fit in self.fits.values():
+            self._pass(fit, layer, kept)
 
     def _pass(self, fit: _Fit, layer: int, kept: Mapping[WriteMatrix, KeptInputs]) -> None:
         """Take the lanes of a fit through block `layer`, and fit what writes there."""
@@ -178,12 +183,18 @@ class _FitPass:
             return {}
         every = zip(self.lanes[self.changed :], self.counted[self.changed :], strict=True)
         lanes = [(lane.fork(), counted) for lane, counted in every]
-        parts = {replica: {m: each.part() for m, each in kept.items()} for replica in self.streamed.replicas}
+        self._read_all(layer, lanes, kept)
+        return kept
+
+    def _read_all(
+        self, layer: int, lanes: Sequence[tuple[Lane, dict[str, torch.Tensor]]], into: Mapping[WriteMatrix, _Sums]
+    ) -> None:
+        """Read block `layer` with the lanes of every device."""
+        parts = {replica: {m: each.part() for m, each in into.items()} for replica in self.streamed.replicas}
         self.streamed.on_every_device(lambda replica: self._read(replica, layer, lanes, parts[replica]))
         for own in parts.values():  # in the order of devices, so that sums are the same each time
             for matrix, part in own.items():
-                kept[matrix].add(part, self.streamed.device)
-        return kept
+                into[matrix].add(part, self.streamed.device)
 
     def _fit_layer(
         self, fit: _Fit, layer: int, kept: Mapping[WriteMatrix, KeptInputs]
@@ -197,11 +208,7 @@ class _FitPass:
         }
         assert fit.read is not None
         for lanes in self._in_turn(fit.read):
-            parts = {replica: {m: each.part() for m, each in regressions.items()} for replica in self.streamed.replicas}
-            self.streamed.on_every_device(lambda replica: self._read(replica, layer, lanes, parts[replica]))  # noqa: B023
-            for own in parts.values():  # in the order of devices, so that sums are the same each time
-                for matrix, part in own.items():
-                    regressions[matrix].add(part, self.streamed.device)
+            self._read_all(layer, lanes, regressions)
         maps = {}
         for matrix, regression in regressions.items():
             found, alone = regression.solve(fit.job.weights)
@@ -221,7 +228,7 @@ class _FitPass:
         replica: PartialModel,
         layer: int,
         lanes: Sequence[tuple[Lane, dict[str, torch.Tensor]]],
-        readers: Mapping[WriteMatrix, Regression] | Mapping[WriteMatrix, KeptInputs],
+        readers: Mapping[WriteMatrix, Regression | KeptInputs],
     ) -> None:
         """Read block `layer` with the lanes of one device."""
         counted = {id(lane): each for lane, each in lanes}

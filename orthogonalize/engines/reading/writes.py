@@ -22,13 +22,17 @@ Take = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 
 class WriteHooks:
-    """Hooks on the write matrices of a worker's model; `close` removes them, and ends the reading of the streams."""
+    """Hooks on the write matrices of a worker's model; `close` removes them, and ends the reading of the streams.
 
-    def __init__(self, streams: WorkerStreams, counted: Counted) -> None:
-        self.streams, self.counted = streams, counted
+    Those that watch see the `counted` tokens, and those that edit act on all tokens of the rows `edited`.
+    """
+
+    def __init__(self, streams: WorkerStreams, counted: Counted, edited: Collection[int] = ()) -> None:
+        self.streams, self.counted, self.edited = streams, counted, edited
         self.handles: list[Any] = []
         self.skipped: list[nn.Module] = []
         self._places: dict[str, torch.Tensor] = {}
+        self._edited_places = torch.tensor([], dtype=torch.long)
         self._step: Step | None = None
         streams.begin([], 1, [], True)
 
@@ -48,35 +52,32 @@ class WriteHooks:
             if not self.streams.step.spans:
                 return
             inputs, outputs = args[0], output[0] if isinstance(output, tuple) else output
-            for name, places in self._counted(outputs.device).items():
+            self._find_places(outputs.device)
+            for name, places in self._places.items():
                 take(name, _gathered(module, inputs[places]), outputs[places])
 
         self.handles.append(matrix.module.register_forward_hook(hook))
 
-    def _counted(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """The places of the tokens that count in the pass under way, by set."""
-        if self._step is not self.streams.step:
-            self._step, self._places = self.streams.step, {}
-            for name, rows in self.counted.items():
-                places = [
-                    place
-                    for span in self._step.spans
-                    if span.mark.row in rows
-                    for place in span.places(*rows[span.mark.row])
-                ]
-                if places:
-                    self._places[name] = torch.tensor(places, device=device)
-        return self._places
+    def _find_places(self, device: torch.device) -> None:
+        """Find the places of the tokens that count, by set, and of those that are edited, once in a pass."""
+        if self._step is self.streams.step:
+            return
+        self._step, self._places = self.streams.step, {}
+        for name, rows in self.counted.items():
+            places = [
+                place
+                for span in self._step.spans
+                if span.mark.row in rows
+                for place in span.places(*rows[span.mark.row])
+            ]
+            if places:
+                self._places[name] = torch.tensor(places, device=device)
+        own = [span for span in self._step.spans if span.mark.row in self.edited]
+        edited = [place for span in own for place in range(span.start, span.start + span.count)]
+        self._edited_places = torch.tensor(edited, dtype=torch.long, device=device)
 
-    def _places_of(self, rows: Collection[int], device: torch.device) -> torch.Tensor:
-        """The places of all tokens of `rows` in the pass under way."""
-        own = [span for span in self.streams.step.spans if span.mark.row in rows]
-        return torch.tensor(
-            [at for span in own for at in range(span.start, span.start + span.count)], dtype=torch.long, device=device
-        )
-
-    def edit(self, matrix: WriteModule, conditional: ConditionalMap, rows: Collection[int]) -> None:
-        """Apply a conditional map to what a matrix puts out for the tokens of `rows`, as edited weights do."""
+    def edit(self, matrix: WriteModule, conditional: ConditionalMap) -> None:
+        """Apply a conditional map to what a matrix puts out for the edited rows, as edited weights do."""
         stream = self.streams.stream
         scale = stream.post_scale(matrix.matrix.site, matrix.part)
         if scale is not None:
@@ -84,7 +85,8 @@ class WriteHooks:
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             outputs = output[0] if isinstance(output, tuple) else output
-            inputs, places = _gathered(module, args[0]), self._places_of(rows, outputs.device)
+            self._find_places(outputs.device)
+            inputs, places = _gathered(module, args[0]), self._edited_places
             new = outputs.clone()
             new[places] = conditional(inputs[places], outputs[places])
             return (new, *output[1:]) if isinstance(output, tuple) else new

@@ -37,9 +37,8 @@ class FitWorker:
             name: {int(row): (first, end) for row, (first, end) in rows.items()}
             for name, rows in request["counted"].items()
         }
-        self.hooks = WriteHooks(streams, counted)
+        self.hooks = WriteHooks(streams, counted, frozenset(request["edited"]))
         bases = {Site.parse(site): basis for site, basis in load_file(folder / BASES).items()}
-        edited = frozenset(request["edited"])
         maps = load_file(folder / MAPS) if (folder / MAPS).is_file() else {}
         self.regressions: list[Regression] = []
         for site, basis in bases.items():
@@ -53,7 +52,7 @@ class FitWorker:
             matrix = WriteMatrix.parse(name)
             if matrix.site.layer in streams.stream.local_layers:
                 edit = ConditionalMap(maps[f"{name}/r"], maps[f"{name}/c"])
-                self.hooks.edit(written_at(streams, matrix.site)[matrix], edit, edited)
+                self.hooks.edit(written_at(streams, matrix.site)[matrix], edit)
         self.hooks.stop_after(max(int(site.layer or 0) for site in bases))
 
     @torch.inference_mode()

@@ -64,7 +64,7 @@ class ServedFits(Fits):
         tokens, sites = FitTokens.load(self.folder / TOKENS), self._sites(choice, ranking)
         basis_at = spans_of(choice, self.directions)
         bases = {site: basis for site in sites if (basis := basis_at(stream_after(site))) is not None}
-        rows, counted = _rows({**tokens.changed, **tokens.unchanged})
+        rows, counted = _rows(tokens.sets)
         weights = weights_of(choice)
         edited = sorted({row for name in tokens.changed for row in counted[name]})
         request = {
